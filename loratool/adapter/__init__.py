@@ -1,0 +1,1 @@
+"""What an adapter is, read from headers: sites, slots, scaling, extras, configuration."""

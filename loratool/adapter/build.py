@@ -1,0 +1,208 @@
+"""From named tensors to sites and extras."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from loratool.adapter.config import LoraConfig
+from loratool.adapter.model import Extra, ExtraKind, Kind, Site
+from loratool.adapter.patterns import matches_target
+from loratool.adapter.scaling import Scaling
+from loratool.adapter.scheme import KeyScheme
+from loratool.adapter.slots import FACTOR_SLOTS, AdapterKey, Slot
+from loratool.errors import AdapterError
+from loratool.files.container import read_bytes
+from loratool.files.spec import StoredTensor
+
+__all__ = ["Parts", "build_sites", "strip_wrappers"]
+
+WRAPPERS: Final = ("base_model.model.", "_orig_mod.", "module.")
+"""What wrapping a model once more (PEFT, torch.compile, DDP) puts before its modules."""
+
+MAX_RANK: Final = 1 << 20
+SCALARS: Final = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
+SAVED_COPY: Final = re.compile(r"\.(modules_to_save|original_module)(\.[^.]+)?(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the tensors of one adapter are."""
+
+    sites: tuple[Site, ...]
+    extras: tuple[Extra, ...]
+    notes: tuple[str, ...]
+
+
+def strip_wrappers(module: str) -> str:
+    """Return ``module`` without the prefixes of wrappers, and without ``._orig_mod``."""
+    while module.startswith(WRAPPERS):
+        module = module.partition(".")[2] if not module.startswith(WRAPPERS[0]) else module[17:]
+    return module.replace("._orig_mod.", ".")
+
+
+def build_sites(
+    tensors: Mapping[str, StoredTensor], scheme: KeyScheme, config: LoraConfig | None
+) -> Parts:
+    """Sort ``tensors`` into sites and extras.
+
+    Args:
+        tensors: The tensors of one adapter by key.
+        scheme: How the keys are to be read.
+        config: What the configuration says, or ``None``.
+
+    Raises:
+        AdapterError: Two keys mean the same thing, or a factor has an impossible shape.
+    """
+    groups: dict[tuple[str, int], dict[Slot, StoredTensor]] = {}
+    extras: list[Extra] = []
+    wrapped = 0
+    for key, tensor in tensors.items():
+        parsed = scheme.parse(key)
+        if parsed is None:
+            extras.append(_extra(key, tensor, scheme))
+            continue
+        module = strip_wrappers(parsed.module)
+        wrapped += module != parsed.module
+        if parsed.slot in (Slot.ROWS, Slot.STATE):
+            kind = ExtraKind.ROWS if parsed.slot is Slot.ROWS else ExtraKind.STATE
+            extras.append(Extra(key, module.replace(".base_layer", ""), kind, tensor))
+            continue
+        parts = module.split(".")
+        nesting = parts.count("base_layer")
+        path = ".".join(part for part in parts if part != "base_layer")
+        slots = groups.setdefault((path, nesting), {})
+        if parsed.slot in slots:
+            raise AdapterError(key, f"{path!r} has two tensors for {parsed.slot.value!r}")
+        slots[parsed.slot] = tensor
+    sites = tuple(
+        _site(module, nesting, slots, config) for (module, nesting), slots in groups.items()
+    )
+    adapted = {site.module for site in sites}
+    extras = [_with_base_copies(extra, adapted) for extra in extras]
+    notes = (
+        (f"{wrapped} keys carry the prefix of a wrapper twice; PEFT would not apply them",)
+        if wrapped and scheme.prefix
+        else ()
+    )
+    return Parts(sites, tuple(extras), notes)
+
+
+def _extra(key: str, tensor: StoredTensor, scheme: KeyScheme) -> Extra:
+    name = strip_wrappers(key.removeprefix(scheme.prefix))
+    if ".original_module." in name:
+        return Extra(key, SAVED_COPY.sub("", name), ExtraKind.STATE, tensor)
+    return Extra(key, SAVED_COPY.sub("", name), ExtraKind.FULL, tensor)
+
+
+def _with_base_copies(extra: Extra, adapted: set[str]) -> Extra:
+    """Mark ``X.base_layer.weight`` beside a site on X as the copy that it is."""
+    if extra.kind is not ExtraKind.FULL or ".base_layer" not in extra.name:
+        return extra
+    name = extra.name.replace(".base_layer", "")
+    module, _, leaf = name.rpartition(".")
+    is_copy = leaf == "weight" and module in adapted
+    return Extra(extra.key, name, ExtraKind.BASE_COPY if is_copy else extra.kind, extra.tensor)
+
+
+def _site(
+    module: str, nesting: int, slots: dict[Slot, StoredTensor], config: LoraConfig | None
+) -> Site:
+    _check_shapes(module, slots)
+    kind = Kind.LINEAR
+    if Slot.EMBEDDING_DOWN in slots or Slot.EMBEDDING_UP in slots:
+        kind = Kind.EMBEDDING
+    elif len((slots.get(Slot.DOWN) or slots[next(iter(slots))]).spec.shape) > 2:
+        kind = Kind.CONV
+    parameters = tuple(_parameters(module, config)) if kind is Kind.LINEAR else ()
+    return Site(
+        module=module,
+        kind=kind,
+        variant=_variant(slots, config),
+        slots=slots,
+        scaling=_scaling(module, parameters, nesting, slots, config),
+        nesting=nesting,
+        parameters=parameters,
+    )
+
+
+def _check_shapes(module: str, slots: Mapping[Slot, StoredTensor]) -> None:
+    for slot in FACTOR_SLOTS & slots.keys():
+        shape = slots[slot].spec.shape
+        if len(shape) > 1 and min(shape[:2]) > MAX_RANK:
+            raise AdapterError(module, f"a factor of shape {list(shape)} has no plausible rank")
+
+
+def _variant(slots: Mapping[Slot, StoredTensor], config: LoraConfig | None) -> str:
+    if Slot.SINGULAR in slots:
+        return "adalora"
+    if Slot.DIAGONAL in slots:
+        return "kasa"
+    if Slot.MAGNITUDE in slots:
+        return "dora"
+    if config is not None and config.flag("use_bdlora"):
+        return "bdlora"
+    return "lora"
+
+
+def _parameters(module: str, config: LoraConfig | None) -> Iterator[str]:
+    """Yield the raw parameters of ``module`` that ``target_parameters`` names."""
+    if config is None:
+        return
+    for target in config.target_parameters:
+        parent, _, leaf = target.rpartition(".")
+        name = f"{module}.{leaf}"
+        if matches_target((target,), name) and (parent == "" or matches_target((parent,), module)):
+            yield name
+
+
+def _scaling(
+    module: str,
+    parameters: tuple[str, ...],
+    nesting: int,
+    slots: Mapping[Slot, StoredTensor],
+    config: LoraConfig | None,
+) -> Scaling:
+    down = slots.get(Slot.DOWN) or slots.get(Slot.EMBEDDING_DOWN)
+    rank = down.spec.shape[0] if down is not None and down.spec.shape else 0
+    if Slot.ALPHA in slots:
+        return Scaling(read_scalar(slots[Slot.ALPHA]), rank)
+    if config is None:
+        return Scaling(None, rank)
+    if config.peft_type == "ADALORA":
+        initial = int(config.raw.get("init_r") or rank)
+        alpha = config.alpha if config.alpha > 0 else float(initial)
+        return Scaling(alpha, initial, epsilon=1e-5)
+    if parameters:
+        # Innermost is the parameter registered first; which that is, only the base's shapes
+        # can settle. Until then the order of the configuration serves.
+        index = max(0, len(parameters) - 1 - nesting)
+        return config.scaling_for(parameters[min(index, len(parameters) - 1)])
+    return config.scaling_for(module, rank)
+
+
+def read_scalar(tensor: StoredTensor) -> float:
+    """Read a tensor of one element as a number.
+
+    Raises:
+        AdapterError: It has more elements than one, or no numeric dtype.
+    """
+    spec = tensor.spec
+    if spec.elements != 1 or (spec.dtype not in SCALARS and spec.dtype != "BF16"):
+        raise AdapterError(
+            spec.name, f"expected one number, found {spec.dtype} of shape {list(spec.shape)}"
+        )
+    data = read_bytes(tensor)
+    if spec.dtype == "BF16":
+        return float(struct.unpack("<f", b"\x00\x00" + data)[0])
+    return float(struct.unpack(SCALARS[spec.dtype], data)[0])
+
+
+def adapter_names(keys: Mapping[str, AdapterKey | None]) -> list[str]:
+    """Return the adapter names that occur inside keys, in order of appearance."""
+    return list(
+        dict.fromkeys(key.adapter for key in keys.values() if key and key.adapter is not None)
+    )

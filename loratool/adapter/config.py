@@ -1,0 +1,161 @@
+"""``adapter_config.json``: what it says about the delta, tolerant of how real files say it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.patterns import pattern_value
+from loratool.adapter.scaling import Scaling
+from loratool.errors import AdapterError
+from loratool.files.json import read_json_object
+
+__all__ = ["CONFIG_NAME", "KNOWN_FIELDS", "LoraConfig", "parse_config", "read_config"]
+
+CONFIG_NAME: Final = "adapter_config.json"
+DEFAULT_RANK: Final = 8
+DEFAULT_ALPHA: Final = 8.0
+
+KNOWN_FIELDS: Final = frozenset(
+    """
+    alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias
+    corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode
+    init_lora_weights kasa_config layer_replication layers_pattern layers_to_transform
+    loftq_config lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core
+    modules_to_save monteclora_config peft_type peft_version qalora_group_size r rank_pattern
+    revision runtime_config target_modules target_parameters task_type trainable_token_indices
+    use_bdlora use_dora use_qalora use_rslora velora_config
+    beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal tinit total_step
+    enable_lora merge_weights
+    """.split()
+)
+"""The fields of PEFT's LoRA and AdaLoRA configurations, and two of its first releases."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """The fields that matter, with PEFT's defaults; everything else stays in ``raw``."""
+
+    raw: Mapping[str, Any]
+    peft_type: str
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, Any]
+    alpha_pattern: Mapping[str, Any]
+    use_rslora: bool
+    use_dora: bool
+    target_modules: str | tuple[str, ...] | None
+    target_parameters: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    init: str
+    base_model: str | None
+
+    def flag(self, name: str) -> bool:
+        """Whether a field is set to something that counts (0, null, ``{}`` and "" do not)."""
+        return bool(self.raw.get(name))
+
+    def scaling_for(self, path: str, rank: int | None = None) -> Scaling:
+        """Return the scaling of the module or parameter at ``path``.
+
+        Args:
+            path: The dotted path that patterns are matched against.
+            rank: The rank to use instead of the configured one.
+        """
+        alpha = pattern_value(self.alpha_pattern, path, self.alpha)
+        return Scaling(float(alpha), rank or self.rank_for(path), self.use_rslora)
+
+    def rank_for(self, path: str) -> int:
+        """Return the rank that the configuration gives to ``path``."""
+        rank = pattern_value(self.rank_pattern, path, self.rank)
+        if isinstance(rank, list):  # AdaLoRA keeps a mask of the ranks that were not pruned
+            return sum(1 for kept in rank if kept)
+        return int(rank)
+
+
+def read_config(path: Path) -> LoraConfig:
+    """Read ``adapter_config.json``.
+
+    Raises:
+        FileFormatError: Not a readable JSON object.
+        AdapterError: A field that matters holds something impossible.
+    """
+    return parse_config(read_json_object(path), where=path)
+
+
+def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
+    """Interpret a configuration; booleans may be 0 and 1, and null means the default."""
+    kind = raw.get("peft_type")
+    if kind is None and ("fine_tune_type" in raw or "lora_parameters" in raw):
+        raise AdapterError(where, "an MLX configuration; the scheme 'mlx' is not read yet")
+    if kind is not None and not isinstance(kind, str):
+        raise AdapterError(where, f"peft_type is {kind!r}, expected a name such as \"LORA\"")
+    return LoraConfig(
+        raw=raw,
+        peft_type=(kind or "LORA").upper(),
+        rank=_rank(raw, where),
+        alpha=_number(raw, "lora_alpha", DEFAULT_ALPHA, where),
+        rank_pattern=_patterns(raw, "rank_pattern", where),
+        alpha_pattern=_patterns(raw, "alpha_pattern", where),
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        target_modules=_targets(raw, where),
+        target_parameters=_names(raw, "target_parameters", where),
+        modules_to_save=_names(raw, "modules_to_save", where),
+        init=str(raw.get("init_lora_weights", True)).lower(),
+        base_model=raw.get("base_model_name_or_path") or None,
+    )
+
+
+def _rank(raw: Mapping[str, Any], where: object) -> int:
+    rank = raw.get("r")
+    if rank is None:
+        return DEFAULT_RANK
+    if type(rank) is not int or rank < 0:
+        raise AdapterError(where, f"r is {rank!r}, expected a positive whole number")
+    return rank
+
+
+def _number(raw: Mapping[str, Any], name: str, default: float, where: object) -> float:
+    value = raw.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterError(where, f"{name} is {value!r}, expected a number")
+    return float(value)
+
+
+def _patterns(raw: Mapping[str, Any], name: str, where: object) -> Mapping[str, Any]:
+    value = raw.get(name) or {}
+    if not isinstance(value, dict):
+        raise AdapterError(where, f"{name} is {value!r}, expected an object")
+    for key, entry in value.items():
+        if name == "rank_pattern" and isinstance(entry, list):
+            continue
+        whole = name == "rank_pattern"
+        if (
+            isinstance(entry, bool)
+            or not isinstance(entry, int if whole else int | float)
+            or not math.isfinite(entry)
+            or (whole and entry <= 0)
+        ):
+            raise AdapterError(where, f"{name}[{key!r}] is {entry!r}, expected a number")
+    return value
+
+
+def _names(raw: Mapping[str, Any], name: str, where: object) -> tuple[str, ...]:
+    value = raw.get(name) or ()
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise AdapterError(where, f"{name} is {value!r}, expected a list of names")
+    return tuple(dict.fromkeys(value))
+
+
+def _targets(raw: Mapping[str, Any], where: object) -> str | tuple[str, ...] | None:
+    value = raw.get("target_modules")
+    if value is None or isinstance(value, str):
+        return value
+    return _names(raw, "target_modules", where)

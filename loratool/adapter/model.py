@@ -1,0 +1,176 @@
+"""The model of an adapter: sites, extras, configuration. Made from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter.config import LoraConfig
+from loratool.adapter.scaling import Scaling
+from loratool.adapter.slots import Slot
+from loratool.files.spec import StoredTensor
+
+__all__ = ["Adapter", "Extra", "ExtraKind", "Kind", "Site"]
+
+
+class Kind(Enum):
+    """What kind of weight a site adapts."""
+
+    LINEAR = "linear"
+    CONV = "conv"
+    EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One adapted module.
+
+    Attributes:
+        module: Its dotted path, as the adapter spells it.
+        kind: Linear, conv or embedding.
+        variant: ``lora``, ``dora``, ``adalora``, ``kasa``, ``bdlora``, …
+        slots: Its tensors by role.
+        scaling: Alpha and rank.
+        nesting: How many ``base_layer`` steps the key had; adapters on several parameters of
+            one module nest that way, the first registered parameter innermost.
+        parameters: Full paths of the raw parameters that the configuration lets this site
+            adapt (``target_parameters``); empty for ordinary modules.
+    """
+
+    module: str
+    kind: Kind
+    variant: str
+    slots: Mapping[Slot, StoredTensor]
+    scaling: Scaling
+    nesting: int = 0
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def down(self) -> StoredTensor | None:
+        """A: ``(r, in)``, ``(r, in, *kernel)`` or ``(r, num_embeddings)``."""
+        return self.slots.get(Slot.DOWN) or self.slots.get(Slot.EMBEDDING_DOWN)
+
+    @property
+    def up(self) -> StoredTensor | None:
+        """B: ``(out, r)``, ``(out, r, 1, …)`` or ``(dim, r)``."""
+        return self.slots.get(Slot.UP) or self.slots.get(Slot.EMBEDDING_UP)
+
+    @property
+    def label(self) -> str:
+        """The module, with its nesting where that tells two sites apart."""
+        return self.module + ".base_layer" * self.nesting
+
+    @property
+    def rows(self) -> int:
+        """Rows of A: the rank, or ranks of all experts together where A stacks them."""
+        return self.down.spec.shape[0] if self.down and self.down.spec.shape else 0
+
+    @property
+    def experts(self) -> int:
+        """How many experts A stacks; 1 for an ordinary module."""
+        if not self.parameters or not self.scaling.rank or self.rows % self.scaling.rank:
+            return 1
+        return self.rows // self.scaling.rank
+
+    @property
+    def rank(self) -> int:
+        """The rank of one delta."""
+        return self.rows // self.experts
+
+    @property
+    def in_features(self) -> int:
+        """Columns of A: inputs, input channels, or rows of the embedding."""
+        return self.down.spec.shape[1] if self.down and len(self.down.spec.shape) > 1 else 0
+
+    @property
+    def out_features(self) -> int:
+        """Rows of B: outputs, output channels, or the embedding's dimension."""
+        return self.up.spec.shape[0] if self.up and self.up.spec.shape else 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether both factors are there."""
+        return self.down is not None and self.up is not None
+
+
+class ExtraKind(Enum):
+    """What a tensor is that belongs to no delta."""
+
+    FULL = "full"
+    """A whole weight or bias: it replaces the base's, or is added to it."""
+    BASE_COPY = "base copy"
+    """An unmerged copy of the weight that a site adapts."""
+    ROWS = "rows"
+    """New values for some rows of an embedding."""
+    STATE = "state"
+    """Something that only training needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A tensor that travels with the adapter without being part of a delta.
+
+    Attributes:
+        key: Its name in the file.
+        name: The parameter it stands for, in the adapter's spelling (``lm_head.weight``).
+        kind: What becomes of it.
+        tensor: Where it is.
+    """
+
+    key: str
+    name: str
+    kind: ExtraKind
+    tensor: StoredTensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter whose headers have been read.
+
+    Attributes:
+        path: What the user named.
+        weights: The weights file.
+        scheme: Name of the key scheme.
+        sites: Adapted modules in the order of their names.
+        extras: Everything else in the file.
+        config: The PEFT configuration, where there is one.
+        metadata: The file's own metadata.
+        name: The adapter's name inside the file, where keys carry one.
+        notes: What is worth knowing and no error, one sentence each.
+        skipped: Keys that were left out on request.
+        tensors: All tensors that belong to it, by key.
+    """
+
+    path: Path
+    weights: Path
+    scheme: str
+    sites: tuple[Site, ...]
+    extras: tuple[Extra, ...]
+    config: LoraConfig | None
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, StoredTensor]
+    name: str | None = None
+    notes: tuple[str, ...] = field(default=())
+    skipped: tuple[str, ...] = field(default=())
+
+    @property
+    def folder(self) -> Path:
+        """Where its sidecars are."""
+        return self.weights.parent
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements in all its tensors."""
+        return sum(tensor.spec.elements for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all its tensors in bytes."""
+        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
+
+    def field(self, name: str) -> Any:
+        """Return a raw field of its configuration, or ``None``."""
+        return self.config.raw.get(name) if self.config else None

@@ -1,0 +1,181 @@
+"""Open an adapter: find its files, detect its scheme, sort its tensors. Headers only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from loratool.adapter.build import adapter_names, build_sites
+from loratool.adapter.config import CONFIG_NAME, LoraConfig, read_config
+from loratool.adapter.model import Adapter
+from loratool.adapter.recognise import PEFT_TYPES, describe_keys
+from loratool.adapter.scaling import Scaling
+from loratool.adapter.scheme import KeyScheme
+from loratool.errors import AdapterError, UnsupportedError
+from loratool.files.container import WEIGHT_SUFFIXES, WeightsFile, open_weights
+from loratool.files.spec import StoredTensor
+
+__all__ = ["detect_scheme", "find_weights", "open_adapter_file"]
+
+PREFERRED: Final = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapters.safetensors",
+)
+READ_TYPES: Final = ("LORA", "ADALORA")
+
+
+def open_adapter_file(
+    path: Path,
+    schemes: Sequence[KeyScheme],
+    *,
+    adapter_name: str | None = None,
+    alpha: float | None = None,
+    skip: Sequence[str] = (),
+) -> Adapter:
+    """Open the adapter at ``path``, a weights file or the folder that holds it.
+
+    Args:
+        path: File or folder.
+        schemes: The key schemes to try.
+        adapter_name: Which of several adapters in the folder or in the file.
+        alpha: Alpha for all sites where the file and its sidecars record none.
+        skip: Regular expressions; keys that match anywhere are left out.
+
+    Raises:
+        FileFormatError: A file breaks the rules of its format.
+        AdapterError: There is no adapter, or it contradicts itself.
+        UnsupportedError: It is of a kind that has no delta or is not read yet.
+    """
+    weights, notes = find_weights(path, adapter_name)
+    config_path = weights.parent / CONFIG_NAME
+    config = read_config(config_path) if config_path.is_file() else None
+    if config is not None:
+        _check_type(config, config_path)
+    file = open_weights(weights)
+    scheme = detect_scheme(file, schemes)
+    tensors, name, more = _select(file, scheme, adapter_name, weights)
+    skipped = _skipped(tensors, skip)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
+    parts = build_sites(tensors, scheme, config)
+    sites = parts.sites
+    if alpha is not None:
+        sites = tuple(
+            replace(site, scaling=Scaling(alpha, site.rank)) if site.scaling.alpha is None else site
+            for site in sites
+        )
+    return Adapter(
+        path=path,
+        weights=weights,
+        scheme=scheme.name,
+        sites=sites,
+        extras=parts.extras,
+        config=config,
+        metadata=file.metadata,
+        tensors=tensors,
+        name=name,
+        skipped=tuple(skipped),
+        notes=(*notes, *parts.notes, *more),
+    )
+
+
+def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tuple[str, ...]]:
+    """Return the weights file that ``path`` means, and what was found beside it."""
+    if not path.exists():
+        raise AdapterError(path, "no such file or folder")
+    if path.is_file():
+        if path.name == CONFIG_NAME:
+            return find_weights(path.parent, adapter_name)
+        return path, ()
+    if adapter_name and "/" not in adapter_name and (path / adapter_name / CONFIG_NAME).is_file():
+        return find_weights(path / adapter_name)
+    others = sorted(config.parent.name for config in path.glob(f"*/{CONFIG_NAME}"))
+    found = [path / name for name in PREFERRED if (path / name).is_file()]
+    if not found:
+        found = sorted(
+            file
+            for file in path.iterdir()
+            if file.suffix.lower() in WEIGHT_SUFFIXES and file.is_file()
+        )
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found[:6])
+            raise AdapterError(path, f"several weights files: {names}", hint="name one of them")
+    if not found:
+        what = "holds no adapter: expected adapter_model.safetensors or adapter_model.bin"
+        if others:
+            raise AdapterError(
+                path,
+                f"holds several adapters, each in a folder: {', '.join(others)}",
+                hint=f"name one, such as {path / others[0]}",
+            )
+        raise AdapterError(path, what)
+    notes = []
+    if len(found) > 1:
+        notes.append(f"{found[1].name} lies beside {found[0].name} and was not read")
+    if others:
+        notes.append(f"more adapters in sub-folders, not read: {', '.join(others)}")
+    return found[0], tuple(notes)
+
+
+def detect_scheme(file: WeightsFile, schemes: Sequence[KeyScheme]) -> KeyScheme:
+    """Return the scheme that recognises most factors in ``file``.
+
+    Raises:
+        AdapterError: None recognises any; the message shows what the keys look like.
+    """
+    scores = [(scheme.factor_keys(file.tensors), scheme) for scheme in schemes]
+    best, scheme = max(scores, key=lambda item: item[0], default=(0, None))
+    if scheme is None or best == 0:
+        raise AdapterError(file.path, f"no known scheme: {describe_keys(list(file.tensors))}")
+    return scheme
+
+
+def _check_type(config: LoraConfig, path: Path) -> None:
+    if config.peft_type in READ_TYPES:
+        return
+    words = PEFT_TYPES.get(config.peft_type, "a PEFT type that is not read yet")
+    raise UnsupportedError(
+        path,
+        f"peft_type is {config.peft_type}: {words}",
+        hint="if it has a merge of its own, do that with peft and save the model",
+    )
+
+
+def _skipped(keys: Iterable[str], skip: Sequence[str]) -> list[str]:
+    try:
+        patterns = [re.compile(text) for text in skip]
+    except re.error as error:
+        raise AdapterError("--skip", f"not a regular expression: {error}") from None
+    return [key for key in keys if any(pattern.search(key) for pattern in patterns)]
+
+
+def _select(
+    file: WeightsFile, scheme: KeyScheme, adapter_name: str | None, where: Path
+) -> tuple[Mapping[str, StoredTensor], str | None, tuple[str, ...]]:
+    """Return the tensors of one adapter, where a file holds several."""
+    parsed = {key: scheme.parse(key) for key in file.tensors}
+    names = adapter_names(parsed)
+    if not names:
+        return file.tensors, None, ()
+    if adapter_name is not None and adapter_name not in names:
+        raise AdapterError(where, f"no adapter {adapter_name!r}: it holds {', '.join(names)}")
+    if adapter_name is None and len(names) > 1:
+        raise AdapterError(
+            where,
+            f"holds several adapters: {', '.join(names)}",
+            hint="choose one with --adapter-name",
+        )
+    name = adapter_name or names[0]
+    tensors = {
+        key: file.tensors[key]
+        for key, meaning in parsed.items()
+        if meaning is None or meaning.adapter in (None, name)
+    }
+    left = len(file.tensors) - len(tensors)
+    notes = (f"{left} tensors of other adapters in the file were not read",) if left else ()
+    return tensors, name, notes

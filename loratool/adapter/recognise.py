@@ -1,0 +1,54 @@
+"""What a file is that no scheme claims: said by name, with what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Final
+
+__all__ = ["PEFT_TYPES", "describe_keys"]
+
+PEFT_TYPES: Final = {
+    "IA3": "(IA)³ rescales activations; it has no delta to add",
+    "PROMPT_TUNING": "a trained prompt, not a change of weights",
+    "MULTITASK_PROMPT_TUNING": "a trained prompt, not a change of weights",
+    "P_TUNING": "a trained prompt, not a change of weights",
+    "PREFIX_TUNING": "a trained prefix, not a change of weights",
+    "CPT": "a trained prompt, not a change of weights",
+    "ADAPTION_PROMPT": "trained prompts with gates, not a change of weights",
+    "CARTRIDGE": "a trained cache, not a change of weights",
+    "XLORA": "a router that mixes adapters by input; no fixed weights equal it",
+    "POLY": "a router that mixes adapters by task; no fixed weights equal it",
+    "LN_TUNING": "retrained norms",
+    "TRAINABLE_TOKENS": "retrained rows of an embedding",
+}
+"""What the commonest types are; the others are named as they are."""
+
+FORMS: Final = (
+    (r"lora_unet_|lora_te\d?_|lora_transformer_", "kohya names (scheme 'kohya', not read yet)"),
+    (r"\.(hada_w1_a|hada_w2_a)$", "LoHa factors (Hadamard products), not read yet"),
+    (r"\.lokr_w[12]", "LoKr factors (Kronecker products), not read yet"),
+    (r"\.processor\.to_\w+_lora\.|lora_linear_layer\.", "names of old diffusers, not read yet"),
+    (r"^(unet|text_encoder):\d+:(up|down)$", "positional names (cloneofsimo), not read yet"),
+    (r"\.lora_[ab]$", "MLX names (scheme 'mlx', not read yet)"),
+    (r"\.lora\.(up|down)\.weight$|\.lora_(up|down)\.weight$", "diffusion names, not read yet"),
+    (r"ia3_l", "(IA)³ vectors: they rescale activations; there is no delta"),
+    (r"^prompt_embeddings$|prefix", "a trained prompt: there is no delta"),
+    (r"vera_lambda_", "VeRA vectors, not read yet"),
+    (r"oft_[rR]|boft_", "OFT rotations, not read yet"),
+    (r"internal_xlora_classifier", "an X-LoRA router: no fixed weights equal it"),
+    (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
+    (r"^w_[ab]_\d+$", "numbered factors without module names"),
+)
+
+
+def describe_keys(keys: Collection[str]) -> str:
+    """Return one phrase on what ``keys`` look like, with examples."""
+    for pattern, words in FORMS:
+        hits = [key for key in keys if re.search(pattern, key)]
+        if hits:
+            return f"{len(hits)} of {len(keys)} keys are {words}; such as {hits[0]!r}"
+    if not keys:
+        return "it holds no tensors"
+    examples = ", ".join(repr(key) for key in list(keys)[:3])
+    return f"none of its {len(keys)} keys is a LoRA factor; they are like {examples}"

@@ -1,0 +1,135 @@
+"""Outputs that appear whole or not at all.
+
+Everything is written under a hidden name beside its destination and renamed at the end. A run
+that is killed leaves only that hidden name; the next run for the same destination removes it,
+once it has made sure (by a lock on it) that no living process is still writing there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from loratool.errors import OutputError
+
+__all__ = ["check_output", "staged"]
+
+MARK: Final = "loratool-partial"
+
+
+def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int = 0) -> None:
+    """Make sure that ``path`` may be written, before any work is done.
+
+    Args:
+        path: The destination, a file or a folder.
+        force: Whether an existing destination may be replaced.
+        inputs: Files and folders that the run reads; the destination may not touch them.
+        needed: Bytes that will be written, to be compared with the free space.
+
+    Raises:
+        OutputError: It exists, its folder does not, it is an input, or the disk is full.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(path, "its folder does not exist", hint=f"mkdir -p {parent}")
+    target = path.resolve()
+    for source in inputs:
+        real = source.resolve()
+        if target == real or target in real.parents or (real.is_dir() and real in target.parents):
+            raise OutputError(path, f"would overwrite the input {source}", hint="choose another")
+    if (path.exists() or path.is_symlink()) and not force:
+        raise OutputError(path, "exists already", hint="choose another name, or give --force")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(path, "its folder is not writable")
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OutputError(
+            path, f"needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
+        )
+
+
+@contextmanager
+def staged(path: Path, *, folder: bool, sync: bool) -> Iterator[Path]:
+    """Give a fresh place to write to; on success it becomes ``path``, otherwise it vanishes.
+
+    Args:
+        path: The destination. What exists there is replaced at the end, and only then.
+        folder: Whether the destination is a folder (the place is then an empty one) or a file.
+        sync: Whether to wait until the renaming is on the disk. Without it a crash of the
+            machine (not of the process) may still lose what the system had not written.
+    """
+    path = path.absolute()
+    _remove_stale(path)
+    stage = path.parent / f".{path.name}.{MARK}-{secrets.token_hex(4)}"
+    try:
+        stage.mkdir()
+        lock = os.open(stage, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise OutputError(path, f"cannot be written: {error.strerror}") from None
+    try:
+        if folder:
+            yield stage
+            _replace(stage, path)
+        else:
+            yield stage / path.name
+            _replace(stage / path.name, path)
+        if sync:
+            _sync_folder(path.parent)
+    finally:
+        os.close(lock)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(source: Path, path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        # A folder cannot be renamed over a full one: move the old one aside first.
+        aside = path.parent / f".{path.name}.loratool-old-{secrets.token_hex(4)}"
+        path.rename(aside)
+        try:
+            source.rename(path)
+        except OSError:
+            aside.rename(path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    elif source.is_dir() and (path.exists() or path.is_symlink()):
+        path.unlink()
+        source.rename(path)
+    else:
+        source.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed runs for the same destination have left."""
+    for stage in path.parent.glob(f".{_escape(path.name)}.{MARK}-*"):
+        try:
+            lock = os.open(stage, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
+            shutil.rmtree(stage, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)

@@ -1,0 +1,216 @@
+"""A base model on disk: one file, or a folder with shards, an index and sidecars."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.errors import BaseModelError, FileFormatError
+from loratool.files.container import (
+    PICKLE_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    WeightsFile,
+    open_weights,
+)
+from loratool.files.json import read_json_object
+from loratool.files.spec import StoredTensor
+
+__all__ = ["Checkpoint", "is_weight_like", "open_checkpoint"]
+
+INDEX_SUFFIX: Final = ".index.json"
+PREFERRED: Final = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+IGNORED_STEMS: Final = ("consolidated", "adapter_model", "training_args", "optimizer", "scheduler")
+FOREIGN_SUFFIXES: Final = (".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base whose headers have been read and checked.
+
+    Attributes:
+        path: What the user named: a folder or a file.
+        shards: The weights files in the order of their names, each with its tensors.
+        index: The index file, where there is one.
+        notes: What was found and not used, one sentence each.
+    """
+
+    path: Path
+    shards: tuple[WeightsFile, ...]
+    index: Path | None
+    notes: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where the sidecars are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """All tensors by name, shard by shard, each shard in the order of its data."""
+        return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata of the first shard."""
+        return self.shards[0].metadata
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The parsed ``config.json``; empty where there is none."""
+        path = self.folder / "config.json"
+        return read_json_object(path) if path.is_file() else {}
+
+    @property
+    def bytes(self) -> int:
+        """Size of all weights files."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def is_pickled(self) -> bool:
+        """Whether the weights are torch pickles."""
+        return self.shards[0].path.suffix in PICKLE_SUFFIXES
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model: read every header, move no tensor data.
+
+    A folder may hold ``model.safetensors``, shards with an index, or the ``.bin`` equivalents;
+    safetensors win. ``consolidated.*`` files repeat the same weights and are left out.
+
+    Raises:
+        BaseModelError: Nothing there is a model, shards are missing, or names repeat.
+        FileFormatError: A file breaks the rules of its format.
+    """
+    if not path.exists():
+        raise BaseModelError(path, "no such file or folder")
+    if path.is_file():
+        if path.name.endswith(INDEX_SUFFIX):
+            return _open_indexed(path.parent, path)
+        return Checkpoint(path, (open_weights(path),), None, ())
+    for kind in ("safetensors", "bin"):
+        indexes = sorted(
+            index
+            for index in path.glob(f"*.{kind}{INDEX_SUFFIX}")
+            if not index.name.startswith(IGNORED_STEMS)
+        )
+        if len(indexes) > 1:
+            raise BaseModelError(path, f"several indexes: {', '.join(i.name for i in indexes)}")
+        if indexes:
+            return _open_indexed(path, indexes[0])
+        files = _weights_in(path, kind)
+        if files:
+            return _open_files(path, files)
+    raise BaseModelError(
+        path,
+        "holds no model: expected model.safetensors, shards with an index, or pytorch_model.bin",
+        hint="the BASE comes first, then the adapters" if _holds_adapter(path) else None,
+    )
+
+
+def is_weight_like(path: Path) -> bool:
+    """Whether a file in a model folder holds weights in any format, or points to such."""
+    name = path.name
+    return (
+        path.suffix.lower() in (*WEIGHT_SUFFIXES, *FOREIGN_SUFFIXES)
+        or name.endswith(INDEX_SUFFIX)
+        or name.startswith("consolidated.")
+    )
+
+
+def _holds_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").exists()
+
+
+def _weights_in(folder: Path, kind: str) -> list[Path]:
+    files = sorted(
+        file
+        for file in folder.glob(f"*.{kind}")
+        if not file.name.startswith(IGNORED_STEMS) and file.is_file()
+    )
+    for name in PREFERRED:
+        if folder / name in files:
+            return [folder / name]
+    shards = [file for file in files if SHARD.fullmatch(file.name)]
+    if shards:
+        return shards
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:6])
+        raise BaseModelError(
+            folder, f"several weights files and no index: {names}", hint="name one of the files"
+        )
+    return files or sorted(folder.glob(f"consolidated.{kind}"))
+
+
+def _open_files(folder: Path, files: list[Path]) -> Checkpoint:
+    """Open a folder without an index: one file, or a complete set of numbered shards."""
+    matches = [match for file in files if (match := SHARD.fullmatch(file.name))]
+    if matches:
+        families = {(match[1], match[3]) for match in matches}
+        if len(families) > 1 or len(matches) != int(matches[0][3]):
+            raise BaseModelError(
+                folder,
+                f"incomplete: {len(matches)} shards of {matches[0][3]}, and no index",
+                hint="download the missing files",
+            )
+    shards = tuple(open_weights(file) for file in files)
+    _check_unique(folder, shards)
+    notes = ("there is no index; all shards were read",) if len(files) > 1 else ()
+    return Checkpoint(folder, shards, None, notes)
+
+
+def _open_indexed(folder: Path, index: Path) -> Checkpoint:
+    content = read_json_object(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileFormatError(index, "has no 'weight_map'")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise FileFormatError(
+                index,
+                f"sends tensor {name!r} to {file!r}: expected the plain name of a file beside it",
+            )
+        if Path(file).suffix.lower() not in WEIGHT_SUFFIXES:
+            raise FileFormatError(index, f"sends tensor {name!r} to {file!r}, not a weights file")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise BaseModelError(
+            folder,
+            f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}",
+            hint="download the missing files",
+        )
+    shards = tuple(open_weights(folder / name) for name in names)
+    _check_unique(folder, shards)
+    present = {name: shard.path.name for shard in shards for name in shard.tensors}
+    for name, file in weight_map.items():
+        if present.get(name) != file:
+            found = f"it is in {present[name]!r}" if name in present else "it is not there"
+            raise FileFormatError(index, f"says that tensor {name!r} is in {file!r}; {found}")
+    unlisted = [name for name in present if name not in weight_map]
+    notes = (
+        (f"{len(unlisted)} tensors are not in the index, such as {unlisted[0]!r}",)
+        if unlisted
+        else ()
+    )
+    return Checkpoint(folder, shards, index, notes)
+
+
+def _check_unique(folder: Path, shards: tuple[WeightsFile, ...]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if name in seen:
+                raise BaseModelError(
+                    folder, f"tensor {name!r} is both in {seen[name]!r} and {shard.path.name!r}"
+                )
+            seen[name] = shard.path.name

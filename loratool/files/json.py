@@ -1,0 +1,77 @@
+"""Strict JSON: no duplicate keys, no NaN, bounded size and depth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.errors import FileFormatError
+
+__all__ = ["parse_json", "read_json_object"]
+
+MAX_SIDECAR_BYTES: Final = 64 << 20
+"""No config or index is larger; a hostile one is not read into memory."""
+
+LFS_PREFIX: Final = b"version https://git-lfs"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} occurs twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def parse_json(data: bytes, *, where: object, allow_constants: bool = False) -> Any:
+    """Parse ``data``, refusing duplicate keys.
+
+    Args:
+        data: UTF-8 text; a byte order mark is tolerated.
+        where: What the text is, for the error message.
+        allow_constants: Accept ``NaN`` and ``Infinity``, which Python writes into configs.
+
+    Raises:
+        FileFormatError: The text is not JSON by these rules.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=None if allow_constants else _no_constant,
+        )
+    except UnicodeDecodeError as error:
+        raise FileFormatError(where, f"not UTF-8 text: {error.reason}") from None
+    except RecursionError:
+        raise FileFormatError(where, "nested too deeply to be what it should be") from None
+    except ValueError as error:
+        raise FileFormatError(where, f"not valid JSON: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a sidecar such as ``config.json``.
+
+    Raises:
+        FileFormatError: Unreadable, a git-LFS pointer, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > MAX_SIDECAR_BYTES:
+            raise FileFormatError(path, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB")
+        data = path.read_bytes()
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+    if data.startswith(LFS_PREFIX):
+        raise FileFormatError(
+            path, "a git-LFS pointer, not the file itself", hint="fetch it with 'git lfs pull'"
+        )
+    value = parse_json(data, where=path, allow_constants=True)
+    if not isinstance(value, dict):
+        raise FileFormatError(path, f"expected a JSON object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,513 @@
+"""Torch pickles (``.bin``, ``.pt``, ``.pth``) read as data: nothing in them is ever executed.
+
+A checkpoint written by ``torch.save`` is a small pickle that describes tensors, and their bytes
+beside it. The description needs two dozen opcodes. They are interpreted here on plain values;
+the few functions that torch's own checkpoints name are recognised by name and stand for the
+record they would build. Any other name is refused. This is stricter than torch's weights-only
+loader, needs no torch, reads no tensor data, and tells where in the file each tensor lies.
+
+Both containers are read: the zip archive of torch 1.6 and later (stored, not compressed), and
+the older sequence of pickles.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Final
+
+from loratool.errors import FileFormatError
+from loratool.files.dtypes import DTYPES, dtype_named
+from loratool.files.json import LFS_PREFIX
+from loratool.files.spec import StoredTensor, TensorSpec
+
+__all__ = ["TorchPickle", "read_pickle"]
+
+MAX_PICKLE_BYTES: Final = 64 << 20
+MAX_DEPTH: Final = 8
+LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
+
+STORAGE_DTYPES: Final = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+    "ComplexFloatStorage": "C64",
+    "UntypedStorage": "U8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TorchPickle:
+    """A pickled checkpoint whose description has been read; no tensor data has.
+
+    Attributes:
+        path: The file.
+        tensors: By name; nested dictionaries are joined with dots.
+        metadata: Empty; pickles have none.
+        other: What else the file holds (``epoch``, ``optimizer``, …): name to a short text.
+        size: Size of the file in bytes.
+    """
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+    other: Mapping[str, str]
+    size: int
+
+
+def read_pickle(path: Path) -> TorchPickle:
+    """Read the description of a file written by ``torch.save``.
+
+    Raises:
+        FileFormatError: Not such a file, damaged, or it names something that would be executed.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+            file.seek(0)
+            if start.startswith(b"PK\x03\x04"):
+                value = _read_zip(path, file)
+            elif start.startswith(b"\x80"):
+                value = _read_legacy(path, file)
+            else:
+                raise FileFormatError(path, _not_a_pickle(start, size))
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, struct.error, EOFError) as error:
+        raise FileFormatError(path, f"damaged or truncated: {error}") from None
+    tensors, other = _collect(path, value)
+    for stored in tensors.values():
+        if stored.offset + stored.span > size:
+            raise FileFormatError(path, f"truncated: tensor {stored.spec.name!r} ends beyond it")
+    return TorchPickle(path, tensors, {}, other, size)
+
+
+def _not_a_pickle(start: bytes, size: int) -> str:
+    if start.startswith(LFS_PREFIX):
+        return "a git-LFS pointer, not the weights; fetch them with 'git lfs pull'"
+    if size == 0:
+        return "the file is empty"
+    if start[8:9] == b"{":
+        return "a safetensors file, not a torch pickle; rename it to .safetensors"
+    return "not a file written by torch.save"
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A global that the pickle names: never imported, only compared."""
+
+    module: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: str
+    key: str
+    elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    place: int = -1
+
+
+@dataclass(slots=True)
+class _Dict:
+    """A dictionary under construction; keys of any hashable kind."""
+
+    items: dict[Any, Any] = field(default_factory=dict)
+
+
+class _Mark:
+    """The place on the stack where a MARK opcode stood."""
+
+
+_MARK: Final = _Mark()
+
+
+def _read_zip(path: Path, file: IO[bytes]) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        entries = {info.filename: info for info in archive.infolist()}
+        root = next((name for name in entries if name.split("/", 1)[-1] == "data.pkl"), None)
+        if root is None:
+            raise FileFormatError(path, "a zip archive, but not one written by torch.save")
+        prefix = root.removesuffix("data.pkl")
+        if entries[root].file_size > MAX_PICKLE_BYTES:
+            raise FileFormatError(path, "its description is too large to be a checkpoint's")
+        order = entries.get(f"{prefix}byteorder")
+        if order is not None and archive.read(order).strip() == b"big":
+            raise FileFormatError(path, "its tensors are big-endian, which is not supported")
+        value = _interpret(path, io.BytesIO(archive.read(root)))
+
+        def place(storage: _Storage) -> int:
+            info = entries.get(f"{prefix}data/{storage.key}")
+            width = DTYPES[storage.dtype].bits // 8
+            if info is None or info.compress_type != zipfile.ZIP_STORED:
+                raise FileFormatError(path, f"storage {storage.key!r} is missing or compressed")
+            if info.file_size < storage.elements * width:
+                raise FileFormatError(path, f"storage {storage.key!r} is shorter than it claims")
+            # The local header repeats the name and has an extra field of its own length.
+            file.seek(info.header_offset + 26)
+            name_length, extra_length = struct.unpack("<HH", file.read(4))
+            return int(info.header_offset + 30 + name_length + extra_length)
+
+        return _place(value, place)
+
+
+def _read_legacy(path: Path, file: IO[bytes]) -> Any:
+    data = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+    if _interpret(path, data) != LEGACY_MAGIC:
+        raise FileFormatError(path, "a pickle, but not a checkpoint written by torch.save")
+    _version, system, value, keys = (_interpret(path, data) for _ in range(4))
+    used = data.tell()
+    if isinstance(system, _Dict) and system.items.get("little_endian") is False:
+        raise FileFormatError(path, "its tensors are big-endian, which is not supported")
+    if not isinstance(keys, list):
+        raise FileFormatError(path, "damaged: it has no list of storages")
+    storages = {storage.key: storage for storage in _storages(value)}
+    places: dict[str, int] = {}
+    for key in keys:
+        storage = storages.get(key) if isinstance(key, str) else None
+        if storage is None:
+            raise FileFormatError(path, f"damaged: storage {key!r} belongs to no tensor")
+        file.seek(used)
+        (elements,) = struct.unpack("<q", file.read(8))
+        if elements < storage.elements:
+            raise FileFormatError(path, f"storage {key!r} is shorter than it claims")
+        places[key] = used + 8
+        used += 8 + elements * (DTYPES[storage.dtype].bits // 8)
+
+    def place(storage: _Storage) -> int:
+        if storage.key not in places:
+            raise FileFormatError(path, f"damaged: storage {storage.key!r} is missing")
+        return places[storage.key]
+
+    return _place(value, place)
+
+
+def _walk(value: Any, depth: int = 0) -> Iterator[_Tensor]:
+    if isinstance(value, _Tensor):
+        yield value
+    elif depth < MAX_DEPTH and isinstance(value, _Dict):
+        for item in value.items.values():
+            yield from _walk(item, depth + 1)
+    elif depth < MAX_DEPTH and isinstance(value, list | tuple):
+        for item in value:
+            yield from _walk(item, depth + 1)
+
+
+def _storages(value: Any) -> Iterator[_Storage]:
+    return (tensor.storage for tensor in _walk(value))
+
+
+def _place(value: Any, place: Callable[[_Storage], int], depth: int = 0) -> Any:
+    """Return ``value`` with the byte offset of every tensor's storage filled in."""
+    if isinstance(value, _Tensor):
+        return _Tensor(
+            value.storage, value.offset, value.shape, value.strides, place(value.storage)
+        )
+    if depth < MAX_DEPTH and isinstance(value, _Dict):
+        return _Dict(
+            {key: _place(item, place, depth + 1) for key, item in value.items.items()}
+        )
+    if depth < MAX_DEPTH and isinstance(value, list | tuple):
+        return [_place(item, place, depth + 1) for item in value]
+    return value
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return math.prod(shape) == 0 or all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(shape, strides, _contiguous(shape), strict=True)
+    )
+
+
+def _collect(path: Path, value: Any) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Flatten the unpickled value into named tensors and a summary of everything else."""
+    if isinstance(value, list):
+        value = _Dict(dict(enumerate(value)))
+    if not isinstance(value, _Dict):
+        raise FileFormatError(path, "holds no dictionary of tensors")
+    tensors: dict[str, StoredTensor] = {}
+    other: dict[str, str] = {}
+    owners: dict[tuple[Any, ...], str] = {}
+
+    def visit(prefix: str, items: Mapping[Any, Any], depth: int) -> None:
+        for key, item in items.items():
+            name = f"{prefix}{key}"
+            if isinstance(item, _Tensor):
+                if name in tensors:
+                    raise FileFormatError(path, f"two tensors are called {name!r}")
+                tensors[name] = _stored(path, name, item, owners)
+            elif isinstance(item, _Dict) and depth < MAX_DEPTH:
+                visit(f"{name}.", item.items, depth + 1)
+            elif isinstance(item, list | tuple) and any(True for _ in _walk(item)):
+                visit(f"{name}.", dict(enumerate(item)), depth + 1)
+            else:
+                other[name] = str(item)[:200]
+
+    wrapped = [key for key in ("state_dict", "model") if isinstance(value.items.get(key), _Dict)]
+    if wrapped and not any(isinstance(item, _Tensor) for item in value.items.values()):
+        inner = value.items.pop(wrapped[0])
+        visit("", inner.items, 0)
+        other |= {str(key): type(item).__name__ for key, item in value.items.items()}
+    else:
+        visit("", value.items, 0)
+    return tensors, other
+
+
+def _stored(
+    path: Path, name: str, tensor: _Tensor, owners: dict[tuple[Any, ...], str]
+) -> StoredTensor:
+    spec = TensorSpec(name, tensor.storage.dtype, tensor.shape)
+    width = DTYPES[spec.dtype].bits // 8
+    strides = None if _is_contiguous(tensor.shape, tensor.strides) else tensor.strides
+    offset = tensor.place + tensor.offset * width
+    identity = (tensor.storage.key, tensor.offset, tensor.shape, tensor.strides)
+    owner = owners.setdefault(identity, name) if spec.elements else name
+    stored = StoredTensor(spec, path, offset, strides, owner if owner != name else None)
+    if stored.span > max(0, tensor.storage.elements - tensor.offset) * width:
+        raise FileFormatError(path, f"tensor {name!r} reaches beyond its storage")
+    return stored
+
+
+def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
+    """What calling ``named`` would build, for the few names that torch's checkpoints use."""
+    match named.path:
+        case "collections.OrderedDict":
+            return _Dict(dict(arguments[0]) if arguments else {})
+        case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor":
+            return _tensor(path, arguments)
+        case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
+            return arguments[0]
+        case "torch._tensor._rebuild_from_type_v2" if isinstance(arguments[0], _Named):
+            return _rebuild(path, arguments[0], arguments[2])
+        case "torch.Size" | "builtins.set" | "__builtin__.set" | "builtins.list":
+            return list(arguments[0]) if arguments else []
+        case "torch.device":
+            return "device"
+        case "_codecs.encode":
+            return arguments[0]
+        case _:
+            raise FileFormatError(
+                path,
+                f"its pickle would call {named.path!r}, which is not executed",
+                hint="save the tensors alone, as safetensors, where you trust the file",
+            )
+
+
+def _tensor(path: Path, arguments: tuple[Any, ...]) -> _Tensor:
+    storage, offset, shape, strides = arguments[:4]
+    sizes = [offset, *shape, *strides]
+    if not isinstance(storage, _Storage) or not all(
+        type(size) is int and 0 <= size < 1 << 48 for size in sizes
+    ):
+        raise FileFormatError(path, "damaged: a tensor has an impossible shape")
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _storage(path: Path, persistent: Any) -> _Storage:
+    try:
+        kind, named, key, _, elements, *_ = persistent
+        dtype = STORAGE_DTYPES[named.name]
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise FileFormatError(path, "damaged: it names a storage of an unknown type") from None
+    if kind != "storage" or type(elements) is not int or elements < 0:
+        raise FileFormatError(path, "damaged: it names a storage of an unknown type")
+    return _Storage(dtype, str(key), elements)
+
+
+def _interpret(path: Path, data: IO[bytes]) -> Any:
+    """Interpret the pickle that begins where ``data`` stands, and leave ``data`` behind it."""
+    machine = _Machine(path)
+    position: int | None = 0
+    try:
+        for opcode, argument, position in pickletools.genops(data):
+            if machine.step(opcode.name, argument):
+                return machine.stack[-1]
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(
+            path, f"damaged: its pickle breaks off near byte {position}: {error}"
+        ) from None
+    raise FileFormatError(path, "truncated: its pickle has no end")
+
+
+class _Machine:
+    """The pickle machine, on values that cannot do anything."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> bool:
+        """Carry out one opcode; return whether it was the last."""
+        if name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in _LITERALS:
+            self.stack.append(argument)
+        elif name in _TUPLES:
+            count = _TUPLES[name]
+            items = tuple(self.stack[len(self.stack) - count :])
+            del self.stack[len(self.stack) - count :]
+            self.stack.append(items)
+        elif name == "STOP":
+            return True
+        else:
+            handler = getattr(self, f"_{name.lower()}", None)
+            if handler is None:
+                raise FileFormatError(self.path, f"its pickle uses the opcode {name}")
+            handler(argument)
+        return False
+
+    def _since_mark(self) -> list[Any]:
+        index = len(self.stack) - 1
+        while self.stack[index] is not _MARK:
+            index -= 1
+            if index < 0:
+                raise ValueError("unbalanced mark")
+        items = self.stack[index + 1 :]
+        del self.stack[index:]
+        return items
+
+    def _proto(self, argument: Any) -> None: ...
+
+    def _frame(self, argument: Any) -> None: ...
+
+    def _mark(self, argument: Any) -> None:
+        self.stack.append(_MARK)
+
+    def _empty_dict(self, argument: Any) -> None:
+        self.stack.append(_Dict())
+
+    def _empty_list(self, argument: Any) -> None:
+        self.stack.append([])
+
+    def _empty_set(self, argument: Any) -> None:
+        self.stack.append([])
+
+    def _tuple(self, argument: Any) -> None:
+        self.stack.append(tuple(self._since_mark()))
+
+    def _put(self, argument: int) -> None:
+        self.memo[argument] = self.stack[-1]
+
+    _binput = _long_binput = _put
+
+    def _memoize(self, argument: Any) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def _get(self, argument: int) -> None:
+        self.stack.append(self.memo[argument])
+
+    _binget = _long_binget = _get
+
+    def _global(self, argument: str) -> None:
+        module, _, name = argument.partition(" ")
+        self._push_named(module, name)
+
+    def _stack_global(self, argument: Any) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self._push_named(module, name)
+
+    def _push_named(self, module: str, name: str) -> None:
+        dtype = dtype_named(name) if module == "torch" else None
+        self.stack.append(dtype.name if dtype else _Named(module, name))
+
+    def _reduce(self, argument: Any) -> None:
+        arguments, named = self.stack.pop(), self.stack.pop()
+        if not isinstance(named, _Named) or not isinstance(arguments, tuple):
+            raise ValueError("REDUCE without a function")
+        self.stack.append(_rebuild(self.path, named, arguments))
+
+    def _binpersid(self, argument: Any) -> None:
+        self.stack.append(_storage(self.path, self.stack.pop()))
+
+    def _setitem(self, argument: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._target(_Dict).items[key] = value
+
+    def _setitems(self, argument: Any) -> None:
+        items = self._since_mark()
+        self._target(_Dict).items.update(zip(items[::2], items[1::2], strict=True))
+
+    def _append(self, argument: Any) -> None:
+        value = self.stack.pop()
+        self._target(list).append(value)
+
+    def _appends(self, argument: Any) -> None:
+        items = self._since_mark()
+        self._target(list).extend(items)
+
+    _additems = _appends
+
+    def _build(self, argument: Any) -> None:
+        # The state of an OrderedDict (its _metadata) or of a parameter: not tensors.
+        self.stack.pop()
+
+    def _target(self, kind: type[Any]) -> Any:
+        target = self.stack[-1]
+        if not isinstance(target, kind):
+            raise ValueError(f"{type(target).__name__} where a {kind.__name__} belongs")
+        return target
+
+
+_CONSTANTS: Final[Mapping[str, Any]] = {
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "EMPTY_TUPLE": (),
+}
+_TUPLES: Final[Mapping[str, int]] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_LITERALS: Final = frozenset(
+    (
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "UNICODE",
+        "SHORT_BINSTRING",
+        "BINSTRING",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "INT",
+        "LONG1",
+        "LONG4",
+        "LONG",
+        "BINFLOAT",
+        "FLOAT",
+    )
+)

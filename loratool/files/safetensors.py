@@ -1,0 +1,198 @@
+"""Safetensors headers: parsed against every rule of the format, and formatted as its authors do.
+
+The rules are those of the reference implementation (huggingface/safetensors, ``tensor.rs``):
+an unsigned little-endian 64-bit length, that many bytes of JSON, then the data; offsets relative
+to the data, gapless from 0 to the end of the file. Two things are stricter here: a duplicate key
+is refused (the reference keeps the last one), and so is a header that a tensor's size overflows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import reprlib
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.errors import FileFormatError
+from loratool.files.dtypes import DTYPES
+from loratool.files.json import LFS_PREFIX, parse_json
+from loratool.files.spec import StoredTensor, TensorSpec
+
+__all__ = ["MAX_HEADER_BYTES", "SafetensorsFile", "canonical_order", "format_header", "read_header"]
+
+MAX_HEADER_BYTES: Final = 100_000_000
+MAX_DIMENSION: Final = 1 << 62
+METADATA_KEY: Final = "__metadata__"
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """One file whose header has been read and checked; no tensor data has.
+
+    Attributes:
+        path: The file.
+        tensors: By name, in the order of their data.
+        metadata: The header's ``__metadata__``; empty where it has none.
+        header: The raw bytes before the data, length prefix included.
+        size: Size of the whole file in bytes.
+    """
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+    header: bytes
+    size: int
+
+
+def read_header(path: Path) -> SafetensorsFile:
+    """Read and check the header of ``path``.
+
+    Raises:
+        FileFormatError: The file breaks a rule of the format; the message says which.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise FileFormatError(path, _not_safetensors(prefix, size))
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES or length > size - 8:
+                start = prefix + file.read(64)
+                raise FileFormatError(path, _bad_length(start, length, size))
+            text = file.read(length)
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+    if not text.lstrip(b" ").startswith(b"{"):
+        raise FileFormatError(path, _not_safetensors(prefix + text[:64], size))
+    fields = parse_json(text, where=f"{path}: header")
+    metadata = _check_metadata(path, fields.pop(METADATA_KEY, None))
+    tensors = _check_tensors(path, fields, data_start=8 + length, file_size=size)
+    return SafetensorsFile(path, tensors, metadata, prefix + text, size)
+
+
+def canonical_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Return ``specs`` in the order in which the format's own library stores them."""
+    rank = {name: index for index, name in enumerate(DTYPES)}
+    return sorted(specs, key=lambda spec: (-rank[spec.dtype], spec.name))
+
+
+def format_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a file that stores ``specs`` in the given order.
+
+    The bytes are those of the reference writer: compact JSON, padded with spaces so that the
+    data begins at a multiple of eight; metadata in sorted order, so that they never vary.
+    """
+    fields: dict[str, Any] = {}
+    if metadata:
+        fields[METADATA_KEY] = dict(sorted(metadata.items()))
+    offset = 0
+    for spec in specs:
+        end = offset + spec.nbytes
+        fields[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bad_length(start: bytes, length: int, size: int) -> str:
+    if start.startswith(LFS_PREFIX) or start[:1] in b"<P\x80":
+        return _not_safetensors(start, size)
+    if length > MAX_HEADER_BYTES:
+        return (
+            f"the header claims {length} bytes, the format allows {MAX_HEADER_BYTES}; "
+            "this is not a safetensors file, or a damaged one"
+        )
+    return f"truncated: the header claims {length} bytes, the file has {size} in all"
+
+
+def _not_safetensors(start: bytes, size: int) -> str:
+    if start.startswith(LFS_PREFIX):
+        return "a git-LFS pointer, not the weights; fetch them with 'git lfs pull'"
+    if size == 0:
+        return "the file is empty"
+    if start.startswith(b"PK\x03\x04") or start.startswith(b"\x80\x02"):
+        return "a torch pickle, not a safetensors file; rename it to .bin"
+    if start.lstrip()[:1] == b"<":
+        return "a web page or XML text, not a safetensors file; the download went wrong"
+    return "not a safetensors file"
+
+
+def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise FileFormatError(path, "header: __metadata__ must map strings to strings")
+    return metadata
+
+
+def _check_tensors(
+    path: Path, fields: dict[str, Any], *, data_start: int, file_size: int
+) -> dict[str, StoredTensor]:
+    placed: list[tuple[int, int, TensorSpec]] = []
+    for name, field in fields.items():
+        spec, begin, end = _check_field(path, name, field)
+        placed.append((begin, end, spec))
+    placed.sort(key=lambda item: item[:2])
+    expected = 0
+    for begin, end, spec in placed:
+        if begin != expected:
+            kind = "overlaps the one before" if begin < expected else "leaves a hole before it"
+            raise FileFormatError(
+                path,
+                f"header: tensor {spec.name!r} begins at {begin}, which {kind} "
+                f"(expected {expected})",
+            )
+        expected = end
+    if data_start + expected != file_size:
+        state = "truncated" if data_start + expected > file_size else "has trailing bytes"
+        raise FileFormatError(
+            path,
+            f"{state}: the header describes {data_start + expected} bytes, the file has "
+            f"{file_size}",
+        )
+    return {
+        spec.name: StoredTensor(spec, path, data_start + begin) for begin, _, spec in placed
+    }
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_DIMENSION
+
+
+def _check_field(path: Path, name: str, field: Any) -> tuple[TensorSpec, int, int]:
+    where = f"header: tensor {name!r}"
+    if not isinstance(field, dict):
+        raise FileFormatError(path, f"{where} is described by {type(field).__name__}")
+    dtype, shape, offsets = (field.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FileFormatError(path, f"{where} has the unknown dtype {reprlib.repr(dtype)}")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise FileFormatError(path, f"{where} has the impossible shape {reprlib.repr(shape)}")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(_is_size(offset) for offset in offsets)
+        or offsets[0] > offsets[1]
+    ):
+        raise FileFormatError(path, f"{where} has the impossible offsets {reprlib.repr(offsets)}")
+    bits = math.prod(shape) * DTYPES[dtype].bits
+    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        raise FileFormatError(
+            path,
+            f"{where} has {offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes "
+            f"{bits / 8:g}",
+        )
+    return TensorSpec(name, dtype, tuple(shape)), offsets[0], offsets[1]

@@ -1,0 +1,83 @@
+"""What a tensor in a file is, and where its bytes lie. Neither costs I/O on tensor data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from loratool.files.dtypes import DTYPES
+
+__all__ = ["StoredTensor", "TensorSource", "TensorSpec"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype (as in a safetensors header) and shape of one tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements; 1 for a scalar, 0 where a dimension is 0."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.elements * DTYPES[self.dtype].bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor and the place of its data.
+
+    Attributes:
+        spec: What it is.
+        path: The file that holds it.
+        offset: Byte offset of the first element in that file.
+        strides: Element strides where the data is not contiguous in row-major order (only
+            pickled checkpoints can hold such), else ``None``.
+        alias_of: Name of another tensor that owns the same bytes, or ``None``.
+    """
+
+    spec: TensorSpec
+    path: Path
+    offset: int
+    strides: tuple[int, ...] | None = None
+    alias_of: str | None = None
+
+    @property
+    def span(self) -> int:
+        """Number of bytes from the first element to the last one, both included."""
+        if self.strides is None:
+            return self.spec.nbytes
+        if self.spec.elements == 0:
+            return 0
+        last = sum(
+            (size - 1) * stride for size, stride in zip(self.spec.shape, self.strides, strict=True)
+        )
+        return (last + 1) * DTYPES[self.spec.dtype].bits // 8
+
+
+class TensorSource(Protocol):
+    """Anything that holds named tensors: one file, or a checkpoint of several shards."""
+
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """All tensors by name, in the order of the file."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Free text that the file carries along."""
+        ...

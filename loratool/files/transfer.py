@@ -1,0 +1,102 @@
+"""Move bytes between files at given offsets, completely or with an error."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Final
+
+from loratool.errors import FileFormatError, OutputError
+
+__all__ = ["clone_file", "copy_range", "describe_write_error", "read_into", "write_all"]
+
+FICLONE: Final = 0x40049409
+CHUNK: Final = 8 << 20
+NO_KERNEL_COPY: Final = frozenset(
+    (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+)
+
+
+def clone_file(source: int, target: int) -> bool:
+    """Make ``target`` share all extents of ``source``, where the file system can; else do nothing."""
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError:
+        return False
+    return True
+
+
+def copy_range(
+    source: int, target: int, source_offset: int, target_offset: int, size: int, *, path: Path
+) -> None:
+    """Copy ``size`` bytes, inside the kernel where it can.
+
+    Raises:
+        FileFormatError: The source ended early.
+        OSError: Reading or writing failed.
+    """
+    while size:
+        try:
+            moved = os.copy_file_range(
+                source, target, min(size, 1 << 30), source_offset, target_offset
+            )
+        except OSError as error:
+            if error.errno not in NO_KERNEL_COPY:
+                raise
+            _copy_through_memory(source, target, source_offset, target_offset, size, path)
+            return
+        if moved == 0:
+            raise FileFormatError(path, "became shorter while it was read")
+        source_offset += moved
+        target_offset += moved
+        size -= moved
+
+
+def _copy_through_memory(
+    source: int, target: int, source_offset: int, target_offset: int, size: int, path: Path
+) -> None:
+    buffer = memoryview(bytearray(min(size, CHUNK)))
+    while size:
+        view = buffer[: min(size, CHUNK)]
+        read_into(source, view, source_offset, path=path)
+        write_all(target, view, target_offset)
+        source_offset += len(view)
+        target_offset += len(view)
+        size -= len(view)
+
+
+def read_into(source: int, view: memoryview, offset: int, *, path: Path) -> None:
+    """Fill ``view`` from ``offset`` on.
+
+    Raises:
+        FileFormatError: The file ended early, or could not be read.
+    """
+    while len(view):
+        try:
+            count = os.preadv(source, [view], offset)
+        except OSError as error:
+            raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        if count == 0:
+            raise FileFormatError(path, "became shorter while it was read")
+        view = view[count:]
+        offset += count
+
+
+def write_all(target: int, view: memoryview, offset: int) -> None:
+    """Write all of ``view`` at ``offset``.
+
+    Raises:
+        OSError: Writing failed, such as for want of space.
+    """
+    while len(view):
+        count = os.pwrite(target, view, offset)
+        view = view[count:]
+        offset += count
+
+
+def describe_write_error(path: Path, error: OSError) -> OutputError:
+    """Return the error that tells a user why ``path`` could not be written."""
+    hint = "free some space, or choose another disk" if error.errno == errno.ENOSPC else None
+    return OutputError(path, f"cannot be written: {error.strerror or error}", hint=hint)

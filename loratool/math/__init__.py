@@ -1,0 +1,1 @@
+"""Torch arithmetic: what each kind of delta is, and how it changes a weight."""

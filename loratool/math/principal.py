@@ -1,0 +1,37 @@
+"""What some initialisations take out of the base weight, computed again from it.
+
+PEFT changes the base when it loads an adapter of these kinds, so the adapter is only right on
+top of that changed base. The decompositions are deterministic, hence recoverable from the
+original weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["kasa_residual", "olora_residual", "pissa_residual"]
+
+
+def pissa_residual(weight: Tensor, rank: int) -> Tensor:
+    """Return ``W`` less its ``rank`` leading singular components (PiSSA, arXiv 2404.02948).
+
+    Args:
+        weight: ``(m, n)``, float32.
+        rank: How many components the adapter took over.
+    """
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    return weight - (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def kasa_residual(weight: Tensor, rank: int) -> Tensor:
+    """Return ``W`` less its ``rank`` trailing singular components (KaSA, arXiv 2412.06071)."""
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    kept = S.shape[0] - rank
+    return (U[:, :kept] * S[:kept]) @ Vh[:kept]
+
+
+def olora_residual(weight: Tensor, rank: int, scale: float) -> Tensor:
+    """Return ``W - scale · Q_r R_r`` from its QR decomposition (OLoRA, arXiv 2406.01775)."""
+    Q, R = torch.linalg.qr(weight)
+    return weight - scale * (Q[:, :rank] @ R[:rank])

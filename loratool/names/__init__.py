@@ -1,0 +1,1 @@
+"""How the modules of each model family are named in the conventions that occur."""

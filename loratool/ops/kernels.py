@@ -1,0 +1,262 @@
+"""From the edits of a step to the arithmetic that carries them out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.adapter.model import Site
+from loratool.adapter.slots import Slot
+from loratool.errors import MergeError
+from loratool.files.inputs import InputFiles
+from loratool.math.deltas import (
+    Additive,
+    Delta,
+    Interpolated,
+    Offset,
+    Placed,
+    Rows,
+    WeightDecomposed,
+    column_norms,
+)
+from loratool.math.lowrank import LowRank, stack
+from loratool.math.principal import kasa_residual, olora_residual, pissa_residual
+from loratool.ops.plan import AddBias, AddDelta, Blend, Decompose, Region, Residual, SetRows, Step
+from loratool.ops.tensors import RowReader, read_tensor, torch_dtype
+
+__all__ = ["BLOCK_ELEMENTS", "Kernel", "compile_step", "load_delta"]
+
+BLOCK_ELEMENTS: Final = 1 << 18
+"""Elements of one block: 1 MiB of float32, which stays in the cache of one core."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How one tensor is computed, block by block.
+
+    Attributes:
+        rows: Rows of the matrix.
+        width: Its columns.
+        dtype: The dtype of the arithmetic.
+        output: The dtype of the result.
+        reader: Reads the source.
+        deltas: What changes it, in order.
+        is_empty: Whether all of the deltas are exactly zero.
+    """
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+    output: torch.dtype
+    reader: RowReader
+    deltas: tuple[Delta, ...]
+    is_empty: bool
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether some delta looks at the values from before any change."""
+        return any(isinstance(delta, WeightDecomposed | Interpolated) for delta in self.deltas)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of one block."""
+        return max(1, min(self.rows, BLOCK_ELEMENTS // max(1, self.width)))
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return -(-self.rows // self.block_rows)
+
+
+def compile_step(step: Step, files: InputFiles) -> Kernel:
+    """Load the small tensors that ``step`` needs and return its arithmetic.
+
+    Raises:
+        MergeError: Two adapters see the weight as matrices of different shapes.
+    """
+    width = _width(step)
+    dtypes = (step.spec.dtype, step.source.spec.dtype)
+    dtype = torch.float64 if "F64" in dtypes else torch.float32
+    reader = RowReader(step.source, width, files)
+    rows = step.spec.elements // width if width else 0
+    deltas: list[Delta] = []
+    plain: list[LowRank] = []
+    nonzero = False
+
+    def flush() -> None:
+        if plain:
+            deltas.append(Additive(stack(plain)))
+            plain.clear()
+
+    for edit in step.edits:
+        if isinstance(edit, AddDelta) and _covers(edit.region, rows, width):
+            delta = load_delta(edit.site, edit.region, edit.scale, dtype)
+            nonzero |= not _is_zero(delta)
+            plain.append(delta)
+            continue
+        flush()
+        for delta_kind in _deltas(edit, step, reader, rows, width, dtype, files):
+            nonzero |= not isinstance(delta_kind, Placed) or not _is_zero(delta_kind.delta)
+            deltas.append(delta_kind)
+    flush()
+    return Kernel(
+        rows=rows,
+        width=width,
+        dtype=dtype,
+        output=torch_dtype(step.spec.dtype),
+        reader=reader,
+        deltas=tuple(deltas),
+        is_empty=not nonzero,
+    )
+
+
+def _width(step: Step) -> int:
+    widths = {
+        edit.region.width for edit in step.edits if isinstance(edit, AddDelta | Decompose)
+    }
+    if len(widths) > 1:
+        raise MergeError(step.spec.name, "two adapters see this weight as different matrices")
+    if widths:
+        return widths.pop()
+    shape = step.spec.shape
+    return math.prod(shape[1:])
+
+
+def _covers(region: Region, rows: int, width: int) -> bool:
+    return (region.rows, region.columns, region.experts) == (rows, width, 1)
+
+
+def _is_zero(delta: LowRank) -> bool:
+    return delta.scale == 0 or not bool(delta.up.any()) or not bool(delta.down.any())
+
+
+def _deltas(
+    edit: AddDelta | Decompose | Residual | Blend | SetRows | AddBias,
+    step: Step,
+    reader: RowReader,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    files: InputFiles,
+) -> Iterator[Delta]:
+    match edit:
+        case AddDelta():
+            yield from _placed(edit, dtype)
+        case Decompose():
+            yield _decompose(edit, reader, rows, width, dtype)
+        case Residual():
+            yield Interpolated(_residual(edit, reader, rows), edit.weight)
+        case Blend():
+            saved = RowReader(edit.tensor, width, files)
+            yield Interpolated(saved.rows, edit.weight, only_if_different=edit.only_if_different)
+        case SetRows():
+            values = read_tensor(edit.tensor, dtype)
+            yield Rows(edit.indices, values.reshape(len(edit.indices), -1), edit.weight)
+        case AddBias():
+            yield Offset(read_tensor(edit.tensor, dtype).reshape(-1, width), edit.scale)
+
+
+def _placed(edit: AddDelta, dtype: torch.dtype) -> Iterator[Delta]:
+    region = edit.region
+    if region.experts == 1 or region.expert is not None:
+        delta = load_delta(edit.site, region, edit.scale, dtype)
+        yield Placed(delta, region.first_row, region.first_column)
+        return
+    down, up = _factors(edit.site, region, dtype)
+    for expert in range(region.experts):
+        delta = _expert(down, up, expert, region, edit.scale)
+        yield Placed(delta, region.first_row + expert * region.rows, region.first_column)
+
+
+def load_delta(site: Site, region: Region, scale: float, dtype: torch.dtype) -> LowRank:
+    """Read the factors of one delta, oriented as the region stores it."""
+    down, up = _factors(site, region, dtype)
+    if region.experts > 1:
+        return _expert(down, up, region.expert or 0, region, scale)
+    delta = LowRank(up, down, scale)
+    return delta.mT if region.transposed else delta
+
+
+def _expert(down: Tensor, up: Tensor, expert: int, region: Region, scale: float) -> LowRank:
+    """Return one expert's delta: A stacks experts along its rows, B interleaves its columns."""
+    rank = down.shape[0] // region.experts
+    delta = LowRank(
+        up.reshape(up.shape[0], rank, region.experts)[:, :, expert],
+        down.reshape(region.experts, rank, down.shape[1])[expert],
+        scale,
+    )
+    if region.transposed:
+        delta = delta.mT
+    index, parts = region.part
+    if parts > 1:
+        size = delta.up.shape[0] // parts
+        delta = LowRank(delta.up[index * size : (index + 1) * size], delta.down, scale)
+    return delta
+
+
+def _factors(site: Site, region: Region, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Read A as ``(r, in)`` and B as ``(out, r)``, with what lies between them in A."""
+    assert site.down is not None and site.up is not None
+    down = read_tensor(site.down, dtype).flatten(1)
+    up = read_tensor(site.up, dtype).flatten(1)
+    for slot in (Slot.SINGULAR, Slot.DIAGONAL):
+        if slot in site.slots:
+            down = down * read_tensor(site.slots[slot], dtype).reshape(-1, 1)
+    if site.variant == "bdlora":
+        out, into = region.rows, region.columns
+        down = _expand_blocks(down, into)
+        up = _expand_blocks(up, down.shape[0])
+        if (up.shape[0], down.shape[1]) != (out, into):
+            raise MergeError(site.label, "has block-diagonal factors of an unknown form")
+    return down, up
+
+
+def _expand_blocks(factor: Tensor, columns: int) -> Tensor:
+    """Return the block-diagonal matrix that a compact BD-LoRA factor stands for."""
+    count = columns // factor.shape[1]
+    return torch.block_diag(*factor.chunk(count, dim=0)) if count > 1 else factor
+
+
+def _decompose(
+    edit: Decompose, reader: RowReader, rows: int, width: int, dtype: torch.dtype
+) -> WeightDecomposed:
+    delta = load_delta(edit.site, edit.region, edit.scale, dtype)
+    magnitude = read_tensor(edit.site.slots[Slot.MAGNITUDE], dtype).flatten()
+    expected = width if edit.region.transposed else rows
+    if magnitude.shape[0] != expected:
+        raise MergeError(
+            edit.site.label, f"its magnitude has {magnitude.shape[0]} entries, expected {expected}"
+        )
+    norms = None
+    if edit.region.transposed:
+        norms = column_norms(_row_blocks(reader, rows, width, dtype), delta, width)
+    return WeightDecomposed(delta, magnitude, norms, edit.weight)
+
+
+def _row_blocks(
+    reader: RowReader, rows: int, width: int, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor]]:
+    count = max(1, BLOCK_ELEMENTS // max(1, width))
+    for start in range(0, rows, count):
+        block = reader.rows(start, min(count, rows - start)).to(dtype, copy=True)
+        yield start, block
+
+
+def _residual(edit: Residual, reader: RowReader, rows: int) -> Callable[[int, int], Tensor]:
+    """Return the base weight as PEFT leaves it on loading, rounded to its own dtype."""
+    weight = reader.rows(0, rows).to(torch.float32)
+    match edit.kind:
+        case "pissa":
+            values = pissa_residual(weight, edit.rank)
+        case "kasa":
+            values = kasa_residual(weight, edit.rank)
+        case _:
+            values = olora_residual(weight, edit.rank, edit.scale)
+    rounded = values.to(reader.dtype)
+    return lambda start, count: rounded[start : start + count]
+

@@ -1,0 +1,129 @@
+"""``merge``: base + Σ weight · delta, as a checkpoint like the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Final
+
+from loratool.files.atomic import check_output, staged
+from loratool.ops.merging.planning import plan_merge
+from loratool.ops.plan import Plan
+
+__all__ = ["MergeReport", "merge", "plan_merge"]
+
+AnyPath = str | PathLike[str]
+Progress = Callable[[int, int], None]
+RETENTION_WARNING: Final = 0.9
+SYNC_BELOW: Final = 64 << 20
+"""Outputs smaller than this are always synced to the disk: it costs nothing that matters."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        tensors: Tensors in the output.
+        merged: Tensors of the base that changed.
+        copied: Tensors that did not.
+        added: Tensors that the base did not have.
+        unused: Adapter keys left out on request.
+        bytes_written: Bytes of the weights files.
+        retention: ``⟨W' - W, Δ⟩ / ‖Δ‖²``, the share of the update that survived rounding to
+            the output dtype; ``None`` where nothing was added to anything.
+        notes: What a user should know, one sentence each.
+    """
+
+    tensors: int
+    merged: int
+    copied: int
+    added: int
+    unused: tuple[str, ...]
+    bytes_written: int
+    retention: float | None
+    notes: tuple[str, ...] = field(default=())
+
+
+def merge(
+    base: AnyPath,
+    adapters: Sequence[AnyPath],
+    output: AnyPath,
+    *,
+    weights: Sequence[float] = (),
+    dtype: str | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    skip: Sequence[str] = (),
+    threads: int | None = None,
+    sync: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge adapters into a base, file to file.
+
+    The arithmetic is ``W' = round(W + Σ weight · scale · B @ A)`` with float32 sums (float64
+    for a float64 base) and one rounding, however many adapters there are.
+
+    Args:
+        base: Folder or file of the base model.
+        adapters: Adapters, each a file or a folder.
+        output: Where the merged model goes: a folder, or a file where the base is one.
+        weights: One number for each adapter; missing ones are 1.
+        dtype: ``float32``, ``float16`` or ``bfloat16`` for every floating-point tensor.
+        force: Replace an existing output.
+        allow_nonfinite: Write NaN and infinity where they come out.
+        alpha: Alpha for adapters that record none.
+        adapter_name: Which adapter, where a path holds several.
+        skip: Regular expressions; adapter keys that match are left out, and reported.
+        threads: Number of worker threads; by default one for each processor, at most eight.
+        sync: Wait until the weights are on the disk, not only in the system's cache.
+        progress: Called with bytes done and bytes in all.
+
+    Raises:
+        LoratoolError: Nothing was written; the message says why.
+    """
+    from loratool.ops.run import write_plan
+
+    output = Path(output)
+    plan = plan_merge(
+        base,
+        adapters,
+        weights=weights,
+        dtype=dtype,
+        alpha=alpha,
+        adapter_name=adapter_name,
+        skip=skip,
+        output=output,
+    )
+    inputs = [Path(base), *(Path(adapter) for adapter in adapters)]
+    check_output(output, force=force, inputs=inputs, needed=plan.nbytes)
+    sync = sync or plan.nbytes < SYNC_BELOW
+    with staged(output, folder=plan.is_folder, sync=sync) as place:
+        result = write_plan(
+            plan,
+            place,
+            allow_nonfinite=allow_nonfinite,
+            threads=threads,
+            sync=sync,
+            progress=progress,
+        )
+    notes = list(plan.notes)
+    if result.retention is not None and result.retention < RETENTION_WARNING:
+        notes.append(
+            f"only {result.retention:.1%} of the update survived rounding to the output's dtype; "
+            "write a wider one with --dtype float32"
+        )
+    return MergeReport(
+        tensors=sum(1 for _ in plan.steps()),
+        merged=plan.merged,
+        copied=plan.copied,
+        added=plan.added,
+        unused=plan.unused,
+        bytes_written=plan.nbytes,
+        retention=result.retention,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,1 @@
+"""How a merge is decided: which tensor of the base each tensor of an adapter changes, and how."""

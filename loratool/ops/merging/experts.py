@@ -1,0 +1,219 @@
+"""Adapters on mixtures of experts, whichever of base and adapter has the experts fused."""
+
+from __future__ import annotations
+
+import re
+from itertools import permutations
+from typing import Final
+
+from loratool.adapter.model import Adapter, Site
+from loratool.errors import BaseModelError, UnsupportedError
+from loratool.names.experts import (
+    FUSED,
+    TRANSPOSED_MODEL_TYPES,
+    fused_part_of,
+    registration_index,
+)
+from loratool.ops.merging.context import BaseView
+from loratool.ops.plan import Region
+
+__all__ = ["assign_parameters", "locate_in_fused", "locate_parameter"]
+
+EXPERT: Final = re.compile(r"(?P<container>.+)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)")
+INTERLEAVED: Final = frozenset(("gpt_oss",))
+"""Models whose fused gate and up projections alternate row by row."""
+
+
+def locate_in_fused(site: Site, base: BaseView) -> tuple[str, Region] | None:
+    """Return where a site on one expert's projection goes in a base with fused experts."""
+    match = EXPERT.fullmatch(site.module)
+    part = fused_part_of(match["leaf"]) if match else None
+    if match is None or part is None:
+        return None
+    owner = base.index.find(match["container"], parameter=part.parameter)
+    if owner is None:
+        return None
+    name = f"{owner}.{part.parameter}"
+    shape = base.shape(name)
+    expert = int(match["expert"])
+    if len(shape) != 3 or expert >= shape[0]:
+        raise BaseModelError(site.label, f"the base's {name!r} has shape {list(shape)}")
+    _, rows, columns = shape
+    out, into = site.out_features, site.in_features
+    if part.parts > 1 and base.model_types & INTERLEAVED:
+        raise UnsupportedError(
+            site.label, f"the base interleaves gate and up in {name!r}, which is not supported"
+        )
+    transposed = (into, out * part.parts) == (rows, columns)
+    if (out * part.parts, into) == (rows, columns):
+        transposed = transposed and bool(base.model_types & TRANSPOSED_MODEL_TYPES)
+    elif not transposed:
+        raise BaseModelError(
+            site.label, f"a delta of {[out, into]} does not fit {name!r} of {list(shape)}"
+        )
+    first_row, first_column = expert * rows, 0
+    if transposed:
+        first_column = part.index * out
+    else:
+        first_row += part.index * out
+    region = Region(
+        *((into, out) if transposed else (out, into)),
+        first_row=first_row,
+        first_column=first_column,
+        transposed=transposed,
+        full_width=columns,
+    )
+    return name, region
+
+
+def fused_shape(parameter: str, base: BaseView) -> tuple[int, ...] | None:
+    """Return the shape that ``parameter`` has, or would have if the base's experts were fused."""
+    module, _, leaf = parameter.rpartition(".")
+    owner = base.index.find(module, parameter=leaf)
+    if owner is not None:
+        return base.shape(f"{owner}.{leaf}")
+    experts = _expert_tensors(parameter, base)
+    if not experts:
+        return None
+    rows, columns = base.shape(experts[0][0])
+    return (len(experts), rows * len(experts[0]), columns)
+
+
+def _expert_tensors(parameter: str, base: BaseView) -> list[list[str]]:
+    """Return, for each expert, the names of the tensors that make up the fused ``parameter``."""
+    module, _, leaf = parameter.rpartition(".")
+    container = base.index.find(module)
+    if container is None or leaf not in FUSED:
+        return []
+    found: list[list[str]] = []
+    while True:
+        names = []
+        for alternatives in FUSED[leaf]:
+            for alternative in alternatives:
+                name = f"{container}.{len(found)}.{alternative}.weight"
+                if name in base.tensors:
+                    names.append(name)
+        if len(names) != len(FUSED[leaf]):
+            return found
+        found.append(names)
+
+
+def assign_parameters(adapter: Adapter, base: BaseView) -> dict[str, str]:
+    """Return which parameter each site with ``parameters`` adapts: label to parameter.
+
+    Several on one module nest, the first registered innermost. Shapes decide where they can,
+    the order of registration where they cannot.
+    """
+    assigned: dict[str, str] = {}
+    modules = dict.fromkeys(site.module for site in adapter.sites if site.parameters)
+    for module in modules:
+        sites = [site for site in adapter.sites if site.parameters and site.module == module]
+        sites.sort(key=lambda site: -site.nesting)
+        candidates = [
+            parameter for parameter in sites[0].parameters if fused_shape(parameter, base)
+        ]
+        if len(candidates) < len(sites):
+            raise BaseModelError(
+                f"{adapter.path}: {module}",
+                f"the base has {len(candidates)} of the parameters "
+                f"{', '.join(sites[0].parameters)}; the adapter has {len(sites)} deltas",
+            )
+        if len(candidates) > 7:
+            raise BaseModelError(module, f"{len(candidates)} target parameters on one module")
+        options = [
+            option
+            for option in permutations(candidates, len(sites))
+            if all(
+                _fits(site, parameter, adapter, base)
+                for site, parameter in zip(sites, option, strict=True)
+            )
+        ]
+        if len(options) > 1:
+            options = [option for option in options if _is_registered_order(option)]
+        if len(options) != 1:
+            found = "no" if not options else "more than one"
+            raise BaseModelError(
+                f"{adapter.path}: {module}",
+                f"{found} assignment of its {len(sites)} deltas to {', '.join(candidates)} fits "
+                "the base's shapes",
+            )
+        for site, parameter in zip(sites, options[0], strict=True):
+            assigned[site.label] = parameter
+    return assigned
+
+
+def _is_registered_order(option: tuple[str, ...]) -> bool:
+    places = [registration_index(parameter.rpartition(".")[2]) for parameter in option]
+    known = [place for place in places if place is not None]
+    return len(known) == len(places) and known == sorted(known)
+
+
+def _fits(site: Site, parameter: str, adapter: Adapter, base: BaseView) -> bool:
+    shape = fused_shape(parameter, base)
+    assert shape is not None and adapter.config is not None
+    if len(shape) == 2:
+        shape = (1, *shape)
+    if len(shape) != 3:
+        return False
+    experts, rows, columns = shape
+    rank = adapter.config.rank_for(parameter)
+    pair = (site.out_features, site.in_features)
+    return site.rows == experts * rank and pair in ((rows, columns), (columns, rows))
+
+
+def locate_parameter(
+    site: Site, parameter: str, adapter: Adapter, base: BaseView
+) -> list[tuple[str, Region]]:
+    """Return every place where a site on a raw parameter goes."""
+    shape = fused_shape(parameter, base)
+    assert shape is not None
+    module, _, leaf = parameter.rpartition(".")
+    if len(shape) == 2:
+        owner = base.index.find(module, parameter=leaf)
+        return [(f"{owner}.{leaf}", Region(*shape, transposed=False))]
+    experts, rows, columns = shape
+    transposed = _is_transposed(site, parameter, shape, adapter, base)
+    owner = base.index.find(module, parameter=leaf)
+    if owner is not None:
+        region = Region(rows, columns, transposed=transposed, experts=experts)
+        return [(f"{owner}.{leaf}", region)]
+    places = []
+    for expert, names in enumerate(_expert_tensors(parameter, base)):
+        for index, name in enumerate(names):
+            region = Region(
+                rows // len(names),
+                columns,
+                transposed=transposed,
+                experts=experts,
+                expert=expert,
+                part=(index, len(names)),
+            )
+            places.append((name, region))
+    return places
+
+
+def _is_transposed(
+    site: Site, parameter: str, shape: tuple[int, ...], adapter: Adapter, base: BaseView
+) -> bool:
+    """Whether the delta ``(out, in)`` lies transposed in the parameter ``(E, rows, columns)``.
+
+    Square parameters leave it to the PEFT release: up to 0.18 A always spanned the first
+    axis; 0.19.0 had it the wrong way round for some; since then A spans the first axis only
+    where the model declares its experts transposed.
+    """
+    _, rows, columns = shape
+    if rows != columns:
+        return site.in_features == rows
+    declared = bool(base.model_types & TRANSPOSED_MODEL_TYPES)
+    version = str(adapter.field("peft_version") or "0.17.0")
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if numbers < (0, 19, 0):
+        return True
+    if numbers == (0, 19, 0) or not base.model_types:
+        raise BaseModelError(
+            site.label,
+            f"{parameter} is square {list(shape)}, and PEFT {version} does not settle how its "
+            "delta lies",
+            hint="save the adapter again with a current PEFT",
+        )
+    return declared

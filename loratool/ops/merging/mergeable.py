@@ -1,0 +1,195 @@
+"""Adapters and bases that must not be merged, refused by name with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from loratool.adapter.model import Adapter, Kind, Site
+from loratool.adapter.slots import Slot
+from loratool.errors import AdapterError, BaseModelError, UnsupportedError
+from loratool.files.checkpoint import Checkpoint
+
+__all__ = ["check_adapter", "check_base", "site_problems"]
+
+HARMLESS_INITS: Final = frozenset(
+    ("true", "false", "1", "0", "none", "gaussian", "orthogonal", "eva", "mica", "pissa", "olora")
+)
+CONVERT_HINT: Final = (
+    "save it with path_initial_model_for_weight_conversion, or merge on the residual base with "
+    "init_lora_weights set to true"
+)
+UNDETERMINED: Final = {
+    "pissa_niter": "took a randomised decomposition out of the base, which no file records",
+    "corda": "took a data-dependent decomposition out of the base, which no file records",
+    "lora_ga": "shifted the base by a gradient-dependent amount, which no file records",
+    "loftq": "was trained on a quantised base, which is not the one on disk",
+}
+QUANTISED_SUFFIXES: Final = (
+    ".absmax",
+    ".quant_map",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".SCB",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_packed",
+    "_proj_blocks",
+    "_proj_scales",
+)
+
+
+def check_adapter(adapter: Adapter) -> None:
+    """Refuse what has no right merge.
+
+    Raises:
+        UnsupportedError: A conditional or routed adapter, or one whose base is not determined.
+        AdapterError: The adapter is broken or contradicts its configuration.
+    """
+    config = adapter.config
+    if config is not None:
+        if config.flag("alora_invocation_tokens"):
+            raise UnsupportedError(
+                adapter.path,
+                "an activated LoRA (aLoRA): it acts only after its invocation tokens, which no "
+                "merged weight can do",
+                hint="serve it as an adapter",
+            )
+        if config.flag("arrow_config"):
+            raise UnsupportedError(
+                adapter.path, "an Arrow router: it mixes adapters by input; no weights equal it"
+            )
+        init = config.init
+        for prefix, words in UNDETERMINED.items():
+            if init.startswith(prefix):
+                raise UnsupportedError(
+                    adapter.path, f"init_lora_weights is {init!r}: it {words}", hint=CONVERT_HINT
+                )
+        if init not in HARMLESS_INITS:
+            raise UnsupportedError(
+                adapter.path, f"init_lora_weights is {init!r}, which is not known", hint=CONVERT_HINT
+            )
+        if isinstance(config.raw.get("enable_lora"), list) and any(config.raw["enable_lora"]):
+            raise UnsupportedError(
+                adapter.path, "enable_lora: stacked factors of a merged projection are not read yet"
+            )
+    if not adapter.sites and not adapter.extras:
+        raise AdapterError(adapter.path, "holds nothing to merge")
+    for site in adapter.sites:
+        for code, problem in site_problems(site, adapter):
+            raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+
+
+def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Yield ``(code, problem)`` for everything that makes ``site`` unusable."""
+    config = adapter.config
+    down, up = site.down, site.up
+    if down is None or up is None:
+        have, lack = ("A", "B") if up is None else ("B", "A")
+        if down is None and up is None:
+            have, lack = "a further tensor", "A and B"
+        yield "LT001", f"has {have} but no {lack}"
+        return
+    if min(len(down.spec.shape), len(up.spec.shape)) < 2:
+        yield (
+            "LT002",
+            f"has factors of shapes {list(down.spec.shape)} and {list(up.spec.shape)}, expected "
+            "two dimensions or more (a sharded training run may have saved empty parts)",
+        )
+        return
+    if 0 in (*down.spec.shape, *up.spec.shape):
+        yield "LT002", f"has an empty factor: {list(down.spec.shape)} and {list(up.spec.shape)}"
+        return
+    if down.spec.shape[0] != up.spec.shape[1]:
+        if not _is_grouped(site):
+            words = (
+                "; they look transposed (scheme 'transposed', not read yet)"
+                if down.spec.shape[1] == up.spec.shape[0]
+                else ""
+            )
+            yield (
+                "LT003",
+                f"has A of shape {list(down.spec.shape)} and B of shape {list(up.spec.shape)}: "
+                f"their ranks differ{words}",
+            )
+            return
+        yield "LT003", "adapts a grouped convolution, whose delta PEFT's factors do not express"
+    for slot in (Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP):
+        stored = site.slots.get(slot)
+        if stored is not None and stored.spec.dtype not in ("F64", "F32", "F16", "BF16"):
+            yield "LT004", f"has a factor of dtype {stored.spec.dtype}, expected a float"
+    if config is not None:
+        yield from _config_problems(site, adapter)
+
+
+def _config_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    config = adapter.config
+    assert config is not None
+    if site.parameters:
+        ranks = {config.rank_for(parameter) for parameter in site.parameters}
+        if all(site.rows % rank for rank in ranks):
+            yield (
+                "LT005",
+                f"stacks {site.rows} rows in A, no multiple of the configured rank "
+                f"{sorted(ranks)[0]}",
+            )
+    elif config.peft_type == "LORA" and site.rank != config.rank_for(site.module):
+        yield (
+            "LT005",
+            f"has rank {site.rank}, but the configuration says {config.rank_for(site.module)}; "
+            "its scale is then anybody's guess",
+        )
+    has_magnitude = Slot.MAGNITUDE in site.slots
+    if config.use_dora and not has_magnitude:
+        yield "LT006", "has no magnitude vector, although use_dora is set"
+    if has_magnitude and not config.use_dora:
+        yield "LT006", "has a magnitude vector, although use_dora is not set"
+    if Slot.UP_BIAS in site.slots and not config.flag("lora_bias"):
+        yield (
+            "LT007",
+            "has a bias beside B, although lora_bias is not set; PEFT would ignore it",
+        )
+    if site.kind is Kind.EMBEDDING and config.peft_type == "ADALORA":
+        yield "LT008", "AdaLoRA on an embedding is not defined"
+
+
+def _is_grouped(site: Site) -> bool:
+    return (
+        site.kind.value == "conv"
+        and site.down is not None
+        and site.up is not None
+        and site.up.spec.shape[1] > 0
+        and site.down.spec.shape[0] % site.up.spec.shape[1] == 0
+    )
+
+
+def check_base(checkpoint: Checkpoint) -> list[str]:
+    """Refuse a quantised base; return notes on one that merely says it is.
+
+    Raises:
+        BaseModelError: Its weights are stored quantised.
+    """
+    method = None
+    quantisation = checkpoint.config.get("quantization_config")
+    if isinstance(quantisation, dict):
+        method = quantisation.get("quant_method") or "unknown"
+    hint = "merge on the 16-bit original; a quantised base would have to be rounded again"
+    for name, stored in checkpoint.tensors.items():
+        if name.endswith(QUANTISED_SUFFIXES) or ".quant_state." in name:
+            raise BaseModelError(
+                checkpoint.path,
+                f"is quantised ({method or 'by its tensor names'}): it holds {name!r}",
+                hint=hint,
+            )
+        if stored.spec.dtype.startswith(("F8", "F4", "F6")):
+            raise BaseModelError(
+                checkpoint.path,
+                f"is quantised: tensor {name!r} is {stored.spec.dtype}",
+                hint=hint,
+            )
+    if method:
+        return [f"the base's config.json names the quantisation {method!r}, its weights are not"]
+    return []

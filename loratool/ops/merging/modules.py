@@ -1,0 +1,101 @@
+"""Find the base's module that an adapter means, by its path: one candidate or an error."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cached_property
+
+from loratool.errors import BaseModelError
+from loratool.names.canonical import canonical_path
+
+__all__ = ["ModuleIndex"]
+
+
+class ModuleIndex:
+    """All module paths of a base, and the parameters of each.
+
+    Args:
+        names: The base's tensor names.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.parameters: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            module, _, leaf = name.rpartition(".")
+            self.parameters[module].append(leaf)
+
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """Every module path, those of containers included."""
+        found: set[str] = set()
+        for module in self.parameters:
+            path = module
+            while path and path not in found:
+                found.add(path)
+                path = path.rpartition(".")[0]
+        return frozenset(found)
+
+    @cached_property
+    def _canonical(self) -> dict[str, list[str]]:
+        found = defaultdict(list)
+        for path in sorted(self.paths):
+            found[canonical_path(path)].append(path)
+        return found
+
+    @cached_property
+    def _suffixes(self) -> dict[str, list[str]]:
+        found = defaultdict(list)
+        for canonical, paths in self._canonical.items():
+            rest = canonical
+            while rest:
+                found[rest].extend(paths)
+                rest = rest.partition(".")[2]
+        return found
+
+    def find(self, module: str, *, parameter: str | None = None) -> str | None:
+        """Return the base's spelling of ``module``, or ``None`` where it has none.
+
+        Tried in turn: the path itself, the same path but for wrappers and library versions,
+        and one path ending with the other. Each step must leave exactly one candidate.
+
+        Args:
+            module: The adapter's spelling.
+            parameter: Consider only modules that have a parameter of this name.
+
+        Raises:
+            BaseModelError: Several modules could be meant; the message lists them.
+        """
+
+        def fits(path: str) -> bool:
+            return parameter is None or parameter in self.parameters.get(path, ())
+
+        if module in self.paths and fits(module):
+            return module
+        canonical = canonical_path(module)
+        steps: list[Iterable[str]] = [
+            self._canonical.get(canonical, ()),
+            self._suffixes.get(canonical, ()),
+        ]
+        rest = canonical.partition(".")[2]
+        while rest:
+            steps.append(self._canonical.get(rest, ()))
+            rest = rest.partition(".")[2]
+        for candidates in steps:
+            fitting = [path for path in candidates if fits(path)]
+            if len(fitting) > 1:
+                listed = ", ".join(fitting[:4])
+                raise BaseModelError(
+                    module, f"could be any of {len(fitting)} modules of the base: {listed}"
+                )
+            if fitting:
+                return fitting[0]
+        return None
+
+    def nearest(self, module: str) -> list[str]:
+        """Return the base's module paths that look most like ``module``."""
+        leaf = module.rpartition(".")[2]
+        pool = [path for path in self.parameters if path.rpartition(".")[2] == leaf]
+        pool = pool or list(self.parameters)
+        return difflib.get_close_matches(module, pool[:5000], n=3, cutoff=0.3)

@@ -1,0 +1,102 @@
+"""How a delta lies in the stored weight: as it is, or transposed. Decided by the layer."""
+
+from __future__ import annotations
+
+import math
+
+from loratool.adapter.model import Kind, Site
+from loratool.errors import BaseModelError
+from loratool.names.conv1d import CONV1D_LEAVES
+from loratool.names.tied import EMBEDDING_LEAVES
+from loratool.ops.merging.context import BaseView
+from loratool.ops.plan import Region
+
+__all__ = ["matrix_shape", "region_for"]
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the matrix that a weight of ``shape`` is seen as: rows times everything else.
+
+    Fused experts ``(E, rows, columns)`` are seen as ``(E · rows, columns)`` by their regions.
+    """
+    if not shape:
+        return (1, 1)
+    if len(shape) == 1:
+        return (shape[0], 1)
+    return (shape[0], math.prod(shape[1:]))
+
+
+def region_for(
+    site: Site, module: str, shape: tuple[int, ...], base: BaseView, *, is_flagged: bool = False
+) -> Region:
+    """Return where the delta of an ordinary site goes in a weight of ``shape``.
+
+    Args:
+        site: Complete, with factors of two dimensions or more.
+        module: The base's module, for its layer kind.
+        shape: Shape of the base's weight.
+        base: The base.
+        is_flagged: Whether the configuration says ``fan_in_fan_out``. The flag belongs to
+            whichever layer came last, so it settles nothing; it only forbids to assume.
+
+    Raises:
+        BaseModelError: The shapes do not fit, or nothing tells how the layer stores its weight.
+    """
+    assert site.down is not None and site.up is not None
+    rows, columns = matrix_shape(shape)
+    out = site.out_features
+    into = math.prod(site.down.spec.shape[1:])
+    if site.kind is Kind.EMBEDDING:
+        if (rows, columns) == (into, out):
+            return Region(rows, columns, transposed=True)
+        raise _mismatch(site, shape, (into, out))
+    if len(shape) > 2 or site.kind is Kind.CONV:
+        return _convolution(site, shape, out, into)
+    normal = _fits(site, rows, out) and _fits(site, columns, into)
+    flipped = (rows, columns) == (into, out)
+    if normal and not flipped:
+        return Region(rows, columns)
+    if flipped and not normal:
+        return Region(rows, columns, transposed=True)
+    if not normal:
+        raise _mismatch(site, shape, (out, into))
+    if module.rpartition(".")[2] in EMBEDDING_LEAVES:
+        return Region(rows, columns, transposed=True)
+    conv1d = base.is_conv1d(module)
+    if conv1d is None and not is_flagged and module.rpartition(".")[2] not in CONV1D_LEAVES:
+        conv1d = False
+    if conv1d is None:
+        raise BaseModelError(
+            site.label,
+            f"a square weight {list(shape)}, and nothing tells whether it is stored as (in, out)",
+            hint="give the folder with the base's config.json, which names the model type",
+        )
+    return Region(rows, columns, transposed=conv1d)
+
+
+def _fits(site: Site, size: int, found: int) -> bool:
+    """Whether a factor spans ``size``; BD-LoRA stores only the blocks on its diagonal."""
+    return found == size or (site.variant == "bdlora" and found > 0 and size % found == 0)
+
+
+def _convolution(site: Site, shape: tuple[int, ...], out: int, into: int) -> Region:
+    rows, columns = matrix_shape(shape)
+    if (out, into) == (rows, columns):
+        return Region(rows, columns)
+    factors_are_flat = site.down is not None and len(site.down.spec.shape) == 2
+    if factors_are_flat and out * into == rows * columns and out % rows == 0:
+        return Region(out, into)  # loralib folds the kernel into both factors
+    if out == rows and columns and into % columns == 0:
+        raise BaseModelError(
+            site.label,
+            f"adapts a grouped convolution {list(shape)}; its delta is dense over all channels",
+        )
+    raise _mismatch(site, shape, (out, into))
+
+
+def _mismatch(site: Site, shape: tuple[int, ...], expected: tuple[int, int]) -> BaseModelError:
+    return BaseModelError(
+        site.label,
+        f"the base's weight has shape {list(shape)}, the adapter's delta {list(expected)}",
+        hint="is this the base that the adapter was trained on?",
+    )

@@ -1,0 +1,285 @@
+"""Plan a merge: open the inputs, decide what becomes of every tensor, lay out the output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.model import Adapter
+from loratool.errors import BaseModelError, MergeError, OutputError, UnsupportedError
+from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.container import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
+from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
+from loratool.files.json import read_json_object
+from loratool.files.safetensors import SafetensorsFile
+from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
+from loratool.ops.merging.context import BaseView, Changes, Share
+from loratool.ops.merging.extras import plan_extras
+from loratool.ops.merging.mergeable import check_adapter, check_base
+from loratool.ops.merging.replication import layer_ranges, replicate
+from loratool.ops.merging.sidecars import ConfigChanges, collect_sidecars
+from loratool.ops.merging.sites import plan_sites
+from loratool.ops.merging.tied import Tie, find_tie, settle_tie
+from loratool.ops.opening import open_adapter
+from loratool.ops.plan import OutputFile, Plan, Sidecar, Step
+
+__all__ = ["plan_merge"]
+
+AnyPath = str | PathLike[str]
+HEAD_WEIGHTS: Final = (
+    "classifier.weight",
+    "score.weight",
+    "classifier.out_proj.weight",
+    "qa_outputs.weight",
+)
+
+
+def plan_merge(
+    base: AnyPath,
+    adapters: Sequence[AnyPath],
+    *,
+    weights: Sequence[float] = (),
+    dtype: str | None = None,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    skip: Sequence[str] = (),
+    output: AnyPath | None = None,
+) -> Plan:
+    """Decide what a merge writes, from headers alone; the arguments are those of :func:`merge`.
+
+    Raises:
+        LoratoolError: The adapters do not fit, would leave a key unused, or change nothing.
+    """
+    if not adapters:
+        raise MergeError("merge", "no adapter was given")
+    if len(weights) > len(adapters):
+        raise MergeError("merge", f"{len(weights)} weights for {len(adapters)} adapters")
+    checkpoint = open_checkpoint(Path(base))
+    opened = [
+        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
+    ]
+    pairs = list(zip(opened, [*weights, *[1.0] * (len(adapters) - len(weights))], strict=True))
+    if not any(weight for _, weight in pairs):
+        raise MergeError("merge", "every weight is 0, so the merge would change nothing")
+    notes = [*checkpoint.notes, *check_base(checkpoint)]
+    for adapter in opened:
+        check_adapter(adapter)
+        notes += [f"{adapter.path}: {note}" for note in (*adapter.notes, *_unknown_scale(adapter))]
+    layers = _common_replication(opened)
+    view = BaseView(checkpoint, replicate(checkpoint, layers) if layers else None)
+    shares = [Share(adapter, weight) for adapter, weight in pairs]
+    tie = find_tie(view)
+    _plan_shares(shares, view, tie)
+    notes += [note for share in shares for note in share.notes]
+    untied = tie if tie and not settle_tie(tie, shares, view) else None
+    if untied:
+        notes.append(f"embedding and head are no longer tied: {untied.head!r} is written apart")
+    steps = _steps(view, shares, dtype, untied)
+    if not any(step.is_changed for step in steps.values()):
+        raise MergeError(opened[0].path, "the merge would change nothing")
+    is_folder = _is_folder(checkpoint, output)
+    changes = _config_changes(view, steps, opened, dtype, untied=bool(untied), layers=layers)
+    if not is_folder and (untied or changes.vocabulary):
+        raise UnsupportedError(
+            output or "OUT",
+            "the merge changes what config.json has to say (ties or vocabulary)",
+            hint="name a folder as the output",
+        )
+    files = _files(checkpoint, view, steps, output if not is_folder else None)
+    tokenizer = _tokenizer_folder(changes, opened)
+    sidecars, left = collect_sidecars(checkpoint, changes, tokenizer) if is_folder else ([], [])
+    if is_folder and (len(files) > 1 or checkpoint.index):
+        sidecars.append(_index(checkpoint, files))
+    return Plan(
+        files=tuple(files),
+        sidecars=tuple(sidecars),
+        is_folder=is_folder,
+        adapters=tuple(pairs),
+        unused=tuple(key for adapter in opened for key in adapter.skipped),
+        notes=tuple(dict.fromkeys(notes)),
+        left_behind=tuple(left),
+    )
+
+
+def _unknown_scale(adapter: Adapter) -> list[str]:
+    if any(site.scaling.alpha is None for site in adapter.sites):
+        return ["no alpha is recorded, so the scale is taken as 1; give --alpha if it is not"]
+    return []
+
+
+def _common_replication(adapters: Sequence[Adapter]) -> list[int] | None:
+    """Return the layers that all adapters agree to replicate, or ``None``."""
+    stacks = [layer_ranges(a.field("layer_replication"), a.path) for a in adapters]
+    if any(stack != stacks[0] for stack in stacks):
+        raise MergeError(adapters[0].path, "the adapters disagree on layer_replication")
+    return stacks[0]
+
+
+def _plan_shares(shares: list[Share], view: BaseView, tie: Tie | None) -> None:
+    hidden = tie if tie is not None and not tie.is_stored else None
+    for share in shares:
+        plan_extras(share, view, head=hidden.head if hidden else None)
+        head = (hidden.head, view.shape(hidden.embedding)) if hidden else None
+        plan_sites(share, view, head=head)
+
+
+def _steps(
+    view: BaseView, shares: list[Share], dtype: str | None, untied: Tie | None
+) -> dict[str, Step]:
+    """Return how every output tensor comes about, those of the base first."""
+    names = dict.fromkeys(view.tensors)
+    names |= dict.fromkeys(name for share in shares for name in share.changes)
+    if untied:
+        names.setdefault(untied.head)
+    steps: dict[str, Step] = {}
+    for name in names:
+        changes = [
+            share.changes[name] for share in shares if share.changes.get(name)
+        ]
+        stored = view.tensors.get(name)
+        source = stored
+        if stored is None and untied and name == untied.head:
+            source = view.tensors[untied.embedding]
+        steps[name] = _step(name, stored, source, changes, dtype)
+    return steps
+
+
+def _step(
+    name: str,
+    stored: StoredTensor | None,
+    source: StoredTensor | None,
+    changes: list[Changes],
+    dtype: str | None,
+) -> Step:
+    replacements = {id(c.replacement): c.replacement for c in changes if c.replacement is not None}
+    if len(replacements) > 1:
+        raise MergeError(name, "two adapters each replace this tensor", hint="merge only one")
+    replacement = next(iter(replacements.values()), None)
+    original = source
+    source = replacement or source
+    assert source is not None
+    kept = original.spec.dtype if original is not None else source.spec.dtype
+    edits = tuple(edit for change in changes for edit in change.edits)
+    if edits and not DTYPES[kept].is_mergeable:
+        raise BaseModelError(name, f"is {kept}; a delta can only be added to floating point")
+    if dtype is not None and DTYPES[kept].is_mergeable:
+        kept = OUTPUT_DTYPES[dtype]
+    return Step(
+        spec=TensorSpec(name, kept, source.spec.shape),
+        source=source,
+        edits=edits,
+        added=stored is None,
+        replaced=stored is not None and replacement is not None,
+    )
+
+
+def _config_changes(
+    view: BaseView,
+    steps: dict[str, Step],
+    adapters: Sequence[Adapter],
+    dtype: str | None,
+    *,
+    untied: bool,
+    layers: list[int] | None,
+) -> ConfigChanges:
+    vocabulary = labels = None
+    for name, step in steps.items():
+        leaf = name.rpartition(".")[0].rpartition(".")[2]
+        if leaf in EMBEDDING_LEAVES | HEAD_LEAVES and name in view.tensors:
+            old, new = view.shape(name), step.spec.shape
+            if old[:1] != new[:1]:
+                vocabulary = (old[0], new[0])
+        if (step.added or step.replaced) and name.endswith(HEAD_WEIGHTS):
+            labels = step.spec.shape[0]
+    tasks = [a.field("task_type") for a in adapters]
+    return ConfigChanges(
+        untie=untied,
+        dtype=dtype,
+        vocabulary=vocabulary,
+        task=next((str(task) for task in tasks if task), None) if labels else None,
+        labels=labels,
+        layers=len(layers) if layers else None,
+    )
+
+
+def _tokenizer_folder(changes: ConfigChanges, adapters: Sequence[Adapter]) -> Path | None:
+    """Return the adapter's folder that has the tokenizer of a changed vocabulary."""
+    if changes.vocabulary is None:
+        return None
+    folders = [a.folder for a in adapters if (a.folder / "tokenizer_config.json").is_file()]
+    return folders[0] if folders else None
+
+
+def _is_folder(checkpoint: Checkpoint, output: AnyPath | None) -> bool:
+    suffix = Path(output).suffix if output is not None else ""
+    if checkpoint.path.is_dir():
+        if suffix in WEIGHT_SUFFIXES:
+            raise OutputError(
+                output, f"the base is a folder, so the output is one; leave out {suffix!r}"
+            )
+        return True
+    if suffix in PICKLE_SUFFIXES:
+        raise OutputError(output, "only safetensors are written; end the name in .safetensors")
+    return suffix != ".safetensors"
+
+
+def _output_name(path: Path) -> str:
+    """Return the name of the safetensors file that a weights file becomes."""
+    if path.suffix == ".safetensors":
+        return path.name
+    stem = path.stem.replace("pytorch_model", "model", 1) if _is_plain(path.stem) else path.stem
+    return f"{stem}.safetensors"
+
+
+def _is_plain(stem: str) -> bool:
+    return stem.startswith("pytorch_model")
+
+
+def _files(
+    checkpoint: Checkpoint, view: BaseView, steps: dict[str, Step], output: AnyPath | None
+) -> list[OutputFile]:
+    """Lay out the output: every tensor in the shard it came from, added ones in the last."""
+    by_shard: dict[Path, list[Step]] = {shard.path: [] for shard in checkpoint.shards}
+    last = checkpoint.shards[-1].path
+    for name, step in steps.items():
+        stored = view.tensors.get(name)
+        by_shard[stored.path if stored is not None else last].append(step)
+    files = []
+    for shard in checkpoint.shards:
+        original = shard if isinstance(shard, SafetensorsFile) else None
+        name = Path(output).name if output is not None else _output_name(shard.path)
+        files.append(OutputFile.lay_out(name, by_shard[shard.path], shard.metadata, original))
+    return files
+
+
+def _index(checkpoint: Checkpoint, files: Sequence[OutputFile]) -> Sidecar:
+    """Return the index of the output: the base's own bytes where nothing in it changes."""
+    weight_map = {step.spec.name: file.name for file in files for step in file.steps}
+    total = sum(step.spec.nbytes for file in files for step in file.steps)
+    name = "model.safetensors.index.json"
+    metadata: dict[str, Any] = {}
+    if checkpoint.index is not None:
+        content = read_json_object(checkpoint.index)
+        name = _index_name(checkpoint.index)
+        metadata = dict(content.get("metadata") or {})
+        if weight_map == content["weight_map"] and metadata.get("total_size") == total:
+            return Sidecar(name, checkpoint.index)
+    metadata["total_size"] = total
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(
+            step.spec.elements for file in files for step in file.steps
+        )
+    content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return Sidecar(name, None, text.encode(), "describes the tensors as written")
+
+
+def _index_name(path: Path) -> str:
+    if ".safetensors." in path.name:
+        return path.name
+    return path.name.replace("pytorch_model", "model", 1).replace(".bin.", ".safetensors.")

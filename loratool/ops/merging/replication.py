@@ -1,0 +1,71 @@
+"""``layer_replication``: the base as the longer stack of layers that the adapter was trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from loratool.errors import AdapterError, UnsupportedError
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.spec import StoredTensor
+
+__all__ = ["layer_ranges", "replicate"]
+
+LAYER: Final = re.compile(r"(?P<before>(?:.*\.)?(?:layers|h))\.(?P<index>\d+)\.(?P<after>.+)")
+MAX_LAYERS: Final = 10_000
+
+
+def layer_ranges(value: Any, where: object) -> list[int] | None:
+    """Return which layer of the base each layer of the stack is, or ``None`` for no change.
+
+    Raises:
+        AdapterError: ``layer_replication`` is not a list of ``[start, end)`` pairs.
+    """
+    if not value:
+        return None
+    pairs = value if isinstance(value, list) else None
+    if pairs is None or not all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(n) is int and 0 <= n <= MAX_LAYERS for n in pair)
+        for pair in pairs
+    ):
+        raise AdapterError(where, f"layer_replication is {value!r}, expected pairs of numbers")
+    layers = [layer for start, end in pairs for layer in range(start, end)]
+    if not layers or len(layers) > MAX_LAYERS:
+        raise AdapterError(where, f"layer_replication makes {len(layers)} layers")
+    return layers
+
+
+def replicate(checkpoint: Checkpoint, layers: list[int]) -> Mapping[str, StoredTensor]:
+    """Return the tensors of the longer stack; copied layers read the base's own bytes.
+
+    Raises:
+        UnsupportedError: The base has no single stack of layers, or fewer than are asked for.
+    """
+    stacks: dict[str, dict[int, list[tuple[str, StoredTensor]]]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for name, stored in checkpoint.tensors.items():
+        match = LAYER.fullmatch(name)
+        if match is None:
+            tensors[name] = stored
+        else:
+            stack = stacks.setdefault(match["before"], {})
+            stack.setdefault(int(match["index"]), []).append((match["after"], stored))
+    if len(stacks) != 1:
+        found = ", ".join(stacks) or "none"
+        raise UnsupportedError(
+            checkpoint.path, f"layer_replication needs one stack of layers; the base has {found}"
+        )
+    ((before, stack),) = stacks.items()
+    for index, layer in enumerate(layers):
+        if layer not in stack:
+            raise UnsupportedError(
+                checkpoint.path, f"layer_replication copies layer {layer}, which it does not have"
+            )
+        for after, stored in stack[layer]:
+            name = f"{before}.{index}.{after}"
+            tensors[name] = replace(stored, spec=replace(stored.spec, name=name))
+    return tensors

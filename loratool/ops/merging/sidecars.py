@@ -1,0 +1,170 @@
+"""The files beside the weights: carried over, and changed only where the merge changes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.files.checkpoint import Checkpoint, is_weight_like
+from loratool.ops.plan import Sidecar
+
+__all__ = ["ConfigChanges", "collect_sidecars", "edit_config"]
+
+TOKENIZER_FILES: Final = frozenset(
+    """
+    tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json
+    added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model
+    chat_template.jinja chat_template.json
+    """.split()
+)
+MAX_DEPTH: Final = 3
+TASK_SUFFIXES: Final = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+CAUSAL_SUFFIXES: Final = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "Model")
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChanges:
+    """What a merge changes in ``config.json``.
+
+    Attributes:
+        untie: Embedding and head are no longer one weight.
+        dtype: Name of the new dtype (``bfloat16``), if it changes.
+        vocabulary: ``(old, new)`` number of rows, if the vocabulary changed.
+        task: PEFT's task type, where the adapter brings a head of its own.
+        labels: Number of outputs of that head.
+        layers: New number of layers, where the stack was replicated.
+    """
+
+    untie: bool = False
+    dtype: str | None = None
+    vocabulary: tuple[int, int] | None = None
+    task: str | None = None
+    labels: int | None = None
+    layers: int | None = None
+
+
+
+def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, Any]:
+    """Return ``config`` with ``changes`` made, in the model's part or its text part."""
+    edited: dict[str, Any] = deepcopy(dict(config))
+    parts = [edited, *(v for k, v in edited.items() if k in ("text_config", "llm_config") and v)]
+    if changes.untie:
+        for part in parts:
+            if part is edited or "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+    if changes.vocabulary:
+        old, new = changes.vocabulary
+        for part in parts:
+            if part.get("vocab_size") == old:
+                part["vocab_size"] = new
+    if changes.dtype:
+        for part in parts:
+            for key in ("dtype", "torch_dtype"):
+                if key in part:
+                    part[key] = changes.dtype
+        if not any(key in edited for key in ("dtype", "torch_dtype")):
+            edited["dtype"] = changes.dtype
+    if changes.layers is not None:
+        for part in parts:
+            for key in ("num_hidden_layers", "n_layer", "num_layers"):
+                if key in part:
+                    part[key] = changes.layers
+    _edit_task(edited, changes)
+    return edited
+
+
+def _edit_task(config: dict[str, Any], changes: ConfigChanges) -> None:
+    suffix = TASK_SUFFIXES.get(changes.task or "")
+    if suffix is None:
+        return
+    names = [str(name) for name in config.get("architectures") or []]
+    if names and not names[0].endswith(suffix):
+        ending = next((end for end in CAUSAL_SUFFIXES if names[0].endswith(end)), None)
+        if ending:
+            config["architectures"] = [names[0].removesuffix(ending) + suffix]
+    if changes.labels and len(config.get("id2label") or {}) != changes.labels:
+        if changes.labels == 2 and not config.get("id2label"):
+            return  # transformers' own default
+        labels = [f"LABEL_{index}" for index in range(changes.labels)]
+        config["id2label"] = {str(index): label for index, label in enumerate(labels)}
+        config["label2id"] = {label: index for index, label in enumerate(labels)}
+
+
+def collect_sidecars(
+    checkpoint: Checkpoint, changes: ConfigChanges, tokenizer_from: Path | None
+) -> tuple[list[Sidecar], list[tuple[str, str]]]:
+    """Return the files that travel along, and those that do not with the reason.
+
+    Args:
+        checkpoint: The base.
+        changes: What changes in its ``config.json``.
+        tokenizer_from: The adapter's folder, where its tokenizer replaces the base's.
+    """
+    found: dict[str, Sidecar] = {}
+    left: list[tuple[str, str]] = []
+    used = {shard.path.name for shard in checkpoint.shards}
+    if checkpoint.index:
+        used.add(checkpoint.index.name)
+    for path, name in _files_below(checkpoint.folder, left):
+        if name in used:
+            continue
+        if is_weight_like(path):
+            left.append((name, "weights of the unmerged base"))
+        else:
+            found[name] = Sidecar(name, path)
+    if checkpoint.config:
+        edited = edit_config(checkpoint.config, changes)
+        if edited != checkpoint.config:
+            content = json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
+            found["config.json"] = Sidecar(
+                "config.json", None, content.encode(), _describe(checkpoint.config, edited)
+            )
+    if tokenizer_from is not None:
+        for path in sorted(tokenizer_from.iterdir()):
+            if path.name in TOKENIZER_FILES and path.is_file() and not path.is_symlink():
+                found[path.name] = Sidecar(path.name, path, why="from the adapter's folder")
+    return [found[name] for name in sorted(found)], left
+
+
+def _describe(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    changed = sorted(key for key in new if old.get(key) != new[key])
+    return f"changed: {', '.join(changed)}"
+
+
+def _files_below(
+    folder: Path, left: list[tuple[str, str]], prefix: str = "", depth: int = 0
+) -> list[tuple[Path, str]]:
+    found: list[tuple[Path, str]] = []
+    root = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        name = f"{prefix}{path.name}"
+        if path.name.startswith("."):
+            continue
+        if path.is_symlink() and not _stays_inside(path, root):
+            left.append((name, "a link that leaves the folder"))
+        elif path.is_dir() and not path.is_symlink():
+            if depth < MAX_DEPTH:
+                found += _files_below(path, left, f"{name}/", depth + 1)
+            else:
+                left.append((f"{name}/", "nested too deeply"))
+        elif path.is_file():
+            found.append((path, name))
+    return found
+
+
+def _stays_inside(link: Path, root: Path) -> bool:
+    """Whether a link stays in its folder, or in the blobs of the hub cache it belongs to."""
+    target = link.resolve()
+    if target.is_relative_to(root):
+        return True
+    parents = link.absolute().parent.parents
+    snapshots = next((p for p in (link.absolute().parent, *parents) if p.name == "snapshots"), None)
+    return snapshots is not None and target.is_relative_to(snapshots.parent.resolve() / "blobs")

@@ -1,0 +1,132 @@
+"""Turn the sites of one adapter into edits of the base's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from loratool.adapter.model import Adapter, Site
+from loratool.adapter.slots import Slot
+from loratool.errors import BaseModelError
+from loratool.ops.merging.context import BaseView, Share
+from loratool.ops.merging.experts import assign_parameters, locate_in_fused, locate_parameter
+from loratool.ops.merging.orientation import region_for
+from loratool.ops.plan import AddBias, AddDelta, Decompose, Region, Residual
+
+__all__ = ["locate_site", "plan_sites"]
+
+WEIGHT_LEAVES = ("weight", "in_proj_weight")
+
+
+def plan_sites(share: Share, base: BaseView, *, head: tuple[str, tuple[int, ...]] | None) -> None:
+    """Add the edits of all sites to ``share``.
+
+    Args:
+        share: The adapter's part; filled in.
+        base: The base.
+        head: Name and shape of a tied output head that the base does not store, if any.
+
+    Raises:
+        BaseModelError: A site has no place in the base, or does not fit it.
+    """
+    assigned = assign_parameters(share.adapter, base)
+    resized = {
+        name: changes.replacement.spec.shape
+        for name, changes in share.changes.items()
+        if changes.replacement is not None
+    }
+    taken: dict[tuple[str, Region], str] = {}
+    for site in share.adapter.sites:
+        places = locate_site(site, share.adapter, base, assigned, head, resized=resized)
+        for name, region in places:
+            other = taken.setdefault((name, region), site.label)
+            if other != site.label:
+                raise BaseModelError(
+                    share.where(site.label), f"means the same tensor {name!r} as {other!r}"
+                )
+            scale = _scale(site, share.adapter, assigned.get(site.label), region)
+            _add_edits(share, site, name, region, scale)
+        if Slot.UP_BIAS in site.slots:
+            _add_bias(share, site, places[0][0], base)
+
+
+def locate_site(
+    site: Site,
+    adapter: Adapter,
+    base: BaseView,
+    assigned: dict[str, str],
+    head: tuple[str, tuple[int, ...]] | None = None,
+    *,
+    resized: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> list[tuple[str, Region]]:
+    """Return the tensors of the base that ``site`` changes, and where in them.
+
+    ``resized`` holds the shapes of tensors that the adapter replaces, by name.
+
+    Raises:
+        BaseModelError: There is none; the message names the nearest modules.
+    """
+    if site.label in assigned:
+        return locate_parameter(site, assigned[site.label], adapter, base)
+    module = base.index.find(site.module)
+    is_flagged = bool(adapter.field("fan_in_fan_out"))
+    for leaf in WEIGHT_LEAVES:
+        if module is not None and leaf in base.index.parameters.get(module, ()):
+            name = f"{module}.{leaf}"
+            shape = resized.get(name) or base.shape(name)
+            return [(name, region_for(site, module, shape, base, is_flagged=is_flagged))]
+    fused = locate_in_fused(site, base)
+    if fused is not None:
+        return [fused]
+    if head is not None and _is_head(site.module, head[0]):
+        return [(head[0], region_for(site, site.module, head[1], base))]
+    nearest = base.index.nearest(site.module)
+    raise BaseModelError(
+        f"{adapter.path}: {site.label}",
+        "the base has no such module",
+        hint=f"nearest: {', '.join(nearest)}" if nearest else None,
+    )
+
+
+def _is_head(module: str, name: str) -> bool:
+    return module.rpartition(".")[2] == name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _scale(site: Site, adapter: Adapter, parameter: str | None, region: Region) -> float:
+    """Return the scale of a site, now that the parameter it adapts is known."""
+    if parameter is None or adapter.config is None:
+        return site.scaling.factor
+    return adapter.config.scaling_for(parameter, site.rows // region.experts).factor
+
+
+def _add_edits(share: Share, site: Site, name: str, region: Region, scale: float) -> None:
+    adapter = share.adapter
+    edits = share.changes[name].edits
+    kind = adapter.config.init if adapter.config else ""
+    if site.variant == "kasa":
+        kind = "kasa"
+    if kind in ("pissa", "olora", "kasa") and not site.parameters and site.kind.value == "linear":
+        if kind == "olora" and region.transposed:
+            raise BaseModelError(share.where(site.label), "OLoRA on a Conv1D layer is not defined")
+        edits.append(Residual(kind, site.rank, scale, share.weight))
+    if site.variant == "dora":
+        edits.append(Decompose(site, scale, share.weight, region))
+    else:
+        edits.append(AddDelta(site, share.weight * scale, region))
+
+
+def _add_bias(share: Share, site: Site, weight_name: str, base: BaseView) -> None:
+    bias = weight_name.removesuffix("weight") + "bias"
+    if bias not in base.tensors:
+        raise BaseModelError(
+            share.where(site.label),
+            f"trains a bias (lora_bias), but the base has no {bias!r} to add it to",
+            hint="add a zero bias to the base, if its architecture allows one",
+        )
+    tensor = site.slots[Slot.UP_BIAS]
+    if tensor.spec.shape != base.shape(bias):
+        raise BaseModelError(
+            share.where(site.label),
+            f"its bias has shape {list(tensor.spec.shape)}, the base's {list(base.shape(bias))}",
+        )
+    share.changes[bias].edits.append(AddBias(tensor, share.weight * site.scaling.factor))

@@ -1,0 +1,305 @@
+"""A plan: what every output tensor is made of, decided from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loratool.adapter.model import Adapter, Site
+from loratool.files.safetensors import SafetensorsFile, canonical_order, format_header
+from loratool.files.spec import StoredTensor, TensorSpec
+
+__all__ = [
+    "AddBias",
+    "AddDelta",
+    "Blend",
+    "Decompose",
+    "Edit",
+    "OutputFile",
+    "Plan",
+    "Region",
+    "Residual",
+    "SetRows",
+    "Sidecar",
+    "Step",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where in the matrix of a weight a delta goes, and how it lies there.
+
+    Attributes:
+        rows: Rows of the matrix that one delta covers.
+        columns: Columns that it covers.
+        first_row: Its first row.
+        first_column: Its first column.
+        transposed: Whether the weight is stored as ``(in, out)``, the delta as ``(out, in)``.
+        experts: How many deltas the factors stack; one after the other along the rows.
+        expert: Which one of the stacked deltas is meant, or ``None`` for all in turn.
+        part: ``(index, parts)``: which slice of the delta's outputs goes here, where the base
+            has split what the adapter treats as one.
+        full_width: Columns of the whole matrix, where the region has fewer.
+    """
+
+    rows: int
+    columns: int
+    first_row: int = 0
+    first_column: int = 0
+    transposed: bool = False
+    experts: int = 1
+    expert: int | None = None
+    part: tuple[int, int] = (0, 1)
+    full_width: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Columns of the matrix that the region is a part of."""
+        return self.columns if self.full_width is None else self.full_width
+
+
+@dataclass(frozen=True, slots=True)
+class AddDelta:
+    """Add ``scale · B @ A`` of ``site``; the scale includes the adapter's weight."""
+
+    site: Site
+    scale: float
+    region: Region
+
+    @property
+    def words(self) -> str:
+        return f"+ {self.scale:g} · B @ A, rank {self.site.rows // self.region.experts}"
+
+
+@dataclass(frozen=True, slots=True)
+class Decompose:
+    """Apply the DoRA site: add its delta, then rescale rows (or columns) to its magnitudes."""
+
+    site: Site
+    scale: float
+    weight: float
+    region: Region
+
+    @property
+    def words(self) -> str:
+        return f"DoRA, scale {self.scale:g}, rank {self.site.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """Take out of the base what the adapter's initialisation took (``pissa``, ``olora``, ``kasa``)."""
+
+    kind: str
+    rank: int
+    scale: float
+    weight: float
+
+    @property
+    def words(self) -> str:
+        return f"{self.kind} residual of rank {self.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Put a saved tensor in place of the base's, or move ``weight`` of the way to it.
+
+    With ``only_if_different`` the saved tensor is a copy of the base's in its own dtype; the
+    base's values stay wherever they round to it.
+    """
+
+    tensor: StoredTensor
+    weight: float
+    only_if_different: bool = False
+
+    @property
+    def words(self) -> str:
+        if self.only_if_different:
+            return "on the adapter's copy of the base weight"
+        return "replaced" if self.weight == 1 else f"{self.weight:g} of the way to a saved tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class SetRows:
+    """Give some rows new values."""
+
+    indices: tuple[int, ...]
+    tensor: StoredTensor
+    weight: float
+
+    @property
+    def words(self) -> str:
+        return f"{len(self.indices)} rows replaced"
+
+
+@dataclass(frozen=True, slots=True)
+class AddBias:
+    """Add a scaled bias."""
+
+    tensor: StoredTensor
+    scale: float
+
+    @property
+    def words(self) -> str:
+        return f"+ {self.scale:g} · bias"
+
+
+Edit = AddDelta | Decompose | Residual | Blend | SetRows | AddBias
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How one output tensor comes about.
+
+    Attributes:
+        spec: What is written.
+        source: What is read: the base's tensor, or an adapter's where it replaces or adds one.
+        edits: What is done to it, in order.
+        added: Whether the base has no tensor of this name.
+        replaced: Whether an adapter's tensor takes the place of the base's.
+    """
+
+    spec: TensorSpec
+    source: StoredTensor
+    edits: tuple[Edit, ...] = ()
+    added: bool = False
+    replaced: bool = False
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes of the source are written as they are."""
+        return (
+            not self.edits
+            and self.source.strides is None
+            and self.spec.dtype == self.source.spec.dtype
+            and self.spec.shape == self.source.spec.shape
+        )
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the values differ from the base's for another reason than the dtype."""
+        return bool(self.edits) or self.added or self.replaced
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether something is added that rounding can eat."""
+        return any(isinstance(edit, AddDelta | Decompose | AddBias) for edit in self.edits)
+
+    @property
+    def words(self) -> str:
+        """What is done, in a few words."""
+        parts = ["added"] if self.added else ["replaced"] if self.replaced else []
+        return "; ".join([*parts, *(edit.words for edit in self.edits)]) or "copied"
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weights file of the output.
+
+    Attributes:
+        name: Its name in the output folder.
+        header: The bytes before the data.
+        steps: Its tensors in the order of their data.
+        original: The base's file, where header and layout are those of it.
+    """
+
+    name: str
+    header: bytes
+    steps: tuple[Step, ...]
+    original: SafetensorsFile | None = None
+
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        return len(self.header) + sum(step.spec.nbytes for step in self.steps)
+
+    def placed(self) -> Iterator[tuple[Step, int]]:
+        """Yield every step with the offset of its tensor in the file."""
+        offset = len(self.header)
+        for step in self.steps:
+            yield step, offset
+            offset += step.spec.nbytes
+
+    @staticmethod
+    def lay_out(
+        name: str,
+        steps: list[Step],
+        metadata: Mapping[str, str],
+        original: SafetensorsFile | None,
+    ) -> OutputFile:
+        """Return the file that holds ``steps``: as the base lays it out where nothing moves."""
+        if (
+            original is not None
+            and original.metadata.get("format") == "pt"
+            and [step.spec for step in steps] == [stored.spec for stored in original.tensors.values()]
+        ):
+            return OutputFile(name, original.header, tuple(steps), original)
+        by_name = {step.spec.name: step for step in steps}
+        specs = canonical_order(step.spec for step in steps)
+        header = format_header(specs, {**metadata, "format": "pt"})
+        return OutputFile(name, header, tuple(by_name[spec.name] for spec in specs))
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """A file that travels along.
+
+    Attributes:
+        name: Its path inside the output folder.
+        source: The file to copy, or ``None``.
+        content: The bytes to write where there is no source.
+        why: Why it is not simply the base's file; empty if it is.
+    """
+
+    name: str
+    source: Path | None
+    content: bytes | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run will write, and everything that it will not use.
+
+    Attributes:
+        files: Weights files.
+        sidecars: Other files.
+        is_folder: Whether the output is a folder (else it is the one weights file).
+        adapters: The adapters with their weights.
+        unused: Adapter keys that were skipped on request.
+        notes: What a user should know, one sentence each.
+        left_behind: Files of the base that are not carried over, with the reason.
+    """
+
+    files: tuple[OutputFile, ...]
+    sidecars: tuple[Sidecar, ...]
+    is_folder: bool
+    adapters: tuple[tuple[Adapter, float], ...]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    left_behind: tuple[tuple[str, str], ...] = field(default=())
+
+    def steps(self) -> Iterator[Step]:
+        """Yield every step of every file."""
+        for file in self.files:
+            yield from file.steps
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def merged(self) -> int:
+        """Tensors of the base that change."""
+        return sum(step.is_changed and not step.added for step in self.steps())
+
+    @property
+    def added(self) -> int:
+        """Tensors that the base does not have."""
+        return sum(step.added for step in self.steps())
+
+    @property
+    def copied(self) -> int:
+        """Tensors whose values stay as they are."""
+        return sum(not step.is_changed for step in self.steps())

@@ -1,0 +1,122 @@
+"""What one thread does with the tensors of a run: block in, deltas, one rounding, block out."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.errors import MergeError
+from loratool.ops.kernels import Kernel
+from loratool.ops.plan import Step
+from loratool.ops.run import Run
+
+__all__ = ["work"]
+
+MEASURED_BLOCKS: Final = 4
+"""Blocks of each tensor, evenly spread, in which the surviving share of the update is measured."""
+
+
+def work(run: Run) -> None:
+    """Take blocks from ``run`` until there are none."""
+    torch.set_num_threads(1)
+    buffers = _Buffers()
+    while (taken := run.take()) is not None:
+        tensor, index = taken
+        kernel = tensor.kernel
+        assert kernel is not None
+        start = index * kernel.block_rows
+        rows = min(kernel.block_rows, kernel.rows - start)
+        data, kept, total = compute_block(
+            kernel, tensor.step, start, rows, buffers, measure=_is_measured(kernel, index),
+            allow_nonfinite=run.allow_nonfinite,
+        )
+        position = tensor.offset + start * kernel.width * kernel.output.itemsize
+        run.sink.write(tensor.file, position, data, tensor.step)
+        with run.lock:
+            run.done += len(data)
+            run.result.is_empty &= kernel.is_empty
+            run.result.kept += kept
+            run.result.total += total
+
+
+def _stride(kernel: Kernel) -> int:
+    return max(1, kernel.blocks // MEASURED_BLOCKS)
+
+
+def _is_measured(kernel: Kernel, index: int) -> bool:
+    return index % _stride(kernel) == 0
+
+
+class _Buffers:
+    """Scratch memory of one thread, kept from block to block."""
+
+    def __init__(self) -> None:
+        self._input = bytearray()
+        self._output = bytearray()
+        self._block = torch.empty(0)
+
+    def input(self, size: int) -> memoryview:
+        if len(self._input) < size:
+            self._input = bytearray(size)
+        return memoryview(self._input)
+
+    def output(self, size: int) -> memoryview:
+        if len(self._output) < size:
+            self._output = bytearray(size)
+        return memoryview(self._output)[:size]
+
+    def block(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        if self._block.numel() < rows * width or self._block.dtype != dtype:
+            self._block = torch.empty(rows * width, dtype=dtype)
+        return self._block[: rows * width].view(rows, width)
+
+
+def compute_block(
+    kernel: Kernel,
+    step: Step,
+    start: int,
+    rows: int,
+    buffers: _Buffers,
+    *,
+    measure: bool,
+    allow_nonfinite: bool,
+) -> tuple[memoryview, float, float]:
+    """Return the bytes of some rows, and the two sums that measure what rounding kept."""
+    count = rows * kernel.width
+    source = kernel.reader.read(
+        start, rows, buffers.input(count * kernel.reader.dtype.itemsize)
+    )
+    block = buffers.block(rows, kernel.width, kernel.dtype)
+    block.copy_(source)
+    measure = measure and step.has_delta
+    original = block.clone() if measure or kernel.needs_original else block
+    for delta in kernel.deltas:
+        delta.apply(block, original, start)
+    data = buffers.output(count * kernel.output.itemsize)
+    result = torch.frombuffer(data, dtype=kernel.output, count=count).view_as(block)
+    result.copy_(block)
+    if not allow_nonfinite:
+        _check_finite(block, result, step)
+    if not measure:
+        return data, 0.0, 0.0
+    change = block.sub_(original).flatten()
+    kept = result.to(kernel.dtype).sub(original).flatten()
+    scale = kernel.blocks / -(-kernel.blocks // _stride(kernel))
+    return data, scale * float(kept.dot(change)), scale * float(change.dot(change))
+
+
+def _check_finite(block: Tensor, result: Tensor, step: Step) -> None:
+    low, high = torch.aminmax(block)
+    limit = torch.finfo(result.dtype).max
+    if bool(low >= -limit) and bool(high <= limit):
+        return
+    if bool(result.isfinite().all()):
+        return
+    raise MergeError(
+        step.spec.name,
+        "the result is not finite (NaN or infinity in an input, or an overflow of "
+        f"{str(result.dtype).removeprefix('torch.')})",
+        hint="see 'loratool validate --deep'; --allow-nonfinite writes it all the same",
+    )

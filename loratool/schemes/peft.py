@@ -1,0 +1,51 @@
+"""Hugging Face PEFT: ``base_model.model.`` before the module, the configuration beside it."""
+
+from __future__ import annotations
+
+from loratool.adapter.scheme import KeyScheme, Template
+from loratool.adapter.slots import Slot
+
+__all__ = ["SCHEME"]
+
+PREFIX = "base_model.model."
+
+SCHEME = KeyScheme(
+    name="peft",
+    summary="Hugging Face PEFT, with adapter_config.json",
+    example="base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    prefix=PREFIX,
+    templates=(
+        Template(PREFIX + "{module}.lora_A.weight", Slot.DOWN),
+        Template(PREFIX + "{module}.lora_B.weight", Slot.UP),
+        Template(PREFIX + "{module}.lora_B.bias", Slot.UP_BIAS),
+        Template(PREFIX + "{module}.lora_embedding_A", Slot.EMBEDDING_DOWN),
+        Template(PREFIX + "{module}.lora_embedding_B", Slot.EMBEDDING_UP),
+        Template(PREFIX + "{module}.lora_magnitude_vector", Slot.MAGNITUDE),
+        Template(PREFIX + "{module}.lora_E", Slot.SINGULAR),
+        Template(PREFIX + "{module}.lora_diag", Slot.DIAGONAL),
+        Template(PREFIX + "{module}.token_adapter.trainable_tokens_delta", Slot.ROWS),
+        Template(PREFIX + "{module}.lora_velora_embed", Slot.STATE),
+        # Also read: bare parameters (AdaLoRA), and files that kept the adapter's name.
+        Template(PREFIX + "{module}.lora_A", Slot.DOWN),
+        Template(PREFIX + "{module}.lora_B", Slot.UP),
+        Template(PREFIX + "{module}.lora_A.{adapter}.weight", Slot.DOWN),
+        Template(PREFIX + "{module}.lora_B.{adapter}.weight", Slot.UP),
+        Template(PREFIX + "{module}.lora_B.{adapter}.bias", Slot.UP_BIAS),
+        Template(PREFIX + "{module}.lora_A.{adapter}", Slot.DOWN),
+        Template(PREFIX + "{module}.lora_B.{adapter}", Slot.UP),
+        Template(PREFIX + "{module}.lora_embedding_A.{adapter}", Slot.EMBEDDING_DOWN),
+        Template(PREFIX + "{module}.lora_embedding_B.{adapter}", Slot.EMBEDDING_UP),
+        Template(PREFIX + "{module}.lora_magnitude_vector.weight", Slot.MAGNITUDE),
+        Template(PREFIX + "{module}.lora_magnitude_vector.{adapter}.weight", Slot.MAGNITUDE),
+        Template(PREFIX + "{module}.lora_magnitude_vector.{adapter}", Slot.MAGNITUDE),
+        Template(PREFIX + "{module}.lora_E.{adapter}", Slot.SINGULAR),
+        Template(PREFIX + "{module}.lora_diag.{adapter}", Slot.DIAGONAL),
+        Template(PREFIX + "{module}.token_adapter.trainable_tokens_delta.{adapter}", Slot.ROWS),
+        Template(PREFIX + "{module}.lora_velora_embed.{adapter}", Slot.STATE),
+        *(
+            Template(PREFIX + "{module}.lora_monteclora_sampler." + name, Slot.STATE)
+            for name in ("expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior")
+        ),
+        Template(PREFIX + "{module}.ranknum", Slot.STATE),
+    ),
+)
