@@ -10,20 +10,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from loratool.adapter.findings import Finding
     from loratool.errors import LoratoolError
+    from loratool.ops.inspect import inspect
     from loratool.ops.merge import MergeReport, merge, plan_merge
     from loratool.ops.opening import open_adapter
+    from loratool.ops.schemes import schemes
+    from loratool.ops.validate import validate
+    from loratool.ops.verify import verify
 
-__all__ = ["LoratoolError", "MergeReport", "merge", "open_adapter", "plan_merge"]
+__all__ = [
+    "Finding",
+    "LoratoolError",
+    "MergeReport",
+    "inspect",
+    "merge",
+    "open_adapter",
+    "plan_merge",
+    "schemes",
+    "validate",
+    "verify",
+]
 
 __version__ = "0.1.0"
 
 _PLACES: Final = {
+    "Finding": "loratool.adapter.findings",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.ops.merge",
+    "inspect": "loratool.ops.inspect",
     "merge": "loratool.ops.merge",
     "open_adapter": "loratool.ops.opening",
     "plan_merge": "loratool.ops.merge",
+    "schemes": "loratool.ops.schemes",
+    "validate": "loratool.ops.validate",
+    "verify": "loratool.ops.verify",
 }
 
 

@@ -33,8 +33,9 @@ def load_model(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> 
     """Load a model of the kind that ``case`` names from ``folder``, strictly."""
     name = case["auto_class"]
     if name.startswith("toys."):
-        import toys
         from safetensors.torch import load_file
+
+        import toys
 
         model: nn.Module = getattr(toys, name.removeprefix("toys."))()
         weights = folder if folder.is_file() else folder / "model.safetensors"

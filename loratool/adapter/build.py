@@ -145,6 +145,8 @@ def _variant(slots: Mapping[Slot, StoredTensor], config: LoraConfig | None) -> s
         return "dora"
     if config is not None and config.flag("use_bdlora"):
         return "bdlora"
+    if config is not None and config.flag("use_qalora"):
+        return "qalora"
     return "lora"
 
 

@@ -21,16 +21,16 @@ DEFAULT_ALPHA: Final = 8.0
 
 KNOWN_FIELDS: Final = frozenset(
     """
-    alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias
-    corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode
-    init_lora_weights kasa_config layer_replication layers_pattern layers_to_transform
-    loftq_config lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core
-    modules_to_save monteclora_config peft_type peft_version qalora_group_size r rank_pattern
-    revision runtime_config target_modules target_parameters task_type trainable_token_indices
-    use_bdlora use_dora use_qalora use_rslora velora_config
-    beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal tinit total_step
-    enable_lora merge_weights
-    """.split()
+    alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path
+    bias corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out
+    inference_mode init_lora_weights kasa_config layer_replication layers_pattern
+    layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
+    megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version
+    qalora_group_size r rank_pattern revision runtime_config target_modules target_parameters
+    task_type trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config
+    beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal tinit total_step enable_lora
+    merge_weights
+    """.split()  # noqa: SIM905 - a list of fifty strings is harder to read
 )
 """The fields of PEFT's LoRA and AdaLoRA configurations, and two of its first releases."""
 
@@ -91,7 +91,7 @@ def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
     if kind is None and ("fine_tune_type" in raw or "lora_parameters" in raw):
         raise AdapterError(where, "an MLX configuration; the scheme 'mlx' is not read yet")
     if kind is not None and not isinstance(kind, str):
-        raise AdapterError(where, f"peft_type is {kind!r}, expected a name such as \"LORA\"")
+        raise AdapterError(where, f'peft_type is {kind!r}, expected a name such as "LORA"')
     return LoraConfig(
         raw=raw,
         peft_type=(kind or "LORA").upper(),

@@ -32,9 +32,7 @@ def open_weights(path: Path) -> WeightsFile:
         return read_header(path)
     if suffix in PICKLE_SUFFIXES:
         return read_pickle(path)
-    raise FileFormatError(
-        path, f"not a weights file: expected one of {', '.join(WEIGHT_SUFFIXES)}"
-    )
+    raise FileFormatError(path, f"not a weights file: expected one of {', '.join(WEIGHT_SUFFIXES)}")
 
 
 def read_bytes(stored: StoredTensor) -> bytes:

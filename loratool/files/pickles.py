@@ -230,9 +230,7 @@ def _place(value: Any, place: Callable[[_Storage], int], depth: int = 0) -> Any:
             value.storage, value.offset, value.shape, value.strides, place(value.storage)
         )
     if depth < MAX_DEPTH and isinstance(value, _Dict):
-        return _Dict(
-            {key: _place(item, place, depth + 1) for key, item in value.items.items()}
-        )
+        return _Dict({key: _place(item, place, depth + 1) for key, item in value.items.items()})
     if depth < MAX_DEPTH and isinstance(value, list | tuple):
         return [_place(item, place, depth + 1) for item in value]
     return value

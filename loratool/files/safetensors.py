@@ -121,7 +121,7 @@ def _not_safetensors(start: bytes, size: int) -> str:
         return "a git-LFS pointer, not the weights; fetch them with 'git lfs pull'"
     if size == 0:
         return "the file is empty"
-    if start.startswith(b"PK\x03\x04") or start.startswith(b"\x80\x02"):
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         return "a torch pickle, not a safetensors file; rename it to .bin"
     if start.lstrip()[:1] == b"<":
         return "a web page or XML text, not a safetensors file; the download went wrong"
@@ -163,9 +163,7 @@ def _check_tensors(
             f"{state}: the header describes {data_start + expected} bytes, the file has "
             f"{file_size}",
         )
-    return {
-        spec.name: StoredTensor(spec, path, data_start + begin) for begin, _, spec in placed
-    }
+    return {spec.name: StoredTensor(spec, path, data_start + begin) for begin, _, spec in placed}
 
 
 def _is_size(value: Any) -> bool:
@@ -192,7 +190,6 @@ def _check_field(path: Path, name: str, field: Any) -> tuple[TensorSpec, int, in
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise FileFormatError(
             path,
-            f"{where} has {offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes "
-            f"{bits / 8:g}",
+            f"{where} has {offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes {bits / 8:g}",
         )
     return TensorSpec(name, dtype, tuple(shape)), offsets[0], offsets[1]

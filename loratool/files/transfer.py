@@ -20,7 +20,7 @@ NO_KERNEL_COPY: Final = frozenset(
 
 
 def clone_file(source: int, target: int) -> bool:
-    """Make ``target`` share all extents of ``source``, where the file system can; else do nothing."""
+    """Make ``target`` share all extents of ``source``, where the file system can."""
     try:
         fcntl.ioctl(target, FICLONE, source)
     except OSError:

@@ -116,9 +116,7 @@ class WeightDecomposed:
         _move(block, moved, self.weight)
 
 
-def column_norms(
-    blocks: Iterator[tuple[int, Tensor]], delta: LowRank, columns: int
-) -> Tensor:
+def column_norms(blocks: Iterator[tuple[int, Tensor]], delta: LowRank, columns: int) -> Tensor:
     """Return ``‖W + Δ‖`` of each column, ``(columns,)`` float64, from blocks of rows of W.
 
     Args:

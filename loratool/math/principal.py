@@ -21,17 +21,20 @@ def pissa_residual(weight: Tensor, rank: int) -> Tensor:
         rank: How many components the adapter took over.
     """
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    return weight - (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    residual: Tensor = weight - (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    return residual
 
 
 def kasa_residual(weight: Tensor, rank: int) -> Tensor:
     """Return ``W`` less its ``rank`` trailing singular components (KaSA, arXiv 2412.06071)."""
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     kept = S.shape[0] - rank
-    return (U[:, :kept] * S[:kept]) @ Vh[:kept]
+    residual: Tensor = (U[:, :kept] * S[:kept]) @ Vh[:kept]
+    return residual
 
 
 def olora_residual(weight: Tensor, rank: int, scale: float) -> Tensor:
     """Return ``W - scale · Q_r R_r`` from its QR decomposition (OLoRA, arXiv 2406.01775)."""
     Q, R = torch.linalg.qr(weight)
-    return weight - scale * (Q[:, :rank] @ R[:rank])
+    residual: Tensor = weight - scale * (Q[:, :rank] @ R[:rank])
+    return residual

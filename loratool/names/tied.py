@@ -8,7 +8,15 @@ from typing import Any, Final
 __all__ = ["EMBEDDING_LEAVES", "HEAD_LEAVES", "head_name", "tie_flag"]
 
 EMBEDDING_LEAVES: Final = frozenset(
-    ("embed_tokens", "wte", "tokens_embed", "word_embeddings", "embed_in", "shared", "tok_embeddings")
+    (
+        "embed_tokens",
+        "wte",
+        "tokens_embed",
+        "word_embeddings",
+        "embed_in",
+        "shared",
+        "tok_embeddings",
+    )
 )
 HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "proj_out", "lm_loss"))
 

@@ -116,9 +116,7 @@ def compile_step(step: Step, files: InputFiles) -> Kernel:
 
 
 def _width(step: Step) -> int:
-    widths = {
-        edit.region.width for edit in step.edits if isinstance(edit, AddDelta | Decompose)
-    }
+    widths = {edit.region.width for edit in step.edits if isinstance(edit, AddDelta | Decompose)}
     if len(widths) > 1:
         raise MergeError(step.spec.name, "two adapters see this weight as different matrices")
     if widths:
@@ -213,13 +211,23 @@ def _factors(site: Site, region: Region, dtype: torch.dtype) -> tuple[Tensor, Te
         up = _expand_blocks(up, down.shape[0])
         if (up.shape[0], down.shape[1]) != (out, into):
             raise MergeError(site.label, "has block-diagonal factors of an unknown form")
+    if site.variant == "qalora" and down.shape[1] != region.columns:
+        # PEFT feeds A the mean of each group of inputs, times the number of groups.
+        group = region.columns // down.shape[1]
+        down = down.repeat_interleave(group, dim=1) * (down.shape[1] / group)
     return down, up
 
 
 def _expand_blocks(factor: Tensor, columns: int) -> Tensor:
     """Return the block-diagonal matrix that a compact BD-LoRA factor stands for."""
     count = columns // factor.shape[1]
-    return torch.block_diag(*factor.chunk(count, dim=0)) if count > 1 else factor
+    if count == 1:
+        return factor
+    rows, width = factor.shape[0] // count, factor.shape[1]
+    expanded = factor.new_zeros(factor.shape[0], columns)
+    for index, block in enumerate(factor.split(rows)):
+        expanded[index * rows : (index + 1) * rows, index * width : (index + 1) * width] = block
+    return expanded
 
 
 def _decompose(
@@ -248,7 +256,7 @@ def _row_blocks(
 
 
 def _residual(edit: Residual, reader: RowReader, rows: int) -> Callable[[int, int], Tensor]:
-    """Return the base weight as PEFT leaves it on loading, rounded to its own dtype."""
+    """Return the base weight as PEFT leaves it on loading, but not rounded in between."""
     weight = reader.rows(0, rows).to(torch.float32)
     match edit.kind:
         case "pissa":
@@ -257,6 +265,4 @@ def _residual(edit: Residual, reader: RowReader, rows: int) -> Callable[[int, in
             values = kasa_residual(weight, edit.rank)
         case _:
             values = olora_residual(weight, edit.rank, edit.scale)
-    rounded = values.to(reader.dtype)
-    return lambda start, count: rounded[start : start + count]
-
+    return lambda start, count: values[start : start + count]

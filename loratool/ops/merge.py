@@ -10,7 +10,6 @@ from typing import Final
 
 from loratool.files.atomic import check_output, staged
 from loratool.ops.merging.planning import plan_merge
-from loratool.ops.plan import Plan
 
 __all__ = ["MergeReport", "merge", "plan_merge"]
 

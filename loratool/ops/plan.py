@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from loratool.adapter.model import Adapter, Site
 from loratool.files.safetensors import SafetensorsFile, canonical_order, format_header
@@ -88,7 +89,10 @@ class Decompose:
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """Take out of the base what the adapter's initialisation took (``pissa``, ``olora``, ``kasa``)."""
+    """Take out of the base what the adapter's initialisation took out of it.
+
+    The kind is ``pissa``, ``olora`` or ``kasa``.
+    """
 
     kind: str
     rank: int
@@ -143,6 +147,9 @@ class AddBias:
     def words(self) -> str:
         return f"+ {self.scale:g} · bias"
 
+
+TORCH_BYTES: Final = 300_000_000
+"""What an interpreter with torch takes, with the blocks of eight threads."""
 
 Edit = AddDelta | Decompose | Residual | Blend | SetRows | AddBias
 
@@ -231,7 +238,8 @@ class OutputFile:
         if (
             original is not None
             and original.metadata.get("format") == "pt"
-            and [step.spec for step in steps] == [stored.spec for stored in original.tensors.values()]
+            and [step.spec for step in steps]
+            == [stored.spec for stored in original.tensors.values()]
         ):
             return OutputFile(name, original.header, tuple(steps), original)
         by_name = {step.spec.name: step for step in steps}
@@ -255,6 +263,21 @@ class Sidecar:
     source: Path | None
     content: bytes | None = None
     why: str = ""
+
+
+def _working_bytes(step: Step) -> int:
+    total = 0
+    for edit in step.edits:
+        match edit:
+            case AddDelta() | Decompose():
+                total += sum(2 * 4 * stored.spec.elements for stored in edit.site.slots.values())
+            case Residual():
+                total += 5 * 4 * step.spec.elements
+            case SetRows() | AddBias():
+                total += 4 * edit.tensor.spec.elements
+            case Blend():
+                pass
+    return total
 
 
 @dataclass(frozen=True)
@@ -288,6 +311,15 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all weights files."""
         return sum(file.size for file in self.files)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory that carrying it out takes at most, roughly.
+
+        Torch itself, the blocks in work, and the largest set of factors (or the whole weight,
+        where one is decomposed).
+        """
+        return TORCH_BYTES + max((_working_bytes(step) for step in self.steps()), default=0)
 
     @property
     def merged(self) -> int:

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -25,7 +25,7 @@ from loratool.ops.plan import OutputFile, Plan, Step
 if TYPE_CHECKING:
     from loratool.ops.kernels import Kernel
 
-__all__ = ["ByteRange", "Run", "RunResult", "Sink", "run_plan", "write_plan"]
+__all__ = ["ByteRange", "Run", "RunResult", "Sink", "TensorInWork", "run_plan", "write_plan"]
 
 COPY_BYTES: Final = 32 << 20
 MAX_THREADS: Final = 8
@@ -42,6 +42,8 @@ class ByteRange:
         file: Index of the output file.
         offset: Where they go in it.
         size: How many.
+        step: The tensor they belong to, where a sink wants tensors one by one.
+        position: Where in that tensor they begin.
     """
 
     source: Path
@@ -49,17 +51,29 @@ class ByteRange:
     file: int
     offset: int
     size: int
+    step: Step | None = None
+    position: int = 0
 
 
 class Sink(Protocol):
-    """Where results go."""
+    """Where results go.
+
+    Attributes:
+        joins: Whether neighbouring tensors may be handed over as one range.
+    """
+
+    joins: bool
 
     def copy(self, piece: ByteRange, files: InputFiles) -> None:
         """Take bytes of an input as they are."""
         ...
 
-    def write(self, file: int, offset: int, data: memoryview, step: Step) -> None:
-        """Take the computed bytes at ``offset`` of output file number ``file``."""
+    def write(self, tensor: TensorInWork, position: int, data: memoryview) -> None:
+        """Take the computed bytes at ``position`` of a tensor."""
+        ...
+
+    def clone(self, file: int, original: Path, files: InputFiles) -> bool:
+        """Take a whole file at once, where that is free; return whether it was."""
         ...
 
 
@@ -76,6 +90,7 @@ class RunResult:
     kept: float = 0.0
     total: float = 0.0
     is_empty: bool = True
+
     @property
     def retention(self) -> float | None:
         """The share of the update that survived rounding; ``None`` where there was none."""
@@ -135,6 +150,8 @@ def write_plan(
 class _FileSink:
     """Writes to files that are already as long as they will be."""
 
+    joins = True
+
     def __init__(self, outputs: list[int]) -> None:
         self.outputs = outputs
 
@@ -149,8 +166,8 @@ class _FileSink:
             path=piece.source,
         )
 
-    def write(self, file: int, offset: int, data: memoryview, step: Step) -> None:
-        write_all(self.outputs[file], data, offset)
+    def write(self, tensor: TensorInWork, position: int, data: memoryview) -> None:
+        write_all(self.outputs[tensor.file], data, tensor.offset + position)
 
     def clone(self, file: int, original: Path, files: InputFiles) -> bool:
         """Share the extents of a whole file, where the file system can."""
@@ -184,20 +201,21 @@ def run_plan(
 def _split(
     plan: Plan, sink: Sink, files: InputFiles
 ) -> tuple[deque[ByteRange], deque[tuple[Step, int, int]]]:
-    """Return the ranges to copy, neighbours joined and long ones cut, and the tensors to compute."""
+    """Return the ranges of bytes to copy, long ones cut, and the tensors to compute."""
     pieces: deque[ByteRange] = deque()
     jobs: deque[tuple[Step, int, int]] = deque()
     for number, file in enumerate(plan.files):
-        cloned = (
-            file.original is not None
-            and isinstance(sink, _FileSink)
-            and sink.clone(number, file.original.path, files)
-        )
-        for source, source_offset, offset, size in _ranges(file):
-            for done in () if cloned else range(0, size, COPY_BYTES):
-                length = min(COPY_BYTES, size - done)
+        cloned = file.original is not None and sink.clone(number, file.original.path, files)
+        for piece in () if cloned else _ranges(file, number, joins=sink.joins):
+            for done in range(0, piece.size, COPY_BYTES):
                 pieces.append(
-                    ByteRange(source, source_offset + done, number, offset + done, length)
+                    replace(
+                        piece,
+                        source_offset=piece.source_offset + done,
+                        offset=piece.offset + done,
+                        size=min(COPY_BYTES, piece.size - done),
+                        position=done,
+                    )
                 )
         jobs.extend(
             (step, number, offset)
@@ -207,20 +225,25 @@ def _split(
     return pieces, jobs
 
 
-def _ranges(file: OutputFile) -> Iterator[tuple[Path, int, int, int]]:
-    """Yield ``(source, source offset, offset, size)`` of the tensors that are copied."""
-    current: tuple[Path, int, int, int] | None = None
+def _ranges(file: OutputFile, number: int, *, joins: bool) -> Iterator[ByteRange]:
+    """Yield the bytes that are copied, tensor by tensor, or neighbours as one range."""
+    current: ByteRange | None = None
     for step, offset in file.placed():
         if not step.is_copy or not step.spec.nbytes:
             continue
-        source = step.source
+        source, size = step.source, step.spec.nbytes
+        if (
+            joins
+            and current is not None
+            and current.source == source.path
+            and current.source_offset + current.size == source.offset
+            and current.offset + current.size == offset
+        ):
+            current = replace(current, size=current.size + size)
+            continue
         if current is not None:
-            path, begin, target, size = current
-            if (path, begin + size, target + size) == (source.path, source.offset, offset):
-                current = (path, begin, target, size + step.spec.nbytes)
-                continue
             yield current
-        current = (source.path, source.offset, offset, step.spec.nbytes)
+        current = ByteRange(source.path, source.offset, number, offset, size, step)
     if current is not None:
         yield current
 
@@ -333,4 +356,3 @@ class Run:
         """Note that ``size`` bytes of output are done."""
         with self.lock:
             self.done += size
-

@@ -59,9 +59,7 @@ class RowReader:
         if self._whole is not None:
             view[:] = self._whole[offset : offset + size]
         else:
-            read_into(
-                self._descriptor, view, self.stored.offset + offset, path=self.stored.path
-            )
+            read_into(self._descriptor, view, self.stored.offset + offset, path=self.stored.path)
         return torch.frombuffer(view, dtype=self.dtype, count=count).view(rows, self.width)
 
     def rows(self, start: int, rows: int) -> Tensor:

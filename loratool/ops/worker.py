@@ -29,11 +29,15 @@ def work(run: Run) -> None:
         start = index * kernel.block_rows
         rows = min(kernel.block_rows, kernel.rows - start)
         data, kept, total = compute_block(
-            kernel, tensor.step, start, rows, buffers, measure=_is_measured(kernel, index),
+            kernel,
+            tensor.step,
+            start,
+            rows,
+            buffers,
+            measure=_is_measured(kernel, index),
             allow_nonfinite=run.allow_nonfinite,
         )
-        position = tensor.offset + start * kernel.width * kernel.output.itemsize
-        run.sink.write(tensor.file, position, data, tensor.step)
+        run.sink.write(tensor, start * kernel.width * kernel.output.itemsize, data)
         with run.lock:
             run.done += len(data)
             run.result.is_empty &= kernel.is_empty
@@ -85,9 +89,7 @@ def compute_block(
 ) -> tuple[memoryview, float, float]:
     """Return the bytes of some rows, and the two sums that measure what rounding kept."""
     count = rows * kernel.width
-    source = kernel.reader.read(
-        start, rows, buffers.input(count * kernel.reader.dtype.itemsize)
-    )
+    source = kernel.reader.read(start, rows, buffers.input(count * kernel.reader.dtype.itemsize))
     block = buffers.block(rows, kernel.width, kernel.dtype)
     block.copy_(source)
     measure = measure and step.has_delta

@@ -44,7 +44,12 @@ SCHEME = KeyScheme(
         Template(PREFIX + "{module}.lora_velora_embed.{adapter}", Slot.STATE),
         *(
             Template(PREFIX + "{module}.lora_monteclora_sampler." + name, Slot.STATE)
-            for name in ("expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior")
+            for name in (
+                "expert_weights",
+                "expert_weights_prior",
+                "gaussian_var_prior",
+                "std_prior",
+            )
         ),
         Template(PREFIX + "{module}.ranknum", Slot.STATE),
     ),

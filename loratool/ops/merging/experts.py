@@ -10,6 +10,7 @@ from loratool.adapter.model import Adapter, Site
 from loratool.errors import BaseModelError, UnsupportedError
 from loratool.names.experts import (
     FUSED,
+    FUSED_ALIASES,
     TRANSPOSED_MODEL_TYPES,
     fused_part_of,
     registration_index,
@@ -30,10 +31,9 @@ def locate_in_fused(site: Site, base: BaseView) -> tuple[str, Region] | None:
     part = fused_part_of(match["leaf"]) if match else None
     if match is None or part is None:
         return None
-    owner = base.index.find(match["container"], parameter=part.parameter)
-    if owner is None:
+    name = fused_tensor(f"{match['container']}.{part.parameter}", base)
+    if name is None:
         return None
-    name = f"{owner}.{part.parameter}"
     shape = base.shape(name)
     expert = int(match["expert"])
     if len(shape) != 3 or expert >= shape[0]:
@@ -66,12 +66,23 @@ def locate_in_fused(site: Site, base: BaseView) -> tuple[str, Region] | None:
     return name, region
 
 
-def fused_shape(parameter: str, base: BaseView) -> tuple[int, ...] | None:
-    """Return the shape that ``parameter`` has, or would have if the base's experts were fused."""
+def fused_tensor(parameter: str, base: BaseView) -> str | None:
+    """Return the name of the base's tensor that is ``parameter``, or ``None``."""
     module, _, leaf = parameter.rpartition(".")
     owner = base.index.find(module, parameter=leaf)
     if owner is not None:
-        return base.shape(f"{owner}.{leaf}")
+        return f"{owner}.{leaf}"
+    if leaf in FUSED_ALIASES:
+        beside = f"{module.rpartition('.')[0]}.{FUSED_ALIASES[leaf]}"
+        owner = base.index.find(beside, parameter="weight")
+    return None if owner is None else f"{owner}.weight"
+
+
+def fused_shape(parameter: str, base: BaseView) -> tuple[int, ...] | None:
+    """Return the shape that ``parameter`` has, or would have if the base's experts were fused."""
+    name = fused_tensor(parameter, base)
+    if name is not None:
+        return base.shape(name)
     experts = _expert_tensors(parameter, base)
     if not experts:
         return None
@@ -167,16 +178,13 @@ def locate_parameter(
     """Return every place where a site on a raw parameter goes."""
     shape = fused_shape(parameter, base)
     assert shape is not None
-    module, _, leaf = parameter.rpartition(".")
-    if len(shape) == 2:
-        owner = base.index.find(module, parameter=leaf)
-        return [(f"{owner}.{leaf}", Region(*shape, transposed=False))]
+    fused = fused_tensor(parameter, base)
+    if len(shape) == 2 and fused is not None:
+        return [(fused, Region(*shape, transposed=False))]
     experts, rows, columns = shape
     transposed = _is_transposed(site, parameter, shape, adapter, base)
-    owner = base.index.find(module, parameter=leaf)
-    if owner is not None:
-        region = Region(rows, columns, transposed=transposed, experts=experts)
-        return [(f"{owner}.{leaf}", region)]
+    if fused is not None:
+        return [(fused, Region(rows, columns, transposed=transposed, experts=experts))]
     places = []
     for expert, names in enumerate(_expert_tensors(parameter, base)):
         for index, name in enumerate(names):

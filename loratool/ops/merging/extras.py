@@ -12,21 +12,22 @@ from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.ops.merging.context import BaseView, Share
 from loratool.ops.plan import Blend, SetRows
 
-__all__ = ["plan_extras"]
+__all__ = ["plan_extra", "plan_extras"]
 
+Head = tuple[str, tuple[int, ...]]
 IMPLICIT_HEADS: Final = frozenset(
     ("classifier", "score", "qa_outputs", "pre_classifier", "classification_head")
 )
 """Heads that PEFT saves for classification tasks without listing them."""
 
 
-def plan_extras(share: Share, base: BaseView, *, head: str | None) -> None:
+def plan_extras(share: Share, base: BaseView, *, head: Head | None) -> None:
     """Add what the extras of an adapter change to ``share``.
 
     Args:
         share: The adapter's part; filled in.
         base: The base.
-        head: Name of a tied output head that the base does not store, if any.
+        head: Name and shape of a tied output head that the base does not store, if any.
 
     Raises:
         BaseModelError: A tensor has no place in the base.
@@ -38,25 +39,30 @@ def plan_extras(share: Share, base: BaseView, *, head: str | None) -> None:
             f"{len(state)} tensors that only training needs were not used, such as {state[0]!r}"
         )
     for extra in share.adapter.extras:
-        match extra.kind:
-            case ExtraKind.FULL:
-                _plan_full(share, extra, base, head)
-            case ExtraKind.BASE_COPY:
-                _plan_base_copy(share, extra, base)
-            case ExtraKind.ROWS:
-                _plan_rows(share, extra, base)
-            case ExtraKind.STATE:
-                pass
+        plan_extra(share, extra, base, head)
 
 
-def _plan_full(share: Share, extra: Extra, base: BaseView, head: str | None) -> None:
+def plan_extra(share: Share, extra: Extra, base: BaseView, head: Head | None) -> None:
+    """Add what one extra changes to ``share``; raises as :func:`plan_extras` does."""
+    match extra.kind:
+        case ExtraKind.FULL:
+            _plan_full(share, extra, base, head)
+        case ExtraKind.BASE_COPY:
+            _plan_base_copy(share, extra, base, head)
+        case ExtraKind.ROWS:
+            _plan_rows(share, extra, base)
+        case ExtraKind.STATE:
+            pass
+
+
+def _plan_full(share: Share, extra: Extra, base: BaseView, head: Head | None) -> None:
     module, _, leaf = extra.name.rpartition(".")
     owner = base.index.find(module, parameter=leaf) if module else None
     name = f"{owner}.{leaf}" if owner is not None else extra.name
     if name in base.tensors:
         _replace(share, extra, name, base)
-    elif head is not None and module.rpartition(".")[2] == _leaf_module(head) and leaf == "weight":
-        share.changes[head].replacement = extra.tensor
+    elif head is not None and extra.name.endswith(_tail(head)):
+        share.changes[head[0]].replacement = extra.tensor
     elif _is_saved(share, module):
         if share.weight != 1:
             raise AdapterError(
@@ -68,8 +74,9 @@ def _plan_full(share: Share, extra: Extra, base: BaseView, head: str | None) -> 
         raise _no_place(share, extra, base)
 
 
-def _leaf_module(name: str) -> str:
-    return name.rpartition(".")[0].rpartition(".")[2]
+def _tail(head: Head) -> str:
+    """Return the last two components of a head's name: ``lm_head.weight``."""
+    return ".".join(head[0].split(".")[-2:])
 
 
 def _is_saved(share: Share, module: str) -> bool:
@@ -126,9 +133,14 @@ def _check_resize(share: Share, extra: Extra, name: str, old: tuple[int, ...]) -
     )
 
 
-def _plan_base_copy(share: Share, extra: Extra, base: BaseView) -> None:
+def _plan_base_copy(share: Share, extra: Extra, base: BaseView, head: Head | None) -> None:
     module, _, leaf = extra.name.rpartition(".")
     owner = base.index.find(module, parameter=leaf)
+    if owner is None and head is not None and extra.name.endswith(_tail(head)):
+        # A tied head: its base weight is the embedding, which is there.
+        if extra.tensor.spec.shape != head[1]:
+            share.changes[head[0]].replacement = extra.tensor
+        return
     if owner is None:
         share.notes.append(f"{extra.key!r}, a copy of a weight that the base lacks, was not used")
         return
@@ -171,9 +183,7 @@ def _plan_rows(share: Share, extra: Extra, base: BaseView) -> None:
 def _token_indices(share: Share, extra: Extra) -> tuple[int, ...]:
     value = share.adapter.field("trainable_token_indices")
     if isinstance(value, dict):
-        matching = [
-            indices for key, indices in value.items() if matches_target((key,), extra.name)
-        ]
+        matching = [indices for key, indices in value.items() if matches_target((key,), extra.name)]
         value = matching[0] if matching else None
     if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
         raise AdapterError(
@@ -181,4 +191,3 @@ def _token_indices(share: Share, extra: Extra) -> tuple[int, ...]:
             "holds trained token rows, but trainable_token_indices does not say which",
         )
     return tuple(value)
-

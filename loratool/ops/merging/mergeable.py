@@ -70,7 +70,9 @@ def check_adapter(adapter: Adapter) -> None:
                 )
         if init not in HARMLESS_INITS:
             raise UnsupportedError(
-                adapter.path, f"init_lora_weights is {init!r}, which is not known", hint=CONVERT_HINT
+                adapter.path,
+                f"init_lora_weights is {init!r}, which is not known",
+                hint=CONVERT_HINT,
             )
         if isinstance(config.raw.get("enable_lora"), list) and any(config.raw["enable_lora"]):
             raise UnsupportedError(
@@ -103,7 +105,9 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     if 0 in (*down.spec.shape, *up.spec.shape):
         yield "LT002", f"has an empty factor: {list(down.spec.shape)} and {list(up.spec.shape)}"
         return
-    if down.spec.shape[0] != up.spec.shape[1]:
+    if site.variant == "bdlora" and down.spec.shape[0] % up.spec.shape[1] == 0:
+        pass  # B holds the blocks of its diagonal beside each other
+    elif down.spec.shape[0] != up.spec.shape[1]:
         if not _is_grouped(site):
             words = (
                 "; they look transposed (scheme 'transposed', not read yet)"

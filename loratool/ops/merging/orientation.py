@@ -75,8 +75,12 @@ def region_for(
 
 
 def _fits(site: Site, size: int, found: int) -> bool:
-    """Whether a factor spans ``size``; BD-LoRA stores only the blocks on its diagonal."""
-    return found == size or (site.variant == "bdlora" and found > 0 and size % found == 0)
+    """Whether a factor spans ``size``, or a divisor of it where the variant stores less.
+
+    BD-LoRA stores only the blocks on its diagonal; QALoRA's A sees sums over groups of inputs.
+    """
+    is_compact = site.variant in ("bdlora", "qalora")
+    return found == size or (is_compact and found > 0 and size % found == 0)
 
 
 def _convolution(site: Site, shape: tuple[int, ...], out: int, into: int) -> Region:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -122,9 +121,9 @@ def _common_replication(adapters: Sequence[Adapter]) -> list[int] | None:
 
 def _plan_shares(shares: list[Share], view: BaseView, tie: Tie | None) -> None:
     hidden = tie if tie is not None and not tie.is_stored else None
+    head = (hidden.head, view.shape(hidden.embedding)) if hidden else None
     for share in shares:
-        plan_extras(share, view, head=hidden.head if hidden else None)
-        head = (hidden.head, view.shape(hidden.embedding)) if hidden else None
+        plan_extras(share, view, head=head)
         plan_sites(share, view, head=head)
 
 
@@ -138,9 +137,7 @@ def _steps(
         names.setdefault(untied.head)
     steps: dict[str, Step] = {}
     for name in names:
-        changes = [
-            share.changes[name] for share in shares if share.changes.get(name)
-        ]
+        changes = [share.changes[name] for share in shares if share.changes.get(name)]
         stored = view.tensors.get(name)
         source = stored
         if stored is None and untied and name == untied.head:

@@ -15,11 +15,20 @@ from loratool.ops.plan import Sidecar
 __all__ = ["ConfigChanges", "collect_sidecars", "edit_config"]
 
 TOKENIZER_FILES: Final = frozenset(
-    """
-    tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json
-    added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model
-    chat_template.jinja chat_template.json
-    """.split()
+    (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "chat_template.jinja",
+        "chat_template.json",
+    )
 )
 MAX_DEPTH: Final = 3
 TASK_SUFFIXES: Final = {
@@ -49,7 +58,6 @@ class ConfigChanges:
     task: str | None = None
     labels: int | None = None
     layers: int | None = None
-
 
 
 def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, Any]:

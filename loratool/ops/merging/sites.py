@@ -13,7 +13,7 @@ from loratool.ops.merging.experts import assign_parameters, locate_in_fused, loc
 from loratool.ops.merging.orientation import region_for
 from loratool.ops.plan import AddBias, AddDelta, Decompose, Region, Residual
 
-__all__ = ["locate_site", "plan_sites"]
+__all__ = ["locate_site", "plan_sites", "replaced_shapes"]
 
 WEIGHT_LEAVES = ("weight", "in_proj_weight")
 
@@ -30,11 +30,8 @@ def plan_sites(share: Share, base: BaseView, *, head: tuple[str, tuple[int, ...]
         BaseModelError: A site has no place in the base, or does not fit it.
     """
     assigned = assign_parameters(share.adapter, base)
-    resized = {
-        name: changes.replacement.spec.shape
-        for name, changes in share.changes.items()
-        if changes.replacement is not None
-    }
+    resized = replaced_shapes(share)
+    attention = {s.module for s in share.adapter.sites if not s.nesting}
     taken: dict[tuple[str, Region], str] = {}
     for site in share.adapter.sites:
         places = locate_site(site, share.adapter, base, assigned, head, resized=resized)
@@ -45,9 +42,20 @@ def plan_sites(share: Share, base: BaseView, *, head: tuple[str, tuple[int, ...]
                     share.where(site.label), f"means the same tensor {name!r} as {other!r}"
                 )
             scale = _scale(site, share.adapter, assigned.get(site.label), region)
+            if _is_attention_output(site, base, attention):
+                scale *= 2
             _add_edits(share, site, name, region, scale)
         if Slot.UP_BIAS in site.slots:
             _add_bias(share, site, places[0][0], base)
+
+
+def replaced_shapes(share: Share) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that the adapter replaces, by the base's names."""
+    return {
+        name: changes.replacement.spec.shape
+        for name, changes in share.changes.items()
+        if changes.replacement is not None
+    }
 
 
 def locate_site(
@@ -90,6 +98,18 @@ def locate_site(
 
 def _is_head(module: str, name: str) -> bool:
     return module.rpartition(".")[2] == name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _is_attention_output(site: Site, base: BaseView, adapted: set[str]) -> bool:
+    """Whether a site is the output projection inside an adapted ``nn.MultiheadAttention``.
+
+    PEFT adds that delta twice, in training and in merging alike: once as part of the attention,
+    once as a layer of its own. Only twice the delta is what the adapter was trained to do.
+    """
+    parent, _, leaf = site.module.rpartition(".")
+    if leaf != "out_proj" or not site.nesting or parent not in adapted:
+        return False
+    return base.index.find(parent, parameter="in_proj_weight") is not None
 
 
 def _scale(site: Site, adapter: Adapter, parameter: str | None, region: Region) -> float:

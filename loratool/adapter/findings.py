@@ -1,0 +1,92 @@
+"""Coded findings: what ``validate`` and ``verify`` report. ``docs/findings.md`` explains each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["CODES", "Finding", "finding"]
+
+CODES: Final = {
+    "LT000": ("error", "the file cannot be read"),
+    "LT001": ("error", "a factor is missing"),
+    "LT002": ("error", "a factor is empty or has fewer than two dimensions"),
+    "LT003": ("error", "the factors do not fit each other"),
+    "LT004": ("error", "a factor is not floating point"),
+    "LT005": ("error", "the rank contradicts the configuration"),
+    "LT006": ("error", "DoRA flag and magnitude vectors disagree"),
+    "LT007": ("error", "lora_bias and the tensors disagree"),
+    "LT008": ("error", "a combination that is not defined"),
+    "LT009": ("warning", "alpha is not recorded"),
+    "LT010": ("warning", "a pattern matches no module"),
+    "LT011": ("warning", "patterns overlap with different values"),
+    "LT012": ("warning", "a target matches no module"),
+    "LT013": ("warning", "a module is not among the targets"),
+    "LT014": ("warning", "an unknown field of the configuration"),
+    "LT015": ("error", "the configuration is wrong"),
+    "LT016": ("error", "a module to save is not in the file"),
+    "LT017": ("error", "NaN or infinity"),
+    "LT018": ("warning", "an untrained module"),
+    "LT019": ("warning", "a dangerous name"),
+    "LT020": ("info", "an unusual dtype"),
+    "LT021": ("error", "the base has no such module"),
+    "LT022": ("error", "the shapes do not fit the base"),
+    "LT023": ("warning", "it cannot be merged"),
+    "LT024": ("warning", "a tensor that nothing uses"),
+    "LT025": ("warning", "two weights files"),
+    "LT026": ("warning", "a prefix that loaders do not expect"),
+    "LT027": ("warning", "the base is quantised"),
+    "LT028": ("error", "trained tokens and their indices disagree"),
+    "LT029": ("info", "an unusual scale"),
+    "LT030": ("info", "a saved head that the configuration does not list"),
+    "LT031": ("info", "worth knowing"),
+    "LT101": ("error", "a tensor is missing"),
+    "LT102": ("error", "a tensor that should not be there"),
+    "LT103": ("error", "wrong dtype or shape"),
+    "LT104": ("error", "a tensor that should be untouched differs"),
+    "LT105": ("error", "a merged tensor has other values"),
+    "LT106": ("info", "rounded differently"),
+    "LT107": ("error", "config.json does not fit the merge"),
+    "LT108": ("error", "the index is wrong"),
+    "LT109": ("error", "the merged model cannot be read"),
+}
+"""Code to its usual severity and its title."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something found.
+
+    Attributes:
+        code: One of ``CODES``.
+        severity: ``error``, ``warning`` or ``info``.
+        where: File, module or tensor.
+        message: What was found, and what was expected.
+        hint: The next step, or ``None``.
+    """
+
+    code: str
+    severity: str
+    where: str
+    message: str
+    hint: str | None = None
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it makes the file unusable."""
+        return self.severity == "error"
+
+    def as_json(self) -> dict[str, str | None]:
+        """Return the keys that the command line's JSON promises."""
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "where": self.where,
+            "message": self.message,
+            "hint": self.hint,
+        }
+
+
+def finding(code: str, where: object, message: str, hint: str | None = None) -> Finding:
+    """Return a finding with the usual severity of its code."""
+    return Finding(code, CODES[code][0], str(where), message, hint)

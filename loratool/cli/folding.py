@@ -1,0 +1,78 @@
+"""Fold many module paths into few: ``model.layers.{0..31}.self_attn.{q,k,v,o}_proj``."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+__all__ = ["fold_names", "fold_numbers"]
+
+
+def fold_numbers(numbers: Iterable[int]) -> str:
+    """Return numbers as ranges: ``{0..31}``, ``{0,2,5..7}``, or the one number itself."""
+    ordered = sorted(set(numbers))
+    parts: list[str] = []
+    start = previous = ordered[0]
+    for number in [*ordered[1:], None]:
+        if number is not None and number == previous + 1:
+            previous = number
+            continue
+        if previous - start > 1:
+            parts.append(f"{start}..{previous}")
+        else:
+            parts += [str(value) for value in range(start, previous + 1)]
+        if number is not None:
+            start = previous = number
+    return parts[0] if parts[0].isdigit() and len(parts) == 1 else f"{{{','.join(parts)}}}"
+
+
+def fold_names(names: Sequence[str]) -> list[str]:
+    """Return patterns that together stand for exactly ``names``.
+
+    Paths that differ in one number are folded first, then paths that differ in one component.
+    """
+    folded = {tuple(name.split(".")) for name in names}
+    order = {tuple(name.split(".")): index for index, name in reversed([*enumerate(names)])}
+    groups = [(path, order[path]) for path in folded]
+    depth = max((len(path) for path in folded), default=0)
+    for index in range(depth):
+        groups = _merge(groups, index, numeric=True)
+    for index in reversed(range(depth)):
+        groups = _merge(groups, index, numeric=False)
+    return [".".join(path) for path, _ in sorted(groups, key=lambda item: item[1])]
+
+
+def _merge(
+    groups: list[tuple[tuple[str, ...], int]], index: int, *, numeric: bool
+) -> list[tuple[tuple[str, ...], int]]:
+    """Merge paths that are equal but for the component at ``index``."""
+    alike: dict[tuple[object, ...], list[tuple[tuple[str, ...], int]]] = defaultdict(list)
+    rest: list[tuple[tuple[str, ...], int]] = []
+    for path, place in groups:
+        if len(path) > index and path[index].isdigit() == numeric and "{" not in path[index]:
+            alike[(len(path), path[:index], path[index + 1 :])].append((path, place))
+        else:
+            rest.append((path, place))
+    for members in alike.values():
+        if len(members) == 1:
+            rest.append(members[0])
+            continue
+        members.sort(key=lambda item: item[1])
+        parts = [path[index] for path, _ in members]
+        word = fold_numbers(int(part) for part in parts) if numeric else _braces(parts)
+        first = members[0][0]
+        rest.append(((*first[:index], word, *first[index + 1 :]), members[0][1]))
+    return rest
+
+
+def _braces(words: list[str]) -> str:
+    """Return ``{q,k,v}_proj`` for words with a common end or beginning."""
+    backwards = os.path.commonprefix([word[::-1] for word in words])[::-1]
+    suffix = backwards[backwards.index("_") :] if "_" in backwards else ""
+    heads = [word.removesuffix(suffix) for word in words]
+    if not all(heads):
+        suffix, heads = "", words
+    common = os.path.commonprefix(heads)
+    prefix = common[: common.rindex("_") + 1] if "_" in common else ""
+    return f"{prefix}{{{','.join(head.removeprefix(prefix) for head in heads)}}}{suffix}"

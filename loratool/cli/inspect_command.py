@@ -1,0 +1,146 @@
+"""``loratool inspect``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from loratool.cli import options, render
+from loratool.cli.folding import fold_names
+from loratool.errors import printable
+from loratool.ops.inspect import AdapterInfo, ModelInfo, ModuleInfo, inspect
+
+__all__ = ["command"]
+
+
+@click.command("inspect")
+@click.argument("path", type=options.PATH)
+@click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
+@options.adapter_name
+@options.as_json
+@options.debug
+def command(path: Path, modules: bool, adapter_name: str | None, as_json: bool) -> None:
+    r"""Say what an adapter (or a model) is.
+
+    Only headers are read, so this is quick for files of any size.
+
+    \b
+    Example:
+        loratool inspect my-adapter/
+        loratool inspect adapter_model.safetensors --json | jq '.modules[0]'
+    """
+    info = inspect(path, adapter_name=adapter_name)
+    if as_json:
+        render.print_json(info.as_json())
+    elif isinstance(info, ModelInfo):
+        _print_model(info)
+    else:
+        _print_adapter(info, unfolded=modules)
+
+
+def _print_adapter(info: AdapterInfo, *, unfolded: bool) -> None:
+    adapter = info.adapter
+    facts = [
+        ("adapter", adapter.path),
+        ("scheme", adapter.scheme),
+        ("base model", (adapter.config.base_model if adapter.config else None) or "not said"),
+        ("parameters", render.human_count(adapter.parameters)),
+        ("size", render.human_bytes(adapter.nbytes)),
+        ("modules", len(info.modules)),
+    ]
+    if adapter.name:
+        facts.append(("name in keys", adapter.name))
+    _print_facts(facts)
+    groups = _groups(info.modules, unfolded=unfolded)
+    render.print_table(
+        "",
+        ("modules", "count", "kind", "rank", "alpha", "scale", "in", "out", "dtype"),
+        [_row(names, members) for names, members in groups],
+    )
+    if adapter.extras:
+        render.print_table(
+            "not part of a delta",
+            ("tensor", "what", "dtype", "shape"),
+            [
+                (e.name, e.kind.value, e.tensor.spec.dtype, list(e.tensor.spec.shape))
+                for e in adapter.extras
+            ],
+        )
+    render.print_notes(adapter.notes)
+
+
+def _print_model(info: ModelInfo) -> None:
+    checkpoint = info.checkpoint
+    tied = {True: "yes", False: "no", None: "not said"}[info.is_tied]
+    _print_facts(
+        [
+            ("model", checkpoint.path),
+            ("type", checkpoint.config.get("model_type") or "not said"),
+            ("architecture", ", ".join(checkpoint.config.get("architectures") or []) or "not said"),
+            ("parameters", render.human_count(info.parameters)),
+            ("size", render.human_bytes(checkpoint.bytes)),
+            ("tensors", len(checkpoint.tensors)),
+            ("shards", len(checkpoint.shards)),
+            ("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in info.dtypes.items())),
+            ("tied embeddings", tied),
+        ]
+    )
+    render.print_notes(checkpoint.notes)
+
+
+def _print_facts(facts: list[tuple[str, object]]) -> None:
+    from rich.text import Text
+
+    out = render.console()
+    width = max(len(name) for name, _ in facts) + 2
+    for name, value in facts:
+        out.print(Text(f"{name:<{width}}", style="dim") + Text(printable(value)), soft_wrap=True)
+
+
+def _groups(
+    modules: tuple[ModuleInfo, ...], *, unfolded: bool
+) -> list[tuple[list[str], list[ModuleInfo]]]:
+    """Group modules that agree in everything but their place; the rarest groups come first."""
+    if unfolded:
+        return [([module.module], [module]) for module in modules]
+    alike: dict[tuple[object, ...], list[ModuleInfo]] = defaultdict(list)
+    for module in modules:
+        alike[
+            (
+                module.kind,
+                module.variant,
+                module.rank,
+                module.alpha,
+                module.scale,
+                module.dtype,
+                module.experts,
+            )
+        ].append(module)
+    ordered = sorted(alike.values(), key=len)
+    return [(fold_names([module.module for module in group]), group) for group in ordered]
+
+
+def _row(names: list[str], members: list[ModuleInfo]) -> tuple[object, ...]:
+    first = members[0]
+    kind = first.kind if first.variant == "lora" else f"{first.kind}, {first.variant}"
+    if first.experts > 1:
+        kind += f", {first.experts} experts"
+    return (
+        "\n".join(names),
+        len(members),
+        kind,
+        first.rank,
+        "none" if first.alpha is None else f"{first.alpha:g}",
+        f"{first.scale:.6g}",
+        _sizes(module.in_features for module in members),
+        _sizes(module.out_features for module in members),
+        first.dtype,
+    )
+
+
+def _sizes(values: Iterable[int]) -> str:
+    unique = sorted(set(values))
+    return ", ".join(str(value) for value in unique[:4]) + (", …" if len(unique) > 4 else "")

@@ -1,0 +1,106 @@
+"""The entry point: commands loaded when they are called, errors as one line, exit statuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from importlib import import_module
+from typing import Any, Final, NoReturn
+
+import click
+
+import loratool
+from loratool.errors import LoratoolError, printable
+
+__all__ = ["cli", "main"]
+
+COMMANDS: Final = ("inspect", "validate", "schemes", "merge", "verify")
+FAILURE: Final = 2
+INTERRUPTED: Final = 130
+TERMINATED: Final = 143
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported only when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(f"loratool.cli.{cmd_name}_command").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            words = f"; did you mean '{near[0]}'?" if near else ""
+            raise click.UsageError(f"no such command '{printable(args[0])}'{words}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Every command has --help with an example. Tab completion: docs/cli.md.",
+)
+@click.version_option(loratool.__version__, prog_name="loratool", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Inspect, check and merge LoRA adapters, file to file.
+
+    No model code, no transformers, no GPU: adapters and bases are read as files, streamed in
+    small blocks, and written whole or not at all.
+    """
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = sys.argv[1:] if args is None else args
+    debug = "--debug" in arguments
+    sys.exit(_run([argument for argument in arguments if argument != "--debug"], debug=debug))
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(TERMINATED)
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    try:
+        status = cli.main(arguments, prog_name="loratool", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(debug, "interrupted; nothing was written", None, INTERRUPTED)
+    except LoratoolError as error:
+        return _fail(debug, str(error), error.hint)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"{context.command_path} --help" if context else "loratool --help"
+        return _fail(debug, error.format_message().rstrip("."), hint)
+    except BrokenPipeError:
+        # Whoever read the output has gone; what is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except MemoryError:
+        return _fail(debug, "loratool: out of memory", "close other programs, or use --threads 1")
+    except Exception as error:  # the last resort of a command line
+        what = f"loratool: {type(error).__name__}: {error}".splitlines()[0]
+        return _fail(debug, f"{what} (a bug)", "run again with --debug and report what it prints")
+
+
+def _fail(debug: bool, message: str, hint: str | None, status: int = FAILURE) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {printable(message)}", file=sys.stderr)
+    if hint:
+        print(f"hint: {printable(hint)}", file=sys.stderr)
+    return status

@@ -1,0 +1,122 @@
+"""What people and scripts see: JSON, tables, notes, progress. Names are shown, never obeyed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from loratool.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loratool.adapter.findings import Finding
+
+__all__ = [
+    "console",
+    "human_bytes",
+    "human_count",
+    "print_findings",
+    "print_json",
+    "print_notes",
+    "print_table",
+    "progress_bar",
+]
+
+WIDTH_WITHOUT_TERMINAL: Final = 160
+STYLES: Final = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+
+
+def console() -> Console:
+    """Return the console of standard output: no markup, no guessing at colours for numbers."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL
+    return Console(markup=False, highlight=False, emoji=False, width=width, soft_wrap=False)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False))
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes to standard error, one line each."""
+    for note in notes:
+        click.echo(f"note: {printable(note)}", err=True)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; numbers go to the right, names are shown as they are."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    filled = [[str(cell) for cell in row] for row in rows]
+    for index, column in enumerate(columns):
+        is_number = bool(filled) and all(_is_number(row[index]) for row in filled)
+        table.add_column(
+            column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number
+        )
+    for row in filled:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console().print(table)
+
+
+def _is_number(cell: str) -> bool:
+    return bool(cell) and cell.replace(",", "").replace(".", "").replace("-", "").isdigit()
+
+
+def print_findings(findings: Sequence[Finding], *, clean: str) -> None:
+    """Print findings as a list people can read, with a summary at the end."""
+    from rich.text import Text
+
+    out = console()
+    for item in findings:
+        line = Text()
+        line.append(f"{item.severity:<8}", style=STYLES[item.severity])
+        line.append(f"{item.code}  ", style="dim")
+        line.append(printable(item.where), style="bold")
+        line.append(f"  {printable(item.message)}")
+        out.print(line, soft_wrap=True)
+        if item.hint:
+            out.print(Text(f"{'':<15}hint: {printable(item.hint)}", style="dim"), soft_wrap=True)
+    counts = {name: sum(f.severity == name for f in findings) for name in STYLES}
+    words = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count]
+    out.print(Text(", ".join(words).replace("infos", "info") if words else clean))
+
+
+def human_bytes(count: int) -> str:
+    """Return a size in decimal units, as file managers show it."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def human_count(count: int) -> str:
+    """Return a number with thousands apart."""
+    return f"{count:,}"
+
+
+@contextmanager
+def progress_bar(words: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a function that shows progress on standard error, where that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(words, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

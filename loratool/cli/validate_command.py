@@ -1,0 +1,50 @@
+"""``loratool validate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratool.cli import options, render
+from loratool.ops.validate import validate
+
+__all__ = ["command"]
+
+
+@click.command("validate")
+@click.argument("adapter", type=options.PATH)
+@click.option("--base", type=options.PATH, help="The model that it should fit.")
+@click.option(
+    "--deep", is_flag=True, help="Read the tensors too: NaN, infinity, untrained factors."
+)
+@options.adapter_name
+@options.as_json
+@options.debug
+@click.pass_context
+def command(
+    ctx: click.Context,
+    adapter: Path,
+    base: Path | None,
+    deep: bool,
+    adapter_name: str | None,
+    as_json: bool,
+) -> int:
+    r"""Find everything wrong with an adapter.
+
+    Every finding has a code that docs/findings.md explains. The exit status is 1 where there
+    is an error, 0 where there are only warnings.
+
+    \b
+    Example:
+        loratool validate my-adapter/ --base TinyLlama-1.1B/ --deep
+    """
+    findings = validate(adapter, base=base, deep=deep, adapter_name=adapter_name)
+    ok = not any(finding.is_error for finding in findings)
+    if as_json:
+        render.print_json(
+            {"schema": 1, "ok": ok, "findings": [finding.as_json() for finding in findings]}
+        )
+    else:
+        render.print_findings(findings, clean="nothing is wrong with it")
+    return 0 if ok else 1

@@ -1,0 +1,74 @@
+"""``loratool verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratool.cli import options, render
+from loratool.ops.verify import verify
+
+__all__ = ["command"]
+
+
+@click.command("verify")
+@click.argument("merged", type=options.PATH)
+@click.option("--base", type=options.PATH, required=True, help="The model it was made from.")
+@click.option(
+    "--adapter",
+    "adapters",
+    type=options.PATH,
+    required=True,
+    multiple=True,
+    help="An adapter that was merged; give it once for each, in order.",
+)
+@options.weights
+@options.alpha
+@options.adapter_name
+@options.skip
+@options.threads
+@options.quiet
+@options.as_json
+@options.debug
+def command(
+    merged: Path,
+    base: Path,
+    adapters: tuple[Path, ...],
+    weights: tuple[float, ...],
+    alpha: float | None,
+    adapter_name: str | None,
+    skip: tuple[str, ...],
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    r"""Prove that a merged model is what 'merge' should have written.
+
+    Every tensor is computed again from base and adapters and compared; what no adapter touches
+    must be equal byte for byte. The exit status is 1 where something differs.
+
+    \b
+    Example:
+        loratool verify merged/ --base TinyLlama-1.1B/ --adapter my-adapter/
+    """
+    with render.progress_bar("verifying", quiet=quiet) as progress:
+        findings = verify(
+            merged,
+            base=base,
+            adapters=adapters,
+            weights=weights,
+            alpha=alpha,
+            adapter_name=adapter_name,
+            skip=skip,
+            threads=threads,
+            progress=progress,
+        )
+    ok = not any(finding.is_error for finding in findings)
+    if as_json:
+        render.print_json(
+            {"schema": 1, "ok": ok, "findings": [finding.as_json() for finding in findings]}
+        )
+    else:
+        render.print_findings(findings, clean="every tensor is what it should be, bit for bit")
+    return 0 if ok else 1

@@ -1,0 +1,1 @@
+"""Bytes, headers, containers, checkpoints, and outputs that appear whole or not at all."""

@@ -1,0 +1,1 @@
+"""The checks behind ``validate``, by what they look at."""

@@ -1,0 +1,183 @@
+"""``inspect``: what an adapter or a model is, from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.config import CONFIG_NAME
+from loratool.adapter.model import Adapter, Site
+from loratool.adapter.opening import PREFERRED
+from loratool.errors import AdapterError, BaseModelError
+from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.container import open_weights
+from loratool.names.tied import tie_flag
+from loratool.ops.opening import open_adapter
+from loratool.schemes import builtin_schemes
+
+__all__ = ["AdapterInfo", "ModelInfo", "ModuleInfo", "inspect"]
+
+ADAPTER_SHARE: Final = 0.5
+"""A file whose keys are factors for at least this part is an adapter, not a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """One adapted module, as the command line shows it."""
+
+    module: str
+    kind: str
+    variant: str
+    rank: int
+    alpha: float | None
+    scale: float
+    in_features: int
+    out_features: int
+    dtype: str
+    experts: int = 1
+
+    @staticmethod
+    def of(site: Site) -> ModuleInfo:
+        """Describe ``site``."""
+        stored = site.down or site.up or next(iter(site.slots.values()))
+        return ModuleInfo(
+            module=site.label,
+            kind=site.kind.value,
+            variant=site.variant,
+            rank=site.rank,
+            alpha=site.scaling.alpha,
+            scale=site.scaling.factor,
+            in_features=site.in_features,
+            out_features=site.out_features,
+            dtype=stored.spec.dtype,
+            experts=site.experts,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises."""
+        fields = {name: getattr(self, name) for name in ModuleInfo.__slots__ if name != "experts"}
+        return fields | ({"experts": self.experts} if self.experts > 1 else {})
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What an adapter is.
+
+    Attributes:
+        adapter: The opened adapter.
+        modules: Its modules.
+    """
+
+    adapter: Adapter
+    modules: tuple[ModuleInfo, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises."""
+        adapter = self.adapter
+        return {
+            "schema": 1,
+            "kind": "adapter",
+            "path": str(adapter.path),
+            "scheme": adapter.scheme,
+            "base_model": adapter.config.base_model if adapter.config else None,
+            "parameters": adapter.parameters,
+            "bytes": adapter.nbytes,
+            "modules": [module.as_json() for module in self.modules],
+            "extras": [extra.key for extra in adapter.extras],
+            "metadata": dict(adapter.metadata),
+            "notes": list(adapter.notes),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a model is.
+
+    Attributes:
+        checkpoint: The opened model.
+        parameters: Number of elements of all tensors.
+        dtypes: Dtype to number of tensors.
+    """
+
+    checkpoint: Checkpoint
+    parameters: int
+    dtypes: Mapping[str, int]
+
+    @property
+    def is_tied(self) -> bool | None:
+        """What ``config.json`` says about tied embeddings."""
+        return tie_flag(self.checkpoint.config)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises."""
+        config = self.checkpoint.config
+        return {
+            "schema": 1,
+            "kind": "model",
+            "path": str(self.checkpoint.path),
+            "model_type": config.get("model_type"),
+            "architectures": config.get("architectures") or [],
+            "parameters": self.parameters,
+            "bytes": self.checkpoint.bytes,
+            "tensors": len(self.checkpoint.tensors),
+            "dtypes": dict(self.dtypes),
+            "shards": len(self.checkpoint.shards),
+            "notes": list(self.checkpoint.notes),
+        }
+
+
+def inspect(
+    path: str | PathLike[str], *, adapter_name: str | None = None
+) -> AdapterInfo | ModelInfo:
+    """Say what is at ``path``, from headers alone; torch is not imported.
+
+    Args:
+        path: An adapter or a model, file or folder.
+        adapter_name: Which adapter, where there are several.
+
+    Raises:
+        LoratoolError: It is neither, or a file breaks the rules of its format.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise AdapterError(place, "no such file or folder")
+    if _is_adapter(place):
+        adapter = open_adapter(place, adapter_name=adapter_name)
+        return AdapterInfo(adapter, tuple(ModuleInfo.of(site) for site in adapter.sites))
+    checkpoint = open_checkpoint(place)
+    tensors = checkpoint.tensors.values()
+    return ModelInfo(
+        checkpoint,
+        parameters=sum(tensor.spec.elements for tensor in tensors if tensor.alias_of is None),
+        dtypes=dict(Counter(tensor.spec.dtype for tensor in tensors).most_common()),
+    )
+
+
+def _is_adapter(path: Path) -> bool:
+    if path.is_file():
+        return path.name == CONFIG_NAME or (
+            not path.name.endswith(".index.json") and _holds_factors(path)
+        )
+    if (path / CONFIG_NAME).exists() or any((path / name).exists() for name in PREFERRED):
+        return True
+    if (
+        next(path.glob(f"*/{CONFIG_NAME}"), None) is not None
+        and not (path / "config.json").exists()
+    ):
+        return True
+    try:
+        shards = open_checkpoint(path).shards
+    except BaseModelError:
+        return False
+    return len(shards) == 1 and _holds_factors(shards[0].path)
+
+
+def _holds_factors(path: Path) -> bool:
+    """Whether most of a file's keys are factors of some scheme."""
+    keys = open_weights(path).tensors
+    best = max((scheme.factor_keys(keys) for scheme in builtin_schemes()), default=0)
+    return best > 0 and best >= ADAPTER_SHARE * len(keys)

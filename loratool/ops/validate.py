@@ -1,0 +1,57 @@
+"""``validate``: everything wrong with an adapter, as coded findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+
+from loratool.adapter.findings import Finding, finding
+from loratool.adapter.model import Adapter
+from loratool.errors import AdapterError, LoratoolError
+from loratool.ops.checks.base import check_against_base
+from loratool.ops.checks.config import check_config
+from loratool.ops.checks.tensors import check_tensors
+from loratool.ops.opening import open_adapter
+
+__all__ = ["validate"]
+
+
+def validate(
+    adapter: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None = None,
+    deep: bool = False,
+    adapter_name: str | None = None,
+) -> tuple[Finding, ...]:
+    """Check an adapter, alone or against the base that it is for.
+
+    Args:
+        adapter: File or folder.
+        base: The model that it should fit; only headers are read.
+        deep: Read the tensors too, for NaN, infinity and untrained factors.
+        adapter_name: Which adapter, where there are several.
+
+    Returns:
+        Findings, errors first. An adapter that cannot be read is a finding like any other.
+
+    Raises:
+        LoratoolError: There is nothing at one of the paths, or the base cannot be read.
+    """
+    path = Path(adapter)
+    if not path.exists():
+        raise AdapterError(path, "no such file or folder")
+    try:
+        opened = open_adapter(path, adapter_name=adapter_name)
+    except LoratoolError as error:
+        return (finding("LT000", error.where, error.what, error.hint),)
+    found = [*_checks(opened, deep=deep)]
+    if base is not None:
+        found += check_against_base(opened, Path(base))
+    order = {"error": 0, "warning": 1, "info": 2}
+    return tuple(sorted(dict.fromkeys(found), key=lambda item: (order[item.severity], item.code)))
+
+
+def _checks(adapter: Adapter, *, deep: bool) -> Iterator[Finding]:
+    yield from check_tensors(adapter, deep=deep)
+    yield from check_config(adapter)

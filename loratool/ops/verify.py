@@ -1,0 +1,242 @@
+"""``verify``: prove that a merged model is what ``merge`` should have written.
+
+The merge is planned again, every tensor is computed again block by block, and compared with the
+file instead of being written. A model that another tool has merged passes too, if it holds the
+same values but for the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Final
+
+from loratool.adapter.findings import Finding, finding
+from loratool.errors import LoratoolError
+from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.container import read_bytes
+from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
+from loratool.files.inputs import InputFiles
+from loratool.files.json import read_json_object
+from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.files.transfer import read_into
+from loratool.ops.merging.planning import plan_merge
+from loratool.ops.plan import Plan, Step
+from loratool.ops.run import ByteRange, TensorInWork, run_plan
+
+__all__ = ["verify"]
+
+AnyPath = str | PathLike[str]
+CONFIG_KEYS: Final = ("tie_word_embeddings", "vocab_size", "num_hidden_layers", "dtype")
+
+
+def verify(
+    merged: AnyPath,
+    *,
+    base: AnyPath,
+    adapters: Sequence[AnyPath],
+    weights: Sequence[float] = (),
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    skip: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Finding, ...]:
+    """Compare a merged model with what base and adapters make.
+
+    Args:
+        merged: The model to check, file or folder.
+        base: The base it was made from.
+        adapters: The adapters, in the order of the merge.
+        weights: Their weights; missing ones are 1.
+        alpha: As in the merge.
+        adapter_name: As in the merge.
+        skip: As in the merge.
+        threads: Number of worker threads.
+        progress: Called with bytes done and bytes in all.
+
+    Returns:
+        Findings, errors first; none means that every tensor is bit for bit what it should be.
+
+    Raises:
+        LoratoolError: Base or adapters cannot be read, or the merge is not possible.
+    """
+    original = open_checkpoint(Path(base))
+    try:
+        checkpoint = open_checkpoint(Path(merged))
+    except LoratoolError as error:
+        if not Path(merged).exists():
+            raise
+        return (finding("LT109", error.where, error.what, error.hint),)
+    plan = plan_merge(
+        base,
+        adapters,
+        weights=weights,
+        dtype=_dtype_of(original, checkpoint),
+        alpha=alpha,
+        adapter_name=adapter_name,
+        skip=skip,
+    )
+    found = [*_check_layout(plan, checkpoint), *_check_config(plan, checkpoint)]
+    sink = _CompareSink(checkpoint)
+    run_plan(plan, sink, allow_nonfinite=True, threads=threads, progress=progress)
+    found += sink.findings()
+    return tuple(sorted(found, key=lambda item: (item.severity != "error", item.code, item.where)))
+
+
+def _dtype_of(base: Checkpoint, merged: Checkpoint) -> str | None:
+    """Return the ``--dtype`` that the merge must have been given, or ``None``."""
+    pairs = {
+        (base.tensors[name].spec.dtype, stored.spec.dtype)
+        for name, stored in merged.tensors.items()
+        if name in base.tensors and DTYPES[stored.spec.dtype].is_mergeable
+    }
+    targets = {new for _, new in pairs}
+    if all(old == new for old, new in pairs) or len(targets) != 1:
+        return None
+    names = {header: name for name, header in OUTPUT_DTYPES.items()}
+    return names.get(targets.pop())
+
+
+def _check_layout(plan: Plan, merged: Checkpoint) -> Iterator[Finding]:
+    expected = {step.spec.name: step for step in plan.steps()}
+    for name, step in expected.items():
+        stored = merged.tensors.get(name)
+        if stored is None:
+            yield finding("LT101", name, f"is missing; expected {_words(step.spec)}")
+        elif (stored.spec.dtype, stored.spec.shape) != (step.spec.dtype, step.spec.shape):
+            yield finding("LT103", name, f"is {_words(stored.spec)}, expected {_words(step.spec)}")
+    for name in merged.tensors:
+        if name not in expected:
+            yield finding("LT102", name, "is neither in the base nor made by the adapters")
+    if merged.index is not None:
+        content = read_json_object(merged.index)
+        total = sum(stored.spec.nbytes for stored in merged.tensors.values())
+        claimed = (content.get("metadata") or {}).get("total_size")
+        if claimed is not None and claimed != total:
+            yield finding(
+                "LT108", merged.index, f"claims total_size {claimed}, the tensors have {total}"
+            )
+        for name in merged.tensors:
+            if name not in content["weight_map"]:
+                yield finding("LT108", merged.index, f"does not list {name!r}")
+
+
+def _words(spec: TensorSpec) -> str:
+    return f"{spec.dtype} {list(spec.shape)}"
+
+
+def _check_config(plan: Plan, merged: Checkpoint) -> Iterator[Finding]:
+    """Yield what ``config.json`` should say after the merge and does not."""
+    if not plan.is_folder or not merged.config:
+        return
+    sidecar = next((item for item in plan.sidecars if item.name == "config.json"), None)
+    if sidecar is None or sidecar.content is None:
+        return
+    wanted = json.loads(sidecar.content)
+    for key in CONFIG_KEYS:
+        if key in wanted and merged.config.get(key, wanted[key]) != wanted[key]:
+            yield finding(
+                "LT107",
+                "config.json",
+                f"{key} is {merged.config.get(key)!r}, expected {wanted[key]!r}",
+            )
+    if wanted.get("tie_word_embeddings") is False and "tie_word_embeddings" not in merged.config:
+        yield finding("LT107", "config.json", "does not say that the embeddings are no longer tied")
+
+
+@dataclass
+class _Difference:
+    """How one tensor differs."""
+
+    elements: int = 0
+    far: int = 0
+    largest: float = 0.0
+    is_copy: bool = False
+
+
+@dataclass
+class _CompareSink:
+    """Compares instead of writing."""
+
+    merged: Checkpoint
+    joins: bool = False
+    files: InputFiles = field(default_factory=InputFiles)
+    differences: dict[str, _Difference] = field(default_factory=lambda: defaultdict(_Difference))
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def clone(self, file: int, original: Path, files: InputFiles) -> bool:
+        return False
+
+    def copy(self, piece: ByteRange, files: InputFiles) -> None:
+        assert piece.step is not None
+        actual = self._read(piece.step, piece.position, piece.size)
+        if actual is None:
+            return
+        expected = memoryview(bytearray(piece.size))
+        read_into(files.descriptor(piece.source), expected, piece.source_offset, path=piece.source)
+        if expected != actual:
+            self._note(piece.step, expected, actual, is_copy=True)
+
+    def write(self, tensor: TensorInWork, position: int, data: memoryview) -> None:
+        actual = self._read(tensor.step, position, len(data))
+        if actual is not None and data != actual:
+            self._note(tensor.step, data, actual, is_copy=False)
+
+    def _read(self, step: Step, position: int, size: int) -> memoryview | None:
+        stored = self.merged.tensors.get(step.spec.name)
+        if stored is None or (stored.spec.dtype, stored.spec.shape) != (
+            step.spec.dtype,
+            step.spec.shape,
+        ):
+            return None
+        return self._bytes(stored, position, size)
+
+    def _bytes(self, stored: StoredTensor, position: int, size: int) -> memoryview:
+        if stored.strides is not None:
+            return memoryview(read_bytes(stored))[position : position + size]
+        view = memoryview(bytearray(size))
+        read_into(
+            self.files.descriptor(stored.path), view, stored.offset + position, path=stored.path
+        )
+        return view
+
+    def _note(self, step: Step, expected: memoryview, actual: memoryview, *, is_copy: bool) -> None:
+        import torch
+
+        from loratool.math.closeness import differing
+        from loratool.ops.tensors import torch_dtype
+
+        dtype = torch_dtype(step.spec.dtype)
+        elements, far, largest = differing(
+            torch.frombuffer(expected, dtype=dtype), torch.frombuffer(actual, dtype=dtype)
+        )
+        with self.lock:
+            difference = self.differences[step.spec.name]
+            difference.elements += elements
+            difference.far += far
+            difference.largest = max(difference.largest, largest)
+            difference.is_copy = is_copy
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield one finding for every tensor that differs."""
+        self.files.close()
+        for name, found in sorted(self.differences.items()):
+            total = self.merged.tensors[name].spec.elements
+            share = f"{found.elements} of {total} elements"
+            if found.is_copy:
+                yield finding("LT104", name, f"differs from the base in {share}")
+            elif found.far:
+                yield finding(
+                    "LT105",
+                    name,
+                    f"{share} differ, {found.far} by more than rounding; at most by "
+                    f"{found.largest:.3g}",
+                )
+            elif found.elements:
+                yield finding("LT106", name, f"{share} differ in the last bit")
