@@ -49,6 +49,7 @@ def load_model(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> 
         config = json.loads((folder / "config.json").read_text())
         if "num_labels" in kwargs and len(config.get("id2label") or {}) == kwargs["num_labels"]:
             kwargs = {k: v for k, v in kwargs.items() if k != "num_labels"}
+    torch.manual_seed(0)  # heads that are in neither file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = loader.from_pretrained(folder, dtype=dtype, **kwargs)
@@ -86,3 +87,11 @@ def outputs_of(case: Case, model: nn.Module) -> torch.Tensor:
         result = model(input_ids=ids)
         value = result.logits if hasattr(result, "logits") else result.last_hidden_state
         return value.double()
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a checkpoint with the format's own library."""
+    from safetensors.torch import load_file
+
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    return {key: value for file in files for key, value in load_file(file).items()}

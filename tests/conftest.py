@@ -1,0 +1,81 @@
+"""What tests share: small files written by the real libraries, and the fixtures folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def fixtures() -> Path:
+    """The folder with tiny bases and adapters."""
+    return FIXTURES
+
+
+@pytest.fixture
+def make_base(tmp_path: Path) -> Callable[..., Path]:
+    """Write a base: tensors, and a config where one is given."""
+
+    def make(
+        tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None, name: str = "base"
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config, indent=2))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """Write a PEFT adapter: tensors without the prefix, and a configuration."""
+
+    def make(
+        tensors: dict[str, torch.Tensor], name: str = "adapter", prefix: str = "base_model.model.", **config: Any
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(
+            {prefix + key: value.contiguous() for key, value in tensors.items()},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8} | config
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+        return folder
+
+    return make
+
+
+def lora(module: str, out: int, into: int, rank: int = 4, **kinds: Any) -> dict[str, torch.Tensor]:
+    """Return random factors for one linear module."""
+    return {
+        f"{module}.lora_A.weight": torch.randn(rank, into, **kinds),
+        f"{module}.lora_B.weight": torch.randn(out, rank, **kinds),
+    }
