@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture
@@ -57,7 +56,10 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
     """Write a PEFT adapter: tensors without the prefix, and a configuration."""
 
     def make(
-        tensors: dict[str, torch.Tensor], name: str = "adapter", prefix: str = "base_model.model.", **config: Any
+        tensors: dict[str, torch.Tensor],
+        name: str = "adapter",
+        prefix: str = "base_model.model.",
+        **config: Any,
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir()

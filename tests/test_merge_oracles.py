@@ -22,7 +22,13 @@ import loratool
 MERGES = [case for case in manifest() if case["expect"] == "merge"]
 REFUSALS = [case for case in manifest() if case["expect"] == "refuse"]
 LOGITS = [case for case in MERGES if case["peft_logits"]]
-BIT_EXACT = ("lora-linear", "lora-float-alpha", "rslora", "rank-alpha-patterns", "lora-half-adapter")
+BIT_EXACT = (
+    "lora-linear",
+    "lora-float-alpha",
+    "rslora",
+    "rank-alpha-patterns",
+    "lora-half-adapter",
+)
 
 
 def by_name(case: Case) -> str:

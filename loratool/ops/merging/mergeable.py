@@ -9,6 +9,7 @@ from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, BaseModelError, UnsupportedError
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.dtypes import DTYPES
 
 __all__ = ["check_adapter", "check_base", "site_problems"]
 
@@ -188,7 +189,8 @@ def check_base(checkpoint: Checkpoint) -> list[str]:
                 f"is quantised ({method or 'by its tensor names'}): it holds {name!r}",
                 hint=hint,
             )
-        if stored.spec.dtype.startswith(("F8", "F4", "F6")):
+        dtype = DTYPES[stored.spec.dtype]
+        if dtype.is_float and dtype.bits < 16:
             raise BaseModelError(
                 checkpoint.path,
                 f"is quantised: tensor {name!r} is {stored.spec.dtype}",

@@ -1,0 +1,142 @@
+"""Torch pickles read as data: equal to torch's own loader, and nothing in them runs."""
+
+from __future__ import annotations
+
+import collections
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loratool.errors import FileFormatError
+from loratool.files.container import read_bytes
+from loratool.files.pickles import read_pickle
+
+NUMPY = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "F16": torch.float16}
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.frombuffer(
+            bytearray(read_bytes(stored)), dtype=NUMPY[stored.spec.dtype]
+        ).reshape(stored.spec.shape)
+        for name, stored in read_pickle(path).tensors.items()
+    }
+
+
+def contents() -> dict[str, Any]:
+    x = torch.randn(6, 8)
+    return collections.OrderedDict(
+        plain=x,
+        half=x.bfloat16(),
+        transposed=x.T,
+        view=x[1:4, 2:],
+        alias=x,
+        parameter=torch.nn.Parameter(torch.randn(3)),
+        numbers=torch.arange(5),
+        scalar=torch.tensor(2.5),
+        nested={"inner": x[0].clone()},
+        epoch=3,
+        name="run",
+    )
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_tensors_equal_those_of_torch(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    original = contents()
+    torch.save(original, path, _use_new_zipfile_serialization=zipped)
+    read = tensors_of(path)
+    expected = {key: value for key, value in original.items() if isinstance(value, torch.Tensor)}
+    expected["nested.inner"] = original["nested"]["inner"]
+    assert set(read) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(read[key], value.detach()), key
+    description = read_pickle(path)
+    assert description.tensors["alias"].alias_of == "plain"
+    assert description.other == {"epoch": "3", "name": "run"}
+
+
+def test_state_dict_of_a_module_and_wrapped_state_dicts(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    torch.save(module.state_dict(), tmp_path / "a.bin")
+    torch.save({"state_dict": module.state_dict(), "epoch": 1}, tmp_path / "b.bin")
+    assert set(read_pickle(tmp_path / "a.bin").tensors) == set(module.state_dict())
+    assert set(read_pickle(tmp_path / "b.bin").tensors) == set(module.state_dict())
+
+
+class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_nothing_is_executed(zipped: bool, tmp_path: Path) -> None:
+    path, mark = tmp_path / "x.bin", tmp_path / "executed"
+    torch.save({"a": torch.ones(2), "b": Evil(mark)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FileFormatError, match="not executed"):
+        read_pickle(path)
+    assert not mark.exists()
+
+
+def test_plain_pickles_and_other_files_are_refused(tmp_path: Path) -> None:
+    cases = {
+        "plain": pickle.dumps({"a": 1}),
+        "text": b"hello",
+        "lfs": b"version https://git-lfs.github.com/spec/v1\n",
+        "empty": b"",
+        "list": pickle.dumps([1, 2]),
+    }
+    for name, data in cases.items():
+        path = tmp_path / f"{name}.bin"
+        path.write_bytes(data)
+        with pytest.raises(FileFormatError):
+            read_pickle(path)
+
+
+def test_damaged_files_are_refused_whatever_the_damage(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.randn(20, 20)}, path)
+    whole = path.read_bytes()
+    for size in range(0, len(whole) - 1, 97):
+        path.write_bytes(whole[:size])
+        with pytest.raises(FileFormatError):
+            read_pickle(path)
+
+
+def test_storage_shorter_than_claimed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.randn(64)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data[:16] if "/data/" in name else data)
+    with pytest.raises(FileFormatError, match="shorter"):
+        read_pickle(path)
+
+
+def test_random_bytes_in_the_description_never_escape(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save(
+        {"a": torch.randn(4), "b": torch.randn(2, 2)}, path, _use_new_zipfile_serialization=False
+    )
+    whole = bytearray(path.read_bytes())
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for position in torch.randint(0, len(whole), (3,), generator=generator).tolist():
+            damaged[position] = int(torch.randint(0, 256, (1,), generator=generator))
+        path.write_bytes(damaged)
+        try:
+            for stored in read_pickle(path).tensors.values():
+                read_bytes(stored)
+        except FileFormatError:
+            continue
