@@ -69,8 +69,8 @@ def main() -> int:
         plan = plan_merge(base, [adapter])
         rows = list(measure_stages(plan, folder, arguments.runs))
         rows += measure_runs(plan, folder, arguments.runs)
-    rows_, width = shape.linear("down_proj")
-    title = f"one {rows_} x {width} weight: medians of {arguments.runs} passes"
+    height, width = shape.linear("down_proj")
+    title = f"one {height} x {width} weight: medians of {arguments.runs} passes"
     if arguments.json:
         print(json.dumps(document(title, rows), indent=2))
     else:
