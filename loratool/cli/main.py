@@ -64,6 +64,7 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _interrupt)
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
     sys.exit(_run([argument for argument in arguments if argument != "--debug"], debug=debug))
@@ -73,12 +74,20 @@ def _terminate(number: int, frame: Any) -> NoReturn:
     raise SystemExit(TERMINATED)
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C. Not a KeyboardInterrupt, for which click would print a line of its own."""
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise _Interrupted
+
+
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
         status = cli.main(arguments, prog_name="loratool", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
-    except (KeyboardInterrupt, click.Abort):
+    except (_Interrupted, KeyboardInterrupt, click.Abort):
         return _fail(debug, "interrupted; nothing was written", None, INTERRUPTED)
     except LoratoolError as error:
         return _fail(debug, str(error), error.hint)
