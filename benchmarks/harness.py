@@ -61,6 +61,8 @@ RANK: Final = 16
 ALPHA: Final = 32
 SHARD_BYTES: Final = 500_000_000
 PIECE: Final = 1 << 22
+WIDTH: Final = 110
+"""Columns of the tables where there is no terminal."""
 ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR: Final = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
@@ -230,7 +232,7 @@ def print_report(
     if as_json:
         print(json.dumps(_document(benchmark, timings, figures), indent=2))
         return
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if timings:
         console.print(_timing_table(benchmark, timings))
     if figures:

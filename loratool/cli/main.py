@@ -67,7 +67,13 @@ def main(args: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGINT, _interrupt)
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
-    sys.exit(_run([argument for argument in arguments if argument != "--debug"], debug=debug))
+    status = _run([argument for argument in arguments if argument != "--debug"], debug=debug)
+    if "torch" in sys.modules:
+        # Taking torch down takes a while, and aborts now and then after an interruption. All
+        # outputs are renamed and closed by now.
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
