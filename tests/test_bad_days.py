@@ -88,9 +88,9 @@ def test_a_run_that_is_ended_leaves_nothing_finished(
         assert all("loratool-partial" in name for name in left)
     else:
         assert left == []
-    if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert errors == "error: interrupted; nothing was written\n"
+        assert process.returncode == 128 + number
+        word = "interrupted" if number == signal.SIGINT else "terminated"
+        assert errors == f"error: {word}; nothing was written\n"
     loratool.merge(base, [adapter], output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert loratool.verify(output, base=base, adapters=[adapter]) == ()

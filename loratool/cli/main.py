@@ -18,8 +18,6 @@ __all__ = ["cli", "main"]
 
 COMMANDS: Final = ("inspect", "validate", "schemes", "merge", "verify")
 FAILURE: Final = 2
-INTERRUPTED: Final = 130
-TERMINATED: Final = 143
 
 
 class LazyGroup(click.Group):
@@ -63,8 +61,8 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
     status = _run([argument for argument in arguments if argument != "--debug"], debug=debug)
@@ -76,16 +74,16 @@ def main(args: list[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise SystemExit(TERMINATED)
+class _StoppedError(BaseException):
+    """A signal. Not a KeyboardInterrupt, for which click would print a line of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
-class _Interrupted(BaseException):
-    """Ctrl-C. Not a KeyboardInterrupt, for which click would print a line of its own."""
-
-
-def _interrupt(number: int, frame: Any) -> NoReturn:
-    raise _Interrupted
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise _StoppedError(number)
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:
@@ -93,8 +91,11 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         status = cli.main(arguments, prog_name="loratool", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
-    except (_Interrupted, KeyboardInterrupt, click.Abort):
-        return _fail(debug, "interrupted; nothing was written", None, INTERRUPTED)
+    except _StoppedError as stopped:
+        word = "interrupted" if stopped.number == signal.SIGINT else "terminated"
+        return _fail(debug, f"{word}; nothing was written", None, 128 + stopped.number)
+    except click.Abort:
+        return _fail(debug, "interrupted; nothing was written", None, 128 + signal.SIGINT)
     except LoratoolError as error:
         return _fail(debug, str(error), error.hint)
     except click.ClickException as error:
