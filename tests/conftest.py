@@ -81,3 +81,7 @@ def lora(module: str, out: int, into: int, rank: int = 4, **kinds: Any) -> dict[
         f"{module}.lora_A.weight": torch.randn(rank, into, **kinds),
         f"{module}.lora_B.weight": torch.randn(out, rank, **kinds),
     }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write docs/cli.md anew")

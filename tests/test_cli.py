@@ -33,7 +33,9 @@ def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[st
 def test_help_has_an_example(command: str, flag: str) -> None:
     result = run(command, flag)
     assert result.returncode == 0
-    assert f"loratool {command}" in result.stdout.split("Example:")[1]
+    example = result.stdout.split("Example:\n")[1].split("\n\n")[0]
+    assert all(line.strip().startswith("loratool ") for line in example.splitlines())
+    assert f"loratool {command}" in example
 
 
 def test_no_command_shows_the_list() -> None:

@@ -23,7 +23,7 @@ __all__ = ["command"]
 @options.as_json
 @options.debug
 def command(path: Path, modules: bool, adapter_name: str | None, as_json: bool) -> None:
-    r"""Say what an adapter (or a model) is.
+    """Say what an adapter (or a model) is.
 
     Only headers are read, so this is quick for files of any size.
 
@@ -97,7 +97,8 @@ def _print_facts(facts: list[tuple[str, object]]) -> None:
     out = render.console()
     width = max(len(name) for name, _ in facts) + 2
     for name, value in facts:
-        out.print(Text(f"{name:<{width}}", style="dim") + Text(printable(value)), soft_wrap=True)
+        line = Text.assemble((f"{name:<{width}}", "dim"), printable(value))
+        out.print(line, soft_wrap=True)
 
 
 def _groups(

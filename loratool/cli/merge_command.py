@@ -51,7 +51,7 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    r"""Fold adapters into a base: W + Σ weight · delta, written as a checkpoint like the base.
+    """Fold adapters into a base: W + Σ weight · delta, written as a checkpoint like the base.
 
     The base may be larger than memory: it is streamed in small blocks, summed in float32 and
     rounded once. Everything that no adapter touches is copied byte for byte.
@@ -98,7 +98,7 @@ def command(
 def _summary(report: MergeReport, output: Path) -> str:
     kept = ""
     if report.retention is not None:
-        kept = f"; {report.retention:.2%} of the update survived rounding"
+        kept = f"; {min(report.retention, 1):.2%} of the update survived rounding"
     added = f", {report.added} added" if report.added else ""
     return (
         f"{printable(output)}: {report.merged} tensors merged, {report.copied} copied{added}, "

@@ -14,7 +14,7 @@ __all__ = ["command"]
 @options.as_json
 @options.debug
 def command(as_json: bool) -> None:
-    r"""List the key schemes, and whether each is read and written.
+    """List the key schemes, and whether each is read and written.
 
     \b
     Example:

@@ -30,7 +30,7 @@ def command(
     adapter_name: str | None,
     as_json: bool,
 ) -> int:
-    r"""Find everything wrong with an adapter.
+    """Find everything wrong with an adapter.
 
     Every finding has a code that docs/findings.md explains. The exit status is 1 where there
     is an error, 0 where there are only warnings.

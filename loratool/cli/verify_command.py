@@ -43,7 +43,7 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> int:
-    r"""Prove that a merged model is what 'merge' should have written.
+    """Prove that a merged model is what 'merge' should have written.
 
     Every tensor is computed again from base and adapters and compared; what no adapter touches
     must be equal byte for byte. The exit status is 1 where something differs.

@@ -1,0 +1,68 @@
+"""Docs and help are tested artefacts: they cannot drift apart."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+from conftest import FIXTURES
+
+import loratool
+from loratool.cli.main import COMMANDS, cli
+
+ROOT = Path(__file__).parent.parent
+MARK = "<!-- The rest of this page is written by tests/test_docs.py: pytest --write-docs -->\n"
+
+
+def help_pages() -> str:
+    """Return the help of every command as Markdown."""
+    pages = []
+    for name in COMMANDS:
+        with click.Context(cli, info_name="loratool") as parent:
+            command = cli.get_command(parent, name)
+            assert command is not None
+            context = click.Context(command, info_name=name, parent=parent, terminal_width=90)
+            context.help_option_names = ["-h", "--help"]
+            lines = (line.rstrip() for line in command.get_help(context).splitlines())
+            pages.append(f"### {name}\n```text\n" + "\n".join(lines) + "\n```\n")
+    return "\n".join(pages)
+
+
+def test_the_help_of_every_command_is_in_the_docs(request: pytest.FixtureRequest) -> None:
+    page = ROOT / "docs" / "cli.md"
+    head, mark, tail = page.read_text().partition(MARK)
+    if request.config.getoption("--write-docs"):
+        page.write_text(f"{head}{MARK}\n{help_pages()}")
+        return
+    assert mark
+    assert tail.strip() == help_pages().strip()
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_public_names_are_sorted_documented_and_there() -> None:
+    assert list(loratool.__all__) == sorted(loratool.__all__)
+    for name in loratool.__all__:
+        assert getattr(loratool, name).__doc__
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = loratool.nonsense
+    assert set(loratool.__all__) <= set(dir(loratool))
+
+
+def test_nothing_is_listed_twice_in_the_readme_and_every_command_is_there() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for command in COMMANDS:
+        assert f"`loratool {command}" in readme
+
+
+def test_fixtures_are_small() -> None:
+    files = [file for file in FIXTURES.rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    size = sum(file.stat().st_size for file in files)
+    assert size < 700_000
