@@ -30,6 +30,7 @@ __all__ = ["command"]
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @click.option("--sync", is_flag=True, help="Wait until everything is on the disk itself.")
+@options.device
 @options.threads
 @options.quiet
 @options.as_json
@@ -47,6 +48,7 @@ def command(
     force: bool,
     dry_run: bool,
     sync: bool,
+    device: str,
     threads: int | None,
     quiet: bool,
     as_json: bool,
@@ -83,6 +85,7 @@ def command(
             **settings,
             force=force,
             allow_nonfinite=allow_nonfinite,
+            device=device,
             threads=threads,
             sync=sync,
             progress=progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ __all__ = [
     "alpha",
     "as_json",
     "debug",
+    "device",
     "quiet",
     "skip",
     "threads",
@@ -22,6 +24,13 @@ __all__ = [
 
 PATH = click.Path(path_type=Path)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _checked_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise click.BadParameter(f"{value!r}; expected auto, cpu, cuda or cuda:N")
+    return value
+
 
 as_json: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document instead of a table."
@@ -50,6 +59,13 @@ skip: Decorator = click.option(
     multiple=True,
     metavar="RE",
     help="Leave out adapter keys that match, and report them.",
+)
+device: Decorator = click.option(
+    "--device",
+    default="auto",
+    metavar="D",
+    callback=lambda ctx, param, value: _checked_device(value),
+    help="Where to compute: auto (the processor), cpu, cuda or cuda:N.",
 )
 threads: Decorator = click.option(
     "--threads",

@@ -27,6 +27,7 @@ __all__ = ["command"]
 @options.alpha
 @options.adapter_name
 @options.skip
+@options.device
 @options.threads
 @options.quiet
 @options.as_json
@@ -39,6 +40,7 @@ def command(
     alpha: float | None,
     adapter_name: str | None,
     skip: tuple[str, ...],
+    device: str,
     threads: int | None,
     quiet: bool,
     as_json: bool,
@@ -61,6 +63,7 @@ def command(
             alpha=alpha,
             adapter_name=adapter_name,
             skip=skip,
+            device=device,
             threads=threads,
             progress=progress,
         )

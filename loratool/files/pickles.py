@@ -349,14 +349,14 @@ def _storage(path: Path, persistent: Any) -> _Storage:
 def _interpret(path: Path, data: IO[bytes]) -> Any:
     """Interpret the pickle that begins where ``data`` stands, and leave ``data`` behind it."""
     machine = _Machine(path)
-    position: int | None = 0
+    begin = data.tell()
     try:
-        for opcode, argument, position in pickletools.genops(data):
+        for opcode, argument, _ in pickletools.genops(data):
             if machine.step(opcode.name, argument):
                 return machine.stack[-1]
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(
-            path, f"damaged: its pickle breaks off near byte {position}: {error}"
+            path, f"damaged: its pickle breaks off {data.tell() - begin} bytes in: {error}"
         ) from None
     raise FileFormatError(path, "truncated: its pickle has no end")
 

@@ -101,12 +101,11 @@ class WeightDecomposed:
     weight: float = 1.0
 
     def apply(self, block: Tensor, original: Tensor, start: int) -> None:
-        change = self.delta.to(block.dtype)
         moved = block.clone()
-        change.add_to(moved, start)
+        self.delta.add_to(moved, start)
         if self.norms is None:
             reference = original.clone()
-            change.add_to(reference, start)
+            self.delta.add_to(reference, start)
             norms = torch.linalg.vector_norm(reference, dim=1, dtype=torch.float64)
             magnitude = self.magnitude[start : start + block.shape[0]]
             factor = (magnitude.double() / norms).to(block.dtype).unsqueeze(1)
@@ -124,9 +123,9 @@ def column_norms(blocks: Iterator[tuple[int, Tensor]], delta: LowRank, columns: 
         delta: Of the whole matrix.
         columns: Its number of columns.
     """
-    squares = torch.zeros(columns, dtype=torch.float64)
+    squares = torch.zeros(columns, dtype=torch.float64, device=delta.up.device)
     for start, block in blocks:
-        delta.to(block.dtype).add_to(block, start)
+        delta.add_to(block, start)
         squares += block.square().sum(dim=0, dtype=torch.float64)
     return squares.sqrt_()
 
@@ -164,7 +163,7 @@ class Interpolated:
     only_if_different: bool = False
 
     def apply(self, block: Tensor, original: Tensor, start: int) -> None:
-        stored = self.values(start, block.shape[0])
+        stored = self.values(start, block.shape[0]).to(block.device)
         rows = stored.to(block.dtype)
         if self.only_if_different:
             rows = torch.where(original.to(stored.dtype) == stored, original, rows)

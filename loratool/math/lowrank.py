@@ -40,10 +40,6 @@ class LowRank:
         """The transpose, ``(n, m)``."""
         return LowRank(self.down.mT, self.up.mT, self.scale)
 
-    def to(self, dtype: torch.dtype) -> LowRank:
-        """The same factors in another dtype."""
-        return LowRank(self.up.to(dtype), self.down.to(dtype), self.scale)
-
     def dense(self) -> Tensor:
         """The matrix itself, ``(m, n)``: ``(up @ down) · scale`` in that order."""
         return (self.up @ self.down).mul_(self.scale)

@@ -27,7 +27,7 @@ from loratool.math.deltas import (
 from loratool.math.lowrank import LowRank, stack
 from loratool.math.principal import kasa_residual, olora_residual, pissa_residual
 from loratool.ops.plan import AddBias, AddDelta, Blend, Decompose, Region, Residual, SetRows, Step
-from loratool.ops.tensors import RowReader, read_tensor, torch_dtype
+from loratool.ops.tensors import Arithmetic, RowReader, read_tensor, torch_dtype
 
 __all__ = ["BLOCK_ELEMENTS", "Kernel", "compile_step", "load_delta"]
 
@@ -42,7 +42,7 @@ class Kernel:
     Attributes:
         rows: Rows of the matrix.
         width: Its columns.
-        dtype: The dtype of the arithmetic.
+        kind: In what, and where, it is computed.
         output: The dtype of the result.
         reader: Reads the source.
         deltas: What changes it, in order.
@@ -51,7 +51,7 @@ class Kernel:
 
     rows: int
     width: int
-    dtype: torch.dtype
+    kind: Arithmetic
     output: torch.dtype
     reader: RowReader
     deltas: tuple[Delta, ...]
@@ -73,7 +73,7 @@ class Kernel:
         return -(-self.rows // self.block_rows)
 
 
-def compile_step(step: Step, files: InputFiles) -> Kernel:
+def compile_step(step: Step, files: InputFiles, device: torch.device) -> Kernel:
     """Load the small tensors that ``step`` needs and return its arithmetic.
 
     Raises:
@@ -81,7 +81,7 @@ def compile_step(step: Step, files: InputFiles) -> Kernel:
     """
     width = _width(step)
     dtypes = (step.spec.dtype, step.source.spec.dtype)
-    dtype = torch.float64 if "F64" in dtypes else torch.float32
+    kind = Arithmetic(torch.float64 if "F64" in dtypes else torch.float32, device)
     reader = RowReader(step.source, width, files)
     rows = step.spec.elements // width if width else 0
     deltas: list[Delta] = []
@@ -95,19 +95,19 @@ def compile_step(step: Step, files: InputFiles) -> Kernel:
 
     for edit in step.edits:
         if isinstance(edit, AddDelta) and _covers(edit.region, rows, width):
-            delta = load_delta(edit.site, edit.region, edit.scale, dtype)
+            delta = load_delta(edit.site, edit.region, edit.scale, kind)
             nonzero |= not _is_zero(delta)
             plain.append(delta)
             continue
         flush()
-        for delta_kind in _deltas(edit, step, reader, rows, width, dtype, files):
+        for delta_kind in _deltas(edit, step, reader, rows, width, kind, files):
             nonzero |= not isinstance(delta_kind, Placed) or not _is_zero(delta_kind.delta)
             deltas.append(delta_kind)
     flush()
     return Kernel(
         rows=rows,
         width=width,
-        dtype=dtype,
+        kind=kind,
         output=torch_dtype(step.spec.dtype),
         reader=reader,
         deltas=tuple(deltas),
@@ -139,41 +139,41 @@ def _deltas(
     reader: RowReader,
     rows: int,
     width: int,
-    dtype: torch.dtype,
+    kind: Arithmetic,
     files: InputFiles,
 ) -> Iterator[Delta]:
     match edit:
         case AddDelta():
-            yield from _placed(edit, dtype)
+            yield from _placed(edit, kind)
         case Decompose():
-            yield _decompose(edit, reader, rows, width, dtype)
+            yield _decompose(edit, reader, rows, width, kind)
         case Residual():
-            yield Interpolated(_residual(edit, reader, rows), edit.weight)
+            yield Interpolated(_residual(edit, reader, rows, kind), edit.weight)
         case Blend():
             saved = RowReader(edit.tensor, width, files)
             yield Interpolated(saved.rows, edit.weight, only_if_different=edit.only_if_different)
         case SetRows():
-            values = read_tensor(edit.tensor, dtype)
+            values = read_tensor(edit.tensor, kind)
             yield Rows(edit.indices, values.reshape(len(edit.indices), -1), edit.weight)
         case AddBias():
-            yield Offset(read_tensor(edit.tensor, dtype).reshape(-1, width), edit.scale)
+            yield Offset(read_tensor(edit.tensor, kind).reshape(-1, width), edit.scale)
 
 
-def _placed(edit: AddDelta, dtype: torch.dtype) -> Iterator[Delta]:
+def _placed(edit: AddDelta, kind: Arithmetic) -> Iterator[Delta]:
     region = edit.region
     if region.experts == 1 or region.expert is not None:
-        delta = load_delta(edit.site, region, edit.scale, dtype)
+        delta = load_delta(edit.site, region, edit.scale, kind)
         yield Placed(delta, region.first_row, region.first_column)
         return
-    down, up = _factors(edit.site, region, dtype)
+    down, up = _factors(edit.site, region, kind)
     for expert in range(region.experts):
         delta = _expert(down, up, expert, region, edit.scale)
         yield Placed(delta, region.first_row + expert * region.rows, region.first_column)
 
 
-def load_delta(site: Site, region: Region, scale: float, dtype: torch.dtype) -> LowRank:
+def load_delta(site: Site, region: Region, scale: float, kind: Arithmetic) -> LowRank:
     """Read the factors of one delta, oriented as the region stores it."""
-    down, up = _factors(site, region, dtype)
+    down, up = _factors(site, region, kind)
     if region.experts > 1:
         return _expert(down, up, region.expert or 0, region, scale)
     delta = LowRank(up, down, scale)
@@ -197,14 +197,14 @@ def _expert(down: Tensor, up: Tensor, expert: int, region: Region, scale: float)
     return delta
 
 
-def _factors(site: Site, region: Region, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _factors(site: Site, region: Region, kind: Arithmetic) -> tuple[Tensor, Tensor]:
     """Read A as ``(r, in)`` and B as ``(out, r)``, with what lies between them in A."""
     assert site.down is not None and site.up is not None
-    down = read_tensor(site.down, dtype).flatten(1)
-    up = read_tensor(site.up, dtype).flatten(1)
+    down = read_tensor(site.down, kind).flatten(1)
+    up = read_tensor(site.up, kind).flatten(1)
     for slot in (Slot.SINGULAR, Slot.DIAGONAL):
         if slot in site.slots:
-            down = down * read_tensor(site.slots[slot], dtype).reshape(-1, 1)
+            down = down * read_tensor(site.slots[slot], kind).reshape(-1, 1)
     if site.variant == "bdlora":
         out, into = region.rows, region.columns
         down = _expand_blocks(down, into)
@@ -225,16 +225,17 @@ def _expand_blocks(factor: Tensor, columns: int) -> Tensor:
         return factor
     rows, width = factor.shape[0] // count, factor.shape[1]
     expanded = factor.new_zeros(factor.shape[0], columns)
-    for index, block in enumerate(factor.split(rows)):
-        expanded[index * rows : (index + 1) * rows, index * width : (index + 1) * width] = block
+    for index in range(count):
+        part = slice(index * rows, (index + 1) * rows)
+        expanded[part, index * width : (index + 1) * width] = factor[part]
     return expanded
 
 
 def _decompose(
-    edit: Decompose, reader: RowReader, rows: int, width: int, dtype: torch.dtype
+    edit: Decompose, reader: RowReader, rows: int, width: int, kind: Arithmetic
 ) -> WeightDecomposed:
-    delta = load_delta(edit.site, edit.region, edit.scale, dtype)
-    magnitude = read_tensor(edit.site.slots[Slot.MAGNITUDE], dtype).flatten()
+    delta = load_delta(edit.site, edit.region, edit.scale, kind)
+    magnitude = read_tensor(edit.site.slots[Slot.MAGNITUDE], kind).flatten()
     expected = width if edit.region.transposed else rows
     if magnitude.shape[0] != expected:
         raise MergeError(
@@ -242,22 +243,24 @@ def _decompose(
         )
     norms = None
     if edit.region.transposed:
-        norms = column_norms(_row_blocks(reader, rows, width, dtype), delta, width)
+        norms = column_norms(_row_blocks(reader, rows, width, kind), delta, width)
     return WeightDecomposed(delta, magnitude, norms, edit.weight)
 
 
 def _row_blocks(
-    reader: RowReader, rows: int, width: int, dtype: torch.dtype
+    reader: RowReader, rows: int, width: int, kind: Arithmetic
 ) -> Iterator[tuple[int, Tensor]]:
     count = max(1, BLOCK_ELEMENTS // max(1, width))
     for start in range(0, rows, count):
-        block = reader.rows(start, min(count, rows - start)).to(dtype, copy=True)
+        block = reader.rows(start, min(count, rows - start)).to(kind.device, kind.dtype, copy=True)
         yield start, block
 
 
-def _residual(edit: Residual, reader: RowReader, rows: int) -> Callable[[int, int], Tensor]:
+def _residual(
+    edit: Residual, reader: RowReader, rows: int, kind: Arithmetic
+) -> Callable[[int, int], Tensor]:
     """Return the base weight as PEFT leaves it on loading, but not rounded in between."""
-    weight = reader.rows(0, rows).to(torch.float32)
+    weight = reader.rows(0, rows).to(kind.device, torch.float32)
     match edit.kind:
         case "pissa":
             values = pissa_residual(weight, edit.rank)

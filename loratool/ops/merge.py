@@ -58,6 +58,7 @@ def merge(
     alpha: float | None = None,
     adapter_name: str | None = None,
     skip: Sequence[str] = (),
+    device: str = "auto",
     threads: int | None = None,
     sync: bool = False,
     progress: Progress | None = None,
@@ -78,6 +79,7 @@ def merge(
         alpha: Alpha for adapters that record none.
         adapter_name: Which adapter, where a path holds several.
         skip: Regular expressions; adapter keys that match are left out, and reported.
+        device: Where to compute: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: Number of worker threads; by default one for each processor, at most eight.
         sync: Wait until the weights are on the disk, not only in the system's cache.
         progress: Called with bytes done and bytes in all.
@@ -106,6 +108,7 @@ def merge(
             plan,
             place,
             allow_nonfinite=allow_nonfinite,
+            device=device,
             threads=threads,
             sync=sync,
             progress=progress,

@@ -102,6 +102,7 @@ def write_plan(
     place: Path,
     *,
     allow_nonfinite: bool = False,
+    device: str = "auto",
     threads: int | None = None,
     sync: bool = False,
     progress: Progress | None = None,
@@ -131,7 +132,12 @@ def write_plan(
                 write_all(descriptor, memoryview(file.header), 0)
             sink = _FileSink(outputs)
             result = run_plan(
-                plan, sink, allow_nonfinite=allow_nonfinite, threads=threads, progress=progress
+                plan,
+                sink,
+                allow_nonfinite=allow_nonfinite,
+                device=device,
+                threads=threads,
+                progress=progress,
             )
             if sync:
                 for descriptor in outputs:
@@ -179,6 +185,7 @@ def run_plan(
     sink: Sink,
     *,
     allow_nonfinite: bool = False,
+    device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -190,7 +197,7 @@ def run_plan(
     files = InputFiles()
     try:
         pieces, jobs = _split(plan, sink, files)
-        run = Run(plan, sink, files, pieces, jobs, allow_nonfinite)
+        run = Run(plan, sink, files, pieces, jobs, allow_nonfinite, device)
         run.start(threads or min(MAX_THREADS, len(os.sched_getaffinity(0))), progress)
         files.check_unchanged()
     finally:
@@ -271,7 +278,9 @@ class Run:
         pieces: deque[ByteRange],
         jobs: deque[tuple[Step, int, int]],
         allow_nonfinite: bool,
+        device: str,
     ) -> None:
+        self.device = device
         self.sink = sink
         self.files = files
         self.pieces = pieces
@@ -332,6 +341,7 @@ class Run:
     def take(self) -> tuple[TensorInWork, int] | None:
         """Return the next block of the tensor in work, or of the next tensor."""
         from loratool.ops.kernels import compile_step
+        from loratool.ops.tensors import resolve_device
 
         while not self.stopped:
             with self.lock:
@@ -342,7 +352,9 @@ class Run:
                     tensor = self.current = TensorInWork(*self.jobs.popleft())
             with tensor.lock:
                 if tensor.kernel is None:
-                    tensor.kernel = compile_step(tensor.step, self.files)
+                    tensor.kernel = compile_step(
+                        tensor.step, self.files, resolve_device(self.device)
+                    )
                 block = tensor.next_block
                 tensor.next_block += 1
                 if block < tensor.kernel.blocks:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
 from loratool.files.transfer import read_into
 
-__all__ = ["RowReader", "read_tensor", "torch_dtype"]
+__all__ = ["Arithmetic", "RowReader", "read_tensor", "resolve_device", "torch_dtype"]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -25,13 +27,43 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def read_tensor(stored: StoredTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Read a whole tensor; a copy, contiguous, in its own dtype or in ``dtype``."""
-    kind = torch_dtype(stored.spec.dtype)
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """In what dtype, and on which device, something is computed."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that ``--device`` means.
+
+    ``auto`` is the processor: what a merge does with a weight takes less time than the way to
+    a GPU and back.
+
+    Raises:
+        UnsupportedError: There is no such device.
+    """
+    if name == "auto":
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedError(f"--device {name}", f"not to be had here: {reason}") from None
+    return device
+
+
+def read_tensor(stored: StoredTensor, kind: Arithmetic | None = None) -> Tensor:
+    """Read a whole tensor: a contiguous copy, as it is stored or ready for ``kind``."""
+    dtype = torch_dtype(stored.spec.dtype)
     if stored.spec.elements == 0:
-        return torch.empty(stored.spec.shape, dtype=dtype or kind)
-    values = torch.frombuffer(bytearray(read_bytes(stored)), dtype=kind).reshape(stored.spec.shape)
-    return values if dtype is None else values.to(dtype)
+        values = torch.empty(stored.spec.shape, dtype=dtype)
+    else:
+        values = torch.frombuffer(bytearray(read_bytes(stored)), dtype=dtype)
+        values = values.reshape(stored.spec.shape)
+    return values if kind is None else values.to(kind.device, kind.dtype)
 
 
 class RowReader:

@@ -44,6 +44,7 @@ def verify(
     alpha: float | None = None,
     adapter_name: str | None = None,
     skip: Sequence[str] = (),
+    device: str = "auto",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Finding, ...]:
@@ -57,6 +58,7 @@ def verify(
         alpha: As in the merge.
         adapter_name: As in the merge.
         skip: As in the merge.
+        device: As in the merge.
         threads: Number of worker threads.
         progress: Called with bytes done and bytes in all.
 
@@ -84,7 +86,7 @@ def verify(
     )
     found = [*_check_layout(plan, checkpoint), *_check_config(plan, checkpoint)]
     sink = _CompareSink(checkpoint)
-    run_plan(plan, sink, allow_nonfinite=True, threads=threads, progress=progress)
+    run_plan(plan, sink, allow_nonfinite=True, device=device, threads=threads, progress=progress)
     found += sink.findings()
     return tuple(sorted(found, key=lambda item: (item.severity != "error", item.code, item.where)))
 

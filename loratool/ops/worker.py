@@ -11,6 +11,7 @@ from loratool.errors import MergeError
 from loratool.ops.kernels import Kernel
 from loratool.ops.plan import Step
 from loratool.ops.run import Run
+from loratool.ops.tensors import Arithmetic
 
 __all__ = ["work"]
 
@@ -71,9 +72,9 @@ class _Buffers:
             self._output = bytearray(size)
         return memoryview(self._output)[:size]
 
-    def block(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        if self._block.numel() < rows * width or self._block.dtype != dtype:
-            self._block = torch.empty(rows * width, dtype=dtype)
+    def block(self, rows: int, width: int, kind: Arithmetic) -> Tensor:
+        if self._block.numel() < rows * width or self._block.dtype != kind.dtype:
+            self._block = torch.empty(rows * width, dtype=kind.dtype, device=kind.device)
         return self._block[: rows * width].view(rows, width)
 
 
@@ -90,7 +91,7 @@ def compute_block(
     """Return the bytes of some rows, and the two sums that measure what rounding kept."""
     count = rows * kernel.width
     source = kernel.reader.read(start, rows, buffers.input(count * kernel.reader.dtype.itemsize))
-    block = buffers.block(rows, kernel.width, kernel.dtype)
+    block = buffers.block(rows, kernel.width, kernel.kind)
     block.copy_(source)
     measure = measure and step.has_delta
     original = block.clone() if measure or kernel.needs_original else block
@@ -104,7 +105,7 @@ def compute_block(
     if not measure:
         return data, 0.0, 0.0
     change = block.sub_(original).flatten()
-    kept = result.to(kernel.dtype).sub(original).flatten()
+    kept = result.to(original).sub(original).flatten()
     scale = kernel.blocks / -(-kernel.blocks // _stride(kernel))
     return data, scale * float(kept.dot(change)), scale * float(change.dot(change))
 
