@@ -10,49 +10,23 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from loratool.errors import MergeError
 from loratool.files.inputs import InputFiles
 from loratool.files.transfer import clone_file, copy_range, describe_write_error, write_all
-from loratool.ops.plan import OutputFile, Plan, Step
+from loratool.ops.lanes import ByteRange, Lane, Lanes, TensorInWork
+from loratool.ops.plan import OutputFile, Plan
 
-if TYPE_CHECKING:
-    from loratool.ops.kernels import Kernel
-
-__all__ = ["ByteRange", "Run", "RunResult", "Sink", "TensorInWork", "run_plan", "write_plan"]
+__all__ = ["Run", "RunResult", "Sink", "run_plan", "write_plan"]
 
 COPY_BYTES: Final = 32 << 20
 MAX_THREADS: Final = 8
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ByteRange:
-    """Bytes that go from an input to an output file as they are.
-
-    Attributes:
-        source: The input file.
-        source_offset: Where they begin in it.
-        file: Index of the output file.
-        offset: Where they go in it.
-        size: How many.
-        step: The tensor they belong to, where a sink wants tensors one by one.
-        position: Where in that tensor they begin.
-    """
-
-    source: Path
-    source_offset: int
-    file: int
-    offset: int
-    size: int
-    step: Step | None = None
-    position: int = 0
 
 
 class Sink(Protocol):
@@ -196,8 +170,8 @@ def run_plan(
     """
     files = InputFiles()
     try:
-        pieces, jobs = _split(plan, sink, files)
-        run = Run(plan, sink, files, pieces, jobs, allow_nonfinite, device)
+        lanes = Lanes([_lane(file, i, sink, files) for i, file in enumerate(plan.files)])
+        run = Run(lanes, sink, files, allow_nonfinite=allow_nonfinite, device=device)
         run.start(threads or min(MAX_THREADS, len(os.sched_getaffinity(0))), progress)
         files.check_unchanged()
     finally:
@@ -205,31 +179,27 @@ def run_plan(
     return run.result
 
 
-def _split(
-    plan: Plan, sink: Sink, files: InputFiles
-) -> tuple[deque[ByteRange], deque[tuple[Step, int, int]]]:
-    """Return the ranges of bytes to copy, long ones cut, and the tensors to compute."""
-    pieces: deque[ByteRange] = deque()
-    jobs: deque[tuple[Step, int, int]] = deque()
-    for number, file in enumerate(plan.files):
-        cloned = file.original is not None and sink.clone(number, file.original.path, files)
-        for piece in () if cloned else _ranges(file, number, joins=sink.joins):
-            for done in range(0, piece.size, COPY_BYTES):
-                pieces.append(
-                    replace(
-                        piece,
-                        source_offset=piece.source_offset + done,
-                        offset=piece.offset + done,
-                        size=min(COPY_BYTES, piece.size - done),
-                        position=done,
-                    )
+def _lane(file: OutputFile, number: int, sink: Sink, files: InputFiles) -> Lane:
+    """Return the work on one file: ranges to copy, long ones cut, and tensors to compute."""
+    lane = Lane()
+    cloned = file.original is not None and sink.clone(number, file.original.path, files)
+    for piece in () if cloned else _ranges(file, number, joins=sink.joins):
+        for done in range(0, piece.size, COPY_BYTES):
+            lane.pieces.append(
+                replace(
+                    piece,
+                    source_offset=piece.source_offset + done,
+                    offset=piece.offset + done,
+                    size=min(COPY_BYTES, piece.size - done),
+                    position=done,
                 )
-        jobs.extend(
-            (step, number, offset)
-            for step, offset in file.placed()
-            if not step.is_copy and step.spec.nbytes
-        )
-    return pieces, jobs
+            )
+    lane.tensors.extend(
+        TensorInWork(step, number, offset)
+        for step, offset in file.placed()
+        if not step.is_copy and step.spec.nbytes
+    )
+    return lane
 
 
 def _ranges(file: OutputFile, number: int, *, joins: bool) -> Iterator[ByteRange]:
@@ -255,49 +225,25 @@ def _ranges(file: OutputFile, number: int, *, joins: bool) -> Iterator[ByteRange
         yield current
 
 
-@dataclass
-class TensorInWork:
-    """One tensor in work: its kernel, made by whichever thread comes first."""
-
-    step: Step
-    file: int
-    offset: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    kernel: Kernel | None = None
-    next_block: int = 0
-
-
 class Run:
-    """The state that worker threads share."""
+    """The state that the threads of one run share."""
 
     def __init__(
-        self,
-        plan: Plan,
-        sink: Sink,
-        files: InputFiles,
-        pieces: deque[ByteRange],
-        jobs: deque[tuple[Step, int, int]],
-        allow_nonfinite: bool,
-        device: str,
+        self, lanes: Lanes, sink: Sink, files: InputFiles, *, allow_nonfinite: bool, device: str
     ) -> None:
-        self.device = device
+        self.lanes = lanes
         self.sink = sink
         self.files = files
-        self.pieces = pieces
-        self.jobs = jobs
         self.allow_nonfinite = allow_nonfinite
+        self.device = device
         self.result = RunResult()
-        self.total = sum(piece.size for piece in pieces) + sum(
-            step.spec.nbytes for step, _, _ in jobs
-        )
         self.done = 0
         self.failure: BaseException | None = None
         self.stopped = False
-        self.current: TensorInWork | None = None
         self.lock = threading.Lock()
 
     def start(self, threads: int, progress: Progress | None) -> None:
-        """Run all units of work on ``threads`` threads and wait for them."""
+        """Do all the work on ``threads`` threads and wait for them."""
         workers = [
             threading.Thread(target=self._work, name=f"loratool-{i}", daemon=True)
             for i in range(max(1, threads))
@@ -309,7 +255,7 @@ class Run:
                 while worker.is_alive():
                     worker.join(0.05)
                     if progress is not None:
-                        progress(self.done, self.total)
+                        progress(self.done, self.lanes.total)
         except BaseException:
             self.stopped = True
             for worker in workers:
@@ -318,18 +264,16 @@ class Run:
         if self.failure is not None:
             raise self.failure
         if progress is not None:
-            progress(self.total, self.total)
+            progress(self.lanes.total, self.lanes.total)
 
     def _work(self) -> None:
         try:
-            while not self.stopped:
-                try:
-                    piece = self.pieces.popleft()
-                except IndexError:
-                    break
+            for piece in self.lanes.copies():
+                if self.stopped:
+                    return
                 self.sink.copy(piece, self.files)
                 self.count(piece.size)
-            if self.jobs or self.current is not None:
+            if self.lanes.has_tensors:
                 from loratool.ops.worker import work
 
                 work(self)
@@ -337,32 +281,6 @@ class Run:
             self.stopped = True
             with self.lock:
                 self.failure = self.failure or error
-
-    def take(self) -> tuple[TensorInWork, int] | None:
-        """Return the next block of the tensor in work, or of the next tensor."""
-        from loratool.ops.kernels import compile_step
-        from loratool.ops.tensors import resolve_device
-
-        while not self.stopped:
-            with self.lock:
-                tensor = self.current
-                if tensor is None:
-                    if not self.jobs:
-                        return None
-                    tensor = self.current = TensorInWork(*self.jobs.popleft())
-            with tensor.lock:
-                if tensor.kernel is None:
-                    tensor.kernel = compile_step(
-                        tensor.step, self.files, resolve_device(self.device)
-                    )
-                block = tensor.next_block
-                tensor.next_block += 1
-                if block < tensor.kernel.blocks:
-                    return tensor, block
-            with self.lock:
-                if self.current is tensor:
-                    self.current = None
-        return None
 
     def count(self, size: int) -> None:
         """Note that ``size`` bytes of output are done."""

@@ -25,9 +25,10 @@ from loratool.files.inputs import InputFiles
 from loratool.files.json import read_json_object
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import read_into
+from loratool.ops.lanes import ByteRange, TensorInWork
 from loratool.ops.merging.planning import plan_merge
 from loratool.ops.plan import Plan, Step
-from loratool.ops.run import ByteRange, TensorInWork, run_plan
+from loratool.ops.run import run_plan
 
 __all__ = ["verify"]
 
@@ -176,7 +177,6 @@ class _CompareSink:
         return False
 
     def copy(self, piece: ByteRange, files: InputFiles) -> None:
-        assert piece.step is not None
         actual = self._read(piece.step, piece.position, piece.size)
         if actual is None:
             return

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from loratool.errors import MergeError
-from loratool.ops.kernels import Kernel
+from loratool.ops.kernels import Kernel, compile_step
 from loratool.ops.plan import Step
 from loratool.ops.run import Run
-from loratool.ops.tensors import Arithmetic
+from loratool.ops.tensors import Arithmetic, resolve_device
 
 __all__ = ["work"]
 
@@ -23,8 +23,10 @@ def work(run: Run) -> None:
     """Take blocks from ``run`` until there are none."""
     torch.set_num_threads(1)
     buffers = _Buffers()
-    while (taken := run.take()) is not None:
-        tensor, index = taken
+    device = resolve_device(run.device)
+    for tensor, index in run.lanes.blocks(lambda step: compile_step(step, run.files, device)):
+        if run.stopped:
+            return
         kernel = tensor.kernel
         assert kernel is not None
         start = index * kernel.block_rows
