@@ -42,7 +42,7 @@ from loratool.ops.kernels import Kernel, compile_step
 from loratool.ops.merge import plan_merge
 from loratool.ops.plan import Plan, Step
 from loratool.ops.run import write_plan
-from loratool.ops.worker import _Buffers, _check_finite, compute_block
+from loratool.ops.worker import Buffers, check_finite, compute_block
 
 READ: Final = "pread"
 WIDEN: Final = "bf16 -> f32"
@@ -150,7 +150,7 @@ class Subject:
     step: Step
     kernel: Kernel
     delta: LowRank
-    buffers: _Buffers = field(default_factory=_Buffers)
+    buffers: Buffers = field(default_factory=Buffers)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield first row and number of rows of each block."""
@@ -223,7 +223,7 @@ def stages(subject: Subject, clock: Clock, path: Path) -> None:
             clock.lap(ADD)
             result.copy_(block)
             clock.lap(NARROW)
-            _check_finite(block, result, subject.step)
+            check_finite(result, subject.step)
             clock.lap(CHECK)
             write_all(descriptor, data, subject.offset(start))
             clock.lap(WRITE)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Final
 
-__all__ = ["PEFT_TYPES", "describe_keys"]
+__all__ = ["PEFT_TYPES", "describe_keys", "looks_like_adapter"]
 
 PEFT_TYPES: Final = {
     "IA3": "(IA)³ rescales activations; it has no delta to add",
@@ -40,6 +40,13 @@ FORMS: Final = (
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
     (r"^w_[ab]_\d+$", "numbered factors without module names"),
 )
+
+
+def looks_like_adapter(keys: Collection[str]) -> bool:
+    """Whether most of ``keys`` are of some kind of adapter that no scheme reads yet."""
+    return any(
+        2 * sum(1 for key in keys if re.search(pattern, key)) >= len(keys) for pattern, _ in FORMS
+    )
 
 
 def describe_keys(keys: Collection[str]) -> str:

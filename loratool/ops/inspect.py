@@ -12,6 +12,7 @@ from typing import Any, Final
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.opening import PREFERRED
+from loratool.adapter.recognise import looks_like_adapter
 from loratool.errors import AdapterError, BaseModelError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.container import open_weights
@@ -177,7 +178,9 @@ def _is_adapter(path: Path) -> bool:
 
 
 def _holds_factors(path: Path) -> bool:
-    """Whether most of a file's keys are factors of some scheme."""
+    """Whether most of a file's keys are an adapter's, of a scheme that is read or not."""
     keys = open_weights(path).tensors
     best = max((scheme.factor_keys(keys) for scheme in builtin_schemes()), default=0)
-    return best > 0 and best >= ADAPTER_SHARE * len(keys)
+    if best > 0 and best >= ADAPTER_SHARE * len(keys):
+        return True
+    return bool(keys) and looks_like_adapter(keys)
