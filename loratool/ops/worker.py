@@ -113,7 +113,14 @@ def compute_block(
 
 
 def check_finite(result: Tensor, step: Step) -> None:
-    # NaN and infinity survive summation. The sum alone may overflow, so it only acquits.
+    """Refuse a block with NaN or infinity in it.
+
+    Both survive summation, which is the cheapest look at all elements there is. The sum of
+    finite values may overflow too, so it only acquits.
+
+    Raises:
+        MergeError: The block is not finite.
+    """
     if not result.is_floating_point() or bool(result.sum().isfinite()):
         return
     if bool(result.isfinite().all()):
