@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from loratool.adapter.config import LoraConfig
@@ -117,16 +117,16 @@ def _site(
         kind = Kind.EMBEDDING
     elif len((slots.get(Slot.DOWN) or slots[next(iter(slots))]).spec.shape) > 2:
         kind = Kind.CONV
-    parameters = tuple(_parameters(module, config)) if kind is Kind.LINEAR else ()
-    return Site(
+    site = Site(
         module=module,
         kind=kind,
         variant=_variant(slots, config),
         slots=slots,
-        scaling=_scaling(module, parameters, nesting, slots, config),
+        scaling=Scaling(None, 0),
         nesting=nesting,
-        parameters=parameters,
+        parameters=tuple(_parameters(module, config)) if kind is Kind.LINEAR else (),
     )
+    return replace(site, scaling=_scaling(site, config))
 
 
 def _check_shapes(module: str, slots: Mapping[Slot, StoredTensor]) -> None:
@@ -161,29 +161,22 @@ def _parameters(module: str, config: LoraConfig | None) -> Iterator[str]:
             yield name
 
 
-def _scaling(
-    module: str,
-    parameters: tuple[str, ...],
-    nesting: int,
-    slots: Mapping[Slot, StoredTensor],
-    config: LoraConfig | None,
-) -> Scaling:
-    down = slots.get(Slot.DOWN) or slots.get(Slot.EMBEDDING_DOWN)
-    rank = down.spec.shape[0] if down is not None and down.spec.shape else 0
-    if Slot.ALPHA in slots:
-        return Scaling(read_scalar(slots[Slot.ALPHA]), rank)
+def _scaling(site: Site, config: LoraConfig | None) -> Scaling:
+    rank = site.rows
+    if Slot.ALPHA in site.slots:
+        return Scaling(read_scalar(site.slots[Slot.ALPHA]), rank)
     if config is None:
         return Scaling(None, rank)
     if config.peft_type == "ADALORA":
         initial = int(config.raw.get("init_r") or rank)
         alpha = config.alpha if config.alpha > 0 else float(initial)
         return Scaling(alpha, initial, epsilon=1e-5)
-    if parameters:
+    if site.parameters:
         # Innermost is the parameter registered first; which that is, only the base's shapes
         # can settle. Until then the order of the configuration serves.
-        index = max(0, len(parameters) - 1 - nesting)
-        return config.scaling_for(parameters[min(index, len(parameters) - 1)])
-    return config.scaling_for(module, rank)
+        last = len(site.parameters) - 1
+        return config.scaling_for(site.parameters[max(0, last - site.nesting)])
+    return config.scaling_for(site.pattern_path, rank)
 
 
 def read_scalar(tensor: StoredTensor) -> float:

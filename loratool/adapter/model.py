@@ -64,6 +64,15 @@ class Site:
         return self.module + ".base_layer" * self.nesting
 
     @property
+    def pattern_path(self) -> str:
+        """What ``rank_pattern`` and ``alpha_pattern`` are matched against.
+
+        The output projection inside an ``nn.MultiheadAttention`` goes by the attention's name.
+        """
+        is_inner = self.nesting > 0 and not self.parameters
+        return self.module.rpartition(".")[0] if is_inner else self.module
+
+    @property
     def rows(self) -> int:
         """Rows of A: the rank, or ranks of all experts together where A stacks them."""
         return self.down.spec.shape[0] if self.down and self.down.spec.shape else 0

@@ -69,7 +69,7 @@ def _fields(config: LoraConfig, where: object) -> Iterator[Finding]:
 
 
 def _names_of(site: Site) -> tuple[str, ...]:
-    return site.parameters or (site.module,)
+    return site.parameters or (site.pattern_path,)
 
 
 def _patterns(

@@ -141,10 +141,10 @@ def _config_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
                 f"stacks {site.rows} rows in A, no multiple of the configured rank "
                 f"{sorted(ranks)[0]}",
             )
-    elif config.peft_type == "LORA" and site.rank != config.rank_for(site.module):
+    elif config.peft_type == "LORA" and site.rank != config.rank_for(site.pattern_path):
         yield (
             "LT005",
-            f"has rank {site.rank}, but the configuration says {config.rank_for(site.module)}; "
+            f"has rank {site.rank}, but the configuration says {config.rank_for(site.pattern_path)}; "
             "its scale is then anybody's guess",
         )
     has_magnitude = Slot.MAGNITUDE in site.slots

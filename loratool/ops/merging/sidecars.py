@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.adapter.config import CONFIG_NAME
 from loratool.files.checkpoint import Checkpoint, is_weight_like
 from loratool.ops.plan import Sidecar
 
@@ -125,7 +126,9 @@ def collect_sidecars(
         if name in used:
             continue
         if is_weight_like(path):
-            left.append((name, "weights of the unmerged base"))
+            left.append((name, "weights or training state of the unmerged base"))
+        elif path.name == CONFIG_NAME:
+            left.append((name, "it would make loaders look for an adapter"))
         else:
             found[name] = Sidecar(name, path)
     if checkpoint.config:
