@@ -142,10 +142,11 @@ def _config_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
                 f"{sorted(ranks)[0]}",
             )
     elif config.peft_type == "LORA" and site.rank != config.rank_for(site.pattern_path):
+        configured = config.rank_for(site.pattern_path)
         yield (
             "LT005",
-            f"has rank {site.rank}, but the configuration says {config.rank_for(site.pattern_path)}; "
-            "its scale is then anybody's guess",
+            f"has rank {site.rank}, but the configuration says {configured}; its scale is then "
+            "anybody's guess",
         )
     has_magnitude = Slot.MAGNITUDE in site.slots
     if config.use_dora and not has_magnitude:
