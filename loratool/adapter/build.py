@@ -168,7 +168,7 @@ def _scaling(site: Site, config: LoraConfig | None) -> Scaling:
     if config is None:
         return Scaling(None, rank)
     if config.peft_type == "ADALORA":
-        initial = int(config.raw.get("init_r") or rank)
+        initial = config.initial_rank or rank
         alpha = config.alpha if config.alpha > 0 else float(initial)
         return Scaling(alpha, initial, epsilon=1e-5)
     if site.parameters:

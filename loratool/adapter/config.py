@@ -42,6 +42,7 @@ class LoraConfig:
     raw: Mapping[str, Any]
     peft_type: str
     rank: int
+    initial_rank: int
     alpha: float
     rank_pattern: Mapping[str, Any]
     alpha_pattern: Mapping[str, Any]
@@ -95,7 +96,8 @@ def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
     return LoraConfig(
         raw=raw,
         peft_type=(kind or "LORA").upper(),
-        rank=_rank(raw, where),
+        rank=_rank(raw, "r", DEFAULT_RANK, where),
+        initial_rank=_rank(raw, "init_r", 0, where),
         alpha=_number(raw, "lora_alpha", DEFAULT_ALPHA, where),
         rank_pattern=_patterns(raw, "rank_pattern", where),
         alpha_pattern=_patterns(raw, "alpha_pattern", where),
@@ -109,12 +111,12 @@ def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
     )
 
 
-def _rank(raw: Mapping[str, Any], where: object) -> int:
-    rank = raw.get("r")
+def _rank(raw: Mapping[str, Any], name: str, default: int, where: object) -> int:
+    rank = raw.get(name)
     if rank is None:
-        return DEFAULT_RANK
-    if type(rank) is not int or rank < 0:
-        raise AdapterError(where, f"r is {rank!r}, expected a positive whole number")
+        return default
+    if type(rank) is not int or rank < 1:
+        raise AdapterError(where, f"{name} is {rank!r:.40}, expected a positive whole number")
     return rank
 
 

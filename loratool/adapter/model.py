@@ -82,7 +82,7 @@ class Site:
         """How many experts A stacks; 1 for an ordinary module."""
         if not self.parameters or not self.scaling.rank or self.rows % self.scaling.rank:
             return 1
-        return self.rows // self.scaling.rank
+        return max(1, self.rows // self.scaling.rank)
 
     @property
     def rank(self) -> int:

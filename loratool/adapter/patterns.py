@@ -5,20 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from loratool.errors import AdapterError
 
 __all__ = ["matches_target", "pattern_matches", "pattern_value", "pattern_values"]
 
 Value = TypeVar("Value")
-MAX_PATTERN_LENGTH = 2000
+MAX_PATTERN_LENGTH: Final = 2000
+MAX_UNBOUNDED: Final = 8
+UNBOUNDED: Final = re.compile(r"(?<!\\)[*+]|\{\d*,\d*\}")
+NESTED: Final = re.compile(r"\([^()]*(?:[*+]|\{\d*,\d*\})[^()]*\)(?:[*+]|\{\d*,)")
+"""A repeated group with a repetition in it: the classic of exponential backtracking."""
 
 
 @lru_cache(maxsize=4096)
 def _compile(text: str) -> re.Pattern[str]:
     if len(text) > MAX_PATTERN_LENGTH:
         raise AdapterError("adapter_config.json", f"a pattern is {len(text)} characters long")
+    if NESTED.search(text) or len(UNBOUNDED.findall(text)) > MAX_UNBOUNDED:
+        raise AdapterError(
+            "adapter_config.json", f"the pattern {text!r} could take for ever to match"
+        )
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:

@@ -64,7 +64,7 @@ def _fields(config: LoraConfig, where: object) -> Iterator[Finding]:
         if config.raw.get(name) is None:
             yield finding("LT031", where, f"{name!r} is not said; PEFT's default applies")
     task = config.raw.get("task_type")
-    if task is not None and task not in TASK_TYPES:
+    if task is not None and not (isinstance(task, str) and task in TASK_TYPES):
         yield finding("LT014", where, f"task_type is {task!r}, which PEFT does not know")
 
 

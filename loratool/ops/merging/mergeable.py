@@ -135,7 +135,7 @@ def _config_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     assert config is not None
     if site.parameters:
         ranks = {config.rank_for(parameter) for parameter in site.parameters}
-        if all(site.rows % rank for rank in ranks):
+        if all(not rank or site.rows % rank for rank in ranks):
             yield (
                 "LT005",
                 f"stacks {site.rows} rows in A, no multiple of the configured rank "
