@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loratool.adapter.config import LoraConfig
-from loratool.adapter.model import Extra, ExtraKind, Kind, Site
+from loratool.adapter.model import Extra, ExtraKind, Kind, Site, in_registered_order
 from loratool.adapter.patterns import matches_target
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import KeyScheme
@@ -20,8 +20,18 @@ from loratool.files.spec import StoredTensor
 
 __all__ = ["Parts", "build_sites", "strip_wrappers"]
 
-WRAPPERS: Final = ("base_model.model.", "_orig_mod.", "module.")
-"""What wrapping a model once more (PEFT, torch.compile, DDP) puts before its modules."""
+WRAPPERS: Final = (
+    "base_model.model.",
+    "_orig_mod.",
+    "module.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+)
+"""What wrapping a model once more (PEFT, torch.compile, DDP, FSDP) puts before its modules."""
+
+INNER_WRAPPERS: Final = tuple(
+    f".{name}." for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+)
 
 MAX_RANK: Final = 1 << 20
 SCALARS: Final = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
@@ -39,9 +49,12 @@ class Parts:
 
 def strip_wrappers(module: str) -> str:
     """Return ``module`` without the prefixes of wrappers, and without ``._orig_mod``."""
-    while module.startswith(WRAPPERS):
-        module = module.partition(".")[2] if not module.startswith(WRAPPERS[0]) else module[17:]
-    return module.replace("._orig_mod.", ".")
+    prefix = next((prefix for prefix in WRAPPERS if module.startswith(prefix)), None)
+    if prefix is not None:
+        return strip_wrappers(module.removeprefix(prefix))
+    for inner in INNER_WRAPPERS:
+        module = module.replace(inner, ".")
+    return module
 
 
 def build_sites(
@@ -102,9 +115,9 @@ def _with_base_copies(extra: Extra, adapted: set[str]) -> Extra:
     """Mark ``X.base_layer.weight`` beside a site on X as the copy that it is."""
     if extra.kind is not ExtraKind.FULL or ".base_layer" not in extra.name:
         return extra
-    name = extra.name.replace(".base_layer", "")
+    name = extra.name.replace(".token_adapter.base_layer", "").replace(".base_layer", "")
     module, _, leaf = name.rpartition(".")
-    is_copy = leaf == "weight" and module in adapted
+    is_copy = leaf == "weight" and (module in adapted or ".token_adapter." in extra.name)
     return Extra(extra.key, name, ExtraKind.BASE_COPY if is_copy else extra.kind, extra.tensor)
 
 
@@ -124,7 +137,7 @@ def _site(
         slots=slots,
         scaling=Scaling(None, 0),
         nesting=nesting,
-        parameters=tuple(_parameters(module, config)) if kind is Kind.LINEAR else (),
+        parameters=in_registered_order(_parameters(module, config)) if kind is Kind.LINEAR else (),
     )
     return replace(site, scaling=_scaling(site, config))
 
@@ -151,13 +164,18 @@ def _variant(slots: Mapping[Slot, StoredTensor], config: LoraConfig | None) -> s
 
 
 def _parameters(module: str, config: LoraConfig | None) -> Iterator[str]:
-    """Yield the raw parameters of ``module`` that ``target_parameters`` names."""
+    """Yield the raw parameters of ``module`` that ``target_parameters`` may name.
+
+    A bare name (``down_proj``) could mean a parameter of any module; those that are targets
+    themselves are ordinary modules.
+    """
     if config is None:
         return
+    is_target = bool(config.target_modules) and matches_target(config.target_modules or (), module)
     for target in config.target_parameters:
         parent, _, leaf = target.rpartition(".")
         name = f"{module}.{leaf}"
-        if matches_target((target,), name) and (parent == "" or matches_target((parent,), module)):
+        if (parent and matches_target((target,), name)) or (not parent and not is_target):
             yield name
 
 
@@ -172,8 +190,8 @@ def _scaling(site: Site, config: LoraConfig | None) -> Scaling:
         alpha = config.alpha if config.alpha > 0 else float(initial)
         return Scaling(alpha, initial, epsilon=1e-5)
     if site.parameters:
-        # Innermost is the parameter registered first; which that is, only the base's shapes
-        # can settle. Until then the order of the configuration serves.
+        # Innermost is the parameter registered first. Where the names do not tell which that
+        # is, only the base's shapes can; until then the order of the configuration serves.
         last = len(site.parameters) - 1
         return config.scaling_for(site.parameters[max(0, last - site.nesting)])
     return config.scaling_for(site.pattern_path, rank)

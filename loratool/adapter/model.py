@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from loratool.adapter.config import LoraConfig
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
 
-__all__ = ["Adapter", "Extra", "ExtraKind", "Kind", "Site"]
+__all__ = [
+    "FUSED_PARAMETERS",
+    "Adapter",
+    "Extra",
+    "ExtraKind",
+    "Kind",
+    "Site",
+    "in_registered_order",
+]
+
+FUSED_PARAMETERS: Final = ("gate_up_proj", "down_proj")
+"""The parameters of fused experts, in the order in which transformers registers them."""
+
+
+def in_registered_order(parameters: Iterable[str]) -> tuple[str, ...]:
+    """Return paths of parameters once each, those of known names in their registered order."""
+    unique = list(dict.fromkeys(parameters))
+    leaves = [path.rpartition(".")[2] for path in unique]
+    if not all(leaf in FUSED_PARAMETERS for leaf in leaves):
+        return tuple(unique)
+    return tuple(sorted(unique, key=lambda path: FUSED_PARAMETERS.index(path.rpartition(".")[2])))
 
 
 class Kind(Enum):

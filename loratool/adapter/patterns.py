@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Final, TypeVar
+from re import _parser as parser  # type: ignore[attr-defined]
+from typing import Any, Final, TypeVar
 
 from loratool.errors import AdapterError
 
@@ -13,21 +14,40 @@ __all__ = ["matches_target", "pattern_matches", "pattern_value", "pattern_values
 
 Value = TypeVar("Value")
 MAX_PATTERN_LENGTH: Final = 2000
-MAX_UNBOUNDED: Final = 8
-UNBOUNDED: Final = re.compile(r"(?<!\\)[*+]|\{\d*,\d*\}")
-NESTED: Final = re.compile(r"\([^()]*(?:[*+]|\{\d*,\d*\})[^()]*\)(?:[*+]|\{\d*,)")
-"""A repeated group with a repetition in it: the classic of exponential backtracking."""
+MAX_REPEATS: Final = 8
+
+
+def _is_explosive(tree: Any, *, inside: bool = False) -> bool:
+    """Whether a parsed pattern repeats something that itself repeats or branches.
+
+    That is the classic of exponential backtracking; nobody needs it to name modules.
+    """
+    for operation, argument in tree:
+        name = str(operation)
+        if "REPEAT" in name:
+            low, high, body = argument
+            repeats = high > low + 1
+            if (inside and repeats) or _is_explosive(body, inside=inside or repeats):
+                return True
+        elif name == "BRANCH":
+            if inside or any(_is_explosive(branch) for branch in argument[1]):
+                return True
+        elif name in ("SUBPATTERN", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
+            body = argument[-1] if isinstance(argument, tuple) else argument
+            if _is_explosive(body, inside=inside):
+                return True
+    return False
 
 
 @lru_cache(maxsize=4096)
 def _compile(text: str) -> re.Pattern[str]:
     if len(text) > MAX_PATTERN_LENGTH:
         raise AdapterError("adapter_config.json", f"a pattern is {len(text)} characters long")
-    if NESTED.search(text) or len(UNBOUNDED.findall(text)) > MAX_UNBOUNDED:
-        raise AdapterError(
-            "adapter_config.json", f"the pattern {text!r} could take for ever to match"
-        )
     try:
+        if _is_explosive(parser.parse(text)) or len(re.findall(r"[*+{]", text)) > MAX_REPEATS:
+            raise AdapterError(
+                "adapter_config.json", f"the pattern {text!r} could take for ever to match"
+            )
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         raise AdapterError(

@@ -11,7 +11,7 @@ from loratool.adapter.slots import FACTOR_SLOTS, AdapterKey, Slot
 
 __all__ = ["KeyScheme", "Template"]
 
-FIELDS = {"module": r"(?P<module>.+)", "adapter": r"(?P<adapter>(?!weight$|bias$)[^.]+)"}
+FIELDS = {"module": r"(?P<module>.+)", "adapter": r"(?P<adapter>(?!weight$|bias$).+)"}
 
 
 @dataclass(frozen=True)

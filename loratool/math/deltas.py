@@ -93,18 +93,23 @@ class WeightDecomposed:
         magnitude: ``(rows,)`` where norms run over columns; else ``(columns,)``.
         norms: ``(columns,)`` norms of ``W₀ + Δ`` where they run over rows, else ``None``.
         weight: How much of the change to make.
+        reference: Returns ``W₀`` from the first row and the original rows, where the adapter
+            was trained on another weight than the original (see :meth:`Interpolated.target`).
     """
 
     delta: LowRank
     magnitude: Tensor
     norms: Tensor | None = None
     weight: float = 1.0
+    reference: Callable[[int, Tensor], Tensor] | None = None
 
     def apply(self, block: Tensor, original: Tensor, start: int) -> None:
         moved = block.clone()
         self.delta.add_to(moved, start)
         if self.norms is None:
             reference = original.clone()
+            if self.reference is not None:
+                reference = self.reference(start, original).clone()
             self.delta.add_to(reference, start)
             norms = torch.linalg.vector_norm(reference, dim=1, dtype=torch.float64)
             magnitude = self.magnitude[start : start + block.shape[0]]
@@ -156,31 +161,41 @@ class Interpolated:
         weight: 1 replaces the weight, exactly where nothing else has changed it before.
         only_if_different: The values are a copy of the original in a dtype of their own; keep
             the original wherever it rounds to them.
+        base: Returns rows of ``W₀``, where something else has taken the place of the original.
     """
 
     values: Callable[[int, int], Tensor]
     weight: float
     only_if_different: bool = False
+    base: Callable[[int, int], Tensor] | None = None
 
-    def apply(self, block: Tensor, original: Tensor, start: int) -> None:
-        stored = self.values(start, block.shape[0]).to(block.device)
-        rows = stored.to(block.dtype)
+    def target(self, start: int, original: Tensor) -> Tensor:
+        """Return the rows that a weight of 1 leads to, ``(rows, columns)``."""
+        stored = self.values(start, original.shape[0]).to(original.device)
+        rows = stored.to(original.dtype)
         if self.only_if_different:
             rows = torch.where(original.to(stored.dtype) == stored, original, rows)
-        if self.weight == 1 and torch.equal(block, original):
+        return rows
+
+    def apply(self, block: Tensor, original: Tensor, start: int) -> None:
+        base = original
+        if self.base is not None:
+            base = self.base(start, block.shape[0]).to(block)
+        rows = self.target(start, base)
+        if self.weight == 1 and torch.equal(block, base):
             block.copy_(rows)
         else:
-            block.add_(rows.sub(original).mul_(self.weight))
+            block.add_(rows.sub(base).mul_(self.weight))
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """New values for some rows: trained token embeddings.
+    """New values for some rows, ``W[i] += weight · (values - W₀[i])``: trained tokens.
 
     Attributes:
         indices: ``(k,)`` row numbers, in any order.
         values: ``(k, columns)``.
-        weight: 1 replaces the rows.
+        weight: 1 replaces the rows, exactly where nothing else has changed them before.
     """
 
     indices: tuple[int, ...]
@@ -190,9 +205,12 @@ class Rows:
     def apply(self, block: Tensor, original: Tensor, start: int) -> None:
         for position, row in enumerate(self.indices):
             if start <= row < start + block.shape[0]:
-                target = block[row - start]
+                target, before = block[row - start], original[row - start]
                 value = self.values[position].to(block.dtype)
-                _move(target, value, self.weight)
+                if self.weight == 1 and torch.equal(target, before):
+                    target.copy_(value)
+                else:
+                    target.add_(value.sub(before).mul_(self.weight))
 
 
 def _move(block: Tensor, target: Tensor, weight: float) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from loratool.adapter.model import FUSED_PARAMETERS
+
 __all__ = [
     "FUSED",
     "FUSED_ALIASES",
@@ -54,5 +56,4 @@ def fused_part_of(leaf: str) -> FusedPart | None:
 
 def registration_index(parameter: str) -> int | None:
     """Return the place of a fused parameter in its module, as transformers registers them."""
-    names = list(FUSED)
-    return names.index(parameter) if parameter in names else None
+    return FUSED_PARAMETERS.index(parameter) if parameter in FUSED_PARAMETERS else None

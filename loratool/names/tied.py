@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-__all__ = ["EMBEDDING_LEAVES", "HEAD_LEAVES", "head_name", "tie_flag"]
+__all__ = ["EMBEDDING_LEAVES", "HEAD_LEAVES", "MASKED_HEADS", "head_name", "tie_flag"]
 
 EMBEDDING_LEAVES: Final = frozenset(
-    (
+    [
         "embed_tokens",
         "wte",
         "tokens_embed",
         "word_embeddings",
+        "word_embedding",
         "embed_in",
         "shared",
         "tok_embeddings",
-    )
+        "embeddings",
+    ]
 )
 HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "proj_out", "lm_loss"))
 
@@ -26,18 +28,49 @@ HEADS: Final = {
     "biogpt": "output_projection",
     "rwkv": "head",
     "xlnet": "lm_loss",
+    "whisper": "proj_out",
 }
 """Model type to the name of its head, where that is not ``lm_head``."""
 
+MASKED_HEADS: Final = {
+    "albert": "predictions.decoder",
+    "bert": "cls.predictions.decoder",
+    "camembert": "lm_head.decoder",
+    "deberta": "cls.predictions.decoder",
+    "deberta-v2": "cls.predictions.decoder",
+    "distilbert": "vocab_projector",
+    "electra": "generator_lm_head",
+    "esm": "lm_head.decoder",
+    "mpnet": "lm_head.decoder",
+    "roberta": "lm_head.decoder",
+    "xlm-roberta": "lm_head.decoder",
+}
+"""Model type to the name of its masked-language-model head."""
+
 GENERATIVE: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+GENERATIVE_TASKS: Final = frozenset(("CAUSAL_LM", "SEQ_2_SEQ_LM"))
+OTHER_TASKS: Final = frozenset(("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"))
 
 
-def head_name(config: Mapping[str, Any]) -> str | None:
-    """Return the module name of a generative model's head, or ``None`` for other models."""
-    architectures = config.get("architectures") or []
-    if not any(str(name).endswith(GENERATIVE) for name in architectures):
+def head_name(config: Mapping[str, Any], tasks: Collection[str] = ()) -> str | None:
+    """Return the module name of the head that may share the embedding, or ``None``.
+
+    Args:
+        config: The base's configuration.
+        tasks: The adapters' task types; a classifier has no such head, whatever the base was.
+    """
+    if not config or any(task in OTHER_TASKS for task in tasks):
         return None
-    return HEADS.get(str(config.get("model_type")), "lm_head")
+    architectures = [str(name) for name in config.get("architectures") or []]
+    kind = str(config.get("model_type"))
+    if any(name.endswith("ForMaskedLM") for name in architectures):
+        return MASKED_HEADS.get(kind, "lm_head")
+    generative = (
+        any(name.endswith(GENERATIVE) for name in architectures)
+        or any(task in GENERATIVE_TASKS for task in tasks)
+        or not architectures
+    )
+    return HEADS.get(kind, "lm_head") if generative else None
 
 
 def tie_flag(config: Mapping[str, Any]) -> bool | None:

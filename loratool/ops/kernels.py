@@ -14,6 +14,7 @@ from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
 from loratool.errors import MergeError
 from loratool.files.inputs import InputFiles
+from loratool.files.spec import StoredTensor
 from loratool.math.deltas import (
     Additive,
     Delta,
@@ -26,7 +27,17 @@ from loratool.math.deltas import (
 )
 from loratool.math.lowrank import LowRank, stack
 from loratool.math.principal import kasa_residual, olora_residual, pissa_residual
-from loratool.ops.plan import AddBias, AddDelta, Blend, Decompose, Region, Residual, SetRows, Step
+from loratool.ops.plan import (
+    AddBias,
+    AddDelta,
+    Blend,
+    Decompose,
+    Edit,
+    Region,
+    Residual,
+    SetRows,
+    Step,
+)
 from loratool.ops.tensors import Arithmetic, RowReader, read_tensor, torch_dtype
 
 __all__ = ["BLOCK_ELEMENTS", "Kernel", "compile_step", "load_delta"]
@@ -60,7 +71,9 @@ class Kernel:
     @property
     def needs_original(self) -> bool:
         """Whether some delta looks at the values from before any change."""
-        return any(isinstance(delta, WeightDecomposed | Interpolated) for delta in self.deltas)
+        return any(
+            isinstance(delta, WeightDecomposed | Interpolated | Rows) for delta in self.deltas
+        )
 
     @property
     def block_rows(self) -> int:
@@ -82,37 +95,60 @@ def compile_step(step: Step, files: InputFiles, device: torch.device) -> Kernel:
     width = _width(step)
     dtypes = (step.spec.dtype, step.source.spec.dtype)
     kind = Arithmetic(torch.float64 if "F64" in dtypes else torch.float32, device)
-    reader = RowReader(step.source, width, files)
-    rows = step.spec.elements // width if width else 0
+    matrix = _Matrix(step, files, width, kind)
     deltas: list[Delta] = []
     plain: list[LowRank] = []
     nonzero = False
-
-    def flush() -> None:
-        if plain:
-            deltas.append(Additive(stack(plain)))
-            plain.clear()
-
+    taken: Interpolated | None = None  # what the adapter whose turn it is sees as W₀
     for edit in step.edits:
-        if isinstance(edit, AddDelta) and _covers(edit.region, rows, width):
+        if isinstance(edit, AddDelta) and _covers(edit.region, matrix.rows, width):
             delta = load_delta(edit.site, edit.region, edit.scale, kind)
             nonzero |= not _is_zero(delta)
             plain.append(delta)
             continue
-        flush()
-        for delta_kind in _deltas(edit, step, reader, rows, width, kind, files):
-            nonzero |= not isinstance(delta_kind, Placed) or not _is_zero(delta_kind.delta)
-            deltas.append(delta_kind)
-    flush()
+        if plain:
+            deltas.append(Additive(stack(plain)))
+            plain.clear()
+        for made in _deltas(edit, matrix, taken):
+            nonzero |= not isinstance(made, Placed) or not _is_zero(made.delta)
+            deltas.append(made)
+        last = deltas[-1]
+        taken = last if isinstance(last, Interpolated) else None
+    if plain:
+        deltas.append(Additive(stack(plain)))
     return Kernel(
-        rows=rows,
+        rows=matrix.rows,
         width=width,
         kind=kind,
         output=torch_dtype(step.spec.dtype),
-        reader=reader,
+        reader=matrix.reader,
         deltas=tuple(deltas),
         is_empty=not nonzero,
     )
+
+
+class _Matrix:
+    """The weight of a step as a matrix, and how to read rows of it and of its like."""
+
+    def __init__(self, step: Step, files: InputFiles, width: int, kind: Arithmetic) -> None:
+        self.step = step
+        self.files = files
+        self.width = width
+        self.kind = kind
+        self.rows = step.spec.elements // width if width else 0
+        self.reader = RowReader(step.source, width, files)
+
+    def like(self, stored: StoredTensor) -> RowReader:
+        """Return a reader of another tensor of the same shape."""
+        return RowReader(stored, self.width, self.files)
+
+    def blocks(self, taken: Interpolated | None) -> Iterator[tuple[int, Tensor]]:
+        """Yield first row and rows of ``W₀`` from top to bottom; they may be overwritten."""
+        count = max(1, BLOCK_ELEMENTS // max(1, self.width))
+        for start in range(0, self.rows, count):
+            block = self.reader.rows(start, min(count, self.rows - start))
+            block = block.to(self.kind.device, self.kind.dtype, copy=True)
+            yield start, block if taken is None else taken.target(start, block).clone()
 
 
 def _width(step: Step) -> int:
@@ -133,30 +169,30 @@ def _is_zero(delta: LowRank) -> bool:
     return delta.scale == 0 or not bool(delta.up.any()) or not bool(delta.down.any())
 
 
-def _deltas(
-    edit: AddDelta | Decompose | Residual | Blend | SetRows | AddBias,
-    step: Step,
-    reader: RowReader,
-    rows: int,
-    width: int,
-    kind: Arithmetic,
-    files: InputFiles,
-) -> Iterator[Delta]:
+def _deltas(edit: Edit, matrix: _Matrix, taken: Interpolated | None) -> Iterator[Delta]:
+    kind = matrix.kind
     match edit:
         case AddDelta():
             yield from _placed(edit, kind)
         case Decompose():
-            yield _decompose(edit, reader, rows, width, kind)
+            yield _decompose(edit, matrix, taken)
         case Residual():
-            yield Interpolated(_residual(edit, reader, rows, kind), edit.weight)
+            yield Interpolated(_residual(edit, matrix), edit.weight)
         case Blend():
-            saved = RowReader(edit.tensor, width, files)
-            yield Interpolated(saved.rows, edit.weight, only_if_different=edit.only_if_different)
+            replaced = matrix.step.base not in (None, matrix.step.source)
+            base = matrix.step.base if replaced else None
+            yield Interpolated(
+                matrix.like(edit.tensor).rows,
+                edit.weight,
+                only_if_different=edit.only_if_different,
+                base=matrix.like(base).rows if base is not None else None,
+            )
         case SetRows():
             values = read_tensor(edit.tensor, kind)
             yield Rows(edit.indices, values.reshape(len(edit.indices), -1), edit.weight)
         case AddBias():
-            yield Offset(read_tensor(edit.tensor, kind).reshape(-1, width), edit.scale)
+            values = read_tensor(edit.tensor, kind)
+            yield Offset(values.reshape(-1, matrix.width), edit.scale)
 
 
 def _placed(edit: AddDelta, kind: Arithmetic) -> Iterator[Delta]:
@@ -231,36 +267,24 @@ def _expand_blocks(factor: Tensor, columns: int) -> Tensor:
     return expanded
 
 
-def _decompose(
-    edit: Decompose, reader: RowReader, rows: int, width: int, kind: Arithmetic
-) -> WeightDecomposed:
-    delta = load_delta(edit.site, edit.region, edit.scale, kind)
-    magnitude = read_tensor(edit.site.slots[Slot.MAGNITUDE], kind).flatten()
-    expected = width if edit.region.transposed else rows
+def _decompose(edit: Decompose, matrix: _Matrix, taken: Interpolated | None) -> WeightDecomposed:
+    delta = load_delta(edit.site, edit.region, edit.scale, matrix.kind)
+    magnitude = read_tensor(edit.site.slots[Slot.MAGNITUDE], matrix.kind).flatten()
+    expected = matrix.width if edit.region.transposed else matrix.rows
     if magnitude.shape[0] != expected:
         raise MergeError(
             edit.site.label, f"its magnitude has {magnitude.shape[0]} entries, expected {expected}"
         )
     norms = None
     if edit.region.transposed:
-        norms = column_norms(_row_blocks(reader, rows, width, kind), delta, width)
-    return WeightDecomposed(delta, magnitude, norms, edit.weight)
+        norms = column_norms(matrix.blocks(taken), delta, matrix.width)
+    reference = taken.target if taken is not None else None
+    return WeightDecomposed(delta, magnitude, norms, edit.weight, reference)
 
 
-def _row_blocks(
-    reader: RowReader, rows: int, width: int, kind: Arithmetic
-) -> Iterator[tuple[int, Tensor]]:
-    count = max(1, BLOCK_ELEMENTS // max(1, width))
-    for start in range(0, rows, count):
-        block = reader.rows(start, min(count, rows - start)).to(kind.device, kind.dtype, copy=True)
-        yield start, block
-
-
-def _residual(
-    edit: Residual, reader: RowReader, rows: int, kind: Arithmetic
-) -> Callable[[int, int], Tensor]:
+def _residual(edit: Residual, matrix: _Matrix) -> Callable[[int, int], Tensor]:
     """Return the base weight as PEFT leaves it on loading, but not rounded in between."""
-    weight = reader.rows(0, rows).to(kind.device, torch.float32)
+    weight = matrix.reader.rows(0, matrix.rows).to(matrix.kind.device, torch.float32)
     match edit.kind:
         case "pissa":
             values = pissa_residual(weight, edit.rank)

@@ -162,6 +162,7 @@ class Step:
         spec: What is written.
         source: What is read: the base's tensor, or an adapter's where it replaces or adds one.
         edits: What is done to it, in order.
+        base: The base's tensor, where the source is another one that replaces it.
         added: Whether the base has no tensor of this name.
         replaced: Whether an adapter's tensor takes the place of the base's.
     """
@@ -169,6 +170,7 @@ class Step:
     spec: TensorSpec
     source: StoredTensor
     edits: tuple[Edit, ...] = ()
+    base: StoredTensor | None = None
     added: bool = False
     replaced: bool = False
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
 from loratool.adapter.findings import Finding, finding
-from loratool.adapter.model import Adapter
 from loratool.errors import AdapterError, LoratoolError
 from loratool.ops.checks.base import check_against_base
 from loratool.ops.checks.config import check_config
@@ -45,13 +43,12 @@ def validate(
         opened = open_adapter(path, adapter_name=adapter_name)
     except LoratoolError as error:
         return (finding("LT000", error.where, error.what, error.hint),)
-    found = [*_checks(opened, deep=deep)]
+    found = [*check_tensors(opened, deep=deep)]
+    try:
+        found += check_config(opened)
+    except AdapterError as error:
+        found.append(finding("LT015", error.where, error.what, error.hint))
     if base is not None:
         found += check_against_base(opened, Path(base))
     order = {"error": 0, "warning": 1, "info": 2}
     return tuple(sorted(dict.fromkeys(found), key=lambda item: (order[item.severity], item.code)))
-
-
-def _checks(adapter: Adapter, *, deep: bool) -> Iterator[Finding]:
-    yield from check_tensors(adapter, deep=deep)
-    yield from check_config(adapter)

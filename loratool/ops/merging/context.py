@@ -13,7 +13,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.spec import StoredTensor
 from loratool.names.conv1d import CONV1D_LEAVES, CONV1D_MODEL_TYPES
 from loratool.ops.merging.modules import ModuleIndex
-from loratool.ops.plan import Edit
+from loratool.ops.plan import Blend, Edit, SetRows
 
 __all__ = ["BaseView", "Changes", "Share"]
 
@@ -79,14 +79,32 @@ class Changes:
 
     Attributes:
         replacement: The adapter's tensor that takes its place, if any.
+        base: The adapter's copy of the base's tensor, where it has another shape (a resized
+            vocabulary): what the edits apply to.
         edits: What is done to it, in order.
     """
 
     replacement: StoredTensor | None = None
+    base: StoredTensor | None = None
     edits: list[Edit] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return self.replacement is not None or bool(self.edits)
+        return self.replacement is not None or self.base is not None or bool(self.edits)
+
+    @property
+    def source(self) -> StoredTensor | None:
+        """What the adapter puts in the place of the base's tensor, if anything."""
+        return self.replacement or self.base
+
+    @property
+    def effects(self) -> list[Edit]:
+        """The edits without copies of the base weight, which change nothing by themselves."""
+        return [e for e in self.edits if not (isinstance(e, Blend) and e.only_if_different)]
+
+    @property
+    def is_rows_only(self) -> bool:
+        """Whether it gives some rows new values and nothing else."""
+        return self.replacement is None and all(isinstance(e, SetRows) for e in self.effects)
 
 
 @dataclass
@@ -97,14 +115,12 @@ class Share:
         adapter: The adapter.
         weight: What its delta is multiplied by.
         changes: By the name of the output tensor.
-        rows_only: Names of tensors of which it only sets rows.
         notes: What a user should know.
     """
 
     adapter: Adapter
     weight: float
     changes: dict[str, Changes] = field(default_factory=lambda: defaultdict(Changes))
-    rows_only: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     def where(self, what: str) -> str:

@@ -123,6 +123,8 @@ def assign_parameters(adapter: Adapter, base: BaseView) -> dict[str, str]:
         candidates = [
             parameter for parameter in sites[0].parameters if fused_shape(parameter, base)
         ]
+        if not candidates and base.index.find(module, parameter="weight") is not None:
+            continue  # an ordinary module after all
         if len(candidates) < len(sites):
             raise BaseModelError(
                 f"{adapter.path}: {module}",

@@ -8,7 +8,7 @@ from typing import Final
 from loratool.adapter.model import Extra, ExtraKind
 from loratool.adapter.patterns import matches_target
 from loratool.errors import AdapterError, BaseModelError
-from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
+from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES, MASKED_HEADS
 from loratool.ops.merging.context import BaseView, Share
 from loratool.ops.plan import Blend, SetRows
 
@@ -38,7 +38,8 @@ def plan_extras(share: Share, base: BaseView, *, head: Head | None) -> None:
         share.notes.append(
             f"{len(state)} tensors that only training needs were not used, such as {state[0]!r}"
         )
-    for extra in share.adapter.extras:
+    in_turn = {ExtraKind.FULL: 0, ExtraKind.BASE_COPY: 1, ExtraKind.STATE: 2, ExtraKind.ROWS: 3}
+    for extra in sorted(share.adapter.extras, key=lambda extra: in_turn[extra.kind]):
         plan_extra(share, extra, base, head)
 
 
@@ -50,7 +51,7 @@ def plan_extra(share: Share, extra: Extra, base: BaseView, head: Head | None) ->
         case ExtraKind.BASE_COPY:
             _plan_base_copy(share, extra, base, head)
         case ExtraKind.ROWS:
-            _plan_rows(share, extra, base)
+            _plan_rows(share, extra, base, head)
         case ExtraKind.STATE:
             pass
 
@@ -83,6 +84,7 @@ def _is_saved(share: Share, module: str) -> bool:
     config = share.adapter.config
     names = config.modules_to_save if config else ()
     listed = any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
+    listed |= module.endswith(tuple(MASKED_HEADS.values()))
     return listed or any(part in IMPLICIT_HEADS for part in module.split("."))
 
 
@@ -139,7 +141,7 @@ def _plan_base_copy(share: Share, extra: Extra, base: BaseView, head: Head | Non
     if owner is None and head is not None and extra.name.endswith(_tail(head)):
         # A tied head: its base weight is the embedding, which is there.
         if extra.tensor.spec.shape != head[1]:
-            share.changes[head[0]].replacement = extra.tensor
+            share.changes[head[0]].base = extra.tensor
         return
     if owner is None:
         share.notes.append(f"{extra.key!r}, a copy of a weight that the base lacks, was not used")
@@ -151,17 +153,20 @@ def _plan_base_copy(share: Share, extra: Extra, base: BaseView, head: Head | Non
         )
     else:
         _check_resize(share, extra, name, base.shape(name))
-        share.changes[name].replacement = extra.tensor
+        share.changes[name].base = extra.tensor
 
 
-def _plan_rows(share: Share, extra: Extra, base: BaseView) -> None:
+def _plan_rows(share: Share, extra: Extra, base: BaseView, head: Head | None) -> None:
     owner = base.index.find(extra.name, parameter="weight")
-    if owner is None:
+    if owner is not None:
+        name, shape = f"{owner}.weight", base.shape(f"{owner}.weight")
+    elif head is not None and f"{extra.name}.weight".endswith(_tail(head)):
+        name, shape = head
+    else:
         raise _no_place(share, extra, base)
-    name = f"{owner}.weight"
     indices = _token_indices(share, extra)
-    replacement = share.changes[name].replacement
-    shape = replacement.spec.shape if replacement else base.shape(name)
+    source = share.changes[name].source
+    shape = source.spec.shape if source else shape
     if extra.tensor.spec.shape != (len(indices), *shape[1:]):
         raise AdapterError(
             share.where(extra.key),
@@ -174,10 +179,7 @@ def _plan_rows(share: Share, extra: Extra, base: BaseView) -> None:
             f"trains token {max(indices)}, but the base has only {shape[0]} rows",
             hint="resize the base's vocabulary first, as the training did",
         )
-    changes = share.changes[name]
-    if not changes:
-        share.rows_only.add(name)
-    changes.edits.append(SetRows(indices, extra.tensor, share.weight))
+    share.changes[name].edits.append(SetRows(indices, extra.tensor, share.weight))
 
 
 def _token_indices(share: Share, extra: Extra) -> tuple[int, ...]:

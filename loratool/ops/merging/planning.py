@@ -23,9 +23,9 @@ from loratool.ops.merging.mergeable import check_adapter, check_base
 from loratool.ops.merging.replication import layer_ranges, replicate
 from loratool.ops.merging.sidecars import ConfigChanges, collect_sidecars
 from loratool.ops.merging.sites import plan_sites
-from loratool.ops.merging.tied import Tie, find_tie, settle_tie
+from loratool.ops.merging.tied import Tie, find_tie, have_same_values, settle_tie
 from loratool.ops.opening import open_adapter
-from loratool.ops.plan import OutputFile, Plan, Sidecar, Step
+from loratool.ops.plan import Blend, Edit, OutputFile, Plan, SetRows, Sidecar, Step
 
 __all__ = ["plan_merge"]
 
@@ -72,7 +72,8 @@ def plan_merge(
     layers = _common_replication(opened)
     view = BaseView(checkpoint, replicate(checkpoint, layers) if layers else None)
     shares = [Share(adapter, weight) for adapter, weight in pairs]
-    tie = find_tie(view)
+    tasks = [str(adapter.field("task_type")) for adapter in opened]
+    tie = find_tie(view, tasks)
     _plan_shares(shares, view, tie)
     notes += [note for share in shares for note in share.notes]
     untied = tie if tie and not settle_tie(tie, shares, view) else None
@@ -153,15 +154,14 @@ def _step(
     changes: list[Changes],
     dtype: str | None,
 ) -> Step:
-    replacements = {id(c.replacement): c.replacement for c in changes if c.replacement is not None}
-    if len(replacements) > 1:
-        raise MergeError(name, "two adapters each replace this tensor", hint="merge only one")
-    replacement = next(iter(replacements.values()), None)
+    replacement = _only_one(name, [c.replacement for c in changes], "replace this tensor")
+    resized = _only_one(name, [c.base for c in changes], "come with a resized base tensor")
     original = source
-    source = replacement or source
+    source = replacement or resized or source
     assert source is not None
     kept = original.spec.dtype if original is not None else source.spec.dtype
     edits = tuple(edit for change in changes for edit in change.edits)
+    _check_edits(name, edits, source)
     if edits and not DTYPES[kept].is_mergeable:
         raise BaseModelError(name, f"is {kept}; a delta can only be added to floating point")
     if dtype is not None and DTYPES[kept].is_mergeable:
@@ -170,9 +170,35 @@ def _step(
         spec=TensorSpec(name, kept, source.spec.shape),
         source=source,
         edits=edits,
+        base=resized or original,
         added=stored is None,
-        replaced=stored is not None and replacement is not None,
+        replaced=stored is not None and source is not stored,
     )
+
+
+def _only_one(name: str, tensors: Sequence[StoredTensor | None], words: str) -> StoredTensor | None:
+    """Return the one tensor that several adapters agree on, or ``None`` where there is none."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(not have_same_values(given[0], other) for other in given[1:]):
+        raise MergeError(name, f"two adapters each {words}, and differ", hint="merge only one")
+    return given[0] if given else None
+
+
+def _check_edits(name: str, edits: Sequence[Edit], source: StoredTensor) -> None:
+    """Make sure that several adapters' edits of one tensor can be carried out together."""
+    rows: set[int] = set()
+    for edit in edits:
+        if isinstance(edit, Blend) and edit.tensor.spec.shape != source.spec.shape:
+            raise MergeError(
+                name,
+                f"the adapters disagree on its shape: {list(edit.tensor.spec.shape)} and "
+                f"{list(source.spec.shape)}",
+            )
+        if isinstance(edit, SetRows) and edit.weight == 1:
+            twice = rows & set(edit.indices)
+            if twice:
+                raise MergeError(name, f"two adapters each set row {min(twice)}")
+            rows |= set(edit.indices)
 
 
 def _config_changes(

@@ -13,7 +13,9 @@ from loratool.files.spec import StoredTensor
 
 __all__ = ["layer_ranges", "replicate"]
 
-LAYER: Final = re.compile(r"(?P<before>(?:.*\.)?(?:layers|h))\.(?P<index>\d+)\.(?P<after>.+)")
+LAYER: Final = re.compile(
+    r"(?P<before>(?:.*\.)?(?:layers|layer|h|blocks))\.(?P<index>\d+)\.(?P<after>.+)"
+)
 MAX_LAYERS: Final = 10_000
 
 

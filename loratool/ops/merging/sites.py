@@ -11,7 +11,7 @@ from loratool.errors import BaseModelError
 from loratool.ops.merging.context import BaseView, Share
 from loratool.ops.merging.experts import assign_parameters, locate_in_fused, locate_parameter
 from loratool.ops.merging.orientation import region_for
-from loratool.ops.plan import AddBias, AddDelta, Decompose, Region, Residual
+from loratool.ops.plan import AddBias, AddDelta, Blend, Decompose, Region, Residual
 
 __all__ = ["locate_site", "plan_sites", "replaced_shapes"]
 
@@ -52,9 +52,9 @@ def plan_sites(share: Share, base: BaseView, *, head: tuple[str, tuple[int, ...]
 def replaced_shapes(share: Share) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that the adapter replaces, by the base's names."""
     return {
-        name: changes.replacement.spec.shape
+        name: changes.source.spec.shape
         for name, changes in share.changes.items()
-        if changes.replacement is not None
+        if changes.source is not None
     }
 
 
@@ -114,8 +114,10 @@ def _is_attention_output(site: Site, base: BaseView, adapted: set[str]) -> bool:
 
 def _scale(site: Site, adapter: Adapter, parameter: str | None, region: Region) -> float:
     """Return the scale of a site, now that the parameter it adapts is known."""
-    if parameter is None or adapter.config is None:
+    if adapter.config is None or not site.parameters:
         return site.scaling.factor
+    if parameter is None:
+        return adapter.config.scaling_for(site.pattern_path, site.rows).factor
     return adapter.config.scaling_for(parameter, site.rows // region.experts).factor
 
 
@@ -125,7 +127,10 @@ def _add_edits(share: Share, site: Site, name: str, region: Region, scale: float
     kind = adapter.config.init if adapter.config else ""
     if site.variant == "kasa":
         kind = "kasa"
-    if kind in ("pissa", "olora", "kasa") and not site.parameters and site.kind.value == "linear":
+    # A stored copy of the base weight is the one that the initialisation has already changed.
+    has_copy = any(isinstance(e, Blend) for e in edits) or share.changes[name].base is not None
+    is_plain = not site.parameters and site.kind.value == "linear"
+    if kind in ("pissa", "olora", "kasa") and is_plain and not has_copy:
         if kind == "olora" and region.transposed:
             raise BaseModelError(share.where(site.label), "OLoRA on a Conv1D layer is not defined")
         edits.append(Residual(kind, site.rank, scale, share.weight))

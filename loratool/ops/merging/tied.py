@@ -6,6 +6,7 @@ two different weights where the base had one. It stays tied where the adapter ch
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from loratool.adapter.slots import Slot
@@ -14,9 +15,9 @@ from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
 from loratool.names.tied import EMBEDDING_LEAVES, head_name, tie_flag
 from loratool.ops.merging.context import BaseView, Changes, Share
-from loratool.ops.plan import AddDelta
+from loratool.ops.plan import AddDelta, SetRows
 
-__all__ = ["Tie", "find_tie", "settle_tie"]
+__all__ = ["Tie", "find_tie", "have_same_values", "settle_tie"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,14 @@ class Tie:
     is_stored: bool
 
 
-def find_tie(base: BaseView) -> Tie | None:
-    """Return the shared weight of ``base``, or ``None`` where nothing is tied."""
-    name = head_name(base.config)
+def find_tie(base: BaseView, tasks: Collection[str] = ()) -> Tie | None:
+    """Return the shared weight of ``base``, or ``None`` where nothing is tied.
+
+    Args:
+        base: The base.
+        tasks: The task types of the adapters, which may give it another head.
+    """
+    name = head_name(base.config, tasks)
     flag = tie_flag(base.config)
     if name is None or flag is False:
         return None
@@ -52,11 +58,14 @@ def find_tie(base: BaseView) -> Tie | None:
     embedding = embeddings[0]
     owner = base.index.find(name, parameter="weight")
     if owner is None:
-        return Tie(embedding, _head_beside(embedding, name), is_stored=False)
+        is_said = flag is True or bool(base.config.get("architectures"))
+        head = _head_beside(embedding, name)
+        return Tie(embedding, head, is_stored=False) if is_said else None
     head = f"{owner}.weight"
-    if base.shape(head) != base.shape(embedding):
+    if head == embedding or base.shape(head) != base.shape(embedding):
         return None
-    if flag is None and not _same_values(base.tensors[head], base.tensors[embedding]):
+    # Where both are stored and differ, loaders keep them apart whatever the flag says.
+    if not have_same_values(base.tensors[head], base.tensors[embedding]):
         return None
     return Tie(embedding, head, is_stored=True)
 
@@ -68,7 +77,10 @@ def _head_beside(embedding: str, name: str) -> str:
     return f"{prefix}{name}.weight"
 
 
-def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
+def have_same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two stored tensors hold the same bytes of the same dtype and shape."""
+    if first.spec.shape != second.spec.shape:
+        return False
     return first.spec.dtype == second.spec.dtype and read_bytes(first) == read_bytes(second)
 
 
@@ -84,49 +96,87 @@ def settle_tie(tie: Tie, shares: list[Share], base: BaseView) -> bool:
     alike = {id(share): _is_alike(share, tie) for share in shares}
     if all(alike.values()):
         for share in shares:
-            changes = share.changes.pop(tie.head, None) or share.changes.get(tie.embedding)
-            if changes:
-                share.changes.setdefault(tie.embedding, changes)
-                if tie.is_stored:
-                    share.changes[tie.head] = share.changes[tie.embedding]
+            _keep_tied(share, tie)
         return True
-    if base.config.get("is_encoder_decoder"):
-        raise UnsupportedError(
-            tie.head,
-            "the adapter changes one of two tied weights of an encoder-decoder model, whose "
-            "code depends on the tie",
-            hint="merge with --skip for the embedding or the head",
-        )
+    _check_can_untie(tie, base)
     for share in shares:
-        if alike[id(share)] and share.changes.get(tie.embedding):
-            share.changes[tie.head] = share.changes[tie.embedding]
+        embedding, head = share.changes[tie.embedding], share.changes[tie.head]
+        if alike[id(share)]:
+            share.changes[tie.head] = embedding
+            continue
+        # Both start from one weight: what is stored of it for one is meant for the other too.
+        embedding.base, head.base = embedding.base or head.base, head.base or embedding.base
+        if embedding.is_rows_only and not any(isinstance(e, SetRows) for e in head.edits):
+            head.edits[:0] = embedding.effects
     return False
+
+
+def _keep_tied(share: Share, tie: Tie) -> None:
+    head = share.changes.pop(tie.head, None)
+    embedding = share.changes[tie.embedding]
+    if head and not embedding:
+        share.changes[tie.embedding] = embedding = head
+    elif head:
+        embedding.base = embedding.base or head.base
+    if tie.is_stored:
+        share.changes[tie.head] = embedding
+
+
+def _check_can_untie(tie: Tie, base: BaseView) -> None:
+    if tie.is_stored and not base.config.get("is_encoder_decoder"):
+        return
+    names = [str(name) for name in base.config.get("architectures") or []]
+    if base.config.get("is_encoder_decoder"):
+        words = "an encoder-decoder model, whose other embeddings hang on the same tie"
+    elif any(name.endswith("ForMaskedLM") for name in names):
+        words = "a masked language model, whose head has more parts that hang on the tie"
+    else:
+        return
+    raise UnsupportedError(
+        tie.head,
+        f"the adapter changes only one of two tied weights ({tie.embedding!r} is the other) of "
+        + words,
+        hint="merge with --skip for one of them, if the model is not used with its head",
+    )
 
 
 def _is_alike(share: Share, tie: Tie) -> bool:
     """Whether a share changes embedding and head in the same way (or neither)."""
     embedding = share.changes.get(tie.embedding) or Changes()
     head = share.changes.get(tie.head) or Changes()
-    if not embedding and not head:
-        return True
-    if not head:
-        return tie.embedding in share.rows_only
-    if not embedding:
-        return False
     if embedding.replacement is not None and head.replacement is not None:
-        same = _same_values(embedding.replacement, head.replacement)
-        return same and not embedding.edits and not head.edits
-    return _same_delta(embedding, head)
+        same = have_same_values(embedding.replacement, head.replacement)
+        return same and not embedding.effects and not head.effects
+    if embedding.is_rows_only and head.is_rows_only:
+        return not head.effects or _same_rows(embedding, head)
+    if embedding.replacement is not None or head.replacement is not None:
+        return False
+    return _same_delta(share, embedding, head)
 
 
-def _same_delta(embedding: Changes, head: Changes) -> bool:
+def _same_rows(embedding: Changes, head: Changes) -> bool:
+    pairs = zip(embedding.effects, head.effects, strict=False)
+    return len(embedding.effects) == len(head.effects) and all(
+        isinstance(one, SetRows)
+        and isinstance(two, SetRows)
+        and one.indices == two.indices
+        and have_same_values(one.tensor, two.tensor)
+        for one, two in pairs
+    )
+
+
+def _same_delta(share: Share, embedding: Changes, head: Changes) -> bool:
     """Whether the head's factors are those of the embedding, swapped and transposed."""
     first = [edit for edit in embedding.edits if isinstance(edit, AddDelta)]
     second = [edit for edit in head.edits if isinstance(edit, AddDelta)]
     if len(first) != 1 or len(second) != 1:
         return False
     one, two = first[0].site, second[0].site
-    if one.scaling.factor != two.scaling.factor or Slot.EMBEDDING_DOWN not in one.slots:
+    # With ensure_weight_tying PEFT scales both by what the configuration says of the embedding.
+    is_scaled_alike = one.scaling.factor == two.scaling.factor
+    if not is_scaled_alike and not share.adapter.field("ensure_weight_tying"):
+        return False
+    if Slot.EMBEDDING_DOWN not in one.slots:
         return False
     pairs = ((one.up, two.down), (one.down, two.up))
     return all(a is not None and b is not None and _is_transpose(a, b) for a, b in pairs)
