@@ -9,12 +9,27 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
-__all__ = ["canonical_path"]
+__all__ = ["STRUCTURE", "canonical_path", "single_towers"]
 
-WRAPPERS: Final = frozenset(
-    ("model", "base_model", "module", "language_model", "text_model", "vision_model", "_orig_mod")
-)
+WRAPPERS: Final = frozenset(("model", "base_model", "module", "language_model", "_orig_mod"))
 """Components that wrappers and versions of transformers add, drop or move, before any layer."""
+
+TOWERS: Final = {"text_model": False, "vision_model": True}
+"""Components that name the only tower of a model; whether it is one for images."""
+
+STRUCTURE: Final = frozenset(
+    (
+        "encoder",
+        "decoder",
+        "text_model",
+        "vision_model",
+        "vision_tower",
+        "visual",
+        "audio_tower",
+        "text_encoder",
+    )
+)
+"""Components that tell parts of a model apart: dropping one would change what is meant."""
 
 RENAMES: Final = (
     # Mixtral's and its relatives' expert blocks, before and since transformers 5.
@@ -33,12 +48,29 @@ RENAMES: Final = (
 
 
 @lru_cache(maxsize=1 << 17)
-def canonical_path(module: str) -> str:
-    """Return the canonical spelling of a dotted module path."""
+def canonical_path(module: str, towers: frozenset[str] = frozenset(TOWERS)) -> str:
+    """Return the canonical spelling of a dotted module path.
+
+    Args:
+        module: The path.
+        towers: Which of ``TOWERS`` say nothing, since the model has no other.
+    """
     parts = module.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    kept = [part for i, part in enumerate(parts) if i >= first or part not in WRAPPERS]
+    kept: list[str] = []
+    for index, part in enumerate(parts):
+        is_tower = part in towers or (part == "vision_model" and "vision_tower" in kept)
+        if index >= first or not (part in WRAPPERS or is_tower):
+            kept.append(part)
     name = f".{'.'.join(kept)}."
     for old, new in RENAMES:
         name = name.replace(old, new)
     return name.strip(".")
+
+
+def single_towers(model_types: frozenset[str]) -> frozenset[str]:
+    """Return which of ``TOWERS`` may be dropped for a model of these types (all, if unknown)."""
+    if not model_types:
+        return frozenset(TOWERS)
+    kinds = {"vision" in kind for kind in model_types}
+    return frozenset(tower for tower, is_vision in TOWERS.items() if is_vision in kinds)

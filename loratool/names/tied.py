@@ -8,7 +8,7 @@ from typing import Any, Final
 __all__ = ["EMBEDDING_LEAVES", "HEAD_LEAVES", "MASKED_HEADS", "head_name", "tie_flag"]
 
 EMBEDDING_LEAVES: Final = frozenset(
-    [
+    (
         "embed_tokens",
         "wte",
         "tokens_embed",
@@ -18,7 +18,7 @@ EMBEDDING_LEAVES: Final = frozenset(
         "shared",
         "tok_embeddings",
         "embeddings",
-    ]
+    )
 )
 HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "proj_out", "lm_loss"))
 

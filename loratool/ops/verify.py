@@ -183,12 +183,20 @@ class _CompareSink:
         expected = memoryview(bytearray(piece.size))
         read_into(files.descriptor(piece.source), expected, piece.source_offset, path=piece.source)
         if expected != actual:
-            self._note(piece.step, expected, actual, is_copy=True)
+            self._note(piece.step, expected, actual, None, is_copy=True)
 
     def write(self, tensor: TensorInWork, position: int, data: memoryview) -> None:
         actual = self._read(tensor.step, position, len(data))
         if actual is not None and data != actual:
-            self._note(tensor.step, data, actual, is_copy=False)
+            before = self._before(tensor.step, position, len(data))
+            self._note(tensor.step, data, actual, before, is_copy=False)
+
+    def _before(self, step: Step, position: int, size: int) -> memoryview | None:
+        """Return the source's values, where they lie as the result does."""
+        source = step.source
+        if (source.spec.dtype, source.spec.shape) != (step.spec.dtype, step.spec.shape):
+            return None
+        return self._bytes(source, position, size)
 
     def _read(self, step: Step, position: int, size: int) -> memoryview | None:
         stored = self.merged.tensors.get(step.spec.name)
@@ -208,7 +216,15 @@ class _CompareSink:
         )
         return view
 
-    def _note(self, step: Step, expected: memoryview, actual: memoryview, *, is_copy: bool) -> None:
+    def _note(
+        self,
+        step: Step,
+        expected: memoryview,
+        actual: memoryview,
+        before: memoryview | None,
+        *,
+        is_copy: bool,
+    ) -> None:
         import torch
 
         from loratool.math.closeness import differing
@@ -216,7 +232,9 @@ class _CompareSink:
 
         dtype = torch_dtype(step.spec.dtype)
         elements, far, largest = differing(
-            torch.frombuffer(expected, dtype=dtype), torch.frombuffer(actual, dtype=dtype)
+            torch.frombuffer(expected, dtype=dtype),
+            torch.frombuffer(actual, dtype=dtype),
+            None if before is None else torch.frombuffer(before, dtype=dtype),
         )
         with self.lock:
             difference = self.differences[step.spec.name]

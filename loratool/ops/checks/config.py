@@ -11,6 +11,7 @@ from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter, ExtraKind, Site
 from loratool.adapter.patterns import matches_target, pattern_matches, pattern_values
 from loratool.errors import LoratoolError
+from loratool.names.tied import HEAD_LEAVES
 from loratool.ops.merging.mergeable import check_adapter
 
 __all__ = ["check_config"]
@@ -34,7 +35,7 @@ def check_config(adapter: Adapter) -> Iterator[Finding]:
         return
     where = adapter.folder / "adapter_config.json"
     yield from _fields(config, where)
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in () if config.peft_type == "ADALORA" else ("rank_pattern", "alpha_pattern"):
         yield from _patterns(name, getattr(config, name), adapter.sites, where)
     if adapter.scheme == "peft":
         yield from _targets(config, adapter, where)
@@ -103,7 +104,9 @@ def _targets(config: LoraConfig, adapter: Adapter, where: object) -> Iterator[Fi
                     "LT012", where, f"the target {target!r} matches no module in the file"
                 )
     for module in modules:
-        parent = module.rpartition(".")[0]
+        parent, _, leaf = module.rpartition(".")
+        if leaf in HEAD_LEAVES and config.flag("ensure_weight_tying"):
+            continue  # the tied twin of an embedding that is a target
         if not matches_target(targets, module) and not matches_target(targets, parent):
             yield finding(
                 "LT013",
@@ -118,10 +121,12 @@ def _saved(config: LoraConfig, adapter: Adapter, where: object) -> Iterator[Find
     for name in config.modules_to_save:
         pattern = re.compile(rf"(^|.*\.){re.escape(name)}(\..*|$)")
         if not any(pattern.match(found) for found in full):
-            implicit = name in ("classifier", "score") and any(
-                part in found for found in full for part in ("classifier", "score")
+            # PEFT lists both for every classifier, whatever its head is called.
+            is_implicit = name in ("classifier", "score") and config.raw.get("task_type") in (
+                "SEQ_CLS",
+                "TOKEN_CLS",
             )
-            if not implicit:
+            if not is_implicit:
                 yield finding(
                     "LT016",
                     where,

@@ -31,7 +31,7 @@ class BaseView:
     ) -> None:
         self.checkpoint = checkpoint
         self.tensors = checkpoint.tensors if tensors is None else tensors
-        self.index = ModuleIndex(self.tensors)
+        self.index = ModuleIndex(self.tensors, self.model_types)
 
     @property
     def config(self) -> Mapping[str, Any]:

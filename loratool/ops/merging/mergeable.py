@@ -10,6 +10,7 @@ from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, BaseModelError, UnsupportedError
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.dtypes import DTYPES
+from loratool.names.tied import HEAD_LEAVES
 
 __all__ = ["check_adapter", "check_base", "site_problems"]
 
@@ -141,7 +142,11 @@ def _config_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
                 f"stacks {site.rows} rows in A, no multiple of the configured rank "
                 f"{sorted(ranks)[0]}",
             )
-    elif config.peft_type == "LORA" and site.rank != config.rank_for(site.pattern_path):
+    elif (
+        config.peft_type == "LORA"
+        and site.rank != config.rank_for(site.pattern_path)
+        and not _is_tied_twin(site, adapter)
+    ):
         configured = config.rank_for(site.pattern_path)
         yield (
             "LT005",
@@ -160,6 +165,12 @@ def _config_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
         )
     if site.kind is Kind.EMBEDDING and config.peft_type == "ADALORA":
         yield "LT008", "AdaLoRA on an embedding is not defined"
+
+
+def _is_tied_twin(site: Site, adapter: Adapter) -> bool:
+    """Whether a head carries the factors of the embedding that it is tied to."""
+    leaf = site.module.rpartition(".")[2]
+    return leaf in HEAD_LEAVES and bool(adapter.field("ensure_weight_tying"))
 
 
 def _is_grouped(site: Site) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from loratool.errors import BaseModelError
-from loratool.names.canonical import canonical_path
+from loratool.names.canonical import STRUCTURE, canonical_path, single_towers
 
 __all__ = ["ModuleIndex"]
 
@@ -18,9 +18,11 @@ class ModuleIndex:
 
     Args:
         names: The base's tensor names.
+        model_types: What the base's configuration says it is.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], model_types: frozenset[str] = frozenset()) -> None:
+        self.towers = single_towers(model_types)
         self.parameters: dict[str, list[str]] = defaultdict(list)
         for name in names:
             module, _, leaf = name.rpartition(".")
@@ -41,7 +43,7 @@ class ModuleIndex:
     def _canonical(self) -> dict[str, list[str]]:
         found = defaultdict(list)
         for path in sorted(self.paths):
-            found[canonical_path(path)].append(path)
+            found[canonical_path(path, self.towers)].append(path)
         return found
 
     @cached_property
@@ -73,15 +75,16 @@ class ModuleIndex:
 
         if module in self.paths and fits(module):
             return module
-        canonical = canonical_path(module)
+        canonical = canonical_path(module, self.towers)
         steps: list[Iterable[str]] = [
             self._canonical.get(canonical, ()),
             self._suffixes.get(canonical, ()),
         ]
-        rest = canonical.partition(".")[2]
-        while rest:
+        # A path with more before it than the base's: a prefix that the base was saved without.
+        outer, _, rest = canonical.partition(".")
+        while rest and outer not in STRUCTURE:
             steps.append(self._canonical.get(rest, ()))
-            rest = rest.partition(".")[2]
+            outer, _, rest = rest.partition(".")
         for candidates in steps:
             fitting = [path for path in candidates if fits(path)]
             if len(fitting) > 1:

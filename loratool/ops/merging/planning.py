@@ -34,8 +34,16 @@ HEAD_WEIGHTS: Final = (
     "classifier.weight",
     "score.weight",
     "classifier.out_proj.weight",
+    "classification_head.out_proj.weight",
     "qa_outputs.weight",
 )
+VOCABULARY_BIASES: Final = (
+    "final_logits_bias",
+    "lm_head.bias",
+    "predictions.bias",
+    "predictions.decoder.bias",
+)
+"""Tensors with one entry for each token, which have to be resized with the embedding."""
 
 
 def plan_merge(
@@ -219,6 +227,8 @@ def _config_changes(
                 vocabulary = (old[0], new[0])
         if (step.added or step.replaced) and name.endswith(HEAD_WEIGHTS):
             labels = step.spec.shape[0]
+    if vocabulary:
+        _check_vocabulary(steps, *vocabulary)
     tasks = [a.field("task_type") for a in adapters]
     return ConfigChanges(
         untie=untied,
@@ -226,8 +236,38 @@ def _config_changes(
         vocabulary=vocabulary,
         task=next((str(task) for task in tasks if task), None) if labels else None,
         labels=labels,
-        layers=len(layers) if layers else None,
+        layers=tuple(layers) if layers else None,
+        architecture=_architecture(adapters) if labels else None,
     )
+
+
+def _check_vocabulary(steps: dict[str, Step], old: int, new: int) -> None:
+    """Make sure that everything with a row for each token has the new number of rows.
+
+    Raises:
+        MergeError: The adapter resizes one of several; no file has the new rows of the other.
+    """
+    for name, step in steps.items():
+        leaf = name.rpartition(".")[0].rpartition(".")[2]
+        is_matrix = leaf in EMBEDDING_LEAVES | HEAD_LEAVES and len(step.spec.shape) == 2
+        shape = step.spec.shape if is_matrix else step.spec.shape[-1:]
+        if (is_matrix or name.endswith(VOCABULARY_BIASES)) and shape[:1] == (old,):
+            raise MergeError(
+                name,
+                f"has {old} tokens, but the adapter resizes the vocabulary to {new}, and no file "
+                "holds the new rows of this tensor",
+                hint="save the adapter with save_embedding_layers=True",
+            )
+
+
+def _architecture(adapters: Sequence[Adapter]) -> str | None:
+    """Return the class that the adapters were trained on, if they say so and it is a classifier."""
+    for adapter in adapters:
+        mapping = adapter.field("auto_mapping")
+        name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        if isinstance(name, str) and name.endswith("Classification"):
+            return name
+    return None
 
 
 def _tokenizer_folder(changes: ConfigChanges, adapters: Sequence[Adapter]) -> Path | None:

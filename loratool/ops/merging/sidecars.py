@@ -32,6 +32,7 @@ TOKENIZER_FILES: Final = frozenset(
     )
 )
 MAX_DEPTH: Final = 3
+LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers")
 TASK_SUFFIXES: Final = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
@@ -50,7 +51,8 @@ class ConfigChanges:
         vocabulary: ``(old, new)`` number of rows, if the vocabulary changed.
         task: PEFT's task type, where the adapter brings a head of its own.
         labels: Number of outputs of that head.
-        layers: New number of layers, where the stack was replicated.
+        layers: Which layer of the base each new layer is, where the stack was replicated.
+        architecture: Name of the model's class, where the adapter knows it better.
     """
 
     untie: bool = False
@@ -58,7 +60,8 @@ class ConfigChanges:
     vocabulary: tuple[int, int] | None = None
     task: str | None = None
     labels: int | None = None
-    layers: int | None = None
+    layers: tuple[int, ...] | None = None
+    architecture: str | None = None
 
 
 def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, Any]:
@@ -83,19 +86,29 @@ def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, 
             edited["dtype"] = changes.dtype
     if changes.layers is not None:
         for part in parts:
-            for key in ("num_hidden_layers", "n_layer", "num_layers"):
-                if key in part:
-                    part[key] = changes.layers
+            _replicate(part, changes.layers)
     _edit_task(edited, changes)
     return edited
 
 
+def _replicate(config: dict[str, Any], layers: tuple[int, ...]) -> None:
+    """Set the number of layers, and stretch the lists that have an entry for each."""
+    old = next((config[key] for key in LAYER_COUNTS if type(config.get(key)) is int), None)
+    for key, value in config.items():
+        if key in LAYER_COUNTS:
+            config[key] = len(layers)
+        elif key.endswith("layer_types") and isinstance(value, list) and len(value) == old:
+            config[key] = [value[layer] for layer in layers]
+
+
 def _edit_task(config: dict[str, Any], changes: ConfigChanges) -> None:
     suffix = TASK_SUFFIXES.get(changes.task or "")
-    if suffix is None:
+    if suffix is None and changes.architecture is None:
         return
     names = [str(name) for name in config.get("architectures") or []]
-    if names and not names[0].endswith(suffix):
+    if changes.architecture is not None:
+        config["architectures"] = [changes.architecture]
+    elif names and suffix and not names[0].endswith(suffix):
         ending = next((end for end in CAUSAL_SUFFIXES if names[0].endswith(end)), None)
         if ending:
             config["architectures"] = [names[0].removesuffix(ending) + suffix]
