@@ -223,7 +223,7 @@ def stages(subject: Subject, clock: Clock, path: Path) -> None:
             clock.lap(ADD)
             result.copy_(block)
             clock.lap(NARROW)
-            check_finite(result, subject.step)
+            check_finite(result, subject.step, source)
             clock.lap(CHECK)
             write_all(descriptor, data, subject.offset(start))
             clock.lap(WRITE)

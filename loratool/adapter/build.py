@@ -194,6 +194,9 @@ def _scaling(site: Site, config: LoraConfig | None) -> Scaling:
         # is, only the base's shapes can; until then the order of the configuration serves.
         last = len(site.parameters) - 1
         return config.scaling_for(site.parameters[max(0, last - site.nesting)])
+    if config.flag("ensure_weight_tying") and rank != config.rank_for(site.pattern_path):
+        # A head with the factors of its embedding: PEFT scales it by the rank of its own name.
+        return config.scaling_for(site.pattern_path)
     return config.scaling_for(site.pattern_path, rank)
 
 

@@ -284,7 +284,7 @@ def _decompose(edit: Decompose, matrix: _Matrix, taken: Interpolated | None) -> 
 
 def _residual(edit: Residual, matrix: _Matrix) -> Callable[[int, int], Tensor]:
     """Return the base weight as PEFT leaves it on loading, but not rounded in between."""
-    weight = matrix.reader.rows(0, matrix.rows).to(matrix.kind.device, torch.float32)
+    weight = matrix.reader.rows(0, matrix.rows).to(matrix.kind.device, torch.float64)
     match edit.kind:
         case "pissa":
             values = pissa_residual(weight, edit.rank)

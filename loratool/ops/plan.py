@@ -274,7 +274,7 @@ def _working_bytes(step: Step) -> int:
             case AddDelta() | Decompose():
                 total += sum(2 * 4 * stored.spec.elements for stored in edit.site.slots.values())
             case Residual():
-                total += 5 * 4 * step.spec.elements
+                total += 5 * 8 * step.spec.elements
             case SetRows() | AddBias():
                 total += 4 * edit.tensor.spec.elements
             case Blend():

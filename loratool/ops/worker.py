@@ -103,7 +103,7 @@ def compute_block(
     result = torch.frombuffer(data, dtype=kernel.output, count=count).view_as(block)
     result.copy_(block)
     if not allow_nonfinite:
-        check_finite(result, step)
+        check_finite(result, step, source)
     if not measure:
         return data, 0.0, 0.0
     change = block.sub_(original).flatten()
@@ -112,8 +112,8 @@ def compute_block(
     return data, scale * float(kept.dot(change)), scale * float(change.dot(change))
 
 
-def check_finite(result: Tensor, step: Step) -> None:
-    """Refuse a block with NaN or infinity in it.
+def check_finite(result: Tensor, step: Step, source: Tensor) -> None:
+    """Refuse a block with NaN or infinity in it, unless it is merely a converted one that had them.
 
     Both survive summation, which is the cheapest look at all elements there is. The sum of
     finite values may overflow too, so it only acquits.
@@ -123,8 +123,13 @@ def check_finite(result: Tensor, step: Step) -> None:
     """
     if not result.is_floating_point() or bool(result.sum().isfinite()):
         return
-    if bool(result.isfinite().all()):
+    lost = result.isfinite().logical_not_()
+    if not bool(lost.any()):
         return
+    if not step.is_changed and source.dtype != result.dtype:
+        # Only converted: what was infinite before (a mask, say) may stay so.
+        if torch.equal(lost, source.isfinite().logical_not_()):
+            return
     raise MergeError(
         step.spec.name,
         "the result is not finite (NaN or infinity in an input, or an overflow of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -64,6 +65,8 @@ def plan_merge(
     """
     if not adapters:
         raise MergeError("merge", "no adapter was given")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise MergeError("merge", f"a weight is not a number: {list(weights)}")
     if len(weights) > len(adapters):
         raise MergeError("merge", f"{len(weights)} weights for {len(adapters)} adapters")
     checkpoint = open_checkpoint(Path(base))

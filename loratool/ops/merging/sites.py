@@ -87,7 +87,8 @@ def locate_site(
     if fused is not None:
         return [fused]
     if head is not None and _is_head(site.module, head[0]):
-        return [(head[0], region_for(site, site.module, head[1], base))]
+        shape = resized.get(head[0]) or head[1]
+        return [(head[0], region_for(site, site.module, shape, base))]
     nearest = base.index.nearest(site.module)
     raise BaseModelError(
         f"{adapter.path}: {site.label}",

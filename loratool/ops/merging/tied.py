@@ -151,7 +151,7 @@ def _is_alike(share: Share, tie: Tie) -> bool:
         return not head.effects or _same_rows(embedding, head)
     if embedding.replacement is not None or head.replacement is not None:
         return False
-    return _same_delta(share, embedding, head)
+    return _same_delta(embedding, head)
 
 
 def _same_rows(embedding: Changes, head: Changes) -> bool:
@@ -165,18 +165,14 @@ def _same_rows(embedding: Changes, head: Changes) -> bool:
     )
 
 
-def _same_delta(share: Share, embedding: Changes, head: Changes) -> bool:
+def _same_delta(embedding: Changes, head: Changes) -> bool:
     """Whether the head's factors are those of the embedding, swapped and transposed."""
     first = [edit for edit in embedding.edits if isinstance(edit, AddDelta)]
     second = [edit for edit in head.edits if isinstance(edit, AddDelta)]
     if len(first) != 1 or len(second) != 1:
         return False
     one, two = first[0].site, second[0].site
-    # With ensure_weight_tying PEFT scales both by what the configuration says of the embedding.
-    is_scaled_alike = one.scaling.factor == two.scaling.factor
-    if not is_scaled_alike and not share.adapter.field("ensure_weight_tying"):
-        return False
-    if Slot.EMBEDDING_DOWN not in one.slots:
+    if one.scaling.factor != two.scaling.factor or Slot.EMBEDDING_DOWN not in one.slots:
         return False
     pairs = ((one.up, two.down), (one.down, two.up))
     return all(a is not None and b is not None and _is_transpose(a, b) for a, b in pairs)
