@@ -126,10 +126,8 @@ def check_finite(result: Tensor, step: Step, source: Tensor) -> None:
     lost = result.isfinite().logical_not_()
     if not bool(lost.any()):
         return
-    if not step.is_changed and source.dtype != result.dtype:
-        # Only converted: what was infinite before (a mask, say) may stay so.
-        if torch.equal(lost, source.isfinite().logical_not_()):
-            return
+    if not step.is_changed and torch.equal(lost, source.isfinite().logical_not_()):
+        return  # only converted: what was infinite before (a mask, say) may stay so
     raise MergeError(
         step.spec.name,
         "the result is not finite (NaN or infinity in an input, or an overflow of "
