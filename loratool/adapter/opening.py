@@ -88,6 +88,8 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
     """Return the weights file that ``path`` means, and what was found beside it."""
     if not path.exists():
         raise AdapterError(path, "no such file or folder")
+    if not path.is_file() and not path.is_dir():
+        raise AdapterError(path, "neither a file nor a folder")
     if path.is_file():
         if path.name == CONFIG_NAME:
             return find_weights(path.parent, adapter_name)

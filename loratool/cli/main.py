@@ -18,6 +18,7 @@ __all__ = ["cli", "main"]
 
 COMMANDS: Final = ("inspect", "validate", "schemes", "merge", "verify")
 FAILURE: Final = 2
+LONGEST_MESSAGE: Final = 2000
 
 
 class LazyGroup(click.Group):
@@ -116,6 +117,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
 def _fail(debug: bool, message: str, hint: str | None, status: int = FAILURE) -> int:
     if debug:
         traceback.print_exc()
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[:LONGEST_MESSAGE]}…"
     print(f"error: {printable(message)}", file=sys.stderr)
     if hint:
         print(f"hint: {printable(hint)}", file=sys.stderr)

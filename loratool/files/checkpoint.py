@@ -93,6 +93,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.exists():
         raise BaseModelError(path, "no such file or folder")
+    if not path.is_file() and not path.is_dir():
+        raise BaseModelError(path, "neither a file nor a folder")
     if path.is_file():
         if path.name.endswith(INDEX_SUFFIX):
             return _open_indexed(path.parent, path)

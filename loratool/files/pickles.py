@@ -17,7 +17,7 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -31,6 +31,8 @@ __all__ = ["TorchPickle", "read_pickle"]
 
 MAX_PICKLE_BYTES: Final = 64 << 20
 MAX_DEPTH: Final = 8
+MAX_ENTRIES: Final = 200_000
+MAX_DIMENSIONS: Final = 64
 LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 
 STORAGE_DTYPES: Final = {
@@ -80,16 +82,16 @@ def read_pickle(path: Path) -> TorchPickle:
             start = file.read(64)
             file.seek(0)
             if start.startswith(b"PK\x03\x04"):
-                value = _read_zip(path, file)
+                value, places = _read_zip(path, file)
             elif start.startswith(b"\x80"):
-                value = _read_legacy(path, file)
+                value, places = _read_legacy(path, file)
             else:
                 raise FileFormatError(path, _not_a_pickle(start, size))
     except OSError as error:
         raise FileFormatError(path, f"cannot be read: {error.strerror or error}") from None
     except (zipfile.BadZipFile, struct.error, EOFError) as error:
         raise FileFormatError(path, f"damaged or truncated: {error}") from None
-    tensors, other = _collect(path, value)
+    tensors, other = _Collector(path, places).collect(value)
     for stored in tensors.values():
         if stored.offset + stored.span > size:
             raise FileFormatError(path, f"truncated: tensor {stored.spec.name!r} ends beyond it")
@@ -131,7 +133,6 @@ class _Tensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    place: int = -1
 
 
 @dataclass(slots=True)
@@ -148,7 +149,7 @@ class _Mark:
 _MARK: Final = _Mark()
 
 
-def _read_zip(path: Path, file: IO[bytes]) -> Any:
+def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
     with zipfile.ZipFile(file) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         root = next((name for name in entries if name.split("/", 1)[-1] == "data.pkl"), None)
@@ -174,10 +175,10 @@ def _read_zip(path: Path, file: IO[bytes]) -> Any:
             name_length, extra_length = struct.unpack("<HH", file.read(4))
             return int(info.header_offset + 30 + name_length + extra_length)
 
-        return _place(value, place)
+        return value, {storage.key: place(storage) for storage in _storages(value)}
 
 
-def _read_legacy(path: Path, file: IO[bytes]) -> Any:
+def _read_legacy(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
     data = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     if _interpret(path, data) != LEGACY_MAGIC:
         raise FileFormatError(path, "a pickle, but not a checkpoint written by torch.save")
@@ -200,40 +201,24 @@ def _read_legacy(path: Path, file: IO[bytes]) -> Any:
         places[key] = used + 8
         used += 8 + elements * (DTYPES[storage.dtype].bits // 8)
 
-    def place(storage: _Storage) -> int:
-        if storage.key not in places:
-            raise FileFormatError(path, f"damaged: storage {storage.key!r} is missing")
-        return places[storage.key]
-
-    return _place(value, place)
+    return value, places
 
 
-def _walk(value: Any, depth: int = 0) -> Iterator[_Tensor]:
-    if isinstance(value, _Tensor):
-        yield value
-    elif depth < MAX_DEPTH and isinstance(value, _Dict):
-        for item in value.items.values():
-            yield from _walk(item, depth + 1)
-    elif depth < MAX_DEPTH and isinstance(value, list | tuple):
-        for item in value:
-            yield from _walk(item, depth + 1)
-
-
-def _storages(value: Any) -> Iterator[_Storage]:
-    return (tensor.storage for tensor in _walk(value))
-
-
-def _place(value: Any, place: Callable[[_Storage], int], depth: int = 0) -> Any:
-    """Return ``value`` with the byte offset of every tensor's storage filled in."""
-    if isinstance(value, _Tensor):
-        return _Tensor(
-            value.storage, value.offset, value.shape, value.strides, place(value.storage)
-        )
-    if depth < MAX_DEPTH and isinstance(value, _Dict):
-        return _Dict({key: _place(item, place, depth + 1) for key, item in value.items.items()})
-    if depth < MAX_DEPTH and isinstance(value, list | tuple):
-        return [_place(item, place, depth + 1) for item in value]
-    return value
+def _storages(value: Any) -> list[_Storage]:
+    """Return every storage that occurs in ``value``, looking into each container once."""
+    found: dict[str, _Storage] = {}
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, _Tensor):
+            largest = found.get(item.storage.key, item.storage)
+            if item.storage.elements >= largest.elements:
+                found[item.storage.key] = item.storage
+        elif isinstance(item, _Dict | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            waiting += item.items.values() if isinstance(item, _Dict) else item
+    return list(found.values())
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -251,53 +236,70 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     )
 
 
-def _collect(path: Path, value: Any) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Flatten the unpickled value into named tensors and a summary of everything else."""
-    if isinstance(value, list):
-        value = _Dict(dict(enumerate(value)))
-    if not isinstance(value, _Dict):
-        raise FileFormatError(path, "holds no dictionary of tensors")
-    tensors: dict[str, StoredTensor] = {}
-    other: dict[str, str] = {}
-    owners: dict[tuple[Any, ...], str] = {}
+class _Collector:
+    """Flattens the unpickled value into named tensors and a summary of everything else."""
 
-    def visit(prefix: str, items: Mapping[Any, Any], depth: int) -> None:
+    def __init__(self, path: Path, places: Mapping[str, int]) -> None:
+        self.path = path
+        self.places = places
+        self.tensors: dict[str, StoredTensor] = {}
+        self.other: dict[str, str] = {}
+        self.owners: dict[tuple[Any, ...], str] = {}
+        self.visited = 0
+
+    def collect(self, value: Any) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+        """Return tensors and the rest by name; nested containers are joined with dots."""
+        if isinstance(value, list):
+            value = _Dict(dict(enumerate(value)))
+        if not isinstance(value, _Dict):
+            raise FileFormatError(self.path, "holds no dictionary of tensors")
+        items = value.items
+        wrapped = [key for key in ("state_dict", "model") if isinstance(items.get(key), _Dict)]
+        if wrapped and not any(isinstance(item, _Tensor) for item in items.values()):
+            self._visit("", items[wrapped[0]].items, 0)
+            self.other |= {
+                str(key): type(item).__name__ for key, item in items.items() if key != wrapped[0]
+            }
+        else:
+            self._visit("", items, 0)
+        return self.tensors, self.other
+
+    def _visit(self, prefix: str, items: Mapping[Any, Any], depth: int) -> None:
         for key, item in items.items():
-            name = f"{prefix}{key}"
+            self.visited += 1
+            if self.visited > MAX_ENTRIES:
+                raise FileFormatError(self.path, "has too many entries to be a checkpoint")
+            name = f"{prefix}{_summary(key)}"
             if isinstance(item, _Tensor):
-                if name in tensors:
-                    raise FileFormatError(path, f"two tensors are called {name!r}")
-                tensors[name] = _stored(path, name, item, owners)
+                if name in self.tensors:
+                    raise FileFormatError(self.path, f"two tensors are called {name!r}")
+                self.tensors[name] = self._stored(name, item)
             elif isinstance(item, _Dict) and depth < MAX_DEPTH:
-                visit(f"{name}.", item.items, depth + 1)
-            elif isinstance(item, list | tuple) and any(True for _ in _walk(item)):
-                visit(f"{name}.", dict(enumerate(item)), depth + 1)
+                self._visit(f"{name}.", item.items, depth + 1)
+            elif isinstance(item, list | tuple) and any(isinstance(part, _Tensor) for part in item):
+                self._visit(f"{name}.", dict(enumerate(item)), depth + 1)
             else:
-                other[name] = str(item)[:200]
+                self.other[name] = _summary(item)[:200]
 
-    wrapped = [key for key in ("state_dict", "model") if isinstance(value.items.get(key), _Dict)]
-    if wrapped and not any(isinstance(item, _Tensor) for item in value.items.values()):
-        inner = value.items.pop(wrapped[0])
-        visit("", inner.items, 0)
-        other |= {str(key): type(item).__name__ for key, item in value.items.items()}
-    else:
-        visit("", value.items, 0)
-    return tensors, other
+    def _stored(self, name: str, tensor: _Tensor) -> StoredTensor:
+        spec = TensorSpec(name, tensor.storage.dtype, tensor.shape)
+        width = DTYPES[spec.dtype].bits // 8
+        strides = None if _is_contiguous(tensor.shape, tensor.strides) else tensor.strides
+        offset = self.places[tensor.storage.key] + tensor.offset * width
+        identity = (tensor.storage.key, tensor.offset, tensor.shape, tensor.strides)
+        owner = self.owners.setdefault(identity, name) if spec.elements else name
+        stored = StoredTensor(spec, self.path, offset, strides, owner if owner != name else None)
+        if stored.span > max(0, tensor.storage.elements - tensor.offset) * width:
+            raise FileFormatError(self.path, f"tensor {name!r} reaches beyond its storage")
+        return stored
 
 
-def _stored(
-    path: Path, name: str, tensor: _Tensor, owners: dict[tuple[Any, ...], str]
-) -> StoredTensor:
-    spec = TensorSpec(name, tensor.storage.dtype, tensor.shape)
-    width = DTYPES[spec.dtype].bits // 8
-    strides = None if _is_contiguous(tensor.shape, tensor.strides) else tensor.strides
-    offset = tensor.place + tensor.offset * width
-    identity = (tensor.storage.key, tensor.offset, tensor.shape, tensor.strides)
-    owner = owners.setdefault(identity, name) if spec.elements else name
-    stored = StoredTensor(spec, path, offset, strides, owner if owner != name else None)
-    if stored.span > max(0, tensor.storage.elements - tensor.offset) * width:
-        raise FileFormatError(path, f"tensor {name!r} reaches beyond its storage")
-    return stored
+def _summary(value: Any) -> str:
+    """Return a plain value as text, and the kind of anything that may be large or nested."""
+    is_small = isinstance(value, str | float | None) or (
+        isinstance(value, int) and abs(value) < 1 << 64
+    )
+    return str(value) if is_small else type(value).__name__
 
 
 def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
@@ -327,9 +329,15 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
 
 def _tensor(path: Path, arguments: tuple[Any, ...]) -> _Tensor:
     storage, offset, shape, strides = arguments[:4]
-    sizes = [offset, *shape, *strides]
-    if not isinstance(storage, _Storage) or not all(
-        type(size) is int and 0 <= size < 1 << 48 for size in sizes
+    if not isinstance(shape, tuple | list) or not isinstance(strides, tuple | list):
+        raise FileFormatError(path, "damaged: a tensor has an impossible shape")
+    sizes = [offset, *shape[: MAX_DIMENSIONS + 1], *strides[: MAX_DIMENSIONS + 1]]
+    if (
+        not isinstance(storage, _Storage)
+        or len(shape) != len(strides)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes)
+        or math.prod(shape) >= 1 << 62
     ):
         raise FileFormatError(path, "damaged: a tensor has an impossible shape")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))

@@ -26,7 +26,10 @@ from loratool.files.spec import StoredTensor, TensorSpec
 __all__ = ["MAX_HEADER_BYTES", "SafetensorsFile", "canonical_order", "format_header", "read_header"]
 
 MAX_HEADER_BYTES: Final = 100_000_000
-MAX_DIMENSION: Final = 1 << 62
+MAX_SIZE: Final = 1 << 62
+MAX_DIMENSIONS: Final = 64
+MAX_TENSORS: Final = 200_000
+"""No model has as many; a header of a hundred megabytes of them would only cost memory."""
 METADATA_KEY: Final = "__metadata__"
 
 
@@ -70,6 +73,8 @@ def read_header(path: Path) -> SafetensorsFile:
         raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
     if not text.lstrip(b" ").startswith(b"{"):
         raise FileFormatError(path, _not_safetensors(prefix + text[:64], size))
+    if text.count(b"{") > MAX_TENSORS or text.count(b"[") > 2 * MAX_TENSORS:
+        raise FileFormatError(path, f"header: more than {MAX_TENSORS} tensors, or no header")
     fields = parse_json(text, where=f"{path}: header")
     metadata = _check_metadata(path, fields.pop(METADATA_KEY, None))
     tensors = _check_tensors(path, fields, data_start=8 + length, file_size=size)
@@ -167,17 +172,22 @@ def _check_tensors(
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MAX_DIMENSION
+    return type(value) is int and 0 <= value < MAX_SIZE
 
 
 def _check_field(path: Path, name: str, field: Any) -> tuple[TensorSpec, int, int]:
-    where = f"header: tensor {name!r}"
+    where = f"header: tensor {reprlib.repr(name)}"
     if not isinstance(field, dict):
         raise FileFormatError(path, f"{where} is described by {type(field).__name__}")
     dtype, shape, offsets = (field.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileFormatError(path, f"{where} has the unknown dtype {reprlib.repr(dtype)}")
-    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(_is_size(size) for size in shape)
+        or math.prod(shape) >= MAX_SIZE
+    ):
         raise FileFormatError(path, f"{where} has the impossible shape {reprlib.repr(shape)}")
     if (
         not isinstance(offsets, list)
@@ -190,6 +200,6 @@ def _check_field(path: Path, name: str, field: Any) -> tuple[TensorSpec, int, in
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise FileFormatError(
             path,
-            f"{where} has {offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes {bits / 8:g}",
+            f"{where} has {offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes {-(-bits // 8)}",
         )
     return TensorSpec(name, dtype, tuple(shape)), offsets[0], offsets[1]
