@@ -17,6 +17,7 @@ import math
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ from loratool.files.spec import StoredTensor, TensorSpec
 
 __all__ = ["TorchPickle", "read_pickle"]
 
-MAX_PICKLE_BYTES: Final = 64 << 20
+MAX_PICKLE_BYTES: Final = 16 << 20
+MAX_OPCODES: Final = 4_000_000
 MAX_DEPTH: Final = 8
 MAX_ENTRIES: Final = 200_000
 MAX_DIMENSIONS: Final = 64
@@ -89,8 +91,11 @@ def read_pickle(path: Path) -> TorchPickle:
                 raise FileFormatError(path, _not_a_pickle(start, size))
     except OSError as error:
         raise FileFormatError(path, f"cannot be read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, struct.error, EOFError) as error:
+    except (zipfile.BadZipFile, struct.error, zlib.error, EOFError, RuntimeError) as error:
+        # RuntimeError covers encrypted entries, unknown compression and endless recursion.
         raise FileFormatError(path, f"damaged or truncated: {error}") from None
+    except ValueError as error:
+        raise FileFormatError(path, f"damaged: {error}") from None
     tensors, other = _Collector(path, places).collect(value)
     for stored in tensors.values():
         if stored.offset + stored.span > size:
@@ -156,12 +161,10 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
         if root is None:
             raise FileFormatError(path, "a zip archive, but not one written by torch.save")
         prefix = root.removesuffix("data.pkl")
-        if entries[root].file_size > MAX_PICKLE_BYTES:
-            raise FileFormatError(path, "its description is too large to be a checkpoint's")
         order = entries.get(f"{prefix}byteorder")
-        if order is not None and archive.read(order).strip() == b"big":
+        if order is not None and _entry(path, archive, order, 16).strip() == b"big":
             raise FileFormatError(path, "its tensors are big-endian, which is not supported")
-        value = _interpret(path, io.BytesIO(archive.read(root)))
+        value = _interpret(path, io.BytesIO(_entry(path, archive, entries[root], MAX_PICKLE_BYTES)))
 
         def place(storage: _Storage) -> int:
             info = entries.get(f"{prefix}data/{storage.key}")
@@ -176,6 +179,13 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
             return int(info.header_offset + 30 + name_length + extra_length)
 
         return value, {storage.key: place(storage) for storage in _storages(value)}
+
+
+def _entry(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
+    """Read an entry that torch stores uncompressed, if it is not larger than ``limit``."""
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
+        raise FileFormatError(path, f"entry {info.filename!r} is compressed or too large")
+    return archive.read(info)
 
 
 def _read_legacy(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
@@ -306,7 +316,8 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
     """What calling ``named`` would build, for the few names that torch's checkpoints use."""
     match named.path:
         case "collections.OrderedDict":
-            return _Dict(dict(arguments[0]) if arguments else {})
+            pairs = arguments[0] if arguments else ()
+            return _Dict({_plain_key(key): value for key, value in pairs})
         case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor":
             return _tensor(path, arguments)
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
@@ -359,7 +370,9 @@ def _interpret(path: Path, data: IO[bytes]) -> Any:
     machine = _Machine(path)
     begin = data.tell()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if count > MAX_OPCODES:
+                raise FileFormatError(path, "its description is too long to be a checkpoint's")
             if machine.step(opcode.name, argument):
                 return machine.stack[-1]
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
@@ -462,11 +475,12 @@ class _Machine:
 
     def _setitem(self, argument: Any) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self._target(_Dict).items[key] = value
+        self._target(_Dict).items[_plain_key(key)] = value
 
     def _setitems(self, argument: Any) -> None:
         items = self._since_mark()
-        self._target(_Dict).items.update(zip(items[::2], items[1::2], strict=True))
+        pairs = zip(map(_plain_key, items[::2]), items[1::2], strict=True)
+        self._target(_Dict).items.update(pairs)
 
     def _append(self, argument: Any) -> None:
         value = self.stack.pop()
@@ -487,6 +501,13 @@ class _Machine:
         if not isinstance(target, kind):
             raise ValueError(f"{type(target).__name__} where a {kind.__name__} belongs")
         return target
+
+
+def _plain_key(key: Any) -> Any:
+    """Return a dictionary's key, if it is a plain value: hashing a nested one may not end."""
+    if not isinstance(key, str | int | float | None):
+        raise ValueError(f"a {type(key).__name__} as the key of a dictionary")
+    return key
 
 
 _CONSTANTS: Final[Mapping[str, Any]] = {

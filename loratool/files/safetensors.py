@@ -200,6 +200,7 @@ def _check_field(path: Path, name: str, field: Any) -> tuple[TensorSpec, int, in
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise FileFormatError(
             path,
-            f"{where} has {offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes {-(-bits // 8)}",
+            f"{where} has {offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes "
+            f"{-(-bits // 8)}",
         )
     return TensorSpec(name, dtype, tuple(shape)), offsets[0], offsets[1]
