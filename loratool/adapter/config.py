@@ -18,6 +18,8 @@ __all__ = ["CONFIG_NAME", "KNOWN_FIELDS", "LoraConfig", "parse_config", "read_co
 CONFIG_NAME: Final = "adapter_config.json"
 DEFAULT_RANK: Final = 8
 DEFAULT_ALPHA: Final = 8.0
+LARGEST_RANK: Final = 1 << 20
+LARGEST_NUMBER: Final = 1e30
 
 KNOWN_FIELDS: Final = frozenset(
     """
@@ -107,15 +109,19 @@ def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
         target_parameters=_names(raw, "target_parameters", where),
         modules_to_save=_names(raw, "modules_to_save", where),
         init=str(raw.get("init_lora_weights", True)).lower(),
-        base_model=raw.get("base_model_name_or_path") or None,
+        base_model=_text(raw.get("base_model_name_or_path")),
     )
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _rank(raw: Mapping[str, Any], name: str, default: int, where: object) -> int:
     rank = raw.get(name)
     if rank is None:
         return default
-    if type(rank) is not int or rank < 1:
+    if not isinstance(rank, int) or not _is_rank(rank):
         raise AdapterError(where, f"{name} is {rank!r:.40}, expected a positive whole number")
     return rank
 
@@ -124,8 +130,8 @@ def _number(raw: Mapping[str, Any], name: str, default: float, where: object) ->
     value = raw.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterError(where, f"{name} is {value!r}, expected a number")
+    if not _is_number(value):
+        raise AdapterError(where, f"{name} is {value!r:.40}, expected a number")
     return float(value)
 
 
@@ -136,15 +142,19 @@ def _patterns(raw: Mapping[str, Any], name: str, where: object) -> Mapping[str, 
     for key, entry in value.items():
         if name == "rank_pattern" and isinstance(entry, list):
             continue
-        whole = name == "rank_pattern"
-        if (
-            isinstance(entry, bool)
-            or not isinstance(entry, int if whole else int | float)
-            or not math.isfinite(entry)
-            or (whole and entry <= 0)
-        ):
-            raise AdapterError(where, f"{name}[{key!r}] is {entry!r}, expected a number")
+        is_rank = name == "rank_pattern"
+        if not (_is_rank(entry) if is_rank else _is_number(entry)):
+            raise AdapterError(where, f"{name}[{key!r:.60}] is {entry!r:.40}, expected a number")
     return value
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < LARGEST_NUMBER and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < LARGEST_RANK
 
 
 def _names(raw: Mapping[str, Any], name: str, where: object) -> tuple[str, ...]:

@@ -78,8 +78,8 @@ def _print_model(info: ModelInfo) -> None:
     _print_facts(
         [
             ("model", checkpoint.path),
-            ("type", checkpoint.config.get("model_type") or "not said"),
-            ("architecture", ", ".join(checkpoint.config.get("architectures") or []) or "not said"),
+            ("type", info.model_type or "not said"),
+            ("architecture", ", ".join(info.architectures) or "not said"),
             ("parameters", render.human_count(info.parameters)),
             ("size", render.human_bytes(checkpoint.bytes)),
             ("tensors", len(checkpoint.tensors)),

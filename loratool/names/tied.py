@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-__all__ = ["EMBEDDING_LEAVES", "HEAD_LEAVES", "MASKED_HEADS", "head_name", "tie_flag"]
+__all__ = [
+    "EMBEDDING_LEAVES",
+    "HEAD_LEAVES",
+    "MASKED_HEADS",
+    "architectures",
+    "head_name",
+    "tie_flag",
+]
 
 EMBEDDING_LEAVES: Final = frozenset(
     (
@@ -52,6 +59,12 @@ GENERATIVE_TASKS: Final = frozenset(("CAUSAL_LM", "SEQ_2_SEQ_LM"))
 OTHER_TASKS: Final = frozenset(("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"))
 
 
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the classes that ``config.json`` names."""
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def head_name(config: Mapping[str, Any], tasks: Collection[str] = ()) -> str | None:
     """Return the module name of the head that may share the embedding, or ``None``.
 
@@ -61,14 +74,14 @@ def head_name(config: Mapping[str, Any], tasks: Collection[str] = ()) -> str | N
     """
     if not config or any(task in OTHER_TASKS for task in tasks):
         return None
-    architectures = [str(name) for name in config.get("architectures") or []]
+    classes = architectures(config)
     kind = str(config.get("model_type"))
-    if any(name.endswith("ForMaskedLM") for name in architectures):
+    if any(name.endswith("ForMaskedLM") for name in classes):
         return MASKED_HEADS.get(kind, "lm_head")
     generative = (
-        any(name.endswith(GENERATIVE) for name in architectures)
+        any(name.endswith(GENERATIVE) for name in classes)
         or any(task in GENERATIVE_TASKS for task in tasks)
-        or not architectures
+        or not classes
     )
     return HEADS.get(kind, "lm_head") if generative else None
 

@@ -16,7 +16,7 @@ from loratool.adapter.recognise import looks_like_adapter
 from loratool.errors import AdapterError, BaseModelError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.container import open_weights
-from loratool.names.tied import tie_flag
+from loratool.names.tied import architectures, tie_flag
 from loratool.ops.opening import open_adapter
 from loratool.schemes import builtin_schemes
 
@@ -109,19 +109,29 @@ class ModelInfo:
     dtypes: Mapping[str, int]
 
     @property
+    def model_type(self) -> str | None:
+        """What ``config.json`` calls the kind of model."""
+        kind = self.checkpoint.config.get("model_type")
+        return kind if isinstance(kind, str) else None
+
+    @property
+    def architectures(self) -> list[str]:
+        """The classes that ``config.json`` names."""
+        return architectures(self.checkpoint.config)
+
+    @property
     def is_tied(self) -> bool | None:
         """What ``config.json`` says about tied embeddings."""
         return tie_flag(self.checkpoint.config)
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
-        config = self.checkpoint.config
         return {
             "schema": 1,
             "kind": "model",
             "path": str(self.checkpoint.path),
-            "model_type": config.get("model_type"),
-            "architectures": config.get("architectures") or [],
+            "model_type": self.model_type,
+            "architectures": self.architectures,
             "parameters": self.parameters,
             "bytes": self.checkpoint.bytes,
             "tensors": len(self.checkpoint.tensors),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter.findings import Finding, finding
 from loratool.errors import LoratoolError
@@ -120,7 +120,7 @@ def _check_layout(plan: Plan, merged: Checkpoint) -> Iterator[Finding]:
     if merged.index is not None:
         content = read_json_object(merged.index)
         total = sum(stored.spec.nbytes for stored in merged.tensors.values())
-        claimed = (content.get("metadata") or {}).get("total_size")
+        claimed = _metadata(content).get("total_size")
         if claimed is not None and claimed != total:
             yield finding(
                 "LT108", merged.index, f"claims total_size {claimed}, the tensors have {total}"
@@ -128,6 +128,11 @@ def _check_layout(plan: Plan, merged: Checkpoint) -> Iterator[Finding]:
         for name in merged.tensors:
             if name not in content["weight_map"]:
                 yield finding("LT108", merged.index, f"does not list {name!r}")
+
+
+def _metadata(index: dict[str, Any]) -> dict[str, Any]:
+    found = index.get("metadata")
+    return found if isinstance(found, dict) else {}
 
 
 def _words(spec: TensorSpec) -> str:

@@ -332,7 +332,8 @@ def _index(checkpoint: Checkpoint, files: Sequence[OutputFile]) -> Sidecar:
     if checkpoint.index is not None:
         content = read_json_object(checkpoint.index)
         name = _index_name(checkpoint.index)
-        metadata = dict(content.get("metadata") or {})
+        found = content.get("metadata")
+        metadata = dict(found) if isinstance(found, dict) else {}
         if weight_map == content["weight_map"] and metadata.get("total_size") == total:
             return Sidecar(name, checkpoint.index)
     metadata["total_size"] = total

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from loratool.adapter.config import CONFIG_NAME
 from loratool.files.checkpoint import Checkpoint, is_weight_like
+from loratool.names.tied import architectures
 from loratool.ops.plan import Sidecar
 
 __all__ = ["ConfigChanges", "collect_sidecars", "edit_config"]
@@ -67,7 +68,14 @@ class ConfigChanges:
 def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, Any]:
     """Return ``config`` with ``changes`` made, in the model's part or its text part."""
     edited: dict[str, Any] = deepcopy(dict(config))
-    parts = [edited, *(v for k, v in edited.items() if k in ("text_config", "llm_config") and v)]
+    parts = [
+        edited,
+        *(
+            v
+            for k, v in edited.items()
+            if k in ("text_config", "llm_config") and isinstance(v, dict)
+        ),
+    ]
     if changes.untie:
         for part in parts:
             if part is edited or "tie_word_embeddings" in part:
@@ -105,15 +113,17 @@ def _edit_task(config: dict[str, Any], changes: ConfigChanges) -> None:
     suffix = TASK_SUFFIXES.get(changes.task or "")
     if suffix is None and changes.architecture is None:
         return
-    names = [str(name) for name in config.get("architectures") or []]
+    names = architectures(config)
     if changes.architecture is not None:
         config["architectures"] = [changes.architecture]
     elif names and suffix and not names[0].endswith(suffix):
         ending = next((end for end in CAUSAL_SUFFIXES if names[0].endswith(end)), None)
         if ending:
             config["architectures"] = [names[0].removesuffix(ending) + suffix]
-    if changes.labels and len(config.get("id2label") or {}) != changes.labels:
-        if changes.labels == 2 and not config.get("id2label"):
+    known = config.get("id2label")
+    count = len(known) if isinstance(known, dict) else 0
+    if changes.labels and count != changes.labels:
+        if changes.labels == 2 and not count:
             return  # transformers' own default
         labels = [f"LABEL_{index}" for index in range(changes.labels)]
         config["id2label"] = {str(index): label for index, label in enumerate(labels)}

@@ -13,7 +13,7 @@ from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
-from loratool.names.tied import EMBEDDING_LEAVES, head_name, tie_flag
+from loratool.names.tied import EMBEDDING_LEAVES, architectures, head_name, tie_flag
 from loratool.ops.merging.context import BaseView, Changes, Share
 from loratool.ops.plan import AddDelta, SetRows
 
@@ -58,7 +58,7 @@ def find_tie(base: BaseView, tasks: Collection[str] = ()) -> Tie | None:
     embedding = embeddings[0]
     owner = base.index.find(name, parameter="weight")
     if owner is None:
-        is_said = flag is True or bool(base.config.get("architectures"))
+        is_said = flag is True or bool(architectures(base.config))
         head = _head_beside(embedding, name)
         return Tie(embedding, head, is_stored=False) if is_said else None
     head = f"{owner}.weight"
@@ -125,7 +125,7 @@ def _keep_tied(share: Share, tie: Tie) -> None:
 def _check_can_untie(tie: Tie, base: BaseView) -> None:
     if tie.is_stored and not base.config.get("is_encoder_decoder"):
         return
-    names = [str(name) for name in base.config.get("architectures") or []]
+    names = architectures(base.config)
     if base.config.get("is_encoder_decoder"):
         words = "an encoder-decoder model, whose other embeddings hang on the same tie"
     elif any(name.endswith("ForMaskedLM") for name in names):
