@@ -276,3 +276,20 @@ def test_configurations_as_real_files_have_them() -> None:
     )
     assert (config.rank, config.alpha, config.use_rslora) == (8, 0.5, False)
     assert config.modules_to_save == ("classifier",)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(.|.)*Y", "((a|b)*)*", "(?:x*)*", ".*" * 20, "a" * 3000]
+)
+def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
+    with pytest.raises(AdapterError):
+        pattern_value({pattern: 1}, "model.layers.0.self_attn.q_proj", 0)
+
+
+def test_places_that_are_neither_file_nor_folder(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for place in (tmp_path / "pipe.safetensors", Path("/dev/null")):
+        with pytest.raises(AdapterError, match="neither"):
+            open_adapter(place)

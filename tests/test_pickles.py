@@ -140,3 +140,52 @@ def test_random_bytes_in_the_description_never_escape(tmp_path: Path) -> None:
                 read_bytes(stored)
         except FileFormatError:
             continue
+
+
+def write_zip(path: Path, pickled: bytes, method: int = zipfile.ZIP_STORED, **more: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        for name, data in more.items():
+            archive.writestr(f"archive/{name}", data)
+    return path
+
+
+def laughs(kind: str, depth: int = 40) -> bytes:
+    """Return a pickle of containers that hold the one before them ten times."""
+    value: Any = ["lol"]
+    for _ in range(depth):
+        value = [value] * 10 if kind == "list" else (value,) * 10
+    return pickle.dumps({"a": value, "b": {"c": value}}, protocol=2)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        laughs("list"),
+        laughs("tuple"),
+        b"\x80\x02}(" + b"K\x01" * 5 + b"u.",
+        b"\x80\x02}" + b"(" * 50 + b"K\x01" + b"t" * 50 + b"K\x01s.",
+        b"\x80\x02}X\x01\x00\x00\x00a\x8b" + (3000).to_bytes(4, "little") + b"\x7f" * 3000 + b"s.",
+        b"\x80\x02.",
+        b"\x80\x02}q\x00X\x01\x00\x00\x00aj\xff\xff\xff\x7fs.",
+    ],
+    ids=["lists", "tuples", "odd items", "nested key", "huge number", "empty", "huge memo"],
+)
+def test_absurd_descriptions_cost_nothing(pickled: bytes, tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "x.bin", pickled)
+    try:
+        assert not read_pickle(path).tensors
+    except FileFormatError:
+        pass
+
+
+def test_compressed_entries_are_refused(tmp_path: Path) -> None:
+    bomb = b"\x00" * (64 << 20)
+    plain = pickle.dumps({}, protocol=2)
+    for number, arguments in enumerate(
+        [(bomb, zipfile.ZIP_DEFLATED, {}), (plain, zipfile.ZIP_DEFLATED, {"byteorder": bomb})]
+    ):
+        pickled, method, more = arguments
+        path = write_zip(tmp_path / f"{number}.bin", pickled, method, **more)
+        with pytest.raises(FileFormatError, match="compressed"):
+            read_pickle(path)

@@ -142,3 +142,24 @@ def test_headers_are_those_of_the_reference_writer(
     specs = [stored.spec for stored in read.tensors.values()]
     assert canonical_order(reversed(specs)) == specs
     assert format_header(specs, {"format": "pt"}) == read.header
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ([10] * 400, "impossible shape"),
+        ([1] * 65, "impossible shape"),
+        ([1 << 61, 8], "impossible"),
+    ],
+)
+def test_absurd_shapes_are_refused(shape: list[int], words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", {"t": field(shape=shape)}, b"\0" * 8)
+    with pytest.raises(FileFormatError, match=words):
+        read_header(path)
+
+
+def test_headers_of_millions_of_tensors_are_refused_unread(tmp_path: Path) -> None:
+    for text in (b'{"a":' + b"[" * 3_000_000, b"{" * 3_000_000):
+        path = write(tmp_path / "x.safetensors", text)
+        with pytest.raises(FileFormatError, match="more than"):
+            read_header(path)
