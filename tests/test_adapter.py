@@ -286,6 +286,18 @@ def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
         pattern_value({pattern: 1}, "model.layers.0.self_attn.q_proj", 0)
 
 
+def test_long_patterns_of_real_tools_are_fine() -> None:
+    parts = "(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    names = "(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj)"
+    pattern = (
+        rf"(?:.*?(?:language|text).*?{parts}.*?{names}.*?)"
+        rf"|(?:\bmodel\.layers\.[\d]{{1,}}\.{parts}\.(?:{names}))"
+    )
+    assert matches_target(pattern, "model.layers.11.self_attn.q_proj")
+    assert matches_target(pattern, "model.language_model.layers.3.mlp.down_proj")
+    assert not matches_target(pattern, "model.vision_tower.layers.3.mlp.fc9")
+
+
 def test_places_that_are_neither_file_nor_folder(tmp_path: Path) -> None:
     import os
 

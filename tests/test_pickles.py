@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import pickle
 import zipfile
@@ -173,10 +174,8 @@ def laughs(kind: str, depth: int = 40) -> bytes:
 )
 def test_absurd_descriptions_cost_nothing(pickled: bytes, tmp_path: Path) -> None:
     path = write_zip(tmp_path / "x.bin", pickled)
-    try:
+    with contextlib.suppress(FileFormatError):
         assert not read_pickle(path).tensors
-    except FileFormatError:
-        pass
 
 
 def test_compressed_entries_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,10 +177,12 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError(index, "has no 'weight_map'")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        is_plain = isinstance(file, str) and Path(file).name == file and len(file) < 256
+        if not is_plain or "\0" in file or file in ("", ".", ".."):
             raise FileFormatError(
                 index,
-                f"sends tensor {name!r} to {file!r}: expected the plain name of a file beside it",
+                f"sends tensor {reprlib.repr(name)} to {reprlib.repr(file)}: expected the plain "
+                "name of a file beside it",
             )
         if Path(file).suffix.lower() not in WEIGHT_SUFFIXES:
             raise FileFormatError(index, f"sends tensor {name!r} to {file!r}, not a weights file")

@@ -16,7 +16,7 @@ __all__ = ["layer_ranges", "replicate"]
 LAYER: Final = re.compile(
     r"(?P<before>(?:.*\.)?(?:layers|layer|h|blocks))\.(?P<index>\d+)\.(?P<after>.+)"
 )
-MAX_LAYERS: Final = 10_000
+MAX_LAYERS: Final = 1_000
 
 
 def layer_ranges(value: Any, where: object) -> list[int] | None:
@@ -34,11 +34,11 @@ def layer_ranges(value: Any, where: object) -> list[int] | None:
         and all(type(n) is int and 0 <= n <= MAX_LAYERS for n in pair)
         for pair in pairs
     ):
-        raise AdapterError(where, f"layer_replication is {value!r}, expected pairs of numbers")
-    layers = [layer for start, end in pairs for layer in range(start, end)]
-    if not layers or len(layers) > MAX_LAYERS:
-        raise AdapterError(where, f"layer_replication makes {len(layers)} layers")
-    return layers
+        raise AdapterError(where, f"layer_replication is {value!r:.60}, expected pairs of numbers")
+    count = sum(max(0, end - start) for start, end in pairs)
+    if not 0 < count <= MAX_LAYERS:
+        raise AdapterError(where, f"layer_replication makes {count} layers")
+    return [layer for start, end in pairs for layer in range(start, end)]
 
 
 def replicate(checkpoint: Checkpoint, layers: list[int]) -> Mapping[str, StoredTensor]:
