@@ -129,6 +129,7 @@ def test_dry_run_as_json_and_as_tables(tmp_path: Path) -> None:
     result = run("merge", BASE, ADAPTER, "-o", tmp_path / "out", "--dry-run")
     assert result.returncode == 0
     assert "self_attn.{q,v}_proj.weight" in result.stdout
+    assert "\\n" not in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 

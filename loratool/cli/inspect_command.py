@@ -130,7 +130,7 @@ def _row(names: list[str], members: list[ModuleInfo]) -> tuple[object, ...]:
     if first.experts > 1:
         kind += f", {first.experts} experts"
     return (
-        "\n".join(names),
+        tuple(names),
         len(members),
         kind,
         first.rank,

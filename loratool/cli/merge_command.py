@@ -168,7 +168,7 @@ def _print_plan(plan: Plan) -> None:
     render.print_table(
         "changes",
         ("tensors", "count", "what happens"),
-        [("\n".join(fold_names(names)), len(names), words) for words, names in changed.items()],
+        [(tuple(fold_names(names)), len(names), words) for words, names in changed.items()],
     )
     if plan.left_behind:
         render.print_table("not carried over", ("file", "why"), plan.left_behind)

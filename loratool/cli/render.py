@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,25 +53,32 @@ def print_notes(notes: Iterable[str]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; numbers go to the right, names are shown as they are."""
+    """Print a table; numbers go to the right, names are shown as they are.
+
+    A cell that is a tuple is shown as one line for each of its items.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    filled = [[str(cell) for cell in row] for row in rows]
+    filled = [[_lines(cell) for cell in row] for row in rows]
     for index, column in enumerate(columns):
         is_number = bool(filled) and all(_is_number(row[index]) for row in filled)
         table.add_column(
             column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number
         )
     for row in filled:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text("\n".join(printable(line) for line in cell)) for cell in row))
     console().print(table)
 
 
-def _is_number(cell: str) -> bool:
-    return bool(cell) and cell.replace(",", "").replace(".", "").replace("-", "").isdigit()
+def _lines(cell: object) -> tuple[str, ...]:
+    return tuple(str(item) for item in cell) if isinstance(cell, tuple) else (str(cell),)
+
+
+def _is_number(cell: tuple[str, ...]) -> bool:
+    return len(cell) == 1 and re.fullmatch(r"-?[\d.,]+", cell[0]) is not None
 
 
 def print_findings(findings: Sequence[Finding], *, clean: str) -> None:
