@@ -188,3 +188,11 @@ def test_compressed_entries_are_refused(tmp_path: Path) -> None:
         path = write_zip(tmp_path / f"{number}.bin", pickled, method, **more)
         with pytest.raises(FileFormatError, match="compressed"):
             read_pickle(path)
+
+
+def test_lazily_conjugated_or_negated_tensors_are_refused(tmp_path: Path) -> None:
+    value = torch.randn(3, 3, dtype=torch.complex64)
+    for name, tensor in (("conj", value.conj()), ("neg", value.conj().imag)):
+        torch.save({"a": tensor}, tmp_path / f"{name}.bin")
+        with pytest.raises(FileFormatError, match="lazily"):
+            read_pickle(tmp_path / f"{name}.bin")

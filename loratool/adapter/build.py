@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -204,7 +205,7 @@ def read_scalar(tensor: StoredTensor) -> float:
     """Read a tensor of one element as a number.
 
     Raises:
-        AdapterError: It has more elements than one, or no numeric dtype.
+        AdapterError: It has more elements than one, no numeric dtype, or is not finite.
     """
     spec = tensor.spec
     if spec.elements != 1 or (spec.dtype not in SCALARS and spec.dtype != "BF16"):
@@ -213,8 +214,12 @@ def read_scalar(tensor: StoredTensor) -> float:
         )
     data = read_bytes(tensor)
     if spec.dtype == "BF16":
-        return float(struct.unpack("<f", b"\x00\x00" + data)[0])
-    return float(struct.unpack(SCALARS[spec.dtype], data)[0])
+        value = float(struct.unpack("<f", b"\x00\x00" + data)[0])
+    else:
+        value = float(struct.unpack(SCALARS[spec.dtype], data)[0])
+    if not math.isfinite(value):
+        raise AdapterError(spec.name, f"is {value}, expected a number")
+    return value
 
 
 def adapter_names(keys: Mapping[str, AdapterKey | None]) -> list[str]:

@@ -340,6 +340,9 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
 
 def _tensor(path: Path, arguments: tuple[Any, ...]) -> _Tensor:
     storage, offset, shape, strides = arguments[:4]
+    lazily = arguments[6] if len(arguments) > 6 else None
+    if isinstance(lazily, _Dict) and any(lazily.items.values()):
+        raise FileFormatError(path, "holds a tensor that is conjugated or negated lazily")
     if not isinstance(shape, tuple | list) or not isinstance(strides, tuple | list):
         raise FileFormatError(path, "damaged: a tensor has an impossible shape")
     sizes = [offset, *shape[: MAX_DIMENSIONS + 1], *strides[: MAX_DIMENSIONS + 1]]

@@ -8,6 +8,7 @@ when a plan is carried out, a comparison when it is verified.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -67,8 +68,9 @@ class RunResult:
 
     @property
     def retention(self) -> float | None:
-        """The share of the update that survived rounding; ``None`` where there was none."""
-        return self.kept / self.total if self.total > 0 else None
+        """The share of the update that survived rounding; ``None`` where it has no meaning."""
+        has_meaning = self.total > 0 and math.isfinite(self.kept) and math.isfinite(self.total)
+        return self.kept / self.total if has_meaning else None
 
 
 def write_plan(
