@@ -269,3 +269,64 @@ def test_memory_does_not_grow_with_the_base(large: tuple[Path, Path], tmp_path: 
     )
     grown = int(result.stdout) * 1024
     assert grown < 40e6  # a block for each thread, not the 50 MB of the base
+
+
+def test_a_shard_that_is_exchanged_after_planning(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base({"a.q.weight": torch.randn(60, 50)})
+    adapter = make_adapter(lora("a.q", 60, 50))
+    for which, name in ((base, "model.safetensors"), (adapter, "adapter_model.safetensors")):
+        plan = loratool.plan_merge(base, [adapter], dtype="float16")
+        other = tmp_path / "other.safetensors"
+        other.write_bytes((which / name).read_bytes())
+        other.replace(which / name)
+        place = tmp_path / f"place-{name}"
+        place.mkdir()
+        with pytest.raises(FileFormatError, match="was changed"):
+            write_plan(plan, place)
+
+
+def test_an_output_that_appears_meanwhile_is_kept(
+    make_base: Make, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base({"a.q.weight": torch.randn(60, 50), "b": torch.randn(100)})
+    adapter = make_adapter(lora("a.q", 60, 50))
+    original = Run.count
+
+    def count(self: Run, size: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "precious").write_text("x")
+        original(self, size)
+
+    monkeypatch.setattr(Run, "count", count)
+    with pytest.raises(OutputError, match="meanwhile"):
+        loratool.merge(base, [adapter], tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
+
+
+def test_force_does_not_reach_inputs_through_links(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base({"a.q.weight": torch.randn(60, 50)}, {"model_type": "x"}, name="real")
+    adapter = make_adapter(lora("a.q", 60, 50))
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in base.iterdir():
+        (linked / file.name).symlink_to(file)
+    before = digest(base)
+    with pytest.raises(OutputError, match="would overwrite"):
+        loratool.merge(linked, [adapter], base, force=True)
+    assert digest(base) == before
+    loratool.merge(linked, [adapter], tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("stream", [">&-", "2>&-", ">/dev/full"])
+def test_standard_streams_that_are_closed_or_full(stream: str, large: tuple[Path, Path]) -> None:
+    command = f"{sys.executable} -m loratool inspect {large[1]} {stream}"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "bug" not in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.returncode == (2 if "full" in stream else 0)

@@ -165,3 +165,10 @@ def test_differing_knows_rounding_from_errors() -> None:
     elements, far, largest = differing(a, b)
     assert (elements, far, largest) == (2, 1, 1.0)
     assert differing(torch.tensor([1, 2]), torch.tensor([1, 3]))[:2] == (1, 1)
+
+
+def test_infinities_are_close_to_themselves_only() -> None:
+    wanted = torch.tensor([float("inf"), 1.0])
+    assert differing(wanted, wanted.clone())[:2] == (0, 0)
+    assert differing(wanted, torch.tensor([1.0, 1.0]))[:2] == (1, 1)
+    assert differing(torch.tensor([1.0, 1.0]), wanted)[:2] == (1, 1)

@@ -7,6 +7,8 @@ from typing import Final
 
 __all__ = ["CODES", "Finding", "finding"]
 
+LONGEST_TEXT: Final = 1000
+
 CODES: Final = {
     "LT000": ("error", "the file cannot be read"),
     "LT001": ("error", "a factor is missing"),
@@ -89,4 +91,10 @@ class Finding:
 
 def finding(code: str, where: object, message: str, hint: str | None = None) -> Finding:
     """Return a finding with the usual severity of its code."""
-    return Finding(code, CODES[code][0], str(where), message, hint)
+    return Finding(code, CODES[code][0], _cut(where), _cut(message), hint and _cut(hint))
+
+
+def _cut(text: object) -> str:
+    """Return a text at a length that somebody may read; names in files can be megabytes."""
+    words = str(text)
+    return words if len(words) <= LONGEST_TEXT else f"{words[:LONGEST_TEXT]}…"

@@ -11,6 +11,7 @@ from typing import Any, Final
 from loratool.adapter.config import LoraConfig
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.slots import Slot
+from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 
 __all__ = [
@@ -170,6 +171,7 @@ class Adapter:
         name: The adapter's name inside the file, where keys carry one.
         notes: What is worth knowing and no error, one sentence each.
         skipped: Keys that were left out on request.
+        stamp: What the weights file was when its header was read.
         tensors: All tensors that belong to it, by key.
     """
 
@@ -181,6 +183,7 @@ class Adapter:
     config: LoraConfig | None
     metadata: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
+    stamp: Stamp
     name: str | None = None
     notes: tuple[str, ...] = field(default=())
     skipped: tuple[str, ...] = field(default=())

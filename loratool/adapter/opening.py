@@ -78,6 +78,7 @@ def open_adapter_file(
         config=config,
         metadata=file.metadata,
         tensors=tensors,
+        stamp=file.stamp,
         name=name,
         skipped=tuple(skipped),
         notes=(*notes, *parts.notes, *more),

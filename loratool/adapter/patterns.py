@@ -79,7 +79,7 @@ def _measure(tree: Any, *, inside: bool = False) -> tuple[int, float]:
     return repeats, choices
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 16)
 def _compile(text: str) -> _Pattern:
     if len(text) > MAX_PATTERN_LENGTH:
         raise AdapterError("adapter_config.json", f"a pattern is {len(text)} characters long")

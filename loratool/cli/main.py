@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import click
@@ -64,6 +65,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    _open_missing_streams()
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
     status = _run([argument for argument in arguments if argument != "--debug"], debug=debug)
@@ -73,6 +75,13 @@ def main(args: list[str] | None = None) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _open_missing_streams() -> None:
+    """Give this process standard streams where whoever started it has closed them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open till the end
 
 
 class _StoppedError(BaseException):
@@ -99,14 +108,21 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         return _fail(debug, "interrupted; nothing was written", None, 128 + signal.SIGINT)
     except LoratoolError as error:
         return _fail(debug, str(error), error.hint)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return FAILURE
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        hint = f"{context.command_path} --help" if context else "loratool --help"
-        return _fail(debug, error.format_message().rstrip("."), hint)
+        where = context.command_path if context else "loratool"
+        return _fail(debug, f"{where}: {error.format_message().rstrip('.')}", f"{where} --help")
     except BrokenPipeError:
         # Whoever read the output has gone; what is left in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
+    except OSError as error:
+        return _fail(
+            debug, f"{error.filename or 'standard output'}: {error.strerror or error}", None
+        )
     except MemoryError:
         return _fail(debug, "loratool: out of memory", "close other programs, or use --threads 1")
     except Exception as error:  # the last resort of a command line

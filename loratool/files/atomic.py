@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.errors import OutputError
+from loratool.files.transfer import describe_write_error
 
 __all__ = ["check_output", "staged"]
 
@@ -39,7 +40,7 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int
     if not parent.is_dir():
         raise OutputError(path, "its folder does not exist", hint=f"mkdir -p {parent}")
     target = path.resolve()
-    for source in inputs:
+    for source in dict.fromkeys(inputs):
         real = source.resolve()
         if target == real or target in real.parents or (real.is_dir() and real in target.parents):
             raise OutputError(path, f"would overwrite the input {source}", hint="choose another")
@@ -55,12 +56,13 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int
 
 
 @contextmanager
-def staged(path: Path, *, folder: bool, sync: bool) -> Iterator[Path]:
+def staged(path: Path, *, folder: bool, force: bool, sync: bool) -> Iterator[Path]:
     """Give a fresh place to write to; on success it becomes ``path``, otherwise it vanishes.
 
     Args:
         path: The destination. What exists there is replaced at the end, and only then.
         folder: Whether the destination is a folder (the place is then an empty one) or a file.
+        force: Whether what has appeared at the destination meanwhile may be replaced.
         sync: Whether to wait until the renaming is on the disk. Without it a crash of the
             machine (not of the process) may still lose what the system had not written.
     """
@@ -75,14 +77,15 @@ def staged(path: Path, *, folder: bool, sync: bool) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
         raise OutputError(path, f"cannot be written: {error.strerror}") from None
     try:
-        if folder:
-            yield stage
-            _replace(stage, path)
-        else:
-            yield stage / path.name
-            _replace(stage / path.name, path)
+        place = stage if folder else stage / path.name
+        yield place
+        if not force and (path.exists() or path.is_symlink()):
+            raise OutputError(path, "has appeared meanwhile", hint="choose another name")
+        _replace(place, path)
         if sync:
             _sync_folder(path.parent)
+    except OSError as error:
+        raise describe_write_error(path, error) from None
     finally:
         os.close(lock)
         shutil.rmtree(stage, ignore_errors=True)

@@ -1,28 +1,50 @@
-"""Input files that stay open, and unchanged, while a run reads them."""
+"""Input files that stay open, and unchanged from the reading of their headers on."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 from loratool.errors import FileFormatError
 
-__all__ = ["InputFiles"]
+__all__ = ["InputFiles", "Stamp", "stamp_of"]
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file is still the one that it was."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
+def stamp_of(descriptor: int) -> Stamp:
+    """Return the stamp of an open file."""
+    status = os.fstat(descriptor)
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 class InputFiles:
-    """Open descriptors of the files that a run reads, and how they looked at the start."""
+    """Open descriptors of the files that a run reads.
 
-    def __init__(self) -> None:
-        self._open: dict[Path, tuple[int, tuple[int, int]]] = {}
+    Args:
+        stamps: What the files were when their headers were read.
+    """
+
+    def __init__(self, stamps: Mapping[Path, Stamp]) -> None:
+        self._stamps = dict(stamps)
+        self._open: dict[Path, int] = {}
         self._lock = Lock()
 
     def descriptor(self, path: Path) -> int:
         """Return a descriptor of ``path``, opened once.
 
         Raises:
-            FileFormatError: It cannot be opened any more.
+            FileFormatError: It cannot be opened any more, or is not the file that it was.
         """
         with self._lock:
             if path not in self._open:
@@ -30,26 +52,26 @@ class InputFiles:
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
                     raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
-                self._open[path] = (descriptor, _stamp(descriptor))
-            return self._open[path][0]
+                self._open[path] = descriptor
+                self._check(path, descriptor)
+            return self._open[path]
 
     def check_unchanged(self) -> None:
-        """Make sure that no file was written to since it was opened.
+        """Make sure that no file was written to in the meantime.
 
         Raises:
             FileFormatError: One was.
         """
-        for path, (descriptor, stamp) in self._open.items():
-            if _stamp(descriptor) != stamp:
-                raise FileFormatError(path, "was changed while it was read")
+        for path, descriptor in self._open.items():
+            self._check(path, descriptor)
+
+    def _check(self, path: Path, descriptor: int) -> None:
+        stamp = stamp_of(descriptor)
+        if self._stamps.setdefault(path, stamp) != stamp:
+            raise FileFormatError(path, "was changed while it was read")
 
     def close(self) -> None:
         """Close every descriptor."""
-        for descriptor, _ in self._open.values():
+        for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
-
-
-def _stamp(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return (status.st_size, status.st_mtime_ns)

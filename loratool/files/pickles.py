@@ -25,6 +25,7 @@ from typing import IO, Any, Final
 
 from loratool.errors import FileFormatError
 from loratool.files.dtypes import DTYPES, dtype_named
+from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.json import LFS_PREFIX
 from loratool.files.spec import StoredTensor, TensorSpec
 
@@ -63,6 +64,7 @@ class TorchPickle:
         metadata: Empty; pickles have none.
         other: What else the file holds (``epoch``, ``optimizer``, …): name to a short text.
         size: Size of the file in bytes.
+        stamp: What the file was when it was read.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class TorchPickle:
     metadata: Mapping[str, str]
     other: Mapping[str, str]
     size: int
+    stamp: Stamp
 
 
 def read_pickle(path: Path) -> TorchPickle:
@@ -79,8 +82,9 @@ def read_pickle(path: Path) -> TorchPickle:
         FileFormatError: Not such a file, damaged, or it names something that would be executed.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            stamp = stamp_of(file.fileno())
+            size = stamp.size
             start = file.read(64)
             file.seek(0)
             if start.startswith(b"PK\x03\x04"):
@@ -100,7 +104,7 @@ def read_pickle(path: Path) -> TorchPickle:
     for stored in tensors.values():
         if stored.offset + stored.span > size:
             raise FileFormatError(path, f"truncated: tensor {stored.spec.name!r} ends beyond it")
-    return TorchPickle(path, tensors, {}, other, size)
+    return TorchPickle(path, tensors, {}, other, size, stamp)
 
 
 def _not_a_pickle(start: bytes, size: int) -> str:
@@ -295,6 +299,8 @@ class _Collector:
         spec = TensorSpec(name, tensor.storage.dtype, tensor.shape)
         width = DTYPES[spec.dtype].bits // 8
         strides = None if _is_contiguous(tensor.shape, tensor.strides) else tensor.strides
+        if tensor.storage.key not in self.places:
+            raise FileFormatError(self.path, f"storage {tensor.storage.key!r} is missing")
         offset = self.places[tensor.storage.key] + tensor.offset * width
         identity = (tensor.storage.key, tensor.offset, tensor.shape, tensor.strides)
         owner = self.owners.setdefault(identity, name) if spec.elements else name
@@ -325,7 +331,7 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
         case "torch._tensor._rebuild_from_type_v2" if isinstance(arguments[0], _Named):
             return _rebuild(path, arguments[0], arguments[2])
         case "torch.Size" | "builtins.set" | "__builtin__.set" | "builtins.list":
-            return list(arguments[0]) if arguments else []
+            return arguments[0] if arguments else []
         case "torch.device":
             return "device"
         case "_codecs.encode":

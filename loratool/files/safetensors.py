@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
 import struct
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from typing import Any, Final
 
 from loratool.errors import FileFormatError
 from loratool.files.dtypes import DTYPES
+from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.json import LFS_PREFIX, parse_json
 from loratool.files.spec import StoredTensor, TensorSpec
 
@@ -43,6 +43,7 @@ class SafetensorsFile:
         metadata: The header's ``__metadata__``; empty where it has none.
         header: The raw bytes before the data, length prefix included.
         size: Size of the whole file in bytes.
+        stamp: What the file was when it was read.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class SafetensorsFile:
     metadata: Mapping[str, str]
     header: bytes
     size: int
+    stamp: Stamp
 
 
 def read_header(path: Path) -> SafetensorsFile:
@@ -60,7 +62,8 @@ def read_header(path: Path) -> SafetensorsFile:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            stamp = stamp_of(file.fileno())
+            size = stamp.size
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise FileFormatError(path, _not_safetensors(prefix, size))
@@ -78,7 +81,7 @@ def read_header(path: Path) -> SafetensorsFile:
     fields = parse_json(text, where=f"{path}: header")
     metadata = _check_metadata(path, fields.pop(METADATA_KEY, None))
     tensors = _check_tensors(path, fields, data_start=8 + length, file_size=size)
-    return SafetensorsFile(path, tensors, metadata, prefix + text, size)
+    return SafetensorsFile(path, tensors, metadata, prefix + text, size, stamp)
 
 
 def canonical_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
@@ -179,6 +182,10 @@ def _check_field(path: Path, name: str, field: Any) -> tuple[TensorSpec, int, in
     where = f"header: tensor {reprlib.repr(name)}"
     if not isinstance(field, dict):
         raise FileFormatError(path, f"{where} is described by {type(field).__name__}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise FileFormatError(path, f"{where} has a name that is no text") from None
     dtype, shape, offsets = (field.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileFormatError(path, f"{where} has the unknown dtype {reprlib.repr(dtype)}")

@@ -43,5 +43,6 @@ def differing(
     )
     if before is not None:
         spacing += torch.finfo(expected.dtype).eps * (wanted - before.double()).abs()
-    far = ~same & ~(difference <= spacing + RELATIVE_NOISE * largest_value)
+    is_finite = finite & found.isfinite()
+    far = ~same & ~(is_finite & (difference <= spacing + RELATIVE_NOISE * largest_value))
     return int((~same).sum()), int(far.sum()), float(difference.nan_to_num(nan=torch.inf).max())

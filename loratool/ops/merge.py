@@ -100,10 +100,10 @@ def merge(
         skip=skip,
         output=output,
     )
-    inputs = [Path(base), *(Path(adapter) for adapter in adapters)]
-    check_output(output, force=force, inputs=inputs, needed=plan.nbytes)
+    inputs = [Path(base), *(Path(adapter) for adapter in adapters), *plan.inputs()]
+    check_output(output, force=force, inputs=inputs, needed=plan.needed)
     sync = sync or plan.nbytes < SYNC_BELOW
-    with staged(output, folder=plan.is_folder, sync=sync) as place:
+    with staged(output, folder=plan.is_folder, force=force, sync=sync) as place:
         result = write_plan(
             plan,
             place,

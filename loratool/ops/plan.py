@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.adapter.model import Adapter, Site
+from loratool.files.inputs import Stamp
 from loratool.files.safetensors import SafetensorsFile, canonical_order, format_header
 from loratool.files.spec import StoredTensor, TensorSpec
 
@@ -294,6 +295,7 @@ class Plan:
         unused: Adapter keys that were skipped on request.
         notes: What a user should know, one sentence each.
         left_behind: Files of the base that are not carried over, with the reason.
+        stamps: What the weights files were when their headers were read.
     """
 
     files: tuple[OutputFile, ...]
@@ -303,11 +305,25 @@ class Plan:
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     left_behind: tuple[tuple[str, str], ...] = field(default=())
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
 
     def steps(self) -> Iterator[Step]:
         """Yield every step of every file."""
         for file in self.files:
             yield from file.steps
+
+    def inputs(self) -> Iterator[Path]:
+        """Yield every file that is read."""
+        yield from self.stamps
+        yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the output takes on the disk, sidecars included."""
+        sizes = (
+            s.source.stat().st_size if s.source else len(s.content or b"") for s in self.sidecars
+        )
+        return self.nbytes + sum(sizes)
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,9 +20,9 @@ from typing import Final, Protocol
 
 from loratool.errors import MergeError
 from loratool.files.inputs import InputFiles
-from loratool.files.transfer import clone_file, copy_range, describe_write_error, write_all
+from loratool.files.transfer import clone_file, copy_range, write_all
 from loratool.ops.lanes import ByteRange, Lane, Lanes, TensorInWork
-from loratool.ops.plan import OutputFile, Plan
+from loratool.ops.plan import OutputFile, Plan, Sidecar
 
 __all__ = ["Run", "RunResult", "Sink", "run_plan", "write_plan"]
 
@@ -86,40 +87,31 @@ def write_plan(
     """Carry out ``plan`` at ``place``, a folder or a file that nothing else uses.
 
     Raises:
-        LoratoolError: An input changed or ended, the disk is full, or a result is not finite.
+        LoratoolError: An input changed or ended, or a result is not finite.
+        OSError: Writing failed, such as for want of space.
     """
-    try:
-        for sidecar in plan.sidecars:
-            target = place / sidecar.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            content = sidecar.content
-            if content is None:
-                assert sidecar.source is not None
-                content = sidecar.source.read_bytes()
-            target.write_bytes(content)
-        with ExitStack() as stack:
-            outputs: list[int] = []
-            for file in plan.files:
-                path = place / file.name if plan.is_folder else place
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-                stack.callback(os.close, descriptor)
-                outputs.append(descriptor)
-                os.ftruncate(descriptor, file.size)
-                write_all(descriptor, memoryview(file.header), 0)
-            sink = _FileSink(outputs)
-            result = run_plan(
-                plan,
-                sink,
-                allow_nonfinite=allow_nonfinite,
-                device=device,
-                threads=threads,
-                progress=progress,
-            )
-            if sync:
-                for descriptor in outputs:
-                    os.fsync(descriptor)
-    except OSError as error:
-        raise describe_write_error(place, error) from None
+    for sidecar in plan.sidecars:
+        _write_sidecar(sidecar, place / sidecar.name)
+    with ExitStack() as stack:
+        outputs: list[int] = []
+        for file in plan.files:
+            path = place / file.name if plan.is_folder else place
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, descriptor)
+            outputs.append(descriptor)
+            os.ftruncate(descriptor, file.size)
+            write_all(descriptor, memoryview(file.header), 0)
+        result = run_plan(
+            plan,
+            _FileSink(outputs),
+            allow_nonfinite=allow_nonfinite,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+        if sync:
+            for descriptor in outputs:
+                os.fsync(descriptor)
     if result.is_empty and not any(step.added or step.replaced for step in plan.steps()):
         raise MergeError(
             ", ".join(str(adapter.path) for adapter, _ in plan.adapters),
@@ -127,6 +119,14 @@ def write_plan(
             "change nothing",
         )
     return result
+
+
+def _write_sidecar(sidecar: Sidecar, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if sidecar.source is None:
+        target.write_bytes(sidecar.content or b"")
+    else:
+        shutil.copyfile(sidecar.source, target)
 
 
 class _FileSink:
@@ -170,7 +170,7 @@ def run_plan(
     Raises:
         LoratoolError: The first failure of any thread.
     """
-    files = InputFiles()
+    files = InputFiles(plan.stamps)
     try:
         lanes = Lanes([_lane(file, i, sink, files) for i, file in enumerate(plan.files)])
         run = Run(lanes, sink, files, allow_nonfinite=allow_nonfinite, device=device)

@@ -43,8 +43,9 @@ def validate(
         opened = open_adapter(path, adapter_name=adapter_name)
     except LoratoolError as error:
         return (finding("LT000", error.where, error.what, error.hint),)
-    found = [*check_tensors(opened, deep=deep)]
+    found: list[Finding] = []
     try:
+        found += check_tensors(opened, deep=deep)
         found += check_config(opened)
     except AdapterError as error:
         found.append(finding("LT015", error.where, error.what, error.hint))

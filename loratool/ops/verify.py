@@ -174,7 +174,7 @@ class _CompareSink:
 
     merged: Checkpoint
     joins: bool = False
-    files: InputFiles = field(default_factory=InputFiles)
+    files: InputFiles = field(default_factory=lambda: InputFiles({}))
     differences: dict[str, _Difference] = field(default_factory=lambda: defaultdict(_Difference))
     lock: threading.Lock = field(default_factory=threading.Lock)
 

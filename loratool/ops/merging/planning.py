@@ -22,7 +22,7 @@ from loratool.ops.merging.context import BaseView, Changes, Share
 from loratool.ops.merging.extras import plan_extras
 from loratool.ops.merging.mergeable import check_adapter, check_base
 from loratool.ops.merging.replication import layer_ranges, replicate
-from loratool.ops.merging.sidecars import ConfigChanges, collect_sidecars
+from loratool.ops.merging.sidecars import STRAY_LINK, ConfigChanges, collect_sidecars
 from loratool.ops.merging.sites import plan_sites
 from loratool.ops.merging.tied import Tie, find_tie, have_same_values, settle_tie
 from loratool.ops.opening import open_adapter
@@ -102,8 +102,9 @@ def plan_merge(
             hint="name a folder as the output",
         )
     files = _files(checkpoint, view, steps, output if not is_folder else None)
-    tokenizer = _tokenizer_folder(changes, opened)
+    tokenizer = _with_tokenizer(changes, opened)
     sidecars, left = collect_sidecars(checkpoint, changes, tokenizer) if is_folder else ([], [])
+    notes += [f"{name} was not carried over: {why}" for name, why in left if why == STRAY_LINK]
     if is_folder and (len(files) > 1 or checkpoint.index):
         sidecars.append(_index(checkpoint, files))
     return Plan(
@@ -114,6 +115,10 @@ def plan_merge(
         unused=tuple(key for adapter in opened for key in adapter.skipped),
         notes=tuple(dict.fromkeys(notes)),
         left_behind=tuple(left),
+        stamps={
+            **{shard.path: shard.stamp for shard in checkpoint.shards},
+            **{adapter.weights: adapter.stamp for adapter in opened},
+        },
     )
 
 
@@ -273,12 +278,11 @@ def _architecture(adapters: Sequence[Adapter]) -> str | None:
     return None
 
 
-def _tokenizer_folder(changes: ConfigChanges, adapters: Sequence[Adapter]) -> Path | None:
-    """Return the adapter's folder that has the tokenizer of a changed vocabulary."""
+def _with_tokenizer(changes: ConfigChanges, adapters: Sequence[Adapter]) -> Adapter | None:
+    """Return the adapter that comes with the tokenizer of a changed vocabulary."""
     if changes.vocabulary is None:
         return None
-    folders = [a.folder for a in adapters if (a.folder / "tokenizer_config.json").is_file()]
-    return folders[0] if folders else None
+    return next((a for a in adapters if (a.folder / "tokenizer_config.json").is_file()), None)
 
 
 def _is_folder(checkpoint: Checkpoint, output: AnyPath | None) -> bool:

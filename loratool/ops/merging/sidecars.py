@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.config import CONFIG_NAME
+from loratool.adapter.model import Adapter
 from loratool.files.checkpoint import Checkpoint, is_weight_like
 from loratool.names.tied import architectures
 from loratool.ops.plan import Sidecar
 
-__all__ = ["ConfigChanges", "collect_sidecars", "edit_config"]
+__all__ = ["STRAY_LINK", "ConfigChanges", "collect_sidecars", "edit_config"]
 
 TOKENIZER_FILES: Final = frozenset(
     (
@@ -32,6 +33,7 @@ TOKENIZER_FILES: Final = frozenset(
         "chat_template.json",
     )
 )
+STRAY_LINK: Final = "a link that leaves the folder"
 MAX_DEPTH: Final = 3
 LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers")
 TASK_SUFFIXES: Final = {
@@ -131,21 +133,22 @@ def _edit_task(config: dict[str, Any], changes: ConfigChanges) -> None:
 
 
 def collect_sidecars(
-    checkpoint: Checkpoint, changes: ConfigChanges, tokenizer_from: Path | None
+    checkpoint: Checkpoint, changes: ConfigChanges, tokenizer_from: Adapter | None
 ) -> tuple[list[Sidecar], list[tuple[str, str]]]:
     """Return the files that travel along, and those that do not with the reason.
 
     Args:
         checkpoint: The base.
         changes: What changes in its ``config.json``.
-        tokenizer_from: The adapter's folder, where its tokenizer replaces the base's.
+        tokenizer_from: The adapter whose tokenizer replaces the base's, if any.
     """
     found: dict[str, Sidecar] = {}
     left: list[tuple[str, str]] = []
+    roots = _roots(checkpoint.folder, (shard.path for shard in checkpoint.shards))
     used = {shard.path.name for shard in checkpoint.shards}
     if checkpoint.index:
         used.add(checkpoint.index.name)
-    for path, name in _files_below(checkpoint.folder, left):
+    for path, name in _files_below(checkpoint.folder, roots, left):
         if name in used:
             continue
         if is_weight_like(path):
@@ -162,8 +165,10 @@ def collect_sidecars(
                 "config.json", None, content.encode(), _describe(checkpoint.config, edited)
             )
     if tokenizer_from is not None:
-        for path in sorted(tokenizer_from.iterdir()):
-            if path.name in TOKENIZER_FILES and path.is_file() and not path.is_symlink():
+        roots = _roots(tokenizer_from.folder, [tokenizer_from.weights])
+        for path in sorted(tokenizer_from.folder.iterdir()):
+            is_tokenizer = path.name in TOKENIZER_FILES and path.is_file()
+            if is_tokenizer and _stays_inside(path, roots):
                 found[path.name] = Sidecar(path.name, path, why="from the adapter's folder")
     return [found[name] for name in sorted(found)], left
 
@@ -174,19 +179,22 @@ def _describe(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def _files_below(
-    folder: Path, left: list[tuple[str, str]], prefix: str = "", depth: int = 0
+    folder: Path,
+    roots: Sequence[Path],
+    left: list[tuple[str, str]],
+    prefix: str = "",
+    depth: int = 0,
 ) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
-    root = folder.resolve()
     for path in sorted(folder.iterdir()):
         name = f"{prefix}{path.name}"
         if path.name.startswith("."):
             continue
-        if path.is_symlink() and not _stays_inside(path, root):
-            left.append((name, "a link that leaves the folder"))
+        if path.is_symlink() and not _stays_inside(path, roots):
+            left.append((name, STRAY_LINK))
         elif path.is_dir() and not path.is_symlink():
             if depth < MAX_DEPTH:
-                found += _files_below(path, left, f"{name}/", depth + 1)
+                found += _files_below(path, roots, left, f"{name}/", depth + 1)
             else:
                 left.append((f"{name}/", "nested too deeply"))
         elif path.is_file():
@@ -194,11 +202,16 @@ def _files_below(
     return found
 
 
-def _stays_inside(link: Path, root: Path) -> bool:
-    """Whether a link stays in its folder, or in the blobs of the hub cache it belongs to."""
-    target = link.resolve()
-    if target.is_relative_to(root):
-        return True
-    parents = link.absolute().parent.parents
-    snapshots = next((p for p in (link.absolute().parent, *parents) if p.name == "snapshots"), None)
-    return snapshots is not None and target.is_relative_to(snapshots.parent.resolve() / "blobs")
+def _stays_inside(path: Path, roots: Sequence[Path]) -> bool:
+    """Whether a file, links followed, lies below one of ``roots``."""
+    target = path.resolve()
+    return any(target.is_relative_to(root) for root in roots)
+
+
+def _roots(folder: Path, weights: Iterable[Path]) -> list[Path]:
+    """Return where links may lead: the folder, and wherever its weights really are.
+
+    That covers the blobs of a hub cache and folders made of links to another model; a stray
+    link to anything else is not followed.
+    """
+    return [folder.resolve(), *{path.resolve().parent for path in weights}]
