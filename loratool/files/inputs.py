@@ -22,9 +22,9 @@ class Stamp(NamedTuple):
     modified: int
 
 
-def stamp_of(descriptor: int) -> Stamp:
-    """Return the stamp of an open file."""
-    status = os.fstat(descriptor)
+def stamp_of(file: int | Path) -> Stamp:
+    """Return the stamp of a file, open or by its path."""
+    status = os.stat(file)  # noqa: PTH116 - descriptors too
     return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
@@ -57,13 +57,19 @@ class InputFiles:
             return self._open[path]
 
     def check_unchanged(self) -> None:
-        """Make sure that no file was written to in the meantime.
+        """Make sure that no file was written to or exchanged in the meantime.
 
         Raises:
             FileFormatError: One was.
         """
         for path, descriptor in self._open.items():
             self._check(path, descriptor)
+            try:
+                named = stamp_of(path)
+            except OSError:
+                raise FileFormatError(path, "vanished while it was read") from None
+            if named != self._stamps[path]:
+                raise FileFormatError(path, "was exchanged while it was read")
 
     def _check(self, path: Path, descriptor: int) -> None:
         stamp = stamp_of(descriptor)

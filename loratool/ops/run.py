@@ -172,6 +172,8 @@ def run_plan(
     """
     files = InputFiles(plan.stamps)
     try:
+        for path in plan.stamps:
+            files.descriptor(path)
         lanes = Lanes([_lane(file, i, sink, files) for i, file in enumerate(plan.files)])
         run = Run(lanes, sink, files, allow_nonfinite=allow_nonfinite, device=device)
         run.start(threads or min(MAX_THREADS, len(os.sched_getaffinity(0))), progress)
