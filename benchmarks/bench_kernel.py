@@ -172,7 +172,7 @@ def find_subject(plan: Plan, files: InputFiles) -> Subject:
     """Return the down projection of the first layer."""
     name = module_name(0, "down_proj") + ".weight"
     step = next(step for step in plan.steps() if step.spec.name == name)
-    kernel = compile_step(step, files)
+    kernel = compile_step(step, files, torch.device("cpu"))
     (delta,) = kernel.deltas
     assert isinstance(delta, Additive)
     return Subject(step, kernel, delta.delta)
@@ -181,7 +181,7 @@ def find_subject(plan: Plan, files: InputFiles) -> Subject:
 def measure_stages(plan: Plan, folder: Path, runs: int) -> Iterator[Row]:
     """Yield a row for each stage, measured in one thread."""
     torch.set_num_threads(1)
-    files = InputFiles()
+    files = InputFiles({})
     try:
         subject = find_subject(plan, files)
         clock = Clock()
@@ -209,7 +209,7 @@ def stages(subject: Subject, clock: Clock, path: Path) -> None:
         os.ftruncate(descriptor, subject.offset(kernel.rows))
         for start, rows in subject.blocks():
             count = rows * kernel.width
-            block = subject.buffers.block(rows, kernel.width, kernel.dtype)
+            block = subject.buffers.block(rows, kernel.width, kernel.kind)
             data = subject.buffers.output(count * kernel.output.itemsize)
             result = torch.frombuffer(data, dtype=kernel.output, count=count).view_as(block)
             clock.start()
@@ -237,7 +237,7 @@ def as_merged(subject: Subject, clock: Clock) -> None:
     """Add the delta as a merge does; a scale that is a power of two takes one call."""
     kernel = subject.kernel
     for start, rows in subject.blocks():
-        block = subject.buffers.block(rows, kernel.width, kernel.dtype)
+        block = subject.buffers.block(rows, kernel.width, kernel.kind)
         block.copy_(subject.read(start, rows))
         clock.start()
         kernel.deltas[0].apply(block, block, start)

@@ -22,11 +22,11 @@ __all__ = [
     "console",
     "human_bytes",
     "human_count",
-    "print_findings",
     "print_json",
     "print_notes",
     "print_table",
     "progress_bar",
+    "report_findings",
 ]
 
 WIDTH_WITHOUT_TERMINAL: Final = 160
@@ -81,8 +81,17 @@ def _is_number(cell: tuple[str, ...]) -> bool:
     return len(cell) == 1 and re.fullmatch(r"-?[\d.,]+", cell[0]) is not None
 
 
-def print_findings(findings: Sequence[Finding], *, clean: str) -> None:
-    """Print findings as a list people can read, with a summary at the end."""
+def report_findings(findings: Sequence[Finding], *, as_json: bool, clean: str) -> int:
+    """Print findings, for a script or for a person, and return the exit status they mean."""
+    ok = not any(finding.is_error for finding in findings)
+    if as_json:
+        print_json({"schema": 1, "ok": ok, "findings": [item.as_json() for item in findings]})
+    else:
+        _print_findings(findings, clean)
+    return 0 if ok else 1
+
+
+def _print_findings(findings: Sequence[Finding], clean: str) -> None:
     from rich.text import Text
 
     out = console()

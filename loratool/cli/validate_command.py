@@ -40,11 +40,4 @@ def command(
         loratool validate my-adapter/ --base TinyLlama-1.1B/ --deep
     """
     findings = validate(adapter, base=base, deep=deep, adapter_name=adapter_name)
-    ok = not any(finding.is_error for finding in findings)
-    if as_json:
-        render.print_json(
-            {"schema": 1, "ok": ok, "findings": [finding.as_json() for finding in findings]}
-        )
-    else:
-        render.print_findings(findings, clean="nothing is wrong with it")
-    return 0 if ok else 1
+    return render.report_findings(findings, as_json=as_json, clean="nothing is wrong with it")

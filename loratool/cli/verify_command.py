@@ -67,11 +67,6 @@ def command(
             threads=threads,
             progress=progress,
         )
-    ok = not any(finding.is_error for finding in findings)
-    if as_json:
-        render.print_json(
-            {"schema": 1, "ok": ok, "findings": [finding.as_json() for finding in findings]}
-        )
-    else:
-        render.print_findings(findings, clean="every tensor is what it should be, bit for bit")
-    return 0 if ok else 1
+    return render.report_findings(
+        findings, as_json=as_json, clean="every tensor is what it should be, bit for bit"
+    )

@@ -14,44 +14,27 @@ from __future__ import annotations
 
 import io
 import math
-import pickletools
 import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
 from loratool.errors import FileFormatError
-from loratool.files.dtypes import DTYPES, dtype_named
+from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.json import LFS_PREFIX
+from loratool.files.pickle_machine import PickledDict, PickledTensor, Storage, interpret
 from loratool.files.spec import StoredTensor, TensorSpec
 
 __all__ = ["TorchPickle", "read_pickle"]
 
 MAX_PICKLE_BYTES: Final = 16 << 20
-MAX_OPCODES: Final = 4_000_000
 MAX_DEPTH: Final = 8
 MAX_ENTRIES: Final = 200_000
-MAX_DIMENSIONS: Final = 64
 LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
-
-STORAGE_DTYPES: Final = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-    "ComplexFloatStorage": "C64",
-    "UntypedStorage": "U8",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,47 +100,6 @@ def _not_a_pickle(start: bytes, size: int) -> str:
     return "not a file written by torch.save"
 
 
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """A global that the pickle names: never imported, only compared."""
-
-    module: str
-    name: str
-
-    @property
-    def path(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    dtype: str
-    key: str
-    elements: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Dict:
-    """A dictionary under construction; keys of any hashable kind."""
-
-    items: dict[Any, Any] = field(default_factory=dict)
-
-
-class _Mark:
-    """The place on the stack where a MARK opcode stood."""
-
-
-_MARK: Final = _Mark()
-
-
 def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
     with zipfile.ZipFile(file) as archive:
         entries = {info.filename: info for info in archive.infolist()}
@@ -168,9 +110,9 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
         order = entries.get(f"{prefix}byteorder")
         if order is not None and _entry(path, archive, order, 16).strip() == b"big":
             raise FileFormatError(path, "its tensors are big-endian, which is not supported")
-        value = _interpret(path, io.BytesIO(_entry(path, archive, entries[root], MAX_PICKLE_BYTES)))
+        value = interpret(path, io.BytesIO(_entry(path, archive, entries[root], MAX_PICKLE_BYTES)))
 
-        def place(storage: _Storage) -> int:
+        def place(storage: Storage) -> int:
             info = entries.get(f"{prefix}data/{storage.key}")
             width = DTYPES[storage.dtype].bits // 8
             if info is None or info.compress_type != zipfile.ZIP_STORED:
@@ -194,11 +136,11 @@ def _entry(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: i
 
 def _read_legacy(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
     data = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-    if _interpret(path, data) != LEGACY_MAGIC:
+    if interpret(path, data) != LEGACY_MAGIC:
         raise FileFormatError(path, "a pickle, but not a checkpoint written by torch.save")
-    _version, system, value, keys = (_interpret(path, data) for _ in range(4))
+    _version, system, value, keys = (interpret(path, data) for _ in range(4))
     used = data.tell()
-    if isinstance(system, _Dict) and system.items.get("little_endian") is False:
+    if isinstance(system, PickledDict) and system.items.get("little_endian") is False:
         raise FileFormatError(path, "its tensors are big-endian, which is not supported")
     if not isinstance(keys, list):
         raise FileFormatError(path, "damaged: it has no list of storages")
@@ -218,20 +160,20 @@ def _read_legacy(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
     return value, places
 
 
-def _storages(value: Any) -> list[_Storage]:
+def _storages(value: Any) -> list[Storage]:
     """Return every storage that occurs in ``value``, looking into each container once."""
-    found: dict[str, _Storage] = {}
+    found: dict[str, Storage] = {}
     seen: set[int] = set()
     waiting = [value]
     while waiting:
         item = waiting.pop()
-        if isinstance(item, _Tensor):
+        if isinstance(item, PickledTensor):
             largest = found.get(item.storage.key, item.storage)
             if item.storage.elements >= largest.elements:
                 found[item.storage.key] = item.storage
-        elif isinstance(item, _Dict | list | tuple) and id(item) not in seen:
+        elif isinstance(item, PickledDict | list | tuple) and id(item) not in seen:
             seen.add(id(item))
-            waiting += item.items.values() if isinstance(item, _Dict) else item
+            waiting += item.items.values() if isinstance(item, PickledDict) else item
     return list(found.values())
 
 
@@ -264,12 +206,14 @@ class _Collector:
     def collect(self, value: Any) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         """Return tensors and the rest by name; nested containers are joined with dots."""
         if isinstance(value, list):
-            value = _Dict(dict(enumerate(value)))
-        if not isinstance(value, _Dict):
+            value = PickledDict(dict(enumerate(value)))
+        if not isinstance(value, PickledDict):
             raise FileFormatError(self.path, "holds no dictionary of tensors")
         items = value.items
-        wrapped = [key for key in ("state_dict", "model") if isinstance(items.get(key), _Dict)]
-        if wrapped and not any(isinstance(item, _Tensor) for item in items.values()):
+        wrapped = [
+            key for key in ("state_dict", "model") if isinstance(items.get(key), PickledDict)
+        ]
+        if wrapped and not any(isinstance(item, PickledTensor) for item in items.values()):
             self._visit("", items[wrapped[0]].items, 0)
             self.other |= {
                 str(key): type(item).__name__ for key, item in items.items() if key != wrapped[0]
@@ -284,18 +228,20 @@ class _Collector:
             if self.visited > MAX_ENTRIES:
                 raise FileFormatError(self.path, "has too many entries to be a checkpoint")
             name = f"{prefix}{_summary(key)}"
-            if isinstance(item, _Tensor):
+            if isinstance(item, PickledTensor):
                 if name in self.tensors:
                     raise FileFormatError(self.path, f"two tensors are called {name!r}")
                 self.tensors[name] = self._stored(name, item)
-            elif isinstance(item, _Dict) and depth < MAX_DEPTH:
+            elif isinstance(item, PickledDict) and depth < MAX_DEPTH:
                 self._visit(f"{name}.", item.items, depth + 1)
-            elif isinstance(item, list | tuple) and any(isinstance(part, _Tensor) for part in item):
+            elif isinstance(item, list | tuple) and any(
+                isinstance(part, PickledTensor) for part in item
+            ):
                 self._visit(f"{name}.", dict(enumerate(item)), depth + 1)
             else:
                 self.other[name] = _summary(item)[:200]
 
-    def _stored(self, name: str, tensor: _Tensor) -> StoredTensor:
+    def _stored(self, name: str, tensor: PickledTensor) -> StoredTensor:
         spec = TensorSpec(name, tensor.storage.dtype, tensor.shape)
         width = DTYPES[spec.dtype].bits // 8
         strides = None if _is_contiguous(tensor.shape, tensor.strides) else tensor.strides
@@ -310,240 +256,13 @@ class _Collector:
         return stored
 
 
+def _holds_tensors(items: list[Any] | tuple[Any, ...]) -> bool:
+    return any(isinstance(item, PickledTensor) for item in items)
+
+
 def _summary(value: Any) -> str:
     """Return a plain value as text, and the kind of anything that may be large or nested."""
     is_small = isinstance(value, str | float | None) or (
         isinstance(value, int) and abs(value) < 1 << 64
     )
     return str(value) if is_small else type(value).__name__
-
-
-def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
-    """What calling ``named`` would build, for the few names that torch's checkpoints use."""
-    match named.path:
-        case "collections.OrderedDict":
-            pairs = arguments[0] if arguments else ()
-            return _Dict({_plain_key(key): value for key, value in pairs})
-        case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor":
-            return _tensor(path, arguments)
-        case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
-            return arguments[0]
-        case "torch._tensor._rebuild_from_type_v2" if isinstance(arguments[0], _Named):
-            return _rebuild(path, arguments[0], arguments[2])
-        case "torch.Size" | "builtins.set" | "__builtin__.set" | "builtins.list":
-            return arguments[0] if arguments else []
-        case "torch.device":
-            return "device"
-        case "_codecs.encode":
-            return arguments[0]
-        case _:
-            raise FileFormatError(
-                path,
-                f"its pickle would call {named.path!r}, which is not executed",
-                hint="save the tensors alone, as safetensors, where you trust the file",
-            )
-
-
-def _tensor(path: Path, arguments: tuple[Any, ...]) -> _Tensor:
-    storage, offset, shape, strides = arguments[:4]
-    lazily = arguments[6] if len(arguments) > 6 else None
-    if isinstance(lazily, _Dict) and any(lazily.items.values()):
-        raise FileFormatError(path, "holds a tensor that is conjugated or negated lazily")
-    if not isinstance(shape, tuple | list) or not isinstance(strides, tuple | list):
-        raise FileFormatError(path, "damaged: a tensor has an impossible shape")
-    sizes = [offset, *shape[: MAX_DIMENSIONS + 1], *strides[: MAX_DIMENSIONS + 1]]
-    if (
-        not isinstance(storage, _Storage)
-        or len(shape) != len(strides)
-        or len(shape) > MAX_DIMENSIONS
-        or not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes)
-        or math.prod(shape) >= 1 << 62
-    ):
-        raise FileFormatError(path, "damaged: a tensor has an impossible shape")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _storage(path: Path, persistent: Any) -> _Storage:
-    try:
-        kind, named, key, _, elements, *_ = persistent
-        dtype = STORAGE_DTYPES[named.name]
-    except (TypeError, ValueError, KeyError, AttributeError):
-        raise FileFormatError(path, "damaged: it names a storage of an unknown type") from None
-    if kind != "storage" or type(elements) is not int or elements < 0:
-        raise FileFormatError(path, "damaged: it names a storage of an unknown type")
-    return _Storage(dtype, str(key), elements)
-
-
-def _interpret(path: Path, data: IO[bytes]) -> Any:
-    """Interpret the pickle that begins where ``data`` stands, and leave ``data`` behind it."""
-    machine = _Machine(path)
-    begin = data.tell()
-    try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if count > MAX_OPCODES:
-                raise FileFormatError(path, "its description is too long to be a checkpoint's")
-            if machine.step(opcode.name, argument):
-                return machine.stack[-1]
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(
-            path, f"damaged: its pickle breaks off {data.tell() - begin} bytes in: {error}"
-        ) from None
-    raise FileFormatError(path, "truncated: its pickle has no end")
-
-
-class _Machine:
-    """The pickle machine, on values that cannot do anything."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-
-    def step(self, name: str, argument: Any) -> bool:
-        """Carry out one opcode; return whether it was the last."""
-        if name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name])
-        elif name in _LITERALS:
-            self.stack.append(argument)
-        elif name in _TUPLES:
-            count = _TUPLES[name]
-            items = tuple(self.stack[len(self.stack) - count :])
-            del self.stack[len(self.stack) - count :]
-            self.stack.append(items)
-        elif name == "STOP":
-            return True
-        else:
-            handler = getattr(self, f"_{name.lower()}", None)
-            if handler is None:
-                raise FileFormatError(self.path, f"its pickle uses the opcode {name}")
-            handler(argument)
-        return False
-
-    def _since_mark(self) -> list[Any]:
-        index = len(self.stack) - 1
-        while self.stack[index] is not _MARK:
-            index -= 1
-            if index < 0:
-                raise ValueError("unbalanced mark")
-        items = self.stack[index + 1 :]
-        del self.stack[index:]
-        return items
-
-    def _proto(self, argument: Any) -> None: ...
-
-    def _frame(self, argument: Any) -> None: ...
-
-    def _mark(self, argument: Any) -> None:
-        self.stack.append(_MARK)
-
-    def _empty_dict(self, argument: Any) -> None:
-        self.stack.append(_Dict())
-
-    def _empty_list(self, argument: Any) -> None:
-        self.stack.append([])
-
-    def _empty_set(self, argument: Any) -> None:
-        self.stack.append([])
-
-    def _tuple(self, argument: Any) -> None:
-        self.stack.append(tuple(self._since_mark()))
-
-    def _put(self, argument: int) -> None:
-        self.memo[argument] = self.stack[-1]
-
-    _binput = _long_binput = _put
-
-    def _memoize(self, argument: Any) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def _get(self, argument: int) -> None:
-        self.stack.append(self.memo[argument])
-
-    _binget = _long_binget = _get
-
-    def _global(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self._push_named(module, name)
-
-    def _stack_global(self, argument: Any) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self._push_named(module, name)
-
-    def _push_named(self, module: str, name: str) -> None:
-        dtype = dtype_named(name) if module == "torch" else None
-        self.stack.append(dtype.name if dtype else _Named(module, name))
-
-    def _reduce(self, argument: Any) -> None:
-        arguments, named = self.stack.pop(), self.stack.pop()
-        if not isinstance(named, _Named) or not isinstance(arguments, tuple):
-            raise ValueError("REDUCE without a function")
-        self.stack.append(_rebuild(self.path, named, arguments))
-
-    def _binpersid(self, argument: Any) -> None:
-        self.stack.append(_storage(self.path, self.stack.pop()))
-
-    def _setitem(self, argument: Any) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._target(_Dict).items[_plain_key(key)] = value
-
-    def _setitems(self, argument: Any) -> None:
-        items = self._since_mark()
-        pairs = zip(map(_plain_key, items[::2]), items[1::2], strict=True)
-        self._target(_Dict).items.update(pairs)
-
-    def _append(self, argument: Any) -> None:
-        value = self.stack.pop()
-        self._target(list).append(value)
-
-    def _appends(self, argument: Any) -> None:
-        items = self._since_mark()
-        self._target(list).extend(items)
-
-    _additems = _appends
-
-    def _build(self, argument: Any) -> None:
-        # The state of an OrderedDict (its _metadata) or of a parameter: not tensors.
-        self.stack.pop()
-
-    def _target(self, kind: type[Any]) -> Any:
-        target = self.stack[-1]
-        if not isinstance(target, kind):
-            raise ValueError(f"{type(target).__name__} where a {kind.__name__} belongs")
-        return target
-
-
-def _plain_key(key: Any) -> Any:
-    """Return a dictionary's key, if it is a plain value: hashing a nested one may not end."""
-    if not isinstance(key, str | int | float | None):
-        raise ValueError(f"a {type(key).__name__} as the key of a dictionary")
-    return key
-
-
-_CONSTANTS: Final[Mapping[str, Any]] = {
-    "NONE": None,
-    "NEWTRUE": True,
-    "NEWFALSE": False,
-    "EMPTY_TUPLE": (),
-}
-_TUPLES: Final[Mapping[str, int]] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_LITERALS: Final = frozenset(
-    (
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE8",
-        "UNICODE",
-        "SHORT_BINSTRING",
-        "BINSTRING",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "INT",
-        "LONG1",
-        "LONG4",
-        "LONG",
-        "BINFLOAT",
-        "FLOAT",
-    )
-)
