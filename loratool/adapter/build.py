@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loratool.adapter.config import LoraConfig
-from loratool.adapter.model import Extra, ExtraKind, Kind, Site, in_registered_order
+from loratool.adapter.model import HEAD_LEAVES, Extra, ExtraKind, Kind, Site, in_registered_order
 from loratool.adapter.patterns import matches_target
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import KeyScheme
@@ -19,7 +19,7 @@ from loratool.errors import AdapterError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
 
-__all__ = ["Parts", "build_sites", "strip_wrappers"]
+__all__ = ["Parts", "build_sites", "is_scaled_by_name", "strip_wrappers"]
 
 WRAPPERS: Final = (
     "base_model.model.",
@@ -195,10 +195,24 @@ def _scaling(site: Site, config: LoraConfig | None) -> Scaling:
         # is, only the base's shapes can; until then the order of the configuration serves.
         last = len(site.parameters) - 1
         return config.scaling_for(site.parameters[max(0, last - site.nesting)])
-    if config.flag("ensure_weight_tying") and rank != config.rank_for(site.pattern_path):
-        # A head with the factors of its embedding: PEFT scales it by the rank of its own name.
+    if is_scaled_by_name(site, config):
         return config.scaling_for(site.pattern_path)
     return config.scaling_for(site.pattern_path, rank)
+
+
+def is_scaled_by_name(site: Site, config: LoraConfig) -> bool:
+    """Whether PEFT scales a site by the configured rank, although its factors have another.
+
+    That is so for a head with the factors of the embedding that it is tied to, and where PiSSA
+    or OLoRA took over a matrix that has no more ranks than the factors.
+    """
+    configured = config.rank_for(site.pattern_path)
+    if site.rows == configured:
+        return False
+    smallest = min(site.in_features, site.out_features)
+    is_whole = config.init in ("pissa", "olora") and site.rows == smallest < configured
+    is_head = site.module.rpartition(".")[2] in HEAD_LEAVES
+    return is_whole or (is_head and config.flag("ensure_weight_tying"))
 
 
 def read_scalar(tensor: StoredTensor) -> float:

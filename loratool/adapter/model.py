@@ -16,6 +16,7 @@ from loratool.files.spec import StoredTensor
 
 __all__ = [
     "FUSED_PARAMETERS",
+    "HEAD_LEAVES",
     "Adapter",
     "Extra",
     "ExtraKind",
@@ -23,6 +24,9 @@ __all__ = [
     "Site",
     "in_registered_order",
 ]
+
+HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "proj_out", "lm_loss"))
+"""What output heads that may share the embedding's weight are called."""
 
 FUSED_PARAMETERS: Final = ("gate_up_proj", "down_proj")
 """The parameters of fused experts, in the order in which transformers registers them."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from loratool.adapter.model import HEAD_LEAVES
+
 __all__ = [
     "EMBEDDING_LEAVES",
     "HEAD_LEAVES",
@@ -27,7 +29,6 @@ EMBEDDING_LEAVES: Final = frozenset(
         "embeddings",
     )
 )
-HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "proj_out", "lm_loss"))
 
 HEADS: Final = {
     "gpt_neox": "embed_out",

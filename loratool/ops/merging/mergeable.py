@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from loratool.adapter.build import is_scaled_by_name
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, BaseModelError, UnsupportedError
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.dtypes import DTYPES
-from loratool.names.tied import HEAD_LEAVES
 
 __all__ = ["check_adapter", "check_base", "site_problems"]
 
@@ -145,7 +145,7 @@ def _config_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     elif (
         config.peft_type == "LORA"
         and site.rank != config.rank_for(site.pattern_path)
-        and not _is_tied_twin(site, adapter)
+        and not is_scaled_by_name(site, config)
     ):
         configured = config.rank_for(site.pattern_path)
         yield (
@@ -165,12 +165,6 @@ def _config_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
         )
     if site.kind is Kind.EMBEDDING and config.peft_type == "ADALORA":
         yield "LT008", "AdaLoRA on an embedding is not defined"
-
-
-def _is_tied_twin(site: Site, adapter: Adapter) -> bool:
-    """Whether a head carries the factors of the embedding that it is tied to."""
-    leaf = site.module.rpartition(".")[2]
-    return leaf in HEAD_LEAVES and bool(adapter.field("ensure_weight_tying"))
 
 
 def _is_grouped(site: Site) -> bool:
