@@ -15,7 +15,7 @@ import torch
 
 from loratool.errors import FileFormatError
 from loratool.files.container import read_bytes
-from loratool.files.pickles import read_pickle
+from loratool.files.pickles import other_contents, read_pickle
 
 NUMPY = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "F16": torch.float16}
 
@@ -67,7 +67,10 @@ def test_state_dict_of_a_module_and_wrapped_state_dicts(tmp_path: Path) -> None:
     torch.save(module.state_dict(), tmp_path / "a.bin")
     torch.save({"state_dict": module.state_dict(), "epoch": 1}, tmp_path / "b.bin")
     assert set(read_pickle(tmp_path / "a.bin").tensors) == set(module.state_dict())
-    assert set(read_pickle(tmp_path / "b.bin").tensors) == set(module.state_dict())
+    wrapped = read_pickle(tmp_path / "b.bin")
+    assert set(wrapped.tensors) == set(module.state_dict())
+    assert other_contents(wrapped) == ("b.bin holds 1 more entries, not used: epoch",)
+    assert other_contents(read_pickle(tmp_path / "a.bin")) == ()
 
 
 class Evil:

@@ -124,11 +124,6 @@ class Site:
         """Rows of B: outputs, output channels, or the embedding's dimension."""
         return self.up.spec.shape[0] if self.up and self.up.spec.shape else 0
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether both factors are there."""
-        return self.down is not None and self.up is not None
-
 
 class ExtraKind(Enum):
     """What a tensor is that belongs to no delta."""

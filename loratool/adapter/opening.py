@@ -16,6 +16,7 @@ from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import KeyScheme
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.container import WEIGHT_SUFFIXES, WeightsFile, open_weights
+from loratool.files.pickles import TorchPickle, other_contents
 from loratool.files.spec import StoredTensor
 
 __all__ = ["detect_scheme", "find_weights", "open_adapter_file"]
@@ -62,6 +63,7 @@ def open_adapter_file(
     tensors, name, more = _select(file, scheme, adapter_name, weights)
     skipped = _skipped(tensors, skip)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
+    other = other_contents(file) if isinstance(file, TorchPickle) else ()
     parts = build_sites(tensors, scheme, config)
     sites = parts.sites
     if alpha is not None:
@@ -81,7 +83,7 @@ def open_adapter_file(
         stamp=file.stamp,
         name=name,
         skipped=tuple(skipped),
-        notes=(*notes, *parts.notes, *more),
+        notes=(*notes, *parts.notes, *more, *other),
     )
 
 

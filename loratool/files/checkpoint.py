@@ -12,12 +12,12 @@ from typing import Any, Final
 
 from loratool.errors import BaseModelError, FileFormatError
 from loratool.files.container import (
-    PICKLE_SUFFIXES,
     WEIGHT_SUFFIXES,
     WeightsFile,
     open_weights,
 )
 from loratool.files.json import read_json_object
+from loratool.files.pickles import TorchPickle, other_contents
 from loratool.files.spec import StoredTensor
 
 __all__ = ["Checkpoint", "is_weight_like", "open_checkpoint"]
@@ -76,11 +76,6 @@ class Checkpoint:
         """Size of all weights files."""
         return sum(shard.size for shard in self.shards)
 
-    @property
-    def is_pickled(self) -> bool:
-        """Whether the weights are torch pickles."""
-        return self.shards[0].path.suffix in PICKLE_SUFFIXES
-
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a model: read every header, move no tensor data.
@@ -99,7 +94,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         if path.name.endswith(INDEX_SUFFIX):
             return _open_indexed(path.parent, path)
-        return Checkpoint(path, (open_weights(path),), None, ())
+        shards = (open_weights(path),)
+        return Checkpoint(path, shards, None, _other(shards))
     for kind in ("safetensors", "bin"):
         indexes = sorted(
             index
@@ -168,7 +164,7 @@ def _open_files(folder: Path, files: list[Path]) -> Checkpoint:
     shards = tuple(open_weights(file) for file in files)
     _check_unique(folder, shards)
     notes = ("there is no index; all shards were read",) if len(files) > 1 else ()
-    return Checkpoint(folder, shards, None, notes)
+    return Checkpoint(folder, shards, None, (*notes, *_other(shards)))
 
 
 def _open_indexed(folder: Path, index: Path) -> Checkpoint:
@@ -207,7 +203,13 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
         if unlisted
         else ()
     )
-    return Checkpoint(folder, shards, index, notes)
+    return Checkpoint(folder, shards, index, (*notes, *_other(shards)))
+
+
+def _other(shards: tuple[WeightsFile, ...]) -> tuple[str, ...]:
+    """Return notes on what pickled shards hold beside tensors."""
+    pickled = (shard for shard in shards if isinstance(shard, TorchPickle))
+    return tuple(note for shard in pickled for note in other_contents(shard))
 
 
 def _check_unique(folder: Path, shards: tuple[WeightsFile, ...]) -> None:

@@ -29,7 +29,7 @@ from loratool.files.json import LFS_PREFIX
 from loratool.files.pickle_machine import PickledDict, PickledTensor, Storage, interpret
 from loratool.files.spec import StoredTensor, TensorSpec
 
-__all__ = ["TorchPickle", "read_pickle"]
+__all__ = ["TorchPickle", "other_contents", "read_pickle"]
 
 MAX_PICKLE_BYTES: Final = 16 << 20
 MAX_DEPTH: Final = 8
@@ -256,8 +256,12 @@ class _Collector:
         return stored
 
 
-def _holds_tensors(items: list[Any] | tuple[Any, ...]) -> bool:
-    return any(isinstance(item, PickledTensor) for item in items)
+def other_contents(file: TorchPickle) -> tuple[str, ...]:
+    """Return a sentence on what a pickle holds beside its tensors, if anything."""
+    if not file.other:
+        return ()
+    names = ", ".join(list(file.other)[:4])
+    return (f"{file.path.name} holds {len(file.other)} more entries, not used: {names}",)
 
 
 def _summary(value: Any) -> str:

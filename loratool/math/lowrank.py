@@ -1,4 +1,4 @@
-"""The plain LoRA delta, ``scale · up @ down``, and its exact norms."""
+"""The plain LoRA delta, ``scale · up @ down``."""
 
 from __future__ import annotations
 
@@ -55,11 +55,6 @@ class LowRank:
             block.addmm_(up.mul(self.scale), self.down)
         else:
             block.add_(torch.mm(up, self.down).mul_(self.scale))
-
-    def squared_norm(self) -> float:
-        """``‖scale · up @ down‖_F²`` from the two ``r × r`` Gram matrices, in float64."""
-        up, down = self.up.double(), self.down.double()
-        return self.scale**2 * float(((up.mT @ up) * (down @ down.mT)).sum())
 
 
 def stack(terms: list[LowRank]) -> LowRank:
