@@ -13,6 +13,7 @@ __all__ = [
     "FileFormatError",
     "LoratoolError",
     "MergeError",
+    "OptionError",
     "OutputError",
     "UnsupportedError",
     "printable",
@@ -56,6 +57,10 @@ class UnsupportedError(LoratoolError):
 
 class MergeError(LoratoolError):
     """A merge whose result would be wrong, empty, or not finite."""
+
+
+class OptionError(LoratoolError):
+    """An option whose value makes no sense, or not together with another."""
 
 
 class OutputError(LoratoolError):

@@ -27,6 +27,7 @@ from loratool.math.deltas import (
 )
 from loratool.math.lowrank import LowRank, stack
 from loratool.math.principal import kasa_residual, olora_residual, pissa_residual
+from loratool.ops.factors import expert_delta, read_factors
 from loratool.ops.plan import (
     AddBias,
     AddDelta,
@@ -217,13 +218,8 @@ def load_delta(site: Site, region: Region, scale: float, kind: Arithmetic) -> Lo
 
 
 def _expert(down: Tensor, up: Tensor, expert: int, region: Region, scale: float) -> LowRank:
-    """Return one expert's delta: A stacks experts along its rows, B interleaves its columns."""
-    rank = down.shape[0] // region.experts
-    delta = LowRank(
-        up.reshape(up.shape[0], rank, region.experts)[:, :, expert],
-        down.reshape(region.experts, rank, down.shape[1])[expert],
-        scale,
-    )
+    """Return one expert's delta, oriented as the region stores it, or the part of it there."""
+    delta = expert_delta(down, up, expert, region.experts, scale)
     if region.transposed:
         delta = delta.mT
     index, parts = region.part
@@ -234,37 +230,10 @@ def _expert(down: Tensor, up: Tensor, expert: int, region: Region, scale: float)
 
 
 def _factors(site: Site, region: Region, kind: Arithmetic) -> tuple[Tensor, Tensor]:
-    """Read A as ``(r, in)`` and B as ``(out, r)``, with what lies between them in A."""
-    assert site.down is not None and site.up is not None
-    down = read_tensor(site.down, kind).flatten(1)
-    up = read_tensor(site.up, kind).flatten(1)
-    for slot in (Slot.SINGULAR, Slot.DIAGONAL):
-        if slot in site.slots:
-            down = down * read_tensor(site.slots[slot], kind).reshape(-1, 1)
-    if site.variant == "bdlora":
-        out, into = region.rows, region.columns
-        down = _expand_blocks(down, into)
-        up = _expand_blocks(up, down.shape[0])
-        if (up.shape[0], down.shape[1]) != (out, into):
-            raise MergeError(site.label, "has block-diagonal factors of an unknown form")
-    if site.variant == "qalora" and down.shape[1] != region.columns:
-        # PEFT feeds A the mean of each group of inputs, times the number of groups.
-        group = region.columns // down.shape[1]
-        down = down.repeat_interleave(group, dim=1) * (down.shape[1] / group)
+    down, up = read_factors(site, kind, region.columns)
+    if site.variant == "bdlora" and (up.shape[0], down.shape[1]) != (region.rows, region.columns):
+        raise MergeError(site.label, "has block-diagonal factors of an unknown form")
     return down, up
-
-
-def _expand_blocks(factor: Tensor, columns: int) -> Tensor:
-    """Return the block-diagonal matrix that a compact BD-LoRA factor stands for."""
-    count = columns // factor.shape[1]
-    if count == 1:
-        return factor
-    rows, width = factor.shape[0] // count, factor.shape[1]
-    expanded = factor.new_zeros(factor.shape[0], columns)
-    for index in range(count):
-        part = slice(index * rows, (index + 1) * rows)
-        expanded[part, index * width : (index + 1) * width] = factor[part]
-    return expanded
 
 
 def _decompose(edit: Decompose, matrix: _Matrix, taken: Interpolated | None) -> WeightDecomposed:

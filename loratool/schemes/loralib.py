@@ -11,6 +11,7 @@ SCHEME = KeyScheme(
     name="loralib",
     summary="microsoft/LoRA, bare parameters",
     example="transformer.h.0.attn.c_attn.lora_A",
+    writes=True,
     foreign=("base_model.model.",),
     templates=(
         Template("{module}.lora_A", Slot.DOWN),

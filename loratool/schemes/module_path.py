@@ -11,6 +11,7 @@ SCHEME = KeyScheme(
     name="module-path",
     summary="dotted module path, no prefix",
     example="model.layers.0.self_attn.q_proj.lora_A.weight",
+    writes=True,
     foreign=("base_model.model.",),
     templates=(
         Template("{module}.lora_A.weight", Slot.DOWN),

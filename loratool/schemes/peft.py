@@ -13,6 +13,7 @@ SCHEME = KeyScheme(
     name="peft",
     summary="Hugging Face PEFT, with adapter_config.json",
     example="base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    writes=True,
     prefix=PREFIX,
     templates=(
         Template(PREFIX + "{module}.lora_A.weight", Slot.DOWN),

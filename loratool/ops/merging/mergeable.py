@@ -12,7 +12,7 @@ from loratool.errors import AdapterError, BaseModelError, UnsupportedError
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.dtypes import DTYPES
 
-__all__ = ["check_adapter", "check_base", "site_problems"]
+__all__ = ["CONVERT_HINT", "HARMLESS_INITS", "check_adapter", "check_base", "site_problems"]
 
 HARMLESS_INITS: Final = frozenset(
     ("true", "false", "1", "0", "none", "gaussian", "orthogonal", "eva", "mica", "pissa", "olora")

@@ -15,7 +15,15 @@ from loratool.files.checkpoint import Checkpoint, is_weight_like
 from loratool.names.tied import architectures
 from loratool.ops.plan import Sidecar
 
-__all__ = ["STRAY_LINK", "ConfigChanges", "collect_sidecars", "edit_config"]
+__all__ = [
+    "STRAY_LINK",
+    "TOKENIZER_FILES",
+    "ConfigChanges",
+    "collect_sidecars",
+    "edit_config",
+    "link_roots",
+    "stays_inside",
+]
 
 TOKENIZER_FILES: Final = frozenset(
     (
@@ -144,7 +152,7 @@ def collect_sidecars(
     """
     found: dict[str, Sidecar] = {}
     left: list[tuple[str, str]] = []
-    roots = _roots(checkpoint.folder, (shard.path for shard in checkpoint.shards))
+    roots = link_roots(checkpoint.folder, (shard.path for shard in checkpoint.shards))
     used = {shard.path.name for shard in checkpoint.shards}
     if checkpoint.index:
         used.add(checkpoint.index.name)
@@ -165,10 +173,10 @@ def collect_sidecars(
                 "config.json", None, content.encode(), _describe(checkpoint.config, edited)
             )
     if tokenizer_from is not None:
-        roots = _roots(tokenizer_from.folder, [tokenizer_from.weights])
+        roots = link_roots(tokenizer_from.folder, [tokenizer_from.weights])
         for path in sorted(tokenizer_from.folder.iterdir()):
             is_tokenizer = path.name in TOKENIZER_FILES and path.is_file()
-            if is_tokenizer and _stays_inside(path, roots):
+            if is_tokenizer and stays_inside(path, roots):
                 found[path.name] = Sidecar(path.name, path, why="from the adapter's folder")
     return [found[name] for name in sorted(found)], left
 
@@ -190,7 +198,7 @@ def _files_below(
         name = f"{prefix}{path.name}"
         if path.name.startswith("."):
             continue
-        if path.is_symlink() and not _stays_inside(path, roots):
+        if path.is_symlink() and not stays_inside(path, roots):
             left.append((name, STRAY_LINK))
         elif path.is_dir() and not path.is_symlink():
             if depth < MAX_DEPTH:
@@ -202,13 +210,13 @@ def _files_below(
     return found
 
 
-def _stays_inside(path: Path, roots: Sequence[Path]) -> bool:
+def stays_inside(path: Path, roots: Sequence[Path]) -> bool:
     """Whether a file, links followed, lies below one of ``roots``."""
     target = path.resolve()
     return any(target.is_relative_to(root) for root in roots)
 
 
-def _roots(folder: Path, weights: Iterable[Path]) -> list[Path]:
+def link_roots(folder: Path, weights: Iterable[Path]) -> list[Path]:
     """Return where links may lead: the folder, and wherever its weights really are.
 
     That covers the blobs of a hub cache and folders made of links to another model; a stray

@@ -1,0 +1,1 @@
+"""What ``compose``, ``truncate``, ``rescale``, ``compare`` and the spectra share."""

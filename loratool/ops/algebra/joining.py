@@ -1,0 +1,341 @@
+"""Which sites of several adapters are one module, and what cannot be computed with at all."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from loratool.adapter.model import HEAD_LEAVES, Adapter, Kind, Site, in_registered_order
+from loratool.adapter.saving import OutputSite
+from loratool.adapter.shapes import width_of
+from loratool.adapter.slots import Slot
+from loratool.errors import AdapterError, UnsupportedError
+from loratool.files.container import read_bytes
+from loratool.files.dtypes import DTYPES
+from loratool.names.canonical import canonical_path
+from loratool.ops.merging.mergeable import CONVERT_HINT, HARMLESS_INITS, site_problems
+
+__all__ = ["Joint", "Term", "check_computable", "join", "module_name", "output_dtype"]
+
+BASE_CHANGING: Final = ("pissa", "olora")
+"""Initialisations that take something out of the base; ``HARMLESS_INITS`` are those that a
+merge can deal with, given the base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """What one adapter adds to a module: ``weight · scale · B @ A`` of its site."""
+
+    adapter: Adapter
+    site: Site
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """One module, with what each adapter that has it adds to it.
+
+    Attributes:
+        name: What it is called in reports; an expert parameter goes by its own path.
+        terms: The adapters' parts.
+        output: How it is written at the sum of the ranks, with alpha equal to that.
+        twin_of: Name of the embedding whose factors this tied head shares, transposed.
+        twin_scale: The head's scale over that of the embedding.
+        ranks_add_up: Whether the result can have the sum of the ranks, else only the largest.
+    """
+
+    name: str
+    terms: tuple[Term, ...]
+    output: OutputSite
+    twin_of: str | None = None
+    twin_scale: float = 1.0
+    ranks_add_up: bool = True
+
+    @property
+    def smallest_side(self) -> int:
+        """The rank that no matrix of this shape exceeds."""
+        columns = 1
+        for size in self.output.into:
+            columns *= size
+        return min(self.output.out, columns)
+
+    @property
+    def full_rank(self) -> int:
+        """The rank at which nothing is lost: of the factors side by side, or of the matrix."""
+        ranks = [term.site.rank for term in self.terms]
+        return min(sum(ranks) if self.ranks_add_up else max(ranks), self.smallest_side)
+
+
+def check_computable(adapter: Adapter, *, verb: str) -> None:
+    """Refuse what has no delta of its own, or one that is not ``scale · B @ A``.
+
+    Raises:
+        UnsupportedError: The delta depends on the base, or on the input.
+        AdapterError: The adapter is broken or contradicts itself.
+    """
+    config = adapter.config
+    if not adapter.sites:
+        raise AdapterError(adapter.path, f"has no delta to {verb}")
+    for site in adapter.sites:
+        for code, problem in site_problems(site, adapter):
+            raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+    for site in adapter.sites:
+        if site.variant == "dora":
+            raise UnsupportedError(
+                f"{adapter.path}: {site.label}",
+                "is a DoRA: its delta is not B @ A but depends on the base's weight, so it "
+                f"cannot {verb} without a base",
+                hint="merge it into its base; what the two differ in is the delta",
+            )
+        if site.variant == "kasa":
+            raise UnsupportedError(
+                f"{adapter.path}: {site.label}",
+                "is a KaSA: it also drops singular parts of the base, so its delta needs a base",
+                hint="merge it into its base; what the two differ in is the delta",
+            )
+        if site.variant == "qalora":
+            raise UnsupportedError(
+                f"{adapter.path}: {site.label}",
+                "may be a QA-LoRA whose A sees groups of inputs; only the base's shape can tell",
+                hint="merge it into its base, or set use_qalora to false if A is (r, in)",
+            )
+    if config is None:
+        return
+    if config.flag("arrow_config"):
+        raise UnsupportedError(adapter.path, "an Arrow router mixes adapters by input")
+    if config.init not in HARMLESS_INITS or config.init in BASE_CHANGING:
+        raise UnsupportedError(
+            adapter.path,
+            f"init_lora_weights is {config.init!r}: its delta is relative to a base that the "
+            "initialisation changed",
+            hint=CONVERT_HINT,
+        )
+    stacked = config.raw.get("enable_lora")
+    if isinstance(stacked, list) and any(stacked):
+        raise UnsupportedError(
+            adapter.path, "enable_lora: stacked factors of a merged projection are not read yet"
+        )
+
+
+def module_name(site: Site) -> str:
+    """Return what a site is called in reports and told apart by: module, or its parameter."""
+    if not site.parameters:
+        return site.label
+    last = len(site.parameters) - 1
+    return site.parameters[max(0, last - site.nesting)]
+
+
+def output_dtype(dtypes: Sequence[str]) -> str:
+    """Return the dtype that holds all of ``dtypes``: the widest, float32 for both halves."""
+    unique = set(dtypes)
+    if len(unique) == 1:
+        return unique.pop()
+    if unique == {"F16", "BF16"}:
+        return "F32"
+    return max(unique, key=lambda name: DTYPES[name].bits)
+
+
+def join(
+    adapters: Sequence[Adapter], weights: Sequence[float], *, dtype: str | None = None
+) -> tuple[tuple[Joint, ...], tuple[str, ...]]:
+    """Return the union of the modules of ``adapters``, and notes on how they were matched.
+
+    Args:
+        adapters: The adapters.
+        weights: One number for each.
+        dtype: The dtype to write (``F32``), instead of that of the factors.
+
+    Raises:
+        AdapterError: Two adapters see one module as matrices of different shapes or kinds.
+    """
+    groups: dict[str, list[Term]] = {}
+    notes: list[str] = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        spelling, renamed = _spelling(adapter, list(groups))
+        if renamed:
+            notes.append(
+                f"{adapter.path}: {renamed} modules are spelled otherwise than in "
+                f"{adapters[0].path}, such as {next(k for k, v in spelling.items() if k != v)!r}; "
+                "they are taken as the same"
+            )
+        for site in adapter.sites:
+            name = spelling[module_name(site)]
+            terms = groups.setdefault(name, [])
+            if any(term.adapter is adapter for term in terms):
+                raise AdapterError(
+                    f"{adapter.path}: {site.label}", f"means the same module {name!r} as another"
+                )
+            terms.append(Term(adapter, site, weight))
+    nestings = _nestings(groups)
+    joints = [
+        _joint(name, tuple(terms), nestings.get(name), dtype) for name, terms in groups.items()
+    ]
+    return tuple(_with_twins(joints, adapters)), tuple(notes)
+
+
+def _spelling(adapter: Adapter, known: Sequence[str]) -> tuple[dict[str, str], int]:
+    """Return by what name each module of ``adapter`` goes, and how many were renamed.
+
+    Only where no module of it is known at all can it be a matter of spelling; then all that
+    have exactly one counterpart take its name.
+    """
+    names = [module_name(site) for site in adapter.sites]
+    same = {name: name for name in names}
+    if not known or set(names) & set(known):
+        return same, 0
+    mine, theirs = (_by_canonical(paths) for paths in (names, known))
+    matched = {
+        mine[path][0]: theirs[path][0]
+        for path in mine.keys() & theirs.keys()
+        if len(mine[path]) == len(theirs[path]) == 1
+    }
+    return same | matched, len(matched)
+
+
+def _by_canonical(names: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found[canonical_path(name)].append(name)
+    return found
+
+
+def _nestings(groups: dict[str, list[Term]]) -> dict[str, int]:
+    """Return how deep each adapted raw parameter nests in the union: the first one innermost."""
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for name, terms in groups.items():
+        if terms[0].site.parameters:
+            by_module[name.rpartition(".")[0]].append(name)
+    nestings: dict[str, int] = {}
+    for names in by_module.values():
+        ordered = in_registered_order(names)
+        nestings |= {name: len(ordered) - 1 - place for place, name in enumerate(ordered)}
+    return nestings
+
+
+def _joint(name: str, terms: tuple[Term, ...], nesting: int | None, dtype: str | None) -> Joint:
+    first = terms[0].site
+    shape = _shape(terms[0])
+    for term in terms[1:]:
+        site = term.site
+        if (site.kind, bool(site.parameters)) != (first.kind, bool(first.parameters)):
+            raise AdapterError(
+                f"{term.adapter.path}: {site.label}",
+                f"adapts {name!r} as {site.kind.value}, {terms[0].adapter.path} as "
+                f"{first.kind.value}",
+            )
+        if _shape(term) != shape:
+            raise AdapterError(
+                f"{term.adapter.path}: {site.label}",
+                f"its delta has {_words(_shape(term))}, that of {terms[0].adapter.path} "
+                f"{_words(shape)}",
+                hint="are they for the same base?",
+            )
+    out, into, experts = shape
+    dtypes = [
+        term.site.slots[slot].spec.dtype
+        for term in terms
+        for slot in term.site.slots
+        if slot in (Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP)
+    ]
+    is_parameter = bool(first.parameters)
+    module = name.rpartition(".")[0] if is_parameter else name.replace(".base_layer", "")
+    output = OutputSite(
+        module=module,
+        kind=first.kind,
+        rank=1,
+        alpha=1.0,
+        dtype=dtype or output_dtype(dtypes),
+        out=out,
+        into=into,
+        pattern_path=name if is_parameter else replace(first, module=module).pattern_path,
+        nesting=first.nesting if nesting is None else nesting,
+        experts=experts,
+        is_parameter=is_parameter,
+        has_bias=any(Slot.UP_BIAS in term.site.slots for term in terms),
+    )
+    joint = Joint(name, terms, output)
+    rank = joint.full_rank
+    return replace(joint, output=replace(output, rank=rank, alpha=float(rank)))
+
+
+def _shape(term: Term) -> tuple[int, tuple[int, ...], int]:
+    """Return rows of B, the shape of A without its rank, and the number of experts."""
+    site = term.site
+    assert site.down is not None and site.up is not None
+    into = site.down.spec.shape[1:]
+    if len(into) == 1:
+        into = (width_of(site, term.adapter),)
+    return site.out_features, into, site.experts
+
+
+def _words(shape: tuple[int, tuple[int, ...], int]) -> str:
+    out, into, experts = shape
+    size = " × ".join(str(size) for size in (out, *into))
+    return f"the shape {size}" + (f" for {experts} experts" if experts > 1 else "")
+
+
+def _with_twins(joints: list[Joint], adapters: Sequence[Adapter]) -> list[Joint]:
+    """Mark heads whose factors are those of the embedding they are tied to, transposed."""
+    if not any(a.config and a.config.flag("ensure_weight_tying") for a in adapters):
+        return joints
+    embeddings = [joint for joint in joints if joint.output.kind is Kind.EMBEDDING]
+    marked = []
+    for joint in joints:
+        twin = next((other for other in embeddings if _is_twin(joint, other)), None)
+        if twin is not None:
+            ratios = {
+                _ratio(head, table) for head, table in zip(joint.terms, twin.terms, strict=True)
+            }
+            if len(ratios) > 1:
+                raise UnsupportedError(
+                    joint.name,
+                    "is tied to the embedding with another ratio of their scales in each "
+                    "adapter, so that no shared factors express the sum",
+                )
+            joint = replace(
+                joint,
+                twin_of=twin.name,
+                twin_scale=ratios.pop(),
+                output=replace(joint.output, is_target=False),
+            )
+        marked.append(joint)
+    return marked
+
+
+def _ratio(head: Term, table: Term) -> float:
+    bottom = table.site.scaling.factor
+    return head.site.scaling.factor / bottom if bottom else 1.0
+
+
+def _is_twin(head: Joint, table: Joint) -> bool:
+    if head.output.kind is not Kind.LINEAR or head.name.rpartition(".")[2] not in HEAD_LEAVES:
+        return False
+    if [term.adapter for term in head.terms] != [term.adapter for term in table.terms]:
+        return False
+    return all(
+        one.adapter.config is not None
+        and one.adapter.config.flag("ensure_weight_tying")
+        and _is_transposed(one.site, other.site)
+        for one, other in zip(head.terms, table.terms, strict=True)
+    )
+
+
+def _is_transposed(head: Site, table: Site) -> bool:
+    """Whether the factors of two sites are each other's, transposed, value by value."""
+    import numpy as np
+
+    pairs = ((head.down, table.up), (head.up, table.down))
+    for one, other in pairs:
+        assert one is not None and other is not None
+        if one.spec.dtype != other.spec.dtype or one.spec.shape != other.spec.shape[::-1]:
+            return False
+        width = DTYPES[one.spec.dtype].bits // 8
+        first, second = (
+            np.frombuffer(read_bytes(t), dtype=f"V{width}").reshape(t.spec.shape)
+            for t in (one, other)
+        )
+        if first.tobytes() != second.T.tobytes():
+            return False
+    return True

@@ -1,0 +1,352 @@
+"""From modules and ranks to a plan: every tensor that will be written, decided from headers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import loratool
+from loratool.adapter.config import CONFIG_NAME
+from loratool.adapter.model import Adapter
+from loratool.adapter.saving import OutputSite, lora_config, site_specs
+from loratool.adapter.scheme import KeyScheme
+from loratool.adapter.slots import Slot
+from loratool.errors import OutputError, UnsupportedError
+from loratool.files.inputs import Stamp
+from loratool.files.safetensors import canonical_order, format_header
+from loratool.files.spec import TensorSpec
+from loratool.ops.algebra.extras import Carried, Extras, gather_extras
+from loratool.ops.algebra.joining import Joint
+from loratool.ops.algebra.sidecars import carried_files, write_sidecars
+from loratool.ops.plan import Sidecar
+from loratool.schemes import builtin_schemes, scheme_named
+
+__all__ = ["WEIGHTS_NAME", "AdapterPlan", "Draft", "ModuleJob", "output_scheme", "write_sidecars"]
+
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+PROVENANCE_KEY: Final = "loratool"
+HASH_BLOCK: Final = 1 << 20
+PLAIN: Final = frozenset((Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP, Slot.UP_BIAS))
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleJob:
+    """How one module of the output comes about.
+
+    Attributes:
+        joint: What it is made of.
+        output: What is written, with its rank and alpha.
+        specs: Its tensors.
+        route: ``copy`` the factors as they are, write the ``exact`` sum, ``truncate`` it, or
+            the name of another method; ``twin`` of another module.
+    """
+
+    joint: Joint
+    output: OutputSite
+    specs: Mapping[Slot, TensorSpec]
+    route: str
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """An adapter that will be written.
+
+    Attributes:
+        jobs: Its modules.
+        carried: Tensors that are no deltas.
+        metadata: Of the weights file.
+        config: ``adapter_config.json``, or ``None``.
+        sidecars: Other files of the output.
+        weights_name: Name of the weights file in the output folder; empty where the output is
+            that file itself.
+        stamps: What the inputs were when their headers were read.
+        notes: What a user should know.
+        dropped: What is not written, with the reason.
+    """
+
+    jobs: tuple[ModuleJob, ...]
+    carried: tuple[Carried, ...]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None
+    sidecars: tuple[Sidecar, ...]
+    weights_name: str
+    stamps: Mapping[Path, Stamp]
+    notes: tuple[str, ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """All tensors in the order of their data."""
+        modules = (spec for job in self.jobs for spec in job.specs.values())
+        return tuple(canonical_order([*modules, *(item.spec for item in self.carried)]))
+
+    @cached_property
+    def header(self) -> bytes:
+        """The bytes before the data."""
+        return format_header(self.specs, self.metadata)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights file."""
+        return len(self.header) + sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the output is a folder, else it is the weights file."""
+        return bool(self.weights_name)
+
+    def offsets(self) -> dict[str, int]:
+        """Return where in the file each tensor begins, by name."""
+        places = {}
+        offset = len(self.header)
+        for spec in self.specs:
+            places[spec.name] = offset
+            offset += spec.nbytes
+        return places
+
+    @property
+    def config_text(self) -> bytes:
+        """``adapter_config.json`` as it is written."""
+        return (json.dumps(self.config, indent=2) + "\n").encode()
+
+
+def output_scheme(adapters: Sequence[Adapter], wanted: str | None) -> KeyScheme:
+    """Return the scheme to write: the one asked for, else that of the inputs, else ``peft``.
+
+    Raises:
+        UnsupportedError: There is no such scheme, or it is not written.
+    """
+    names = {adapter.scheme for adapter in adapters}
+    name = wanted or (names.pop() if len(names) == 1 else "peft")
+    known = {scheme.name: scheme for scheme in builtin_schemes() if scheme.writes}
+    if name not in known:
+        raise UnsupportedError(
+            f"scheme {name}", "is not written", hint=f"written are: {', '.join(sorted(known))}"
+        )
+    return scheme_named(name)
+
+
+@dataclass
+class Draft:
+    """Everything about an output but the ranks of its modules.
+
+    Attributes:
+        verb: The command.
+        adapters: Its inputs.
+        joints: The modules.
+        scheme: How keys are named.
+        output: Where it goes.
+        options: What was asked for, for the metadata.
+        method: How deltas are combined.
+        policy: What to do where extras disagree.
+        dtype: The dtype to write (``F32``), or ``None``.
+        keep_factors: Whether a module that loses nothing is copied with its own alpha.
+        notes: What a user should know already.
+    """
+
+    verb: str
+    adapters: Sequence[Adapter]
+    joints: Sequence[Joint]
+    scheme: KeyScheme
+    output: Path
+    options: Mapping[str, Any]
+    method: str = "linear"
+    policy: str = "error"
+    dtype: str | None = None
+    keep_factors: bool = False
+    notes: Sequence[str] = ()
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.is_file and self.has_config:
+            raise OutputError(
+                self.output,
+                f"the scheme {self.scheme.name!r} keeps its scale in {CONFIG_NAME}, which a "
+                "single file has no place for",
+                hint=f"name a folder, such as {self.output.with_suffix('')}",
+            )
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the output is one file."""
+        return self.output.suffix.lower() == ".safetensors"
+
+    @property
+    def has_config(self) -> bool:
+        """Whether a configuration is written."""
+        is_known = any(adapter.config is not None for adapter in self.adapters)
+        return self.scheme.name == "peft" or is_known
+
+    @property
+    def has_alphas(self) -> bool:
+        """Whether alpha is written as tensors: where the inputs have it so, and no config."""
+        slots = (slot for a in self.adapters for site in a.sites for slot in site.slots)
+        return not self.has_config and Slot.ALPHA in slots
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the weights file: the format, and how it came to be."""
+        provenance = {
+            "command": self.verb,
+            "version": loratool.__version__,
+            "inputs": [
+                {"name": adapter.path.resolve().name, "sha256": _hash(adapter)}
+                for adapter in self.adapters
+            ],
+            "options": {k: v for k, v in self.options.items() if v not in (None, (), [], False)},
+        }
+        text = json.dumps(provenance, sort_keys=True, separators=(",", ":"))
+        return {**_kept_metadata(self.adapters), "format": "pt", PROVENANCE_KEY: text}
+
+    @cached_property
+    def files(self) -> tuple[list[Sidecar], list[tuple[str, str]], list[str]]:
+        """Files that travel along, those that do not, and notes."""
+        if self.is_file:
+            return [], [], []
+        return carried_files(self.adapters)
+
+    def plan(self, ranks: Mapping[str, int]) -> AdapterPlan:
+        """Return the plan for ``ranks``, by pattern path; rank 0 leaves a module out.
+
+        Raises:
+            UnsupportedError: The scheme cannot express it.
+            AdapterError: Extras disagree.
+        """
+        jobs = [job for joint in self.joints for job in self._job(joint, ranks)]
+        written = {job.joint.name for job in jobs}
+        gone = [joint.name for joint in self.joints if joint.name not in written]
+        extras = self._extras([job.output for job in jobs])
+        sidecars, left, file_notes = self.files
+        notes = [*self.notes, *extras.notes, *file_notes, *self._base_notes()]
+        config = self._config(jobs, extras, is_whole=not gone) if self.has_config else None
+        return AdapterPlan(
+            jobs=tuple(jobs),
+            carried=tuple(extras.carried),
+            metadata=self.metadata,
+            config=config,
+            sidecars=tuple(sidecars),
+            weights_name="" if self.is_file else WEIGHTS_NAME,
+            stamps={adapter.weights: adapter.stamp for adapter in self.adapters},
+            notes=tuple(dict.fromkeys(notes)),
+            dropped=(
+                *((name, "the budget leaves no rank for it") for name in gone),
+                *extras.dropped,
+                *left,
+            ),
+        )
+
+    def _extras(self, sites: Sequence[OutputSite]) -> Extras:
+        return gather_extras(
+            self.adapters, sites, self.scheme, policy=self.policy, dtype=self.dtype
+        )
+
+    def _job(self, joint: Joint, ranks: Mapping[str, int]) -> Iterator[ModuleJob]:
+        rank = ranks[joint.output.pattern_path]
+        if rank == 0:
+            return
+        alpha = float(rank)
+        if self.keep_factors and self._is_kept(joint, rank):
+            route, alpha = "copy", _kept_alpha(joint)
+        elif joint.twin_of is not None:
+            route, alpha = "twin", rank * joint.twin_scale
+        elif self.method != "linear":
+            route = self.method
+        else:
+            route = "exact" if rank >= joint.full_rank else "truncate"
+        output = replace(joint.output, rank=rank, alpha=self.alphas.get(joint.name, alpha))
+        specs = site_specs(self.scheme, output, with_alpha=self.has_alphas)
+        yield ModuleJob(joint, output, specs, route)
+
+    def _is_kept(self, joint: Joint, rank: int) -> bool:
+        """Whether the stored factors can be written as they are."""
+        (term,) = joint.terms
+        site = term.site
+        dtypes = {site.slots[slot].spec.dtype for slot in site.slots if slot in PLAIN}
+        return (
+            rank == site.rank
+            and site.variant == "lora"
+            and site.slots.keys() <= PLAIN | {Slot.ALPHA}
+            and dtypes == {joint.output.dtype}
+        )
+
+    def _config(
+        self, jobs: Sequence[ModuleJob], extras: Extras, *, is_whole: bool
+    ) -> dict[str, Any]:
+        configs = [dict(a.config.raw) for a in self.adapters if a.config is not None]
+        first = configs[0] if configs else {}
+        changes = dict(extras.config)
+        for name in ("base_model_name_or_path", "task_type"):
+            found = next((c[name] for c in configs if c.get(name)), None)
+            if found is not None:
+                changes[name] = found
+        if any(config.get("fan_in_fan_out") for config in configs):
+            changes["fan_in_fan_out"] = True
+        parameters = [job.joint.name for job in jobs if job.output.is_parameter]
+        return lora_config(
+            first,
+            [job.output for job in jobs],
+            keep_targets=is_whole and _same_targets(self.adapters, self.joints),
+            parameters=parameters,
+            changes=changes,
+        )
+
+    def _base_notes(self) -> Iterator[str]:
+        bases = {a.config.base_model for a in self.adapters if a.config and a.config.base_model}
+        if len(bases) > 1:
+            yield f"the adapters name different bases: {', '.join(sorted(bases))}"
+        for adapter in self.adapters:
+            yield from (f"{adapter.path}: {note}" for note in adapter.notes)
+            if adapter.skipped:
+                yield f"{adapter.path}: {len(adapter.skipped)} keys were skipped as asked"
+            if any(site.scaling.alpha is None for site in adapter.sites):
+                yield f"{adapter.path}: alpha is not recorded; its scale is taken as 1"
+
+
+def _kept_alpha(joint: Joint) -> float:
+    """Return the alpha that gives stored factors their scale as ``alpha / rank``."""
+    site = joint.terms[0].site
+    scaling = site.scaling
+    is_plain = not scaling.rank_stabilised and not scaling.epsilon
+    if scaling.alpha is not None and is_plain and scaling.rank == site.rank:
+        return scaling.alpha
+    return scaling.factor * site.rank
+
+
+def _same_targets(adapters: Sequence[Adapter], joints: Sequence[Joint]) -> bool:
+    """Whether the fields that choose modules mean the same in all adapters, and all modules."""
+    names = (
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    )
+    fields = [
+        tuple(json.dumps(_ordered(adapter.field(name)), sort_keys=True) for name in names)
+        for adapter in adapters
+    ]
+    return len(set(fields)) == 1 and all(len(joint.terms) == len(adapters) for joint in joints)
+
+
+def _ordered(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value
+
+
+def _kept_metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Return what a single input's metadata says beside the format and its own history."""
+    if len(adapters) != 1:
+        return {}
+    return {k: v for k, v in adapters[0].metadata.items() if k not in ("format", PROVENANCE_KEY)}
+
+
+def _hash(adapter: Adapter) -> str:
+    digest = hashlib.sha256()
+    with adapter.weights.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,260 @@
+"""From what a user asks for to the rank of every module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Final
+
+from loratool.errors import AdapterError, OptionError
+from loratool.files.dtypes import DTYPES
+from loratool.math.ranks import allocate, minimal_rank, profile_of
+from loratool.ops.algebra.joining import Joint
+from loratool.ops.algebra.planning import AdapterPlan
+
+__all__ = ["Truncation", "choose_ranks", "full_ranks", "parse_size"]
+
+UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+ROUNDS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """How far to truncate. At most one of all but ``rank``, which may limit any of them.
+
+    Attributes:
+        rank: At most this rank in every module.
+        energy: The share of ``‖Δ‖_F²`` to keep in every module.
+        max_error: The relative Frobenius error to allow in every module.
+        max_size: Bytes of the whole file.
+        sv_ratio: Keep singular values above ``σ₁ / sv_ratio``.
+        sv_fro: The share of ``‖Δ‖_F`` to keep.
+        sv_cumulative: The share of ``Σσ`` to keep.
+        multiple: Make every rank a multiple of this.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_error: float | None = None
+    max_size: int | None = None
+    sv_ratio: float | None = None
+    sv_fro: float | None = None
+    sv_cumulative: float | None = None
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        rules = [name for name in _rules() if getattr(self, name) is not None]
+        if len(rules) > 1:
+            raise OptionError("truncation", f"give one of {' and '.join(map(_flag, rules))}")
+        for name in ("energy", "sv_fro", "sv_cumulative"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise OptionError(_flag(name), f"{value:g} is no share between 0 and 1")
+        if self.max_error is not None and not 0 <= self.max_error < 1:
+            raise OptionError(_flag("max_error"), f"{self.max_error:g} is not in [0, 1)")
+        if self.sv_ratio is not None and not self.sv_ratio >= 1:
+            raise OptionError(_flag("sv_ratio"), f"{self.sv_ratio:g} is less than 1")
+        if self.rank is not None and self.rank < 1:
+            raise OptionError("--rank", f"{self.rank} is less than 1")
+        if self.multiple < 1:
+            raise OptionError("--rank-multiple", f"{self.multiple} is less than 1")
+        if self.rank is not None and self.rank < self.multiple:
+            raise OptionError(
+                "--rank-multiple",
+                f"no multiple of {self.multiple} is at most --rank {self.rank}",
+            )
+
+    @property
+    def rule(self) -> tuple[str, float] | None:
+        """The rule for single modules and its value, if there is one."""
+        for name in _rules():
+            if name != "max_size" and getattr(self, name) is not None:
+                return name, getattr(self, name)
+        return None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything was asked for."""
+        return self.rank is not None or self.rule is not None or self.max_size is not None
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether the ranks depend on the tensors, not on headers alone."""
+        return self.rule is not None or self.max_size is not None
+
+    def fitted(self, rank: int) -> int:
+        """Return ``rank`` as a multiple, rounded up unless the largest allowed is smaller."""
+        rank = -(-rank // self.multiple) * self.multiple
+        if self.rank is not None:
+            rank = min(rank, self.rank // self.multiple * self.multiple)
+        return rank
+
+
+def _rules() -> tuple[str, ...]:
+    return tuple(f.name for f in fields(Truncation) if f.name not in ("rank", "multiple"))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def parse_size(text: str | int) -> int:
+    """Return bytes: ``8MB``, ``7.5 MiB``, ``500k`` or a plain number; units are decimal but for i.
+
+    Raises:
+        OptionError: It is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
+    if match is None or (match[3] and not match[2]):
+        raise OptionError("--max-size", f"{text!r} is no size; expected one such as 8MB")
+    unit = UNITS[match[2]]
+    if match[3]:
+        unit = 1024 ** (list(UNITS).index(match[2]))
+    return int(float(match[1]) * unit)
+
+
+def full_ranks(joints: Sequence[Joint], truncation: Truncation | None = None) -> dict[str, int]:
+    """Return the rank of each module that ``--rank`` alone allows, by pattern path."""
+    ranks: dict[str, int] = {}
+    for joint in joints:
+        path = joint.output.pattern_path
+        ranks[path] = max(ranks.get(path, 1), joint.full_rank)
+    if truncation is None:
+        return ranks
+    limit = truncation.rank
+    return {
+        path: truncation.fitted(rank if limit is None else min(rank, limit))
+        for path, rank in ranks.items()
+    }
+
+
+def choose_ranks(
+    joints: Sequence[Joint],
+    truncation: Truncation,
+    spectra: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    plan_for: Callable[[Mapping[str, int]], AdapterPlan],
+    base_norms: Mapping[str, float] | None = None,
+    is_met: Callable[[Joint, int], bool] | None = None,
+) -> dict[str, int]:
+    """Return the rank of each module, by pattern path.
+
+    Modules that share a pattern path (both projections of an ``nn.MultiheadAttention``, a head
+    and the embedding it is tied to) share a rank.
+
+    Args:
+        joints: The modules.
+        truncation: What was asked for; its ``rank`` limits all.
+        spectra: Singular values by name of the module, for each expert.
+        plan_for: Returns the plan for given ranks, whose size is what counts for a budget.
+        base_norms: ``‖W‖_F`` by name, to weigh errors relative to the base.
+        is_met: Whether a rank keeps the promise of ``max_error`` with its rounding.
+
+    Raises:
+        AdapterError: Nothing fits into the budget.
+    """
+    limits = full_ranks(joints, truncation)
+    profiles = {name: profile_of(values) for name, values in spectra.items()}
+    if truncation.max_size is not None:
+        return _within(joints, truncation, profiles, limits, plan_for, base_norms)
+    assert truncation.rule is not None
+    rule, value = truncation.rule
+    ranks: dict[str, int] = {}
+    for joint in joints:
+        if joint.twin_of is not None:
+            continue
+        rank = minimal_rank(profiles[joint.name], rule, value)
+        path = joint.output.pattern_path
+        most = min(limits[path], joint.full_rank)
+        while is_met is not None and rank < most and not is_met(joint, rank):
+            rank += 1
+        ranks[path] = max(ranks.get(path, 1), rank)
+    ranks = {path: min(truncation.fitted(rank), limits[path]) for path, rank in ranks.items()}
+    return ranks | _twins(joints, ranks)
+
+
+def _twins(joints: Sequence[Joint], ranks: Mapping[str, int]) -> dict[str, int]:
+    """Return the ranks of tied heads: those of their embeddings."""
+    paths = {joint.name: joint.output.pattern_path for joint in joints}
+    return {
+        joint.output.pattern_path: ranks[paths[joint.twin_of]]
+        for joint in joints
+        if joint.twin_of is not None
+    }
+
+
+def _within(
+    joints: Sequence[Joint],
+    truncation: Truncation,
+    profiles: Mapping[str, Sequence[float]],
+    limits: Mapping[str, int],
+    plan_for: Callable[[Mapping[str, int]], AdapterPlan],
+    base_norms: Mapping[str, float] | None,
+) -> dict[str, int]:
+    """Spend one budget on all modules."""
+    budget = truncation.max_size
+    assert budget is not None
+    paths = {joint.name: joint.output.pattern_path for joint in joints}
+    owner = {
+        joint.name: paths[joint.twin_of] if joint.twin_of else paths[joint.name] for joint in joints
+    }
+    groups = list(dict.fromkeys(owner.values()))
+    gains: dict[str, list[float]] = {group: [] for group in groups}
+    costs = dict.fromkeys(groups, 0)
+    for joint in joints:
+        group = owner[joint.name]
+        costs[group] += joint.output.rank_elements * DTYPES[joint.output.dtype].bits // 8
+        weight = _importance(joint, base_norms)
+        profile = [square * weight for square in profiles[joint.name]]
+        gains[group] = _added(gains[group], profile)
+    caps = [limits[group] for group in groups]
+
+    def spread(reserve: int) -> dict[str, int]:
+        ranks = dict(
+            zip(
+                groups,
+                allocate(
+                    [gains[group] for group in groups],
+                    [costs[group] for group in groups],
+                    budget - reserve,
+                    caps=caps,
+                    multiple=truncation.multiple,
+                ),
+                strict=True,
+            )
+        )
+        return ranks | _twins(joints, ranks)
+
+    def overhead(ranks: Mapping[str, int]) -> int:
+        return plan_for(ranks).nbytes - sum(costs[group] * ranks[group] for group in groups)
+
+    def value(ranks: Mapping[str, int]) -> float:
+        return sum(sum(gains[group][: ranks[group]]) for group in groups)
+
+    best = spread(overhead(limits))
+    for _ in range(ROUNDS):
+        # Modules that got no rank need no header either: spend what they leave.
+        more = spread(overhead(best))
+        if plan_for(more).nbytes > budget or value(more) <= value(best):
+            break
+        best = more
+    if not any(best.values()):
+        smallest = plan_for(dict.fromkeys(limits, truncation.multiple)).nbytes
+        raise AdapterError(
+            "--max-size",
+            f"{budget} bytes do not hold a single rank",
+            hint=f"rank {truncation.multiple} in every module takes {smallest} bytes",
+        )
+    return best
+
+
+def _importance(joint: Joint, base_norms: Mapping[str, float] | None) -> float:
+    norm = base_norms.get(joint.name, 0.0) if base_norms is not None else 0.0
+    return 1 / norm**2 if norm else 1.0
+
+
+def _added(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
+    tail = longer[len(shorter) :]
+    return [a + b for a, b in zip(longer, shorter, strict=False)] + list(tail)

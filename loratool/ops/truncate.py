@@ -1,0 +1,134 @@
+"""``truncate``: the best approximation of an adapter at lower ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+
+from loratool.errors import OptionError
+from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.ops.algebra.joining import check_computable, join
+from loratool.ops.algebra.planning import Draft, output_scheme
+from loratool.ops.algebra.ranks import Truncation, full_ranks, parse_size
+from loratool.ops.algebra.result import AdapterReport
+from loratool.ops.opening import open_adapter
+
+__all__ = ["truncate"]
+
+AnyPath = str | PathLike[str]
+Progress = Callable[[int, int], None]
+
+
+def truncate(
+    adapter: AnyPath,
+    output: AnyPath,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    max_size: int | str | None = None,
+    sv_ratio: float | None = None,
+    sv_fro: float | None = None,
+    sv_cumulative: float | None = None,
+    rank_multiple: int = 1,
+    base: AnyPath | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> AdapterReport:
+    """Write the best approximation of ``adapter`` at lower ranks (Eckart & Young 1936).
+
+    The deltas are decomposed through their factors, in float64, without ever being formed. The
+    singular values are split evenly between the factors, whose scale becomes 1 (alpha = rank).
+    A module whose rank does not change keeps its factors and its alpha, bit for bit.
+
+    Args:
+        adapter: File or folder.
+        output: Where the result goes: a folder, or a file for schemes without a configuration.
+        rank: At most this rank in every module; may limit any of the following.
+        energy: Smallest rank that keeps this share of ``‖Δ‖_F²`` in each module.
+        max_error: Smallest rank with at most this relative Frobenius error in each module.
+        max_size: Bytes of the weights file (or ``"8MB"``), spread over the modules so that the
+            total squared error is smallest; a module may lose all of its ranks.
+        sv_ratio: Keep the singular values above ``σ₁ / sv_ratio``.
+        sv_fro: Smallest rank that keeps this share of ``‖Δ‖_F``.
+        sv_cumulative: Smallest rank that keeps this share of the sum of the singular values.
+        rank_multiple: Make every rank a multiple of this.
+        base: With ``max_size``: weigh each error by the norm of the base's own weight.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; by default that of the input.
+        force: Replace an existing output.
+        dry_run: Compute, report, and write nothing.
+        alpha: Alpha where none is recorded.
+        adapter_name: Which adapter, where a path holds several.
+        skip: Regular expressions; keys that match are left out, and reported.
+        device: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: Number of modules in work at a time.
+        progress: Called with how much is done and how much there is.
+
+    Raises:
+        LoratoolError: Nothing was written; the message says why.
+    """
+    size = parse_size(max_size) if max_size is not None else None
+    truncation = Truncation(
+        rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
+    )
+    if not truncation.is_given:
+        raise OptionError("truncation", "say how far: --rank, --energy, --max-error or --max-size")
+    if base is not None and truncation.max_size is None:
+        raise OptionError("--base", "weighs modules against each other, for --max-size only")
+    opened = open_adapter(adapter, adapter_name=adapter_name, alpha=alpha, skip=skip)
+    check_computable(opened, verb="truncate")
+    written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
+    joints, notes = join([opened], [1.0], dtype=written_dtype)
+    options = {
+        "rank": rank,
+        "energy": energy,
+        "max_error": max_error,
+        "max_size": size,
+        "sv_ratio": sv_ratio,
+        "sv_fro": sv_fro,
+        "sv_cumulative": sv_cumulative,
+        "rank_multiple": rank_multiple if rank_multiple > 1 else None,
+        "base": Path(base).resolve().name if base is not None else None,
+        "dtype": dtype,
+        "alpha": alpha,
+        "skip": tuple(skip),
+    }
+    draft = Draft(
+        verb="truncate",
+        adapters=[opened],
+        joints=joints,
+        scheme=output_scheme([opened], None),
+        output=Path(output),
+        options=options,
+        dtype=written_dtype,
+        keep_factors=True,
+        notes=notes,
+    )
+    draft.plan(full_ranks(joints, truncation))  # what cannot be written fails before the work
+    from loratool.ops.algebra.finishing import finish
+
+    base_norms = None
+    if base is not None:
+        from loratool.ops.algebra.base_norms import weight_norms
+
+        base_norms = weight_norms(opened, Path(base))
+    inputs = [Path(adapter), *([Path(base)] if base is not None else [])]
+    return finish(
+        draft,
+        truncation,
+        inputs=inputs,
+        force=force,
+        dry_run=dry_run,
+        device=device,
+        threads=threads,
+        progress=progress,
+        base_norms=base_norms,
+    )
