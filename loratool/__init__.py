@@ -12,22 +12,34 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from loratool.adapter.findings import Finding
     from loratool.errors import LoratoolError
+    from loratool.ops.algebra.result import AdapterReport
+    from loratool.ops.compare import Comparison, compare
+    from loratool.ops.compose import compose
     from loratool.ops.inspect import inspect
     from loratool.ops.merge import MergeReport, merge, plan_merge
     from loratool.ops.opening import open_adapter
+    from loratool.ops.rescale import RescaleReport, rescale
     from loratool.ops.schemes import schemes
+    from loratool.ops.truncate import truncate
     from loratool.ops.validate import validate
     from loratool.ops.verify import verify
 
 __all__ = [
+    "AdapterReport",
+    "Comparison",
     "Finding",
     "LoratoolError",
     "MergeReport",
+    "RescaleReport",
+    "compare",
+    "compose",
     "inspect",
     "merge",
     "open_adapter",
     "plan_merge",
+    "rescale",
     "schemes",
+    "truncate",
     "validate",
     "verify",
 ]
@@ -35,14 +47,21 @@ __all__ = [
 __version__ = "0.1.0"
 
 _PLACES: Final = {
+    "AdapterReport": "loratool.ops.algebra.result",
+    "Comparison": "loratool.ops.compare",
     "Finding": "loratool.adapter.findings",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.ops.merge",
+    "RescaleReport": "loratool.ops.rescale",
+    "compare": "loratool.ops.compare",
+    "compose": "loratool.ops.compose",
     "inspect": "loratool.ops.inspect",
     "merge": "loratool.ops.merge",
     "open_adapter": "loratool.ops.opening",
     "plan_merge": "loratool.ops.merge",
+    "rescale": "loratool.ops.rescale",
     "schemes": "loratool.ops.schemes",
+    "truncate": "loratool.ops.truncate",
     "validate": "loratool.ops.validate",
     "verify": "loratool.ops.verify",
 }

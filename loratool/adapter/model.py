@@ -15,6 +15,7 @@ from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 
 __all__ = [
+    "BASE_DEPENDENT",
     "FUSED_PARAMETERS",
     "HEAD_LEAVES",
     "Adapter",
@@ -27,6 +28,9 @@ __all__ = [
 
 HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "proj_out", "lm_loss"))
 """What output heads that may share the embedding's weight are called."""
+
+BASE_DEPENDENT: Final = frozenset(("dora", "kasa", "qalora"))
+"""Variants whose delta is not ``scale · B @ A`` of the stored factors but depends on the base."""
 
 FUSED_PARAMETERS: Final = ("gate_up_proj", "down_proj")
 """The parameters of fused experts, in the order in which transformers registers them."""

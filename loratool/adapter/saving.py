@@ -16,7 +16,7 @@ from loratool.adapter.slots import AdapterKey, Slot
 from loratool.errors import UnsupportedError
 from loratool.files.spec import TensorSpec
 
-__all__ = ["OutputSite", "exact_number", "lora_config", "site_key", "site_specs"]
+__all__ = ["OutputSite", "exact_number", "lora_config", "scale_fields", "site_key", "site_specs"]
 
 FIRST_RELEASE_FIELDS: Final = ("enable_lora", "merge_weights")
 """Fields of PEFT's first releases, which later ones warn about."""
@@ -192,7 +192,7 @@ def lora_config(
     config.setdefault("bias", "none")
     config.setdefault("base_model_name_or_path", None)
     config.setdefault("task_type", None)
-    config |= _scales(sites)
+    config |= scale_fields(sites)
     modules = [site for site in sites if not site.is_parameter and site.is_target]
     names = list(dict.fromkeys(site.pattern_path for site in modules))
     if not (keep_targets and _covers(old, names)):
@@ -213,7 +213,8 @@ def _covers(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
     return all(matches_target(targets, module) for module in modules)
 
 
-def _scales(sites: Sequence[OutputSite]) -> dict[str, Any]:
+def scale_fields(sites: Sequence[OutputSite]) -> dict[str, Any]:
+    """Return rank, alpha and the patterns that say exactly what ``sites`` have."""
     counts = Counter((site.rank, site.alpha) for site in sites)
     (rank, alpha), _ = counts.most_common(1)[0] if counts else ((1, 1.0), 0)
     patterns = {site.pattern_path: site for site in sites}.items()

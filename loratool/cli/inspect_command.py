@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 
 import click
 
 from loratool.cli import options, render
 from loratool.cli.folding import fold_names
+from loratool.cli.grouping import group_modules, span, sparkline
 from loratool.errors import printable
 from loratool.ops.inspect import AdapterInfo, ModelInfo, ModuleInfo, inspect
 
@@ -19,20 +22,52 @@ __all__ = ["command"]
 @click.command("inspect")
 @click.argument("path", type=options.PATH)
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
+@click.option("--spectrum", is_flag=True, help="Read the factors too: singular values, norms.")
+@options.plot
+@options.force
 @options.adapter_name
+@options.threads
+@options.quiet
 @options.as_json
 @options.debug
-def command(path: Path, modules: bool, adapter_name: str | None, as_json: bool) -> None:
+def command(
+    path: Path,
+    modules: bool,
+    spectrum: bool,
+    plot: Path | None,
+    force: bool,
+    adapter_name: str | None,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Say what an adapter (or a model) is.
 
-    Only headers are read, so this is quick for files of any size.
+    Only headers are read, so this is quick for files of any size. --spectrum reads the factors
+    of an adapter as well, and --plot draws their spectra.
 
     \b
     Example:
         loratool inspect my-adapter/
+        loratool inspect my-adapter/ --spectrum --plot spectra.png
         loratool inspect adapter_model.safetensors --json | jq '.modules[0]'
     """
-    info = inspect(path, adapter_name=adapter_name)
+    if plot is not None:
+        from loratool.cli.plots import check_plot
+
+        check_plot(plot, force=force, inputs=[path])
+    with render.progress_bar("reading", quiet=quiet or not (spectrum or plot)) as progress:
+        info = inspect(
+            path,
+            spectrum=spectrum or plot is not None,
+            adapter_name=adapter_name,
+            threads=threads,
+            progress=progress,
+        )
+    if plot is not None and isinstance(info, AdapterInfo):
+        from loratool.cli.plots import plot_spectra
+
+        plot_spectra(info.spectra, path.resolve().name, plot, force=force)
     if as_json:
         render.print_json(info.as_json())
     elif isinstance(info, ModelInfo):
@@ -60,6 +95,8 @@ def _print_adapter(info: AdapterInfo, *, unfolded: bool) -> None:
         ("modules", "count", "kind", "rank", "alpha", "scale", "in", "out", "dtype"),
         [_row(names, members) for names, members in groups],
     )
+    if info.spectra:
+        _print_spectra(info, unfolded=unfolded)
     if adapter.extras:
         render.print_table(
             "not part of a delta",
@@ -69,7 +106,39 @@ def _print_adapter(info: AdapterInfo, *, unfolded: bool) -> None:
                 for e in adapter.extras
             ],
         )
-    render.print_notes(adapter.notes)
+    render.print_notes(info.notes)
+
+
+def _print_spectra(info: AdapterInfo, *, unfolded: bool) -> None:
+    names = [spectrum.module for spectrum in info.spectra]
+    groups = (
+        [((spectrum.module,), [spectrum]) for spectrum in info.spectra]
+        if unfolded
+        else group_modules(info.spectra, names)
+    )
+    render.print_table(
+        "spectra of the deltas",
+        ("modules", "‖delta‖", "σ₁", "stable", "effective", "90 %", "99 %", "99.9 %", "σ (log)"),
+        [
+            (
+                folded,
+                span(s.frobenius_norm for s in members),
+                span(s.spectral_norm for s in members),
+                span((s.stable_rank for s in members), ".1f"),
+                span((s.effective_rank for s in members), ".1f"),
+                *(
+                    span((s.energy_ranks[name] for s in members), "d")
+                    for name in members[0].energy_ranks
+                ),
+                sparkline(_mean([s.singular_values for s in members])),
+            )
+            for folded, members in groups
+        ],
+    )
+
+
+def _mean(spectra: list[tuple[float, ...]]) -> list[float]:
+    return [fmean(values) for values in zip_longest(*spectra, fillvalue=0.0)]
 
 
 def _print_model(info: ModelInfo) -> None:

@@ -17,7 +17,17 @@ from loratool.errors import LoratoolError, printable
 
 __all__ = ["cli", "main"]
 
-COMMANDS: Final = ("inspect", "validate", "schemes", "merge", "verify")
+COMMANDS: Final = (
+    "inspect",
+    "validate",
+    "compare",
+    "compose",
+    "rescale",
+    "truncate",
+    "merge",
+    "verify",
+    "schemes",
+)
 FAILURE: Final = 2
 LONGEST_MESSAGE: Final = 2000
 
@@ -54,7 +64,7 @@ class LazyGroup(click.Group):
 )
 @click.version_option(loratool.__version__, prog_name="loratool", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Inspect, check and merge LoRA adapters, file to file.
+    """Inspect, check, combine, shrink and merge LoRA adapters, file to file.
 
     No model code, no transformers, no GPU: adapters and bases are read as files, streamed in
     small blocks, and written whole or not at all.

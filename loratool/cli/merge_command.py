@@ -10,7 +10,6 @@ import click
 from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.errors import printable
-from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.ops.merge import MergeReport, merge, plan_merge
 from loratool.ops.plan import Plan
 
@@ -20,15 +19,15 @@ __all__ = ["command"]
 @click.command("merge")
 @click.argument("base", type=options.PATH)
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("-o", "--output", type=options.PATH, required=True, help="Where the result goes.")
+@options.output
 @options.weights
-@click.option("--dtype", type=click.Choice(list(OUTPUT_DTYPES)), help="Convert all floats to this.")
+@options.dtype
 @options.alpha
 @options.adapter_name
 @options.skip
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity where they come out.")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@options.force
+@options.dry_run
 @click.option("--sync", is_flag=True, help="Wait until everything is on the disk itself.")
 @options.device
 @options.threads

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from loratool.files.dtypes import OUTPUT_DTYPES
+
 __all__ = [
     "PATH",
     "adapter_name",
@@ -16,9 +18,15 @@ __all__ = [
     "as_json",
     "debug",
     "device",
+    "dry_run",
+    "dtype",
+    "force",
+    "output",
+    "plot",
     "quiet",
     "skip",
     "threads",
+    "truncation",
     "weights",
 ]
 
@@ -72,4 +80,67 @@ threads: Decorator = click.option(
     type=click.IntRange(1, 64),
     metavar="N",
     help="Worker threads; by default one for each processor, at most 8.",
+)
+
+
+def truncation(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how far to truncate."""
+    options = (
+        click.option("--rank", type=click.IntRange(1), metavar="R", help="At most this rank."),
+        click.option(
+            "--energy",
+            type=float,
+            metavar="E",
+            help="Smallest rank keeping this share of ‖delta‖² in each module.",
+        ),
+        click.option(
+            "--max-error",
+            type=float,
+            metavar="X",
+            help="Smallest rank with at most this relative error in each module.",
+        ),
+        click.option(
+            "--max-size",
+            metavar="SIZE",
+            help="Bytes of the whole file (8MB), spread for the smallest total error.",
+        ),
+        click.option(
+            "--sv-ratio", type=float, metavar="P", help="Keep singular values above the first / P."
+        ),
+        click.option(
+            "--sv-fro", type=float, metavar="P", help="Smallest rank keeping this share of ‖delta‖."
+        ),
+        click.option(
+            "--sv-cumulative",
+            type=float,
+            metavar="P",
+            help="Smallest rank keeping this share of the sum of singular values.",
+        ),
+        click.option(
+            "--rank-multiple",
+            type=click.IntRange(1),
+            default=1,
+            metavar="M",
+            help="Make every rank a multiple of this, such as 8 for servers.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+output: Decorator = click.option(
+    "-o", "--output", type=PATH, required=True, help="Where the result goes."
+)
+force: Decorator = click.option("--force", is_flag=True, help="Replace an existing output.")
+dry_run: Decorator = click.option(
+    "--dry-run", is_flag=True, help="Say what would be written, and write nothing."
+)
+dtype: Decorator = click.option(
+    "--dtype",
+    type=click.Choice(list(OUTPUT_DTYPES)),
+    help="Write floats in this; by default as the input.",
+)
+plot: Decorator = click.option(
+    "--plot", type=PATH, metavar="FILE", help="Draw it: a .png, .svg or .html file."
 )

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.adapter.config import CONFIG_NAME
-from loratool.adapter.model import Adapter, Site
+from loratool.adapter.model import BASE_DEPENDENT, Adapter, Site
 from loratool.adapter.opening import PREFERRED
 from loratool.adapter.recognise import looks_like_adapter
-from loratool.errors import AdapterError, BaseModelError
+from loratool.errors import AdapterError, BaseModelError, OptionError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.container import open_weights
 from loratool.names.tied import architectures, tie_flag
 from loratool.ops.opening import open_adapter
 from loratool.schemes import builtin_schemes
+
+if TYPE_CHECKING:
+    from loratool.ops.spectrum import Spectrum
 
 __all__ = ["AdapterInfo", "ModelInfo", "ModuleInfo", "inspect"]
 
@@ -71,10 +75,21 @@ class AdapterInfo:
     Attributes:
         adapter: The opened adapter.
         modules: Its modules.
+        spectra: Their spectra, where those were asked for, in the same order.
     """
 
     adapter: Adapter
     modules: tuple[ModuleInfo, ...]
+    spectra: tuple[Spectrum, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing, one sentence each."""
+        partial = {site.variant for site in self.adapter.sites} & BASE_DEPENDENT
+        if not self.spectra or not partial:
+            return self.adapter.notes
+        words = f"{', '.join(sorted(partial))}: the spectra are those of scale · B @ A alone"
+        return (*self.adapter.notes, words)
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
@@ -87,10 +102,13 @@ class AdapterInfo:
             "base_model": adapter.config.base_model if adapter.config else None,
             "parameters": adapter.parameters,
             "bytes": adapter.nbytes,
-            "modules": [module.as_json() for module in self.modules],
+            "modules": [
+                module.as_json() | (spectrum.as_json() if spectrum else {})
+                for module, spectrum in zip_longest(self.modules, self.spectra)
+            ],
             "extras": [extra.key for extra in adapter.extras],
             "metadata": dict(adapter.metadata),
-            "notes": list(adapter.notes),
+            "notes": list(self.notes),
         }
 
 
@@ -142,13 +160,21 @@ class ModelInfo:
 
 
 def inspect(
-    path: str | PathLike[str], *, adapter_name: str | None = None
+    path: str | PathLike[str],
+    *,
+    spectrum: bool = False,
+    adapter_name: str | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> AdapterInfo | ModelInfo:
     """Say what is at ``path``, from headers alone; torch is not imported.
 
     Args:
         path: An adapter or a model, file or folder.
+        spectrum: Read the factors of an adapter too, and add the singular values of its deltas.
         adapter_name: Which adapter, where there are several.
+        threads: With ``spectrum``: number of modules in work at a time.
+        progress: With ``spectrum``: called with how much is done and how much there is.
 
     Raises:
         LoratoolError: It is neither, or a file breaks the rules of its format.
@@ -158,7 +184,14 @@ def inspect(
         raise AdapterError(place, "no such file or folder")
     if _is_adapter(place):
         adapter = open_adapter(place, adapter_name=adapter_name)
-        return AdapterInfo(adapter, tuple(ModuleInfo.of(site) for site in adapter.sites))
+        found: tuple[Spectrum, ...] = ()
+        if spectrum:
+            from loratool.ops.spectrum import spectra
+
+            found = spectra(adapter, threads=threads, progress=progress)
+        return AdapterInfo(adapter, tuple(ModuleInfo.of(site) for site in adapter.sites), found)
+    if spectrum:
+        raise OptionError(place, "a model; only adapters have deltas with a spectrum")
     checkpoint = open_checkpoint(place)
     tensors = checkpoint.tensors.values()
     return ModelInfo(

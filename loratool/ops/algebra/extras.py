@@ -31,11 +31,15 @@ class Carried:
         sources: What it comes from: the one tensor, or all that are averaged.
         rows: For rows of an embedding: for each row written, which rows of which tensors of
             ``sources`` it is the mean of.
+        factor: What the values are multiplied by.
+        constant: The one value of a scalar that does not come from a tensor.
     """
 
     spec: TensorSpec
     sources: tuple[StoredTensor, ...]
     rows: tuple[tuple[tuple[int, int], ...], ...] = ()
+    factor: float = 1.0
+    constant: float | None = None
 
 
 @dataclass

@@ -22,11 +22,20 @@ from loratool.files.safetensors import canonical_order, format_header
 from loratool.files.spec import TensorSpec
 from loratool.ops.algebra.extras import Carried, Extras, gather_extras
 from loratool.ops.algebra.joining import Joint
-from loratool.ops.algebra.sidecars import carried_files, write_sidecars
+from loratool.ops.algebra.sidecars import carried_files
 from loratool.ops.plan import Sidecar
 from loratool.schemes import builtin_schemes, scheme_named
 
-__all__ = ["WEIGHTS_NAME", "AdapterPlan", "Draft", "ModuleJob", "output_scheme", "write_sidecars"]
+__all__ = [
+    "WEIGHTS_NAME",
+    "AdapterPlan",
+    "Draft",
+    "ModuleJob",
+    "check_place",
+    "input_notes",
+    "output_scheme",
+    "provenance",
+]
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PROVENANCE_KEY: Final = "loratool"
@@ -163,13 +172,7 @@ class Draft:
     alphas: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.is_file and self.has_config:
-            raise OutputError(
-                self.output,
-                f"the scheme {self.scheme.name!r} keeps its scale in {CONFIG_NAME}, which a "
-                "single file has no place for",
-                hint=f"name a folder, such as {self.output.with_suffix('')}",
-            )
+        check_place(self.output, self.scheme.name, has_config=self.has_config)
 
     @property
     def is_file(self) -> bool:
@@ -191,17 +194,7 @@ class Draft:
     @cached_property
     def metadata(self) -> dict[str, str]:
         """The metadata of the weights file: the format, and how it came to be."""
-        provenance = {
-            "command": self.verb,
-            "version": loratool.__version__,
-            "inputs": [
-                {"name": adapter.path.resolve().name, "sha256": _hash(adapter)}
-                for adapter in self.adapters
-            ],
-            "options": {k: v for k, v in self.options.items() if v not in (None, (), [], False)},
-        }
-        text = json.dumps(provenance, sort_keys=True, separators=(",", ":"))
-        return {**_kept_metadata(self.adapters), "format": "pt", PROVENANCE_KEY: text}
+        return provenance(self.verb, self.adapters, self.options)
 
     @cached_property
     def files(self) -> tuple[list[Sidecar], list[tuple[str, str]], list[str]]:
@@ -222,7 +215,7 @@ class Draft:
         gone = [joint.name for joint in self.joints if joint.name not in written]
         extras = self._extras([job.output for job in jobs])
         sidecars, left, file_notes = self.files
-        notes = [*self.notes, *extras.notes, *file_notes, *self._base_notes()]
+        notes = [*self.notes, *extras.notes, *file_notes, *input_notes(self.adapters)]
         config = self._config(jobs, extras, is_whole=not gone) if self.has_config else None
         return AdapterPlan(
             jobs=tuple(jobs),
@@ -295,16 +288,33 @@ class Draft:
             changes=changes,
         )
 
-    def _base_notes(self) -> Iterator[str]:
-        bases = {a.config.base_model for a in self.adapters if a.config and a.config.base_model}
-        if len(bases) > 1:
-            yield f"the adapters name different bases: {', '.join(sorted(bases))}"
-        for adapter in self.adapters:
-            yield from (f"{adapter.path}: {note}" for note in adapter.notes)
-            if adapter.skipped:
-                yield f"{adapter.path}: {len(adapter.skipped)} keys were skipped as asked"
-            if any(site.scaling.alpha is None for site in adapter.sites):
-                yield f"{adapter.path}: alpha is not recorded; its scale is taken as 1"
+
+def check_place(output: Path, scheme: str, *, has_config: bool) -> None:
+    """Refuse a single file as the output where a configuration has to lie beside it.
+
+    Raises:
+        OutputError: It is one.
+    """
+    if has_config and output.suffix.lower() == ".safetensors":
+        raise OutputError(
+            output,
+            f"the scheme {scheme!r} keeps its scale in {CONFIG_NAME}, which a single file has "
+            "no place for",
+            hint=f"name a folder, such as {output.with_suffix('')}",
+        )
+
+
+def input_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Yield what a user should know about the inputs of a result."""
+    bases = {a.config.base_model for a in adapters if a.config and a.config.base_model}
+    if len(bases) > 1:
+        yield f"the adapters name different bases: {', '.join(sorted(bases))}"
+    for adapter in adapters:
+        yield from (f"{adapter.path}: {note}" for note in adapter.notes)
+        if adapter.skipped:
+            yield f"{adapter.path}: {len(adapter.skipped)} keys were skipped as asked"
+        if any(site.scaling.alpha is None for site in adapter.sites):
+            yield f"{adapter.path}: alpha is not recorded; its scale is taken as 1"
 
 
 def _kept_alpha(joint: Joint) -> float:
@@ -337,11 +347,25 @@ def _ordered(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, list) else value
 
 
-def _kept_metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
-    """Return what a single input's metadata says beside the format and its own history."""
-    if len(adapters) != 1:
-        return {}
-    return {k: v for k, v in adapters[0].metadata.items() if k not in ("format", PROVENANCE_KEY)}
+def provenance(
+    verb: str, adapters: Sequence[Adapter], options: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the metadata of a weights file: the format, and how it came to be.
+
+    Inputs go by name and SHA-256 of their weights, so that the same inputs give the same bytes
+    wherever they lie. What a single input's metadata says is kept, but for its own history.
+    """
+    history = {
+        "command": verb,
+        "version": loratool.__version__,
+        "inputs": [
+            {"name": adapter.path.resolve().name, "sha256": _hash(adapter)} for adapter in adapters
+        ],
+        "options": {k: v for k, v in options.items() if v is not None and v != ()},
+    }
+    kept = adapters[0].metadata.items() if len(adapters) == 1 else ()
+    text = json.dumps(history, sort_keys=True, separators=(",", ":"))
+    return {**dict(kept), "format": "pt", PROVENANCE_KEY: text}
 
 
 def _hash(adapter: Adapter) -> str:

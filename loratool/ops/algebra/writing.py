@@ -21,7 +21,8 @@ from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import copy_range, write_all
 from loratool.ops.algebra.computing import Method, ModuleReport, compute, measure, transposed
 from loratool.ops.algebra.extras import Carried
-from loratool.ops.algebra.planning import AdapterPlan, ModuleJob, write_sidecars
+from loratool.ops.algebra.planning import AdapterPlan, ModuleJob
+from loratool.ops.algebra.sidecars import write_sidecars
 from loratool.ops.tensors import Arithmetic, read_tensor, resolve_device, torch_dtype
 
 __all__ = ["Progress", "arithmetic", "in_parallel", "write_adapter"]
@@ -196,10 +197,13 @@ class _Writer:
         return reports
 
     def _carry(self, carried: Carried) -> None:
-        if len(carried.sources) == 1 and not carried.rows:
+        if carried.constant is not None:
+            self._write(carried.spec, torch.tensor(carried.constant, dtype=torch.float64))
+            return
+        if len(carried.sources) == 1 and not carried.rows and carried.factor == 1:
             self._copy(carried.spec, carried.sources[0])
             return
-        values = [read_tensor(stored).double() for stored in carried.sources]
+        values = [read_tensor(stored).double() * carried.factor for stored in carried.sources]
         if carried.rows:
             rows = [
                 torch.stack([values[number][position] for number, position in places]).mean(dim=0)

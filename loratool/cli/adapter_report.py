@@ -1,0 +1,58 @@
+"""What ``truncate`` and ``compose`` say about the adapter they wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratool.cli import render
+from loratool.cli.grouping import group_modules, span
+from loratool.errors import printable
+from loratool.ops.algebra.result import AdapterReport
+
+__all__ = ["print_report"]
+
+LISTED: int = 8
+
+
+def print_report(report: AdapterReport, output: Path, *, as_json: bool, quiet: bool) -> None:
+    """Print a report for a script, or a table and a summary for a person."""
+    if as_json:
+        render.print_json(report.as_json())
+        return
+    render.print_notes(report.notes)
+    if quiet:
+        return
+    names = [module.module for module in report.modules]
+    render.print_table(
+        "would be written" if not report.is_written else "",
+        ("modules", "count", "rank", "from", "relative error", "‖delta‖"),
+        [
+            (
+                folded,
+                len(members),
+                span((m.rank for m in members), "d"),
+                span((m.from_rank for m in members), "d"),
+                span(m.relative_error for m in members),
+                span(m.squared_norm**0.5 for m in members),
+            )
+            for folded, members in group_modules(report.modules, names)
+        ],
+    )
+    for name, why in report.plan.dropped[:LISTED]:
+        click.echo(f"not written: {printable(name)} ({why})", err=True)
+    if len(report.plan.dropped) > LISTED:
+        rest = len(report.plan.dropped) - LISTED
+        click.echo(f"not written: {rest} more; --json lists all", err=True)
+    click.echo(_summary(report, output))
+
+
+def _summary(report: AdapterReport, output: Path) -> str:
+    words = (
+        f"{printable(output)}: {len(report.modules)} modules, "
+        f"{render.human_bytes(report.plan.nbytes)}, relative error {report.relative_error:.3g}"
+    )
+    if report.distance_from_sum is not None:
+        words += f"; {report.distance_from_sum:.3g} from the plain sum"
+    return words if report.is_written else f"dry run, nothing written; {words}"

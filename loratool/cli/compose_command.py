@@ -1,0 +1,85 @@
+"""``loratool compose``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratool.cli import options, render
+from loratool.cli.adapter_report import print_report
+from loratool.ops.algebra.extras import POLICIES
+from loratool.ops.compose import METHODS, compose
+from loratool.schemes import builtin_schemes
+
+__all__ = ["command"]
+
+WRITTEN = [scheme.name for scheme in builtin_schemes() if scheme.writes]
+
+
+@click.command("compose")
+@click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@options.output
+@options.weights
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="linear",
+    show_default=True,
+    help="linear is the exact sum; docs/algebra.md says what the others are.",
+)
+@click.option(
+    "--density",
+    type=float,
+    default=0.5,
+    show_default=True,
+    metavar="D",
+    help="Share of elements that ties, dare, dare-ties, della and knots keep.",
+)
+@click.option(
+    "--epsilon",
+    type=float,
+    default=0.1,
+    show_default=True,
+    metavar="E",
+    help="Window of della's drop probabilities.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="For dare, dare-ties, della.")
+@click.option(
+    "--extras",
+    type=click.Choice(POLICIES),
+    default="error",
+    show_default=True,
+    help="Where adapters bring different heads, biases or token rows.",
+)
+@options.truncation
+@click.option("--to", type=click.Choice(WRITTEN), help="The scheme to write; as the inputs.")
+@options.dtype
+@options.alpha
+@options.adapter_name
+@options.skip
+@options.force
+@options.dry_run
+@options.device
+@options.threads
+@options.quiet
+@options.as_json
+@options.debug
+def command(
+    adapters: tuple[Path, ...], output: Path, quiet: bool, as_json: bool, **settings: Any
+) -> None:
+    """Write the exact weighted sum of the deltas of adapters, as one adapter.
+
+    Ranks, scales, dtypes and targets may differ; weights may be negative. Without a truncation
+    nothing is lost; with one (--rank, --energy, --max-error, --max-size) the result is the best
+    approximation, and its error is told.
+
+    \b
+    Example:
+        loratool compose style/ subject/ -w 0.8 -w 0.6 -o both/
+        loratool compose tuned/ unwanted/ -w 1 -w -1 --rank 16 -o without/
+    """
+    with render.progress_bar("composing", quiet=quiet) as progress:
+        report = compose(adapters, output, progress=progress, **settings)
+    print_report(report, output, as_json=as_json, quiet=quiet)

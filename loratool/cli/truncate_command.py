@@ -1,0 +1,53 @@
+"""``loratool truncate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratool.cli import options, render
+from loratool.cli.adapter_report import print_report
+from loratool.ops.truncate import truncate
+
+__all__ = ["command"]
+
+
+@click.command("truncate")
+@click.argument("adapter", type=options.PATH)
+@options.output
+@options.truncation
+@click.option(
+    "--base",
+    type=options.PATH,
+    metavar="BASE",
+    help="With --max-size: weigh errors relative to the base's own weights.",
+)
+@options.dtype
+@options.alpha
+@options.adapter_name
+@options.skip
+@options.force
+@options.dry_run
+@options.device
+@options.threads
+@options.quiet
+@options.as_json
+@options.debug
+def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings: Any) -> None:
+    """Write the best approximation of an adapter at lower ranks, with the exact error.
+
+    Each delta is decomposed through its factors, in milliseconds, without being formed. Give
+    one of --rank, --energy, --max-error, --max-size or the --sv options; --rank may limit any
+    of the others.
+
+    \b
+    Example:
+        loratool truncate my-adapter/ --rank 16 -o smaller/
+        loratool truncate my-adapter/ --max-error 0.05 --rank-multiple 8 -o smaller/
+        loratool truncate my-adapter/ --max-size 8MB -o smaller/
+    """
+    with render.progress_bar("truncating", quiet=quiet) as progress:
+        report = truncate(adapter, output, progress=progress, **settings)
+    print_report(report, output, as_json=as_json, quiet=quiet)
