@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from loratool.cli import render
+from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
 from loratool.ops.algebra.result import AdapterReport
@@ -40,17 +41,19 @@ def print_report(report: AdapterReport, output: Path, *, as_json: bool, quiet: b
             for folded, members in group_modules(report.modules, names)
         ],
     )
-    for name, why in report.plan.dropped[:LISTED]:
-        click.echo(f"not written: {printable(name)} ({why})", err=True)
-    if len(report.plan.dropped) > LISTED:
-        rest = len(report.plan.dropped) - LISTED
-        click.echo(f"not written: {rest} more; --json lists all", err=True)
+    reasons: dict[str, list[str]] = {}
+    for name, why in report.plan.dropped:
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        shown = [printable(name) for name in fold_names(names)]
+        more = f" and {len(shown) - LISTED} more" if len(shown) > LISTED else ""
+        click.echo(f"not written: {', '.join(shown[:LISTED])}{more}: {why}", err=True)
     click.echo(_summary(report, output))
 
 
 def _summary(report: AdapterReport, output: Path) -> str:
     words = (
-        f"{printable(output)}: {len(report.modules)} modules, "
+        f"{printable(output)}: {len(report.plan.jobs)} modules, "
         f"{render.human_bytes(report.plan.nbytes)}, relative error {report.relative_error:.3g}"
     )
     if report.distance_from_sum is not None:

@@ -81,8 +81,12 @@ def finish(
     else:
         ranks = full_ranks(joints, truncation)
     plan = draft.plan(ranks)
+    written = {job.joint.name: job.output.rank for job in plan.jobs}
     if dry_run:
-        reports = [expected_report(job, spectra[job.joint.name]) for job in plan.jobs]
+        reports = [
+            expected_report(joint, written.get(joint.name, 0), spectra[joint.name])
+            for joint in joints
+        ]
         return AdapterReport(tuple(reports), plan, False, plan.notes)
     reports = write_adapter(
         plan,
@@ -94,6 +98,12 @@ def finish(
         threads=threads,
         progress=_part(progress, 1, 2) if spectra else progress,
     )
+    # A module that the budget leaves out is an error like any other.
+    reports += [
+        expected_report(joint, 0, spectra[joint.name])
+        for joint in joints
+        if joint.name not in written
+    ]
     return AdapterReport(
         tuple(reports), plan, True, (*plan.notes, *_result_notes(plan, reports, truncation))
     )
