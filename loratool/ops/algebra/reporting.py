@@ -19,9 +19,7 @@ CLOSE: Final = 0.9995
 """An error this close to a limit may be pushed over it by the rounding of float32."""
 
 
-def expected_report(
-    joint: Joint, rank: int, spectra: Sequence[Sequence[float]]
-) -> ModuleReport:
+def expected_report(joint: Joint, rank: int, spectra: Sequence[Sequence[float]]) -> ModuleReport:
     """Return the report of a module from its singular values, without rounding."""
     kept = [value for values in spectra for value in values[:rank]]
     tail = [value for values in spectra for value in values[rank:]]
