@@ -128,9 +128,9 @@ def _knots(deltas: Sequence[LowRank], weights: Sequence[float], density: float) 
         start += delta.rank
     U, S, Vh = torch.linalg.svd(torch.cat(rows, dim=1), full_matrices=False)
     count = int((S[:1] * NEGLIGIBLE < S).sum())
-    parts = Vh[:count].reshape(count, len(deltas), -1).transpose(0, 1)
-    if not parts.numel():
-        return factor(LowRank(left[:, :1], torch.zeros_like(deltas[0].down[:1]).double(), 0.0))
+    if not count:
+        return from_core(left, torch.zeros_like(rows[0][:, :1]), rows[0][:1].mT * 0)
+    parts = torch.stack(list(Vh[:count].chunk(len(deltas), dim=1)))
     merged = _ties(_trimmed(parts, density), weights)
     return factor(LowRank(left @ (U[:, :count] * S[:count]), merged))
 

@@ -470,7 +470,7 @@ def _rounding_error(changes: Sequence[_Change], plan: AdapterPlan, threads: int 
     from loratool.ops.algebra.rounding import rounding_error
 
     return rounding_error(
-        [(change.joint, change.up_factor, change.down_factor) for change in changes],
+        [(c.joint, c.up_factor, c.down_factor, c.scale) for c in changes],
         dtypes,
         threads,
     )

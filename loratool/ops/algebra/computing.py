@@ -169,13 +169,13 @@ def compute(
     for expert, deltas in enumerate(load_terms(joint, kind)):
         factors, delta = _exact(joint, expert, deltas, weights, method)
         gross = math.fsum(abs(w) * norm(term) for w, term in zip(weights, deltas, strict=True))
-        written = _written(job, factors, delta, dtype)
+        written, error = _written(job, factors, delta, dtype)
         ups.append(written.up)
         downs.append(written.down)
         distance = None
         if method.name != "linear":
             distance = factor(stacked(deltas, weights)).squared_distance(written)
-        reports.append(_report(job, delta, written, gross, distance))
+        reports.append(_report(job, delta, error, gross, distance))
     tensors = _assembled(job, ups, downs)
     if Slot.UP_BIAS in job.specs:
         tensors[Slot.UP_BIAS] = _bias(joint, kind).to(dtype)
@@ -213,20 +213,26 @@ def measure(job: ModuleJob, kind: Arithmetic) -> ModuleReport:
 
 def _written(
     job: ModuleJob, factors: LowRank | None, delta: Factored, dtype: torch.dtype
-) -> LowRank:
-    """Return the factors that are written, rounded, but not yet in their shapes."""
+) -> tuple[LowRank, float]:
+    """Return the factors that are written, not yet in their shapes, and their squared error."""
     rank = job.output.rank
-    if job.route == "truncate" or factors is None or rank < job.joint.full_rank:
-        return _rounded(delta.truncated(rank), dtype)
-    written = _rounded(_padded(_narrowed(factors), rank), dtype)
-    unit = UNITS[job.output.dtype]
-    if delta.squared_distance(written) > (2 * unit) ** 2 * delta.squared_norm:
+    if factors is None or rank < job.joint.full_rank:
+        best = _rounded(delta.truncated(rank), dtype)
+        return best, delta.squared_distance(best)
+    exact = _padded(_narrowed(factors), rank)
+    written = _rounded(exact, dtype)
+    if torch.equal(written.up.double(), exact.up) and torch.equal(
+        written.down.double(), exact.down
+    ):
+        return written, 0.0
+    error = delta.squared_distance(written)
+    if error > (2 * UNITS[job.output.dtype]) ** 2 * delta.squared_norm:
         # The terms nearly cancel, and the rounding of each is large against their sum; the
         # factors of the sum itself round better.
         other = _rounded(delta.truncated(rank), dtype)
-        if delta.squared_distance(other) < delta.squared_distance(written):
-            return other
-    return written
+        if (better := delta.squared_distance(other)) < error:
+            return other, better
+    return written, error
 
 
 def _rounded(factors: LowRank, dtype: torch.dtype) -> LowRank:
@@ -252,11 +258,10 @@ def _padded(factors: LowRank, rank: int) -> LowRank:
 
 
 def _report(
-    job: ModuleJob, delta: Factored, written: LowRank, gross: float, distance: float | None
+    job: ModuleJob, delta: Factored, error: float, gross: float, distance: float | None
 ) -> ModuleReport:
     values = delta.singular_values.tolist()
     squared_norm = delta.squared_norm
-    error = delta.squared_distance(written)
     cancelled = math.sqrt(squared_norm) <= CANCELLED * gross
     if cancelled:
         squared_norm = 0.0

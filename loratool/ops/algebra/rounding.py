@@ -18,19 +18,22 @@ __all__ = ["rounding_error"]
 
 
 def rounding_error(
-    changes: Sequence[tuple[Joint, float, float]], dtypes: Mapping[str, str], threads: int | None
+    changes: Sequence[tuple[Joint, float, float, float]],
+    dtypes: Mapping[str, str],
+    threads: int | None,
 ) -> float:
     """Return the relative Frobenius error over all modules, ``‖written - exact‖ / ‖exact‖``.
 
     Args:
-        changes: Modules, with what their B and their A are multiplied by.
+        changes: Modules, with what their B and their A are multiplied by, and the scale that
+            the result is applied with.
         dtypes: What each tensor is written in, by its name.
         threads: Number of modules in work at a time.
     """
     kind = arithmetic("cpu")
 
-    def one(change: tuple[Joint, float, float]) -> tuple[float, float]:
-        joint, up_factor, down_factor = change
+    def one(change: tuple[Joint, float, float, float]) -> tuple[float, float]:
+        joint, up_factor, down_factor, scale = change
         site = joint.terms[0].site
         assert site.up is not None and site.down is not None
         up_dtype = torch_dtype(dtypes[site.up.spec.name])
@@ -45,7 +48,7 @@ def rounding_error(
             )
             errors.append(norm(lost) ** 2)
             totals.append(norm(LowRank(up, down)) ** 2)
-        return math.fsum(errors), math.fsum(totals)
+        return math.fsum(errors) * scale**2, math.fsum(totals) * scale**2
 
     found = in_parallel(one, changes, threads=threads)
     total = math.fsum(pair[1] for pair in found)
