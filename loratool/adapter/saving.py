@@ -215,7 +215,9 @@ def _covers(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
 
 def scale_fields(sites: Sequence[OutputSite]) -> dict[str, Any]:
     """Return rank, alpha and the patterns that say exactly what ``sites`` have."""
-    counts = Counter((site.rank, site.alpha) for site in sites)
+    # PEFT warns about patterns that mean raw parameters: those get the numbers without one.
+    plain = [site for site in sites if site.is_parameter] or sites
+    counts = Counter((site.rank, site.alpha) for site in plain)
     (rank, alpha), _ = counts.most_common(1)[0] if counts else ((1, 1.0), 0)
     patterns = {site.pattern_path: site for site in sites}.items()
     return {

@@ -19,6 +19,8 @@ from loratool.ops.merging.mergeable import CONVERT_HINT, HARMLESS_INITS, site_pr
 
 __all__ = ["Joint", "Term", "check_computable", "join", "module_name", "output_dtype"]
 
+PARAMETERS: Final = "target_parameters"
+
 BASE_CHANGING: Final = ("pissa", "olora")
 """Initialisations that take something out of the base; ``HARMLESS_INITS`` are those that a
 merge can deal with, given the base."""
@@ -52,6 +54,18 @@ class Joint:
     twin_of: str | None = None
     twin_scale: float = 1.0
     ranks_add_up: bool = True
+
+    @property
+    def rank_group(self) -> str:
+        """Modules with the same of this share a rank.
+
+        Both projections of an ``nn.MultiheadAttention`` go by one pattern, and a tied head by
+        its embedding. All raw parameters share theirs, for PEFT warns about any pattern that
+        means one (although it heeds it).
+        """
+        if self.twin_of is not None:
+            return self.twin_of
+        return PARAMETERS if self.output.is_parameter else self.output.pattern_path
 
     @property
     def smallest_side(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -204,13 +204,14 @@ class Draft:
         return carried_files(self.adapters)
 
     def plan(self, ranks: Mapping[str, int]) -> AdapterPlan:
-        """Return the plan for ``ranks``, by pattern path; rank 0 leaves a module out.
+        """Return the plan for ``ranks``, by rank group; rank 0 leaves a module out.
 
         Raises:
             UnsupportedError: The scheme cannot express it.
             AdapterError: Extras disagree.
         """
-        jobs = [job for joint in self.joints for job in self._job(joint, ranks)]
+        kept = self._kept_groups(ranks)
+        jobs = [job for joint in self.joints for job in self._job(joint, ranks, kept)]
         written = {job.joint.name for job in jobs}
         gone = [joint.name for joint in self.joints if joint.name not in written]
         extras = self._extras([job.output for job in jobs])
@@ -238,12 +239,14 @@ class Draft:
             self.adapters, sites, self.scheme, policy=self.policy, dtype=self.dtype
         )
 
-    def _job(self, joint: Joint, ranks: Mapping[str, int]) -> Iterator[ModuleJob]:
-        rank = ranks[joint.output.pattern_path]
+    def _job(
+        self, joint: Joint, ranks: Mapping[str, int], kept: Collection[str]
+    ) -> Iterator[ModuleJob]:
+        rank = ranks[joint.rank_group]
         if rank == 0:
             return
         alpha = float(rank)
-        if self.keep_factors and self._is_kept(joint, rank):
+        if joint.rank_group in kept:
             route, alpha = "copy", _kept_alpha(joint)
         elif joint.twin_of is not None:
             route, alpha = "twin", rank * joint.twin_scale
@@ -254,6 +257,17 @@ class Draft:
         output = replace(joint.output, rank=rank, alpha=self.alphas.get(joint.name, alpha))
         specs = site_specs(self.scheme, output, with_alpha=self.has_alphas)
         yield ModuleJob(joint, output, specs, route)
+
+    def _kept_groups(self, ranks: Mapping[str, int]) -> set[str]:
+        """Return the rank groups whose stored factors can all be written as they are."""
+        if not self.keep_factors:
+            return set()
+        changed = {
+            joint.rank_group
+            for joint in self.joints
+            if not self._is_kept(joint, ranks[joint.rank_group])
+        }
+        return ranks.keys() - changed
 
     def _is_kept(self, joint: Joint, rank: int) -> bool:
         """Whether the stored factors can be written as they are."""

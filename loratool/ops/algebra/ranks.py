@@ -115,17 +115,17 @@ def parse_size(text: str | int) -> int:
 
 
 def full_ranks(joints: Sequence[Joint], truncation: Truncation | None = None) -> dict[str, int]:
-    """Return the rank of each module that ``--rank`` alone allows, by pattern path."""
+    """Return the rank of each module that ``--rank`` alone allows, by rank group."""
     ranks: dict[str, int] = {}
     for joint in joints:
-        path = joint.output.pattern_path
-        ranks[path] = max(ranks.get(path, 1), joint.full_rank)
+        group = joint.rank_group
+        ranks[group] = max(ranks.get(group, 1), joint.full_rank)
     if truncation is None:
         return ranks
     limit = truncation.rank
     return {
-        path: truncation.fitted(rank if limit is None else min(rank, limit))
-        for path, rank in ranks.items()
+        group: truncation.fitted(rank if limit is None else min(rank, limit))
+        for group, rank in ranks.items()
     }
 
 
@@ -138,10 +138,7 @@ def choose_ranks(
     base_norms: Mapping[str, float] | None = None,
     is_met: Callable[[Joint, int], bool] | None = None,
 ) -> dict[str, int]:
-    """Return the rank of each module, by pattern path.
-
-    Modules that share a pattern path (both projections of an ``nn.MultiheadAttention``, a head
-    and the embedding it is tied to) share a rank.
+    """Return the rank of each module, by rank group (see :attr:`Joint.rank_group`).
 
     Args:
         joints: The modules.
@@ -162,26 +159,13 @@ def choose_ranks(
     rule, value = truncation.rule
     ranks: dict[str, int] = {}
     for joint in joints:
-        if joint.twin_of is not None:
-            continue
         rank = minimal_rank(profiles[joint.name], rule, value)
-        path = joint.output.pattern_path
-        most = min(limits[path], joint.full_rank)
+        group = joint.rank_group
+        most = min(limits[group], joint.full_rank)
         while is_met is not None and rank < most and not is_met(joint, rank):
             rank += 1
-        ranks[path] = max(ranks.get(path, 1), rank)
-    ranks = {path: min(truncation.fitted(rank), limits[path]) for path, rank in ranks.items()}
-    return ranks | _twins(joints, ranks)
-
-
-def _twins(joints: Sequence[Joint], ranks: Mapping[str, int]) -> dict[str, int]:
-    """Return the ranks of tied heads: those of their embeddings."""
-    paths = {joint.name: joint.output.pattern_path for joint in joints}
-    return {
-        joint.output.pattern_path: ranks[paths[joint.twin_of]]
-        for joint in joints
-        if joint.twin_of is not None
-    }
+        ranks[group] = max(ranks.get(group, 1), rank)
+    return {group: min(truncation.fitted(rank), limits[group]) for group, rank in ranks.items()}
 
 
 def _within(
@@ -195,15 +179,11 @@ def _within(
     """Spend one budget on all modules."""
     budget = truncation.max_size
     assert budget is not None
-    paths = {joint.name: joint.output.pattern_path for joint in joints}
-    owner = {
-        joint.name: paths[joint.twin_of] if joint.twin_of else paths[joint.name] for joint in joints
-    }
-    groups = list(dict.fromkeys(owner.values()))
+    groups = list(dict.fromkeys(joint.rank_group for joint in joints))
     gains: dict[str, list[float]] = {group: [] for group in groups}
     costs = dict.fromkeys(groups, 0)
     for joint in joints:
-        group = owner[joint.name]
+        group = joint.rank_group
         costs[group] += joint.output.rank_elements * DTYPES[joint.output.dtype].bits // 8
         weight = _importance(joint, base_norms)
         profile = [square * weight for square in profiles[joint.name]]
@@ -211,20 +191,14 @@ def _within(
     caps = [limits[group] for group in groups]
 
     def spread(reserve: int) -> dict[str, int]:
-        ranks = dict(
-            zip(
-                groups,
-                allocate(
-                    [gains[group] for group in groups],
-                    [costs[group] for group in groups],
-                    budget - reserve,
-                    caps=caps,
-                    multiple=truncation.multiple,
-                ),
-                strict=True,
-            )
+        ranks = allocate(
+            [gains[group] for group in groups],
+            [costs[group] for group in groups],
+            budget - reserve,
+            caps=caps,
+            multiple=truncation.multiple,
         )
-        return ranks | _twins(joints, ranks)
+        return dict(zip(groups, ranks, strict=True))
 
     def overhead(ranks: Mapping[str, int]) -> int:
         return plan_for(ranks).nbytes - sum(costs[group] * ranks[group] for group in groups)

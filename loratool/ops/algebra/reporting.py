@@ -52,7 +52,7 @@ def meets_error(
         is_rounded = joint.output.dtype in ROUNDED
         if not is_rounded and expected.relative_error < limit * CLOSE:
             return True
-        ranks = {**full_ranks(draft.joints), joint.output.pattern_path: rank}
+        ranks = {**full_ranks(draft.joints), joint.rank_group: rank}
         job = next(job for job in draft.plan(ranks).jobs if job.joint.name == joint.name)
         if job.route == "copy":
             return True
