@@ -144,8 +144,8 @@ def test_all_kinds_of_experts_compose(tmp_path: Path) -> None:
     base = FIXTURES / case["base"]
     adapters = [FIXTURES / case["adapters"][0], FIXTURES / one["adapters"][0]]
     loratool.compose(adapters, tmp_path / "sum", weights=[0.5, -2.0])
-    loratool.merge(base, adapters, tmp_path / "expected", weights=[0.5, -2.0])
-    loratool.merge(base, [tmp_path / "sum"], tmp_path / "merged")
+    loratool.merge(base, adapters, tmp_path / "expected", weights=[0.5, -2.0], dtype="float32")
+    loratool.merge(base, [tmp_path / "sum"], tmp_path / "merged", dtype="float32")
     expected, found = read_all(tmp_path / "expected"), read_all(tmp_path / "merged")
     for name, value in expected.items():
         assert torch.allclose(found[name], value, atol=1e-6), name
