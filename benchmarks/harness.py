@@ -492,9 +492,14 @@ def _weights(spec: TensorSpec, random: np.random.Generator) -> Iterator[np.ndarr
 
 
 def make_adapter(
-    folder: Path, shape: LlamaShape, projections: Sequence[str], *, seed: int = 1
+    folder: Path,
+    shape: LlamaShape,
+    projections: Sequence[str],
+    *,
+    seed: int = 1,
+    rank: int = RANK,
 ) -> Path:
-    """Write a PEFT adapter (float32, r = 16, alpha = 32) and return its folder."""
+    """Write a PEFT adapter (float32, r = 16 unless told, alpha = 32) and return its folder."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
@@ -502,8 +507,8 @@ def make_adapter(
         for projection in projections:
             out, into = shape.linear(projection)
             key = f"base_model.model.{module_name(layer, projection)}"
-            down = random.standard_normal((RANK, into), dtype=np.float32)
-            up = random.standard_normal((out, RANK), dtype=np.float32)
+            down = random.standard_normal((rank, into), dtype=np.float32)
+            up = random.standard_normal((out, rank), dtype=np.float32)
             tensors[f"{key}.lora_A.weight"] = down * np.float32(into**-0.5)
             tensors[f"{key}.lora_B.weight"] = up * np.float32(0.01)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -511,7 +516,7 @@ def make_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
-        "r": RANK,
+        "r": rank,
         "lora_alpha": ALPHA,
         "lora_dropout": 0.0,
         "bias": "none",
