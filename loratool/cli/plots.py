@@ -25,6 +25,8 @@ __all__ = ["check_plot", "plot_comparison", "plot_spectra"]
 FORMATS: Final = (".png", ".svg", ".html")
 MOST_GROUPS: Final = 12
 MOST_TICKS: Final = 40
+DARK: Final = 0.7
+"""Cosines beyond this are drawn on a dark ground."""
 
 
 def check_plot(path: Path, *, force: bool, inputs: Sequence[Path]) -> None:
@@ -174,7 +176,9 @@ def _heat(
     if numbers:
         for i, row in enumerate(rows):
             for j, value in enumerate(row):
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                shade = "white" if abs(value) > DARK else "black"
+                words = f"{value:.2f}"
+                axes.text(j, i, words, ha="center", va="center", fontsize=8, color=shade)
 
 
 def _bars_by_layer(axes: Axes, values: dict[str, float], title: str) -> None:
