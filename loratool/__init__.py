@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loratool.ops.algebra.result import AdapterReport
     from loratool.ops.compare import Comparison, compare
     from loratool.ops.compose import compose
+    from loratool.ops.extract import ExtractReport, extract
     from loratool.ops.inspect import inspect
     from loratool.ops.merge import MergeReport, merge, plan_merge
     from loratool.ops.opening import open_adapter
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterReport",
     "Comparison",
+    "ExtractReport",
     "Finding",
     "LoratoolError",
     "MergeReport",
     "RescaleReport",
     "compare",
     "compose",
+    "extract",
     "inspect",
     "merge",
     "open_adapter",
@@ -49,12 +52,14 @@ __version__ = "0.1.0"
 _PLACES: Final = {
     "AdapterReport": "loratool.ops.algebra.result",
     "Comparison": "loratool.ops.compare",
+    "ExtractReport": "loratool.ops.extract",
     "Finding": "loratool.adapter.findings",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.ops.merge",
     "RescaleReport": "loratool.ops.rescale",
     "compare": "loratool.ops.compare",
     "compose": "loratool.ops.compose",
+    "extract": "loratool.ops.extract",
     "inspect": "loratool.ops.inspect",
     "merge": "loratool.ops.merge",
     "open_adapter": "loratool.ops.opening",

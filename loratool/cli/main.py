@@ -24,6 +24,7 @@ COMMANDS: Final = (
     "compose",
     "rescale",
     "truncate",
+    "extract",
     "merge",
     "verify",
     "schemes",

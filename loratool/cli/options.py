@@ -20,6 +20,7 @@ __all__ = [
     "device",
     "dry_run",
     "dtype",
+    "extraction",
     "force",
     "output",
     "plot",
@@ -83,10 +84,34 @@ threads: Decorator = click.option(
 )
 
 
+class _RankOrAuto(click.ParamType[int | str]):
+    """A rank, or the word ``auto``."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        if value == "auto":
+            return "auto"
+        found = click.IntRange(1).convert(value, param, ctx)
+        assert isinstance(found, int)
+        return found
+
+
 def truncation(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how far to truncate."""
+    rank = click.option("--rank", type=click.IntRange(1), metavar="R", help="At most this rank.")
+    return rank(_rules(command))
+
+
+def extraction(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the same for an extraction, whose rank may also be ``auto``."""
+    words = "At most this rank; auto: down to the rounding noise of the stored dtype."
+    rank = click.option("--rank", type=_RankOrAuto(), metavar="R|auto", help=words)
+    return rank(_rules(command))
+
+
+def _rules(command: Callable[..., Any]) -> Callable[..., Any]:
     options = (
-        click.option("--rank", type=click.IntRange(1), metavar="R", help="At most this rank."),
         click.option(
             "--energy",
             type=float,

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from loratool.ops.compare import Comparison
+    from loratool.ops.extract import ExtractReport
     from loratool.ops.spectrum import Spectrum
 
-__all__ = ["check_plot", "plot_comparison", "plot_spectra"]
+__all__ = ["check_plot", "plot_comparison", "plot_extraction", "plot_spectra"]
 
 FORMATS: Final = (".png", ".svg", ".html")
 MOST_GROUPS: Final = 12
@@ -101,6 +102,17 @@ def plot_comparison(found: Comparison, path: Path, *, force: bool) -> None:
     }
     _bars_by_layer(grid[1][0], cosines, "cosine, mean of each layer")
     _bars_by_layer(grid[1][1], distances, "relative distance, mean of each layer")
+    _save(figure, title, path, force=force)
+
+
+def plot_extraction(report: ExtractReport, title: str, path: Path, *, force: bool) -> None:
+    """Draw the error and the rank of every module over depth."""
+    figure = _figure(width=13, height=5.5, title=title)
+    left, right = figure.subplots(1, 2)
+    _heat_by_layer(
+        figure, left, {m.module: m.relative_error for m in report.modules}, "relative error"
+    )
+    _heat_by_layer(figure, right, {m.module: float(m.rank) for m in report.modules}, "rank")
     _save(figure, title, path, force=force)
 
 

@@ -19,9 +19,10 @@ from typing import Final
 from loratool.errors import OutputError
 from loratool.files.transfer import describe_write_error
 
-__all__ = ["check_output", "staged"]
+__all__ = ["check_output", "kept", "scratch", "staged"]
 
 MARK: Final = "loratool-partial"
+KEPT_MARK: Final = "loratool-unfinished"
 
 
 def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int = 0) -> None:
@@ -67,28 +68,67 @@ def staged(path: Path, *, folder: bool, force: bool, sync: bool) -> Iterator[Pat
             machine (not of the process) may still lose what the system had not written.
     """
     path = path.absolute()
+    with scratch(path) as stage:
+        try:
+            place = stage if folder else stage / path.name
+            yield place
+            if not force and (path.exists() or path.is_symlink()):
+                raise OutputError(path, "has appeared meanwhile", hint="choose another name")
+            _replace(place, path)
+            if sync:
+                _sync_folder(path.parent)
+        except OSError as error:
+            raise describe_write_error(path, error) from None
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Give a hidden folder beside ``path``, locked while it is used and removed in the end.
+
+    What killed runs for the same path have left is removed first.
+    """
+    path = path.absolute()
     _remove_stale(path)
-    stage = path.parent / f".{path.name}.{MARK}-{secrets.token_hex(4)}"
+    folder = path.parent / f".{path.name}.{MARK}-{secrets.token_hex(4)}"
     try:
-        stage.mkdir()
-        lock = os.open(stage, os.O_RDONLY | os.O_CLOEXEC)
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise OutputError(path, f"cannot be written: {error.strerror}") from None
     try:
-        place = stage if folder else stage / path.name
-        yield place
-        if not force and (path.exists() or path.is_symlink()):
-            raise OutputError(path, "has appeared meanwhile", hint="choose another name")
-        _replace(place, path)
-        if sync:
-            _sync_folder(path.parent)
-    except OSError as error:
-        raise describe_write_error(path, error) from None
+        yield folder
     finally:
         os.close(lock)
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[Path]:
+    """Give the hidden folder beside ``path`` that outlives an interrupted run.
+
+    It is removed only where the block ends without an error.
+
+    Raises:
+        OutputError: Another process uses it, or it cannot be written.
+    """
+    path = path.absolute()
+    folder = path.parent / f".{path.name}.{KEPT_MARK}"
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise OutputError(path, f"cannot be written: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(path, "another run is at work on it") from None
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _replace(source: Path, path: Path) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "Draft",
     "ModuleJob",
     "check_place",
+    "history_metadata",
     "input_notes",
     "output_scheme",
     "provenance",
@@ -369,17 +370,25 @@ def provenance(
     Inputs go by name and SHA-256 of their weights, so that the same inputs give the same bytes
     wherever they lie. What a single input's metadata says is kept, but for its own history.
     """
+    inputs = [(adapter.path.resolve().name, _hash(adapter)) for adapter in adapters]
+    kept = adapters[0].metadata.items() if len(adapters) == 1 else ()
+    return {**dict(kept), **history_metadata(verb, inputs, options)}
+
+
+def history_metadata(
+    verb: str, inputs: Sequence[tuple[str, str | None]], options: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the format, and the command, its options and its inputs (name and SHA-256)."""
     history = {
         "command": verb,
         "version": loratool.__version__,
         "inputs": [
-            {"name": adapter.path.resolve().name, "sha256": _hash(adapter)} for adapter in adapters
+            {"name": name} | ({"sha256": digest} if digest else {}) for name, digest in inputs
         ],
         "options": {k: v for k, v in options.items() if v is not None and v != ()},
     }
-    kept = adapters[0].metadata.items() if len(adapters) == 1 else ()
     text = json.dumps(history, sort_keys=True, separators=(",", ":"))
-    return {**dict(kept), "format": "pt", PROVENANCE_KEY: text}
+    return {"format": "pt", PROVENANCE_KEY: text}
 
 
 def _hash(adapter: Adapter) -> str:

@@ -13,7 +13,7 @@ from loratool.math.ranks import allocate, minimal_rank, profile_of
 from loratool.ops.algebra.joining import Joint
 from loratool.ops.algebra.planning import AdapterPlan
 
-__all__ = ["Truncation", "choose_ranks", "full_ranks", "parse_size"]
+__all__ = ["Truncation", "choose_ranks", "full_ranks", "parse_size", "within_budget"]
 
 UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 ROUNDS: Final = 3
@@ -154,7 +154,7 @@ def choose_ranks(
     limits = full_ranks(joints, truncation)
     profiles = {name: profile_of(values) for name, values in spectra.items()}
     if truncation.max_size is not None:
-        return _within(joints, truncation, profiles, limits, plan_for, base_norms)
+        return within_budget(joints, truncation, profiles, limits, plan_for, base_norms)
     assert truncation.rule is not None
     rule, value = truncation.rule
     ranks: dict[str, int] = {}
@@ -168,15 +168,27 @@ def choose_ranks(
     return {group: min(truncation.fitted(rank), limits[group]) for group, rank in ranks.items()}
 
 
-def _within(
+def within_budget(
     joints: Sequence[Joint],
     truncation: Truncation,
     profiles: Mapping[str, Sequence[float]],
     limits: Mapping[str, int],
     plan_for: Callable[[Mapping[str, int]], AdapterPlan],
-    base_norms: Mapping[str, float] | None,
+    base_norms: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
-    """Spend one budget on all modules."""
+    """Spend one budget on all modules, for the smallest total squared error.
+
+    Args:
+        joints: The modules.
+        truncation: Its ``max_size`` is the budget, its ``multiple`` the step.
+        profiles: What each rank gains, by name of the module.
+        limits: The most that each rank group may get.
+        plan_for: Returns the plan for given ranks; its size is what counts.
+        base_norms: ``‖W‖_F`` by name, to weigh gains relative to the base.
+
+    Raises:
+        AdapterError: Nothing fits.
+    """
     budget = truncation.max_size
     assert budget is not None
     groups = list(dict.fromkeys(joint.rank_group for joint in joints))

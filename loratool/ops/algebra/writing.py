@@ -25,7 +25,15 @@ from loratool.ops.algebra.planning import AdapterPlan, ModuleJob
 from loratool.ops.algebra.sidecars import write_sidecars
 from loratool.ops.tensors import Arithmetic, read_tensor, resolve_device, torch_dtype
 
-__all__ = ["Progress", "arithmetic", "in_parallel", "write_adapter"]
+__all__ = [
+    "Progress",
+    "TensorWriter",
+    "arithmetic",
+    "fill_adapter",
+    "in_parallel",
+    "is_synced",
+    "write_adapter",
+]
 
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
@@ -103,7 +111,6 @@ def write_adapter(
     force: bool = False,
     device: str = "auto",
     threads: int | None = None,
-    with_report: bool = True,
     progress: Progress | None = None,
 ) -> list[ModuleReport]:
     """Write ``plan`` at ``output``, whole or not at all, and report on every module.
@@ -111,111 +118,90 @@ def write_adapter(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
+    found: list[list[ModuleReport]] = []
+
+    def fill(writer: TensorWriter) -> None:
+        modules = _Modules(plan, writer, method or Method(), arithmetic(device))
+        jobs = [job for job in plan.jobs if job.route != "twin"]
+        found.extend(
+            in_parallel(
+                modules.write,
+                jobs,
+                threads=threads,
+                progress=progress,
+                sizes=[_size(job) for job in jobs],
+            )
+        )
+
     check_output(output, force=force, inputs=[*inputs, *plan.stamps], needed=plan.nbytes)
-    is_small = plan.nbytes < SYNC_BELOW
     files = InputFiles(plan.stamps)
     try:
-        for path in plan.stamps:
-            files.descriptor(path)
-        with staged(output, folder=plan.is_folder, force=force, sync=is_small) as place:
-            weights = place / plan.weights_name if plan.is_folder else place
-            descriptor = os.open(weights, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                os.ftruncate(descriptor, plan.nbytes)
-                write_all(descriptor, memoryview(plan.header), 0)
-                writer = _Writer(plan, descriptor, files, method or Method(), arithmetic(device))
-                reports = writer.run(threads=threads, with_report=with_report, progress=progress)
-                if is_small:
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            files.check_unchanged()
-            write_sidecars(plan.sidecars, place)
-            if plan.config is not None:
-                (place / CONFIG_NAME).write_bytes(plan.config_text)
+        with staged(output, folder=plan.is_folder, force=force, sync=is_synced(plan)) as place:
+            fill_adapter(plan, place, files, fill)
     finally:
         files.close()
-    return reports
+    return [report for reports in found for report in reports]
 
 
-class _Writer:
-    """Writes tensors at their places in an open file."""
+def is_synced(plan: AdapterPlan) -> bool:
+    """Whether the output is small enough to wait for the disk."""
+    return plan.nbytes < SYNC_BELOW
 
-    def __init__(
-        self,
-        plan: AdapterPlan,
-        descriptor: int,
-        files: InputFiles,
-        method: Method,
-        kind: Arithmetic,
-    ) -> None:
-        self.plan = plan
+
+def fill_adapter(
+    plan: AdapterPlan, place: Path, files: InputFiles, fill: Callable[[TensorWriter], None]
+) -> None:
+    """Write everything of ``plan`` to ``place``; ``fill`` writes the modules.
+
+    Raises:
+        LoratoolError: An input changed, or a module cannot be computed.
+    """
+    for path in plan.stamps:
+        files.descriptor(path)
+    weights = place / plan.weights_name if plan.is_folder else place
+    descriptor = os.open(weights, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        os.ftruncate(descriptor, plan.nbytes)
+        write_all(descriptor, memoryview(plan.header), 0)
+        writer = TensorWriter(plan, descriptor, files)
+        for carried in plan.carried:
+            writer.carry(carried)
+        fill(writer)
+        if is_synced(plan):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    files.check_unchanged()
+    write_sidecars(plan.sidecars, place)
+    if plan.config is not None:
+        (place / CONFIG_NAME).write_bytes(plan.config_text)
+
+
+class TensorWriter:
+    """Writes tensors at their places in an open file.
+
+    Args:
+        plan: What is written.
+        descriptor: The file, already as long as it will be.
+        files: The inputs.
+    """
+
+    def __init__(self, plan: AdapterPlan, descriptor: int, files: InputFiles) -> None:
         self.descriptor = descriptor
         self.files = files
-        self.method = method
-        self.kind = kind
         self.places = plan.offsets()
-        self.twins: dict[str, ModuleJob] = {
-            job.joint.twin_of: job
-            for job in plan.jobs
-            if job.route == "twin" and job.joint.twin_of is not None
-        }
 
-    def run(
-        self, *, threads: int | None, with_report: bool, progress: Progress | None
-    ) -> list[ModuleReport]:
-        """Write everything."""
-        for carried in self.plan.carried:
-            self._carry(carried)
-        jobs = [job for job in self.plan.jobs if job.route != "twin"]
-        found = in_parallel(
-            lambda job: self._module(job, with_report=with_report),
-            jobs,
-            threads=threads,
-            progress=progress,
-            sizes=[_size(job) for job in jobs],
-        )
-        return [report for reports in found for report in reports]
+    def write(self, spec: TensorSpec, tensor: Tensor) -> None:
+        """Write ``tensor`` in the dtype and shape of ``spec``."""
+        values = tensor.detach().to("cpu", torch_dtype(spec.dtype)).reshape(spec.shape)
+        data = memoryview(values.contiguous().flatten().view(torch.uint8).numpy().data)
+        if data.nbytes:
+            write_all(self.descriptor, data, self.places[spec.name])
 
-    def _module(self, job: ModuleJob, *, with_report: bool) -> list[ModuleReport]:
-        if job.route == "copy":
-            for slot, spec in job.specs.items():
-                if slot is Slot.ALPHA:
-                    self._write(spec, torch.tensor(job.output.alpha, dtype=torch.float32))
-                else:
-                    self._copy(spec, job.joint.terms[0].site.slots[slot])
-            return [measure(job, self.kind)] if with_report else []
-        tensors, report = compute(job, self.method, self.kind)
-        for slot, tensor in tensors.items():
-            self._write(job.specs[slot], tensor)
-        reports = [report]
-        twin = self.twins.get(job.joint.name)
-        if twin is not None:
-            for slot, tensor in transposed(twin, tensors).items():
-                self._write(twin.specs[slot], tensor)
-            reports.append(_scaled(report, twin))
-        return reports
-
-    def _carry(self, carried: Carried) -> None:
-        if carried.constant is not None:
-            self._write(carried.spec, torch.tensor(carried.constant, dtype=torch.float64))
-            return
-        if len(carried.sources) == 1 and not carried.rows and carried.factor == 1:
-            self._copy(carried.spec, carried.sources[0])
-            return
-        values = [read_tensor(stored).double() * carried.factor for stored in carried.sources]
-        if carried.rows:
-            rows = [
-                torch.stack([values[number][position] for number, position in places]).mean(dim=0)
-                for places in carried.rows
-            ]
-            self._write(carried.spec, torch.stack(rows))
-        else:
-            self._write(carried.spec, torch.stack(values).mean(dim=0))
-
-    def _copy(self, spec: TensorSpec, stored: StoredTensor) -> None:
+    def copy(self, spec: TensorSpec, stored: StoredTensor) -> None:
+        """Write a stored tensor, byte for byte where dtype and layout allow."""
         if stored.strides is not None or stored.spec.dtype != spec.dtype:
-            self._write(spec, read_tensor(stored))
+            self.write(spec, read_tensor(stored))
         elif spec.nbytes:
             copy_range(
                 self.files.descriptor(stored.path),
@@ -226,11 +212,59 @@ class _Writer:
                 path=stored.path,
             )
 
-    def _write(self, spec: TensorSpec, tensor: Tensor) -> None:
-        values = tensor.detach().to("cpu", torch_dtype(spec.dtype)).reshape(spec.shape)
-        data = memoryview(values.contiguous().flatten().view(torch.uint8).numpy().data)
-        if data.nbytes:
-            write_all(self.descriptor, data, self.places[spec.name])
+    def carry(self, carried: Carried) -> None:
+        """Write a tensor that is no delta."""
+        if carried.constant is not None:
+            self.write(carried.spec, torch.tensor(carried.constant, dtype=torch.float64))
+            return
+        if len(carried.sources) == 1 and not carried.rows and carried.factor == 1:
+            self.copy(carried.spec, carried.sources[0])
+            return
+        values = [read_tensor(stored).double() * carried.factor for stored in carried.sources]
+        if carried.rows:
+            rows = [
+                torch.stack([values[number][position] for number, position in places]).mean(dim=0)
+                for places in carried.rows
+            ]
+            self.write(carried.spec, torch.stack(rows))
+        else:
+            self.write(carried.spec, torch.stack(values).mean(dim=0))
+
+
+class _Modules:
+    """Writes the modules of a plan."""
+
+    def __init__(
+        self, plan: AdapterPlan, writer: TensorWriter, method: Method, kind: Arithmetic
+    ) -> None:
+        self.writer = writer
+        self.method = method
+        self.kind = kind
+        self.twins: dict[str, ModuleJob] = {
+            job.joint.twin_of: job
+            for job in plan.jobs
+            if job.route == "twin" and job.joint.twin_of is not None
+        }
+
+    def write(self, job: ModuleJob) -> list[ModuleReport]:
+        """Write one module, and the head that is tied to it; return what was written."""
+        if job.route == "copy":
+            for slot, spec in job.specs.items():
+                if slot is Slot.ALPHA:
+                    self.writer.write(spec, torch.tensor(job.output.alpha, dtype=torch.float32))
+                else:
+                    self.writer.copy(spec, job.joint.terms[0].site.slots[slot])
+            return [measure(job, self.kind)]
+        tensors, report = compute(job, self.method, self.kind)
+        for slot, tensor in tensors.items():
+            self.writer.write(job.specs[slot], tensor)
+        reports = [report]
+        twin = self.twins.get(job.joint.name)
+        if twin is not None:
+            for slot, tensor in transposed(twin, tensors).items():
+                self.writer.write(twin.specs[slot], tensor)
+            reports.append(_scaled(report, twin))
+        return reports
 
 
 def _size(job: ModuleJob) -> int:

@@ -1,0 +1,1 @@
+"""How ``extract`` pairs two checkpoints, computes modules and writes the result."""

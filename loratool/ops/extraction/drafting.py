@@ -1,0 +1,159 @@
+"""From decomposed modules to the plan of an adapter, with what is carried along whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter.saving import OutputSite, lora_config, site_specs
+from loratool.adapter.scheme import KeyScheme
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.dtypes import DTYPES
+from loratool.files.inputs import Stamp
+from loratool.files.spec import TensorSpec
+from loratool.names.tied import architectures
+from loratool.ops.algebra.extras import Carried
+from loratool.ops.algebra.joining import Joint
+from loratool.ops.algebra.planning import (
+    WEIGHTS_NAME,
+    AdapterPlan,
+    ModuleJob,
+    check_place,
+    history_metadata,
+)
+from loratool.ops.extraction.pairing import Leftover, Target
+
+__all__ = ["ExtractionDraft", "output_of"]
+
+TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
+
+
+def output_of(target: Target, dtype: str) -> OutputSite:
+    """Return how the module of ``target`` is written, at rank 1."""
+    return OutputSite(
+        module=target.module,
+        kind=target.kind,
+        rank=1,
+        alpha=1.0,
+        dtype=dtype,
+        out=target.out,
+        into=target.into,
+        pattern_path=target.name,
+        nesting=target.nesting,
+        experts=target.experts,
+        is_parameter=target.is_parameter,
+    )
+
+
+@dataclass
+class ExtractionDraft:
+    """Everything about an extracted adapter but the ranks of its modules.
+
+    Attributes:
+        base: The base.
+        tuned: The finetuned model.
+        targets: Modules that changed.
+        carried: Tensors that are written whole, from the finetuned model.
+        scheme: How keys are named.
+        output: Where it goes.
+        options: What was asked for, for the metadata.
+        dtype: The dtype to write (``F32``), or ``None`` for that of the finetuned weights.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    targets: Sequence[Target]
+    carried: Sequence[Leftover]
+    scheme: KeyScheme
+    output: Path
+    options: Mapping[str, Any]
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_place(self.output, self.scheme.name, has_config=self.has_config)
+        self.metadata = history_metadata(
+            "extract",
+            [(path.resolve().name, None) for path in (self.base.path, self.tuned.path)],
+            self.options,
+        )
+        self.joints = [
+            Joint(target.name, (), output_of(target, self.dtype or target.tuned.spec.dtype))
+            for target in self.targets
+        ]
+
+    @property
+    def has_config(self) -> bool:
+        """Whether a configuration is written: scale 1 needs none but where PEFT reads it."""
+        return self.scheme.name == "peft"
+
+    def plan(self, ranks: Mapping[str, int]) -> AdapterPlan:
+        """Return the plan for ``ranks``, by rank group; rank 0 leaves a module out."""
+        jobs = []
+        for joint in self.joints:
+            rank = ranks[joint.rank_group]
+            if rank:
+                output = replace(joint.output, rank=rank, alpha=float(rank))
+                specs = site_specs(self.scheme, output, with_alpha=False)
+                jobs.append(ModuleJob(joint, output, specs, "extract"))
+        written = {job.joint.name for job in jobs}
+        outputs = [job.output for job in jobs]
+        carried = self._carried({output.module for output in outputs})
+        stamps: dict[Path, Stamp] = {
+            shard.path: shard.stamp for model in (self.base, self.tuned) for shard in model.shards
+        }
+        is_folder = self.output.suffix.lower() != ".safetensors"
+        return AdapterPlan(
+            jobs=tuple(jobs),
+            carried=tuple(carried),
+            metadata=self.metadata,
+            config=self._config(jobs, carried) if self.has_config else None,
+            sidecars=(),
+            weights_name=WEIGHTS_NAME if is_folder else "",
+            stamps=stamps,
+            dropped=tuple(
+                (joint.name, "the budget leaves no rank for it")
+                for joint in self.joints
+                if joint.name not in written
+            ),
+        )
+
+    def _carried(self, adapted: set[str]) -> list[Carried]:
+        found = []
+        for item in self.carried:
+            assert item.tuned is not None
+            spec = item.tuned.spec
+            module, _, leaf = item.name.rpartition(".")
+            name = f"{module}.base_layer.{leaf}" if module in adapted else item.name
+            is_float = DTYPES[spec.dtype].is_float
+            dtype = self.dtype if self.dtype and is_float else spec.dtype
+            key = f"{self.scheme.prefix}{name}"
+            found.append(Carried(TensorSpec(key, dtype, spec.shape), (item.tuned,)))
+        return found
+
+    def _config(self, jobs: Sequence[ModuleJob], carried: Sequence[Carried]) -> dict[str, Any]:
+        adapted = {job.output.module for job in jobs}
+        modules = [item.name.rpartition(".")[0] for item in self.carried]
+        saved = [module for module in dict.fromkeys(modules) if module not in adapted]
+        biases = any(module in adapted for module in modules)
+        names = architectures(self.tuned.config)
+        task = next((t for end, t in TASKS.items() if names and names[0].endswith(end)), None)
+        is_transposed = any(
+            target.is_transposed and target.kind.value == "linear" and not target.is_parameter
+            for target in self.targets
+        )
+        return lora_config(
+            {},
+            [job.output for job in jobs],
+            keep_targets=False,
+            parameters=[job.joint.name for job in jobs if job.output.is_parameter],
+            changes={
+                "base_model_name_or_path": str(self.base.path),
+                "task_type": task,
+                "fan_in_fan_out": is_transposed,
+                "modules_to_save": saved or None,
+                "bias": "lora_only" if biases else "none",
+                "lora_dropout": 0.0,
+            },
+        )

@@ -1,0 +1,328 @@
+"""Which tensors of two checkpoints belong together, and what can become of their difference."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from loratool.adapter.model import FUSED_PARAMETERS, HEAD_LEAVES, Kind
+from loratool.errors import OptionError
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.dtypes import DTYPES
+from loratool.files.spec import StoredTensor
+from loratool.names.conv1d import CONV1D_LEAVES
+from loratool.names.embeddings import is_embedding
+from loratool.names.experts import TRANSPOSED_MODEL_TYPES
+from loratool.ops.merging.context import BaseView
+from loratool.ops.merging.tied import find_tie
+
+__all__ = ["Leftover", "Pairing", "Selection", "Target", "pair"]
+
+STACKED_LEAVES: Final = ("input_linear", "output_linear")
+"""Modules whose three-dimensional weight stacks experts, not kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A weight whose difference becomes factors.
+
+    Attributes:
+        name: Of the module, or of the parameter for fused experts.
+        module: The module.
+        kind: Linear, conv or embedding.
+        base: The base's tensor.
+        tuned: The finetuned one, of the same shape.
+        out: Rows of the delta.
+        into: Shape of A without its rank.
+        is_transposed: Whether the weight is stored as the delta's transpose.
+        experts: How many deltas the weight stacks along its first axis; 1 for none.
+        is_parameter: Whether it is a raw parameter (``target_parameters``).
+        nesting: How deep PEFT nests it beside other parameters of its module.
+    """
+
+    name: str
+    module: str
+    kind: Kind
+    base: StoredTensor
+    tuned: StoredTensor
+    out: int
+    into: tuple[int, ...]
+    is_transposed: bool = False
+    experts: int = 1
+    is_parameter: bool = False
+    nesting: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Columns of the delta, kernels flattened."""
+        return math.prod(self.into)
+
+    @property
+    def smallest_side(self) -> int:
+        """The rank that the delta cannot exceed."""
+        return min(self.out, self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that have to be read."""
+        return self.base.spec.nbytes + self.tuned.spec.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A tensor whose difference no factors express, or that was not selected.
+
+    Attributes:
+        name: Its name.
+        why: Why it is left over.
+        base: The base's tensor, if it has one.
+        tuned: The finetuned one, if there is one.
+        can_be_carried: Whether an adapter can hold the finetuned tensor whole.
+    """
+
+    name: str
+    why: str
+    base: StoredTensor | None
+    tuned: StoredTensor | None
+    can_be_carried: bool = True
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether a difference can be told as a number."""
+        one, other = self.base, self.tuned
+        return (
+            one is not None
+            and other is not None
+            and one.spec.shape == other.spec.shape
+            and DTYPES[one.spec.dtype].is_mergeable
+            and DTYPES[other.spec.dtype].is_mergeable
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which modules to extract.
+
+    Attributes:
+        include: Regular expressions; a module must match one, if there are any.
+        exclude: Regular expressions; a module must match none.
+        embeddings: Whether embeddings and the output head are extracted as factors.
+        save: Modules (paths or dotted suffixes) that are saved whole.
+    """
+
+    include: tuple[re.Pattern[str], ...] = ()
+    exclude: tuple[re.Pattern[str], ...] = ()
+    embeddings: bool = False
+    save: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(
+        include: Sequence[str], exclude: Sequence[str], save: Sequence[str], *, embeddings: bool
+    ) -> Selection:
+        """Compile a selection.
+
+        Raises:
+            OptionError: Something is no regular expression.
+        """
+        return Selection(
+            tuple(_compiled(text, "--include") for text in include),
+            tuple(_compiled(text, "--exclude") for text in exclude),
+            embeddings,
+            tuple(save),
+        )
+
+    def refuses(self, module: str) -> str | None:
+        """Return why ``module`` is not selected, or ``None`` if it is."""
+        if self.include and not any(pattern.search(module) for pattern in self.include):
+            return "not among --include"
+        if any(pattern.search(module) for pattern in self.exclude):
+            return "excluded by --exclude"
+        leaf = module.rpartition(".")[2]
+        if not self.embeddings and (is_embedding(module) or leaf in HEAD_LEAVES):
+            return "an embedding or head; --embeddings selects them"
+        return None
+
+    def saves(self, module: str) -> bool:
+        """Whether ``module`` is to be saved whole."""
+        return any(module == name or module.endswith(f".{name}") for name in self.save)
+
+
+@dataclass
+class Pairing:
+    """What two checkpoints have in common and what not.
+
+    Attributes:
+        targets: Weights to decompose.
+        leftovers: Everything else that may differ.
+        saved: Tensors of modules that are saved whole on request.
+        same: How many tensors are shared by name, shape and kind, selected or not.
+        notes: What a user should know.
+    """
+
+    targets: list[Target] = field(default_factory=list)
+    leftovers: list[Leftover] = field(default_factory=list)
+    saved: list[Leftover] = field(default_factory=list)
+    same: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def _compiled(text: str, option: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise OptionError(option, f"{text!r} is not a regular expression: {error}") from None
+
+
+def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
+    """Pair the tensors of two checkpoints, from their headers alone.
+
+    Names go by those of the finetuned checkpoint, for that is the model that was trained; they
+    are matched with the base's as in a merge.
+
+    Raises:
+        BaseModelError: A name could mean several of the base's tensors.
+    """
+    view, other = BaseView(base), BaseView(tuned)
+    found = Pairing()
+    used: set[str] = set()
+    renamed = 0
+    second = _tied_twins(other)
+    for name, stored in tuned.tensors.items():
+        if stored.alias_of is not None or name in second:
+            used.add(name)
+            continue
+        match = _find(name, view)
+        if match is None:
+            found.leftovers.append(Leftover(name, "the base has no such tensor", None, stored))
+            continue
+        renamed += match != name
+        used.add(match)
+        _sort(name, view.tensors[match], stored, other, view, selection, found)
+    for name, stored in base.tensors.items():
+        if name not in used and stored.alias_of is None and name not in _tied_twins(view):
+            why = "the finetuned model has no such tensor"
+            found.leftovers.append(Leftover(name, why, stored, None, can_be_carried=False))
+    if renamed:
+        found.notes.append(f"{renamed} tensors have other names in the base, matched as in a merge")
+    _nest(found.targets)
+    return found
+
+
+def _tied_twins(view: BaseView) -> set[str]:
+    """Return names of stored heads that only repeat the embedding they are tied to."""
+    from loratool.ops.merging.tied import have_same_values
+
+    tie = find_tie(view)
+    if tie is None or not tie.is_stored or tie.head not in view.tensors:
+        return set()
+    head, table = view.tensors[tie.head], view.tensors[tie.embedding]
+    return {tie.head} if have_same_values(head, table) else set()
+
+
+def _find(name: str, base: BaseView) -> str | None:
+    if name in base.tensors:
+        return name
+    module, _, leaf = name.rpartition(".")
+    owner = base.index.find(module, parameter=leaf) if module else None
+    return f"{owner}.{leaf}" if owner is not None else None
+
+
+def _sort(
+    name: str,
+    base: StoredTensor,
+    tuned: StoredTensor,
+    view: BaseView,
+    base_view: BaseView,
+    selection: Selection,
+    found: Pairing,
+) -> None:
+    module, _, leaf = name.rpartition(".")
+    floats = all(DTYPES[stored.spec.dtype].is_mergeable for stored in (base, tuned))
+    if selection.saves(module):
+        found.saved.append(Leftover(name, "saved whole as asked", base, tuned))
+        return
+    if base.spec.shape != tuned.spec.shape:
+        shapes = f"{list(base.spec.shape)} in the base, {list(tuned.spec.shape)} here"
+        found.leftovers.append(Leftover(name, f"another shape: {shapes}", base, tuned))
+        return
+    if not floats:
+        dtypes = f"{base.spec.dtype} and {tuned.spec.dtype}"
+        found.leftovers.append(
+            Leftover(name, f"no floats: {dtypes}", base, tuned, can_be_carried=False)
+        )
+        return
+    found.same += 1
+    target = _target(name, module, leaf, base, tuned, view, base_view)
+    if isinstance(target, str):
+        found.leftovers.append(Leftover(name, target, base, tuned))
+        return
+    refused = selection.refuses(module)
+    if refused is not None:
+        found.leftovers.append(Leftover(name, refused, base, tuned))
+    else:
+        found.targets.append(target)
+
+
+def _target(
+    name: str,
+    module: str,
+    leaf: str,
+    base: StoredTensor,
+    tuned: StoredTensor,
+    view: BaseView,
+    base_view: BaseView,
+) -> Target | str:
+    """Return the target that a tensor is, or why it is none."""
+    shape = tuned.spec.shape
+    if len(shape) < 2:
+        return "a bias" if leaf == "bias" else "a vector, such as a norm"
+    if 0 in shape:
+        return "empty"
+    types = view.model_types | base_view.model_types
+    if len(shape) == 3 and leaf in FUSED_PARAMETERS:
+        experts, rows, columns = shape
+        transposed = bool(types & TRANSPOSED_MODEL_TYPES)
+        out, into = (columns, rows) if transposed else (rows, columns)
+        return Target(
+            name, module, Kind.LINEAR, base, tuned, out, (into,), transposed, experts, True
+        )
+    if leaf != "weight":
+        return "a parameter that is no module's weight"
+    if len(shape) == 2 and is_embedding(module):
+        rows, columns = shape
+        return Target(
+            name[: -len(".weight")], module, Kind.EMBEDDING, base, tuned, columns, (rows,), True
+        )
+    if len(shape) == 2:
+        rows, columns = shape
+        is_conv1d = module.rpartition(".")[2] in CONV1D_LEAVES and (
+            view.is_conv1d(module) or base_view.is_conv1d(module)
+        )
+        if is_conv1d:
+            return Target(module, module, Kind.LINEAR, base, tuned, columns, (rows,), True)
+        return Target(module, module, Kind.LINEAR, base, tuned, rows, (columns,))
+    if module.rpartition(".")[2] in STACKED_LEAVES:
+        return "stacked experts under a name that PEFT does not adapt"
+    if shape[1] == 1 and shape[0] > 1:
+        return "a depthwise convolution, whose delta no factors of PEFT express"
+    return Target(module, module, Kind.CONV, base, tuned, shape[0], shape[1:])
+
+
+def _nest(targets: list[Target]) -> None:
+    """Say how deep raw parameters nest: those of one module, the first registered innermost."""
+    from dataclasses import replace
+
+    by_module: dict[str, list[int]] = {}
+    for index, target in enumerate(targets):
+        if target.is_parameter:
+            by_module.setdefault(target.module, []).append(index)
+    for places in by_module.values():
+        order = sorted(
+            places,
+            key=lambda i: FUSED_PARAMETERS.index(targets[i].name.rpartition(".")[2]),
+        )
+        for depth, place in enumerate(reversed(order)):
+            targets[place] = replace(targets[place], nesting=depth)
