@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loratool.math.lowrank import LowRank
 
-__all__ = ["Leading", "leading_part", "noise_floor", "squared_norm"]
+__all__ = ["Leading", "leading_part", "noise_floor", "spacing_squares", "squared_norm"]
 
 OVERSAMPLING: Final = 8
 LEAST_BLOCKS: Final = 2
@@ -33,7 +33,8 @@ SMALL_SIDE: Final = 256
 """Matrices with a side up to this are decomposed exactly."""
 SVD_SIDE: Final = 512
 """Up to this the exact route is a plain SVD in float64."""
-ROWS: Final = 512
+BLOCK_ELEMENTS: Final = 1 << 18
+"""Elements of the blocks in which squares are summed in float64."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,19 @@ def squared_norm(matrix: Tensor) -> float:
     return math.fsum(float(block.double().square().sum()) for block in _blocks(matrix))
 
 
-def noise_floor(stored: Tensor) -> float:
+def spacing_squares(stored: Tensor) -> float:
+    """Return the sum of the squared distances between the numbers beside each element.
+
+    Args:
+        stored: Values of a finetuned weight, in the dtype in which they were stored.
+    """
+    eps = torch.finfo(stored.dtype).eps
+    tiny = torch.finfo(stored.dtype).smallest_normal
+    _, exponents = torch.frexp(stored.float().abs().clamp(min=tiny))
+    return float(torch.exp2(2.0 * (exponents.float() - 1)).sum(dtype=torch.float64)) * eps**2
+
+
+def noise_floor(squares: float, shape: tuple[int, int]) -> float:
     """Return the largest singular value that rounding alone leaves in a difference.
 
     Rounding a value to its dtype errs by up to half the spacing of numbers there, evenly: a
@@ -105,24 +118,26 @@ def noise_floor(stored: Tensor) -> float:
     value at ``s (√m + √n)`` (Bai & Yin 1993).
 
     Args:
-        stored: The finetuned weight, ``(m, n)``, in the dtype in which it was stored.
+        squares: The sum of :func:`spacing_squares` over the finetuned weight.
+        shape: ``(m, n)``.
     """
-    m, n = stored.shape
-    eps = torch.finfo(stored.dtype).eps
-    tiny = torch.finfo(stored.dtype).smallest_normal
-    total = 0.0
-    for block in _blocks(stored):
-        _, exponents = torch.frexp(block.double().abs().clamp(min=tiny))
-        spacing = torch.exp2(exponents.double()) * (eps / 2)
-        total += float(spacing.square().sum())
-    deviation = math.sqrt(total / max(1, m * n) / 12)
-    return deviation * (math.sqrt(m) + math.sqrt(n))
+    m, n = shape
+    return math.sqrt(squares / max(1, m * n) / 12) * (math.sqrt(m) + math.sqrt(n))
 
 
 def _blocks(matrix: Tensor) -> Iterator[Tensor]:
     """Yield rows, a few at a time."""
-    for start in range(0, matrix.shape[0], ROWS):
-        yield matrix[start : start + ROWS]
+    rows = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], rows):
+        yield matrix[start : start + rows]
+
+
+def _numbered(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield rows with the index of the first."""
+    start = 0
+    for block in _blocks(matrix):
+        yield start, block
+        start += len(block)
 
 
 def _exact(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,6 +210,6 @@ def _from_basis(
 
 def _squared_residual(delta: Tensor, up: Tensor, down: Tensor) -> float:
     return math.fsum(
-        float((block - part @ down).double().square().sum())
-        for block, part in zip(_blocks(delta), _blocks(up), strict=True)
+        float((block - up[start : start + len(block)] @ down).double().square().sum())
+        for start, block in _numbered(delta)
     )

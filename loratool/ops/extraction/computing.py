@@ -16,7 +16,12 @@ from torch import Tensor
 from loratool.errors import BaseModelError
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
-from loratool.math.extraction import Leading, leading_part, noise_floor
+from loratool.math.extraction import (
+    Leading,
+    leading_part,
+    noise_floor,
+    spacing_squares,
+)
 from loratool.math.ranks import minimal_rank, numerical_rank, profile_of
 from loratool.ops.algebra.ranks import Truncation
 from loratool.ops.extraction.pairing import Target
@@ -30,7 +35,7 @@ BUDGET_RANK: Final = 128
 """The most that a module may get of a budget, unless --rank says otherwise."""
 COMPLETE: Final = 1e-12
 """What is left of the energy when all singular values are known."""
-ROWS: Final = 512
+BLOCK_ELEMENTS: Final = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +89,25 @@ class Extracted:
         return self.squared_residual + math.fsum(self.profile[rank:])
 
 
-def read_difference(target: Target, expert: int, files: InputFiles, device: torch.device) -> Tensor:
-    """Return the delta ``(out, in)`` of a module or of one expert, float32 (float64 for F64)."""
+def read_difference(
+    target: Target, expert: int, files: InputFiles, device: torch.device
+) -> tuple[Tensor, float]:
+    """Return the delta ``(out, in)`` of a module or of one expert, and its noise floor.
+
+    Float32, or float64 where one of the two is.
+    """
     shape = target.tuned.spec.shape
-    rows = shape[1] if target.experts > 1 or target.is_parameter else shape[0]
+    rows = shape[1] if target.is_parameter else shape[0]
     width = target.tuned.spec.elements // (rows * target.experts)
     first = expert * rows
     is_double = "F64" in (target.base.spec.dtype, target.tuned.spec.dtype)
     kind = torch.float64 if is_double else torch.float32
     base, tuned = (RowReader(stored, width, files) for stored in (target.base, target.tuned))
     delta = torch.empty(rows, width, dtype=kind)
-    for start in range(0, rows, ROWS):
-        count = min(ROWS, rows - start)
+    spacings = []
+    step = max(1, BLOCK_ELEMENTS // width)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
         after = tuned.rows(first + start, count)
         before = base.rows(first + start, count)
         block = delta[start : start + count]
@@ -103,8 +115,10 @@ def read_difference(target: Target, expert: int, files: InputFiles, device: torc
         if before.dtype != after.dtype:
             # Only converted to another dtype: not a change.
             block[before.to(after.dtype) == after] = 0
+        spacings.append(spacing_squares(after))
+    floor = noise_floor(math.fsum(spacings), (rows, width))
     delta = delta.to(device)
-    return delta.mT if target.is_transposed else delta
+    return delta.mT if target.is_transposed else delta, floor
 
 
 def change_of(base: StoredTensor, tuned: StoredTensor, files: InputFiles) -> float:
@@ -141,8 +155,8 @@ def decompose(
     parts: list[Leading] = []
     floors: list[float] = []
     for expert in range(target.experts):
-        delta = read_difference(target, expert, files, settings.device)
-        floors.append(_floor(target, expert, files))
+        delta, floor = read_difference(target, expert, files, settings.device)
+        floors.append(floor)
         part = _leading(target, expert, delta, rank, settings)
         while is_searched and rank < most and not _is_enough([*parts, part], floors, settings):
             rank = min(most, 2 * rank)
@@ -167,15 +181,6 @@ def _leading(target: Target, expert: int, delta: Tensor, rank: int, settings: Se
         raise BaseModelError(
             target.name, "its difference is not finite: one of the two holds NaN or infinity"
         ) from None
-
-
-def _floor(target: Target, expert: int, files: InputFiles) -> float:
-    """Return the noise of rounding the finetuned weight to its dtype."""
-    shape = target.tuned.spec.shape
-    rows = shape[1] if target.experts > 1 or target.is_parameter else shape[0]
-    width = target.tuned.spec.elements // (rows * target.experts)
-    reader = RowReader(target.tuned, width, files)
-    return noise_floor(reader.rows(expert * rows, rows))
 
 
 def _wanted(
