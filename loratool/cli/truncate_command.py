@@ -24,6 +24,12 @@ __all__ = ["command"]
     metavar="BASE",
     help="With --max-size: weigh errors relative to the base's own weights.",
 )
+@click.option(
+    "--spectrum",
+    type=options.PATH,
+    metavar="FILE",
+    help="From extract --save-spectrum: rules are about the whole difference.",
+)
 @options.dtype
 @options.alpha
 @options.adapter_name

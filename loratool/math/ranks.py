@@ -37,7 +37,7 @@ def numerical_rank(profile: Sequence[float]) -> int:
     return sum(1 for square in profile if square > floor)
 
 
-def minimal_rank(profile: Sequence[float], rule: str, value: float) -> int:
+def minimal_rank(profile: Sequence[float], rule: str, value: float, *, rest: float = 0.0) -> int:
     """Return the smallest rank that satisfies ``rule``, at least 1.
 
     Args:
@@ -47,6 +47,7 @@ def minimal_rank(profile: Sequence[float], rule: str, value: float) -> int:
             without its off-by-one: ``sv_ratio``, keep ``σ > σ₁ / value``; ``sv_fro``, the share
             of ``‖Δ‖_F`` to keep; ``sv_cumulative``, the share of ``Σσ`` to keep.
         value: What the rule is about.
+        rest: What the matrix has of ``‖Δ‖_F²`` beside the profile, lost at any rank.
     """
     rank = numerical_rank(profile)
     squares = profile[:rank]
@@ -59,18 +60,18 @@ def minimal_rank(profile: Sequence[float], rule: str, value: float) -> int:
         case "sv_cumulative":
             return _smallest([math.sqrt(square) for square in squares], 1 - value)
         case "sv_fro":
-            return _smallest(squares, 1 - value**2)
+            return _smallest(squares, 1 - value**2, rest)
         case "energy":
-            return _smallest(squares, 1 - value)
+            return _smallest(squares, 1 - value, rest)
         case "max_error":
-            return _smallest(squares, value**2)
+            return _smallest(squares, value**2, rest)
         case _:
             raise ValueError(rule)
 
 
-def _smallest(terms: Sequence[float], allowed: float) -> int:
+def _smallest(terms: Sequence[float], allowed: float, rest: float = 0.0) -> int:
     """Return the fewest leading terms whose remainder is at most the share ``allowed``."""
-    limit = math.fsum(terms) * allowed * (1 + SLACK)
+    limit = (math.fsum(terms) + rest) * allowed * (1 + SLACK) - rest
     # Summed from the smallest on, so that small remainders keep their digits.
     tails = list(itertools.accumulate(reversed(terms)))
     return max(1, len(terms) - bisect.bisect_right(tails, limit))

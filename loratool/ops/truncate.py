@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from loratool.errors import OptionError
+from loratool.adapter.model import Adapter
+from loratool.errors import AdapterError, FileFormatError, OptionError
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.json import read_json_object
 from loratool.ops.algebra.joining import check_computable, join
 from loratool.ops.algebra.planning import Draft, output_scheme
 from loratool.ops.algebra.ranks import Truncation, full_ranks, parse_size
@@ -33,6 +35,7 @@ def truncate(
     sv_cumulative: float | None = None,
     rank_multiple: int = 1,
     base: AnyPath | None = None,
+    spectrum: AnyPath | None = None,
     dtype: str | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -62,6 +65,8 @@ def truncate(
         sv_cumulative: Smallest rank that keeps this share of the sum of the singular values.
         rank_multiple: Make every rank a multiple of this.
         base: With ``max_size``: weigh each error by the norm of the base's own weight.
+        spectrum: What ``extract(save_spectrum=...)`` wrote for this adapter: rules are then
+            about the whole difference that was extracted, not about what the adapter holds.
         dtype: ``float32``, ``float16`` or ``bfloat16``; by default that of the input.
         force: Replace an existing output.
         dry_run: Compute, report, and write nothing.
@@ -97,6 +102,7 @@ def truncate(
         "sv_cumulative": sv_cumulative,
         "rank_multiple": rank_multiple if rank_multiple > 1 else None,
         "base": Path(base).resolve().name if base is not None else None,
+        "spectrum": Path(spectrum).name if spectrum is not None else None,
         "dtype": dtype,
         "alpha": alpha,
         "skip": tuple(skip),
@@ -131,4 +137,30 @@ def truncate(
         threads=threads,
         progress=progress,
         base_norms=base_norms,
+        rests=_rests(opened, Path(spectrum)) if spectrum is not None else None,
     )
+
+
+def _rests(adapter: Adapter, path: Path) -> dict[str, float]:
+    """Return what each module lacks of the difference that it was extracted from.
+
+    Raises:
+        FileFormatError: The file is not one that an extraction wrote.
+        AdapterError: It is about other modules.
+    """
+    from loratool.ops.spectrum import spectra
+
+    document = read_json_object(path)
+    try:
+        norms = {
+            str(entry["module"]): float(entry["squared_norm"]) for entry in document["modules"]
+        }
+    except (KeyError, TypeError, ValueError):
+        raise FileFormatError(
+            path, "is no spectrum file", hint="write one with extract --save-spectrum"
+        ) from None
+    found = spectra(adapter)
+    missing = [spectrum.module for spectrum in found if spectrum.module not in norms]
+    if missing:
+        raise AdapterError(path, f"has no spectrum of {missing[0]!r}")
+    return {s.module: max(0.0, norms[s.module] - s.frobenius_norm**2) for s in found}

@@ -33,6 +33,7 @@ def finish(
     progress: Progress | None,
     base_norms: Mapping[str, float] | None = None,
     method: Method | None = None,
+    rests: Mapping[str, float] | None = None,
 ) -> AdapterReport:
     """Choose the ranks and write the adapter.
 
@@ -47,6 +48,7 @@ def finish(
         progress: Called with how much is done and how much there is.
         base_norms: ``‖W‖_F`` by module, to weigh errors in a common budget.
         method: How deltas are combined; by default added up.
+        rests: What a module lacks already of the ``‖Δ‖²`` that it stands for, by name.
 
     Raises:
         LoratoolError: Nothing was written; the message says why.
@@ -68,7 +70,7 @@ def finish(
         spectra = {joint.name: values for joint, values in zip(joints, found, strict=True)}
     if truncation.needs_spectra:
         is_met = None
-        if truncation.max_error is not None:
+        if truncation.max_error is not None and not rests:
             is_met = meets_error(draft, how, arithmetic(device), truncation.max_error, spectra)
         ranks = choose_ranks(
             joints,
@@ -77,6 +79,7 @@ def finish(
             plan_for=draft.plan,
             base_norms=base_norms,
             is_met=is_met,
+            rests=rests,
         )
     else:
         ranks = full_ranks(joints, truncation)

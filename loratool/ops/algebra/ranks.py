@@ -137,6 +137,7 @@ def choose_ranks(
     plan_for: Callable[[Mapping[str, int]], AdapterPlan],
     base_norms: Mapping[str, float] | None = None,
     is_met: Callable[[Joint, int], bool] | None = None,
+    rests: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """Return the rank of each module, by rank group (see :attr:`Joint.rank_group`).
 
@@ -147,6 +148,7 @@ def choose_ranks(
         plan_for: Returns the plan for given ranks, whose size is what counts for a budget.
         base_norms: ``‖W‖_F`` by name, to weigh errors relative to the base.
         is_met: Whether a rank keeps the promise of ``max_error`` with its rounding.
+        rests: What a module lacks already of the ``‖Δ‖²`` that it stands for, by name.
 
     Raises:
         AdapterError: Nothing fits into the budget.
@@ -159,7 +161,8 @@ def choose_ranks(
     rule, value = truncation.rule
     ranks: dict[str, int] = {}
     for joint in joints:
-        rank = minimal_rank(profiles[joint.name], rule, value)
+        rest = (rests or {}).get(joint.name, 0.0)
+        rank = minimal_rank(profiles[joint.name], rule, value, rest=rest)
         group = joint.rank_group
         most = min(limits[group], joint.full_rank)
         while is_met is not None and rank < most and not is_met(joint, rank):

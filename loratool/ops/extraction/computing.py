@@ -33,6 +33,8 @@ FIRST_RANK: Final = 32
 """Where the search for a rank that depends on the spectrum begins."""
 BUDGET_RANK: Final = 128
 """The most that a module may get of a budget, unless --rank says otherwise."""
+MARGIN: Final = 1.05
+"""How far over the noise floor a singular value must be; of finite matrices it fluctuates."""
 COMPLETE: Final = 1e-12
 """What is left of the energy when all singular values are known."""
 BLOCK_ELEMENTS: Final = 1 << 18
@@ -194,7 +196,7 @@ def _wanted(
     total = math.fsum(norm for _, norm in parts)
     rest = max(0.0, total - math.fsum(profile))
     if settings.auto:
-        limit = len(parts) * floor**2
+        limit = len(parts) * (MARGIN * floor) ** 2
         count = sum(1 for square in profile if square > limit)
         return max(1, count) if count < len(profile) else None
     rule = settings.truncation.rule

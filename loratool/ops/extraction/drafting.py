@@ -108,7 +108,7 @@ class ExtractionDraft:
             jobs=tuple(jobs),
             carried=tuple(carried),
             metadata=self.metadata,
-            config=self._config(jobs, carried) if self.has_config else None,
+            config=self._config(jobs) if self.has_config else None,
             sidecars=(),
             weights_name=WEIGHTS_NAME if is_folder else "",
             stamps=stamps,
@@ -119,24 +119,43 @@ class ExtractionDraft:
             ),
         )
 
+    def _saved(self, adapted: set[str]) -> list[str]:
+        """Return the modules that are saved whole: all of whose tensors the file has to hold.
+
+        A bias alone is no reason to save a module: PEFT stores biases by themselves.
+        """
+        names = (item.name.rpartition(".") for item in self.carried)
+        modules = dict.fromkeys(module for module, _, leaf in names if leaf != "bias")
+        return [module for module in modules if module and module not in adapted]
+
     def _carried(self, adapted: set[str]) -> list[Carried]:
+        tensors = {item.name: item.tuned for item in self.carried if item.tuned is not None}
+        for module in self._saved(adapted):
+            for name, stored in self.tuned.tensors.items():
+                if name.rpartition(".")[0] == module:
+                    tensors.setdefault(name, stored)
         found = []
-        for item in self.carried:
-            assert item.tuned is not None
-            spec = item.tuned.spec
-            module, _, leaf = item.name.rpartition(".")
-            name = f"{module}.base_layer.{leaf}" if module in adapted else item.name
-            is_float = DTYPES[spec.dtype].is_float
-            dtype = self.dtype if self.dtype and is_float else spec.dtype
-            key = f"{self.scheme.prefix}{name}"
-            found.append(Carried(TensorSpec(key, dtype, spec.shape), (item.tuned,)))
+        for name, stored in tensors.items():
+            module, _, leaf = name.rpartition(".")
+            path = f"{module}.base_layer.{leaf}" if module in adapted else name
+            is_float = DTYPES[stored.spec.dtype].is_float
+            dtype = self.dtype if self.dtype and is_float else stored.spec.dtype
+            spec = TensorSpec(f"{self.scheme.prefix}{path}", dtype, stored.spec.shape)
+            found.append(Carried(spec, (stored,)))
         return found
 
-    def _config(self, jobs: Sequence[ModuleJob], carried: Sequence[Carried]) -> dict[str, Any]:
+    def _bias(self, adapted: set[str], saved: Sequence[str]) -> str:
+        """Return what the configuration has to say about biases that are carried alone."""
+        modules = {
+            item.name.rpartition(".")[0] for item in self.carried if item.name.endswith(".bias")
+        }
+        if modules - adapted - set(saved):
+            return "all"
+        return "lora_only" if modules & adapted else "none"
+
+    def _config(self, jobs: Sequence[ModuleJob]) -> dict[str, Any]:
         adapted = {job.output.module for job in jobs}
-        modules = [item.name.rpartition(".")[0] for item in self.carried]
-        saved = [module for module in dict.fromkeys(modules) if module not in adapted]
-        biases = any(module in adapted for module in modules)
+        saved = self._saved(adapted)
         names = architectures(self.tuned.config)
         task = next((t for end, t in TASKS.items() if names and names[0].endswith(end)), None)
         is_transposed = any(
@@ -153,7 +172,7 @@ class ExtractionDraft:
                 "task_type": task,
                 "fan_in_fan_out": is_transposed,
                 "modules_to_save": saved or None,
-                "bias": "lora_only" if biases else "none",
+                "bias": self._bias(adapted, saved),
                 "lora_dropout": 0.0,
             },
         )
