@@ -62,18 +62,16 @@ def test_peft_loads_what_was_extracted(case: Case, tmp_path: Path) -> None:
     from peft import PeftModel
 
     base, tuned, out = FIXTURES / case["base"], tmp_path / "tuned", tmp_path / "out"
-    if case["case"] in ("experts-mixtral", "llava"):
-        # Stored under other names than those of the modules: transformers saves it as it is.
-        model = load_model(case, base)
-        model.config.tie_word_embeddings = False
-        pytest.skip("the base is stored under names that are not its modules'")
     loratool.merge(base, [FIXTURES / a for a in case["adapters"]], tuned, dtype="float32")
-    loratool.extract(base, tuned, out, rank=16, embeddings=True, residual="carry")
+    rank = 8 if case["case"] == "llava" else 16  # its modules have other names: no patterns
+    loratool.extract(base, tuned, out, rank=rank, embeddings=True, residual="carry")
     model = load_model(case, base)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         peft = PeftModel.from_pretrained(model, str(out), **case.get("peft_kwargs", {})).eval()
-    assert [str(w.message) for w in seen if "activation_checkpointing" not in str(w.message)] == []
+    # PEFT fuses experts that are stored apart, and then warns about patterns of its own making.
+    words = ("activation_checkpointing", "gate_up_proj")
+    assert [w for w in seen if not any(word in str(w.message) for word in words)] == []
     wanted = outputs_of(case, load_model(case, tuned))
     error = (outputs_of(case, peft) - wanted).abs().max() / wanted.abs().max()
     assert float(error) < 1e-5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,5 +174,31 @@ class ExtractionDraft:
                 "modules_to_save": saved or None,
                 "bias": self._bias(adapted, saved),
                 "lora_dropout": 0.0,
+                "target_modules": self._targets(jobs),
             },
         )
+
+    def _targets(self, jobs: Sequence[ModuleJob]) -> list[str]:
+        """Return the shortest endings of paths that mean exactly the modules of ``jobs``.
+
+        Libraries rename what comes before the layers from version to version; endings last.
+        """
+        wanted = {job.output.pattern_path for job in jobs if not job.output.is_parameter}
+        others = {
+            name.rpartition(".")[0]
+            for name, stored in self.tuned.tensors.items()
+            if len(stored.spec.shape) > 1
+        } - wanted
+        taken = {ending for module in others for ending in _endings(module)}
+        found = (
+            next((ending for ending in _endings(module) if ending not in taken), module)
+            for module in sorted(wanted)
+        )
+        return list(dict.fromkeys(found))
+
+
+def _endings(module: str) -> Iterator[str]:
+    """Yield the endings of a dotted path, the shortest first."""
+    parts = module.split(".")
+    for count in range(1, len(parts) + 1):
+        yield ".".join(parts[-count:])
