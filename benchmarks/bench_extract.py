@@ -1,0 +1,170 @@
+"""``loratool extract`` against one dense SVD for each weight, as mergekit-extract-lora does it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from harness import (
+    ALL_LINEAR,
+    TINY_LLAMA,
+    Command,
+    Figure,
+    LlamaShape,
+    Timing,
+    common_arguments,
+    loratool_command,
+    make_adapter,
+    make_base,
+    measure,
+    print_report,
+    read_through,
+    say,
+    work_folder,
+)
+
+from loratool.math.extraction import leading_part
+
+RANK: Final = 16
+SHAPES: Final = ((2048, 5632), (4096, 4096))
+KINDS: Final = ("rank 16 + noise", "j^-0.5", "j^-0.1", "flat")
+RANKS: Final = (4, 16, 64, 128)
+QUALITY_SHAPE: Final = (1024, 1536)
+"""Of the matrices whose optimum is computed densely, many times over."""
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = common_arguments(__doc__, runs=3)
+    parser.add_argument("--dense-runs", type=int, default=1, help="of each dense SVD; default 1")
+    parser.add_argument("--skip-model", action="store_true", help="leave out the 1.1 B pair")
+    arguments = parser.parse_args()
+    timings, figures, seconds = modules(arguments)
+    figures += quality(arguments.scale)
+    if not arguments.skip_model:
+        whole, more = model(arguments, seconds)
+        timings += whole
+        figures += more
+    print_report("extract", timings, figures, as_json=arguments.json)
+    return 0
+
+
+def modules(
+    arguments: argparse.Namespace,
+) -> tuple[list[Timing], list[Figure], dict[tuple[int, int], float]]:
+    """Time single modules both ways in turn; return also the dense seconds by shape."""
+    timings, figures, seconds = [], [], {}
+    for full in SHAPES:
+        shape = (max(64, int(full[0] * arguments.scale)), max(64, int(full[1] * arguments.scale)))
+        base = torch.randn(shape, generator=seeded(1)).mul_(0.02).bfloat16()
+        tuned = (base.float() + difference("rank 16 + noise", shape, 2) * 1e-2).bfloat16()
+        delta = tuned.float() - base.float()
+        dense = Timing(f"dense SVD, {shape[0]} x {shape[1]}")
+        ours = Timing(f"block Krylov, rank {RANK}, {shape[0]} x {shape[1]}")
+        for number in range(max(1, arguments.dense_runs)):
+            say(f"run {number + 1}: {dense.name}")
+            timed(dense, lambda d=delta: torch.linalg.svd(d, full_matrices=False))
+            for _ in range(arguments.runs):
+                timed(ours, lambda d=delta: leading_part(d, RANK, seeded(3)))
+        timings += [dense, ours]
+        seconds[full] = dense.wall
+        name = f"dense / block Krylov, {shape[0]} x {shape[1]}"
+        figures.append(Figure(name, dense.wall / ours.wall, "x", ">= 50"))
+    return timings, figures, seconds
+
+
+def quality(scale: float) -> list[Figure]:
+    """Return the largest excess of the error over the optimum, for each kind of spectrum."""
+    shape = (max(64, int(QUALITY_SHAPE[0] * scale)), max(96, int(QUALITY_SHAPE[1] * scale)))
+    figures = []
+    for kind in KINDS:
+        delta = difference(kind, shape, 5)
+        values = torch.linalg.svdvals(delta.double())
+        worst = 0.0
+        for rank in (rank for rank in RANKS if rank < shape[0] // 4):
+            found = leading_part(delta, rank, seeded(6), method="randomised")
+            optimum = float(values[rank:].square().sum())
+            worst = max(worst, math.sqrt(found.squared_residual / optimum))
+        target = "<= 1.01" if kind in ("j^-0.1", "flat") else "<= 1.005"
+        figures.append(Figure(f"error / optimum, {kind}, ranks 4 to 128", worst, "", target))
+    return figures
+
+
+def model(
+    arguments: argparse.Namespace, seconds: dict[tuple[int, int], float]
+) -> tuple[list[Timing], list[Figure]]:
+    """Extract a whole pair of TinyLlama's sizes, made on the spot."""
+    shape = TINY_LLAMA.scaled(arguments.scale)
+    with work_folder(arguments) as folder:
+        say("making a pair of models")
+        base = make_base(folder / "base", shape)
+        adapter = make_adapter(folder / "adapter", shape, ALL_LINEAR)
+        tuned = folder / "tuned"
+        merge = [*loratool_command(), "merge", base, adapter, "-o", tuned, "-q"]
+        subprocess.run([str(part) for part in merge], check=True)
+        for path in (base, tuned):
+            read_through(path)
+        output = folder / "out"
+        command = [*loratool_command(), "extract", base, tuned, "--rank", str(RANK), "-o", output]
+        timings = measure([Command("loratool extract", command, output)], arguments.runs)
+    whole = timings[0]
+    figures = [Figure("loratool extract, peak memory", whole.peak / 1e6, "MB", "<= 1,000")]
+    if arguments.scale == 1:
+        expected = projected(shape, seconds)
+        note = "projected from one dense SVD of 2048 x 5632, by m n min(m, n)"
+        figures.append(
+            Figure("one dense SVD a weight / extract", expected / whole.wall, "x", "", note)
+        )
+    return timings, figures
+
+
+def projected(shape: LlamaShape, seconds: dict[tuple[int, int], float]) -> float:
+    """Return what a dense SVD of every projection would take."""
+    known = (2048, 5632)
+    rate = seconds[known] / work(known)
+    return shape.layers * sum(rate * work(shape.linear(name)) for name in ALL_LINEAR)
+
+
+def work(shape: tuple[int, int]) -> float:
+    """Return what a dense SVD's time grows with."""
+    return shape[0] * shape[1] * min(shape)
+
+
+def difference(kind: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """Return a difference with a spectrum of some kind."""
+    m, n = shape
+    if kind == "flat":
+        return torch.randn(shape, generator=seeded(seed))
+    if kind.startswith("rank"):
+        low = torch.randn(m, RANK, generator=seeded(seed))
+        low = low @ torch.randn(RANK, n, generator=seeded(seed + 1)) / math.sqrt(m)
+        return low + 0.01 * torch.randn(shape, generator=seeded(seed + 2))
+    count = min(shape)
+    U, V = (
+        torch.linalg.qr(torch.randn(size, count, generator=seeded(seed + size))).Q for size in shape
+    )
+    return (U * torch.arange(1, count + 1) ** -float(kind.partition("-")[2])) @ V.mT
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Return a generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def timed(timing: Timing, call: Callable[[], object]) -> None:
+    """Note what one call takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    timing.walls.append(time.perf_counter() - wall)
+    timing.cpus.append(time.process_time() - cpu)
+    timing.peaks.append(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
