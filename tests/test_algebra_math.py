@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils
 
 from loratool.math import combining
+from loratool.math.budget import Item, allocate, spend
 from loratool.math.combining import Settings, combine, peft_linear
 from loratool.math.factored import factor, inner, norm
 from loratool.math.lowrank import LowRank
-from loratool.math.ranks import allocate, minimal_rank, numerical_rank, profile_of
+from loratool.math.ranks import minimal_rank, numerical_rank, profile_of
 from loratool.math.similarity import (
     effective_rank,
     energy_rank,
@@ -286,3 +287,47 @@ def test_ranks_of_spectra() -> None:
     assert math.isclose(effective_rank([3.0, 3.0, 3.0]), 3)
     assert (stable_rank([]), effective_rank([0.0]), energy_rank([0.0], 0.9)) == (0, 0, 0)
     assert energy_rank([10.0, 5.0, 2.0], 0.99) == 3
+
+
+def test_fixed_prices_are_part_of_the_budget() -> None:
+    chance = random.Random(2)
+    for _ in range(150):
+        count, multiple = chance.randint(1, 4), chance.choice([1, 1, 2])
+        items = [
+            Item(
+                sorted((chance.random() ** 4 for _ in range(chance.randint(2, 4))), reverse=True),
+                chance.choice([3, 5, 8]),
+                4,
+                is_forced=chance.random() < 0.2,
+            )
+            for _ in range(count)
+        ]
+        fixed = [chance.randint(0, 12) for _ in range(count)]
+        budget = chance.randint(5, 90)
+
+        def size_of(
+            ranks: tuple[int, ...] | list[int],
+            of: list[Item] = items,
+            entries: list[int] = fixed,
+        ) -> int:
+            used = sum(item.cost * rank for item, rank in zip(of, ranks, strict=True))
+            header = sum(entry for entry, rank in zip(entries, ranks, strict=True) if rank)
+            return used + header + sum(len(str(rank)) for rank in ranks)
+
+        found = spend(items, budget, size_of=size_of, multiple=multiple)
+        options = [
+            ranks
+            for ranks in itertools.product(range(0, 5, multiple), repeat=count)
+            if size_of(ranks) <= budget
+            and all(rank or not item.is_forced for item, rank in zip(items, ranks, strict=True))
+        ]
+        values = [
+            sum(item.value(rank) for item, rank in zip(items, ranks, strict=True))
+            for ranks in options
+        ]
+        if not options or max(values) == 0:
+            assert not any(found)
+            continue
+        assert size_of(found) <= budget
+        value = sum(item.value(rank) for item, rank in zip(items, found, strict=True))
+        assert value >= max(values) - 1e-12

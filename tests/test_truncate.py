@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import FIXTURES, lora
 from deltas import dense_deltas, load_config, load_tensors, relative_error
+from safetensors.torch import save
 
 import loratool
 from loratool.errors import OptionError
@@ -107,11 +108,16 @@ def test_a_budget_is_kept_and_well_spent(make_adapter: Make, tmp_path: Path) -> 
         assert (out / "adapter_model.safetensors").stat().st_size <= budget
         found = {m.module: m.rank for m in report.modules}
         assert report.relative_error == pytest.approx(tails(adapter, found), rel=1e-6)
-        costs = {name: 4 * (16 + 20 + 4 * i) for i, name in enumerate(NAMES)}
-        spent = sum(costs[name] * found[name] for name in NAMES)
-        for ranks in itertools.product(range(1, 7), repeat=3):
-            option = dict(zip(NAMES, ranks, strict=True))
-            if sum(costs[name] * option[name] for name in NAMES) <= spent:
+        metadata = loratool.open_adapter(out).metadata
+        for ranks in itertools.product(range(7), repeat=3):
+            tensors = {}
+            for index, (name, k) in enumerate(zip(NAMES, ranks, strict=True)):
+                if k:
+                    tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(k, 16)
+                    up = torch.zeros(20 + 4 * index, k)
+                    tensors[f"base_model.model.{name}.lora_B.weight"] = up
+            if len(save(tensors, dict(metadata))) <= budget:
+                option = dict(zip(NAMES, ranks, strict=True))
                 assert tails(adapter, found) <= tails(adapter, option) * (1 + 1e-9)
 
 

@@ -141,7 +141,7 @@ def compare(
         for site in adapter.sites:
             for code, problem in site_problems(site, adapter):
                 raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
-    joints, notes = join(opened, [1.0] * len(opened))
+    joints, notes = join(opened, [1.0] * len(opened), to_write=False)
     kind = arithmetic(device)
     found = in_parallel(
         lambda joint: _products(joint, opened, directions, kind),

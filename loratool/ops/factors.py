@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.shapes import width_of
 from loratool.adapter.slots import Slot
+from loratool.files.spec import StoredTensor
 from loratool.math.lowrank import LowRank
 from loratool.ops.tensors import Arithmetic, read_tensor
 
@@ -16,20 +18,31 @@ if TYPE_CHECKING:
 __all__ = ["expert_delta", "read_factors", "site_deltas"]
 
 
-def read_factors(site: Site, kind: Arithmetic, width: int | None = None) -> tuple[Tensor, Tensor]:
+def read_factors(
+    site: Site,
+    kind: Arithmetic,
+    width: int | None = None,
+    edit: Callable[[StoredTensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Read A as ``(r, in)`` and B as ``(out, r)``, with what lies between them in A.
 
     Args:
         site: The site. Its convolution kernels are flattened into the columns of A.
         kind: In what, and where.
         width: Columns of the delta, where A may be stored in a more compact form.
+        edit: What to do with each stored tensor first.
     """
     assert site.down is not None and site.up is not None
-    down = read_tensor(site.down, kind).flatten(1)
-    up = read_tensor(site.up, kind).flatten(1)
+
+    def read(stored: StoredTensor) -> Tensor:
+        values = read_tensor(stored, kind)
+        return values if edit is None else edit(stored, values)
+
+    down = read(site.down).flatten(1)
+    up = read(site.up).flatten(1)
     for slot in (Slot.SINGULAR, Slot.DIAGONAL):
         if slot in site.slots:
-            down = down * read_tensor(site.slots[slot], kind).reshape(-1, 1)
+            down = down * read(site.slots[slot]).reshape(-1, 1)
     if site.variant == "bdlora":
         if width is not None:
             down = _expand_blocks(down, width)
@@ -51,9 +64,17 @@ def expert_delta(down: Tensor, up: Tensor, expert: int, experts: int, scale: flo
     )
 
 
-def site_deltas(site: Site, adapter: Adapter, kind: Arithmetic) -> list[LowRank]:
-    """Return the deltas of a site, ``(out, in)`` with its scale: one, or one for each expert."""
-    down, up = read_factors(site, kind, width_of(site, adapter))
+def site_deltas(
+    site: Site,
+    adapter: Adapter,
+    kind: Arithmetic,
+    edit: Callable[[StoredTensor, Tensor], Tensor] | None = None,
+) -> list[LowRank]:
+    """Return the deltas of a site, ``(out, in)`` with its scale: one, or one for each expert.
+
+    ``edit`` is what to do with each stored tensor first.
+    """
+    down, up = read_factors(site, kind, width_of(site, adapter), edit)
     scale = site.scaling.factor
     if site.experts == 1:
         return [LowRank(up, down, scale)]

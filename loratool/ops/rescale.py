@@ -87,6 +87,16 @@ class _Change:
     def site(self) -> Site:
         return self.joint.terms[0].site
 
+    def factors(self) -> dict[str, float]:
+        """Return what each stored tensor is multiplied by, by its name, where it is not 1."""
+        by_slot = dict.fromkeys((Slot.UP, Slot.EMBEDDING_UP, Slot.UP_BIAS), self.up_factor)
+        by_slot |= dict.fromkeys((Slot.DOWN, Slot.EMBEDDING_DOWN), self.down_factor)
+        return {
+            stored.spec.name: by_slot[slot]
+            for slot, stored in self.site.slots.items()
+            if by_slot.get(slot, 1.0) != 1
+        }
+
     @property
     def output(self) -> OutputSite:
         return replace(self.joint.output, rank=self.site.rank, alpha=self.alpha)
@@ -156,6 +166,7 @@ def rescale(
             alpha=alpha,
             fold=fold,
             rank_stabilised=_is_stabilised(opened, to=to_rslora, back=from_rslora, fold=fold),
+            is_alone=max_norm is not None and not to_rslora and not from_rslora,
         )
         for joint in joints
     ]
@@ -317,7 +328,13 @@ def _change(
     alpha: float | None,
     fold: bool,
     rank_stabilised: bool,
+    is_alone: bool,
 ) -> _Change:
+    """Decide where the strength of a module goes.
+
+    With ``is_alone`` each module has a ratio of its own. Raw parameters then keep their alpha,
+    for PEFT warns about patterns that mean one, and B takes the ratio.
+    """
     site = joint.terms[0].site
     old = site.scaling.factor
     new = old * ratio
@@ -334,8 +351,9 @@ def _change(
                 down_factor=new / joint.twin_scale if joint.twin_scale else 1.0,
             )
         return _Change(joint, ratio, divisor, 1.0, up_factor=new)
-    if site.variant == "adalora":
-        return _Change(joint, ratio, site.scaling.alpha or 0.0, old, up_factor=ratio)
+    if site.variant == "adalora" or (is_alone and joint.output.is_parameter):
+        alpha_now = site.scaling.alpha or 0.0
+        return _Change(joint, ratio, alpha_now, old, up_factor=ratio)
     if alpha is None:
         if ratio == 1 and rank_stabilised == site.scaling.rank_stabilised:
             return _Change(joint, 1.0, _alpha_of(site, divisor), old)
@@ -403,16 +421,12 @@ def _plan(
 def _special(changes: Sequence[_Change]) -> Iterator[tuple[str, Carried]]:
     """Yield the tensors that change, by their names."""
     for change in changes:
-        for slot, stored in change.site.slots.items():
-            factor = 1.0
-            if slot is Slot.ALPHA and change.alpha != change.site.scaling.alpha:
-                yield stored.spec.name, Carried(stored.spec, (), constant=change.alpha)
-            elif slot in (Slot.UP, Slot.EMBEDDING_UP, Slot.UP_BIAS):
-                factor = change.up_factor
-            elif slot in (Slot.DOWN, Slot.EMBEDDING_DOWN):
-                factor = change.down_factor
-            if factor != 1:
-                yield stored.spec.name, Carried(stored.spec, (stored,), factor=factor)
+        stored = change.site.slots.get(Slot.ALPHA)
+        if stored is not None and change.alpha != change.site.scaling.alpha:
+            yield stored.spec.name, Carried(stored.spec, (), constant=change.alpha)
+        for name, factor in change.factors().items():
+            stored = next(s for s in change.site.slots.values() if s.spec.name == name)
+            yield name, Carried(stored.spec, (stored,), factor=factor)
 
 
 def _config(
@@ -470,7 +484,7 @@ def _rounding_error(changes: Sequence[_Change], plan: AdapterPlan, threads: int 
     from loratool.ops.algebra.rounding import rounding_error
 
     return rounding_error(
-        [(c.joint, c.up_factor, c.down_factor, c.scale) for c in changes],
+        [(change.joint, change.factors(), change.scale) for change in changes],
         dtypes,
         threads,
     )

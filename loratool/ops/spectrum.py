@@ -84,7 +84,7 @@ def spectra(
         for code, problem in site_problems(site, adapter):
             raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
     kind = arithmetic("cpu")
-    joints, _ = join([adapter], [1.0])
+    joints, _ = join([adapter], [1.0], to_write=False)
 
     def one(joint: Joint) -> Spectrum:
         deltas = exact_deltas(joint, Method(), kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -89,6 +90,7 @@ def gather_extras(
             else:
                 owners.setdefault((extra.name, extra.kind), []).append((adapter, extra))
     adapted = {site.module for site in sites}
+    _check_conflicts(adapters, owners)
     token_indices: dict[str, list[int]] = {}
     for (name, kind), owner in owners.items():
         if kind is ExtraKind.ROWS:
@@ -100,9 +102,43 @@ def gather_extras(
             result.carried.append(_whole(key, name, owner, policy, dtype))
         if len(adapters) > len(owner):
             result.notes.append(f"{name!r} is brought by {len(owner)} of {len(adapters)} adapters")
-    if len(adapters) > 1:
+    if len(adapters) > 1 or adapters[0].config is None:
         result.config |= _config(adapters, token_indices)
     return result
+
+
+def _check_conflicts(
+    adapters: Sequence[Adapter], owners: Mapping[tuple[str, ExtraKind], list[tuple[Adapter, Extra]]]
+) -> None:
+    """Refuse what PEFT cannot apply to one module at a time: a delta, saved weights, rows.
+
+    Raises:
+        UnsupportedError: Two adapters treat one module in different ways.
+    """
+    ways: dict[str, dict[str, Adapter]] = {}
+    for adapter in adapters:
+        for site in adapter.sites:
+            ways.setdefault(site.module, {}).setdefault("a delta", adapter)
+    for (name, kind), owner in owners.items():
+        module, _, leaf = name.rpartition(".")
+        for adapter, _ in owner:
+            if kind is ExtraKind.ROWS:
+                ways.setdefault(name, {}).setdefault("trained rows", adapter)
+            elif kind is ExtraKind.FULL and (leaf != "bias" or _is_saved(adapter, module)):
+                ways.setdefault(module, {}).setdefault("saved weights", adapter)
+    for module, found in ways.items():
+        if len({id(adapter) for adapter in found.values()}) > 1:
+            words = " and ".join(f"{way} in {adapter.path}" for way, adapter in found.items())
+            raise UnsupportedError(
+                module,
+                f"has {words}; no adapter can have both",
+                hint="leave one out with --skip, or merge one of the adapters first",
+            )
+
+
+def _is_saved(adapter: Adapter, module: str) -> bool:
+    names = adapter.config.modules_to_save if adapter.config else ()
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
 
 
 def _key(extra: Extra, adapted: set[str], scheme: KeyScheme) -> str:
@@ -243,6 +279,16 @@ def _config(
     """Return the fields that say what the extras of several adapters are."""
     saved = [name for a in adapters if a.config for name in a.config.modules_to_save]
     kinds = {str(adapter.field("bias") or "none") for adapter in adapters}
+    is_tied = all(adapter.field("ensure_weight_tying") for adapter in adapters)
+    for adapter in adapters:
+        if adapter.config is None or (adapter.field("ensure_weight_tying") and not is_tied):
+            # Nothing says what is saved, or a tie did that holds no more.
+            whole = [extra.name for extra in adapter.extras if extra.kind is ExtraKind.FULL]
+            modules = {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}
+            saved += sorted(m for m in modules if m and not _is_saved(adapter, m))
+            alone = {name.rpartition(".")[0] for name in whole} - modules
+            if adapter.config is None and alone:
+                kinds.add("all")
     found: dict[str, Any] = {
         "modules_to_save": list(dict.fromkeys(saved)) or None,
         "bias": next((kind for kind in ("all", "lora_only") if kind in kinds), "none"),

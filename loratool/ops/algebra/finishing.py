@@ -126,10 +126,12 @@ def _result_notes(
     if limit is not None:
         missed = [m for m in modules if m.relative_error > limit]
         if missed:
+            worst = max(m.relative_error for m in missed)
+            narrow = {job.output.dtype for job in plan.jobs} & ROUNDING_MATTERS
+            advice = "; write them with --dtype float32" if narrow else ""
             notes.append(
                 f"{len(missed)} modules miss --max-error {limit:g} for the rounding to their "
-                f"dtype alone (up to {max(m.relative_error for m in missed):.3g}); write them "
-                "with --dtype float32"
+                f"dtype alone (up to {worst:.3g}){advice}"
             )
     elif not any(module.discarded for module in modules):
         total = math.fsum(module.squared_norm for module in modules)

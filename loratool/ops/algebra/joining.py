@@ -152,7 +152,11 @@ def output_dtype(dtypes: Sequence[str]) -> str:
 
 
 def join(
-    adapters: Sequence[Adapter], weights: Sequence[float], *, dtype: str | None = None
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    dtype: str | None = None,
+    to_write: bool = True,
 ) -> tuple[tuple[Joint, ...], tuple[str, ...]]:
     """Return the union of the modules of ``adapters``, and notes on how they were matched.
 
@@ -160,8 +164,11 @@ def join(
         adapters: The adapters.
         weights: One number for each.
         dtype: The dtype to write (``F32``), instead of that of the factors.
+        to_write: Whether they will be written, with what PEFT demands of an adapter as a whole:
+            ties, and one switch for biases.
 
     Raises:
+        UnsupportedError: No adapter can hold the union.
         AdapterError: Two adapters see one module as matrices of different shapes or kinds.
     """
     groups: dict[str, list[Term]] = {}
@@ -186,7 +193,9 @@ def join(
     joints = [
         _joint(name, tuple(terms), nestings.get(name), dtype) for name, terms in groups.items()
     ]
-    return tuple(_with_twins(joints, adapters)), tuple(notes)
+    if to_write:
+        joints = _with_twins(_with_biases(joints), adapters)
+    return tuple(joints), tuple(notes)
 
 
 def _spelling(adapter: Adapter, known: Sequence[str]) -> tuple[dict[str, str], int]:
@@ -290,6 +299,24 @@ def _words(shape: tuple[int, tuple[int, ...], int]) -> str:
     return f"the shape {size}" + (f" for {experts} experts" if experts > 1 else "")
 
 
+def _with_biases(joints: list[Joint]) -> list[Joint]:
+    """Give every module a bias beside B if one has it: PEFT has one switch for all.
+
+    Raises:
+        UnsupportedError: There is a module that can have none.
+    """
+    if not any(joint.output.has_bias for joint in joints):
+        return joints
+    for joint in joints:
+        if joint.output.kind is Kind.EMBEDDING or joint.output.is_parameter:
+            raise UnsupportedError(
+                joint.name,
+                "cannot have a bias beside B, which other modules have (lora_bias is one switch "
+                "for all)",
+            )
+    return [replace(joint, output=replace(joint.output, has_bias=True)) for joint in joints]
+
+
 def _with_twins(joints: list[Joint], adapters: Sequence[Adapter]) -> list[Joint]:
     """Mark heads whose factors are those of the embedding they are tied to, transposed."""
     if not any(a.config and a.config.flag("ensure_weight_tying") for a in adapters):
@@ -298,16 +325,8 @@ def _with_twins(joints: list[Joint], adapters: Sequence[Adapter]) -> list[Joint]
     marked = []
     for joint in joints:
         twin = next((other for other in embeddings if _is_twin(joint, other)), None)
-        if twin is not None:
-            ratios = {
-                _ratio(head, table) for head, table in zip(joint.terms, twin.terms, strict=True)
-            }
-            if len(ratios) > 1:
-                raise UnsupportedError(
-                    joint.name,
-                    "is tied to the embedding with another ratio of their scales in each "
-                    "adapter, so that no shared factors express the sum",
-                )
+        ratios = _ratios(joint, twin) if twin is not None else set()
+        if twin is not None and len(ratios) == 1:
             joint = replace(
                 joint,
                 twin_of=twin.name,
@@ -316,6 +335,14 @@ def _with_twins(joints: list[Joint], adapters: Sequence[Adapter]) -> list[Joint]
             )
         marked.append(joint)
     return marked
+
+
+def _ratios(head: Joint, table: Joint) -> set[float]:
+    """Return the head's scale over the embedding's, in each adapter.
+
+    Where those differ no shared factors express the sum, and the two are written apart.
+    """
+    return {_ratio(one, other) for one, other in zip(head.terms, table.terms, strict=True)}
 
 
 def _ratio(head: Term, table: Term) -> float:

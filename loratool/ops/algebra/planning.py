@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import loratool
 from loratool.adapter.config import CONFIG_NAME
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import HEAD_LEAVES, Adapter, Kind
 from loratool.adapter.saving import OutputSite, lora_config, site_specs
 from loratool.adapter.scheme import KeyScheme
 from loratool.adapter.slots import Slot
@@ -20,6 +20,7 @@ from loratool.errors import OutputError, UnsupportedError
 from loratool.files.inputs import Stamp
 from loratool.files.safetensors import canonical_order, format_header
 from loratool.files.spec import TensorSpec
+from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.ops.algebra.extras import Carried, Extras, gather_extras
 from loratool.ops.algebra.joining import Joint
 from loratool.ops.algebra.sidecars import carried_files
@@ -259,6 +260,17 @@ class Draft:
         specs = site_specs(self.scheme, output, with_alpha=self.has_alphas)
         yield ModuleJob(joint, output, specs, route)
 
+    def _is_tied(self) -> bool:
+        """Whether embedding and head are still one, so that PEFT may tie them again."""
+        if not all(adapter.field("ensure_weight_tying") for adapter in self.adapters):
+            return False
+        if any(joint.twin_of is not None for joint in self.joints):
+            return True
+        return not any(
+            joint.output.kind is Kind.EMBEDDING or joint.name.rpartition(".")[2] in HEAD_LEAVES
+            for joint in self.joints
+        )
+
     def _kept_groups(self, ranks: Mapping[str, int]) -> set[str]:
         """Return the rank groups whose stored factors can all be written as they are."""
         if not self.keep_factors:
@@ -292,8 +304,10 @@ class Draft:
             found = next((c[name] for c in configs if c.get(name)), None)
             if found is not None:
                 changes[name] = found
-        if any(config.get("fan_in_fan_out") for config in configs):
+        if any(config.get("fan_in_fan_out") for config in configs) or _looks_like_conv1d(jobs):
             changes["fan_in_fan_out"] = True
+        if any(config.get("ensure_weight_tying") for config in configs):
+            changes["ensure_weight_tying"] = self._is_tied()
         parameters = [job.joint.name for job in jobs if job.output.is_parameter]
         return lora_config(
             first,
@@ -330,6 +344,15 @@ def input_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
             yield f"{adapter.path}: {len(adapter.skipped)} keys were skipped as asked"
         if any(site.scaling.alpha is None for site in adapter.sites):
             yield f"{adapter.path}: alpha is not recorded; its scale is taken as 1"
+
+
+def _looks_like_conv1d(jobs: Sequence[ModuleJob]) -> bool:
+    """Whether all linear modules are of GPT-2's kind: by their names, and a q, k, v in one."""
+    linear = [job.output for job in jobs if job.output.kind is Kind.LINEAR]
+    leaves = {output.module.rpartition(".")[2] for output in linear}
+    return leaves <= CONV1D_LEAVES and any(
+        output.module.endswith("c_attn") and output.out == 3 * output.into[0] for output in linear
+    )
 
 
 def _kept_alpha(joint: Joint) -> float:

@@ -9,14 +9,16 @@ from typing import Final
 
 from loratool.errors import AdapterError, OptionError
 from loratool.files.dtypes import DTYPES
-from loratool.math.ranks import allocate, minimal_rank, profile_of
+from loratool.math.budget import Item, spend
+from loratool.math.ranks import minimal_rank, profile_of
 from loratool.ops.algebra.joining import Joint
 from loratool.ops.algebra.planning import AdapterPlan
 
 __all__ = ["Truncation", "choose_ranks", "full_ranks", "parse_size", "within_budget"]
 
 UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-ROUNDS: Final = 3
+TRIED: Final = 32
+"""How many modules are looked at to tell how small a file can be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,7 @@ def within_budget(
     """
     budget = truncation.max_size
     assert budget is not None
+    step = truncation.multiple
     groups = list(dict.fromkeys(joint.rank_group for joint in joints))
     gains: dict[str, list[float]] = {group: [] for group in groups}
     costs = dict.fromkeys(groups, 0)
@@ -203,39 +206,28 @@ def within_budget(
         weight = _importance(joint, base_norms)
         profile = [square * weight for square in profiles[joint.name]]
         gains[group] = _added(gains[group], profile)
-    caps = [limits[group] for group in groups]
+    # A bias beside B is exact and belongs to its module: such modules keep a rank.
+    forced = {joint.rank_group for joint in joints if joint.output.has_bias}
+    items = [
+        Item(gains[group], costs[group], limits[group], is_forced=group in forced)
+        for group in groups
+    ]
 
-    def spread(reserve: int) -> dict[str, int]:
-        ranks = allocate(
-            [gains[group] for group in groups],
-            [costs[group] for group in groups],
-            budget - reserve,
-            caps=caps,
-            multiple=truncation.multiple,
+    def size_of(ranks: Sequence[int]) -> int:
+        return plan_for(dict(zip(groups, ranks, strict=True))).nbytes
+
+    ranks = spend(items, budget, size_of=size_of, multiple=step)
+    if not any(ranks):
+        least = min(
+            size_of([step if place == chosen else 0 for place in range(len(groups))])
+            for chosen in range(min(len(groups), TRIED))
         )
-        return dict(zip(groups, ranks, strict=True))
-
-    def overhead(ranks: Mapping[str, int]) -> int:
-        return plan_for(ranks).nbytes - sum(costs[group] * ranks[group] for group in groups)
-
-    def value(ranks: Mapping[str, int]) -> float:
-        return sum(sum(gains[group][: ranks[group]]) for group in groups)
-
-    best = spread(overhead(limits))
-    for _ in range(ROUNDS):
-        # Modules that got no rank need no header either: spend what they leave.
-        more = spread(overhead(best))
-        if plan_for(more).nbytes > budget or value(more) <= value(best):
-            break
-        best = more
-    if not any(best.values()):
-        smallest = plan_for(dict.fromkeys(limits, truncation.multiple)).nbytes
         raise AdapterError(
             "--max-size",
             f"{budget} bytes do not hold a single rank",
-            hint=f"rank {truncation.multiple} in every module takes {smallest} bytes",
+            hint=f"a file with rank {step} in one module takes {least} bytes or so",
         )
-    return best
+    return dict(zip(groups, ranks, strict=True))
 
 
 def _importance(joint: Joint, base_norms: Mapping[str, float] | None) -> float:
