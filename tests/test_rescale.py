@@ -145,7 +145,7 @@ def test_files_that_record_alpha_or_nothing(tmp_path: Path) -> None:
     found = load_file(tmp_path / "a.safetensors")
     assert torch.equal(found[f"{Q}.lora_B"], factors[f"{Q}.lora_B"])
     assert float(found[f"{Q}.alpha"]) == 1.0
-    with pytest.raises(OptionError, match="nothing records"):
+    with pytest.raises(OptionError, match="no configuration"):
         loratool.rescale(tmp_path / "bare.safetensors", tmp_path / "no", to_rslora=True)
 
 

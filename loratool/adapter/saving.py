@@ -16,7 +16,15 @@ from loratool.adapter.slots import AdapterKey, Slot
 from loratool.errors import UnsupportedError
 from loratool.files.spec import TensorSpec
 
-__all__ = ["OutputSite", "exact_number", "lora_config", "scale_fields", "site_key", "site_specs"]
+__all__ = [
+    "OutputSite",
+    "exact_number",
+    "lora_config",
+    "scale_fields",
+    "site_key",
+    "site_specs",
+    "target_fields",
+]
 
 FIRST_RELEASE_FIELDS: Final = ("enable_lora", "merge_weights")
 """Fields of PEFT's first releases, which later ones warn about."""
@@ -162,7 +170,6 @@ def lora_config(
     sites: Sequence[OutputSite],
     *,
     keep_targets: bool,
-    parameters: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a configuration for plain LoRA factors, written as PEFT writes it.
@@ -174,7 +181,6 @@ def lora_config(
         old: The configuration to start from; may be empty.
         sites: What is written.
         keep_targets: Keep the fields that choose modules, where they mean these modules.
-        parameters: Full paths for ``target_parameters``.
         changes: Further fields to set.
     """
     config = dict(old)
@@ -193,16 +199,26 @@ def lora_config(
     config.setdefault("base_model_name_or_path", None)
     config.setdefault("task_type", None)
     config |= scale_fields(sites)
-    modules = [site for site in sites if not site.is_parameter and site.is_target]
-    names = list(dict.fromkeys(site.pattern_path for site in modules))
-    if not (keep_targets and _covers(old, names)):
-        config["target_modules"] = names
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            if config.get(name) is not None:
-                config[name] = None
-        if parameters or config.get("target_parameters"):
-            config["target_parameters"] = list(parameters) or None
+    fields = target_fields(sites)
+    if not (keep_targets and _covers(old, fields["target_modules"])):
+        config |= {
+            name: value
+            for name, value in fields.items()
+            if value is not None or config.get(name) is not None
+        }
     return dict(sorted({**config, **(changes or {})}.items()))
+
+
+def target_fields(sites: Sequence[OutputSite]) -> dict[str, Any]:
+    """Return the fields that make ``sites``, and nothing else, the targets."""
+    modules = [site for site in sites if not site.is_parameter and site.is_target]
+    return {
+        "target_modules": list(dict.fromkeys(site.pattern_path for site in modules)),
+        "target_parameters": [s.pattern_path for s in sites if s.is_parameter] or None,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
 
 
 def _covers(config: Mapping[str, Any], modules: Iterable[str]) -> bool:

@@ -10,9 +10,10 @@ from loratool.cli import render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
+from loratool.ops.algebra.planning import AdapterPlan
 from loratool.ops.algebra.result import AdapterReport
 
-__all__ = ["print_report"]
+__all__ = ["print_plan", "print_report"]
 
 LISTED: int = 8
 
@@ -41,14 +42,37 @@ def print_report(report: AdapterReport, output: Path, *, as_json: bool, quiet: b
             for folded, members in group_modules(report.modules, names)
         ],
     )
+    print_plan(report.plan, with_files=not report.is_written)
+    click.echo(_summary(report, output))
+
+
+def print_plan(plan: AdapterPlan, *, with_files: bool) -> None:
+    """Print what is carried along and what is not written, and for a dry run the files."""
+    if with_files:
+        render.print_table(
+            "files",
+            ("file", "size"),
+            [(file["name"], render.human_bytes(file["bytes"])) for file in plan.described_files()],
+        )
+        click.echo(
+            f"{len(plan.specs)} tensors; about {render.human_bytes(plan.peak_memory)} of memory"
+        )
+    carried = [item.spec.name for item in plan.carried]
+    if carried and plan.jobs:
+        click.echo(f"carried along: {_listed(carried)}")
     reasons: dict[str, list[str]] = {}
-    for name, why in report.plan.dropped:
+    for name, why in plan.dropped:
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
-        shown = [printable(name) for name in fold_names(names)]
-        more = f" and {len(shown) - LISTED} more" if len(shown) > LISTED else ""
-        click.echo(f"not written: {', '.join(shown[:LISTED])}{more}: {why}", err=True)
-    click.echo(_summary(report, output))
+        click.echo(f"not written: {_listed(names)}: {why}", err=True)
+
+
+def _listed(names: list[str]) -> str:
+    """Return names, folded where they are dotted paths, and not too many of them."""
+    is_dotted = all(name.count(".") > 1 for name in names)
+    shown = [printable(name) for name in (fold_names(names) if is_dotted else names)]
+    more = f" and {len(shown) - LISTED} more" if len(shown) > LISTED else ""
+    return ", ".join(shown[:LISTED]) + more
 
 
 def _summary(report: AdapterReport, output: Path) -> str:

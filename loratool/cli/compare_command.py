@@ -32,7 +32,7 @@ __all__ = ["command"]
 @options.adapter_name
 @options.device
 @options.threads
-@options.quiet
+@options.no_progress
 @options.as_json
 @options.debug
 def command(

@@ -32,18 +32,14 @@ WRITTEN = [scheme.name for scheme in builtin_schemes() if scheme.writes]
 @click.option(
     "--density",
     type=float,
-    default=0.5,
-    show_default=True,
     metavar="D",
-    help="Share of elements that ties, dare, dare-ties, della and knots keep.",
+    help="Share of elements that ties, dare, dare-ties, della and knots keep; 0.5.",
 )
 @click.option(
     "--epsilon",
     type=float,
-    default=0.1,
-    show_default=True,
     metavar="E",
-    help="Window of della's drop probabilities.",
+    help="Window of della's drop probabilities; 0.1.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For dare, dare-ties, della.")
 @click.option(

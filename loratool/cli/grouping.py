@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from loratool.cli.folding import fold_names
 
-__all__ = ["group_modules", "layer_of", "pattern_of", "span", "sparkline"]
+__all__ = ["group_modules", "layer_of", "pattern_of", "row_pattern", "span", "sparkline"]
 
 Item = TypeVar("Item")
 BARS = "▁▂▃▄▅▆▇█"
@@ -19,6 +19,11 @@ DECADES = 3.0
 def pattern_of(module: str) -> str:
     """Return a module path with ``*`` for every number in it."""
     return ".".join("*" if part.isdigit() else part for part in module.split("."))
+
+
+def row_pattern(module: str) -> str:
+    """Return a module path with ``*`` for the first number in it."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module, count=1)
 
 
 def layer_of(module: str) -> int | None:

@@ -27,7 +27,7 @@ __all__ = ["command"]
 @options.force
 @options.adapter_name
 @options.threads
-@options.quiet
+@options.no_progress
 @options.as_json
 @options.debug
 def command(

@@ -126,6 +126,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "loratool"
         return _fail(debug, f"{where}: {error.format_message().rstrip('.')}", f"{where} --help")
+    except SystemExit as error:  # how click leaves where a pipe is broken
+        return FAILURE if error.code == 1 else int(error.code or 0)
     except BrokenPipeError:
         # Whoever read the output has gone; what is left in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

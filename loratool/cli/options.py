@@ -22,6 +22,7 @@ __all__ = [
     "dtype",
     "extraction",
     "force",
+    "no_progress",
     "output",
     "plot",
     "quiet",
@@ -45,6 +46,7 @@ as_json: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document instead of a table."
 )
 quiet: Decorator = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+no_progress: Decorator = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 debug: Decorator = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show a traceback where something fails."
 )

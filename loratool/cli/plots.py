@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
-from loratool.cli.grouping import layer_of, pattern_of
-from loratool.errors import OptionError, UnsupportedError, printable
+from loratool.cli.grouping import layer_of, pattern_of, row_pattern
+from loratool.errors import OptionError, OutputError, UnsupportedError, printable
 from loratool.files.atomic import check_output, staged
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ __all__ = ["check_plot", "plot_comparison", "plot_extraction", "plot_spectra"]
 FORMATS: Final = (".png", ".svg", ".html")
 MOST_GROUPS: Final = 12
 MOST_TICKS: Final = 40
-DARK: Final = 0.7
+MOST_ROWS: Final = 60
+LONGEST_NAME: Final = 60
+DARK: Final = 0.6
 """Cosines beyond this are drawn on a dark ground."""
 
 
@@ -46,6 +48,8 @@ def check_plot(path: Path, *, force: bool, inputs: Sequence[Path]) -> None:
         raise UnsupportedError(
             "--plot", "matplotlib is not installed", hint="pip install 'loratool[plot]'"
         ) from None
+    if path.is_dir():
+        raise OutputError(path, "is a folder; a picture is a file", hint="choose another name")
     check_output(path, force=force, inputs=inputs)
 
 
@@ -57,12 +61,17 @@ def plot_spectra(spectra: Sequence[Spectrum], title: str, path: Path, *, force: 
     for spectrum in spectra:
         groups.setdefault(pattern_of(spectrum.module), []).append(spectrum)
     for name, members in list(groups.items())[:MOST_GROUPS]:
-        _draw_band(left, _short(name), [member.singular_values for member in members])
-    left.set_yscale("log")
+        _draw_band(left, _text(_short(name)), [member.singular_values for member in members])
     left.set_xlabel("index of the singular value")
     left.set_ylabel("singular value of the delta")
     left.set_title("spectra: mean of each group, and its range")
-    left.legend(fontsize=7)
+    if len(groups) > MOST_GROUPS:
+        left.set_title(f"spectra of {MOST_GROUPS} of {len(groups)} groups: mean and range")
+    if left.lines:
+        left.set_yscale("log")
+        left.legend(fontsize=7)
+    else:
+        left.text(0.5, 0.5, "every delta is zero", ha="center", transform=left.transAxes)
     _heat_by_layer(
         figure,
         right,
@@ -128,12 +137,14 @@ def _figure(*, width: float, height: float, title: str) -> Figure:
 
 def _text(name: str) -> str:
     """Return a name as matplotlib should show it: no control characters, no formulas."""
-    return printable(name).replace("$", r"\$")
+    shown = printable(name)
+    shown = f"…{shown[-LONGEST_NAME:]}" if len(shown) > LONGEST_NAME else shown
+    return shown.replace("$", r"\$")
 
 
 def _short(pattern: str) -> str:
     """Return the last components of a pattern, enough to tell projections apart."""
-    return _text(".".join(pattern.split(".")[-3:]))
+    return ".".join(pattern.split(".")[-3:])
 
 
 def _draw_band(axes: Axes, label: str, spectra: Sequence[Sequence[float]]) -> None:
@@ -154,17 +165,27 @@ def _draw_band(axes: Axes, label: str, spectra: Sequence[Sequence[float]]) -> No
 
 
 def _heat_by_layer(figure: Figure, axes: Axes, values: dict[str, float], title: str) -> None:
-    """Draw one number for each module: projections are rows, layers are columns."""
-    rows = list(dict.fromkeys(pattern_of(name) for name in values))
-    layers = sorted({layer for name in values if (layer := layer_of(name)) is not None}) or [0]
-    table = [[float("nan")] * len(layers) for _ in rows]
+    """Draw one number for each module: projections are rows, layers are columns.
+
+    Rows tell further numbers apart (blocks in blocks, experts) unless that makes too many; a
+    cell that several modules share shows their mean. Modules without a number stand last.
+    """
+    row_of = row_pattern
+    if len({row_of(name) for name in values}) > MOST_ROWS:
+        row_of = pattern_of
+    cells: dict[tuple[str, int | None], list[float]] = {}
     for name, value in values.items():
-        layer = layer_of(name)
-        column = layers.index(layer) if layer is not None else 0
-        table[rows.index(pattern_of(name))][column] = value
+        cells.setdefault((row_of(name), layer_of(name)), []).append(value)
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    layers = sorted({layer for _, layer in cells if layer is not None})
+    columns: list[int | None] = [*layers, *([None] if any(c[1] is None for c in cells) else [])]
+    table = [
+        [fmean(cells.get((row, column), [float("nan")])) for column in columns] for row in rows
+    ]
     axes.set_title(title)
     axes.set_xlabel("layer")
-    _heat(figure, axes, table, [_short(row) for row in rows], [str(n) for n in layers])
+    labels = ["none" if column is None else str(column) for column in columns]
+    _heat(figure, axes, table, [_short(row) for row in rows], labels)
 
 
 def _heat(
@@ -196,9 +217,12 @@ def _heat(
 def _bars_by_layer(axes: Axes, values: dict[str, float], title: str) -> None:
     layers: dict[int, list[float]] = {}
     for name, value in values.items():
-        layers.setdefault(layer_of(name) or 0, []).append(value)
+        layer = layer_of(name)
+        if layer is not None:
+            layers.setdefault(layer, []).append(value)
     ordered = sorted(layers)
     axes.bar(ordered, [fmean(layers[layer]) for layer in ordered])
+    axes.locator_params(axis="x", integer=True)
     axes.set_title(title)
     axes.set_xlabel("layer")
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
+from loratool.cli.adapter_report import print_plan
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
 from loratool.ops.rescale import KEEP, RescaleReport, rescale
@@ -80,6 +81,7 @@ def _print(report: RescaleReport, output: Path) -> None:
             for folded, members in group_modules(names, names)
         ],
     )
+    print_plan(report.plan, with_files=not report.is_written)
     words = (
         f"{printable(output)}: {len(names)} modules, {render.human_bytes(report.plan.nbytes)}, "
         + (f"relative error {report.relative_error:.3g}" if report.relative_error else "exact")

@@ -47,6 +47,7 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int
             raise OutputError(path, f"would overwrite the input {source}", hint="choose another")
     if (path.exists() or path.is_symlink()) and not force:
         raise OutputError(path, "exists already", hint="choose another name, or give --force")
+    _check_replaceable(path)
     if not os.access(parent, os.W_OK):
         raise OutputError(path, "its folder is not writable")
     free = shutil.disk_usage(parent).free
@@ -54,6 +55,27 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int
         raise OutputError(
             path, f"needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
         )
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace what no run of this program, nor of its like, has written.
+
+    Raises:
+        OutputError: A device, a pipe, or a folder that is somebody's work.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OutputError(path, "is a device or a pipe, and is not replaced")
+    if path.is_dir() and (path / ".git").exists() and not _holds_weights(path):
+        raise OutputError(
+            path,
+            "holds a repository without weights in it, and is not replaced",
+            hint="choose another name, or delete it yourself",
+        )
+
+
+def _holds_weights(folder: Path) -> bool:
+    suffixes = (".safetensors", ".bin", ".pt", ".pth")
+    return any(path.suffix in suffixes for path in folder.iterdir())
 
 
 @contextmanager

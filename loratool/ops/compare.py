@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter.model import BASE_DEPENDENT, Adapter
 from loratool.errors import AdapterError, OptionError
 from loratool.ops.algebra.joining import Joint, join
+from loratool.ops.importing import import_torch
 from loratool.ops.merging.mergeable import site_problems
 from loratool.ops.opening import open_adapter
 
@@ -130,6 +131,7 @@ def compare(
     Raises:
         LoratoolError: An adapter cannot be read, or they are for different bases.
     """
+    import_torch()
     from loratool.ops.algebra.writing import arithmetic, in_parallel
 
     if len(adapters) < 2:
@@ -148,6 +150,10 @@ def compare(
         joints,
         threads=threads,
         progress=progress,
+        sizes=[
+            sum(t.spec.nbytes for term in joint.terms for t in term.site.slots.values())
+            for joint in joints
+        ],
     )
     grams = [gram for gram, _ in found]
     count = len(opened)

@@ -17,6 +17,7 @@ from loratool.ops.algebra.joining import check_computable, join
 from loratool.ops.algebra.planning import Draft, output_scheme
 from loratool.ops.algebra.ranks import Truncation, full_ranks, parse_size
 from loratool.ops.algebra.result import AdapterReport
+from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
 
 __all__ = ["METHODS", "compose"]
@@ -32,8 +33,8 @@ def compose(
     *,
     weights: Sequence[float] = (),
     method: str = "linear",
-    density: float = 0.5,
-    epsilon: float = 0.1,
+    density: float | None = None,
+    epsilon: float | None = None,
     seed: int = 0,
     extras: str = "error",
     to: str | None = None,
@@ -68,8 +69,8 @@ def compose(
         method: ``linear`` (the sum), or one of ``ties``, ``dare``, ``dare-ties``, ``della``,
             ``knots``, which work on the small joint core of the deltas, or ``peft-linear``,
             which adds factor to factor as PEFT does. See ``docs/algebra.md``.
-        density: The share of elements that the methods other than the sums keep.
-        epsilon: The window of drop probabilities of ``della``.
+        density: The share of elements that the methods other than the sums keep; 0.5 by default.
+        epsilon: The window of drop probabilities of ``della``; 0.1 by default.
         seed: Of the methods that draw at random.
         extras: What to do where adapters bring different saved heads, biases or token rows:
             ``error``, ``first``, ``last`` or ``average`` (the plain mean of those that have it).
@@ -95,10 +96,14 @@ def compose(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
+    import_torch()
     from loratool.math.combining import Settings
     from loratool.ops.algebra.computing import Method
     from loratool.ops.algebra.finishing import finish
 
+    _check_methods(method, density, epsilon)
+    density = 0.5 if density is None else density
+    epsilon = 0.1 if epsilon is None else epsilon
     _check_options(adapters, weights, method, density, epsilon, extras)
     size = parse_size(max_size) if max_size is not None else None
     truncation = Truncation(
@@ -160,6 +165,14 @@ def compose(
         progress=progress,
         method=Method(method, Settings(density, epsilon), seed),
     )
+
+
+def _check_methods(method: str, density: float | None, epsilon: float | None) -> None:
+    """Refuse settings that the method has no use for."""
+    if density is not None and method in ("linear", "peft-linear"):
+        raise OptionError("--density", f"means nothing to the method {method}")
+    if epsilon is not None and method != "della":
+        raise OptionError("--epsilon", f"means nothing to the method {method}")
 
 
 def _check_options(

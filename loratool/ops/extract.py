@@ -20,6 +20,7 @@ from loratool.ops.algebra.planning import AdapterPlan, output_scheme
 from loratool.ops.algebra.ranks import Truncation, parse_size, within_budget
 from loratool.ops.extraction.drafting import ExtractionDraft
 from loratool.ops.extraction.pairing import Leftover, Pairing, Selection, pair
+from loratool.ops.importing import import_torch
 from loratool.ops.merging.mergeable import check_base
 
 if TYPE_CHECKING:
@@ -373,6 +374,7 @@ def _run(
     threads: int | None,
     progress: Progress | None,
 ) -> ExtractReport:
+    import_torch()
     from loratool.ops.algebra.writing import TensorWriter, fill_adapter, is_synced
     from loratool.ops.extraction.computing import Settings
     from loratool.ops.extraction.running import (

@@ -13,6 +13,7 @@ from loratool.files.safetensors import SafetensorsFile, canonical_order, format_
 from loratool.files.spec import StoredTensor, TensorSpec
 
 __all__ = [
+    "TORCH_BYTES",
     "AddBias",
     "AddDelta",
     "Blend",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.model import BASE_DEPENDENT, Adapter, Site
-from loratool.adapter.saving import OutputSite, exact_number, scale_fields
+from loratool.adapter.saving import OutputSite, exact_number, scale_fields, target_fields
 from loratool.adapter.slots import Slot
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
@@ -26,6 +26,7 @@ from loratool.ops.algebra.planning import (
     provenance,
 )
 from loratool.ops.algebra.sidecars import carried_files
+from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
 
 __all__ = ["RescaleReport", "rescale"]
@@ -154,6 +155,7 @@ def rescale(
     if not dry_run:
         check_output(place, force=force, inputs=[Path(adapter)])
     opened = open_adapter(adapter, adapter_name=adapter_name, skip=skip)
+    import_torch()
     stabilised = to_rslora or from_rslora
     _check_kinds(opened, fold=fold or stabilised or alpha is not None, stabilised=stabilised)
     joints, _ = join([opened], [1.0])
@@ -222,7 +224,10 @@ def _check_options(
     given = [name for name, value in strengths.items() if value is not None]
     forms = [n for n, v in (("--fold", fold), ("--to-rslora", to), ("--from-rslora", back)) if v]
     if not given and not forms:
-        raise OptionError("rescale", "say what to do: --scale, --alpha, --max-norm or --fold")
+        raise OptionError(
+            "rescale",
+            "say what to do: --scale, --alpha, --max-norm, --fold, --to-rslora or --from-rslora",
+        )
     if len(given) > 1:
         raise OptionError("rescale", f"give one of {' and '.join(given)}")
     if len(forms) > 1:
@@ -256,10 +261,10 @@ def _check_kinds(adapter: Adapter, *, fold: bool, stabilised: bool) -> None:
         ),
     )
     check_computable(plain, verb="rescale")
-    is_recorded = adapter.config is not None or any(Slot.ALPHA in s.slots for s in adapter.sites)
-    if stabilised and not is_recorded:
+    if stabilised and adapter.config is None:
         raise OptionError(
-            adapter.path, "nothing records a scale, so that there is no form it could take"
+            adapter.path,
+            "has no configuration that could say how its scale is to be read",
         )
     if fold and any(site.variant == "adalora" for site in adapter.sites):
         raise UnsupportedError(
@@ -404,7 +409,10 @@ def _plan(
         else:
             carried.append(replace(made, spec=spec, sources=(stored,)))
     is_folder = output.suffix.lower() != ".safetensors"
-    sidecars, left, notes = carried_files([adapter]) if is_folder else ([], [], [])
+    sidecars, left, notes = carried_files([adapter])
+    if not is_folder:
+        left += [(sidecar.name, "the output is a single file") for sidecar in sidecars]
+        sidecars = []
     return AdapterPlan(
         jobs=(),
         carried=tuple(carried),
@@ -414,7 +422,7 @@ def _plan(
         weights_name=WEIGHTS_NAME if is_folder else "",
         stamps={adapter.weights: adapter.stamp},
         notes=(*notes, *input_notes([adapter])),
-        dropped=tuple(left),
+        dropped=(*((key, "skipped as asked") for key in adapter.skipped), *left),
     )
 
 
@@ -435,6 +443,8 @@ def _config(
     if adapter.config is None:
         return None
     raw = dict(adapter.config.raw)
+    if adapter.skipped:
+        raw |= target_fields([change.output for change in changes])
     scale = options.get("scale")
     is_form = any(options.get(name) for name in ("fold", "to_rslora", "from_rslora"))
     if scale is not None and not is_form and adapter.config.peft_type == "LORA":

@@ -14,6 +14,7 @@ from loratool.ops.algebra.joining import check_computable, join
 from loratool.ops.algebra.planning import Draft, output_scheme
 from loratool.ops.algebra.ranks import Truncation, full_ranks, parse_size
 from loratool.ops.algebra.result import AdapterReport
+from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
 
 __all__ = ["truncate"]
@@ -119,6 +120,7 @@ def truncate(
         notes=notes,
     )
     draft.plan(full_ranks(joints, truncation))  # what cannot be written fails before the work
+    import_torch()
     from loratool.ops.algebra.finishing import finish
 
     base_norms = None

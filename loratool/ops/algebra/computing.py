@@ -186,7 +186,9 @@ def compute(
             raise MergeError(
                 joint.name,
                 f"{slot.value!r} overflows in {output.dtype}",
-                hint="write it with --dtype float32 (or bfloat16)",
+                hint="write it with --dtype float32 (or bfloat16)"
+                if output.dtype == "F16"
+                else None,
             )
     return tensors, _joined(job, reports)
 
@@ -262,7 +264,7 @@ def _report(
 ) -> ModuleReport:
     values = delta.singular_values.tolist()
     squared_norm = delta.squared_norm
-    cancelled = math.sqrt(squared_norm) <= CANCELLED * gross
+    cancelled = gross > 0 and math.sqrt(squared_norm) <= CANCELLED * gross
     if cancelled:
         squared_norm = 0.0
     return ModuleReport(

@@ -159,6 +159,9 @@ def _whole(
     policy: str,
     dtype: str | None,
 ) -> Carried:
+    if len({id(adapter) for adapter, _ in owners}) < len(owners):
+        keys = " and ".join(repr(extra.key) for _, extra in owners)
+        raise AdapterError(f"{owners[0][0].path}: {name}", f"{keys} mean the same parameter")
     tensors = [extra.tensor for _, extra in owners]
     chosen = _choose(name, owners, policy)
     written = _dtype([tensor.spec.dtype for tensor in (chosen or tensors)], dtype)

@@ -64,7 +64,7 @@ def finish(
             lambda joint: joint_spectra(joint, how, kind),
             joints,
             threads=threads,
-            progress=_part(progress, 0, 2),
+            progress=progress if dry_run else _part(progress, 0, 2),
             sizes=[_size(joint) for joint in joints],
         )
         spectra = {joint.name: values for joint, values in zip(joints, found, strict=True)}
@@ -121,6 +121,12 @@ def _result_notes(
         notes.append(
             f"the deltas cancel in {len(cancelled)} modules, such as {cancelled[0]!r}; they are "
             "zero there"
+        )
+    padded = [m for m in modules if m.rank > max(m.from_rank, 1)]
+    if padded:
+        notes.append(
+            f"{len(padded)} modules have fewer ranks than {padded[0].rank} and are filled with "
+            "zeros"
         )
     limit = truncation.max_error
     if limit is not None:

@@ -24,7 +24,7 @@ from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.ops.algebra.extras import Carried, Extras, gather_extras
 from loratool.ops.algebra.joining import Joint
 from loratool.ops.algebra.sidecars import carried_files
-from loratool.ops.plan import Sidecar
+from loratool.ops.plan import TORCH_BYTES, Sidecar
 from loratool.schemes import builtin_schemes, scheme_named
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PROVENANCE_KEY: Final = "loratool"
 HASH_BLOCK: Final = 1 << 20
+COPIES: Final = 6
 PLAIN: Final = frozenset((Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP, Slot.UP_BIAS))
 
 
@@ -111,6 +112,18 @@ class AdapterPlan:
         """Whether the output is a folder, else it is the weights file."""
         return bool(self.weights_name)
 
+    def described_files(self) -> list[dict[str, Any]]:
+        """Return name and size of every file of the output."""
+        found = [{"name": self.weights_name or "(the output)", "bytes": self.nbytes}]
+        if self.config is not None:
+            found.append({"name": CONFIG_NAME, "bytes": len(self.config_text)})
+        found += [
+            {"name": sidecar.name, "bytes": sidecar.source.stat().st_size}
+            for sidecar in self.sidecars
+            if sidecar.source is not None
+        ]
+        return found
+
     def offsets(self) -> dict[str, int]:
         """Return where in the file each tensor begins, by name."""
         places = {}
@@ -119,6 +132,20 @@ class AdapterPlan:
             places[spec.name] = offset
             offset += spec.nbytes
         return places
+
+    def inputs(self) -> Iterator[Path]:
+        """Yield every file that is read, which no output may replace."""
+        for weights in self.stamps:
+            yield weights
+            if (weights.parent / CONFIG_NAME).is_file():
+                yield weights.parent / CONFIG_NAME
+        yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory that carrying it out takes at most, roughly: torch, and two modules."""
+        largest = sorted((_working_bytes(job) for job in self.jobs), reverse=True)[:2]
+        return TORCH_BYTES + sum(largest)
 
     @property
     def config_text(self) -> bytes:
@@ -201,9 +228,11 @@ class Draft:
     @cached_property
     def files(self) -> tuple[list[Sidecar], list[tuple[str, str]], list[str]]:
         """Files that travel along, those that do not, and notes."""
+        sidecars, left, notes = carried_files(self.adapters)
         if self.is_file:
-            return [], [], []
-        return carried_files(self.adapters)
+            left += [(sidecar.name, "the output is a single file") for sidecar in sidecars]
+            return [], left, notes
+        return sidecars, left, notes
 
     def plan(self, ranks: Mapping[str, int]) -> AdapterPlan:
         """Return the plan for ``ranks``, by rank group; rank 0 leaves a module out.
@@ -232,6 +261,7 @@ class Draft:
             dropped=(
                 *((name, "the budget leaves no rank for it") for name in gone),
                 *extras.dropped,
+                *((key, "skipped as asked") for a in self.adapters for key in a.skipped),
                 *left,
             ),
         )
@@ -308,12 +338,10 @@ class Draft:
             changes["fan_in_fan_out"] = True
         if any(config.get("ensure_weight_tying") for config in configs):
             changes["ensure_weight_tying"] = self._is_tied()
-        parameters = [job.joint.name for job in jobs if job.output.is_parameter]
         return lora_config(
             first,
             [job.output for job in jobs],
             keep_targets=is_whole and _same_targets(self.adapters, self.joints),
-            parameters=parameters,
             changes=changes,
         )
 
@@ -340,10 +368,16 @@ def input_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
         yield f"the adapters name different bases: {', '.join(sorted(bases))}"
     for adapter in adapters:
         yield from (f"{adapter.path}: {note}" for note in adapter.notes)
-        if adapter.skipped:
-            yield f"{adapter.path}: {len(adapter.skipped)} keys were skipped as asked"
         if any(site.scaling.alpha is None for site in adapter.sites):
             yield f"{adapter.path}: alpha is not recorded; its scale is taken as 1"
+
+
+def _working_bytes(job: ModuleJob) -> int:
+    """Return what one module takes: its factors in float64, and some five copies of them."""
+    elements = sum(
+        stored.spec.elements for term in job.joint.terms for stored in term.site.slots.values()
+    )
+    return COPIES * 8 * elements
 
 
 def _looks_like_conv1d(jobs: Sequence[ModuleJob]) -> bool:
@@ -378,6 +412,8 @@ def _same_targets(adapters: Sequence[Adapter], joints: Sequence[Joint]) -> bool:
         tuple(json.dumps(_ordered(adapter.field(name)), sort_keys=True) for name in names)
         for adapter in adapters
     ]
+    if any(adapter.skipped for adapter in adapters):
+        return False
     return len(set(fields)) == 1 and all(len(joint.terms) == len(adapters) for joint in joints)
 
 

@@ -66,6 +66,8 @@ class AdapterReport:
             ],
             "bytes_written" if self.is_written else "bytes_to_write": plan.nbytes,
             "tensors": len(plan.specs),
+            "files": plan.described_files(),
+            "peak_memory": plan.peak_memory,
             "sidecars": [sidecar.name for sidecar in plan.sidecars],
             "carried": [item.spec.name for item in plan.carried],
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped],

@@ -57,13 +57,15 @@ def _files(adapter: Adapter) -> Iterator[tuple[Path, str]]:
     roots = link_roots(adapter.folder, [adapter.weights])
     for path in sorted(adapter.folder.iterdir()):
         if path.name.startswith("."):
-            continue
-        if path.is_symlink() and not stays_inside(path, roots):
+            yield path, "a hidden file"
+        elif path.is_symlink() and not stays_inside(path, roots):
             yield path, STRAY_LINK
         elif path.is_dir():
             yield path, "a folder"
         elif path.is_file():
             yield path, ""
+        else:
+            yield path, "no regular file"
 
 
 def _reason(path: Path) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.slots import Slot
+from loratool.errors import AdapterError
 from loratool.files.atomic import check_output, staged
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor, TensorSpec
@@ -133,7 +134,7 @@ def write_adapter(
             )
         )
 
-    check_output(output, force=force, inputs=[*inputs, *plan.stamps], needed=plan.nbytes)
+    check_output(output, force=force, inputs=[*inputs, *plan.inputs()], needed=plan.nbytes)
     files = InputFiles(plan.stamps)
     try:
         with staged(output, folder=plan.is_folder, force=force, sync=is_synced(plan)) as place:
@@ -221,6 +222,8 @@ class TensorWriter:
             self.copy(carried.spec, carried.sources[0])
             return
         values = [read_tensor(stored).double() * carried.factor for stored in carried.sources]
+        if len(values) > 1 and not all(bool(value.isfinite().all()) for value in values):
+            raise AdapterError(carried.spec.name, "holds NaN or infinity in one of the adapters")
         if carried.rows:
             rows = [
                 torch.stack([values[number][position] for number, position in places]).mean(dim=0)

@@ -166,7 +166,6 @@ class ExtractionDraft:
             {},
             [job.output for job in jobs],
             keep_targets=False,
-            parameters=[job.joint.name for job in jobs if job.output.is_parameter],
             changes={
                 "base_model_name_or_path": str(self.base.path),
                 "task_type": task,

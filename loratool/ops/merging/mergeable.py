@@ -123,6 +123,14 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
             )
             return
         yield "LT003", "adapts a grouped convolution, whose delta PEFT's factors do not express"
+    if {Slot.DOWN, Slot.UP} & site.slots.keys() and site.kind is Kind.EMBEDDING:
+        yield "LT008", "has factors of a linear layer and of an embedding at the same time"
+    if any(size != 1 for size in up.spec.shape[2:]):
+        yield "LT003", f"has B of shape {list(up.spec.shape)}; its kernel has to be 1"
+    bias = site.slots.get(Slot.UP_BIAS)
+    if bias is not None and bias.spec.shape != up.spec.shape[:1]:
+        shape = list(bias.spec.shape)
+        yield "LT003", f"has a bias of shape {shape} beside B of shape {list(up.spec.shape)}"
     for slot in (Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP):
         stored = site.slots.get(slot)
         if stored is not None and stored.spec.dtype not in ("F64", "F32", "F16", "BF16"):

@@ -212,7 +212,10 @@ def _files_below(
 
 def stays_inside(path: Path, roots: Sequence[Path]) -> bool:
     """Whether a file, links followed, lies below one of ``roots``."""
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return False
     return any(target.is_relative_to(root) for root in roots)
 
 
