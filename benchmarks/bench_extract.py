@@ -91,8 +91,8 @@ def quality(scale: float) -> list[Figure]:
             found = leading_part(delta, rank, seeded(6), method="randomised")
             optimum = float(values[rank:].square().sum())
             worst = max(worst, math.sqrt(found.squared_residual / optimum))
-        target = "<= 1.01" if kind in ("j^-0.1", "flat") else "<= 1.005"
-        figures.append(Figure(f"error / optimum, {kind}, ranks 4 to 128", worst, "", target))
+        target = "<= 0.01" if kind in ("j^-0.1", "flat") else "<= 0.005"
+        figures.append(Figure(f"error / optimum - 1, {kind}", worst - 1, "", target))
     return figures
 
 

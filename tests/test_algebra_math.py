@@ -181,7 +181,7 @@ def test_ties_is_pefts_ties_on_the_cores() -> None:
     cores = [U.mT @ dense(delta) @ V for delta in deltas]
     expected = U @ merge_utils.ties(cores, torch.tensor(weights).double(), 0.4) @ V.mT
     found = combine("ties", deltas, weights, Settings(0.4), torch.Generator())
-    assert torch.allclose(found.left @ found.core @ found.right.mT, expected, atol=1e-10)
+    assert torch.allclose(found.dense(), expected, atol=1e-10)
 
 
 def test_knots_is_ties_on_the_right_factors_of_all_deltas_side_by_side() -> None:
@@ -192,7 +192,7 @@ def test_knots_is_ties_on_the_right_factors_of_all_deltas_side_by_side() -> None
     merged = merge_utils.ties(parts, torch.tensor(weights).double(), 0.4)
     found = combine("knots", deltas, weights, Settings(0.4), torch.Generator())
     expected = U[:, :count] * S[:count] @ merged
-    assert torch.allclose(found.left @ found.core @ found.right.mT, expected, atol=1e-10)
+    assert torch.allclose(found.dense(), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", ["ties", "knots", "dare", "della"])
@@ -209,7 +209,7 @@ def test_methods_do_not_depend_on_how_a_delta_is_factored(method: str) -> None:
     results = []
     for made in (deltas, mixed):
         found = combine(method, made, weights, Settings(), torch.Generator().manual_seed(1))
-        results.append(found.left @ found.core @ found.right.mT)
+        results.append(found.dense())
     if method in ("dare", "della"):
         # Which entries are dropped is drawn in the order of directions, which stays the same.
         assert torch.allclose(results[0].norm(), results[1].norm(), rtol=1e-6)
@@ -223,7 +223,7 @@ def test_dare_keeps_the_expectation() -> None:
     total = torch.zeros(10, 8).double()
     for _ in range(3000):
         found = combine("dare", deltas, [1.0, -0.5], Settings(0.6), generator)
-        total += found.left @ found.core @ found.right.mT
+        total += found.dense()
     expected = dense(deltas[0]) - 0.5 * dense(deltas[1])
     assert float((total / 3000 - expected).norm() / expected.norm()) < 0.05
     assert U.shape[1] == V.shape[1] == 5

@@ -128,7 +128,10 @@ def _print(report: ExtractReport, output: Path) -> None:
     else:
         seconds = report.seconds or 0.0
         words = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
-        click.echo(f"dry run, nothing written; at most {size}, about {words}")
+        memory = render.human_bytes(report.peak_memory)
+        click.echo(
+            f"dry run, nothing written; at most {size}, about {words} and {memory} of memory"
+        )
 
 
 def _print_leftovers(report: ExtractReport, total: float) -> None:

@@ -22,6 +22,7 @@ from loratool.ops.extraction.drafting import ExtractionDraft
 from loratool.ops.extraction.pairing import Leftover, Pairing, Selection, pair
 from loratool.ops.importing import import_torch
 from loratool.ops.merging.mergeable import check_base
+from loratool.ops.plan import TORCH_BYTES
 
 if TYPE_CHECKING:
     from loratool.ops.extraction.computing import Extracted
@@ -35,6 +36,7 @@ METHODS: Final = ("auto", "exact", "randomised")
 RESIDUALS: Final = ("report", "carry")
 FLOPS: Final = 2e10
 """Operations a second that one processor core does in float32, roughly."""
+COPIES: Final = 2
 PASSES: Final = 8
 """Products with the whole difference that one decomposition takes, roughly."""
 
@@ -77,6 +79,12 @@ class ExtractReport:
     is_written: bool
     seconds: float | None = None
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory that it takes at most, roughly: torch, and two differences at work."""
+        sizes = [job.output.out * math.prod(job.output.into) for job in self.plan.jobs]
+        return TORCH_BYTES + sum(COPIES * 4 * size for size in sorted(sizes, reverse=True)[:2])
 
     @property
     def relative_error(self) -> float:
@@ -135,7 +143,9 @@ class ExtractReport:
             "bytes_written" if self.is_written else "bytes_to_write": self.plan.nbytes,
             "tensors": len(self.plan.specs),
             "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
+            "files": self.plan.described_files(),
             "seconds_expected": self.seconds,
+            "peak_memory": self.peak_memory,
             "notes": list(self.notes),
         }
 

@@ -175,10 +175,16 @@ def decompose(
 def _leading(target: Target, expert: int, delta: Tensor, rank: int, settings: Settings) -> Leading:
     words = f"{settings.seed}:{target.name}:{expert}".encode()
     seed = int.from_bytes(hashlib.sha256(words).digest()[:7])
+
+    def on(device: torch.device) -> Leading:
+        generator = torch.Generator().manual_seed(seed)
+        return leading_part(delta.to(device), rank, generator, method=settings.method)
+
     try:
-        return leading_part(
-            delta, rank, torch.Generator().manual_seed(seed), method=settings.method
-        )
+        try:
+            return on(delta.device)
+        except torch.OutOfMemoryError:
+            return on(torch.device("cpu"))
     except ValueError:
         raise BaseModelError(
             target.name, "its difference is not finite: one of the two holds NaN or infinity"
