@@ -1,0 +1,260 @@
+"""Find the layers that an adapter means, wrap each once, and put its factors there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loratool.adapter.model import BASE_DEPENDENT, HEAD_LEAVES, Adapter, ExtraKind, Site
+from loratool.adapter.slots import Slot
+from loratool.errors import AdapterError, OptionError, UnsupportedError
+from loratool.live.control import Live
+from loratool.live.factors import Factors, NewAdapter, new_factors
+from loratool.live.kinds import LayerKind, float_dtype, kind_of
+from loratool.names.embeddings import is_embedding
+from loratool.ops.factors import site_deltas
+from loratool.ops.merging.mergeable import CONVERT_HINT, HARMLESS_INITS, site_problems
+from loratool.ops.merging.modules import ModuleIndex
+from loratool.ops.opening import open_adapter
+from loratool.ops.tensors import Arithmetic, read_tensor
+
+__all__ = ["attach"]
+
+FUSED_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules whose forward pass reads the weights of their layers instead of calling them."""
+LISTED = 6
+
+
+def attach(
+    model: nn.Module,
+    adapter: str | PathLike[str] | NewAdapter | None = None,
+    name: str = "default",
+    *,
+    targets: str | Sequence[str] = (),
+    train_embeddings: bool = False,
+    train_norms: bool = False,
+    train_head: bool = False,
+    fan_in_fan_out: bool = False,
+    fold_on_eval: bool = False,
+    activate: bool = True,
+    **settings: Any,
+) -> Live:
+    """Attach an adapter to a model, from a file or a new one, and return the model's control.
+
+    The base is frozen and neither copied nor changed; each layer is wrapped once, however many
+    adapters come.
+
+    Args:
+        model: Any module.
+        adapter: File or folder of an adapter; or nothing, for a new one.
+        name: What to call it; without dots.
+        targets: For a new adapter: ``"all-linear"`` (heads left out), a regular expression for
+            whole paths, or a list of paths and dotted suffixes.
+        train_embeddings: Leave embeddings of the base trainable.
+        train_norms: Leave norms of the base trainable.
+        train_head: Leave the output head of the base trainable.
+        fan_in_fan_out: Layers of an unknown class store their weight as ``(in, out)``.
+        fold_on_eval: ``eval()`` folds the active adapters in, ``train()`` takes them out.
+        activate: Make it the one active adapter.
+        **settings: For a new adapter: the fields of :class:`~loratool.live.factors.NewAdapter`
+            (``rank``, ``alpha``, ``dropout``, ``rank_stabilised``, ``initialisation``, …).
+
+    Raises:
+        OptionError: Nothing is targeted, or the name is taken.
+        AdapterError: Some of the adapter's modules are not in the model, or do not fit.
+        UnsupportedError: The adapter or a layer is of a kind that a live layer cannot be.
+    """
+    live = Live.of(model) or Live(model)
+    if not name or "." in name or name in live.names:
+        raise OptionError("name", f"{name!r} is empty, has a dot, or is taken")
+    is_new = adapter is None or isinstance(adapter, NewAdapter)
+    if is_new:
+        new = adapter if isinstance(adapter, NewAdapter) else NewAdapter(**settings)
+        found = _new(live, new, targets, fan_in_fan_out=fan_in_fan_out)
+    else:
+        if settings or targets:
+            given = ", ".join([*settings, *(["targets"] if targets else [])])
+            raise OptionError("attach", f"{given}: an adapter from a file brings its own")
+        assert isinstance(adapter, str | PathLike)
+        found = _from_file(live, open_adapter(adapter), fan_in_fan_out=fan_in_fan_out)
+    if not live.names:
+        live.start([(p, p.requires_grad) for p in model.parameters()])
+        _freeze(model, embeddings=train_embeddings, norms=train_norms, head=train_head)
+    live.install(name, found)
+    live.shared.fold_on_eval = fold_on_eval or live.shared.fold_on_eval
+    if activate:
+        live.activate(name)
+    else:
+        live.activate(dict(live.active))
+    return live
+
+
+def _freeze(model: nn.Module, *, embeddings: bool, norms: bool, head: bool) -> None:
+    """Freeze the base, but for what is to stay trainable."""
+    for path, module in model.named_modules():
+        leaf = path.rpartition(".")[2]
+        keep = (
+            (embeddings and (isinstance(module, nn.Embedding) or is_embedding(path)))
+            or (norms and "norm" in type(module).__name__.lower())
+            or (head and leaf in (*HEAD_LEAVES, "score", "classifier", "qa_outputs"))
+        )
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(keep)
+
+
+Found = dict[str, tuple[LayerKind, Factors]]
+
+
+def _new(
+    live: Live, new: NewAdapter, targets: str | Sequence[str], *, fan_in_fan_out: bool
+) -> Found:
+    if not targets:
+        raise OptionError("targets", 'say what to adapt, such as "all-linear" or ["q_proj"]')
+    found: Found = {}
+    refused: UnsupportedError | None = None
+    for path, module in live.layers_and_modules():
+        if not _is_target(path, module, targets):
+            continue
+        try:
+            kind = kind_of(module, path, fan_in_fan_out=fan_in_fan_out)
+            if kind is not None:
+                _check_parent(live, path)
+        except UnsupportedError as error:
+            refused = error
+            continue
+        if kind is not None:
+            found[path] = (kind, new_factors(new, kind, module, path))
+    if not found:
+        if refused is not None:
+            raise refused
+        raise OptionError("targets", f"{targets!r} means no layer of the model")
+    return found
+
+
+def _is_target(path: str, module: nn.Module, targets: str | Sequence[str]) -> bool:
+    if targets == "all-linear":
+        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        return is_linear and path.rpartition(".")[2] not in HEAD_LEAVES
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def _check_parent(live: Live, path: str) -> None:
+    """Refuse layers that their parent does not call.
+
+    Raises:
+        UnsupportedError: An adapter there would silently do nothing.
+    """
+    parent, _, leaf = path.rpartition(".")
+    owner = live.model.get_submodule(parent) if parent else live.model
+    if isinstance(owner, FUSED_PARENTS) and leaf in ("out_proj", "linear1", "linear2"):
+        raise UnsupportedError(
+            path,
+            f"{type(owner).__name__} reads the weight of this layer instead of calling it, so "
+            "that an adapter there would do nothing",
+            hint="merge the adapter into the weights: loratool merge",
+        )
+
+
+def _from_file(live: Live, adapter: Adapter, *, fan_in_fan_out: bool) -> Found:
+    _check(adapter)
+    modules = dict(live.layers_and_modules())
+    names = [f"{path}.weight" for path in modules]
+    index = ModuleIndex(names)
+    found: Found = {}
+    missing: list[str] = []
+    for site in adapter.sites:
+        path = index.find(site.module, parameter="weight")
+        if path is None or path not in modules:
+            missing.append(site.module)
+            continue
+        flag = fan_in_fan_out or bool(adapter.field("fan_in_fan_out"))
+        kind = kind_of(modules[path], path, fan_in_fan_out=flag)
+        if kind is None:
+            missing.append(site.module)
+            continue
+        _check_parent(live, path)
+        found[path] = (kind, _factors(site, adapter, kind, modules[path], path))
+    if missing:
+        listed = ", ".join(missing[:LISTED]) + (", …" if len(missing) > LISTED else "")
+        raise AdapterError(
+            adapter.path, f"{len(missing)} of its modules are not in the model: {listed}"
+        )
+    return found
+
+
+def _check(adapter: Adapter) -> None:
+    """Refuse what a live layer does not compute.
+
+    Raises:
+        UnsupportedError: It would be computed wrongly or in part.
+        AdapterError: The adapter is broken.
+    """
+    for site in adapter.sites:
+        for code, problem in site_problems(site, adapter):
+            raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+        if site.parameters or site.nesting or site.variant in BASE_DEPENDENT - {"dora"}:
+            raise UnsupportedError(
+                f"{adapter.path}: {site.label}",
+                "adapts raw parameters, an attention's inner projection, or depends on the base "
+                "otherwise than a live layer can",
+                hint="merge it into the weights: loratool merge",
+            )
+    config = adapter.config
+    if config is not None and (
+        config.init not in HARMLESS_INITS or config.init in ("pissa", "olora")
+    ):
+        raise UnsupportedError(
+            adapter.path,
+            f"init_lora_weights is {config.init!r}: it is relative to a changed base",
+            hint=CONVERT_HINT,
+        )
+    if config is not None and config.flag("alora_invocation_tokens"):
+        raise UnsupportedError(adapter.path, "an aLoRA acts only after its invocation tokens")
+    extras = [e for e in adapter.extras if e.kind not in (ExtraKind.STATE, ExtraKind.BASE_COPY)]
+    if extras:
+        listed = ", ".join(extra.name for extra in extras[:LISTED])
+        raise UnsupportedError(
+            adapter.path,
+            f"also replaces {len(extras)} tensors, which live layers do not: {listed}",
+            hint="merge it into the weights, or load those tensors yourself and use a copy "
+            "without them (loratool rescale --scale 1 --skip …)",
+        )
+
+
+def _factors(
+    site: Site, adapter: Adapter, kind: LayerKind, module: nn.Module, path: str
+) -> Factors:
+    weight = module.weight
+    assert isinstance(weight, Tensor) and site.down is not None and site.up is not None
+    arithmetic = Arithmetic(torch.float64, torch.device("cpu"))
+    (delta,) = site_deltas(site, adapter, arithmetic)
+    out, into = kind.sizes(weight)
+    if (
+        kind.kind is not site.kind
+        or site.out_features != out
+        or (delta.down.numel() != delta.rank * torch.Size(into).numel())
+    ):
+        raise AdapterError(
+            f"{adapter.path}: {site.label}",
+            f"has {site.kind.value} factors for {[site.out_features, delta.shape[1]]}; the model's "
+            f"{path!r} is {kind.kind.value} of {[out, *into]}",
+        )
+    options: dict[str, Any] = {"dtype": float_dtype(weight), "device": weight.device}
+    ones = [1] * (len(into) - 1)
+    magnitude = site.slots.get(Slot.MAGNITUDE)
+    bias = site.slots.get(Slot.UP_BIAS)
+    return Factors(
+        delta.down.reshape(delta.rank, *into).to(**options),
+        delta.up.reshape(out, delta.rank, *ones).to(**options),
+        delta.scale,
+        dropout=float(adapter.field("lora_dropout") or 0.0),
+        magnitude=read_tensor(magnitude).flatten().to(**options) if magnitude else None,
+        bias=read_tensor(bias).to(**options) if bias else None,
+    )
