@@ -48,6 +48,10 @@ class Live:
         if self._known:
             self._shared = self._known[0][1].shared
         self._version = self._shared.version
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+        for _, layer in self._known:
+            for name, factors in layer.adapters.items():
+                self._parameters.setdefault(name, []).extend(factors.parameters())
 
     @property
     def shared(self) -> Shared:
@@ -80,7 +84,8 @@ class Live:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all adapters, in the order in which they came."""
-        return tuple(dict.fromkeys(name for _, layer in self.layers() for name in layer.adapters))
+        self._look()
+        return tuple(self._parameters)
 
     @property
     def active(self) -> tuple[tuple[str, float], ...]:
@@ -103,10 +108,7 @@ class Live:
         names = [name] if name is not None else [active for active, _ in self.active]
         for one in names:
             self._check_name(one)
-            for _, layer in self.layers():
-                factors = layer.factors(one)
-                if factors is not None:
-                    yield from factors.parameters()
+            yield from self._parameters[one]
 
     # ----------------------------------------------------------------- changing
 
@@ -156,13 +158,13 @@ class Live:
         if len(chosen) > 1:
             self._check_sum([name for name, _ in chosen])
         folded = self.is_folded
-        self.unfold()
+        if folded:
+            self.unfold()
         self.shared.active = chosen
         wanted = {name for name, _ in chosen}
-        for _, layer in self.layers():
-            for name, factors in layer.adapters.items():
-                for parameter in factors.parameters():
-                    parameter.requires_grad = name in wanted
+        for name, parameters in self._parameters.items():
+            for parameter in parameters:
+                parameter.requires_grad = name in wanted
         if folded:
             self.fold()
 

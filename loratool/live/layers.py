@@ -51,7 +51,7 @@ class LiveLayer(nn.Module):
         self.shared = shared
         self.adapters = nn.ModuleDict()
         self.folded: tuple[tuple[str, float], ...] | None = None
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, nn.Parameter] = {}
         self.training = base.training
 
     def __getattr__(self, name: str) -> Any:
@@ -142,9 +142,10 @@ class LiveLayer(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Put the active deltas into the weight; the original is kept, to restore it exactly.
+        """Put the active deltas into a weight of the layer's own; the original one is kept.
 
-        The sum is float32 (float64 for a float64 weight) and rounded once, as in a merge.
+        So a weight that another layer shares (a tied head) changes here alone. The sum is
+        float32 (float64 for a float64 weight) and rounded once, as in a merge.
         """
         if self.folded is not None:
             return
@@ -156,18 +157,21 @@ class LiveLayer(nn.Module):
         self.folded = self.shared.active
         if not chosen:
             return
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        self.kept["weight"] = weight.detach().clone()
-        weight.copy_(self.folded_weight(chosen))
-        biases = [(f.bias * f.scale * w) for f, w in chosen if f.bias is not None]
+        self._exchange("weight", self.folded_weight(chosen))
+        biases = [f.bias * f.scale * w for f, w in chosen if f.bias is not None]
         if biases:
             bias = self.base.bias
             if not isinstance(bias, Tensor):
                 self.unfold()
                 raise UnsupportedError("fold", "the layer has no bias that a trained one adds to")
-            self.kept["bias"] = bias.detach().clone()
-            bias += sum(biases).to(bias.dtype)  # type: ignore[union-attr]
+            self._exchange("bias", torch.stack([bias, *biases]).sum(dim=0).to(bias.dtype))
+
+    def _exchange(self, name: str, value: Tensor) -> None:
+        """Give the layer another parameter and keep its own, which others may share."""
+        own = self.base._parameters[name]
+        assert own is not None
+        self.kept[name] = own
+        self.base._parameters[name] = nn.Parameter(value, requires_grad=own.requires_grad)
 
     def folded_weight(self, chosen: list[tuple[Factors, float]]) -> Tensor:
         """Return the weight with some deltas added, in its own shape and dtype."""
@@ -203,8 +207,8 @@ class LiveLayer(nn.Module):
 
     @torch.no_grad()
     def unfold(self) -> None:
-        """Bring the original weight back, bit for bit, and free the copy of it."""
-        for name, tensor in self.kept.items():
-            getattr(self.base, name).copy_(tensor)
+        """Bring the original weight back, the same object, and free the folded one."""
+        for name, parameter in self.kept.items():
+            self.base._parameters[name] = parameter
         self.kept.clear()
         self.folded = None
