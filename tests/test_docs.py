@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -60,6 +62,15 @@ def test_nothing_is_listed_twice_in_the_readme_and_every_command_is_there() -> N
     readme = (ROOT / "README.md").read_text()
     for command in COMMANDS:
         assert f"`loratool {command}" in readme
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "questions_and_answers.py"
+    command = [sys.executable, str(script), "--steps", "3", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "largest difference of logits" in done.stdout
+    assert (tmp_path / "out" / "loss.png").exists()
 
 
 def test_fixtures_are_small() -> None:
