@@ -1,11 +1,11 @@
 """Train two adapters on toy questions, switch between them, save, merge, and compare.
 
-A small OPT model, built from a configuration, first learns to answer questions. Then one adapter
-learns to say every answer twice and another to say it backwards. Both are saved as PEFT adapters, one
-is merged into the base with the command line, and the merged model's logits are compared with
-the live ones.
+A small OPT model, built from a configuration, first learns to answer questions. Then one
+adapter learns to say every answer twice and another to say it backwards. Both are saved as PEFT
+adapters, one is merged into the base with the command line, and the merged model's logits are
+compared with the live ones.
 
-    python examples/questions_and_answers.py            # about a minute on two cores
+    python examples/questions_and_answers.py            # a quarter of a minute
     python examples/questions_and_answers.py --steps 5  # a quick look
 
 Needs transformers and, for the loss plot, matplotlib (the extras ``test`` and ``plot``).
