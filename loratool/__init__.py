@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from loratool.ops.algebra.result import AdapterReport
     from loratool.ops.compare import Comparison, compare
     from loratool.ops.compose import compose
-    from loratool.ops.extract import ExtractReport, extract
+    from loratool.ops.extract import extract
+    from loratool.ops.extraction.result import ExtractReport
     from loratool.ops.inspect import inspect
     from loratool.ops.merge import MergeReport, merge, plan_merge
     from loratool.ops.opening import open_adapter
@@ -52,7 +53,7 @@ __version__ = "0.1.0"
 _PLACES: Final = {
     "AdapterReport": "loratool.ops.algebra.result",
     "Comparison": "loratool.ops.compare",
-    "ExtractReport": "loratool.ops.extract",
+    "ExtractReport": "loratool.ops.extraction.result",
     "Finding": "loratool.adapter.findings",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.ops.merge",

@@ -10,7 +10,7 @@ from loratool.cli import render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
-from loratool.ops.algebra.planning import AdapterPlan
+from loratool.ops.algebra.plan import AdapterPlan
 from loratool.ops.algebra.result import AdapterReport
 
 __all__ = ["print_plan", "print_report"]

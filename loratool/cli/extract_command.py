@@ -11,7 +11,8 @@ from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
-from loratool.ops.extract import METHODS, RESIDUALS, ExtractReport, extract
+from loratool.ops.extract import METHODS, RESIDUALS, extract
+from loratool.ops.extraction.result import ExtractReport
 from loratool.schemes import builtin_schemes
 
 __all__ = ["command"]

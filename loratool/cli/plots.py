@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from loratool.ops.compare import Comparison
-    from loratool.ops.extract import ExtractReport
+    from loratool.ops.extraction.result import ExtractReport
     from loratool.ops.spectrum import Spectrum
 
 __all__ = ["check_plot", "plot_comparison", "plot_extraction", "plot_spectra"]

@@ -20,14 +20,9 @@ from loratool.files.spec import TensorSpec
 from loratool.live.factors import Factors
 from loratool.live.kinds import LayerKind
 from loratool.ops.algebra.joining import Joint
-from loratool.ops.algebra.planning import (
-    WEIGHTS_NAME,
-    AdapterPlan,
-    ModuleJob,
-    check_place,
-    history_metadata,
-    output_scheme,
-)
+from loratool.ops.algebra.plan import WEIGHTS_NAME, AdapterPlan, ModuleJob
+from loratool.ops.algebra.planning import check_place, output_scheme
+from loratool.ops.algebra.provenance import history_metadata
 from loratool.ops.algebra.writing import TensorWriter, fill_adapter
 
 if TYPE_CHECKING:

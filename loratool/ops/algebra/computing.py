@@ -17,7 +17,7 @@ from loratool.math.combining import Settings, combine, peft_linear
 from loratool.math.factored import Factored, factor, norm
 from loratool.math.lowrank import LowRank
 from loratool.ops.algebra.joining import Joint
-from loratool.ops.algebra.planning import ModuleJob
+from loratool.ops.algebra.plan import ModuleJob
 from loratool.ops.factors import site_deltas
 from loratool.ops.tensors import Arithmetic, read_tensor, torch_dtype
 

@@ -10,7 +10,8 @@ from typing import Final
 from loratool.files.atomic import check_output
 from loratool.ops.algebra.computing import Method, ModuleReport, joint_spectra
 from loratool.ops.algebra.joining import Joint
-from loratool.ops.algebra.planning import AdapterPlan, Draft
+from loratool.ops.algebra.plan import AdapterPlan
+from loratool.ops.algebra.planning import Draft
 from loratool.ops.algebra.ranks import Truncation, choose_ranks, full_ranks
 from loratool.ops.algebra.reporting import expected_report, meets_error
 from loratool.ops.algebra.result import AdapterReport

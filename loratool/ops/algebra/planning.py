@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,147 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-import loratool
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import HEAD_LEAVES, Adapter, Kind
 from loratool.adapter.saving import OutputSite, lora_config, site_specs
 from loratool.adapter.scheme import KeyScheme
 from loratool.adapter.slots import Slot
 from loratool.errors import OutputError, UnsupportedError
-from loratool.files.inputs import Stamp
-from loratool.files.safetensors import canonical_order, format_header
-from loratool.files.spec import TensorSpec
 from loratool.names.conv1d import CONV1D_LEAVES
-from loratool.ops.algebra.extras import Carried, Extras, gather_extras
+from loratool.ops.algebra.extras import Extras, gather_extras
 from loratool.ops.algebra.joining import Joint
+from loratool.ops.algebra.plan import WEIGHTS_NAME, AdapterPlan, ModuleJob
+from loratool.ops.algebra.provenance import provenance
 from loratool.ops.algebra.sidecars import carried_files
-from loratool.ops.plan import TORCH_BYTES, Sidecar
+from loratool.ops.plan import Sidecar
 from loratool.schemes import builtin_schemes, scheme_named
 
-__all__ = [
-    "WEIGHTS_NAME",
-    "AdapterPlan",
-    "Draft",
-    "ModuleJob",
-    "check_place",
-    "history_metadata",
-    "input_notes",
-    "output_scheme",
-    "provenance",
-]
+__all__ = ["Draft", "check_place", "input_notes", "output_scheme"]
 
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
-PROVENANCE_KEY: Final = "loratool"
-HASH_BLOCK: Final = 1 << 20
-COPIES: Final = 6
 PLAIN: Final = frozenset((Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP, Slot.UP_BIAS))
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleJob:
-    """How one module of the output comes about.
-
-    Attributes:
-        joint: What it is made of.
-        output: What is written, with its rank and alpha.
-        specs: Its tensors.
-        route: ``copy`` the factors as they are, write the ``exact`` sum, ``truncate`` it, or
-            the name of another method; ``twin`` of another module.
-    """
-
-    joint: Joint
-    output: OutputSite
-    specs: Mapping[Slot, TensorSpec]
-    route: str
-
-
-@dataclass(frozen=True)
-class AdapterPlan:
-    """An adapter that will be written.
-
-    Attributes:
-        jobs: Its modules.
-        carried: Tensors that are no deltas.
-        metadata: Of the weights file.
-        config: ``adapter_config.json``, or ``None``.
-        sidecars: Other files of the output.
-        weights_name: Name of the weights file in the output folder; empty where the output is
-            that file itself.
-        stamps: What the inputs were when their headers were read.
-        notes: What a user should know.
-        dropped: What is not written, with the reason.
-    """
-
-    jobs: tuple[ModuleJob, ...]
-    carried: tuple[Carried, ...]
-    metadata: Mapping[str, str]
-    config: Mapping[str, Any] | None
-    sidecars: tuple[Sidecar, ...]
-    weights_name: str
-    stamps: Mapping[Path, Stamp]
-    notes: tuple[str, ...] = ()
-    dropped: tuple[tuple[str, str], ...] = ()
-
-    @cached_property
-    def specs(self) -> tuple[TensorSpec, ...]:
-        """All tensors in the order of their data."""
-        modules = (spec for job in self.jobs for spec in job.specs.values())
-        return tuple(canonical_order([*modules, *(item.spec for item in self.carried)]))
-
-    @cached_property
-    def header(self) -> bytes:
-        """The bytes before the data."""
-        return format_header(self.specs, self.metadata)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the weights file."""
-        return len(self.header) + sum(spec.nbytes for spec in self.specs)
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether the output is a folder, else it is the weights file."""
-        return bool(self.weights_name)
-
-    def described_files(self) -> list[dict[str, Any]]:
-        """Return name and size of every file of the output."""
-        found = [{"name": self.weights_name or "(the output)", "bytes": self.nbytes}]
-        if self.config is not None:
-            found.append({"name": CONFIG_NAME, "bytes": len(self.config_text)})
-        found += [
-            {"name": sidecar.name, "bytes": sidecar.source.stat().st_size}
-            for sidecar in self.sidecars
-            if sidecar.source is not None
-        ]
-        return found
-
-    def offsets(self) -> dict[str, int]:
-        """Return where in the file each tensor begins, by name."""
-        places = {}
-        offset = len(self.header)
-        for spec in self.specs:
-            places[spec.name] = offset
-            offset += spec.nbytes
-        return places
-
-    def inputs(self) -> Iterator[Path]:
-        """Yield every file that is read, which no output may replace."""
-        for weights in self.stamps:
-            yield weights
-            if (weights.parent / CONFIG_NAME).is_file():
-                yield weights.parent / CONFIG_NAME
-        yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
-
-    @property
-    def peak_memory(self) -> int:
-        """Bytes of memory that carrying it out takes at most, roughly: torch, and two modules."""
-        largest = sorted((_working_bytes(job) for job in self.jobs), reverse=True)[:2]
-        return TORCH_BYTES + sum(largest)
-
-    @property
-    def config_text(self) -> bytes:
-        """``adapter_config.json`` as it is written."""
-        return (json.dumps(self.config, indent=2) + "\n").encode()
 
 
 def output_scheme(adapters: Sequence[Adapter], wanted: str | None) -> KeyScheme:
@@ -372,14 +248,6 @@ def input_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
             yield f"{adapter.path}: alpha is not recorded; its scale is taken as 1"
 
 
-def _working_bytes(job: ModuleJob) -> int:
-    """Return what one module takes: its factors in float64, and some five copies of them."""
-    elements = sum(
-        stored.spec.elements for term in job.joint.terms for stored in term.site.slots.values()
-    )
-    return COPIES * 8 * elements
-
-
 def _looks_like_conv1d(jobs: Sequence[ModuleJob]) -> bool:
     """Whether all linear modules are of GPT-2's kind: by their names, and a q, k, v in one."""
     linear = [job.output for job in jobs if job.output.kind is Kind.LINEAR]
@@ -419,40 +287,3 @@ def _same_targets(adapters: Sequence[Adapter], joints: Sequence[Joint]) -> bool:
 
 def _ordered(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, list) else value
-
-
-def provenance(
-    verb: str, adapters: Sequence[Adapter], options: Mapping[str, Any]
-) -> dict[str, str]:
-    """Return the metadata of a weights file: the format, and how it came to be.
-
-    Inputs go by name and SHA-256 of their weights, so that the same inputs give the same bytes
-    wherever they lie. What a single input's metadata says is kept, but for its own history.
-    """
-    inputs = [(adapter.path.resolve().name, _hash(adapter)) for adapter in adapters]
-    kept = adapters[0].metadata.items() if len(adapters) == 1 else ()
-    return {**dict(kept), **history_metadata(verb, inputs, options)}
-
-
-def history_metadata(
-    verb: str, inputs: Sequence[tuple[str, str | None]], options: Mapping[str, Any]
-) -> dict[str, str]:
-    """Return the format, and the command, its options and its inputs (name and SHA-256)."""
-    history = {
-        "command": verb,
-        "version": loratool.__version__,
-        "inputs": [
-            {"name": name} | ({"sha256": digest} if digest else {}) for name, digest in inputs
-        ],
-        "options": {k: v for k, v in options.items() if v is not None and v != ()},
-    }
-    text = json.dumps(history, sort_keys=True, separators=(",", ":"))
-    return {"format": "pt", PROVENANCE_KEY: text}
-
-
-def _hash(adapter: Adapter) -> str:
-    digest = hashlib.sha256()
-    with adapter.weights.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ from loratool.files.dtypes import DTYPES
 from loratool.math.budget import Item, spend
 from loratool.math.ranks import minimal_rank, profile_of
 from loratool.ops.algebra.joining import Joint
-from loratool.ops.algebra.planning import AdapterPlan
+from loratool.ops.algebra.plan import AdapterPlan
 
 __all__ = ["Truncation", "choose_ranks", "full_ranks", "parse_size", "within_budget"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratool.ops.algebra.computing import ModuleReport
-    from loratool.ops.algebra.planning import AdapterPlan
+    from loratool.ops.algebra.plan import AdapterPlan
 
 __all__ = ["AdapterReport"]
 

@@ -22,7 +22,7 @@ from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import copy_range, write_all
 from loratool.ops.algebra.computing import Method, ModuleReport, compute, measure, transposed
 from loratool.ops.algebra.extras import Carried
-from loratool.ops.algebra.planning import AdapterPlan, ModuleJob
+from loratool.ops.algebra.plan import AdapterPlan, ModuleJob
 from loratool.ops.algebra.sidecars import write_sidecars
 from loratool.ops.tensors import Arithmetic, read_tensor, resolve_device, torch_dtype
 

@@ -16,13 +16,9 @@ from loratool.files.spec import TensorSpec
 from loratool.names.tied import architectures
 from loratool.ops.algebra.extras import Carried
 from loratool.ops.algebra.joining import Joint
-from loratool.ops.algebra.planning import (
-    WEIGHTS_NAME,
-    AdapterPlan,
-    ModuleJob,
-    check_place,
-    history_metadata,
-)
+from loratool.ops.algebra.plan import WEIGHTS_NAME, AdapterPlan, ModuleJob
+from loratool.ops.algebra.planning import check_place
+from loratool.ops.algebra.provenance import history_metadata
 from loratool.ops.extraction.pairing import Leftover, Target
 
 __all__ = ["ExtractionDraft", "output_of"]

@@ -17,7 +17,7 @@ from loratool.errors import MergeError, OptionError
 from loratool.files.inputs import InputFiles
 from loratool.math.factored import factor
 from loratool.math.lowrank import LowRank
-from loratool.ops.algebra.planning import AdapterPlan, ModuleJob
+from loratool.ops.algebra.plan import AdapterPlan, ModuleJob
 from loratool.ops.algebra.writing import TensorWriter, in_parallel
 from loratool.ops.extraction.computing import (
     Extracted,
