@@ -112,6 +112,44 @@ def test_the_randomised_route_is_nearly_optimal(kind: str, rank: int) -> None:
     assert float((found.singular_values - values[:rank]).max()) < 1e-4 * float(values[0])
 
 
+def sparse(kind: str) -> torch.Tensor:
+    delta = torch.zeros(600, 700)
+    match kind:
+        case "integers":
+            return (torch.randint(-3, 4, (600, 2)) @ torch.randint(-3, 4, (2, 700))).float()
+        case "row":
+            delta[3] = 1
+        case "column":
+            delta[:, 3] = 1
+        case "rows":
+            delta[:20] = torch.randn(20, 700)
+        case "entries":
+            delta[torch.arange(10) * 7, torch.arange(10) * 11] = 1
+        case "constant":
+            delta += 1
+        case "huge":
+            return sparse("integers") * 1e18
+        case "tiny":
+            return sparse("integers") * 1e-22
+    return delta
+
+
+@pytest.mark.parametrize(
+    "kind", ["integers", "row", "column", "rows", "entries", "constant", "huge", "tiny"]
+)
+@pytest.mark.parametrize("rank", [1, 8, 16])
+def test_rank_deficient_differences_do_not_mislead_the_randomised_route(
+    kind: str, rank: int
+) -> None:
+    delta = sparse(kind)
+    values = torch.linalg.svdvals(delta.double())
+    found = leading_part(delta, rank, torch.Generator().manual_seed(1), method="randomised")
+    lost = float((delta.double() - found.up.double() @ found.down.double()).norm())
+    close = 2e-6 * float(values.norm())
+    assert lost <= 1.005 * float(values[rank:].norm()) + close
+    assert math.sqrt(found.squared_residual) == pytest.approx(lost, rel=1e-3, abs=close)
+
+
 @pytest.mark.parametrize("shape", [(700, 900), (900, 700), (40, 900), (60, 50)])
 def test_the_exact_route_is_optimal(shape: tuple[int, int]) -> None:
     delta = decaying(*shape, 0.5)
@@ -382,6 +420,66 @@ def test_options_that_make_no_sense(
     with pytest.raises(OptionError, match=words):
         loratool.extract(base, tuned, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_leaves_modules_out_says_so(make_base: Make, tmp_path: Path) -> None:
+    changes = {
+        f"{name}.q.weight": torch.randn(64, 48) * size
+        for name, size in (("a", 1.0), ("b", 0.5), ("c", 1e-3))
+    }
+    base, tuned = pair(make_base, changes)
+    report = loratool.extract(
+        base, tuned, tmp_path / "out", max_size=2000, save_spectrum=tmp_path / "s.json"
+    )
+    assert {m.module: m.rank for m in report.modules}["c.q"] == 0
+    assert "c.q" in dict(report.plan.dropped)
+    names = [m["module"] for m in json.loads((tmp_path / "s.json").read_text())["modules"]]
+    assert sorted(names) == ["a.q", "b.q", "c.q"]
+
+
+def test_infinities_that_stay_are_no_change(make_base: Make, tmp_path: Path) -> None:
+    mask = {"mask": torch.full((5,), -math.inf), "ids": torch.arange(4)}
+    weight = torch.randn(12, 9)
+    base = make_base({"a.q.weight": weight, **mask}, name="base")
+    tuned = make_base({"a.q.weight": weight + 1, **mask}, name="tuned")
+    report = loratool.extract(base, tuned, tmp_path / "out", rank=2)
+    assert report.leftovers == ()
+    json.dumps(report.as_json(), allow_nan=False)
+
+
+def test_ties_hold_in_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    case = next(case for case in manifest() if case["case"] == "tied-embed-only")
+    base, tuned = FIXTURES / case["base"], tmp_path / "tuned"
+    model = load_model(case, base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    model.save_pretrained(tuned)
+    wanted = outputs_of(case, model)
+    for name, options in (("factors", {"embeddings": True}), ("whole", {})):
+        out = tmp_path / name
+        loratool.extract(base, tuned, out, rank=64, residual="carry", **options)
+        assert load_config(out)["ensure_weight_tying"] is True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft = PeftModel.from_pretrained(load_model(case, base), str(out)).eval()
+        error = (outputs_of(case, peft) - wanted).abs().max() / wanted.abs().max()
+        assert float(error) < 1e-5
+
+
+def test_routers_are_left_over(tmp_path: Path) -> None:
+    case = next(case for case in manifest() if case["case"] == "experts-gpt-oss")
+    base, tuned = FIXTURES / case["base"], tmp_path / "tuned"
+    model = load_model(case, base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router.weight" in name or "q_proj.weight" in name:
+                parameter += torch.randn(parameter.shape)
+    model.save_pretrained(tuned)
+    report = loratool.extract(base, tuned, tmp_path / "out", rank=4)
+    assert {item.why for item in report.leftovers} == {"a router, which PEFT does not adapt"}
 
 
 def test_models_with_nothing_in_common_or_not_finite_are_refused(

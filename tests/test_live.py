@@ -510,6 +510,153 @@ def test_reads_from_several_threads_see_one_choice() -> None:
                 assert any(torch.allclose(result, other, atol=1e-5) for other in (on, off))
 
 
+def test_the_rest_of_the_world_may_meddle_while_folded() -> None:
+    model, x = toy(), ids()
+    live = attach(model, targets=ALL)
+    randomise(live, "default")
+    plain = {key: value.clone() for key, value in model.state_dict().items()}
+    wanted = model(x)
+    live.fold()
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in plain.items())
+    assert live.is_folded
+    twin = toy()
+    attach(twin, targets=ALL)
+    twin.load_state_dict(state)
+    assert torch.equal(twin(x), wanted)
+    model.double()
+    assert live.is_folded
+    live.unfold()
+    assert model.qkv.weight.dtype == torch.float64
+    assert torch.allclose(model(x).float(), wanted, atol=1e-5)
+    live.fold()
+    model.load_state_dict({key: value * 0 for key, value in plain.items()})
+    assert not live.is_folded and float(model.qkv.weight.abs().max()) == 0
+
+
+def test_unbatched_convolutions() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
+    live = attach(model, targets=["0"], rank=8, bias=True)
+    randomise(live, "default")
+    x = torch.randn(3, 8, 8)
+    assert torch.allclose(model(x), model(x[None])[0], atol=1e-5)
+
+
+def test_a_layer_cannot_wrap_itself_and_stays_as_it_was() -> None:
+    layer = nn.Linear(64, 10)
+    with pytest.raises(OptionError, match="Sequential"):
+        attach(layer, targets="all-linear")
+    assert layer.weight.requires_grad
+
+
+def test_only_what_was_folded_is_folded_again() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    live = attach(model, targets=["0", "1"], name="a", fold_on_eval=True)
+    attach(model, targets=["0", "1"], name="b", activate=False)
+    model.train()
+    model[0].eval()
+    live.activate("b")
+    assert [layer.folded is not None for _, layer in live.layers()] == [True, False]
+
+
+def test_parts_and_wholes() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4)))
+    attach(model[0], targets=["0"], name="x")
+    live = attach(model, targets=["1.0"], name="y")
+    assert not model[1][0].base.weight.requires_grad
+    live.detach()
+    assert all(p.requires_grad for p in model.parameters())
+    attach(model[0], targets=["0"], name="x")
+    attach(model[1], targets=["0"], name="x")
+    with pytest.raises(OptionError, match="one by one"):
+        Live.of(model)
+
+
+def test_scaled_embeddings() -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    model = nn.Sequential(Gemma3TextScaledWordEmbedding(9, 6, 0, embed_scale=3.0))
+    live = attach(model, targets=["0"], rank=2)
+    randomise(live, "default")
+    x = torch.tensor([1, 4])
+    wanted = model(x)
+    live.fold()
+    assert torch.allclose(model(x), wanted, atol=1e-5)
+
+    class Odd(nn.Embedding):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    with pytest.raises(UnsupportedError, match="more than look rows up"):
+        attach(nn.Sequential(Odd(4, 4)), targets=["0"])
+
+
+def test_factors_of_a_file_keep_their_precision(make_adapter: Make, make_base: Make) -> None:
+    from conftest import lora
+    from oracles import read_all
+
+    weight = torch.randn(24, 16).bfloat16()
+    base = make_base({"0.weight": weight})
+    adapter = make_adapter({k: v * 0.1 for k, v in lora("0", 24, 16).items()}, target_modules=["0"])
+    model = nn.Sequential(nn.Linear(16, 24, bias=False)).bfloat16()
+    model[0].weight.data.copy_(weight)
+    attach(model, adapter).fold()
+    loratool.merge(base, [adapter], base.parent / "merged")
+    assert torch.equal(model[0].weight, read_all(base.parent / "merged")["0.weight"])
+
+
+def test_names_settings_and_targets_that_cannot_be() -> None:
+    model = toy()
+    for name in ("", "a.b", "keys", "train"):
+        with pytest.raises(OptionError, match="name"):
+            attach(model, targets=["qkv"], name=name)
+    for options in ({"r": 4}, {"targets": "("}, {"bias": True, "dora": True}):
+        with pytest.raises(OptionError):
+            attach(model, **{"targets": ["qkv"], **options})
+    with pytest.raises(OptionError, match="no bias"):
+        attach(model, targets=["embed"], bias=True)
+    assert Live.of(model) is None and all(p.requires_grad for p in model.parameters())
+    live = attach(model, targets=["qkv"], name="a")
+    with pytest.raises(OptionError, match="first adapter"):
+        attach(model, targets=["qkv"], name="b", train_norms=True)
+    for choice in ({"a": float("nan")}, ["a", "a"]):
+        with pytest.raises(OptionError):
+            live.activate(choice)
+
+
+def test_what_is_used_may_be_removed_in_between() -> None:
+    model = toy()
+    live = attach(model, targets=["qkv"], name="a")
+    attach(model, targets=["qkv"], name="b", activate=False)
+    with live.using("b"):
+        live.remove("a")
+    assert live.names == ("b",) and live.active == ()
+
+    def fail() -> None:
+        with live.using("b"):
+            live.detach()
+            raise ValueError("own")
+
+    with pytest.raises(ValueError, match="own"):
+        fail()
+
+
+def test_tied_embeddings_stay_trainable() -> None:
+    model = toy()
+    model.lm_head = nn.Linear(12, 20, bias=False)
+    model.lm_head.weight = model.embed.weight
+    attach(model, targets=["qkv"], train_embeddings=True)
+    assert model.embed.weight.requires_grad
+
+
+def test_targets_that_are_endings_of_others_are_expressions(tmp_path: Path) -> None:
+    from deltas import load_config
+
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "blk": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    attach(model, targets="q").save(tmp_path / "out")
+    assert load_config(tmp_path / "out")["target_modules"] == "q"
+
+
 class Machine(RuleBasedStateMachine):
     """Whatever is done, the model computes what its adapters say, and can be had back."""
 

@@ -75,6 +75,7 @@ class OutputSite:
         is_parameter: Whether it adapts a raw parameter (``target_parameters``).
         is_target: Whether the configuration has to name it among the targets.
         has_bias: Whether a bias is stored beside B.
+        is_expert: Whether it is one of many experts that libraries fuse on loading.
     """
 
     module: str
@@ -90,6 +91,12 @@ class OutputSite:
     is_parameter: bool = False
     is_target: bool = True
     has_bias: bool = False
+    is_expert: bool = False
+
+    @property
+    def needs_default(self) -> bool:
+        """Whether its rank has to be the configuration's own: PEFT has no patterns for it."""
+        return self.is_parameter or self.is_expert
 
     @property
     def down_shape(self) -> tuple[int, ...]:
@@ -231,8 +238,9 @@ def _covers(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
 
 def scale_fields(sites: Sequence[OutputSite]) -> dict[str, Any]:
     """Return rank, alpha and the patterns that say exactly what ``sites`` have."""
-    # PEFT warns about patterns that mean raw parameters: those get the numbers without one.
-    plain = [site for site in sites if site.is_parameter] or sites
+    # PEFT warns about patterns that mean raw parameters, and loses those of experts that it
+    # fuses on loading: both get the numbers without one.
+    plain = [site for site in sites if site.needs_default] or sites
     counts = Counter((site.rank, site.alpha) for site in plain)
     (rank, alpha), _ = counts.most_common(1)[0] if counts else ((1, 1.0), 0)
     patterns = {site.pattern_path: site for site in sites}.items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial, reduce
 from os import PathLike
 from typing import Any
 
@@ -21,18 +23,20 @@ from loratool.ops.factors import site_deltas
 from loratool.ops.merging.mergeable import CONVERT_HINT, HARMLESS_INITS, site_problems
 from loratool.ops.merging.modules import ModuleIndex
 from loratool.ops.opening import open_adapter
-from loratool.ops.tensors import Arithmetic, read_tensor
+from loratool.ops.tensors import Arithmetic, read_tensor, torch_dtype
 
 __all__ = ["attach"]
 
 FUSED_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules whose forward pass reads the weights of their layers instead of calling them."""
 LISTED = 6
+HEADS = frozenset((*HEAD_LEAVES, "score", "classifier", "qa_outputs", "predictions"))
+"""What output heads, and what they are in, are called."""
 
 
 def attach(
     model: nn.Module,
-    adapter: str | PathLike[str] | NewAdapter | None = None,
+    adapter: str | PathLike[str] | Adapter | NewAdapter | None = None,
     name: str = "default",
     *,
     targets: str | Sequence[str] = (),
@@ -51,7 +55,7 @@ def attach(
 
     Args:
         model: Any module.
-        adapter: File or folder of an adapter; or nothing, for a new one.
+        adapter: File or folder of an adapter, or an opened one; or nothing, for a new one.
         name: What to call it; without dots.
         targets: For a new adapter: ``"all-linear"`` (heads left out), a regular expression for
             whole paths, or a list of paths and dotted suffixes.
@@ -70,21 +74,27 @@ def attach(
         UnsupportedError: The adapter or a layer is of a kind that a live layer cannot be.
     """
     live = Live.of(model) or Live(model)
-    if not name or "." in name or name in live.names:
-        raise OptionError("name", f"{name!r} is empty, has a dot, or is taken")
+    _check_name(name, live)
+    switches = (train_embeddings, train_norms, train_head)
+    if live.names and any(switches):
+        raise OptionError("train_…", "what stays trainable is said with the first adapter")
     is_new = adapter is None or isinstance(adapter, NewAdapter)
     if is_new:
-        new = adapter if isinstance(adapter, NewAdapter) else NewAdapter(**settings)
+        new = adapter if isinstance(adapter, NewAdapter) else _settings(settings)
+        if isinstance(adapter, NewAdapter) and settings:
+            raise OptionError("attach", f"{', '.join(settings)}: the adapter says all that already")
         found = _new(live, new, targets, fan_in_fan_out=fan_in_fan_out)
     else:
         if settings or targets:
             given = ", ".join([*settings, *(["targets"] if targets else [])])
             raise OptionError("attach", f"{given}: an adapter from a file brings its own")
-        assert isinstance(adapter, str | PathLike)
-        found = _from_file(live, open_adapter(adapter), fan_in_fan_out=fan_in_fan_out)
-    if not live.names:
-        live.start([(p, p.requires_grad) for p in model.parameters()])
-        _freeze(model, embeddings=train_embeddings, norms=train_norms, head=train_head)
+        opened = adapter if isinstance(adapter, Adapter) else open_adapter(_path(adapter))
+        found = _from_file(live, opened, fan_in_fan_out=fan_in_fan_out)
+    if "" in found:
+        raise OptionError(
+            "attach", "the model itself is the layer to wrap; put it into an nn.Sequential first"
+        )
+    live.freeze(partial(_stays, switches=switches))
     live.install(name, found)
     live.shared.fold_on_eval = fold_on_eval or live.shared.fold_on_eval
     if activate:
@@ -94,17 +104,45 @@ def attach(
     return live
 
 
-def _freeze(model: nn.Module, *, embeddings: bool, norms: bool, head: bool) -> None:
-    """Freeze the base, but for what is to stay trainable."""
-    for path, module in model.named_modules():
-        leaf = path.rpartition(".")[2]
-        keep = (
-            (embeddings and (isinstance(module, nn.Embedding) or is_embedding(path)))
-            or (norms and "norm" in type(module).__name__.lower())
-            or (head and leaf in (*HEAD_LEAVES, "score", "classifier", "qa_outputs"))
-        )
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(keep)
+def _check_name(name: str, live: Live) -> None:
+    """Refuse names that modules cannot have.
+
+    Raises:
+        OptionError: It is one.
+    """
+    is_text = bool(name) and isinstance(name, str)
+    if not is_text or "." in name or hasattr(nn.ModuleDict, name) or name in live.names:
+        raise OptionError("name", f"{name!r} is no name, has a dot, is reserved, or is taken")
+
+
+def _settings(settings: dict[str, Any]) -> NewAdapter:
+    known = {field.name for field in fields(NewAdapter)}
+    unknown = settings.keys() - known
+    if unknown:
+        words = f"{', '.join(sorted(unknown))}: not known; known are {', '.join(sorted(known))}"
+        raise OptionError("attach", words)
+    return NewAdapter(**settings)
+
+
+def _path(adapter: object) -> str | PathLike[str]:
+    if not isinstance(adapter, str | PathLike):
+        raise OptionError("attach", f"{type(adapter).__name__} is neither a path nor an adapter")
+    return adapter
+
+
+def _is_head(path: str) -> bool:
+    """Whether a path leads to or into an output head."""
+    return any(part in HEADS for part in path.split("."))
+
+
+def _stays(path: str, module: nn.Module, *, switches: tuple[bool, bool, bool]) -> bool:
+    """Whether the parameters of a module of the base stay trainable."""
+    embeddings, norms, head = switches
+    return (
+        (embeddings and (isinstance(module, nn.Embedding) or is_embedding(path)))
+        or (norms and "norm" in type(module).__name__.lower())
+        or (head and _is_head(path))
+    )
 
 
 Found = dict[str, tuple[LayerKind, Factors]]
@@ -139,9 +177,12 @@ def _new(
 def _is_target(path: str, module: nn.Module, targets: str | Sequence[str]) -> bool:
     if targets == "all-linear":
         is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        return is_linear and path.rpartition(".")[2] not in HEAD_LEAVES
+        return is_linear and not _is_head(path)
     if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
+        try:
+            return re.fullmatch(targets, path) is not None
+        except re.error as error:
+            raise OptionError("targets", f"{targets!r} is no regular expression: {error}") from None
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
@@ -246,7 +287,10 @@ def _factors(
             f"has {site.kind.value} factors for {[site.out_features, delta.shape[1]]}; the model's "
             f"{path!r} is {kind.kind.value} of {[out, *into]}",
         )
-    options: dict[str, Any] = {"dtype": float_dtype(weight), "device": weight.device}
+    # As precise as the file: a fold is then what a merge of the file is.
+    stored = (torch_dtype(tensor.spec.dtype) for tensor in (site.down, site.up))
+    dtype = reduce(torch.promote_types, stored, float_dtype(weight))
+    options: dict[str, Any] = {"dtype": dtype, "device": weight.device}
     ones = [1] * (len(into) - 1)
     magnitude = site.slots.get(Slot.MAGNITUDE)
     bias = site.slots.get(Slot.UP_BIAS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -47,11 +48,15 @@ class Live:
         ]
         if self._known:
             self._shared = self._known[0][1].shared
+        if any(layer.shared is not self._shared for _, layer in self._known):
+            raise OptionError(
+                "attach", "adapters came to parts of this model one by one, not to the whole"
+            )
         self._version = self._shared.version
-        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._factors: dict[str, list[nn.Module]] = {}
         for _, layer in self._known:
             for name, factors in layer.adapters.items():
-                self._parameters.setdefault(name, []).extend(factors.parameters())
+                self._factors.setdefault(name, []).append(factors)
 
     @property
     def shared(self) -> Shared:
@@ -85,7 +90,7 @@ class Live:
     def names(self) -> tuple[str, ...]:
         """Names of all adapters, in the order in which they came."""
         self._look()
-        return tuple(self._parameters)
+        return tuple(self._factors)
 
     @property
     def active(self) -> tuple[tuple[str, float], ...]:
@@ -108,19 +113,38 @@ class Live:
         names = [name] if name is not None else [active for active, _ in self.active]
         for one in names:
             self._check_name(one)
-            yield from self._parameters[one]
+            for factors in self._factors[one]:
+                yield from factors.parameters()
 
     # ----------------------------------------------------------------- changing
 
-    def start(self, flags: list[tuple[nn.Parameter, bool]]) -> None:
-        """Begin with a model that has no adapters; ``flags`` is what required a gradient."""
-        self._shared = Shared(flags=flags)
+    def freeze(self, keep: Callable[[str, nn.Module], bool]) -> None:
+        """Freeze what is not frozen yet, but for modules that ``keep`` says yes to.
+
+        What required a gradient is remembered, to be as it was in the end.
+        """
+        if not self.layers():
+            self._shared = Shared()
+        shared = self._shared
+        known = {(id(module), name) for module, name, _ in shared.flags}
+        inside = {id(part) for _, layer in self.layers() for part in layer.adapters.modules()}
+        fresh = [
+            (path, module, name, parameter)
+            for path, module in self.model.named_modules()
+            if id(module) not in inside
+            for name, parameter in module.named_parameters(recurse=False)
+            if (id(module), name) not in known
+        ]
+        kept = {id(parameter) for path, module, _, parameter in fresh if keep(path, module)}
+        shared.flags += [(m, name, p.requires_grad) for _, m, name, p in fresh]
+        for _, _, _, parameter in fresh:
+            parameter.requires_grad_(id(parameter) in kept)
 
     def install(self, name: str, found: Mapping[str, tuple[LayerKind, Factors]]) -> None:
         """Put factors at the layers they are for; wraps what is not wrapped yet."""
-        folded = self.is_folded
-        self.unfold()
+        folded = self._take_out()
         known = dict(self.layers())
+        is_whole = bool(known) and len(folded) == len(known)
         for path, (kind, factors) in found.items():
             layer = known.get(path)
             if layer is None:
@@ -128,8 +152,7 @@ class Live:
             factors.train(layer.training)
             layer.adapters[name] = factors
         self.shared.version += 1
-        if folded:
-            self.fold()
+        self._put_in([layer for _, layer in self.layers()] if is_whole else folded)
 
     def _wrap(self, path: str, kind: LayerKind) -> LiveLayer:
         base = self.model.get_submodule(path)
@@ -153,20 +176,23 @@ class Live:
             chosen = tuple((name, float(weight)) for name, weight in choice.items())
         else:
             chosen = tuple((name, 1.0) for name in choice)
-        for name, _ in chosen:
+        for name, weight in chosen:
             self._check_name(name)
+            if not math.isfinite(weight):
+                raise OptionError("activate", f"{weight} is no finite number")
+        if len({name for name, _ in chosen}) < len(chosen):
+            raise OptionError("activate", "an adapter is named twice")
         if len(chosen) > 1:
             self._check_sum([name for name, _ in chosen])
-        folded = self.is_folded
-        if folded:
-            self.unfold()
+        folded = self._take_out()
         self.shared.active = chosen
         wanted = {name for name, _ in chosen}
-        for name, parameters in self._parameters.items():
-            for parameter in parameters:
-                parameter.requires_grad = name in wanted
-        if folded:
-            self.fold()
+        for name, parts in self._factors.items():
+            for part in parts:
+                for parameter in part._parameters.values():
+                    if parameter is not None:
+                        parameter.requires_grad = name in wanted
+        self._put_in(folded)
 
     def _check_sum(self, names: Sequence[str]) -> None:
         for path, layer in self.layers():
@@ -188,7 +214,8 @@ class Live:
         try:
             yield self
         finally:
-            self.activate(before)
+            names = self.names
+            self.activate({name: weight for name, weight in before.items() if name in names})
 
     @contextmanager
     def per_sample(self, names: Sequence[str | None]) -> Iterator[Live]:
@@ -215,13 +242,23 @@ class Live:
         Each adapted weight is kept beside its changed self until :meth:`unfold`: that memory is
         the price of getting it back bit for bit.
         """
-        done = []
+        self._put_in([layer for _, layer in self.layers()])
+
+    def _take_out(self) -> list[LiveLayer]:
+        """Unfold, and return the layers that were folded."""
+        folded = [layer for _, layer in self.layers() if layer.folded is not None]
+        for layer in folded:
+            layer.unfold()
+        return folded
+
+    def _put_in(self, layers: Sequence[LiveLayer]) -> None:
+        """Fold some layers, all of them or none."""
+        fresh = [layer for layer in layers if layer.folded is None]
         try:
-            for _, layer in self.layers():
+            for layer in fresh:
                 layer.fold()
-                done.append(layer)
-        except UnsupportedError:
-            for layer in done:
+        except BaseException:
+            for layer in fresh:
                 layer.unfold()
             raise
 
@@ -239,8 +276,7 @@ class Live:
         self._check_name(name)
         remaining = {other: weight for other, weight in self.active if other != name}
         shared = self.shared
-        folded = self.is_folded
-        self.unfold()
+        folded = self._take_out()
         for _, layer in list(self.layers()):
             if name in layer.adapters:
                 del layer.adapters[name]
@@ -249,11 +285,13 @@ class Live:
         shared.active = tuple(remaining.items())
         shared.version += 1
         if not self.names:
-            for parameter, flag in shared.flags:
-                parameter.requires_grad_(flag)
+            for module, name, flag in shared.flags:
+                parameter = module._parameters.get(name)
+                if parameter is not None:
+                    parameter.requires_grad_(flag)
             self._shared = Shared(version=-1)
-        elif folded:
-            self.fold()
+        else:
+            self._put_in([layer for layer in folded if layer.adapters])
 
     def detach(self) -> nn.Module:
         """Take all adapters away and return the model as it was."""
@@ -293,9 +331,11 @@ class Live:
                 if keys
             ]
             raise AdapterError(name, "; ".join(words))
+        folded = self._take_out()
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(state[key])
+        self._put_in(folded)
 
     def save(
         self,

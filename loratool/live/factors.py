@@ -59,6 +59,10 @@ class NewAdapter:
             raise OptionError("initialisation", words)
         if self.enable and not any(self.enable):
             raise OptionError("enable", "enables no part")
+        if self.dora and self.bias:
+            raise OptionError("dora", "has no bias beside B; PEFT does not know the two together")
+        if self.initialisation == "pissa" and self.alpha == 0:
+            raise OptionError("alpha", "with alpha 0 there is no scale to divide by")
 
     @property
     def scale(self) -> float:
@@ -126,12 +130,16 @@ class Factors(nn.Module):
             down, up = torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1)
         return LowRank(up, down, self.scale)
 
+    def dropped(self, kind: LayerKind, x: Tensor) -> Tensor:
+        """Return an input with dropout, in training; the input itself otherwise."""
+        is_active = self.training and not isinstance(self.dropout, nn.Identity)
+        return self.dropout(x) if is_active and kind.kind is not Kind.EMBEDDING else x
+
     def output(self, kind: LayerKind, base: nn.Module, x: Tensor) -> Tensor:
         """Return what the delta adds to an output of the layer, its scale included."""
-        dropped = x if kind.kind is Kind.EMBEDDING else self.dropout(x)
-        found = kind.delta_output(base, dropped, *self.pair)
+        found = kind.delta_output(base, x, *self.pair)
         if self.initial is not None:
-            found = found - kind.delta_output(base, dropped, *self.initial)
+            found = found - kind.delta_output(base, x, *self.initial)
         return found * self.scale
 
 
@@ -169,6 +177,8 @@ def new_factors(new: NewAdapter, kind: LayerKind, base: nn.Module, path: str) ->
     count = sum(new.enable) or 1
     if new.enable and (kind.kind is not Kind.LINEAR or out % len(new.enable)):
         raise OptionError(path, f"{out} outputs do not fall into {len(new.enable)} equal parts")
+    if new.bias and kind.kind is Kind.EMBEDDING:
+        raise OptionError(path, "an embedding has no bias")
     if (new.dora or new.bias) and new.enable:
         raise OptionError(path, "merged projections have neither magnitudes nor biases")
     rows = out * count // len(new.enable) if new.enable else out
@@ -190,7 +200,8 @@ def new_factors(new: NewAdapter, kind: LayerKind, base: nn.Module, path: str) ->
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
     magnitude = None
     if new.dora:
-        matrix = kind.matrix(weight.detach().float())
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        matrix = kind.matrix(weight.detach().to(wide))
         magnitude = matrix.norm(dim=0 if kind.is_transposed else 1).to(**options)
     bias = torch.zeros(out, **options) if new.bias else None
     return Factors(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized
 
 from loratool.adapter.model import Kind
 from loratool.errors import UnsupportedError
@@ -43,12 +43,16 @@ class LayerKind:
         if self.kind is Kind.EMBEDDING:
             assert isinstance(base, nn.Embedding)
             rows = functional.embedding(x, down.mT, padding_idx=base.padding_idx)
-            return rows @ up.mT
+            scale = getattr(base, "embed_scale", None)
+            found: Tensor = rows @ up.mT
+            if isinstance(scale, Tensor | float | int):
+                found = found * scale
+            return found
         if self.kind is Kind.CONV:
             assert isinstance(base, CONVOLUTIONS)
             inner = base._conv_forward(x.to(down.dtype), down, None)
-            ones = up.reshape(*up.shape[:2], *[1] * (inner.dim() - 2))
-            return _pointwise(inner, ones)
+            channels = inner.dim() - 1 - len(base.kernel_size)
+            return (inner.movedim(channels, -1) @ up.flatten(1).mT).movedim(-1, channels)
         return functional.linear(functional.linear(x.to(down.dtype), down), up)
 
     def base_output(self, base: nn.Module, result: Tensor) -> Tensor:
@@ -56,14 +60,12 @@ class LayerKind:
         bias = getattr(base, "bias", None)
         if not isinstance(bias, Tensor) or self.kind is Kind.EMBEDDING:
             return result
-        if self.kind is Kind.CONV:
-            bias = bias.reshape(-1, *[1] * (result.dim() - 2))
-        return result - bias
+        return result - self.along_outputs(bias, base)
 
-    def along_outputs(self, vector: Tensor, result: Tensor) -> Tensor:
+    def along_outputs(self, vector: Tensor, base: nn.Module) -> Tensor:
         """Return ``(out,)`` in a shape that multiplies or adds to an output."""
-        if self.kind is Kind.CONV:
-            return vector.reshape(-1, *[1] * (result.dim() - 2))
+        if isinstance(base, CONVOLUTIONS):
+            return vector.reshape(-1, *[1] * len(base.kernel_size))
         return vector
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -81,13 +83,6 @@ class LayerKind:
         return weight.shape[0], tuple(weight.shape[1:])
 
 
-def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
-    """Apply a convolution whose kernel is one point."""
-    flat = x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
-    found = weight.reshape(weight.shape[0], -1) @ flat
-    return found.reshape(x.shape[0], weight.shape[0], *x.shape[2:])
-
-
 def kind_of(module: nn.Module, path: str, *, fan_in_fan_out: bool = False) -> LayerKind | None:
     """Return what kind of layer ``module`` is, or ``None`` where no adapter fits it.
 
@@ -100,11 +95,17 @@ def kind_of(module: nn.Module, path: str, *, fan_in_fan_out: bool = False) -> La
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return None
+    if is_parametrized(module):
+        raise UnsupportedError(path, "its weight is computed by a parametrisation")
     if isinstance(module, nn.Linear):
         return LayerKind(Kind.LINEAR)
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None or module.scale_grad_by_freq:
             raise UnsupportedError(path, "an embedding with max_norm or scale_grad_by_freq")
+        is_own = type(module).forward is not nn.Embedding.forward
+        if is_own and not hasattr(module, "embed_scale"):
+            name = type(module).__name__
+            raise UnsupportedError(path, f"{name} does more than look rows up")
         return LayerKind(Kind.EMBEDDING, is_transposed=True)
     if isinstance(module, CONVOLUTIONS):
         if module.groups != 1:

@@ -23,17 +23,17 @@ class Shared:
 
     Attributes:
         active: Names of the active adapters with their weights. Replaced as a whole, never
-            changed in place, so that a forward pass sees either the old or the new one.
+            changed in place, so that each layer sees either the old or the new one.
         samples: For each sample of a batch the adapter to apply, or ``None`` outside of such.
         fold_on_eval: Whether ``eval()`` folds and ``train()`` unfolds.
-        flags: What required a gradient before anything was attached.
+        flags: Which parameters, by owner and name, required a gradient before.
         version: Grows whenever adapters come or go, so that handles know what they remember.
     """
 
     active: tuple[tuple[str, float], ...] = ()
     samples: tuple[str | None, ...] | None = None
     fold_on_eval: bool = False
-    flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+    flags: list[tuple[nn.Module, str, bool]] = field(default_factory=list)
     version: int = 0
 
 
@@ -75,9 +75,11 @@ class LiveLayer(nn.Module):
         """Return the layer's output, plus what the active adapters add."""
         result = self.base(x, *args, **kwargs)
         assert isinstance(result, Tensor)
-        if self.folded is not None:
-            return result
         samples = self.shared.samples
+        if self.folded is not None:
+            if samples is not None:
+                raise UnsupportedError("per-sample adapters", "the adapters are folded in")
+            return result
         if samples is not None:
             return self._by_sample(x, result, samples)
         plain = result
@@ -88,12 +90,14 @@ class LiveLayer(nn.Module):
         return result
 
     def _change(self, factors: Factors, x: Tensor, plain: Tensor, weight: float) -> Tensor:
-        change = factors.output(self.kind, self.base, x)
+        dropped = factors.dropped(self.kind, x)
+        change = factors.output(self.kind, self.base, dropped)
         if factors.magnitude is not None:
-            factor = self.kind.along_outputs(self._ratio(factors), plain)
-            change = factor * change + (factor - 1) * self.kind.base_output(self.base, plain)
+            factor = self.kind.along_outputs(self._ratio(factors), self.base)
+            whole = plain if dropped is x else self.base(dropped)
+            change = factor * change + (factor - 1) * self.kind.base_output(self.base, whole)
         if factors.bias is not None:
-            change = change + self.kind.along_outputs(factors.bias * factors.scale, plain)
+            change = change + self.kind.along_outputs(factors.bias * factors.scale, self.base)
         return (change * weight).to(plain.dtype)
 
     def _ratio(self, factors: Factors) -> Tensor:
@@ -113,11 +117,14 @@ class LiveLayer(nn.Module):
 
     def _by_sample(self, x: Tensor, result: Tensor, samples: tuple[str | None, ...]) -> Tensor:
         """Return a batch in which each sample has an adapter of its own."""
-        if result.shape[0] != len(samples):
+        repeats, rest = divmod(result.shape[0], len(samples) or 1)
+        if rest or not repeats:
             raise UnsupportedError(
                 "per-sample adapters",
                 f"{len(samples)} names for a batch of {result.shape[0]}",
             )
+        # Some models fold the sequence into the batch, sample by sample.
+        samples = tuple(name for name in samples for _ in range(repeats))
         changed = result
         for name in dict.fromkeys(samples):
             factors = self.factors(name) if name is not None else None
@@ -140,6 +147,29 @@ class LiveLayer(nn.Module):
                 self.fold()
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> LiveLayer:
+        """Move or convert the layer; what is folded is folded again from the moved weight."""
+        folded = self.folded is not None
+        self.unfold()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if folded:
+            self.fold()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state with the original weight, folded or not."""
+        folded = self.folded is not None
+        self.unfold()
+        state = super().state_dict(*args, **kwargs)
+        if folded:
+            self.fold()
+        return state
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Unfold before the original weight is loaded."""
+        self.unfold()
+        super()._load_from_state_dict(*args, **kwargs)
+
     @torch.no_grad()
     def fold(self) -> None:
         """Put the active deltas into a weight of the layer's own; the original one is kept.
@@ -160,7 +190,7 @@ class LiveLayer(nn.Module):
         self._exchange("weight", self.folded_weight(chosen))
         biases = [f.bias * f.scale * w for f, w in chosen if f.bias is not None]
         if biases:
-            bias = self.base.bias
+            bias = getattr(self.base, "bias", None)
             if not isinstance(bias, Tensor):
                 self.unfold()
                 raise UnsupportedError("fold", "the layer has no bias that a trained one adds to")
@@ -171,7 +201,7 @@ class LiveLayer(nn.Module):
         own = self.base._parameters[name]
         assert own is not None
         self.kept[name] = own
-        self.base._parameters[name] = nn.Parameter(value, requires_grad=own.requires_grad)
+        self.base._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def folded_weight(self, chosen: list[tuple[Factors, float]]) -> Tensor:
         """Return the weight with some deltas added, in its own shape and dtype."""

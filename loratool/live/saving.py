@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,8 @@ def save(
             {},
             [job.output for job in jobs],
             keep_targets=False,
-            changes=_changes(parts, base_model, is_dora=is_dora),
+            changes=_changes(parts, base_model, is_dora=is_dora)
+            | _targets(list(parts), [path for path, _ in live.layers_and_modules()]),
         )
     plan = AdapterPlan(
         jobs=tuple(jobs),
@@ -70,6 +72,14 @@ def save(
 
     with staged(output, folder=plan.is_folder, force=force, sync=True) as place:
         fill_adapter(plan, place, InputFiles({}), fill)
+
+
+def _targets(wanted: list[str], paths: list[str]) -> dict[str, Any]:
+    """Return the targets as an expression where a list would mean other modules too."""
+    endings = tuple(f".{path}" for path in wanted)
+    if not any(path.endswith(endings) and path not in wanted for path in paths):
+        return {}
+    return {"target_modules": "|".join(re.escape(path) for path in wanted)}
 
 
 def _job(path: str, kind: LayerKind, factors: Factors, scheme: KeyScheme) -> ModuleJob:

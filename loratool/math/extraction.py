@@ -29,6 +29,14 @@ GROWTH: Final = 1e-3
 """The iteration ends when a block adds less than this share of what is still missing."""
 NEGLIGIBLE: Final = 1e-13
 """Of the energy: what is missing is then the rounding of float32."""
+DEAD: Final = 1e-5
+"""Of the largest column: what a projection leaves that is smaller is rounding of float32."""
+SUSPICIOUS: Final = 1e-4
+"""Of the energy: by so much two ways to tell the residual may differ."""
+NEARLY_ALL: Final = 1e-6
+"""Of the energy: with less than this missing, the rounding of float32 sums begins to show."""
+SMALLEST: Final = 1e-9
+LARGEST: Final = 1e9
 SMALL_SIDE: Final = 256
 """Matrices with a side up to this are decomposed exactly."""
 SVD_SIDE: Final = 512
@@ -77,19 +85,35 @@ def leading_part(
     Raises:
         ValueError: The matrix is not finite.
     """
-    total = squared_norm(delta)
-    if not math.isfinite(total):
+    peak = float(delta.abs().max()) if delta.numel() else 0.0
+    if not math.isfinite(peak):
         raise ValueError("not finite")
     rank = min(rank, *delta.shape)
+    if peak and not SMALLEST <= peak <= LARGEST:
+        # Squares of squares would leave the range of float32.
+        scaled = leading_part(delta / peak, rank, generator, method=method)
+        root = math.sqrt(peak)
+        return Leading(
+            scaled.up * root,
+            scaled.down * root,
+            scaled.singular_values * peak,
+            scaled.squared_norm * peak**2,
+            scaled.squared_residual * peak**2,
+            scaled.is_exact,
+        )
+    total = squared_norm(delta)
     wide = OVERSAMPLING + rank
     is_small = min(delta.shape) <= max(SMALL_SIDE, 4 * wide)
-    if method == "exact" or (method == "auto" and is_small) or wide >= min(delta.shape):
-        up, down, values = _exact(delta, rank)
-        is_exact = True
-    else:
-        up, down, values = _krylov(delta, rank, total, generator)
-        is_exact = False
+    is_exact = method == "exact" or (method == "auto" and is_small) or wide >= min(delta.shape)
+    up, down, values = _exact(delta, rank) if is_exact else _krylov(delta, rank, total, generator)
     residual = _squared_residual(delta, up, down)
+    if not is_exact and residual < NEARLY_ALL * total:
+        up, down, values = _refined(delta, up)
+        residual = _squared_residual(delta, up, down)
+    if not is_exact and abs(total - float(values.square().sum()) - residual) > SUSPICIOUS * total:
+        # Rounding has spoilt the basis: the two ways to tell the residual have to agree.
+        up, down, values = _exact(delta, rank)
+        residual, is_exact = _squared_residual(delta, up, down), True
     return Leading(up, down, values, total, residual, is_exact)
 
 
@@ -106,8 +130,8 @@ def spacing_squares(stored: Tensor) -> float:
     """
     eps = torch.finfo(stored.dtype).eps
     tiny = torch.finfo(stored.dtype).smallest_normal
-    _, exponents = torch.frexp(stored.float().abs().clamp(min=tiny))
-    return float(torch.exp2(2.0 * (exponents.float() - 1)).sum(dtype=torch.float64)) * eps**2
+    _, exponents = torch.frexp(stored.double().abs().clamp(min=tiny))
+    return float(torch.exp2(2.0 * (exponents.double() - 1)).sum()) * eps**2
 
 
 def noise_floor(squares: float, shape: tuple[int, int]) -> float:
@@ -164,32 +188,66 @@ def _krylov(
     m, n = delta.shape
     width = min(rank + OVERSAMPLING, m, n)
     start = torch.randn(n, width, generator=generator, dtype=delta.dtype).to(delta.device)
-    basis = torch.linalg.qr(delta @ start).Q
-    cores = basis.mT @ delta
-    newest = cores
+    basis = _new_directions(delta @ start, None)
+    newest = cores = basis.mT @ delta
     captured = 0.0
-    for number in range(1, MOST_BLOCKS):
+    for number in range(1, MOST_BLOCKS + 1):
         squares, vectors = torch.linalg.eigh(_gram(cores))
         energy = float(squares.clamp(min=0)[-rank:].sum())
         missing = total - energy
         is_stalled = energy - captured <= GROWTH * missing
-        if number >= LEAST_BLOCKS and (is_stalled or missing <= NEGLIGIBLE * total):
+        if missing <= NEGLIGIBLE * total or number == MOST_BLOCKS:
             break
-        if basis.shape[1] + width > min(m, n):
-            return _exact(delta, rank)
+        if number >= LEAST_BLOCKS and is_stalled:
+            break
         captured = energy
-        block = delta @ newest.mT
-        for _ in range(2):  # once leaves a loss of orthogonality where blocks nearly repeat
-            block = block - basis @ (basis.mT @ block)
-            block = torch.linalg.qr(block).Q
+        block = _new_directions(delta @ newest.mT, basis)
+        if not block.shape[1]:
+            break  # nothing is left that products with Δ could reach
+        if basis.shape[1] + block.shape[1] > min(m, n):
+            return _exact(delta, rank)
         newest = block.mT @ delta
         basis = torch.cat([basis, block], dim=1)
         cores = torch.cat([cores, newest], dim=0)
-    else:
-        squares, vectors = torch.linalg.eigh(_gram(cores))
     squares, vectors = squares.flip(0)[:rank].clamp(min=0), vectors.flip(1)[:, :rank]
     turn = vectors.to(delta)
-    return _from_basis(delta, basis @ turn, turn.mT @ cores, squares.sqrt())
+    up, down, values = _from_basis(delta, basis @ turn, turn.mT @ cores, squares.sqrt())
+    missing_ranks = rank - values.shape[0]
+    if missing_ranks > 0:
+        pad = torch.nn.functional.pad
+        up, down = pad(up, (0, missing_ranks)), pad(down, (0, 0, 0, missing_ranks))
+        values = pad(values, (0, missing_ranks))
+    return up, down, values
+
+
+def _new_directions(block: Tensor, basis: Tensor | None) -> Tensor:
+    """Return orthonormal columns for what ``block`` has beside ``basis``, dead ones left out.
+
+    Columns that are nearly zero after the projection are only rounding; made orthonormal they
+    would point anywhere, also back into the basis.
+    """
+    reach = float(block.double().square().sum(dim=0).max())
+    for _ in range(2):  # once leaves a loss of orthogonality where blocks nearly repeat
+        if basis is not None:
+            block = block - basis @ (basis.mT @ block)
+        squares, turn = torch.linalg.eigh(_gram(block.mT))
+        alive = squares > DEAD**2 * reach
+        scale = squares[alive].rsqrt()
+        block = (block.double() @ (turn[:, alive] * scale)).to(block)
+        reach = 1.0
+    Q: Tensor = torch.linalg.qr(block).Q  # well conditioned now: orthonormal to all digits
+    return Q
+
+
+def _refined(delta: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the decomposition of Δ within the columns of ``up``, projected in float64."""
+    Q = torch.linalg.qr(up.double()).Q
+    projected = torch.zeros(Q.shape[1], delta.shape[1], dtype=Q.dtype, device=Q.device)
+    for start, block in _numbered(delta):
+        projected.addmm_(Q[start : start + len(block)].mT, block.double())
+    U, S, Vh = torch.linalg.svd(projected, full_matrices=False)
+    root = S.sqrt()
+    return (Q @ (U * root)).to(delta), (root[:, None] * Vh).to(delta), S
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +14,7 @@ __all__ = [
     "TRANSPOSED_MODEL_TYPES",
     "FusedPart",
     "fused_part_of",
+    "is_fusible_expert",
     "registration_index",
 ]
 
@@ -31,6 +33,8 @@ class FusedPart:
     index: int
     parts: int
 
+
+EXPERT: Final = re.compile(r".+\.experts\.\d+\.(?P<leaf>[^.]+)")
 
 FUSED: Final = {
     "gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")),
@@ -52,6 +56,12 @@ def fused_part_of(leaf: str) -> FusedPart | None:
             if leaf in names:
                 return FusedPart(parameter, index, len(parts))
     return None
+
+
+def is_fusible_expert(module: str) -> bool:
+    """Whether a module is one expert's projection, which transformers 5 fuses on loading."""
+    match = EXPERT.fullmatch(module)
+    return match is not None and fused_part_of(match["leaf"]) is not None
 
 
 def registration_index(parameter: str) -> int | None:

@@ -15,11 +15,12 @@ from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.names.canonical import canonical_path
+from loratool.names.experts import is_fusible_expert
 from loratool.ops.merging.mergeable import CONVERT_HINT, HARMLESS_INITS, site_problems
 
 __all__ = ["Joint", "Term", "check_computable", "join", "module_name", "output_dtype"]
 
-PARAMETERS: Final = "target_parameters"
+EXPERTS: Final = "all experts"
 
 BASE_CHANGING: Final = ("pissa", "olora")
 """Initialisations that take something out of the base; ``HARMLESS_INITS`` are those that a
@@ -60,12 +61,12 @@ class Joint:
         """Modules with the same of this share a rank.
 
         Both projections of an ``nn.MultiheadAttention`` go by one pattern, and a tied head by
-        its embedding. All raw parameters share theirs, for PEFT warns about any pattern that
-        means one (although it heeds it).
+        its embedding. All raw parameters and all experts share theirs, for PEFT warns about
+        any pattern that means a parameter, and fuses experts of one rank only.
         """
         if self.twin_of is not None:
             return self.twin_of
-        return PARAMETERS if self.output.is_parameter else self.output.pattern_path
+        return EXPERTS if self.output.needs_default else self.output.pattern_path
 
     @property
     def smallest_side(self) -> int:
@@ -277,6 +278,7 @@ def _joint(name: str, terms: tuple[Term, ...], nesting: int | None, dtype: str |
         experts=experts,
         is_parameter=is_parameter,
         has_bias=any(Slot.UP_BIAS in term.site.slots for term in terms),
+        is_expert=is_fusible_expert(module),
     )
     joint = Joint(name, terms, output)
     rank = joint.full_rank

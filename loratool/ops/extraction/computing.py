@@ -114,13 +114,18 @@ def read_difference(
         before = base.rows(first + start, count)
         block = delta[start : start + count]
         torch.sub(after.to(kind), before.to(kind), out=block)
-        if before.dtype != after.dtype:
-            # Only converted to another dtype: not a change.
-            block[before.to(after.dtype) == after] = 0
+        _without_conversions(block, before, after)
         spacings.append(spacing_squares(after))
     floor = noise_floor(math.fsum(spacings), (rows, width))
     delta = delta.to(device)
     return delta.mT if target.is_transposed else delta, floor
+
+
+def _without_conversions(lost: Tensor, before: Tensor, after: Tensor) -> None:
+    """Set to zero what is the same, or only converted to another dtype: infinities too."""
+    if before.dtype != after.dtype or not bool(lost.isfinite().all()):
+        same = before.to(after.dtype)
+        lost[(same == after) | (same.isnan() & after.isnan())] = 0
 
 
 def change_of(base: StoredTensor, tuned: StoredTensor, files: InputFiles) -> float:
@@ -134,8 +139,7 @@ def change_of(base: StoredTensor, tuned: StoredTensor, files: InputFiles) -> flo
         count = min(step, rows - start)
         before, after = one.rows(start, count), other.rows(start, count)
         lost = after.double() - before.double()
-        if before.dtype != after.dtype:
-            lost[before.to(after.dtype) == after] = 0
+        _without_conversions(lost, before, after)
         parts.append(float(lost.square().sum()))
     return math.fsum(parts)
 
@@ -164,6 +168,11 @@ def decompose(
             rank = min(most, 2 * rank)
             part = _leading(target, expert, delta, rank, settings)
         parts.append(part)
+    for expert, part in enumerate(parts):
+        if part.singular_values.shape[0] < min(rank, target.smallest_side):
+            # Others needed more: all experts share one rank.
+            delta, _ = read_difference(target, expert, files, settings.device)
+            parts[expert] = _leading(target, expert, delta, rank, settings)
     norm = math.fsum(part.squared_norm for part in parts)
     if norm == 0:
         return Extracted(target.name, (), 0.0, 0.0, max(floors), 0, None)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratool.adapter.model import Kind
 from loratool.adapter.saving import OutputSite, lora_config, site_specs
 from loratool.adapter.scheme import KeyScheme
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import Stamp
 from loratool.files.spec import TensorSpec
+from loratool.names.experts import is_fusible_expert
 from loratool.names.tied import architectures
 from loratool.ops.algebra.extras import Carried
 from loratool.ops.algebra.joining import Joint
@@ -20,6 +22,8 @@ from loratool.ops.algebra.plan import WEIGHTS_NAME, AdapterPlan, ModuleJob
 from loratool.ops.algebra.planning import check_place
 from loratool.ops.algebra.provenance import history_metadata
 from loratool.ops.extraction.pairing import Leftover, Target
+from loratool.ops.merging.context import BaseView
+from loratool.ops.merging.tied import find_tie
 
 __all__ = ["ExtractionDraft", "output_of"]
 
@@ -40,6 +44,7 @@ def output_of(target: Target, dtype: str) -> OutputSite:
         nesting=target.nesting,
         experts=target.experts,
         is_parameter=target.is_parameter,
+        is_expert=is_fusible_expert(target.module),
     )
 
 
@@ -78,6 +83,9 @@ class ExtractionDraft:
             Joint(target.name, (), output_of(target, self.dtype or target.tuned.spec.dtype))
             for target in self.targets
         ]
+        view = BaseView(self.tuned)
+        tie = find_tie(view) if find_tie(BaseView(self.base)) is not None else None
+        self.tie = None if tie is None or self.tuned.config.get("is_encoder_decoder") else tie
 
     @property
     def has_config(self) -> bool:
@@ -93,6 +101,7 @@ class ExtractionDraft:
                 output = replace(joint.output, rank=rank, alpha=float(rank))
                 specs = site_specs(self.scheme, output, with_alpha=False)
                 jobs.append(ModuleJob(joint, output, specs, "extract"))
+                jobs += self._twin(jobs[-1])
         written = {job.joint.name for job in jobs}
         outputs = [job.output for job in jobs]
         carried = self._carried({output.module for output in outputs})
@@ -115,6 +124,31 @@ class ExtractionDraft:
             ),
         )
 
+    def _twin(self, job: ModuleJob) -> list[ModuleJob]:
+        """Return how the head is written that shares the weight of an extracted embedding.
+
+        PEFT ties the two again: the head's factors are the embedding's, transposed.
+        """
+        table, tie = job.output, self.tie
+        if tie is None or f"{table.module}.weight" != tie.embedding:
+            return []
+        module = tie.head.removesuffix(".weight")
+        output = replace(
+            table,
+            module=module,
+            kind=Kind.LINEAR,
+            out=table.into[0],
+            into=(table.out,),
+            pattern_path=module,
+            is_target=False,
+        )
+        joint = Joint(module, (), output, twin_of=job.joint.name)
+        return [ModuleJob(joint, output, site_specs(self.scheme, output, with_alpha=False), "twin")]
+
+    def _is_tied_whole(self) -> bool:
+        """Whether the shared weight of embedding and head is carried along whole."""
+        return self.tie is not None and any(i.name == self.tie.embedding for i in self.carried)
+
     def _saved(self, adapted: set[str]) -> list[str]:
         """Return the modules that are saved whole: all of whose tensors the file has to hold.
 
@@ -122,10 +156,14 @@ class ExtractionDraft:
         """
         names = (item.name.rpartition(".") for item in self.carried)
         modules = dict.fromkeys(module for module, _, leaf in names if leaf != "bias")
+        if self.tie is not None and self._is_tied_whole():
+            modules[self.tie.head.removesuffix(".weight")] = None
         return [module for module in modules if module and module not in adapted]
 
     def _carried(self, adapted: set[str]) -> list[Carried]:
         tensors = {item.name: item.tuned for item in self.carried if item.tuned is not None}
+        if self.tie is not None and self._is_tied_whole():
+            tensors[self.tie.head] = tensors[self.tie.embedding]
         for module in self._saved(adapted):
             for name, stored in self.tuned.tensors.items():
                 if name.rpartition(".")[0] == module:
@@ -169,6 +207,8 @@ class ExtractionDraft:
                 "modules_to_save": saved or None,
                 "bias": self._bias(adapted, saved),
                 "lora_dropout": 0.0,
+                "ensure_weight_tying": self._is_tied_whole()
+                or any(job.route == "twin" for job in jobs),
                 "target_modules": self._targets(jobs),
             },
         )
@@ -178,15 +218,22 @@ class ExtractionDraft:
 
         Libraries rename what comes before the layers from version to version; endings last.
         """
-        wanted = {job.output.pattern_path for job in jobs if not job.output.is_parameter}
+        wanted = {
+            job.output.pattern_path
+            for job in jobs
+            if not job.output.is_parameter and job.output.is_target
+        }
+        paths = (name.split(".")[:-1] for name in self.tuned.tensors)
         others = {
-            name.rpartition(".")[0]
-            for name, stored in self.tuned.tensors.items()
-            if len(stored.spec.shape) > 1
+            ".".join(parts[:count]) for parts in paths for count in range(1, len(parts) + 1)
         } - wanted
         taken = {ending for module in others for ending in _endings(module)}
+        # PEFT finds what to tie by the whole path of the embedding.
+        tied = {job.joint.twin_of for job in jobs if job.route == "twin"}
         found = (
-            next((ending for ending in _endings(module) if ending not in taken), module)
+            module
+            if module in tied
+            else next((ending for ending in _endings(module) if ending not in taken), module)
             for module in sorted(wanted)
         )
         return list(dict.fromkeys(found))

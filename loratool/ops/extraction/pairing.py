@@ -14,7 +14,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.names.conv1d import CONV1D_LEAVES
-from loratool.names.embeddings import is_embedding
+from loratool.names.embeddings import is_embedding, is_router
 from loratool.names.experts import TRANSPOSED_MODEL_TYPES
 from loratool.ops.merging.context import BaseView
 from loratool.ops.merging.tied import find_tie
@@ -258,6 +258,18 @@ def _sort(
     target = _target(name, module, leaf, base, tuned, view, base_view)
     if isinstance(target, str):
         found.leftovers.append(Leftover(name, target, base, tuned))
+        return
+    if is_embedding(module) and view.config.get("is_encoder_decoder"):
+        why = "a table that an encoder-decoder may tie in several places"
+        found.leftovers.append(Leftover(name, why, base, tuned, can_be_carried=False))
+        return
+    if is_router(module, view.index.paths):
+        why = "a router, which PEFT does not adapt"
+        found.leftovers.append(Leftover(name, why, base, tuned))
+        return
+    if module.rpartition(".")[2] == "embed_positions":
+        why = "a table of positions, whose modules do not all take ids"
+        found.leftovers.append(Leftover(name, why, base, tuned))
         return
     refused = selection.refuses(module)
     if refused is not None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from loratool.adapter.model import FUSED_PARAMETERS
 from loratool.errors import BaseModelError
 from loratool.files.atomic import kept, scratch, staged
 from loratool.files.inputs import InputFiles, Stamp
+from loratool.ops.algebra.plan import AdapterPlan
 from loratool.ops.algebra.ranks import Truncation, within_budget
 from loratool.ops.extraction.drafting import ExtractionDraft
 from loratool.ops.extraction.pairing import Leftover, Pairing
@@ -107,7 +109,9 @@ def run(
             pairing.targets, settings, files, spool, threads=threads, progress=progress
         )
         changes = leftover_changes([*pairing.leftovers, *pairing.saved], files, threads=threads)
-        leftovers, carried = _settle(pairing, changes, carry=residual == "carry")
+        leftovers, carried = _settle(
+            pairing, changes, draft.tuned.tensors, carry=residual == "carry"
+        )
         modules = {module.name: module for module in found if module.path is not None}
         if not modules and not carried:
             raise BaseModelError(
@@ -127,23 +131,42 @@ def run(
             draft.output, folder=plan.is_folder, force=force, sync=is_synced(plan)
         ) as place:
             fill_adapter(plan, place, files, fill)
-    written = {result.module for result in results}
-    results += [
-        ModuleResult(m.name, 0, m.squared_norm, m.squared_norm, (), (), m.floor)
-        for m in modules.values()
-        if m.name not in written
-    ]
-    report = ExtractReport(
-        modules=tuple(results),
-        leftovers=tuple(leftovers),
-        unchanged=len(found) - len(modules),
-        plan=plan,
-        is_written=True,
-        notes=(*pairing.notes, *_notes(results, leftovers, is_auto=is_auto, clamp=clamp)),
-    )
-    if save_spectrum is not None:
-        _write_spectrum(save_spectrum, report, force=force)
+            written = {result.module for result in results}
+            results += [
+                ModuleResult(m.name, 0, m.squared_norm, m.squared_norm, (), _all_values(m), m.floor)
+                for m in modules.values()
+                if m.name not in written
+            ]
+            report = ExtractReport(
+                modules=tuple(results),
+                leftovers=tuple(leftovers),
+                unchanged=len(found) - len(modules),
+                plan=plan,
+                is_written=True,
+                notes=(
+                    *pairing.notes,
+                    *_tie_notes(plan),
+                    *_notes(results, leftovers, truncation, is_auto=is_auto, clamp=clamp),
+                ),
+            )
+            if save_spectrum is not None:
+                _write_spectrum(save_spectrum, report, force=force)
     return report
+
+
+def _tie_notes(plan: AdapterPlan) -> list[str]:
+    """Return a warning where PEFT is known not to tie embedding and head again."""
+    tables = [job.joint.twin_of for job in plan.jobs if job.route == "twin"]
+    if not tables or str(tables[0]).endswith("embed_tokens"):
+        return []
+    return [
+        f"{tables[0]!r} is tied to the head; PEFT ties only embeddings called embed_tokens again, "
+        "so load the adapter merged (loratool merge), or save the module whole (--save-module)"
+    ]
+
+
+def _all_values(module: Extracted) -> tuple[float, ...]:
+    return tuple(sorted((v for one in module.values for v in one), reverse=True))
 
 
 def _run_key(draft: ExtractionDraft, stamps: Mapping[Path, Stamp]) -> dict[str, Any]:
@@ -154,8 +177,18 @@ def _run_key(draft: ExtractionDraft, stamps: Mapping[Path, Stamp]) -> dict[str, 
     }
 
 
+def _is_container(name: str, tensors: Collection[str]) -> bool:
+    """Whether the module of a tensor has modules inside, or its factors in the file."""
+    module = name.rpartition(".")[0]
+    if not module:
+        return True
+    beside = [other for other in tensors if other.startswith(f"{module}.")]
+    is_adapted = any(other.rpartition(".")[2] in FUSED_PARAMETERS for other in beside)
+    return is_adapted or any(other.count(".") > name.count(".") for other in beside)
+
+
 def _settle(
-    pairing: Pairing, changes: Mapping[str, float], *, carry: bool
+    pairing: Pairing, changes: Mapping[str, float], tensors: Collection[str], *, carry: bool
 ) -> tuple[list[LeftoverChange], list[Leftover]]:
     """Return what is left over, and which of it is written whole."""
     told: list[LeftoverChange] = []
@@ -166,9 +199,13 @@ def _settle(
             continue
         is_carried = item in pairing.saved or (carry and item.can_be_carried)
         is_carried = is_carried and item.tuned is not None
+        why = item.why
+        if is_carried and not item.name.endswith(".bias") and _is_container(item.name, tensors):
+            is_carried = False
+            why += "; its module holds others, and PEFT saves modules whole"
         if is_carried:
             carried.append(item)
-        told.append(LeftoverChange(item.name, item.why, change, is_carried))
+        told.append(LeftoverChange(item.name, why, change, is_carried))
     return told, carried
 
 
@@ -193,6 +230,7 @@ def _ranks(
 def _notes(
     results: Sequence[ModuleResult],
     leftovers: Sequence[LeftoverChange],
+    truncation: Truncation,
     *,
     is_auto: bool,
     clamp: float | None,
@@ -212,11 +250,26 @@ def _notes(
             f"{len(lost)} changed tensors are not in the adapter, such as {lost[0].name!r} "
             f"({lost[0].why})"
         )
-    noisy = (
-        [r for r in results if r.squared_norm and 0 < r.computed[0] < 2 * r.floor]
-        if results
-        else []
-    )
+    wanted = {"max_error": truncation.max_error}
+    if truncation.energy is not None:
+        wanted["energy"] = math.sqrt(max(0.0, 1 - truncation.energy))
+    for name, limit in wanted.items():
+        if limit is None:
+            continue
+        missed = [r for r in results if r.relative_error > limit * (1 + 1e-6) + 1e-6]
+        if missed:
+            worst = max(r.relative_error for r in missed)
+            notes.append(
+                f"{len(missed)} modules miss --{name.replace('_', '-')} for the limit of ranks "
+                f"or the rounding to their dtype (error up to {worst:.3g})"
+            )
+    unknown = [item for item in lost if item.squared_change is None]
+    if unknown:
+        notes.append(
+            f"{len(unknown)} of them cannot be compared with the base and have no share in the "
+            "figures"
+        )
+    noisy = [r for r in results if r.computed and 0 < r.computed[0] < 2 * r.floor]
     if noisy:
         notes.append(
             f"{len(noisy)} modules differ by hardly more than rounding, such as {noisy[0].module!r}"

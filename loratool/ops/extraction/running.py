@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from loratool.adapter.slots import Slot
 from loratool.errors import MergeError, OptionError
+from loratool.files.container import read_bytes
 from loratool.files.inputs import InputFiles
 from loratool.math.factored import factor
 from loratool.math.lowrank import LowRank
@@ -71,13 +73,15 @@ def open_spool(folder: Path, key: dict[str, Any]) -> None:
     """
     described = json.dumps(key, sort_keys=True)
     known = folder / RUN_FILE
-    if known.is_file() and known.read_text() != described:
+    if known.is_file() and known.read_text() not in (described, ""):
         raise OptionError(
             "--resume",
             f"{folder} holds modules of a run with other inputs or options",
             hint="give the same options, or delete that folder",
         )
-    known.write_text(described)
+    partial = known.with_suffix(".partial")
+    partial.write_text(described)
+    partial.replace(known)
 
 
 def decompose_all(
@@ -95,7 +99,10 @@ def decompose_all(
         number, target = item
         path = spool / f"{number}.safetensors"
         if path.is_file():
-            return load_extracted(target.name, path, settings)
+            try:
+                return load_extracted(target.name, path, settings)
+            except (SafetensorError, KeyError, ValueError, OSError):
+                path.unlink()  # a damaged file is computed again
         return decompose(target, settings, files, spool, number)
 
     return in_parallel(
@@ -111,14 +118,22 @@ def leftover_changes(
     leftovers: Sequence[Leftover], files: InputFiles, *, threads: int | None
 ) -> dict[str, float]:
     """Return ``‖tuned - base‖²`` of every leftover that has both, by name."""
-    comparable = [item for item in leftovers if item.is_comparable]
 
-    def one(item: Leftover) -> float:
-        assert item.base is not None and item.tuned is not None
-        return change_of(item.base, item.tuned, files)
+    def one(item: Leftover) -> float | None:
+        if item.base is None or item.tuned is None:
+            return None
+        if item.is_comparable:
+            change = change_of(item.base, item.tuned, files)
+            return change if math.isfinite(change) else None
+        specs = (item.base.spec, item.tuned.spec)
+        is_alike = len({(spec.dtype, spec.shape) for spec in specs}) == 1
+        is_same = is_alike and read_bytes(item.base) == read_bytes(item.tuned)
+        return 0.0 if is_same else None
 
-    found = in_parallel(one, comparable, threads=threads)
-    return {item.name: value for item, value in zip(comparable, found, strict=True)}
+    found = in_parallel(one, leftovers, threads=threads)
+    return {
+        item.name: value for item, value in zip(leftovers, found, strict=True) if value is not None
+    }
 
 
 def write_modules(
@@ -130,15 +145,22 @@ def write_modules(
     threads: int | None,
 ) -> list[ModuleResult]:
     """Write the factors of every module at its rank, and return what that costs."""
+    twins = {job.joint.twin_of: job for job in plan.jobs if job.route == "twin"}
 
     def one(job: ModuleJob) -> ModuleResult:
-        return _write(job, modules[job.joint.name], writer, clamp)
+        twin = twins.get(job.joint.name)
+        return _write(job, modules[job.joint.name], writer, clamp, twin)
 
-    return in_parallel(one, plan.jobs, threads=threads)
+    jobs = [job for job in plan.jobs if job.route != "twin"]
+    return in_parallel(one, jobs, threads=threads)
 
 
 def _write(
-    job: ModuleJob, module: Extracted, writer: TensorWriter, clamp: float | None
+    job: ModuleJob,
+    module: Extracted,
+    writer: TensorWriter,
+    clamp: float | None,
+    twin: ModuleJob | None,
 ) -> ModuleResult:
     from safetensors.torch import load_file
 
@@ -168,6 +190,9 @@ def _write(
     for slot, spec in job.specs.items():
         is_up = slot in (Slot.UP, Slot.EMBEDDING_UP)
         writer.write(spec, stacked_up if is_up else torch.cat(downs))
+    if twin is not None:
+        writer.write(twin.specs[Slot.DOWN], ups[0].mT)
+        writer.write(twin.specs[Slot.UP], downs[0].mT)
     values = sorted((v for one in module.values for v in one[:rank]), reverse=True)
     return ModuleResult(
         job.joint.name,
