@@ -50,7 +50,7 @@ class LayerKind:
             return found
         if self.kind is Kind.CONV:
             assert isinstance(base, CONVOLUTIONS)
-            inner = base._conv_forward(x.to(down.dtype), down, None)
+            inner: Tensor = base._conv_forward(x.to(down.dtype), down, None)
             channels = inner.dim() - 1 - len(base.kernel_size)
             return (inner.movedim(channels, -1) @ up.flatten(1).mT).movedim(-1, channels)
         return functional.linear(functional.linear(x.to(down.dtype), down), up)
