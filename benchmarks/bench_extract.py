@@ -1,13 +1,20 @@
-"""``loratool extract`` against one dense SVD for each weight, as mergekit-extract-lora does it."""
+"""``loratool extract`` against one dense SVD for each weight, and against mergekit itself.
+
+mergekit-extract-lora comes from its own environment (``--mergekit PROGRAM``): both then work on
+the same pair of models, as whole processes.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -28,6 +35,7 @@ from harness import (
     say,
     work_folder,
 )
+from safetensors.torch import load_file
 
 from loratool.math.extraction import leading_part
 
@@ -44,12 +52,18 @@ def main() -> int:
     parser = common_arguments(__doc__, runs=3)
     parser.add_argument("--dense-runs", type=int, default=1, help="of each dense SVD; default 1")
     parser.add_argument("--skip-model", action="store_true", help="leave out the 1.1 B pair")
+    parser.add_argument("--mergekit", metavar="PROGRAM", help="path of mergekit-extract-lora")
+    parser.add_argument("--mergekit-layers", type=int, default=2, help="layers of its pair")
     arguments = parser.parse_args()
     timings, figures, seconds = modules(arguments)
     figures += quality(arguments.scale)
     if not arguments.skip_model:
         whole, more = model(arguments, seconds)
         timings += whole
+        figures += more
+    if arguments.mergekit is not None:
+        both, more = mergekit(arguments)
+        timings += both
         figures += more
     print_report("extract", timings, figures, as_json=arguments.json)
     return 0
@@ -102,17 +116,8 @@ def model(
     """Extract a whole pair of TinyLlama's sizes, made on the spot."""
     shape = TINY_LLAMA.scaled(arguments.scale)
     with work_folder(arguments) as folder:
-        say("making a pair of models")
-        base = make_base(folder / "base", shape)
-        adapter = make_adapter(folder / "adapter", shape, ALL_LINEAR)
-        tuned = folder / "tuned"
-        merge = [*loratool_command(), "merge", base, adapter, "-o", tuned, "-q"]
-        subprocess.run([str(part) for part in merge], check=True)
-        for path in (base, tuned):
-            read_through(path)
-        output = folder / "out"
-        command = [*loratool_command(), "extract", base, tuned, "--rank", str(RANK), "-o", output]
-        timings = measure([Command("loratool extract", command, output)], arguments.runs)
+        base, tuned = make_pair(folder, shape)
+        timings = measure([ours(base, tuned, folder / "out")], arguments.runs)
     whole = timings[0]
     figures = [Figure("loratool extract, peak memory", whole.peak / 1e6, "MB", "<= 1,000")]
     if arguments.scale == 1:
@@ -122,6 +127,77 @@ def model(
             Figure("one dense SVD a weight / extract", expected / whole.wall, "x", "", note)
         )
     return timings, figures
+
+
+def mergekit(arguments: argparse.Namespace) -> tuple[list[Timing], list[Figure]]:
+    """Extract a pair of few layers with both programs, once with mergekit."""
+    shape = replace(TINY_LLAMA.scaled(arguments.scale), layers=arguments.mergekit_layers)
+    with work_folder(arguments) as folder:
+        base, tuned = make_pair(folder, shape)
+        output = folder / "mergekit"
+        options = ["--max-rank", str(RANK), "--exclude-regex", "lm_head|embed_tokens"]
+        options += ["--base-model", str(base), "--model", str(tuned), "--out-path", str(output)]
+        theirs = Command("mergekit-extract-lora", [arguments.mergekit, *options], output, at_most=1)
+        commands = [ours(base, tuned, folder / "out"), theirs]
+        timings = measure(commands, arguments.runs)
+        errors = []
+        for command in commands:
+            say(f"error of {command.name}")
+            subprocess.run([str(part) for part in command.argv], check=True, capture_output=True)
+            errors.append(relative_error(base, tuned, command.output or folder))
+    ratio, memory = timings[1].wall / timings[0].wall, timings[1].peak / timings[0].peak
+    name = f"{shape.layers} layers"
+    return timings, [
+        Figure(f"mergekit-extract-lora / extract, {name}", ratio, "x"),
+        Figure(f"its peak memory / extract's, {name}", memory, "x"),
+        Figure("relative error, extract", errors[0]),
+        Figure("relative error, mergekit-extract-lora", errors[1]),
+    ]
+
+
+def ours(base: Path, tuned: Path, output: Path) -> Command:
+    """Return how to extract with loratool."""
+    options = ["--rank", str(RANK), "-o", output, "-q"]
+    return Command(
+        "loratool extract", [*loratool_command(), "extract", base, tuned, *options], output
+    )
+
+
+def make_pair(folder: Path, shape: LlamaShape) -> tuple[Path, Path]:
+    """Write a base and the same with an adapter merged in, and bring both into the page cache."""
+    say("making a pair of models")
+    base = make_base(folder / "base", shape)
+    adapter = make_adapter(folder / "adapter", shape, ALL_LINEAR)
+    tuned = folder / "tuned"
+    merge = [*loratool_command(), "merge", base, adapter, "-o", tuned, "-q"]
+    subprocess.run([str(part) for part in merge], check=True)
+    for path in (base, tuned):
+        read_through(path)
+    return base, tuned
+
+
+def relative_error(base: Path, tuned: Path, adapter: Path) -> float:
+    """Return ‖Δ - scale B A‖ / ‖Δ‖ over all projections, from the files, in float64."""
+    factors = tensors_of(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    before, after = tensors_of(base), tensors_of(tuned)
+    missed = total = 0.0
+    for name in (name for name in before if name.endswith("_proj.weight")):
+        delta = after[name].double() - before[name].double()
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        up, down = (factors[f"{stem}.lora_{side}.weight"].double() for side in "BA")
+        total += float(delta.square().sum())
+        missed += float((delta - scale * (up @ down)).square().sum())
+    return math.sqrt(missed / total)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a folder's safetensors files."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
 
 
 def projected(shape: LlamaShape, seconds: dict[tuple[int, int], float]) -> float:
