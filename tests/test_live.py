@@ -605,6 +605,19 @@ def test_factors_of_a_file_keep_their_precision(make_adapter: Make, make_base: M
     assert torch.equal(model[0].weight, read_all(base.parent / "merged")["0.weight"])
 
 
+def test_no_target_is_passed_over_in_silence() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match=r"1 layer\(s\) left out.*out_proj"):
+        live = attach(model, targets="all-linear")
+    assert [path for path, _ in live.layers()] == ["0", "2"]
+    live.detach()
+    with pytest.raises(OptionError, match=r"\['gone'\] means no layer"):
+        attach(model, targets=["0", "gone"])
+    with pytest.raises(UnsupportedError, match="out_proj"):
+        attach(model, targets=["out_proj"])
+    assert Live.of(model) is None
+
+
 def test_names_settings_and_targets_that_cannot_be() -> None:
     model = toy()
     for name in ("", "a.b", "keys", "train"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial, reduce
 from os import PathLike
@@ -69,9 +70,12 @@ def attach(
             (``rank``, ``alpha``, ``dropout``, ``rank_stabilised``, ``initialisation``, …).
 
     Raises:
-        OptionError: Nothing is targeted, or the name is taken.
+        OptionError: A target means no layer, or the name is taken.
         AdapterError: Some of the adapter's modules are not in the model, or do not fit.
         UnsupportedError: The adapter or a layer is of a kind that a live layer cannot be.
+
+    Warns:
+        UserWarning: Some of the layers that the targets of a new adapter mean are left out.
     """
     live = Live.of(model) or Live(model)
     _check_name(name, live)
@@ -153,37 +157,51 @@ def _new(
 ) -> Found:
     if not targets:
         raise OptionError("targets", 'say what to adapt, such as "all-linear" or ["q_proj"]')
+    matches = _matcher(targets)
     found: Found = {}
-    refused: UnsupportedError | None = None
+    refused: list[UnsupportedError] = []
+    idle = dict.fromkeys([] if isinstance(targets, str) else targets)
     for path, module in live.layers_and_modules():
-        if not _is_target(path, module, targets):
+        matched = matches(path, module)
+        if not matched:
             continue
         try:
             kind = kind_of(module, path, fan_in_fan_out=fan_in_fan_out)
-            if kind is not None:
-                _check_parent(live, path)
+            if kind is None:
+                continue
+            _check_parent(live, path)
         except UnsupportedError as error:
-            refused = error
-            continue
-        if kind is not None:
+            refused.append(error)
+        else:
             found[path] = (kind, new_factors(new, kind, module, path))
-    if not found:
-        if refused is not None:
-            raise refused
-        raise OptionError("targets", f"{targets!r} means no layer of the model")
+        for target in matched:
+            idle.pop(target, None)
+    if not found and refused:
+        raise refused[0]
+    if not found or idle:
+        raise OptionError("targets", f"{list(idle) or targets!r} means no layer of the model")
+    if refused:
+        first = f"{len(refused)} layer(s) left out: {refused[0]}"
+        warnings.warn(first + (", …" if len(refused) > 1 else ""), stacklevel=3)
     return found
 
 
-def _is_target(path: str, module: nn.Module, targets: str | Sequence[str]) -> bool:
+def _matcher(targets: str | Sequence[str]) -> Callable[[str, nn.Module], Sequence[str]]:
+    """Return what tells which of the targets mean a layer."""
     if targets == "all-linear":
-        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        return is_linear and not _is_head(path)
+        return lambda path, module: (
+            [targets]
+            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+            and not _is_head(path)
+            else []
+        )
     if isinstance(targets, str):
         try:
-            return re.fullmatch(targets, path) is not None
+            pattern = re.compile(targets)
         except re.error as error:
             raise OptionError("targets", f"{targets!r} is no regular expression: {error}") from None
-    return any(path == target or path.endswith(f".{target}") for target in targets)
+        return lambda path, _: [targets] if pattern.fullmatch(path) else []
+    return lambda path, _: [t for t in targets if path == t or path.endswith(f".{t}")]
 
 
 def _check_parent(live: Live, path: str) -> None:
