@@ -11,11 +11,8 @@ from loratool.cli import options, render
 from loratool.cli.adapter_report import print_report
 from loratool.ops.algebra.extras import POLICIES
 from loratool.ops.compose import METHODS, compose
-from loratool.schemes import builtin_schemes
 
 __all__ = ["command"]
-
-WRITTEN = [scheme.name for scheme in builtin_schemes() if scheme.writes]
 
 
 @click.command("compose")
@@ -50,7 +47,7 @@ WRITTEN = [scheme.name for scheme in builtin_schemes() if scheme.writes]
     help="Where adapters bring different heads, biases or token rows.",
 )
 @options.truncation
-@click.option("--to", type=click.Choice(WRITTEN), help="The scheme to write; as the inputs.")
+@options.to("The scheme to write; as the inputs.")
 @options.dtype
 @options.alpha
 @options.adapter_name

@@ -13,11 +13,9 @@ from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
 from loratool.ops.extract import METHODS, RESIDUALS, extract
 from loratool.ops.extraction.result import ExtractReport
-from loratool.schemes import builtin_schemes
 
 __all__ = ["command"]
 
-WRITTEN = [scheme.name for scheme in builtin_schemes() if scheme.writes]
 LISTED = 8
 
 
@@ -51,7 +49,7 @@ LISTED = 8
 @click.option(
     "--save-spectrum", type=options.PATH, metavar="FILE", help="Keep the spectra, for truncate."
 )
-@click.option("--to", type=click.Choice(WRITTEN), help="The scheme to write; peft by default.")
+@options.to("The scheme to write; peft by default.")
 @options.plot
 @options.dtype
 @options.force

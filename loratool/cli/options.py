@@ -28,12 +28,21 @@ __all__ = [
     "quiet",
     "skip",
     "threads",
+    "to",
     "truncation",
     "weights",
 ]
 
 PATH = click.Path(path_type=Path)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def to(help_text: str) -> Decorator:
+    """Return ``--to``, which takes every scheme that is written."""
+    from loratool.schemes import builtin_schemes
+
+    written = [scheme.name for scheme in builtin_schemes() if scheme.writes]
+    return click.option("--to", type=click.Choice(written), help=help_text)
 
 
 def _checked_device(value: str) -> str:

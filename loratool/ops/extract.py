@@ -124,14 +124,8 @@ def extract(
     pairing = pair(checkpoints[0], checkpoints[1], selection)
     _check_pairing(pairing, checkpoints[1].path, save_module)
     options = {
-        "rank": rank,
-        "energy": energy,
-        "max_error": max_error,
-        "max_size": size,
-        "sv_ratio": sv_ratio,
-        "sv_fro": sv_fro,
-        "sv_cumulative": sv_cumulative,
-        "rank_multiple": rank_multiple if rank_multiple > 1 else None,
+        **truncation.recorded,
+        "rank": rank,  # which may be "auto"
         "to": to,
         "include": tuple(include),
         "exclude": tuple(exclude),

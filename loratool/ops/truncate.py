@@ -94,14 +94,7 @@ def truncate(
     written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
     joints, notes = join([opened], [1.0], dtype=written_dtype)
     options = {
-        "rank": rank,
-        "energy": energy,
-        "max_error": max_error,
-        "max_size": size,
-        "sv_ratio": sv_ratio,
-        "sv_fro": sv_fro,
-        "sv_cumulative": sv_cumulative,
-        "rank_multiple": rank_multiple if rank_multiple > 1 else None,
+        **truncation.recorded,
         "base": Path(base).resolve().name if base is not None else None,
         "spectrum": Path(spectrum).name if spectrum is not None else None,
         "dtype": dtype,

@@ -85,6 +85,12 @@ class Truncation:
         """Whether the ranks depend on the tensors, not on headers alone."""
         return self.rule is not None or self.max_size is not None
 
+    @property
+    def recorded(self) -> dict[str, int | float | None]:
+        """What was asked for, by the names of the options, as the metadata tells it."""
+        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "multiple"}
+        return {**asked, "rank_multiple": self.multiple if self.multiple > 1 else None}
+
     def fitted(self, rank: int) -> int:
         """Return ``rank`` as a multiple, rounded up unless the largest allowed is smaller."""
         rank = -(-rank // self.multiple) * self.multiple
