@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loratool.ops.algebra.result import AdapterReport
     from loratool.ops.compare import Comparison, compare
     from loratool.ops.compose import compose
+    from loratool.ops.convert import ConvertReport, convert
     from loratool.ops.extract import extract
     from loratool.ops.extraction.result import ExtractReport
     from loratool.ops.inspect import inspect
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterReport",
     "Comparison",
+    "ConvertReport",
     "ExtractReport",
     "Finding",
     "LoratoolError",
@@ -36,6 +38,7 @@ __all__ = [
     "RescaleReport",
     "compare",
     "compose",
+    "convert",
     "extract",
     "inspect",
     "merge",
@@ -53,6 +56,7 @@ __version__ = "0.1.0"
 _PLACES: Final = {
     "AdapterReport": "loratool.ops.algebra.result",
     "Comparison": "loratool.ops.compare",
+    "ConvertReport": "loratool.ops.convert",
     "ExtractReport": "loratool.ops.extraction.result",
     "Finding": "loratool.adapter.findings",
     "LoratoolError": "loratool.errors",
@@ -60,6 +64,7 @@ _PLACES: Final = {
     "RescaleReport": "loratool.ops.rescale",
     "compare": "loratool.ops.compare",
     "compose": "loratool.ops.compose",
+    "convert": "loratool.ops.convert",
     "extract": "loratool.ops.extract",
     "inspect": "loratool.ops.inspect",
     "merge": "loratool.ops.merge",

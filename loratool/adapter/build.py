@@ -15,6 +15,7 @@ from loratool.adapter.patterns import matches_target
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import KeyScheme
 from loratool.adapter.slots import FACTOR_SLOTS, AdapterKey, Slot
+from loratool.adapter.variants import UNSCALED, variant_of
 from loratool.errors import AdapterError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
@@ -35,6 +36,8 @@ INNER_WRAPPERS: Final = tuple(
 )
 
 MAX_RANK: Final = 1 << 20
+KERNEL_SLOTS: Final = frozenset((Slot.DOWN, Slot.MID, Slot.HADA_T1, Slot.LOKR_T2, Slot.DIFF))
+"""Slots whose further dimensions are those of a convolution's kernel."""
 SCALARS: Final = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
 SAVED_COPY: Final = re.compile(r"\.(modules_to_save|original_module)(\.[^.]+)?(?=\.)")
 
@@ -59,7 +62,10 @@ def strip_wrappers(module: str) -> str:
 
 
 def build_sites(
-    tensors: Mapping[str, StoredTensor], scheme: KeyScheme, config: LoraConfig | None
+    tensors: Mapping[str, StoredTensor],
+    scheme: KeyScheme,
+    config: LoraConfig | None,
+    enabled: tuple[bool, ...] = (),
 ) -> Parts:
     """Sort ``tensors`` into sites and extras.
 
@@ -67,6 +73,7 @@ def build_sites(
         tensors: The tensors of one adapter by key.
         scheme: How the keys are to be read.
         config: What the configuration says, or ``None``.
+        enabled: Which parts of merged projections stacked factors are for.
 
     Raises:
         AdapterError: Two keys mean the same thing, or a factor has an impossible shape.
@@ -91,9 +98,10 @@ def build_sites(
         slots = groups.setdefault((path, nesting), {})
         if parsed.slot in slots:
             raise AdapterError(key, f"{path!r} has two tensors for {parsed.slot.value!r}")
-        slots[parsed.slot] = tensor
+        slots[parsed.slot] = scheme.view(parsed.slot, tensor)
     sites = tuple(
-        _site(module, nesting, slots, config) for (module, nesting), slots in groups.items()
+        _site(module, nesting, slots, config, enabled)
+        for (module, nesting), slots in groups.items()
     )
     adapted = {site.module for site in sites}
     extras = [_with_base_copies(extra, adapted) for extra in extras]
@@ -123,24 +131,39 @@ def _with_base_copies(extra: Extra, adapted: set[str]) -> Extra:
 
 
 def _site(
-    module: str, nesting: int, slots: dict[Slot, StoredTensor], config: LoraConfig | None
+    module: str,
+    nesting: int,
+    slots: dict[Slot, StoredTensor],
+    config: LoraConfig | None,
+    enabled: tuple[bool, ...],
 ) -> Site:
     _check_shapes(module, slots)
     kind = Kind.LINEAR
     if Slot.EMBEDDING_DOWN in slots or Slot.EMBEDDING_UP in slots:
         kind = Kind.EMBEDDING
-    elif len((slots.get(Slot.DOWN) or slots[next(iter(slots))]).spec.shape) > 2:
+    elif any(len(slots[slot].spec.shape) > 2 for slot in KERNEL_SLOTS & slots.keys()):
         kind = Kind.CONV
+    stacked = enabled if _is_stacked(slots, enabled) else ()
     site = Site(
         module=module,
         kind=kind,
-        variant=_variant(slots, config),
+        variant="stacked" if stacked else _variant(slots, config),
         slots=slots,
         scaling=Scaling(None, 0),
         nesting=nesting,
         parameters=in_registered_order(_parameters(module, config)) if kind is Kind.LINEAR else (),
+        enabled=stacked,
     )
     return replace(site, scaling=_scaling(site, config))
+
+
+def _is_stacked(slots: Mapping[Slot, StoredTensor], enabled: tuple[bool, ...]) -> bool:
+    """Whether A stacks the factors of several parts of a merged projection."""
+    if not any(enabled) or not {Slot.DOWN, Slot.UP} <= slots.keys():
+        return False
+    down, up = slots[Slot.DOWN].spec.shape, slots[Slot.UP].spec.shape
+    parts = sum(enabled)
+    return len(down) == len(up) == 2 and down[0] == parts * up[1] and up[0] % parts == 0
 
 
 def _check_shapes(module: str, slots: Mapping[Slot, StoredTensor]) -> None:
@@ -151,6 +174,9 @@ def _check_shapes(module: str, slots: Mapping[Slot, StoredTensor]) -> None:
 
 
 def _variant(slots: Mapping[Slot, StoredTensor], config: LoraConfig | None) -> str:
+    special = variant_of(slots)
+    if special is not None:
+        return special
     if Slot.SINGULAR in slots:
         return "adalora"
     if Slot.DIAGONAL in slots:
@@ -181,11 +207,15 @@ def _parameters(module: str, config: LoraConfig | None) -> Iterator[str]:
 
 
 def _scaling(site: Site, config: LoraConfig | None) -> Scaling:
-    rank = site.rows
+    rank = site.slots[Slot.UP].spec.shape[1] if site.enabled else site.rows
+    if site.variant in UNSCALED or (config is None and _is_whole_product(site)):
+        return Scaling(None, rank)
     if Slot.ALPHA in site.slots:
         return Scaling(read_scalar(site.slots[Slot.ALPHA]), rank)
     if config is None:
         return Scaling(None, rank)
+    if site.variant == "lokr":
+        return config.scaling_for(site.pattern_path)
     if config.peft_type == "ADALORA":
         initial = config.initial_rank or rank
         alpha = config.alpha if config.alpha > 0 else float(initial)
@@ -198,6 +228,11 @@ def _scaling(site: Site, config: LoraConfig | None) -> Scaling:
     if is_scaled_by_name(site, config):
         return config.scaling_for(site.pattern_path)
     return config.scaling_for(site.pattern_path, rank)
+
+
+def _is_whole_product(site: Site) -> bool:
+    """Whether both parts of a LoKr are whole matrices, for which LyCORIS ignores alpha."""
+    return Slot.LOKR_W1 in site.slots and Slot.LOKR_W2 in site.slots
 
 
 def is_scaled_by_name(site: Site, config: LoraConfig) -> bool:

@@ -16,6 +16,8 @@ from loratool.files.json import read_json_object
 __all__ = ["CONFIG_NAME", "KNOWN_FIELDS", "LoraConfig", "parse_config", "read_config"]
 
 CONFIG_NAME: Final = "adapter_config.json"
+OWN_ALPHA: Final = ("LOHA", "LOKR")
+"""PEFT types whose alpha is called just that."""
 DEFAULT_RANK: Final = 8
 DEFAULT_ALPHA: Final = 8.0
 LARGEST_RANK: Final = 1 << 20
@@ -91,8 +93,6 @@ def read_config(path: Path) -> LoraConfig:
 def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
     """Interpret a configuration; booleans may be 0 and 1, and null means the default."""
     kind = raw.get("peft_type")
-    if kind is None and ("fine_tune_type" in raw or "lora_parameters" in raw):
-        raise AdapterError(where, "an MLX configuration; the scheme 'mlx' is not read yet")
     if kind is not None and not isinstance(kind, str):
         raise AdapterError(where, f'peft_type is {kind!r}, expected a name such as "LORA"')
     return LoraConfig(
@@ -100,7 +100,7 @@ def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
         peft_type=(kind or "LORA").upper(),
         rank=_rank(raw, "r", DEFAULT_RANK, where),
         initial_rank=_rank(raw, "init_r", 0, where),
-        alpha=_number(raw, "lora_alpha", DEFAULT_ALPHA, where),
+        alpha=_number(raw, "alpha" if kind in OWN_ALPHA else "lora_alpha", DEFAULT_ALPHA, where),
         rank_pattern=_patterns(raw, "rank_pattern", where),
         alpha_pattern=_patterns(raw, "alpha_pattern", where),
         use_rslora=bool(raw.get("use_rslora")),

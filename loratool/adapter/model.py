@@ -11,6 +11,7 @@ from typing import Any, Final
 from loratool.adapter.config import LoraConfig
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.slots import Slot
+from loratool.adapter.variants import Geometry, geometry, variant_of
 from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 
@@ -67,6 +68,8 @@ class Site:
             one module nest that way, the first registered parameter innermost.
         parameters: Full paths of the raw parameters that the configuration lets this site
             adapt (``target_parameters``); empty for ordinary modules.
+        enabled: Which of the parts of a merged projection stacked factors are for
+            (``enable_lora``); empty for ordinary factors.
     """
 
     module: str
@@ -76,6 +79,17 @@ class Site:
     scaling: Scaling
     nesting: int = 0
     parameters: tuple[str, ...] = ()
+    enabled: tuple[bool, ...] = ()
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shapes of the delta of a variant that has no A and B."""
+        return geometry(self.slots, variant_of(self.slots))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has A and B, whatever lies beside or between them."""
+        return variant_of(self.slots) is None
 
     @property
     def down(self) -> StoredTensor | None:
@@ -104,6 +118,8 @@ class Site:
     @property
     def rows(self) -> int:
         """Rows of A: the rank, or ranks of all experts together where A stacks them."""
+        if self.down is None and not self.is_plain:
+            return self.geometry.rank
         return self.down.spec.shape[0] if self.down and self.down.spec.shape else 0
 
     @property
@@ -121,12 +137,17 @@ class Site:
     @property
     def in_features(self) -> int:
         """Columns of A: inputs, input channels, or rows of the embedding."""
+        if self.down is None and not self.is_plain:
+            return self.geometry.into
         return self.down.spec.shape[1] if self.down and len(self.down.spec.shape) > 1 else 0
 
     @property
     def out_features(self) -> int:
         """Rows of B: outputs, output channels, or the embedding's dimension."""
-        return self.up.spec.shape[0] if self.up and self.up.spec.shape else 0
+        if self.up is None and not self.is_plain:
+            return self.geometry.out
+        rows = self.up.spec.shape[0] if self.up and self.up.spec.shape else 0
+        return rows // sum(self.enabled) * len(self.enabled) if self.enabled else rows
 
 
 class ExtraKind(Enum):
@@ -176,6 +197,10 @@ class Adapter:
         skipped: Keys that were left out on request.
         stamp: What the weights file was when its header was read.
         tensors: All tensors that belong to it, by key.
+        sidecar: ``adapter_config.json``, where it is another tool's than PEFT's.
+        unresolved: Modules whose dotted path the file does not tell, with the paths that it
+            may be; none where the name is unknown altogether.
+        family: The pipeline that its modules belong to (``sdxl``, ``flux``), where known.
     """
 
     path: Path
@@ -190,6 +215,9 @@ class Adapter:
     name: str | None = None
     notes: tuple[str, ...] = field(default=())
     skipped: tuple[str, ...] = field(default=())
+    sidecar: Mapping[str, Any] | None = None
+    unresolved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    family: str | None = None
 
     @property
     def folder(self) -> Path:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter.build import adapter_names, build_sites
-from loratool.adapter.config import CONFIG_NAME, LoraConfig, read_config
-from loratool.adapter.model import Adapter
+from loratool.adapter.config import CONFIG_NAME, LoraConfig, parse_config
+from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import PEFT_TYPES, describe_keys
 from loratool.adapter.scaling import Scaling
-from loratool.adapter.scheme import KeyScheme
+from loratool.adapter.scheme import KeyScheme, ScaleRule
+from loratool.adapter.slots import Slot
+from loratool.adapter.variants import UNSCALED
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.container import WEIGHT_SUFFIXES, WeightsFile, open_weights
+from loratool.files.json import read_json_object
 from loratool.files.pickles import TorchPickle, other_contents
 from loratool.files.spec import StoredTensor
 
-__all__ = ["detect_scheme", "find_weights", "open_adapter_file"]
+__all__ = ["detect_scheme", "find_weights", "is_mlx_config", "open_adapter_file"]
 
 PREFERRED: Final = (
     "adapter_model.safetensors",
@@ -28,7 +32,7 @@ PREFERRED: Final = (
     "pytorch_lora_weights.bin",
     "adapters.safetensors",
 )
-READ_TYPES: Final = ("LORA", "ADALORA")
+READ_TYPES: Final = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA")
 
 
 def open_adapter_file(
@@ -38,6 +42,7 @@ def open_adapter_file(
     adapter_name: str | None = None,
     alpha: float | None = None,
     skip: Sequence[str] = (),
+    enabled: Sequence[bool] = (),
 ) -> Adapter:
     """Open the adapter at ``path``, a weights file or the folder that holds it.
 
@@ -47,6 +52,8 @@ def open_adapter_file(
         adapter_name: Which of several adapters in the folder or in the file.
         alpha: Alpha for all sites where the file and its sidecars record none.
         skip: Regular expressions; keys that match anywhere are left out.
+        enabled: Which parts of merged projections stacked factors are for (``enable_lora``),
+            where no configuration says so.
 
     Raises:
         FileFormatError: A file breaks the rules of its format.
@@ -55,8 +62,11 @@ def open_adapter_file(
     """
     weights, notes = find_weights(path, adapter_name)
     config_path = weights.parent / CONFIG_NAME
-    config = read_config(config_path) if config_path.is_file() else None
-    if config is not None:
+    raw = read_json_object(config_path) if config_path.is_file() else None
+    is_foreign = raw is not None and is_mlx_config(raw)
+    config = None
+    if raw is not None and not is_foreign:
+        config = parse_config(raw, where=config_path)
         _check_type(config, config_path)
     file = open_weights(weights)
     scheme = detect_scheme(file, schemes)
@@ -64,13 +74,15 @@ def open_adapter_file(
     skipped = _skipped(tensors, skip)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
     other = other_contents(file) if isinstance(file, TorchPickle) else ()
-    parts = build_sites(tensors, scheme, config)
+    parts = build_sites(tensors, scheme, config, _enabled(config, enabled))
     sites = parts.sites
+    if is_foreign and raw is not None and scheme.scale is ScaleRule.MULTIPLIER:
+        sites = _multiplied(sites, raw, config_path)
+    settings = scheme.settings(file.metadata)
+    if settings is not None:
+        sites = tuple(_configured(site, settings) for site in sites)
     if alpha is not None:
-        sites = tuple(
-            replace(site, scaling=Scaling(alpha, site.rank)) if site.scaling.alpha is None else site
-            for site in sites
-        )
+        sites = tuple(_with_alpha(site, alpha) for site in sites)
     return Adapter(
         path=path,
         weights=weights,
@@ -84,7 +96,58 @@ def open_adapter_file(
         name=name,
         skipped=tuple(skipped),
         notes=(*notes, *parts.notes, *more, *other),
+        sidecar=raw if is_foreign else None,
     )
+
+
+def is_mlx_config(raw: Mapping[str, Any]) -> bool:
+    """Whether an ``adapter_config.json`` is mlx-lm's, not PEFT's."""
+    return raw.get("peft_type") is None and ("fine_tune_type" in raw or "lora_parameters" in raw)
+
+
+def _multiplied(sites: tuple[Site, ...], raw: Mapping[str, Any], path: Path) -> tuple[Site, ...]:
+    """Return ``sites`` with mlx-lm's scale, which is the multiplier itself."""
+    parameters = raw.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if scale is None:
+        return sites
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise AdapterError(path, f"lora_parameters.scale is {scale!r:.40}, expected a number")
+    return tuple(
+        replace(
+            site,
+            scaling=Scaling(scale * site.rank, site.rank, multiplier=float(scale)),
+        )
+        for site in sites
+    )
+
+
+def _configured(site: Site, settings: Mapping[str, Any]) -> Site:
+    """Return ``site`` with what the metadata says about its component's ranks and alphas."""
+    component, _, local = site.module.partition(".")
+    raw = settings.get(component)
+    if raw is None or Slot.ALPHA in site.slots or site.scaling.alpha is not None:
+        return site
+    config = parse_config(raw, where=f"metadata: {component}")
+    return replace(site, scaling=config.scaling_for(local, site.rank))
+
+
+def _with_alpha(site: Site, alpha: float) -> Site:
+    """Return ``site`` with ``alpha`` where it records none, or 0, which trainers read as none."""
+    own = site.scaling.alpha
+    is_missing = own is None or (own == 0 and Slot.ALPHA in site.slots)
+    if not is_missing or site.variant in UNSCALED:
+        return site
+    return replace(site, scaling=Scaling(alpha, site.scaling.rank or site.rank))
+
+
+def _enabled(config: LoraConfig | None, given: Sequence[bool]) -> tuple[bool, ...]:
+    if given:
+        return tuple(given)
+    stacked = config.raw.get("enable_lora") if config is not None else None
+    if isinstance(stacked, list) and any(stacked):
+        return tuple(bool(item) for item in stacked)
+    return ()
 
 
 def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tuple[str, ...]]:
@@ -133,8 +196,8 @@ def detect_scheme(file: WeightsFile, schemes: Sequence[KeyScheme]) -> KeyScheme:
     Raises:
         AdapterError: None recognises any; the message shows what the keys look like.
     """
-    scores = [(scheme.factor_keys(file.tensors), scheme) for scheme in schemes]
-    best, scheme = max(scores, key=lambda item: item[0], default=(0, None))
+    scores = [(scheme.recognise(file.tensors), scheme.priority, scheme) for scheme in schemes]
+    best, _, scheme = max(scores, key=lambda item: item[:2], default=(0, 0, None))
     if scheme is None or best == 0:
         raise AdapterError(file.path, f"no known scheme: {describe_keys(list(file.tensors))}")
     return scheme

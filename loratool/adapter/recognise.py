@@ -25,20 +25,17 @@ PEFT_TYPES: Final = {
 """What the commonest types are; the others are named as they are."""
 
 FORMS: Final = (
-    (r"lora_unet_|lora_te\d?_|lora_transformer_", "kohya names (scheme 'kohya', not read yet)"),
-    (r"\.(hada_w1_a|hada_w2_a)$", "LoHa factors (Hadamard products), not read yet"),
-    (r"\.lokr_w[12]", "LoKr factors (Kronecker products), not read yet"),
-    (r"\.processor\.to_\w+_lora\.|lora_linear_layer\.", "names of old diffusers, not read yet"),
-    (r"^(unet|text_encoder):\d+:(up|down)$", "positional names (cloneofsimo), not read yet"),
-    (r"\.lora_[ab]$", "MLX names (scheme 'mlx', not read yet)"),
-    (r"\.lora\.(up|down)\.weight$|\.lora_(up|down)\.weight$", "diffusion names, not read yet"),
+    (r"lora_unet_|lora_te\d?_|lora_transformer_", "flattened names without factors"),
     (r"ia3_l", "(IA)³ vectors: they rescale activations; there is no delta"),
     (r"^prompt_embeddings$|prefix", "a trained prompt: there is no delta"),
-    (r"vera_lambda_", "VeRA vectors, not read yet"),
-    (r"oft_[rR]|boft_", "OFT rotations, not read yet"),
+    (r"\.oft_[rR]|boft_", "PEFT's OFT rotations: they multiply the base's weights"),
     (r"internal_xlora_classifier", "an X-LoRA router: no fixed weights equal it"),
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
     (r"^w_[ab]_\d+$", "numbered factors without module names"),
+    (r"\.linear_(in|out)\.weight$", "Megatron's adapters (linear_in, linear_out), not read yet"),
+    (r"\.lora_[ab]\.weight$", "torchtune's factors, not read yet"),
+    (r"_lora[12]?\.(up|down)\.weight$", "names of XLabs' trainer, not read yet"),
+    (r"\.lora_(up|down)\.weight$", "factors under names of a scheme that is not known"),
 )
 
 

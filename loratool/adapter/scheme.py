@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
+from typing import Any, Final
 
 from loratool.adapter.slots import FACTOR_SLOTS, AdapterKey, Slot
+from loratool.files.spec import StoredTensor, TensorSpec
 
-__all__ = ["KeyScheme", "Template"]
+__all__ = ["Embeddings", "KeyScheme", "ScaleRule", "Spelling", "Template", "transposed"]
 
-FIELDS = {"module": r"(?P<module>.+)", "adapter": r"(?P<adapter>(?!weight$|bias$).+)"}
+FIELDS: Final = {"module": r"(?P<module>.+)", "adapter": r"(?P<adapter>(?!weight$|bias$).+)"}
+LONGEST_SUFFIX: Final = 3
+"""How many dots the part of a key behind its module has at most."""
+
+
+class ScaleRule(Enum):
+    """Where a scheme keeps the number that multiplies ``B @ A``."""
+
+    CONFIG = "in adapter_config.json, as alpha"
+    ALPHA = "in an alpha tensor of each module"
+    MULTIPLIER = "in adapter_config.json, as the multiplier itself"
+    FOLDED = "nowhere: it has to be in the factors"
+
+
+class Spelling(Enum):
+    """How a scheme spells module paths."""
+
+    PATH = "dotted paths inside one model"
+    PIPELINE = "dotted paths behind the name of a pipeline's component"
+    FLAT = "paths with underscores for dots, behind a prefix for the component"
+    BARE_FLAT = "paths with underscores for dots"
+    NATIVE = "dotted paths of the original checkpoint, behind a prefix for the component"
+    POSITION = "the place of the module in its model"
+
+
+class Embeddings(Enum):
+    """How a scheme stores the factors of an embedding's delta."""
+
+    SLOTS = "under names of their own, A (r, vocabulary) and B (dim, r)"
+    FACTORS = "as A (r, vocabulary) and B (dim, r), under the names of a linear layer's"
+    WEIGHT = "as factors of the weight as it is stored, (vocabulary, dim)"
+    NONE = "not at all"
 
 
 @dataclass(frozen=True)
@@ -35,6 +69,11 @@ class Template:
         """Whether keys of this form carry the name of the adapter."""
         return "{adapter}" in self.text
 
+    @cached_property
+    def marker(self) -> str:
+        """The text between module and adapter name: a key without it is none of these."""
+        return self.text.partition("{module}")[2].partition("{adapter}")[0]
+
 
 @dataclass(frozen=True)
 class KeyScheme:
@@ -50,7 +89,18 @@ class KeyScheme:
         templates: The table.
         prefix: What every key of the scheme begins with, full tensors included; may be empty.
         foreign: Prefixes that mark a key as another scheme's.
+        modules: What a module looks like in its keys, as a regular expression.
         writes: Whether loratool also writes it.
+        scale: Where the scale is kept.
+        spelling: How modules are spelled.
+        embeddings: How embeddings are stored.
+        is_transposed: Whether A is stored as ``(in, r)`` and B as ``(r, out)``.
+        has_convolutions: Whether factors with kernels, ``(r, in, *kernel)``, have a place in it.
+        is_open: Whether tensors that are no deltas may lie beside the factors.
+        weights_name: What its weights file is called in a folder; empty for ``<folder>``'s name.
+        has_config: Whether ``adapter_config.json`` belongs to it.
+        priority: Which scheme is meant where two recognise as many keys: the higher.
+        written_suffix: The ending of its weights file.
     """
 
     name: str
@@ -59,21 +109,66 @@ class KeyScheme:
     templates: tuple[Template, ...]
     prefix: str = ""
     foreign: tuple[str, ...] = field(default=())
+    modules: str = ".+"
     writes: bool = False
+    scale: ScaleRule = ScaleRule.FOLDED
+    spelling: Spelling = Spelling.PATH
+    embeddings: Embeddings = Embeddings.NONE
+    is_transposed: bool = False
+    has_convolutions: bool = True
+    is_open: bool = False
+    weights_name: str = ""
+    has_config: bool = False
+    priority: int = 0
+    written_suffix: str = ".safetensors"
+
+    @cached_property
+    def _plain(self) -> Mapping[str, tuple[str, Slot]]:
+        """What comes before and what each suffix means, for templates without adapter name."""
+        found: dict[str, tuple[str, Slot]] = {}
+        for template in self.templates:
+            before, _, after = template.text.partition("{module}")
+            if not template.names_adapter:
+                found.setdefault(after, (before, template.slot))
+        return found
+
+    @cached_property
+    def _named(self) -> tuple[Template, ...]:
+        return tuple(template for template in self.templates if template.names_adapter)
+
+    @cached_property
+    def _module(self) -> re.Pattern[str]:
+        return re.compile(self.modules, re.DOTALL)
 
     def parse(self, key: str) -> AdapterKey | None:
         """Return what ``key`` means in this scheme, or ``None`` where it is not one of its."""
         if self.foreign and key.startswith(self.foreign):
             return None
-        for template in self.templates:
-            match = template.pattern.fullmatch(key)
+        found = self._parse_plain(key) or self._parse_named(key)
+        return found if found is not None and self._module.fullmatch(found.module) else None
+
+    def _parse_plain(self, key: str) -> AdapterKey | None:
+        best = None
+        end = len(key)
+        for _ in range(LONGEST_SUFFIX):
+            end = key.rfind(".", 0, end)
+            if end < 0:
+                break
+            before, slot = self._plain.get(key[end:], ("", None))
+            if slot is not None and key.startswith(before) and end > len(before):
+                best = AdapterKey(key[len(before) : end], slot)
+        return best
+
+    def _parse_named(self, key: str) -> AdapterKey | None:
+        for template in self._named:
+            match = template.pattern.fullmatch(key) if template.marker in key else None
             if match:
                 groups = match.groupdict()
                 return AdapterKey(groups["module"], template.slot, groups.get("adapter"))
         return None
 
     def format(self, key: AdapterKey) -> str:
-        """Return the name of ``key``.
+        """Return the name of ``key``, whose module is spelled as the scheme does.
 
         Raises:
             KeyError: The scheme has no name for this slot.
@@ -83,7 +178,55 @@ class KeyScheme:
                 return template.text.format(module=key.module, adapter=key.adapter)
         raise KeyError(f"{self.name} has no name for {key.slot.value}")
 
+    def has_name_for(self, slot: Slot) -> bool:
+        """Whether there is a key for ``slot``."""
+        return any(template.slot is slot for template in self.templates)
+
+    def view(self, slot: Slot, tensor: StoredTensor) -> StoredTensor:
+        """Return a stored tensor as the model of an adapter sees it: A as ``(r, in)``."""
+        is_factor = slot in (Slot.DOWN, Slot.UP) and len(tensor.spec.shape) == 2
+        return transposed(tensor) if self.is_transposed and is_factor else tensor
+
     def factor_keys(self, keys: Iterable[str]) -> int:
         """Return how many of ``keys`` are factors in this scheme."""
         parsed = (self.parse(key) for key in keys)
         return sum(1 for key in parsed if key is not None and key.slot in FACTOR_SLOTS)
+
+    def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
+        """Return how many of ``tensors`` are factors in this scheme, shapes considered."""
+        return self.factor_keys(tensors)
+
+    def pairs(self, tensors: Mapping[str, StoredTensor]) -> list[tuple[StoredTensor, StoredTensor]]:
+        """Return the stored A and B of every module that has both as matrices."""
+        found: dict[tuple[str, str | None], dict[Slot, StoredTensor]] = {}
+        for key, tensor in tensors.items():
+            parsed = self.parse(key)
+            if parsed is not None and parsed.slot in (Slot.DOWN, Slot.UP):
+                found.setdefault((parsed.module, parsed.adapter), {})[parsed.slot] = tensor
+        return [
+            (slots[Slot.DOWN], slots[Slot.UP])
+            for slots in found.values()
+            if len(slots) == 2 and all(len(item.spec.shape) == 2 for item in slots.values())
+        ]
+
+    def settings(self, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
+        """Return what the file's metadata says about ranks and alphas, by component.
+
+        Raises:
+            AdapterError: It cannot be understood.
+        """
+        return None
+
+
+def transposed(tensor: StoredTensor) -> StoredTensor:
+    """Return a stored matrix with rows and columns exchanged; its bytes stay where they are."""
+    spec = tensor.spec
+    rows, columns = spec.shape
+    strides = tensor.strides or (columns, 1)
+    return StoredTensor(
+        TensorSpec(spec.name, spec.dtype, (columns, rows)),
+        tensor.path,
+        tensor.offset,
+        (strides[1], strides[0]),
+        tensor.alias_of,
+    )

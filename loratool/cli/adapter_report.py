@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ from loratool.errors import printable
 from loratool.ops.algebra.plan import AdapterPlan
 from loratool.ops.algebra.result import AdapterReport
 
-__all__ = ["print_plan", "print_report"]
+__all__ = ["print_left_out", "print_plan", "print_report"]
 
 LISTED: int = 8
 
@@ -57,11 +58,16 @@ def print_plan(plan: AdapterPlan, *, with_files: bool) -> None:
         click.echo(
             f"{len(plan.specs)} tensors; about {render.human_bytes(plan.peak_memory)} of memory"
         )
-    carried = [item.spec.name for item in plan.carried]
-    if carried and plan.jobs:
+    carried = [item.spec.name for item in plan.carried] if plan.jobs else []
+    print_left_out(carried, plan.dropped)
+
+
+def print_left_out(carried: list[str], dropped: Sequence[tuple[str, str]]) -> None:
+    """Print which tensors travel along, and what is not written, by reason."""
+    if carried:
         click.echo(f"carried along: {_listed(carried)}")
     reasons: dict[str, list[str]] = {}
-    for name, why in plan.dropped:
+    for name, why in dropped:
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
         click.echo(f"not written: {_listed(names)}: {why}", err=True)

@@ -20,6 +20,7 @@ __all__ = ["cli", "main"]
 COMMANDS: Final = (
     "inspect",
     "validate",
+    "convert",
     "compare",
     "compose",
     "rescale",
@@ -65,7 +66,7 @@ class LazyGroup(click.Group):
 )
 @click.version_option(loratool.__version__, prog_name="loratool", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Inspect, check, combine, shrink and merge LoRA adapters, file to file.
+    """Inspect, check, convert, combine, shrink and merge LoRA adapters, file to file.
 
     No model code, no transformers, no GPU: adapters and bases are read as files, streamed in
     small blocks, and written whole or not at all.

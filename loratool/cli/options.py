@@ -37,12 +37,12 @@ PATH = click.Path(path_type=Path)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def to(help_text: str) -> Decorator:
+def to(help_text: str, *, required: bool = False) -> Decorator:
     """Return ``--to``, which takes every scheme that is written."""
     from loratool.schemes import builtin_schemes
 
     written = [scheme.name for scheme in builtin_schemes() if scheme.writes]
-    return click.option("--to", type=click.Choice(written), help=help_text)
+    return click.option("--to", type=click.Choice(written), required=required, help=help_text)
 
 
 def _checked_device(value: str) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 
 from loratool.adapter.model import Adapter
 from loratool.adapter.opening import open_adapter_file
-from loratool.schemes import builtin_schemes
+from loratool.errors import OptionError
+from loratool.ops.naming import spell_out
+from loratool.schemes import builtin_schemes, scheme_named
 
 __all__ = ["open_adapter"]
+
+SHOWN = 3
 
 
 def open_adapter(
@@ -19,6 +23,9 @@ def open_adapter(
     adapter_name: str | None = None,
     alpha: float | None = None,
     skip: Sequence[str] = (),
+    scheme: str | None = None,
+    base_modules: Collection[str] = (),
+    enabled: Sequence[bool] = (),
 ) -> Adapter:
     """Open the adapter at ``path``: headers only, no tensor data.
 
@@ -27,12 +34,24 @@ def open_adapter(
         adapter_name: Which adapter, where a folder or a file holds several.
         alpha: Alpha for all modules, where nothing records it.
         skip: Regular expressions; keys that match anywhere are left out.
+        scheme: The key scheme to read it in; by default the one that recognises most of it.
+        base_modules: Module paths of the base, from which flattened names are restored.
+        enabled: Which parts of a merged projection stacked factors are for (``enable_lora``),
+            where no configuration says so.
 
     Raises:
         FileFormatError: A file breaks the rules of its format.
         AdapterError: There is no adapter, or it contradicts itself.
         UnsupportedError: It is of a kind that is not read.
+        OptionError: There is no such scheme.
     """
-    return open_adapter_file(
-        Path(path), builtin_schemes(), adapter_name=adapter_name, alpha=alpha, skip=skip
+    schemes = builtin_schemes()
+    if scheme is not None:
+        known = {item.name: item for item in schemes}
+        if scheme not in known:
+            raise OptionError("--from", f"{scheme!r} is none of {', '.join(known)}")
+        schemes = (known[scheme],)
+    opened = open_adapter_file(
+        Path(path), schemes, adapter_name=adapter_name, alpha=alpha, skip=skip, enabled=enabled
     )
+    return spell_out(opened, scheme_named(opened.scheme), base_modules)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loratool.adapter.scheme import KeyScheme, Template
-from loratool.adapter.slots import Slot
+from loratool.adapter.scheme import Embeddings, KeyScheme, Template
+from loratool.adapter.slots import VARIANT_SUFFIXES, Slot
 
 __all__ = ["SCHEME"]
 
@@ -12,7 +12,11 @@ SCHEME = KeyScheme(
     summary="dotted module path, no prefix",
     example="model.layers.0.self_attn.q_proj.lora_A.weight",
     writes=True,
-    foreign=("base_model.model.",),
+    embeddings=Embeddings.SLOTS,
+    is_open=True,
+    weights_name="adapter_model.safetensors",
+    foreign=("base_model.model.", "diffusion_model.", "text_encoders."),
+    modules=r"(?!(lora|lycoris|oft|boft)_[^.]+$).+",
     templates=(
         Template("{module}.lora_A.weight", Slot.DOWN),
         Template("{module}.lora_B.weight", Slot.UP),
@@ -30,5 +34,10 @@ SCHEME = KeyScheme(
         Template("{module}.lora_magnitude_vector.weight", Slot.MAGNITUDE),
         Template("{module}.lora_magnitude_vector.{adapter}.weight", Slot.MAGNITUDE),
         Template("{module}.lora_magnitude_vector.{adapter}", Slot.MAGNITUDE),
+        Template("{module}.lora_down.weight", Slot.DOWN),
+        Template("{module}.lora_up.weight", Slot.UP),
+        Template("{module}.lora_mid.weight", Slot.MID),
+        Template("{module}.dora_scale", Slot.MAGNITUDE),
+        *(Template("{module}" + end, slot) for end, slot in VARIANT_SUFFIXES.items()),
     ),
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loratool.adapter.scheme import KeyScheme, Template
-from loratool.adapter.slots import Slot
+from loratool.adapter.scheme import Embeddings, KeyScheme, ScaleRule, Template
+from loratool.adapter.slots import VARIANT_SUFFIXES, Slot
 
 __all__ = ["SCHEME"]
 
@@ -14,6 +14,11 @@ SCHEME = KeyScheme(
     summary="Hugging Face PEFT, with adapter_config.json",
     example="base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
     writes=True,
+    scale=ScaleRule.CONFIG,
+    embeddings=Embeddings.SLOTS,
+    is_open=True,
+    weights_name="adapter_model.safetensors",
+    has_config=True,
     prefix=PREFIX,
     templates=(
         Template(PREFIX + "{module}.lora_A.weight", Slot.DOWN),
@@ -53,5 +58,8 @@ SCHEME = KeyScheme(
             )
         ),
         Template(PREFIX + "{module}.ranknum", Slot.STATE),
+        Template(PREFIX + "{module}.vera_lambda_b", Slot.VERA_B),
+        Template(PREFIX + "{module}.vera_lambda_d", Slot.VERA_D),
+        *(Template(PREFIX + "{module}" + end, slot) for end, slot in VARIANT_SUFFIXES.items()),
     ),
 )

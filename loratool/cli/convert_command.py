@@ -1,0 +1,143 @@
+"""``loratool convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratool.cli import options, render
+from loratool.cli.adapter_report import print_left_out
+from loratool.cli.grouping import group_modules, span
+from loratool.errors import printable
+from loratool.ops.convert import NAMINGS, ConvertReport, convert
+
+__all__ = ["command"]
+
+
+def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[bool, ...]:
+    if value is None:
+        return ()
+    words = [word.strip().lower() for word in value.split(",")]
+    if not words or any(word not in ("1", "0", "true", "false") for word in words):
+        raise click.BadParameter(f"{value!r}; expected such as 1,0,1")
+    return tuple(word in ("1", "true") for word in words)
+
+
+@click.command("convert")
+@click.argument("adapter", type=options.PATH)
+@options.to("Scheme to write.", required=True)
+@options.output
+@click.option("--from", "source", metavar="SCHEME", help="Scheme to read; else it is detected.")
+@click.option(
+    "--base",
+    type=options.PATH,
+    help="The model it is for: settles flattened names and kernels (headers only).",
+)
+@options.alpha
+@options.adapter_name
+@click.option("--name", metavar="N", help="The adapter's name in the output (prefixed).")
+@click.option(
+    "--family", metavar="F", help="Pipeline (sd1, sdxl, flux, …) where names leave it open."
+)
+@click.option(
+    "--naming",
+    type=click.Choice(NAMINGS),
+    help="Names of the backbone in kohya and comfy; by default the usual ones.",
+)
+@click.option("--component", metavar="C", help="Write one component alone, such as unet.")
+@click.option("--to-lora", is_flag=True, help="Write LoHa, LoKr, DoRA and others as plain LoRA.")
+@click.option(
+    "--rank", type=click.IntRange(1), metavar="R", help="Rank of what --to-lora approximates."
+)
+@click.option("--fold", is_flag=True, help="Multiply every scale into B.")
+@click.option(
+    "--pad", type=click.IntRange(1), metavar="R", help="Fill every module to this rank with zeros."
+)
+@click.option(
+    "--enable-lora",
+    metavar="1,0,1",
+    callback=_parts,
+    help="Parts of a merged projection that stacked loralib factors are for.",
+)
+@options.dtype
+@click.option(
+    "--drop",
+    multiple=True,
+    metavar="RE",
+    help="What may be left out where the scheme has no place for it; reported.",
+)
+@options.skip
+@options.force
+@options.dry_run
+@options.quiet
+@options.as_json
+@options.debug
+def command(
+    adapter: Path, to: str, output: Path, quiet: bool, as_json: bool, **settings: Any
+) -> None:
+    """Write the same deltas in another key scheme.
+
+    Names, orientation and the place of the scale change; the delta of every module does not.
+    What the scheme cannot express is an error that says so. OUTPUT is a folder, or a file for
+    schemes without a configuration.
+
+    \b
+    Example:
+        loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
+        loratool convert mlx-adapter/ --to peft -o peft-adapter/
+        loratool convert loha.safetensors --to comfy --to-lora -o plain.safetensors
+        loratool convert my-adapter/ --to kohya --dry-run -o out.safetensors
+    """
+    with render.progress_bar("converting", quiet=quiet) as progress:
+        report = convert(adapter, to, output, progress=progress, **settings)
+    if as_json:
+        render.print_json(report.as_json())
+        return
+    render.print_notes(report.notes)
+    if not quiet:
+        _print(report, output)
+
+
+def _print(report: ConvertReport, output: Path) -> None:
+    plan = report.plan
+    names = [item.part.module for item in plan.parts]
+    render.print_table(
+        "would be written" if not report.is_written else "",
+        ("modules", "count", "rank", "scale", "relative error"),
+        [
+            (
+                folded,
+                len(members),
+                span((item.part.rank for item in members), "d"),
+                span((item.part.scale for item in members), ".6g"),
+                span(report.outcome.relative(item.part.module) for item in members),
+            )
+            for folded, members in group_modules(plan.parts, names)
+        ],
+    )
+    for note, count in plan.changes():
+        click.echo(f"{count} modules: {printable(note)}")
+    if not report.is_written:
+        render.print_table(
+            "files",
+            ("file", "size"),
+            [(file["name"], render.human_bytes(file["bytes"])) for file in plan.described_files()],
+        )
+        click.echo(f"about {render.human_bytes(plan.peak_memory)} of memory")
+    print_left_out([c.spec.name for c in plan.carried if c.constant is None], plan.dropped)
+    click.echo(_summary(report, output))
+
+
+def _summary(report: ConvertReport, output: Path) -> str:
+    plan = report.plan
+    moved = sum(item.is_moved for item in plan.parts)
+    exact = "exact" if report.is_exact else f"relative error {report.relative_error:.3g}"
+    dropped = f", {len(plan.dropped)} dropped" if plan.dropped else ", nothing dropped"
+    words = (
+        f"{printable(output)}: {report.source} → {plan.scheme}, {len(plan.parts)} modules "
+        f"({moved} moved, {len(plan.parts) - moved} computed), "
+        f"{render.human_bytes(plan.nbytes)}, {exact}{dropped}"
+    )
+    return words if report.is_written else f"dry run, nothing written; {words}"

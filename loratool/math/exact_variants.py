@@ -1,0 +1,229 @@
+"""Variants of LoRA that are low-rank matrices in disguise, as plain factors, exactly.
+
+All functions return ``(up, down)`` of shapes ``(out, R)`` and ``(R, in)``, with the kernel of a
+convolution flattened into the columns, ``(R, in · kh · kw)``, in the order in which its weight is
+stored. Nothing is decomposed and no scale is applied: ``Δ = scale · up @ down`` with the scale of
+the file that the tensors came from. Results have the dtype of the inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias, TypeGuard, cast
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "fold_mid",
+    "hadamard_factors",
+    "hadamard_rank",
+    "kronecker_factors",
+    "kronecker_rank",
+    "stacked_factors",
+    "vera_factors",
+]
+
+Factors: TypeAlias = tuple[Tensor, Tensor]
+Shape: TypeAlias = tuple[int, ...]
+
+
+def fold_mid(up: Tensor, down: Tensor, mid: Tensor) -> Factors:
+    """Fold the core of a CP or Tucker LoCon into its down projection; the rank stays.
+
+    ``Δ[o, i, …] = Σ up[o, m] · mid[m, n, …] · down[n, i]`` (LyCORIS, ``lora_mid``).
+
+    Args:
+        up: ``(out, r)``, or ``(out, r, 1, 1)``.
+        down: ``(r, in)``, or ``(r, in, 1, 1)``.
+        mid: ``(r, r, kh, kw)``, or any other kernel.
+    """
+    folded = torch.einsum("mn...,ni->mi...", mid, down.flatten(1))
+    return up.flatten(1), folded.flatten(1)
+
+
+def hadamard_factors(
+    w1_a: Tensor,
+    w1_b: Tensor,
+    w2_a: Tensor,
+    w2_b: Tensor,
+    t1: Tensor | None = None,
+    t2: Tensor | None = None,
+) -> Factors:
+    """Return the factors of a LoHa, ``Δ = (w1_a @ w1_b) ∘ (w2_a @ w2_b)``.
+
+    The product of two sums of outer products is the sum of the products of all pairs:
+    ``up[:, pq] = w1_a[:, p] ∘ w2_a[:, q]``, ``down[pq] = w1_b[p] ∘ w2_b[q]``. Where that makes
+    more columns than the smaller side of the matrix has, the matrix itself is a factor, and the
+    other is the identity. The files of LyCORIS and PEFT (arXiv 2108.06098, FedPara) agree.
+
+    Args:
+        w1_a: ``(out, r1)``; with ``t1``, ``(r1, out)``.
+        w1_b: ``(r1, in)``, kernels flattened or not; with ``t1``, ``(r1, in)``.
+        w2_a: Like ``w1_a``.
+        w2_b: Like ``w1_b``.
+        t1: ``(r1, r1, kh, kw)`` of a convolution in Tucker form, where each half is
+            ``Σ t[i, j, …] · w_a[i, o] · w_b[j, n]``.
+        t2: ``(r2, r2, kh, kw)``; with ``t1`` or not at all.
+
+    Raises:
+        ValueError: Only one half has a core.
+    """
+    if (t1 is None) != (t2 is None):
+        raise ValueError("only one half has a core")
+    up1, down1 = _half(w1_a, w1_b, t1)
+    up2, down2 = _half(w2_a, w2_b, t2)
+    if up1.shape[1] * up2.shape[1] > min(up1.shape[0], down1.shape[1]):
+        return _split((up1 @ down1) * (up2 @ down2))
+    up = torch.einsum("op,oq->opq", up1, up2).flatten(1)
+    down = torch.einsum("pi,qi->pqi", down1, down2).flatten(0, 1)
+    return up, down
+
+
+def hadamard_rank(
+    w1_a: Shape,
+    w1_b: Shape,
+    w2_a: Shape,
+    w2_b: Shape,
+    t1: Shape | None = None,
+    t2: Shape | None = None,
+) -> int:
+    """Return the rank of :func:`hadamard_factors` from shapes: ``min(r1 · r2, out, in · k)``."""
+    out, columns = _half_shape(w1_a, w1_b, t1)
+    return min(w1_b[0] * w2_b[0], out, columns)
+
+
+def kronecker_factors(
+    w1: Tensor | Factors, w2: Tensor | Factors, t2: Tensor | None = None
+) -> Factors:
+    """Return the factors of a LoKr, ``Δ = w1 ⊗ w2``, of the smallest rank that shapes allow.
+
+    ``(u1 @ v1) ⊗ (u2 @ v2) = (u1 ⊗ u2) @ (v1 ⊗ v2)``, for whatever factors the halves have: the
+    stored ones, or the half itself and the identity on its smaller side, if that is smaller. The
+    files of LyCORIS and PEFT agree but for PEFT's full ``w2`` of a one-dimensional convolution.
+
+    Args:
+        w1: ``(a, c)``, or ``w1_a`` ``(a, r1)`` and ``w1_b`` ``(r1, c)``.
+        w2: ``(b, d)`` or ``(b, d, kh, kw)``; or ``w2_a`` ``(b, r2)`` and ``w2_b``
+            ``(r2, d · kh · kw)``; with ``t2``, ``w2_a`` ``(r2, b)`` and ``w2_b`` ``(r2, d)``.
+        t2: ``(r2, r2, kh, kw)`` of a convolution in Tucker form.
+
+    Returns:
+        ``(a · b, R)`` and ``(R, c · d · kh · kw)``.
+
+    Raises:
+        ValueError: A core with a full ``w2``.
+    """
+    up1, down1 = _smallest(w1, None)
+    up2, down2 = _smallest(w2, t2)
+    up = torch.kron(up1.contiguous(), up2.contiguous())  # it refuses others
+    return up, torch.kron(down1.contiguous(), down2.contiguous())
+
+
+def kronecker_rank(
+    w1: Shape | tuple[Shape, Shape],
+    w2: Shape | tuple[Shape, Shape],
+    t2: Shape | None = None,
+) -> int:
+    """Return the rank of :func:`kronecker_factors` from shapes."""
+    return _smallest_rank(w1, None) * _smallest_rank(w2, t2)
+
+
+def vera_factors(
+    lambda_b: Tensor, lambda_d: Tensor, vera_a: Tensor, vera_b: Tensor, out: int, in_: int
+) -> Factors:
+    """Return the factors of a VeRA: ``diag(lambda_b) B[:out]``, ``diag(lambda_d) A[:, :in]``.
+
+    PEFT's layout of arXiv 2310.11454: all layers share the largest A and B. It has no scale.
+
+    Args:
+        lambda_b: ``(out,)``.
+        lambda_d: ``(r,)``.
+        vera_a: A, ``(r, at least in)``.
+        vera_b: B, ``(at least out, r)``.
+        out: Rows of the weight.
+        in_: Columns of the weight.
+
+    Raises:
+        ValueError: The shared matrices are smaller than the weight.
+    """
+    rows, columns = vera_b.shape[0], vera_a.shape[1]
+    if rows < out or columns < in_:
+        raise ValueError(f"{rows} × {columns} is too small to share with {out} × {in_}")
+    return lambda_b.unsqueeze(1) * vera_b[:out], lambda_d.unsqueeze(1) * vera_a[:, :in_]
+
+
+def stacked_factors(lora_a: Tensor, lora_b: Tensor, enabled: Sequence[bool]) -> Factors:
+    """Return the factors of LoRA on some of the equal parts of a fused projection.
+
+    loralib's ``MergedLinear``: each of the n enabled parts has factors of its own, stacked, and
+    the others none; the scale is ``alpha / r`` with the r of one part. The result is block
+    diagonal, with rows of zeros for the other parts.
+
+    Args:
+        lora_a: ``(n · r, in)``.
+        lora_b: ``(n · out / len(enabled), r)``.
+        enabled: Which parts have factors.
+
+    Returns:
+        ``(out, n · r)`` and ``lora_a`` itself.
+
+    Raises:
+        ValueError: The shapes do not fit the number of enabled parts.
+    """
+    count, rank = sum(enabled), lora_b.shape[1]
+    if not count or lora_b.shape[0] % count or lora_a.shape[0] != count * rank:
+        shapes = f"{tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
+        raise ValueError(f"{shapes} are not the factors of {count} parts")
+    rows = lora_b.shape[0] // count
+    up = lora_b.new_zeros(rows * len(enabled), count * rank)
+    places = [place for place, is_enabled in enumerate(enabled) if is_enabled]
+    for index, place in enumerate(places):
+        block = lora_b[index * rows : (index + 1) * rows]
+        up[place * rows : (place + 1) * rows, index * rank : (index + 1) * rank] = block
+    return up, lora_a
+
+
+def _half(a: Tensor, b: Tensor, core: Tensor | None) -> Factors:
+    """Return ``(out, r)`` and ``(r, in · kernel)``; with a core, ``a`` is stored transposed."""
+    if core is None:
+        return a.flatten(1), b.flatten(1)
+    return fold_mid(a.mT, b, core)
+
+
+def _half_shape(a: Shape, b: Shape, core: Shape | None) -> tuple[int, int]:
+    """Return the shape of the product of :func:`_half`."""
+    if core is None:
+        return a[0], math.prod(b[1:])
+    return a[1], math.prod((*b[1:], *core[2:]))
+
+
+def _split(matrix: Tensor) -> Factors:
+    """Return factors of any matrix: itself, and the identity on its smaller side."""
+    rows, columns = matrix.shape
+    identity = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
+    return (identity, matrix) if rows < columns else (matrix, identity)
+
+
+def _smallest(half: Tensor | Factors, core: Tensor | None) -> Factors:
+    """Return the factors of one side of a Kronecker product with the fewest columns."""
+    if isinstance(half, Tensor):
+        if core is not None:
+            raise ValueError("a core belongs to a factored half")
+        return _split(half.flatten(1))
+    up, down = _half(*half, core)
+    if up.shape[1] > min(up.shape[0], down.shape[1]):
+        return _split(up @ down)
+    return up, down
+
+
+def _smallest_rank(half: Shape | tuple[Shape, Shape], core: Shape | None) -> int:
+    if _is_pair(half):
+        return min(half[1][0], *_half_shape(*half, core))
+    rows, *columns = cast("Shape", half)
+    return min(rows, math.prod(columns))
+
+
+def _is_pair(half: Shape | tuple[Shape, Shape]) -> TypeGuard[tuple[Shape, Shape]]:
+    return isinstance(half[0], tuple)

@@ -1,0 +1,255 @@
+"""``convert``: the same deltas in another key scheme, or exactly what cannot be expressed there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.model import Adapter
+from loratool.adapter.scheme import KeyScheme
+from loratool.errors import OptionError, UnsupportedError
+from loratool.files.atomic import check_output
+from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.ops.conversion.base import open_base
+from loratool.ops.conversion.plan import ConversionPlan
+from loratool.ops.conversion.planning import Wishes, plan_conversion
+from loratool.ops.conversion.running import Outcome, measure, run_conversion
+from loratool.ops.importing import import_torch
+from loratool.ops.opening import open_adapter
+from loratool.schemes import builtin_schemes
+
+__all__ = ["NAMINGS", "ConvertReport", "convert"]
+
+AnyPath = str | PathLike[str]
+Progress = Callable[[int, int], None]
+NAMINGS: Final = ("native", "diffusers")
+BLOCK: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        source: Scheme that was read.
+        plan: What was decided.
+        outcome: The errors of what had to be computed.
+        is_written: Whether it was written.
+        notes: What a user should know, one sentence each.
+    """
+
+    source: str
+    plan: ConversionPlan
+    outcome: Outcome
+    is_written: bool
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def relative_error(self) -> float:
+        """``‖written - Δ‖ / ‖Δ‖`` over the modules that were computed; 0 where none was."""
+        return self.outcome.relative_error
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the delta of every module is what it was, bit for bit or to 1e-12."""
+        return self.relative_error < 1e-12
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a document for scripts."""
+        plan = self.plan
+        return {
+            "schema": 1,
+            "dry_run": not self.is_written,
+            "from": self.source,
+            "to": plan.scheme,
+            "family": plan.family,
+            "exact": self.is_exact,
+            "relative_error": self.relative_error,
+            "modules": [
+                {
+                    "module": item.part.module,
+                    "rank": item.part.rank,
+                    "scale": item.part.scale,
+                    "moved": item.is_moved,
+                    "relative_error": self.outcome.relative(item.part.module),
+                    "changes": list(item.part.notes),
+                }
+                for item in plan.parts
+            ],
+            "bytes_written" if self.is_written else "bytes_to_write": plan.nbytes,
+            "tensors": len(plan.specs),
+            "files": plan.described_files(),
+            "peak_memory": plan.peak_memory,
+            "sidecars": [sidecar.name for sidecar in plan.sidecars],
+            "carried": [c.spec.name for c in plan.carried if c.constant is None],
+            "dropped": [{"name": name, "why": why} for name, why in plan.dropped],
+            "notes": list(self.notes),
+        }
+
+
+def convert(
+    adapter: AnyPath,
+    to: str,
+    output: AnyPath,
+    *,
+    source: str | None = None,
+    base: AnyPath | None = None,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    name: str | None = None,
+    family: str | None = None,
+    naming: str | None = None,
+    component: str | None = None,
+    to_lora: bool = False,
+    rank: int | None = None,
+    fold: bool = False,
+    pad: int | None = None,
+    enable_lora: Sequence[bool] = (),
+    dtype: str | None = None,
+    drop: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Write the deltas of ``adapter`` in the scheme ``to``.
+
+    Names, orientation and the place of the scale change; the delta of every module does not.
+    Where the bytes of the factors only move, they are moved. Where the scheme has no place for
+    the scale it is multiplied into B, and the rounding that costs is reported.
+
+    Args:
+        adapter: File or folder.
+        to: Name of a scheme (``loratool schemes``).
+        output: A folder, or a file (``.safetensors``, or ``.bin`` and ``.pt`` for
+            ``torch.save``) where the scheme has no configuration.
+        source: The scheme to read it in; by default the one that recognises most of it.
+        base: The model that it is for. Its names settle flattened paths, its shapes kernels;
+            weights are read only for variants that depend on them.
+        alpha: Alpha for modules that record none.
+        adapter_name: Which adapter, where a path holds several.
+        name: The adapter's name in the output, for schemes that have one.
+        family: Which pipeline its names belong to (``sd1``, ``sdxl``, ``flux``, …), where they
+            do not tell.
+        naming: ``native`` or ``diffusers`` names of the backbone in ``kohya`` and ``comfy``.
+        component: Write one component of a pipeline alone, such as ``unet``.
+        to_lora: Write every variant as plain LoRA: LoHa, LoKr, CP and VeRA exactly, others as
+            the best approximation of ``rank``.
+        rank: Rank of what has to be approximated.
+        fold: Multiply every scale into B.
+        pad: Fill all modules up to this rank with zeros.
+        enable_lora: Which parts of a merged projection loralib's stacked factors are for.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; by default as the input.
+        drop: Regular expressions of modules and tensors that may be left out.
+        skip: Regular expressions; keys that match are not read at all, and reported.
+        force: Replace an existing output.
+        dry_run: Say what would be done, and write nothing.
+        progress: Called with bytes done and bytes in all.
+
+    Raises:
+        LoratoolError: Nothing was written; the message says why.
+    """
+    place, origin = Path(output), Path(adapter)
+    scheme = _written_scheme(to)
+    if naming is not None and naming not in NAMINGS:
+        raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
+    if not dry_run:
+        check_output(place, force=force, inputs=[origin])
+    opened_base = open_base(Path(base)) if base is not None else None
+    opened = open_adapter(
+        origin,
+        adapter_name=adapter_name,
+        alpha=alpha,
+        skip=skip,
+        scheme=source,
+        base_modules=tuple(opened_base.weights) if opened_base is not None else (),
+        enabled=enable_lora,
+    )
+    options = {
+        "to": to,
+        "from": source,
+        "base": Path(base).resolve().name if base is not None else None,
+        "alpha": alpha,
+        "family": family,
+        "naming": naming,
+        "component": component,
+        "to_lora": to_lora or None,
+        "rank": rank,
+        "fold": fold or None,
+        "pad": pad,
+        "dtype": dtype,
+        "drop": tuple(drop),
+        "skip": tuple(skip),
+    }
+    wishes = Wishes(
+        output=place,
+        base=opened_base,
+        dtype=OUTPUT_DTYPES[dtype] if dtype else None,
+        family=family,
+        naming=naming,
+        component=component,
+        name=name,
+        drop=tuple(drop),
+        to_lora=to_lora,
+        rank=rank,
+        fold=fold,
+        pad=pad,
+        options=options,
+        digest=None,
+    )
+    plan = _planned(opened, scheme, wishes)
+    if plan.computes:
+        import_torch()
+    outcome = (
+        measure(plan)
+        if dry_run
+        else run_conversion(plan, place, inputs=[origin], force=force, progress=progress)
+    )
+    return ConvertReport(
+        source=opened.scheme,
+        plan=plan,
+        outcome=outcome,
+        is_written=not dry_run,
+        notes=(*plan.notes, *_found(outcome)),
+    )
+
+
+def _planned(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> ConversionPlan:
+    """Return the plan; the input is hashed meanwhile, where that may take a while."""
+    with ThreadPoolExecutor(1) as pool:
+        digest: Future[str] = pool.submit(_digest, adapter.weights)
+        plan = plan_conversion(adapter, scheme, replace(wishes, digest="0" * 64))
+        found = digest.result()
+    metadata = {k: v.replace("0" * 64, found) for k, v in plan.metadata.items()}
+    return replace(plan, metadata=metadata)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _written_scheme(name: str) -> KeyScheme:
+    known = {scheme.name: scheme for scheme in builtin_schemes() if scheme.writes}
+    if name not in known:
+        raise UnsupportedError(
+            f"scheme {name}", "is not written", hint=f"written are: {', '.join(sorted(known))}"
+        )
+    return known[name]
+
+
+def _found(outcome: Outcome) -> list[str]:
+    if not outcome.shifted:
+        return []
+    return [
+        f"{len(outcome.shifted)} modules had a power of two moved from B to A, for the range of "
+        "their dtype"
+    ]

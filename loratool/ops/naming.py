@@ -1,0 +1,387 @@
+"""From the spelling of a file to dotted module paths, and never by guessing.
+
+Paths inside a pipeline begin with the component (``unet.down_blocks.0…``). Where a file does
+not tell a path, the module keeps the spelling of the file and is listed as unresolved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Final
+
+from loratool.adapter.model import Adapter, Kind, Site
+from loratool.adapter.scheme import Embeddings, KeyScheme, Spelling, transposed
+from loratool.adapter.slots import Slot
+from loratool.adapter.build import strip_wrappers
+from loratool.names.diffusion import FAMILIES, Family, family_named, family_of, unflatten
+from loratool.names.diffusion.flattening import flatten
+from loratool.names.embeddings import is_embedding
+from loratool.names.pipelines import (
+    COMFY_ENCODERS,
+    KOHYA_ENCODERS,
+    component_of,
+    encoder_component,
+    encoder_kinds,
+    is_text_model,
+    split_flat,
+    split_native,
+)
+from loratool.names.positions import text_paths, unet_paths
+
+__all__ = ["MODULES_KEY", "is_fused", "paths_of", "spell_out"]
+
+MODULES_KEY: Final = "loratool_modules"
+"""Metadata: flattened names and the paths that they stand for, where no vocabulary has them."""
+
+BACKBONE_KINDS: Final = (
+    "unet",
+    "ldm-unet",
+    "flux",
+    "bfl-flux",
+    "flux2",
+    "bfl-flux2",
+    "sd3",
+    "mmdit-sd3",
+    "wan",
+    "native-wan",
+    "qwen-image",
+)
+BACKBONE_PARTS: Final = ("unet", "transformer", "")
+
+
+@cache
+def is_fused(family: str | None) -> bool:
+    """Whether the original checkpoints of a family fuse what diffusers has apart.
+
+    The paths of such a file stay native: one module there is several in diffusers.
+    """
+    if family is None:
+        return False
+    rows = family_named(family).rows
+    return any(len(row.hub.modules) > 1 or row.hub.swapped for row in rows)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Module to its paths: one where it is known, several where it is ambiguous, else none."""
+
+    paths: Mapping[str, tuple[str, ...]]
+    family: str | None = None
+
+
+def spell_out(adapter: Adapter, scheme: KeyScheme, base: Collection[str] = ()) -> Adapter:
+    """Return ``adapter`` with dotted module paths, as far as they can be told.
+
+    Args:
+        adapter: As it was opened.
+        scheme: Its scheme.
+        base: Module paths of the base, if it is at hand; they come before all vocabularies.
+    """
+    modules = tuple(dict.fromkeys(site.module for site in adapter.sites))
+    match scheme.spelling:
+        case Spelling.FLAT:
+            names = _from_flat(modules, adapter.metadata, base)
+        case Spelling.BARE_FLAT:
+            names = _from_bare_flat(modules, adapter.metadata, base)
+        case Spelling.NATIVE:
+            names = _from_native(modules)
+        case Spelling.PIPELINE:
+            names = _from_pipeline(modules)
+        case Spelling.POSITION:
+            names = _from_positions(adapter.sites)
+        case _:
+            names = _Names({module: (module,) for module in modules}, _family_name(modules))
+    clashes = _clashes(names.paths)
+    sites = []
+    unresolved = {}
+    for site in adapter.sites:
+        paths = names.paths[site.module]
+        if len(paths) != 1 or paths[0] in clashes:
+            unresolved[site.module] = paths
+            sites.append(site)
+            continue
+        sites.append(_shaped(replace(site, module=paths[0]), scheme))
+    return replace(adapter, sites=tuple(sites), unresolved=unresolved, family=names.family)
+
+
+def paths_of(names: Sequence[str], scheme: KeyScheme) -> Mapping[str, tuple[str, ...]]:
+    """Return what flattened names may stand for, as far as vocabularies tell."""
+    is_bare = scheme.spelling is Spelling.BARE_FLAT
+    return (_from_bare_flat if is_bare else _from_flat)(names, {}, ()).paths
+
+
+def _clashes(paths: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """Return paths that two names of the file would stand for."""
+    seen: dict[str, int] = defaultdict(int)
+    for found in paths.values():
+        if len(found) == 1:
+            seen[found[0]] += 1
+    return {path for path, count in seen.items() if count > 1}
+
+
+def _shaped(site: Site, scheme: KeyScheme) -> Site:
+    """Return ``site`` with the factors of an embedding as such, and none with idle kernels."""
+    if site.kind is Kind.LINEAR and is_embedding(site.module) and site.is_plain:
+        return _embedded(site, scheme)
+    if site.kind is Kind.CONV and _is_attention(site.module):
+        return _flattened(site)
+    return site
+
+
+def _embedded(site: Site, scheme: KeyScheme) -> Site:
+    slots = dict(site.slots)
+    down, up = slots.pop(Slot.DOWN, None), slots.pop(Slot.UP, None)
+    if down is None or up is None or scheme.embeddings in (Embeddings.SLOTS, Embeddings.NONE):
+        return site
+    if scheme.embeddings is Embeddings.WEIGHT:
+        down, up = transposed(up), transposed(down)
+    slots |= {Slot.EMBEDDING_DOWN: down, Slot.EMBEDDING_UP: up}
+    return replace(site, slots=slots, kind=Kind.EMBEDDING)
+
+
+def _is_attention(module: str) -> bool:
+    leaf = module.rpartition(".")[2]
+    return leaf in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj") or module.endswith(
+        (".to_out.0", ".ff.net.0.proj", ".ff.net.2")
+    )
+
+
+def _flattened(site: Site) -> Site:
+    """Return a site on a linear layer whose factors are stored with kernels of 1 × 1."""
+    slots = dict(site.slots)
+    for slot in (Slot.DOWN, Slot.UP):
+        stored = slots.get(slot)
+        if stored is None or stored.strides is not None or set(stored.spec.shape[2:]) - {1}:
+            return site
+        slots[slot] = replace(stored, spec=replace(stored.spec, shape=stored.spec.shape[:2]))
+    return replace(site, slots=slots, kind=Kind.LINEAR)
+
+
+def _family_name(modules: Iterable[str], hint: str | None = None) -> str | None:
+    backbone = [
+        local
+        for component, local in map(component_of, modules)
+        if component is None or not component.startswith("text_encoder")
+    ]
+    found = family_of(backbone) if backbone else None
+    return found.name if found is not None else hint
+
+
+def _from_pipeline(modules: Sequence[str]) -> _Names:
+    family = _family_name(modules)
+    backbone = family_named(family).backbone if family else None
+    paths = {}
+    for module in modules:
+        component, local = component_of(module)
+        if component is None and is_text_model(local):
+            component = "text_encoder"
+        elif component is None:
+            component = backbone
+        local = strip_wrappers(local)
+        paths[module] = (f"{component}.{local}" if component else local,)
+    return _Names(paths, family)
+
+
+def _from_native(modules: Sequence[str]) -> _Names:
+    split = {module: split_native(module) for module in modules}
+    backbone = [local for part, local in split.values() if part == "diffusion_model"]
+    families = _fitting(backbone)
+    encoders = {part for part, _ in split.values()} - {"diffusion_model", ""}
+    name = _sole_name(backbone) or _family_of_encoders(encoders)
+    paths = {}
+    for module, (part, local) in split.items():
+        if part == "diffusion_model":
+            paths[module] = _hub_paths(local, families)
+        else:
+            component = encoder_component(part, name, COMFY_ENCODERS)
+            paths[module] = (f"{component}.{local}",) if component else ()
+    return _Names(paths, name)
+
+
+def _family_of_encoders(encoders: Collection[str]) -> str | None:
+    """Return the family that text encoders alone tell, by ComfyUI's names."""
+    if "t5xxl" in encoders:
+        return "sd3" if "clip_g" in encoders else "flux"
+    return "sdxl" if "clip_g" in encoders else None
+
+
+def _fitting(modules: Collection[str]) -> list[Family]:
+    """Return every family that has all of ``modules``."""
+    return [f for f in FAMILIES if modules and all(f.has(module) for module in modules)]
+
+
+def _sole_name(modules: Collection[str]) -> str | None:
+    found = family_of(modules) if modules else None
+    return found.name if found else None
+
+
+def _hub_paths(local: str, families: Sequence[Family]) -> tuple[str, ...]:
+    """Return what a path of a backbone may be, with its component."""
+    if not families:
+        return (local,)
+    return tuple(dict.fromkeys(_hub_path(local, family) for family in families))
+
+
+def _hub_path(local: str, family: Family) -> str:
+    """Return the path with its component; diffusers' own where that is the same module."""
+    if not is_fused(family.name):
+        fusion = family.from_native(local)
+        if fusion is not None:
+            return f"{family.backbone}.{fusion.modules[0]}"
+    return f"{family.backbone}.{local}"
+
+
+def _from_flat(
+    modules: Sequence[str], metadata: Mapping[str, str], base: Collection[str]
+) -> _Names:
+    split = {module: split_flat(module) for module in modules}
+    known = _recorded(metadata)
+    backbone = {
+        module: _candidates(flat, BACKBONE_KINDS)
+        for module, (part, flat) in split.items()
+        if module not in known and part in BACKBONE_PARTS
+    }
+    locals_ = [path for paths in backbone.values() for path in paths]
+    families = _families_of(backbone)
+    name = families[0].name if len(families) == 1 else _sole_name(locals_)
+    name = name or _family_of_parts(part for part, _ in split.values())
+    of_base = _by_flat(base)
+    paths: dict[str, tuple[str, ...]] = {}
+    for module, (part, flat) in split.items():
+        if module in known:
+            paths[module] = (known[module],)
+        elif flat in of_base:
+            paths[module] = tuple(_with_component(path, part, name) for path in of_base[flat])
+        elif encoder_kinds(part):
+            paths[module] = _encoder_paths(part, flat, name)
+        elif backbone.get(module) and families:
+            paths[module] = tuple(
+                dict.fromkeys(
+                    _hub_path(path, family)
+                    for family in families
+                    for path in backbone[module]
+                    if family.has(path)
+                )
+            )
+        else:
+            paths[module] = () if part else _candidates(flat, ("language-model",))
+    return _Names(paths, name)
+
+
+def _families_of(backbone: Mapping[str, tuple[str, ...]]) -> list[Family]:
+    """Return every family that has a path for all of the names that any family has."""
+    named = [paths for paths in backbone.values() if paths]
+    found = [f for f in FAMILIES if named and all(any(map(f.has, paths)) for paths in named)]
+    if len(found) == 2 and all(family.name.startswith("sd3") for family in found):
+        return found[:1]
+    return found
+
+
+def _encoder_paths(part: str, flat: str, family: str | None) -> tuple[str, ...]:
+    found = _candidates(flat, encoder_kinds(part))
+    if family == "flux" and part == "te2":  # OneTrainer's name of Flux's T5
+        component: str | None = "text_encoder_2"
+    else:
+        component = encoder_component(part, family, KOHYA_ENCODERS)
+    return tuple(f"{component}.{path}" for path in found) if component else ()
+
+
+def _family_of_parts(parts: Iterable[str]) -> str | None:
+    """Return the family that text encoders alone tell, by kohya's names."""
+    found = set(parts)
+    if "te3" in found:
+        return "sd3" if "te2" in found else "flux"
+    return "sdxl" if "te2" in found else None
+
+
+def _with_component(path: str, part: str, family: str | None) -> str:
+    """Return a path of the base with its component, where the base is only that component."""
+    if component_of(path)[0] is not None or not part:
+        return path
+    if part.startswith("te"):
+        component = encoder_component(part, family, KOHYA_ENCODERS)
+    else:
+        component = family_named(family).backbone if family else "unet"
+    return f"{component}.{path}" if component else path
+
+
+def _by_flat(base: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the base's paths by flattened path, with and without their component."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for path in base:
+        found[flatten(path)][path] = None
+        component, local = component_of(path)
+        if component is not None:
+            found[flatten(local)][path] = None
+    return {flat: tuple(paths) for flat, paths in found.items()}
+
+
+def _from_bare_flat(
+    modules: Sequence[str], metadata: Mapping[str, str], base: Collection[str]
+) -> _Names:
+    known = _recorded(metadata)
+    of_base = _by_flat(base)
+    paths: dict[str, tuple[str, ...]] = {}
+    for module in modules:
+        if module in known:
+            paths[module] = (known[module],)
+        elif module in of_base:
+            paths[module] = of_base[module]
+        else:
+            paths[module] = _bare_candidates(module)
+    return _Names(paths, _family_name(p for found in paths.values() for p in found))
+
+
+def _bare_candidates(flat: str) -> tuple[str, ...]:
+    for component in ("unet", "transformer", "text_encoder_2", "text_encoder_3", "text_encoder"):
+        if flat.startswith(f"{component}_"):
+            rest = flat.removeprefix(f"{component}_")
+            is_text = component.startswith("text")
+            kinds = ("clip", "t5") if is_text else BACKBONE_KINDS
+            found = _candidates(rest, kinds)
+            if found:
+                return tuple(f"{component}.{path}" for path in found)
+    return _candidates(flat, ("any",))
+
+
+def _candidates(flat: str, kinds: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(path for kind in kinds for path in unflatten(flat, kind)))
+
+
+def _recorded(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what the metadata records about flattened names, where it can be true."""
+    try:
+        found = json.loads(metadata.get(MODULES_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        name: path
+        for name, path in found.items()
+        if isinstance(path, str) and name.endswith(flatten(component_of(path)[1]))
+    }
+
+
+def _from_positions(sites: Sequence[Site]) -> _Names:
+    groups: dict[str, dict[int, Site]] = defaultdict(dict)
+    for site in sites:
+        component, _, number = site.module.partition(":")
+        groups[component][int(number)] = site
+    paths: dict[str, tuple[str, ...]] = {}
+    for component, numbered in groups.items():
+        ordered = [numbered[number] for number in sorted(numbered)]
+        is_whole = sorted(numbered) == list(range(len(numbered)))
+        find: Callable[[], list[str] | None] = (
+            (lambda ordered=ordered: unet_paths([(s.out_features, s.in_features) for s in ordered]))
+            if component == "unet"
+            else (lambda ordered=ordered: text_paths(len(ordered)))
+        )
+        found = find() if is_whole else None
+        for place, site in enumerate(ordered):
+            paths[site.module] = (f"{component}.{found[place]}",) if found else ()
+    return _Names(paths, "sd1" if "unet" in groups else None)

@@ -1,0 +1,45 @@
+"""Research code that multiplies from the right: ``x @ lora_A @ lora_B``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loratool.adapter.scheme import Embeddings, KeyScheme, Template
+from loratool.adapter.slots import Slot
+from loratool.files.spec import StoredTensor
+
+__all__ = ["SCHEME"]
+
+
+class TransposedScheme(KeyScheme):
+    """loralib's keys; that the factors are transposed only their shapes tell."""
+
+    def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
+        pairs = self.pairs(tensors)
+        fitting = sum(down.spec.shape[1] == up.spec.shape[0] for down, up in pairs)
+        # Where the ranks fit either way the rank is the smaller side.
+        tall = sum(down.spec.shape[0] > down.spec.shape[1] for down, up in pairs)
+        wide = sum(down.spec.shape[0] < down.spec.shape[1] for down, up in pairs)
+        if not pairs or fitting < len(pairs) or tall <= wide:
+            return 0
+        return self.factor_keys(tensors)
+
+
+SCHEME = TransposedScheme(
+    name="transposed",
+    summary="research code: A is (in, r), B is (r, out)",
+    example="blocks.0.attn.qkv.lora_A",
+    writes=True,
+    embeddings=Embeddings.FACTORS,
+    is_transposed=True,
+    has_convolutions=False,
+    is_open=True,
+    weights_name="adapter_model.safetensors",
+    priority=1,
+    foreign=("base_model.model.",),
+    templates=(
+        Template("{module}.lora_A", Slot.DOWN),
+        Template("{module}.lora_B", Slot.UP),
+        Template("{module}.alpha", Slot.ALPHA),
+    ),
+)

@@ -1,0 +1,621 @@
+"""Names of diffusion models: against the real models and against diffusers' own converters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loratool.errors import OptionError
+from loratool.names.diffusion import (
+    FAMILIES,
+    KINDS,
+    Family,
+    Fusion,
+    family_named,
+    family_of,
+    unflatten,
+)
+from loratool.names.diffusion.family import NUMBER, Row, single
+from loratool.names.diffusion.flattening import TEMPLATES, Vocabulary, filled, flatten
+from loratool.names.diffusion.templates import expand
+
+WRITTEN_KINDS = [kind for kind in KINDS if kind != "any"]
+
+NAMES = {  # family to the kinds of its hub and native names
+    "sd1": ("unet", "ldm-unet"),
+    "sdxl": ("unet", "ldm-unet"),
+    "flux": ("flux", "bfl-flux"),
+    "flux2": ("flux2", "bfl-flux2"),
+    "wan": ("wan", "native-wan"),
+    "sd3": ("sd3", "mmdit-sd3"),
+    "sd3-large": ("sd3", "mmdit-sd3"),
+}
+
+OPTIONAL = {"sd1": {"class_embedding.linear_1", "class_embedding.linear_2"}}
+"""Modules that only some models of a family have."""
+
+
+def sd1() -> torch.nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.UNet2DConditionModel(cross_attention_dim=768)  # type: ignore[no-any-return]
+
+
+def sdxl() -> torch.nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.UNet2DConditionModel(  # type: ignore[no-any-return]
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+def flux() -> torch.nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.FluxTransformer2DModel(guidance_embeds=True)  # type: ignore[no-any-return]
+
+
+def flux2() -> torch.nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.Flux2Transformer2DModel()  # type: ignore[no-any-return]
+
+
+def wan() -> torch.nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.WanTransformer3DModel(  # type: ignore[no-any-return]
+        image_dim=1280, added_kv_proj_dim=5120
+    )
+
+
+def stable_diffusion_3(depth: int, dual: int) -> torch.nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.SD3Transformer2DModel(  # type: ignore[no-any-return]
+        num_layers=depth,
+        attention_head_dim=64,
+        num_attention_heads=depth,
+        caption_projection_dim=64 * depth,
+        dual_attention_layers=tuple(range(dual)),
+        qk_norm="rms_norm",
+    )
+
+
+BACKBONES: dict[str, Callable[[], torch.nn.Module]] = {
+    "sd1": sd1,
+    "sdxl": sdxl,
+    "flux": flux,
+    "flux2": flux2,
+    "wan": wan,
+    "sd3": lambda: stable_diffusion_3(24, 13),
+    "sd3-large": lambda: stable_diffusion_3(38, 0),
+}
+
+
+def weights(model: torch.nn.Module) -> dict[str, int]:
+    """The modules that hold a weight, and its dimensions."""
+    held = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    return {name: weight.ndim for name, weight in held.items() if weight is not None}
+
+
+@cache
+def modules(name: str) -> dict[str, int]:
+    with torch.device("meta"):
+        return weights(BACKBONES[name]())
+
+
+def transformers_modules(name: str, **options: Any) -> dict[str, int]:
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, name)
+    with torch.device("meta"):
+        return weights(model(model.config_class(**options)))
+
+
+def table(family: Family) -> Iterator[tuple[str, Fusion]]:
+    """Every native module of a family, with what it is."""
+    for row in family.rows:
+        for number in range(row.count):
+            native = row.native.replace(NUMBER, str(number))
+            fusion = family.from_native(native)
+            assert fusion is not None
+            yield native, fusion
+
+
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+# The tables
+
+
+@families
+def test_the_tables_are_bijective(family: Family) -> None:
+    natives: set[str] = set()
+    hubs: set[str] = set()
+    for native, fusion in table(family):
+        assert native not in natives
+        natives.add(native)
+        for module in fusion.modules:
+            assert module not in hubs
+            hubs.add(module)
+            assert family.to_native(module) == (native, fusion)
+
+
+@families
+def test_the_tables_are_those_of_the_real_models(family: Family) -> None:
+    hubs = {module for _, fusion in table(family) for module in fusion.modules}
+    assert hubs - OPTIONAL.get(family.name, set()) == set(modules(family.name))
+
+
+@families
+def test_what_a_family_does_not_have(family: Family) -> None:
+    for module in (
+        "",
+        ".",
+        "*",
+        "transformer_blocks",
+        "transformer_blocks.",
+        "transformer_blocks.*.attn.to_q",
+        "double_blocks.*.img_attn.qkv",
+        "joint_blocks.99.x_block.attn.qkv",
+        "double_blocks.-1.img_attn.qkv",
+        "double_blocks.00.img_attn.qkv",
+        "double_blocks.1.img_attn.qkv.x",
+        "input_blocks.4.1.transformer_blocks.99.attn1.to_q",
+        "input_blocks.40.1.norm",
+        "transformer_blocks." * 1000 + "0.attn.to_q",
+        "transformer_blocks." + "9" * 10_000 + ".attn.to_q",
+        "transformer_blocks.٣.attn.to_q",
+    ):
+        assert family.from_native(module) is None
+        assert family.to_native(module) is None
+        assert not family.has(module)
+
+
+def test_a_table_with_a_module_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        Family("x", "unet", (single("a", "b"), single("a", "c")))
+    with pytest.raises(ValueError, match="twice"):
+        Family("x", "unet", (single("a", "b"), Row("c", Fusion(("b", "d")))))
+
+
+@pytest.mark.parametrize(
+    ("name", "native", "fusion"),
+    [
+        ("sd1", "input_blocks.3.0.op", Fusion(("down_blocks.0.downsamplers.0.conv",))),
+        ("sd1", "output_blocks.2.1.conv", Fusion(("up_blocks.0.upsamplers.0.conv",))),
+        ("sd1", "output_blocks.5.2.conv", Fusion(("up_blocks.1.upsamplers.0.conv",))),
+        ("sdxl", "output_blocks.2.2.conv", Fusion(("up_blocks.0.upsamplers.0.conv",))),
+        (
+            "sdxl",
+            "output_blocks.0.1.transformer_blocks.9.attn2.to_k",
+            Fusion(("up_blocks.0.attentions.0.transformer_blocks.9.attn2.to_k",)),
+        ),
+        (
+            "flux",
+            "single_blocks.37.linear1",
+            Fusion(
+                expand("single_transformer_blocks.37.{attn.to_q,attn.to_k,attn.to_v,proj_mlp}"),
+                "input",
+            ),
+        ),
+        (
+            "flux",
+            "double_blocks.0.txt_attn.qkv",
+            Fusion(expand("transformer_blocks.0.attn.{add_q_proj,add_k_proj,add_v_proj}")),
+        ),
+        (
+            "sd3",
+            "joint_blocks.12.x_block.attn2.qkv",
+            Fusion(expand("transformer_blocks.12.attn2.{to_q,to_k,to_v}")),
+        ),
+        ("sd3", "joint_blocks.13.x_block.attn2.qkv", None),
+        ("sd3", "joint_blocks.23.context_block.mlp.fc1", None),
+        (
+            "sd3",
+            "joint_blocks.23.context_block.adaLN_modulation.1",
+            Fusion(("transformer_blocks.23.norm1_context.linear",), swapped=True),
+        ),
+        (
+            "sd3-large",
+            "joint_blocks.23.context_block.adaLN_modulation.1",
+            Fusion(("transformer_blocks.23.norm1_context.linear",)),
+        ),
+    ],
+)
+def test_modules_known_by_heart(name: str, native: str, fusion: Fusion | None) -> None:
+    assert family_named(name).from_native(native) == fusion
+
+
+# Against diffusers' converters
+
+
+def checkpoint_of(family: Family, rows: Callable[[Fusion], int]) -> dict[str, torch.Tensor]:
+    """A native checkpoint in which no two numbers are alike."""
+    start = 0.0
+    checkpoint = {}
+    for native, fusion in table(family):
+        size = rows(fusion)
+        suffixes = ("scale",) if native.endswith("_norm") else ("weight", "bias")
+        for suffix in suffixes:
+            values = torch.arange(start, start + size, dtype=torch.float64)
+            checkpoint[f"{native}.{suffix}"] = values if suffix == "bias" else values[:, None]
+            start += size
+    return checkpoint
+
+
+def parts(fusion: Fusion, weight: torch.Tensor, inputs: int) -> dict[str, torch.Tensor]:
+    """What a fusion says that the hub's modules hold."""
+    count = len(fusion.modules)
+    if fusion.swapped:
+        weight = torch.cat(weight.chunk(2)[::-1])
+    sizes = [len(weight) // count] * count
+    if fusion.sizes == "input":
+        sizes = [inputs] * (count - 1) + [len(weight) - inputs * (count - 1)]
+    return dict(zip(fusion.modules, torch.split(weight, sizes), strict=True))
+
+
+def expected_parts(
+    family: Family, checkpoint: dict[str, torch.Tensor], inputs: int
+) -> dict[str, torch.Tensor]:
+    expected = {}
+    for key, tensor in checkpoint.items():
+        native, _, suffix = key.rpartition(".")
+        fusion = family.from_native(native)
+        assert fusion is not None
+        suffix = "weight" if suffix == "scale" else suffix
+        for module, part in parts(fusion, tensor, inputs).items():
+            expected[f"{module}.{suffix}"] = part
+    return expected
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for key, tensor in found.items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def test_flux_is_split_as_diffusers_splits_it() -> None:
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    family, inputs = family_named("flux"), 3072
+    checkpoint = checkpoint_of(
+        family, lambda fusion: 7 * inputs if fusion.sizes == "input" else 2 * len(fusion.modules)
+    )
+    expected = expected_parts(family, checkpoint, inputs)
+    assert_same(utils.convert_flux_transformer_checkpoint_to_diffusers(checkpoint), expected)
+
+
+def test_flux2_is_split_as_diffusers_splits_it() -> None:
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    family = family_named("flux2")
+    checkpoint = checkpoint_of(family, lambda fusion: 2 * len(fusion.modules))
+    # No module of the model has a bias, and the converter expects none.
+    checkpoint = {key: value for key, value in checkpoint.items() if not key.endswith(".bias")}
+    expected = expected_parts(family, checkpoint, 2)
+    assert_same(utils.convert_flux2_transformer_checkpoint_to_diffusers(checkpoint), expected)
+
+
+def test_wan_is_renamed_as_diffusers_renames_it() -> None:
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    family = family_named("wan")
+    checkpoint = {f"{native}.weight": native for native, _ in table(family)}
+    assert utils.convert_wan_transformer_to_diffusers(checkpoint) == {
+        f"{fusion.modules[0]}.weight": native for native, fusion in table(family)
+    }
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3-large"])
+def test_sd3_is_split_as_diffusers_splits_it(name: str) -> None:
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    family = family_named(name)
+    checkpoint = checkpoint_of(family, lambda fusion: 4 * len(fusion.modules))
+    for key in [key for key in checkpoint if key.endswith(("ln_q.bias", "ln_k.bias"))]:
+        del checkpoint[key]
+    expected = expected_parts(family, checkpoint, 4)
+    positions = torch.zeros(1)
+    found = utils.convert_sd3_transformer_checkpoint_to_diffusers(
+        checkpoint | {"pos_embed": positions}
+    )
+    assert found.pop("pos_embed.pos_embed") is positions
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sd1", {"class_embed_type": "projection"}),
+        ("sdxl", {"addition_embed_type": "text_time"}),
+    ],
+)
+def test_unets_are_renamed_as_diffusers_renames_them(name: str, options: dict[str, str]) -> None:
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    family = family_named(name)
+    expected = {}
+    checkpoint = {}
+    for native, fusion in table(family):
+        for suffix in ("weight", "bias"):
+            checkpoint[f"model.diffusion_model.{native}.{suffix}"] = native
+            expected[f"{fusion.modules[0]}.{suffix}"] = native
+    config = {"layers_per_block": 2, **options}
+    assert utils.convert_ldm_unet_checkpoint(checkpoint, config) == expected
+
+
+def test_flattened_sdxl_names_are_read_as_diffusers_reads_them() -> None:
+    utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    family = family_named("sdxl")
+    state = {
+        f"lora_unet_{flatten(native)}.lora_{factor}.weight": native
+        for native, fusion in table(family)
+        if modules("sdxl")[fusion.modules[0]] > 1
+        for factor in ("down", "up")
+    }
+    state = utils._maybe_map_sgm_blocks_to_diffusers(state, SimpleNamespace(layers_per_block=2))
+    found, alphas = utils._convert_non_diffusers_lora_to_diffusers(state)
+    assert not alphas
+    names = {}
+    for key, native in found.items():
+        module = key.removeprefix("unet.").replace(".processor", "")
+        for ending in ("_lora.down.weight", "_lora.up.weight", ".lora_down.weight"):
+            module = module.removesuffix(ending)
+        for ending in (".lora.down.weight", ".lora.up.weight", ".lora_up.weight"):
+            module = module.removesuffix(ending)
+        names[module + ".0" if module.endswith("to_out") else module] = native
+    assert names == {
+        module: native
+        for native, fusion in table(family)
+        for module in fusion.modules
+        if modules("sdxl")[module] > 1
+    }
+
+
+# Which family
+
+
+@families
+def test_a_family_is_known_by_all_of_its_modules(family: Family) -> None:
+    assert family_of([native for native, _ in table(family)]) is family
+    assert family_of({module for _, fusion in table(family) for module in fusion.modules}) is family
+
+
+@pytest.mark.parametrize(
+    ("names", "family"),
+    [
+        ("{down_blocks.0,up_blocks.3}.attentions.0.transformer_blocks.0.attn1.to_q", "sd1"),
+        ("input_blocks.1.1.transformer_blocks.0.attn1.to_q", "sd1"),
+        ("down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q", "sdxl"),
+        ("input_blocks.4.1.transformer_blocks.1.attn1.to_q", "sdxl"),
+        ("up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "sdxl"),
+        ("label_emb.0.0", None),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", None),
+        ("down_blocks.{0,1}.attentions.0.transformer_blocks.1.attn1.to_q", None),
+        ("{single_transformer_blocks,transformer_blocks}.3.attn.to_q", "flux"),
+        ("single_blocks.7.modulation.lin", "flux"),
+        ("double_blocks.8.img_attn.qkv", "flux"),  # deeper than Flux.2
+        ("single_blocks.38.linear2", "flux2"),  # deeper than Flux.1
+        ("single_blocks.7.linear2", None),
+        ("{double_blocks.7.txt_mlp.0,single_blocks.37.linear1}", None),
+        ("single_transformer_blocks.7.attn.to_qkv_mlp_proj", "flux2"),
+        ("blocks.0.self_attn.q", "wan"),
+        ("blocks.0.attn1.to_q", "wan"),
+        ("transformer_blocks.18.attn.to_q", None),  # Flux or SD 3
+        ("transformer_blocks.19.attn.to_q", "sd3"),  # deeper than Flux
+        ("transformer_blocks.{0,37}.attn.to_q", "sd3-large"),
+        ("transformer_blocks.{0,59}.attn.to_q", None),  # Qwen-Image
+        ("joint_blocks.0.x_block.attn.qkv", "sd3"),
+        ("joint_blocks.23.context_block.mlp.fc1", "sd3-large"),
+        ("single_transformer_blocks.39.attn.to_q", None),  # HunyuanVideo
+        ("model.layers.0.self_attn.q_proj", None),
+        ("{double_blocks.0.img_attn.qkv,model.layers.0.self_attn.q_proj}", None),
+    ],
+)
+def test_which_family(names: str, family: str | None) -> None:
+    found = family_of(expand(names))
+    assert (found.name if found else None) == family
+
+
+def test_no_modules_are_of_no_family() -> None:
+    assert family_of([]) is None
+
+
+@families
+def test_families_have_names(family: Family) -> None:
+    assert family_named(family.name) is family
+    assert family.backbone in ("unet", "transformer")
+
+
+def test_there_is_no_such_family() -> None:
+    with pytest.raises(OptionError, match="no such family"):
+        family_named("sd9")
+
+
+# Flattened names
+
+
+def assert_restored(names: list[str], *kinds: str) -> None:
+    for name in names:
+        for kind in (*kinds, "any"):
+            assert unflatten(flatten(name), kind) == (name,)
+
+
+@families
+def test_flattened_names_of_backbones_are_restored(family: Family) -> None:
+    hub, native = NAMES[family.name]
+    assert_restored(list(modules(family.name)), hub)
+    assert_restored([name for name, _ in table(family)], native)
+
+
+def test_flattened_names_of_qwen_image_are_restored() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        names = weights(diffusers.QwenImageTransformer2DModel(num_layers=2))
+    assert_restored(list(names), "qwen-image")
+
+
+def test_flattened_names_of_clip_are_restored() -> None:
+    names = list(transformers_modules("CLIPTextModelWithProjection"))
+    assert any(name.startswith("text_model.") for name in names)
+    bare = [name.removeprefix("text_model.") for name in names]
+    assert_restored([*names, *bare], "clip", "language-model")
+
+
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_flattened_names_of_t5_are_restored(feed_forward: str) -> None:
+    names = transformers_modules("T5EncoderModel", feed_forward_proj=feed_forward, num_layers=2)
+    assert_restored(list(names), "t5", "language-model")
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        ("LlamaForCausalLM", "model."),
+        ("MistralForCausalLM", "model."),
+        ("Qwen2ForCausalLM", "model."),
+        ("Qwen3ForCausalLM", "model."),
+        ("Qwen2MoeForCausalLM", "model."),
+        ("MixtralForCausalLM", "model."),
+        ("Gemma2ForCausalLM", "model."),
+        ("Gemma3ForCausalLM", "model."),
+        ("PhiForCausalLM", "model."),
+        ("Phi3ForCausalLM", "model."),
+        ("DeepseekV3ForCausalLM", "model."),
+        ("Starcoder2ForCausalLM", "model."),
+        ("GPT2LMHeadModel", "transformer."),
+        ("GPTNeoXForCausalLM", "gpt_neox."),
+        ("GPTNeoForCausalLM", "transformer."),
+        ("GPTJForCausalLM", "transformer."),
+        ("OPTForCausalLM", "model."),
+        ("BloomForCausalLM", "transformer."),
+        ("FalconForCausalLM", "transformer."),
+        ("MptForCausalLM", "transformer."),
+        ("BertForMaskedLM", "bert."),
+        ("RobertaForSequenceClassification", "roberta."),
+        ("DistilBertForSequenceClassification", "distilbert."),
+        ("DebertaV2ForSequenceClassification", "deberta."),
+        ("ElectraForSequenceClassification", "electra."),
+        ("MT5ForConditionalGeneration", ""),
+        ("BartForConditionalGeneration", "model."),
+        ("WhisperForConditionalGeneration", "model."),
+        ("ViTForImageClassification", "vit."),
+    ],
+)
+def test_flattened_names_of_language_models_are_restored(model: str, body: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    known = vars(getattr(transformers, model).config_class())
+    depths = (
+        *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"),
+        *("encoder_layers", "decoder_layers"),
+    )
+    options: dict[str, Any] = {name: 2 for name in depths if name in known}
+    if model == "GPTNeoForCausalLM":
+        options["attention_types"] = [[["global", "local"], 1]]
+    names = list(transformers_modules(model, **options))
+    assert_restored(names, "language-model")
+    assert_restored([name.removeprefix(body) for name in names], "language-model")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.3.mlp.experts.12.gate_proj",
+        "model.layers.3.block_sparse_moe.experts.7.w1",
+        "model.layers.3.block_sparse_moe.gate",
+        "model.language_model.layers.31.self_attn.q_proj",
+        "language_model.model.layers.31.mlp.gate_up_proj",
+        "language_model.lm_head",
+        "vit.encoder.layer.11.attention.attention.query",
+        "model.vision_tower.vision_model.encoder.layers.0.self_attn.out_proj",
+        "model.visual.blocks.0.attn.qkv",
+    ],
+)
+def test_flattened_names_of_other_versions_are_restored(name: str) -> None:
+    assert_restored([name], "language-model")
+
+
+@pytest.mark.parametrize("kind", WRITTEN_KINDS)
+def test_no_name_of_a_vocabulary_is_ambiguous(kind: str) -> None:
+    """Numbers are chosen so that a literal one may be taken for the number of a block."""
+    for template in TEMPLATES[kind]:
+        for numbers in product(("0", "1", "2", "10"), repeat=template.split(".").count(NUMBER)):
+            name = filled(template, numbers)
+            assert unflatten(flatten(name), kind) == unflatten(flatten(name), "any") == (name,)
+
+
+def test_an_ambiguous_name_has_every_reading() -> None:
+    vocabulary = Vocabulary(("a.b_c", "a_b.c", "x.*.y_1", "x.*.y.*", "x.0.y.1"))
+    assert vocabulary.parse("a_b_c") == ("a.b_c", "a_b.c")
+    assert vocabulary.parse("x_0_y_1") == ("x.0.y.1", "x.0.y_1")
+    assert vocabulary.parse("x_3_y_1") == ("x.3.y.1", "x.3.y_1")
+    assert vocabulary.parse("x_3_y_2") == ("x.3.y.2",)
+
+
+def test_there_is_no_such_kind() -> None:
+    with pytest.raises(KeyError):
+        unflatten("x", "y")
+
+
+@given(
+    case=st.sampled_from([(kind, each) for kind in WRITTEN_KINDS for each in TEMPLATES[kind]]),
+    numbers=st.lists(st.integers(0, 999_999).map(str), min_size=4, max_size=4),
+)
+def test_what_is_flattened_comes_back(case: tuple[str, str], numbers: list[str]) -> None:
+    kind, template = case
+    name = filled(template, tuple(numbers))
+    assert name in unflatten(flatten(name), kind)
+    for path in unflatten(flatten(name), "any"):
+        assert flatten(path) == flatten(name)
+
+
+WORDS = sorted({word for each in TEMPLATES.values() for name in each for word in name.split("_")})
+
+
+@given(st.lists(st.sampled_from(WORDS) | st.text(max_size=4), max_size=12).map("_".join))
+def test_readings_flatten_to_the_name(flat: str) -> None:
+    for kind in KINDS:
+        for path in unflatten(flat, kind):
+            assert flatten(path) == flat
+            assert NUMBER not in path
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        "",
+        "_",
+        "*",
+        "down_blocks_*_resnets_0_conv1",
+        "down_blocks_٣_resnets_0_conv1",
+        "down_blocks_00_resnets_0_conv1",
+        "down_blocks_1234567_resnets_0_conv1",
+        "down_blocks_0_resnets_0_conv1_",
+        "_down_blocks_0_resnets_0_conv1",
+        "down_blocks__0_resnets_0_conv1",
+        "DOWN_BLOCKS_0_RESNETS_0_CONV1",
+        "down_blocks_0_resnets_0_conv1\n",
+    ],
+)
+def test_what_is_no_name(flat: str) -> None:
+    assert unflatten(flat, "any") == ()
+
+
+def test_long_names_cost_nothing() -> None:
+    start = time.perf_counter()
+    for flat in ("0_" * 1_000_000, "down_blocks_" * 1_000_000, "1" * 10_000_000, "0_" * 256):
+        assert unflatten(flat, "any") == ()
+    assert time.perf_counter() - start < 1
+
+
+def test_expand_names_every_alternative_once() -> None:
+    assert expand("x.{a,b.}{c,d}", "x.ac", "y") == ("x.ac", "x.ad", "x.b.c", "x.b.d", "y")
+    assert expand("{a.,}b") == ("a.b", "b")

@@ -1,0 +1,593 @@
+"""Variants of LoRA as factors and as dense deltas, against the libraries that define them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from torch import Tensor, nn
+
+from loratool.math.dense_variants import (
+    boft_delta,
+    diag_oft_delta,
+    dora_delta,
+    full_difference,
+    glora_delta,
+    glora_rank,
+    hra_delta,
+    ia3_delta,
+    is_old_glora,
+    peft_ia3_delta,
+    peft_oft_delta,
+)
+from loratool.math.exact_variants import (
+    fold_mid,
+    hadamard_factors,
+    hadamard_rank,
+    kronecker_factors,
+    kronecker_rank,
+    stacked_factors,
+    vera_factors,
+)
+
+ALPHA = 2.5
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+SINGLE = {"rtol": 1e-5, "atol": 1e-5}
+"""LyCORIS inverts in float32 whatever the weights are."""
+
+LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "linear": nn.Linear,
+    "conv 1x1": lambda i, o: nn.Conv2d(i, o, 1),
+    "conv 3x3": lambda i, o: nn.Conv2d(i, o, 3, padding=1),
+    "conv 2x3": lambda i, o: nn.Conv2d(i, o, (2, 3)),
+    "conv1d": lambda i, o: nn.Conv1d(i, o, 3),
+    "conv3d": lambda i, o: nn.Conv3d(i, o, (1, 2, 3)),
+}
+
+
+@pytest.fixture
+def lycoris() -> Iterator[Any]:
+    """LyCORIS' modules; its warnings are its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("lycoris")
+        yield importlib.import_module("lycoris.modules")
+
+
+def random_module(factory: Any, layer: nn.Module, **options: Any) -> Any:
+    """A module of LyCORIS for a layer, both float64, with random parameters."""
+    module = factory("x", layer, alpha=ALPHA, **options).double().requires_grad_(False)
+    layer.double()
+    for parameter in module.parameters():
+        parameter.normal_()
+    return module.eval()
+
+
+def tensors_of(module: Any) -> dict[str, Tensor]:
+    """What the module would store, by the ends of the keys."""
+    return {key: value.detach() for key, value in module.state_dict().items()}
+
+
+def base_weight(module: Any) -> Tensor:
+    weight: Tensor = module.org_module[0].weight.detach()
+    return weight
+
+
+def difference(module: Any) -> Tensor:
+    """The dense delta that the module's forward applies, seen through one-hot inputs."""
+    layer = module.org_module[0]
+    shape = layer.weight.shape
+    count = math.prod(shape[1:])
+    hot = torch.eye(count, dtype=layer.weight.dtype).reshape(count, *shape[1:])
+    if len(shape) > 2:  # no padding, so that each output is one place
+        module.kw_dict = {**module.kw_dict, "padding": 0}
+        layer.padding = (0,) * (len(shape) - 2)
+    with torch.no_grad():
+        out = module(hot) - module.org_forward(hot)
+    delta: Tensor = out.flatten(1).mT.reshape(shape)
+    return delta
+
+
+def product(factors: tuple[Tensor, Tensor], scale: float, like: Tensor) -> Tensor:
+    up, down = factors
+    assert up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0]
+    return (up @ down * scale).reshape(like.shape)
+
+
+def shapes(*tensors: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors]
+
+
+# LoCon
+
+
+@pytest.mark.parametrize("layer", ["conv 3x3", "conv 2x3", "conv1d", "conv3d"])
+def test_mid_folds_into_down(lycoris: Any, layer: str) -> None:
+    module = random_module(lycoris.LoConModule, LAYERS[layer](5, 6), lora_dim=4, use_tucker=True)
+    stored = tensors_of(module)
+    names = ("lora_up.weight", "lora_down.weight", "lora_mid.weight")
+    factors = fold_mid(*(stored[name] for name in names))
+    assert factors[0].shape[1] == 4
+    scale = float(stored["alpha"]) / stored["lora_down.weight"].shape[0]
+    expected = difference(module)
+    torch.testing.assert_close(product(factors, scale, expected), expected, **EXACT)
+
+
+# LoHa
+
+
+def loha_of(stored: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+    names = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
+    return tuple(stored.get(f"hada_{name}") for name in names)
+
+
+def check_loha(tensors: tuple[Tensor | None, ...], scale: float, expected: Tensor) -> None:
+    factors = hadamard_factors(*tensors)  # type: ignore[arg-type]
+    torch.testing.assert_close(product(factors, scale, expected), expected, **EXACT)
+    sizes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
+    assert hadamard_rank(*sizes) == factors[0].shape[1]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("use_tucker", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_loha_of_lycoris(lycoris: Any, layer: str, rank: int, use_tucker: bool) -> None:
+    module = random_module(
+        lycoris.LohaModule, LAYERS[layer](7, 6), lora_dim=rank, use_tucker=use_tucker
+    )
+    stored = tensors_of(module)
+    scale = float(stored["alpha"]) / stored["hada_w1_b"].shape[0]
+    check_loha(loha_of(stored), scale, difference(module))
+
+
+def test_loha_of_two_ranks() -> None:
+    w1_a, w1_b = torch.randn(9, 2).double(), torch.randn(2, 8).double()
+    w2_a, w2_b = torch.randn(9, 3).double(), torch.randn(3, 8).double()
+    check_loha((w1_a, w1_b, w2_a, w2_b, None, None), 1.0, (w1_a @ w1_b) * (w2_a @ w2_b))
+    assert hadamard_rank(*shapes(w1_a, w1_b, w2_a, w2_b)) == 6
+
+
+def test_loha_with_one_core_is_refused() -> None:
+    half = (torch.ones(2, 4), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="only one half"):
+        hadamard_factors(*half, *half, t1=torch.ones(2, 2, 3, 3))
+
+
+# LoKr
+
+
+def lokr_of(stored: Mapping[str, Tensor]) -> tuple[Any, Any, Tensor | None]:
+    def half(name: str) -> Any:
+        if f"lokr_{name}" in stored:
+            return stored[f"lokr_{name}"]
+        return stored[f"lokr_{name}_a"], stored[f"lokr_{name}_b"]
+
+    return half("w1"), half("w2"), stored.get("lokr_t2")
+
+
+def lokr_scale(stored: Mapping[str, Tensor], rank: int | None = None) -> float:
+    """LyCORIS knows no rank where both are full, and uses one; PEFT takes its configuration's."""
+    for name in ("lokr_w2_b", "lokr_w1_b"):
+        if rank is None and name in stored:
+            rank = stored[name].shape[0]
+    return 1.0 if rank is None else float(stored["alpha"]) / rank
+
+
+def check_lokr(stored: Mapping[str, Tensor], scale: float, expected: Tensor) -> None:
+    halves = lokr_of(stored)
+    up, down = kronecker_factors(*halves)
+    torch.testing.assert_close(product((up, down), scale, expected), expected, **EXACT)
+    sizes: Any = [
+        tuple(shapes(*half)) if isinstance(half, tuple) else None if half is None else half.shape
+        for half in halves
+    ]
+    assert kronecker_rank(*sizes) == up.shape[1] <= min(up.shape[0], down.shape[1])
+
+
+LOKR: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "w2 factored": ({"lora_dim": 2}, {"w1", "w2_a", "w2_b"}),
+    "decompose_both": ({"lora_dim": 2, "decompose_both": True}, {"w1_a", "w1_b", "w2_a", "w2_b"}),
+    "full": ({"lora_dim": 64}, {"w1", "w2"}),
+    "full_matrix": ({"lora_dim": 2, "full_matrix": True}, {"w1", "w2"}),
+    "w1 factored": (
+        {"lora_dim": 3, "decompose_both": True, "unbalanced_factorization": True},
+        {"w1_a", "w1_b", "w2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("use_tucker", [False, True])
+@pytest.mark.parametrize("kind", LOKR)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_lokr_of_lycoris(lycoris: Any, layer: str, kind: str, use_tucker: bool) -> None:
+    options, names = LOKR[kind]
+    sizes = (36, 32) if kind == "w1 factored" else (35, 24)
+    module = random_module(
+        lycoris.LokrModule, LAYERS[layer](*sizes), use_tucker=use_tucker, **options
+    )
+    stored = tensors_of(module)
+    has_core = use_tucker and "w2_a" in names and layer not in ("linear", "conv 1x1")
+    found = {key.removeprefix("lokr_") for key in stored if key.startswith("lokr_")}
+    assert found == (names | {"t2"} if has_core else names)
+    if kind == "full":
+        stored["alpha"] = torch.tensor(1e4)
+    check_lokr(stored, lokr_scale(stored), difference(module))
+
+
+def test_lokr_takes_the_smaller_side() -> None:
+    wide, tall = (2, 9), (7, 3)
+    assert kronecker_rank(wide, tall) == 2 * 3
+    assert kronecker_rank(((2, 1), (1, 9)), tall) == 3
+    assert kronecker_rank(((2, 5), (5, 9)), ((7, 5), (5, 3))) == 2 * 3
+    first, second = (torch.randn(2, 5), torch.randn(5, 9)), (torch.randn(7, 5), torch.randn(5, 3))
+    up, down = kronecker_factors(first, second)
+    assert up.shape == (14, 6) and down.shape == (6, 27)
+    expected = torch.kron(first[0] @ first[1], second[0] @ second[1])
+    torch.testing.assert_close(up @ down, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lokr_with_a_core_and_a_full_half_is_refused() -> None:
+    with pytest.raises(ValueError, match="factored half"):
+        kronecker_factors(torch.ones(2, 2), torch.ones(2, 2, 3, 3), torch.ones(1, 1, 3, 3))
+
+
+# loralib
+
+
+class MergedLinear(nn.Module):
+    """The forward of loralib's, after its published definition."""
+
+    def __init__(self, size: int, out: int, rank: int, enabled: list[bool]) -> None:
+        super().__init__()
+        self.enabled, count = enabled, sum(enabled)
+        self.out = out
+        self.a = torch.randn(rank * count, size).double()
+        self.b = torch.randn(out // len(enabled) * count, rank).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        after_a = (x @ self.a.mT).mT
+        after_b = nn.functional.conv1d(after_a, self.b.unsqueeze(-1), groups=sum(self.enabled)).mT
+        index = torch.tensor(self.enabled).repeat_interleave(self.out // len(self.enabled))
+        result = x.new_zeros(x.shape[0], self.out)
+        result[:, index] = after_b
+        return result
+
+
+@pytest.mark.parametrize(
+    "enabled",
+    [[True], [True, True], [True, False, True], [False, True], [False, True, True, False]],
+)
+def test_stacked_factors_of_loralib(enabled: list[bool]) -> None:
+    module = MergedLinear(5, 12, 2, enabled)
+    up, down = stacked_factors(module.a, module.b, enabled)
+    assert up.shape == (12, 2 * sum(enabled)) and down is module.a
+    expected = module(torch.eye(5).double()).mT
+    torch.testing.assert_close(up @ down, expected, **EXACT)
+
+
+@pytest.mark.parametrize("enabled", [[False], [True, True], [True, True, True]])
+def test_stacked_factors_have_to_fit(enabled: list[bool]) -> None:
+    with pytest.raises(ValueError, match="are not the factors"):
+        stacked_factors(torch.ones(2, 5), torch.ones(4, 2), enabled)
+
+
+# LyCORIS' variants that need the base
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_full_difference(lycoris: Any, layer: str) -> None:
+    module = random_module(lycoris.FullModule, LAYERS[layer](5, 6))
+    stored = tensors_of(module)
+    found = full_difference(base_weight(module), module.weight)
+    assert set(stored) == {"diff", "diff_b"}
+    expected = difference_without_bias(module)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def difference_without_bias(module: Any) -> Tensor:
+    """As :func:`difference`, for a module that changes the bias too."""
+    module.bias.zero_()
+    return difference(module)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_ia3_of_lycoris(lycoris: Any, layer: str, on_input: bool) -> None:
+    module = random_module(lycoris.IA3Module, LAYERS[layer](5, 6), train_on_input=on_input)
+    stored = tensors_of(module)
+    assert bool(stored["on_input"]) == on_input
+    found = ia3_delta(base_weight(module), stored["weight"], on_input)
+    torch.testing.assert_close(found, difference(module), **EXACT)
+
+
+@pytest.mark.parametrize("sizes", [(5, 6), (6, 5), (5, 5), (2, 2)])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_glora(lycoris: Any, layer: str, sizes: tuple[int, int]) -> None:
+    module = random_module(lycoris.GLoRAModule, LAYERS[layer](*sizes), lora_dim=2)
+    stored = tensors_of(module)
+    parts = [stored[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2")]
+    weight = base_weight(module)
+    assert not is_old_glora(weight.shape, *shapes(*parts))
+    scale = float(stored["alpha"]) / glora_rank(parts[0].shape, is_old=False)
+    found = glora_delta(weight, *parts) * scale
+    torch.testing.assert_close(found, difference(module), **EXACT)
+
+
+def test_glora_with_a_core() -> None:
+    weight = torch.randn(6, 5, 3, 3).double()
+    zero = torch.zeros(5, 2).double()
+    b1, b2, bm = torch.randn(6, 2, 1, 1), torch.randn(2, 5, 1, 1), torch.randn(2, 2, 3, 3)
+    parts = [part.double() for part in (b1, b2, bm)]
+    found = glora_delta(weight, zero, zero.mT, *parts)
+    expected = torch.einsum("omxx,mnhw,nixx->oihw", parts[0], parts[2], parts[1])
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize(("out", "size"), [(6, 5), (5, 6), (5, 5), (3, 5), (5, 3)])
+def test_old_glora(out: int, size: int) -> None:
+    """The formula that ComfyUI uses for it."""
+    weight = torch.randn(out, size).double()
+    a1, a2 = torch.randn(3, size).double(), torch.randn(size, 3).double()
+    b1, b2 = torch.randn(3, size).double(), torch.randn(out, 3).double()
+    parts = [a1, a2, b1, b2]
+    assert is_old_glora(weight.shape, *shapes(*parts))
+    assert glora_rank(a1.shape, is_old=True) == 3
+    expected = b2 @ b1 + weight @ a2 @ a1
+    torch.testing.assert_close(glora_delta(weight, *parts), expected, **EXACT)
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("constraint", [0.0, 0.05, 100.0])
+@pytest.mark.parametrize("name", ["DiagOFTModule", "ButterflyOFTModule"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rotations_of_lycoris(
+    lycoris: Any, layer: str, name: str, constraint: float, rescaled: bool
+) -> None:
+    module = random_module(
+        getattr(lycoris, name),
+        LAYERS[layer](5, 24),
+        lora_dim=6,
+        constraint=constraint,
+        rescaled=rescaled,
+    )
+    module.float()
+    module.org_module[0].float()
+    module.oft_blocks.mul_(0.3)
+    stored = tensors_of(module)
+    blocks = stored["oft_blocks"]
+    delta_of = diag_oft_delta if blocks.ndim == 3 else boft_delta
+    assert name.startswith("Diag") or blocks.shape[0] > 1
+    found = delta_of(base_weight(module), blocks, float(stored["alpha"]), stored.get("rescale"))
+    torch.testing.assert_close(found, difference(module), **SINGLE)
+
+
+@pytest.mark.parametrize("alpha", [1e-2, 1.0])
+@pytest.mark.parametrize("shape", [(12, 5), (12, 5, 3, 3)])
+def test_oft_of_kohya(shape: tuple[int, ...], alpha: float) -> None:
+    """After the published ``merge_to`` of its ``networks/oft.py``."""
+    weight, blocks = torch.randn(shape).double(), torch.randn(3, 4, 4).double()
+    skew = blocks - blocks.mT
+    norm = skew.norm()
+    skew = skew * ((norm.clamp(max=alpha * 12) + 1e-8) / (norm + 1e-8))
+    eye = torch.eye(4).double()
+    rotation = (eye + skew) @ (eye - skew).inverse()
+    merged = torch.einsum("knm,kn...->km...", rotation, weight.reshape(3, 4, -1)).reshape(shape)
+    found = diag_oft_delta(weight, blocks, alpha)
+    torch.testing.assert_close(found, merged - weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("out_axis", [True, False])
+@pytest.mark.parametrize("name", ["LoConModule", "LohaModule", "LokrModule"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_dora_of_lycoris(lycoris: Any, layer: str, name: str, out_axis: bool) -> None:
+    module = random_module(
+        getattr(lycoris, name),
+        LAYERS[layer](24, 24),
+        lora_dim=2,
+        weight_decompose=True,
+        wd_on_out=out_axis,
+    )
+    module.dora_scale.normal_()
+    stored = tensors_of(module)
+    weight = base_weight(module)
+    assert stored["dora_scale"].shape[0 if out_axis else 1] == 24
+    scale = float(stored["alpha"]) / 2
+    if name == "LohaModule":
+        factors = hadamard_factors(*loha_of(stored))  # type: ignore[arg-type]
+    elif name == "LokrModule":
+        factors = kronecker_factors(*lokr_of(stored))
+    else:
+        factors = stored["lora_up.weight"].flatten(1), stored["lora_down.weight"].flatten(1)
+    delta = product(factors, scale, weight)
+    found = dora_delta(weight, delta, stored["dora_scale"], out_axis)
+    torch.testing.assert_close(found, difference(module), **EXACT)
+
+
+def test_dora_keeps_rows_of_zeros() -> None:
+    weight = torch.zeros(2, 3)
+    weight[0] = 1
+    found = dora_delta(weight, torch.zeros(2, 3), torch.tensor([3**0.5, 1.0]), out_axis=True)
+    torch.testing.assert_close(found, torch.zeros(2, 3))
+
+
+# PEFT
+
+
+class Net(nn.Module):
+    """One layer of each kind."""
+
+    def __init__(self, size: int = 35, out: int = 24) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, out)
+        self.pointwise = nn.Conv2d(size, out, 1)
+        self.conv = nn.Conv2d(size, out, 3)
+        self.conv1d = nn.Conv1d(size, out, 3)
+
+
+def in_peft(config: Any, net: nn.Module | None = None) -> Any:
+    """A model of PEFT, float64, with random parameters of the adapter."""
+    net = (net or Net()).double().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(net, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name:
+            parameter.data.normal_()
+    return model.requires_grad_(False).eval()
+
+
+def layer_of(model: Any, name: str) -> Any:
+    return getattr(model.base_model.model, name)
+
+
+def slots_of(layer: Any, *names: str) -> dict[str, Tensor]:
+    found = {name: getattr(layer, name) for name in names}
+    return {name: slot["default"] for name, slot in found.items() if "default" in slot}
+
+
+def merged(layer: Any) -> tuple[Tensor, Tensor]:
+    """Merge one layer and return what that adds to its weight and its bias."""
+    base = layer.get_base_layer()
+    before = base.weight.detach().clone(), base.bias.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer.merge()
+    return base.weight.detach() - before[0], base.bias.detach() - before[1]
+
+
+@pytest.mark.parametrize("name", ["linear", "pointwise", "conv", "conv1d"])
+@pytest.mark.parametrize("effective", [False, True])
+def test_loha_of_peft(name: str, effective: bool) -> None:
+    config = LoHaConfig(r=2, alpha=3, target_modules=[name], use_effective_conv2d=effective)
+    layer = layer_of(in_peft(config), name)
+    stored = slots_of(layer, *layer.adapter_layer_names)
+    check_loha(loha_of(stored), 3 / 2, layer.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize("effective", [False, True])
+@pytest.mark.parametrize(
+    ("name", "rank", "both"),
+    [
+        (name, rank, both)
+        for name in ("linear", "pointwise", "conv", "conv1d")
+        for rank, both in ((2, False), (2, True), (64, False))
+        if (name, rank) != ("conv1d", 64)  # PEFT multiplies a full kernel along other axes
+    ],
+)
+def test_lokr_of_peft(name: str, rank: int, both: bool, effective: bool) -> None:
+    config = LoKrConfig(
+        r=rank,
+        alpha=3,
+        target_modules=[name],
+        decompose_both=both,
+        use_effective_conv2d=effective,
+    )
+    layer = layer_of(in_peft(config), name)
+    stored = slots_of(layer, *layer.adapter_layer_names)
+    assert ("lokr_w2" in stored) == (rank == 64) and ("lokr_w1" in stored) == (not both)
+    check_lokr(stored, 3 / rank, layer.get_delta_weight("default"))
+
+
+def test_vera_of_peft() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small, self.large = nn.Linear(5, 9), nn.Linear(8, 6)
+
+    model = in_peft(VeraConfig(r=3, target_modules=["small", "large"]), Two())
+    for name in ("small", "large"):
+        layer = layer_of(model, name)
+        shared = layer.vera_A["default"], layer.vera_B["default"]
+        vectors = layer.vera_lambda_b["default"], layer.vera_lambda_d["default"]
+        out, size = layer.get_base_layer().weight.shape
+        factors = vera_factors(*vectors, *shared, out, size)
+        expected = layer.get_delta_weight("default")
+        torch.testing.assert_close(product(factors, 1.0, expected), expected, **EXACT)
+
+
+def test_vera_has_to_fit() -> None:
+    with pytest.raises(ValueError, match="too small"):
+        vera_factors(torch.ones(4), torch.ones(2), torch.ones(2, 5), torch.ones(3, 2), 4, 5)
+
+
+@pytest.mark.parametrize("name", ["linear", "pointwise", "conv"])
+@pytest.mark.parametrize("is_feedforward", [False, True])
+def test_ia3_of_peft(name: str, is_feedforward: bool) -> None:
+    config = IA3Config(target_modules=[name], feedforward_modules=[name] if is_feedforward else [])
+    layer = layer_of(in_peft(config), name)
+    scale = layer.ia3_l["default"]
+    base = layer.get_base_layer()
+    found = peft_ia3_delta(base.weight.clone(), scale, is_feedforward)
+    bias = torch.zeros_like(base.bias)
+    if not is_feedforward:
+        bias = peft_ia3_delta(base.bias.clone(), scale, is_feedforward)
+    weight_change, bias_change = merged(layer)
+    torch.testing.assert_close(found, weight_change, **EXACT)
+    torch.testing.assert_close(bias, bias_change, **EXACT)
+
+
+@pytest.mark.parametrize("is_feedforward", [False, True])
+def test_ia3_of_peft_in_groups(is_feedforward: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(6, 9, 3, groups=3))
+    config = IA3Config(target_modules=["0"], feedforward_modules=["0"] if is_feedforward else [])
+    layer = in_peft(config, net).base_model.model[0]
+    weight = layer.get_base_layer().weight.clone()
+    found = peft_ia3_delta(weight, layer.ia3_l["default"], is_feedforward)
+    torch.testing.assert_close(found, merged(layer)[0], **EXACT)
+
+
+@pytest.mark.parametrize("name", ["linear", "pointwise", "conv"])
+def test_dora_of_peft(name: str) -> None:
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=[name], use_dora=True)
+    layer = layer_of(in_peft(config), name)
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    magnitude.normal_()
+    weight = layer.get_base_layer().weight.clone()
+    delta = layer.get_delta_weight("default")
+    found = dora_delta(weight, delta, magnitude, out_axis=True)
+    torch.testing.assert_close(found, merged(layer)[0], **EXACT)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("terms", [None, 1, 2, 3, 4, 5, 7])
+def test_oft_of_peft(name: str, is_shared: bool, terms: int | None) -> None:
+    config = OFTConfig(
+        oft_block_size=5,
+        r=0,
+        target_modules=[name],
+        block_share=is_shared,
+        use_cayley_neumann=terms is not None,
+        num_cayley_neumann_terms=terms or 5,
+    )
+    layer = layer_of(in_peft(config), name)
+    stored = layer.oft_R["default"].weight
+    assert (stored.shape[0] == 1) == is_shared
+    stored.mul_(0.2)
+    found = peft_oft_delta(layer.get_base_layer().weight.clone(), stored, terms)
+    torch.testing.assert_close(found, merged(layer)[0], **EXACT)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+@pytest.mark.parametrize("is_orthogonal", [False, True])
+def test_hra_of_peft(name: str, is_orthogonal: bool) -> None:
+    config = HRAConfig(r=4, target_modules=[name], apply_GS=is_orthogonal)
+    layer = layer_of(in_peft(config), name)
+    weight = layer.get_base_layer().weight.clone()
+    found = hra_delta(weight, layer.hra_u["default"], is_orthogonal)
+    torch.testing.assert_close(found, merged(layer)[0], **EXACT)
