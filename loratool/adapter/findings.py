@@ -51,6 +51,10 @@ CODES: Final = {
     "LT107": ("error", "config.json does not fit the merge"),
     "LT108": ("error", "the index is wrong"),
     "LT109": ("error", "the merged model cannot be read"),
+    "LT201": ("error", "the loader refuses it"),
+    "LT202": ("error", "the loader applies another scale"),
+    "LT203": ("error", "the loader misreads it, or leaves something out"),
+    "LT204": ("info", "worth knowing about the loader"),
 }
 """Code to its usual severity and its title."""
 

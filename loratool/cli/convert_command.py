@@ -35,6 +35,11 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     type=options.PATH,
     help="The model it is for: settles flattened names and kernels (headers only).",
 )
+@click.option(
+    "--initial",
+    type=options.PATH,
+    help="The adapter before training, where its initialisation changed the base (PiSSA).",
+)
 @options.alpha
 @options.adapter_name
 @click.option("--name", metavar="N", help="The adapter's name in the output (prefixed).")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
+from loratool.ops.targets import builtin_targets
 from loratool.ops.validate import validate
 
 __all__ = ["command"]
@@ -18,6 +19,12 @@ __all__ = ["command"]
 @click.option(
     "--deep", is_flag=True, help="Read the tensors too: NaN, infinity, untrained factors."
 )
+@click.option(
+    "--for",
+    "target",
+    type=click.Choice([target.name for target in builtin_targets()]),
+    help="Also find what this loader would refuse or misread.",
+)
 @options.adapter_name
 @options.as_json
 @options.debug
@@ -27,6 +34,7 @@ def command(
     adapter: Path,
     base: Path | None,
     deep: bool,
+    target: str | None,
     adapter_name: str | None,
     as_json: bool,
 ) -> int:
@@ -38,6 +46,7 @@ def command(
     \b
     Example:
         loratool validate my-adapter/ --base TinyLlama-1.1B/ --deep
+        loratool validate my-adapter/ --for vllm
     """
-    findings = validate(adapter, base=base, deep=deep, adapter_name=adapter_name)
+    findings = validate(adapter, base=base, deep=deep, adapter_name=adapter_name, target=target)
     return render.report_findings(findings, as_json=as_json, clean="nothing is wrong with it")

@@ -25,6 +25,7 @@ from loratool.ops.algebra.plan import WEIGHTS_NAME, AdapterPlan, ModuleJob
 from loratool.ops.algebra.planning import check_place, output_scheme
 from loratool.ops.algebra.provenance import history_metadata
 from loratool.ops.algebra.writing import TensorWriter, fill_adapter
+from loratool.ops.conversion.through import through
 
 if TYPE_CHECKING:
     from loratool.live.control import Live
@@ -36,7 +37,16 @@ def save(
     live: Live, name: str, output: Path, *, to: str, base_model: str | None, force: bool
 ) -> None:
     """Write the adapter ``name``; see :meth:`Live.save`."""
-    scheme = output_scheme((), to)
+    with through(output_scheme((), to), output, inputs=(), force=force, dry_run=False) as (
+        scheme,
+        place,
+    ):
+        _save(live, name, place, scheme=scheme, base_model=base_model, force=force)
+
+
+def _save(
+    live: Live, name: str, output: Path, *, scheme: KeyScheme, base_model: str | None, force: bool
+) -> None:
     has_config = scheme.name == "peft"
     check_place(output, scheme.name, has_config=has_config)
     check_output(output, force=force, inputs=())

@@ -17,6 +17,7 @@ from loratool.ops.algebra.joining import check_computable, join
 from loratool.ops.algebra.planning import Draft, output_scheme
 from loratool.ops.algebra.ranks import Truncation, full_ranks, parse_size
 from loratool.ops.algebra.result import AdapterReport
+from loratool.ops.conversion.through import common_family, through
 from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
 
@@ -134,30 +135,39 @@ def compose(
         "alpha": alpha,
         "skip": tuple(skip),
     }
-    draft = Draft(
-        verb="compose",
-        adapters=opened,
-        joints=joints,
-        scheme=output_scheme(opened, to),
-        output=Path(output),
-        options=options,
-        method=method,
-        policy=extras,
-        dtype=written_dtype,
-        notes=notes,
-    )
-    draft.plan(full_ranks(joints, truncation))  # what cannot be written fails before the work
-    return finish(
-        draft,
-        truncation,
-        inputs=[Path(path) for path in adapters],
+    inputs = [Path(path) for path in adapters]
+    with through(
+        output_scheme(opened, to),
+        Path(output),
+        inputs=inputs,
         force=force,
         dry_run=dry_run,
-        device=device,
-        threads=threads,
-        progress=progress,
-        method=Method(method, Settings(density, epsilon), seed),
-    )
+        family=common_family(opened),
+    ) as (direct, place):
+        draft = Draft(
+            verb="compose",
+            adapters=opened,
+            joints=joints,
+            scheme=direct,
+            output=place,
+            options=options,
+            method=method,
+            policy=extras,
+            dtype=written_dtype,
+            notes=notes,
+        )
+        draft.plan(full_ranks(joints, truncation))  # what cannot be written fails before the work
+        return finish(
+            draft,
+            truncation,
+            inputs=inputs,
+            force=force,
+            dry_run=dry_run,
+            device=device,
+            threads=threads,
+            progress=progress,
+            method=Method(method, Settings(density, epsilon), seed),
+        )
 
 
 def _check_methods(method: str, density: float | None, epsilon: float | None) -> None:

@@ -99,6 +99,7 @@ def convert(
     *,
     source: str | None = None,
     base: AnyPath | None = None,
+    initial: AnyPath | None = None,
     alpha: float | None = None,
     adapter_name: str | None = None,
     name: str | None = None,
@@ -131,6 +132,8 @@ def convert(
         source: The scheme to read it in; by default the one that recognises most of it.
         base: The model that it is for. Its names settle flattened paths, its shapes kernels;
             weights are read only for variants that depend on them.
+        initial: The adapter as it was before training, for PiSSA, OLoRA and others whose
+            initialisation changed the base: the result fits the original base.
         alpha: Alpha for modules that record none.
         adapter_name: Which adapter, where a path holds several.
         name: The adapter's name in the output, for schemes that have one.
@@ -155,11 +158,12 @@ def convert(
         LoratoolError: Nothing was written; the message says why.
     """
     place, origin = Path(output), Path(adapter)
+    inputs = [Path(path) for path in (adapter, base, initial) if path is not None]
     scheme = _written_scheme(to)
     if naming is not None and naming not in NAMINGS:
         raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
     if not dry_run:
-        check_output(place, force=force, inputs=[origin])
+        check_output(place, force=force, inputs=inputs)
     opened_base = open_base(Path(base)) if base is not None else None
     opened = open_adapter(
         origin,
@@ -174,6 +178,7 @@ def convert(
         "to": to,
         "from": source,
         "base": Path(base).resolve().name if base is not None else None,
+        "initial": Path(initial).resolve().name if initial is not None else None,
         "alpha": alpha,
         "family": family,
         "naming": naming,
@@ -189,6 +194,7 @@ def convert(
     wishes = Wishes(
         output=place,
         base=opened_base,
+        initial=open_adapter(initial, scheme=source) if initial is not None else None,
         dtype=OUTPUT_DTYPES[dtype] if dtype else None,
         family=family,
         naming=naming,
@@ -208,7 +214,7 @@ def convert(
     outcome = (
         measure(plan)
         if dry_run
-        else run_conversion(plan, place, inputs=[origin], force=force, progress=progress)
+        else run_conversion(plan, place, inputs=inputs, force=force, progress=progress)
     )
     return ConvertReport(
         source=opened.scheme,

@@ -13,6 +13,7 @@ from loratool.files.checkpoint import open_checkpoint
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.ops.algebra.planning import output_scheme
 from loratool.ops.algebra.ranks import Truncation, parse_size
+from loratool.ops.conversion.through import is_direct, through
 from loratool.ops.extraction.drafting import ExtractionDraft
 from loratool.ops.extraction.pairing import Leftover, Pairing, Selection, pair
 from loratool.ops.extraction.pipeline import dry_run_of, run
@@ -137,34 +138,42 @@ def extract(
         "clamp_quantile": clamp_quantile,
         "dtype": dtype,
     }
-    draft = ExtractionDraft(
-        base=checkpoints[0],
-        tuned=checkpoints[1],
-        targets=pairing.targets,
-        carried=pairing.saved,
-        scheme=output_scheme((), to or "peft"),
-        output=place,
-        options=options,
-        dtype=OUTPUT_DTYPES[dtype] if dtype else None,
-    )
-    if dry_run:
-        return dry_run_of(draft, pairing, truncation, threads)
-    return run(
-        draft,
-        pairing,
-        truncation,
-        is_auto=is_auto,
-        residual=residual,
-        method=method,
-        seed=seed,
-        clamp=clamp_quantile,
-        save_spectrum=Path(save_spectrum) if save_spectrum is not None else None,
-        force=force,
-        resume=resume,
-        device=device,
-        threads=threads,
-        progress=progress,
-    )
+    scheme = output_scheme((), to or "peft")
+    if resume and not is_direct(scheme, place):
+        raise OptionError(
+            "--resume",
+            f"does not go with --to {scheme.name}",
+            hint="extract without --to, and convert the result",
+        )
+    with through(scheme, place, inputs=inputs, force=force, dry_run=dry_run) as (direct, stage):
+        draft = ExtractionDraft(
+            base=checkpoints[0],
+            tuned=checkpoints[1],
+            targets=pairing.targets,
+            carried=pairing.saved,
+            scheme=direct,
+            output=stage,
+            options=options,
+            dtype=OUTPUT_DTYPES[dtype] if dtype else None,
+        )
+        if dry_run:
+            return dry_run_of(draft, pairing, truncation, threads)
+        return run(
+            draft,
+            pairing,
+            truncation,
+            is_auto=is_auto,
+            residual=residual,
+            method=method,
+            seed=seed,
+            clamp=clamp_quantile,
+            save_spectrum=Path(save_spectrum) if save_spectrum is not None else None,
+            force=force,
+            resume=resume,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
 
 
 def _check_options(

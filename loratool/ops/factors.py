@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Adapter, Site
@@ -10,6 +10,7 @@ from loratool.adapter.shapes import width_of
 from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
 from loratool.math.lowrank import LowRank
+from loratool.ops.merging.mergeable import check_plain
 from loratool.ops.tensors import Arithmetic, read_tensor
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def read_factors(
     for slot in (Slot.SINGULAR, Slot.DIAGONAL):
         if slot in site.slots:
             down = down * read(site.slots[slot]).reshape(-1, 1)
+    if site.enabled:
+        up = _unstacked(up, site.enabled)
     if site.variant == "bdlora":
         if width is not None:
             down = _expand_blocks(down, width)
@@ -74,11 +77,26 @@ def site_deltas(
 
     ``edit`` is what to do with each stored tensor first.
     """
+    if not site.is_plain:
+        check_plain(site, adapter)
     down, up = read_factors(site, kind, width_of(site, adapter), edit)
     scale = site.scaling.factor
     if site.experts == 1:
         return [LowRank(up, down, scale)]
     return [expert_delta(down, up, expert, site.experts, scale) for expert in range(site.experts)]
+
+
+def _unstacked(up: Tensor, enabled: Sequence[bool]) -> Tensor:
+    """Return the B ``(out, r · n)`` that stacked factors of a merged projection stand for."""
+    rank, count = up.shape[1], sum(enabled)
+    height = up.shape[0] // count
+    whole = up.new_zeros(height * len(enabled), rank * count)
+    places = [place for place, is_enabled in enumerate(enabled) if is_enabled]
+    for index, place in enumerate(places):
+        rows = slice(place * height, (place + 1) * height)
+        part = up[index * height : (index + 1) * height]
+        whole[rows, index * rank : (index + 1) * rank] = part
+    return whole
 
 
 def _expand_blocks(factor: Tensor, columns: int) -> Tensor:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
+from loratool.adapter.build import strip_wrappers
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.scheme import Embeddings, KeyScheme, Spelling, transposed
 from loratool.adapter.slots import Slot
-from loratool.adapter.build import strip_wrappers
 from loratool.names.diffusion import FAMILIES, Family, family_named, family_of, unflatten
 from loratool.names.diffusion.flattening import flatten
 from loratool.names.embeddings import is_embedding
@@ -32,7 +32,7 @@ from loratool.names.pipelines import (
 )
 from loratool.names.positions import text_paths, unet_paths
 
-__all__ = ["MODULES_KEY", "is_fused", "paths_of", "spell_out"]
+__all__ = ["MODULES_KEY", "is_fused", "other_names", "paths_of", "spell_out"]
 
 MODULES_KEY: Final = "loratool_modules"
 """Metadata: flattened names and the paths that they stand for, where no vocabulary has them."""
@@ -50,6 +50,14 @@ BACKBONE_KINDS: Final = (
     "native-wan",
     "qwen-image",
 )
+PROPORTIONS: Final = (
+    (".linear1", True, {"flux": 7.0, "flux2": 9.0}),
+    (".linear2", False, {"flux": 5.0, "flux2": 4.0}),
+    ("_mlp.0", True, {"flux": 4.0, "flux2": 6.0}),
+    ("_mlp.2", False, {"flux": 4.0, "flux2": 3.0}),
+)
+"""Native layers, whether outputs are counted in inputs or the other way, and the ratios."""
+PIPELINES: Final = frozenset((Spelling.FLAT, Spelling.NATIVE, Spelling.PIPELINE))
 BACKBONE_PARTS: Final = ("unet", "transformer", "")
 
 
@@ -95,6 +103,8 @@ def spell_out(adapter: Adapter, scheme: KeyScheme, base: Collection[str] = ()) -
             names = _from_positions(adapter.sites)
         case _:
             names = _Names({module: (module,) for module in modules}, _family_name(modules))
+    if names.family is None:
+        names = replace(names, family=_family_by_shape(adapter.sites, names.paths))
     clashes = _clashes(names.paths)
     sites = []
     unresolved = {}
@@ -106,6 +116,42 @@ def spell_out(adapter: Adapter, scheme: KeyScheme, base: Collection[str] = ()) -
             continue
         sites.append(_shaped(replace(site, module=paths[0]), scheme))
     return replace(adapter, sites=tuple(sites), unresolved=unresolved, family=names.family)
+
+
+def _family_by_shape(sites: Sequence[Site], paths: Mapping[str, tuple[str, ...]]) -> str | None:
+    """Return which of two models with the same native names has layers of these proportions.
+
+    The feed-forward layers of Flux.1 have four times their width, those of Flux.2 three times,
+    twice for the gate.
+    """
+    votes = set()
+    for site in sites:
+        found = paths.get(site.module, ())
+        name = found[0] if len(found) == 1 else ""
+        if component_of(name)[0] != "transformer" or not site.in_features:
+            continue
+        for ending, of_inputs, proportions in PROPORTIONS:
+            if name.endswith(ending):
+                pair = (site.out_features, site.in_features)
+                large, small = pair if of_inputs else pair[::-1]
+                ratio = large / small if small else 0
+                votes |= {family for family, value in proportions.items() if value == ratio}
+    return votes.pop() if len(votes) == 1 else None
+
+
+def other_names(module: str, family: str | None) -> list[str]:
+    """Return what a module of a pipeline's backbone is called in the other naming, if it is one."""
+    component, local = component_of(module)
+    families = [family_named(family)] if family else [f for f in FAMILIES if f.has(local)]
+    found: dict[str, None] = {}
+    for item in families if component is not None else ():
+        native = item.to_native(local)
+        if native is not None and len(native[1].modules) == 1 and not native[1].swapped:
+            found[native[0]] = None
+        hub = item.from_native(local)
+        if hub is not None and len(hub.modules) == 1 and not hub.swapped:
+            found[hub.modules[0]] = None
+    return list(found)
 
 
 def paths_of(names: Sequence[str], scheme: KeyScheme) -> Mapping[str, tuple[str, ...]]:
@@ -127,7 +173,7 @@ def _shaped(site: Site, scheme: KeyScheme) -> Site:
     """Return ``site`` with the factors of an embedding as such, and none with idle kernels."""
     if site.kind is Kind.LINEAR and is_embedding(site.module) and site.is_plain:
         return _embedded(site, scheme)
-    if site.kind is Kind.CONV and _is_attention(site.module):
+    if site.kind is Kind.CONV and scheme.spelling in PIPELINES and _is_attention(site.module):
         return _flattened(site)
     return site
 
@@ -376,12 +422,12 @@ def _from_positions(sites: Sequence[Site]) -> _Names:
     for component, numbered in groups.items():
         ordered = [numbered[number] for number in sorted(numbered)]
         is_whole = sorted(numbered) == list(range(len(numbered)))
-        find: Callable[[], list[str] | None] = (
-            (lambda ordered=ordered: unet_paths([(s.out_features, s.in_features) for s in ordered]))
-            if component == "unet"
-            else (lambda ordered=ordered: text_paths(len(ordered)))
-        )
-        found = find() if is_whole else None
+        if not is_whole:
+            found = None
+        elif component == "unet":
+            found = unet_paths([(site.out_features, site.in_features) for site in ordered])
+        else:
+            found = text_paths(len(ordered))
         for place, site in enumerate(ordered):
             paths[site.module] = (f"{component}.{found[place]}",) if found else ()
     return _Names(paths, "sd1" if "unet" in groups else None)

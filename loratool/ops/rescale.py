@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from loratool.adapter.model import BASE_DEPENDENT, Adapter
 from loratool.errors import OptionError, UnsupportedError
-from loratool.files.atomic import check_output
+from loratool.files.atomic import check_output, scratch
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.ops.algebra.joining import Joint, check_computable, join
 from loratool.ops.algebra.plan import AdapterPlan
+from loratool.ops.algebra.planning import check_place
+from loratool.ops.algebra.provenance import provenance
 from loratool.ops.algebra.rescaling import Change, change_of, plan_rescaling, rounding_of
+from loratool.ops.conversion.planning import Wishes, plan_conversion
+from loratool.ops.conversion.running import run_conversion
+from loratool.ops.conversion.through import is_direct
 from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
+from loratool.schemes import scheme_named
 
 __all__ = ["RescaleReport", "rescale"]
 
@@ -116,6 +124,19 @@ def rescale(
         check_output(place, force=force, inputs=[Path(adapter)])
     opened = open_adapter(adapter, adapter_name=adapter_name, skip=skip)
     import_torch()
+    settings = {
+        "scale": scale,
+        "alpha": alpha,
+        "keep": keep,
+        "max_norm": max_norm,
+        "fold": fold,
+        "to_rslora": to_rslora,
+        "from_rslora": from_rslora,
+        "dtype": dtype,
+        "threads": threads,
+    }
+    if not is_direct(scheme_named(opened.scheme), place):
+        return _through_peft(opened, place, settings, force=force, dry_run=dry_run)
     stabilised = to_rslora or from_rslora
     _check_kinds(opened, fold=fold or stabilised or alpha is not None, stabilised=stabilised)
     joints, _ = join([opened], [1.0])
@@ -168,6 +189,34 @@ def rescale(
         is_written=not dry_run,
         notes=tuple(notes),
     )
+
+
+def _through_peft(
+    adapter: Adapter, output: Path, settings: dict[str, Any], *, force: bool, dry_run: bool
+) -> RescaleReport:
+    """Rescale an adapter of another scheme as PEFT's, and write it in its own scheme again."""
+    scheme = scheme_named(adapter.scheme)
+    check_place(output, scheme.name, has_config=scheme.has_config)
+    with ExitStack() as stack:
+        if dry_run:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+        else:
+            folder = stack.enter_context(scratch(output))
+        wishes = Wishes(output=folder / "input", family=adapter.family)
+        plan = plan_conversion(adapter, scheme_named("peft"), wishes)
+        run_conversion(plan, wishes.output, inputs=[adapter.path])
+        result = folder / output.stem
+        report = rescale(wishes.output, result, **settings)
+        options = {k: v for k, v in settings.items() if v and k != "threads"}
+        final = Wishes(
+            output=output,
+            family=adapter.family,
+            history=provenance("rescale", [adapter], options),
+        )
+        written = plan_conversion(open_adapter(result), scheme, final)
+        if not dry_run:
+            run_conversion(written, output, inputs=[adapter.path], force=force)
+    return replace(report, is_written=not dry_run)
 
 
 def _check_options(

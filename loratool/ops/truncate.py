@@ -14,6 +14,7 @@ from loratool.ops.algebra.joining import check_computable, join
 from loratool.ops.algebra.planning import Draft, output_scheme
 from loratool.ops.algebra.ranks import Truncation, full_ranks, parse_size
 from loratool.ops.algebra.result import AdapterReport
+from loratool.ops.conversion.through import through
 from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
 
@@ -101,39 +102,47 @@ def truncate(
         "alpha": alpha,
         "skip": tuple(skip),
     }
-    draft = Draft(
-        verb="truncate",
-        adapters=[opened],
-        joints=joints,
-        scheme=output_scheme([opened], None),
-        output=Path(output),
-        options=options,
-        dtype=written_dtype,
-        keep_factors=True,
-        notes=notes,
-    )
-    draft.plan(full_ranks(joints, truncation))  # what cannot be written fails before the work
-    import_torch()
-    from loratool.ops.algebra.finishing import finish
-
-    base_norms = None
-    if base is not None:
-        from loratool.ops.algebra.base_norms import weight_norms
-
-        base_norms = weight_norms(opened, Path(base))
     inputs = [Path(adapter), *([Path(base)] if base is not None else [])]
-    return finish(
-        draft,
-        truncation,
+    with through(
+        output_scheme([opened], None),
+        Path(output),
         inputs=inputs,
         force=force,
         dry_run=dry_run,
-        device=device,
-        threads=threads,
-        progress=progress,
-        base_norms=base_norms,
-        rests=_rests(opened, Path(spectrum)) if spectrum is not None else None,
-    )
+        family=opened.family,
+    ) as (direct, place):
+        draft = Draft(
+            verb="truncate",
+            adapters=[opened],
+            joints=joints,
+            scheme=direct,
+            output=place,
+            options=options,
+            dtype=written_dtype,
+            keep_factors=True,
+            notes=notes,
+        )
+        draft.plan(full_ranks(joints, truncation))  # what cannot be written fails before the work
+        import_torch()
+        from loratool.ops.algebra.finishing import finish
+
+        base_norms = None
+        if base is not None:
+            from loratool.ops.algebra.base_norms import weight_norms
+
+            base_norms = weight_norms(opened, Path(base))
+        return finish(
+            draft,
+            truncation,
+            inputs=inputs,
+            force=force,
+            dry_run=dry_run,
+            device=device,
+            threads=threads,
+            progress=progress,
+            base_norms=base_norms,
+            rests=_rests(opened, Path(spectrum)) if spectrum is not None else None,
+        )
 
 
 def _rests(adapter: Adapter, path: Path) -> dict[str, float]:

@@ -11,6 +11,8 @@ from loratool.ops.checks.base import check_against_base
 from loratool.ops.checks.config import check_config
 from loratool.ops.checks.tensors import check_tensors
 from loratool.ops.opening import open_adapter
+from loratool.ops.targets import target_named
+from loratool.ops.targets.checking import check_for
 
 __all__ = ["validate"]
 
@@ -21,6 +23,7 @@ def validate(
     base: str | PathLike[str] | None = None,
     deep: bool = False,
     adapter_name: str | None = None,
+    target: str | None = None,
 ) -> tuple[Finding, ...]:
     """Check an adapter, alone or against the base that it is for.
 
@@ -29,13 +32,16 @@ def validate(
         base: The model that it should fit; only headers are read.
         deep: Read the tensors too, for NaN, infinity and untrained factors.
         adapter_name: Which adapter, where there are several.
+        target: A loader, such as ``vllm``: what it would refuse or misread is found too.
 
     Returns:
         Findings, errors first. An adapter that cannot be read is a finding like any other.
 
     Raises:
         LoratoolError: There is nothing at one of the paths, or the base cannot be read.
+        OptionError: There is no such loader.
     """
+    loader = target_named(target) if target is not None else None
     path = Path(adapter)
     if not path.exists():
         raise AdapterError(path, "no such file or folder")
@@ -47,6 +53,8 @@ def validate(
     try:
         found += check_tensors(opened, deep=deep)
         found += check_config(opened)
+        if loader is not None:
+            found += check_for(opened, loader)
     except AdapterError as error:
         found.append(finding("LT015", error.where, error.what, error.hint))
     if base is not None:

@@ -13,7 +13,9 @@ from loratool.errors import AdapterError
 __all__ = ["METADATA_KEY", "SCHEME"]
 
 METADATA_KEY: Final = "lora_adapter_metadata"
-MODEL_PARTS: Final = r"(h|layer|encoder|decoder|wte|wpe|word_embeddings\w*|blocks\.\d+\.\w+\.Wqkv)\."
+MODEL_PARTS: Final = (
+    r"(h|layer|encoder|decoder|wte|wpe|word_embeddings\w*|blocks\.\d+\.\w+\.Wqkv)\."
+)
 """What follows ``transformer.`` in language models, which have modules of that name."""
 
 

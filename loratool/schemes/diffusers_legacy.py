@@ -34,9 +34,7 @@ class LegacyScheme(KeyScheme):
             leaf = OUTPUT.get(match["leaf"], match["leaf"])
             return AdapterKey(f"{match['attention']}.{leaf}", SIDES[match["side"]])
         if match := TEXT_ATTENTION.fullmatch(key):
-            return AdapterKey(
-                f"{match['attention']}.{match['leaf']}_proj", SIDES[match["side"]]
-            )
+            return AdapterKey(f"{match['attention']}.{match['leaf']}_proj", SIDES[match["side"]])
         if match := LAYER.fullmatch(key):
             return AdapterKey(match["module"], SIDES[match["side"]])
         return self._parse_plain(key) if key.endswith(".alpha") else None

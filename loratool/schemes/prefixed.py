@@ -45,7 +45,7 @@ SCHEME = PrefixedScheme(
     has_convolutions=False,
     weights_name="adapter_model.bin",
     written_suffix=".bin",
-    priority=2,
+    priority=3,
     templates=(
         Template("{module}.{adapter}.lora_A", Slot.DOWN),
         Template("{module}.{adapter}.lora_B", Slot.UP),

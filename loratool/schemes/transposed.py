@@ -35,7 +35,7 @@ SCHEME = TransposedScheme(
     has_convolutions=False,
     is_open=True,
     weights_name="adapter_model.safetensors",
-    priority=1,
+    priority=2,
     foreign=("base_model.model.",),
     templates=(
         Template("{module}.lora_A", Slot.DOWN),

@@ -16,7 +16,12 @@ from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.names.canonical import canonical_path
 from loratool.names.experts import is_fusible_expert
-from loratool.ops.merging.mergeable import CONVERT_HINT, HARMLESS_INITS, site_problems
+from loratool.ops.merging.mergeable import (
+    CONVERT_HINT,
+    HARMLESS_INITS,
+    check_plain,
+    site_problems,
+)
 
 __all__ = ["Joint", "Term", "check_computable", "join", "module_name", "output_dtype"]
 
@@ -94,6 +99,7 @@ def check_computable(adapter: Adapter, *, verb: str) -> None:
     if not adapter.sites:
         raise AdapterError(adapter.path, f"has no delta to {verb}")
     for site in adapter.sites:
+        check_plain(site, adapter)
         for code, problem in site_problems(site, adapter):
             raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
     for site in adapter.sites:
@@ -126,11 +132,6 @@ def check_computable(adapter: Adapter, *, verb: str) -> None:
             f"init_lora_weights is {config.init!r}: its delta is relative to a base that the "
             "initialisation changed",
             hint=CONVERT_HINT,
-        )
-    stacked = config.raw.get("enable_lora")
-    if isinstance(stacked, list) and any(stacked):
-        raise UnsupportedError(
-            adapter.path, "enable_lora: stacked factors of a merged projection are not read yet"
         )
 
 

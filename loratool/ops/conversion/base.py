@@ -94,9 +94,7 @@ def open_base(path: Path) -> Base:
 def _weights(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     for name, stored in open_checkpoint(path).tensors.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module:
-            yield module, stored
-        elif leaf == "in_proj_weight" and module:
+        if (leaf == "weight" and module) or (leaf == "in_proj_weight" and module):
             yield module, stored
     if not path.exists():
         raise BaseModelError(path, "no such file or folder")

@@ -10,7 +10,6 @@ from typing import Any, Final
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.scheme import KeyScheme, Spelling
 from loratool.adapter.slots import Slot
-from loratool.names.pipelines import component_of
 from loratool.ops.conversion.parts import Part
 from loratool.ops.naming import MODULES_KEY, paths_of
 
@@ -125,9 +124,7 @@ def module_names(spelled: Mapping[str, Part], scheme: KeyScheme) -> dict[str, st
         return {}
     found = paths_of(list(spelled), scheme)
     unknown = {
-        name: part.module
-        for name, part in spelled.items()
-        if found.get(name) != (part.module,) and component_of(part.module)[0] is None
+        name: part.module for name, part in spelled.items() if found.get(name) != (part.module,)
     }
     return {MODULES_KEY: json.dumps(unknown, sort_keys=True)} if unknown else {}
 

@@ -86,7 +86,9 @@ class Part:
     ) -> Part:
         """Return the same module with other factors of the same kind."""
         slots = self.slots
-        others = {s: v for s, v in self.values.items() if s not in slots and s is not Slot.MID}
+        others: dict[Slot, Value] = {
+            s: v for s, v in self.values.items() if s not in slots and s is not Slot.MID
+        }
         return replace(
             self,
             values={slots[0]: down, slots[1]: up, **others},

@@ -77,7 +77,7 @@ class Approximation:
                 found = leading_part(delta, self._rank, generator)
                 self.squared_norm = found.squared_norm
                 self.squared_error = found.squared_residual
-                factors = found.factors()
+                factors = found.factors
                 self._kept = {
                     0: _padded(factors.down * factors.scale, self._rank, 0),
                     1: _padded(factors.up, self._rank, 1),
@@ -245,7 +245,8 @@ def _from_vera(
     rank = tensors[Slot.VERA_D].spec.shape[0]
 
     def factors(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return vera_factors(*values, out, into)
+        one, other, shared_a, shared_b = values
+        return vera_factors(one, other, shared_a, shared_b, out, into)
 
     made = _replaced(
         part, stored, factors, rank, (), "the shared projections written out", (out, into)
@@ -280,7 +281,7 @@ def _replaced(
     down = Computed("A", tensors, lambda *v: factors(*v)[1], (rank, *into), dtype)
     ones = (1,) * len(kernel)
     up = Computed("B", tensors, lambda *v: factors(*v)[0], (out, rank, *ones), dtype)
-    others = {s: v for s, v in part.values.items() if s is Slot.BIAS}
+    others: dict[Slot, Value] = {s: v for s, v in part.values.items() if s is Slot.BIAS}
     return replace(
         part,
         values={Slot.DOWN: down, Slot.UP: up, **others},
@@ -325,7 +326,9 @@ def _approximate(
     down = Computed("A", (), lambda: made.factor(0), (most, width, *kernel), dtype)
     ones = (1,) * len(kernel)
     up = Computed("B", (), lambda: made.factor(1), (rows, most, *ones), dtype)
-    others = {s: v for s, v in part.values.items() if s in (Slot.BIAS, Slot.UP_BIAS)}
+    others: dict[Slot, Value] = {
+        s: v for s, v in part.values.items() if s in (Slot.BIAS, Slot.UP_BIAS)
+    }
     if Slot.UP_BIAS in others:
         others[Slot.UP_BIAS] = scaled(others[Slot.UP_BIAS], part.scale)
     plain = replace(
@@ -380,13 +383,12 @@ def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Tenso
             return dense.boft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
         case "ia3":
             flag = values.get(Slot.IA3_ON_INPUT)
-            return dense.ia3_delta(
-                weight, values[Slot.IA3], bool(flag is not None and flag.any())
-            )
+            return dense.ia3_delta(weight, values[Slot.IA3], bool(flag is not None and flag.any()))
         case "glora":
             names = (Slot.GLORA_A1, Slot.GLORA_A2, Slot.GLORA_B1, Slot.GLORA_B2)
-            one = dense.glora_delta(weight, *(values[s] for s in names), values.get(Slot.GLORA_BM))
-            return one * part.scale
+            a1, a2, b1, b2 = (values[slot] for slot in names)
+            made = dense.glora_delta(weight, a1, a2, b1, b2, values.get(Slot.GLORA_BM))
+            return made * part.scale
     down, up = values[part.slots[0]], values[part.slots[1]]
     delta = part.scale * (up.flatten(1) @ down.flatten(1))
     magnitude = values[Slot.MAGNITUDE]

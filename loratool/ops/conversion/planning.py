@@ -26,6 +26,7 @@ from loratool.ops.algebra.planning import check_place
 from loratool.ops.algebra.provenance import history_metadata
 from loratool.ops.algebra.sidecars import carried_files
 from loratool.ops.conversion.base import Base
+from loratool.ops.conversion.initial import without_initial
 from loratool.ops.conversion.metadata import (
     kept_metadata,
     kohya_metadata,
@@ -67,6 +68,7 @@ class Wishes:
     Attributes:
         output: Where it goes.
         base: The base, where one was given.
+        initial: The adapter as it was before training, where its initialisation changed the base.
         dtype: The dtype to write (``F32``), or ``None``.
         family: Which pipeline the modules belong to, where names do not tell.
         naming: ``native`` or ``diffusers`` for the backbone, or ``None`` for what is usual.
@@ -77,12 +79,15 @@ class Wishes:
         rank: Rank of what has to be approximated for that.
         fold: Fold all scales into the factors.
         pad: Give all modules this rank, the missing ones zero.
-        options: What was asked for, for the metadata.
+        options: What was asked for, for the metadata; without it the history of the input is
+            that of the output.
+        history: The history to record instead of either.
         digest: SHA-256 of the input's weights.
     """
 
     output: Path
     base: Base | None = None
+    initial: Adapter | None = None
     dtype: str | None = None
     family: str | None = None
     naming: str | None = None
@@ -94,6 +99,7 @@ class Wishes:
     fold: bool = False
     pad: int | None = None
     options: Mapping[str, Any] | None = None
+    history: Mapping[str, str] | None = None
     digest: str | None = None
 
 
@@ -106,10 +112,12 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     """
     check_place(wishes.output, scheme.name, has_config=scheme.has_config)
     _check_names(adapter)
-    _check_config(adapter)
+    _check_config(adapter, has_initial=wishes.initial is not None)
     dropping = _Dropping(wishes.drop)
     sites = [site for site in adapter.sites if not dropping.takes(site.label)]
     parts = [part_of(site, adapter) for site in sites]
+    if wishes.initial is not None:
+        parts = without_initial(parts, wishes.initial)
     parts, others = _of_component(parts, wishes.component)
     dropping.found += others
     if not parts:
@@ -148,9 +156,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
             alpha = _alpha(spelling, part, scheme)
             if alpha is not None:
                 constants[alpha[0]] = alpha[1]
-                alphas.append(
-                    Carried(TensorSpec(alpha[0], "F32", ()), (), constant=alpha[1])
-                )
+                alphas.append(Carried(TensorSpec(alpha[0], "F32", ()), (), constant=alpha[1]))
     output_sites = [_output_site(part, scheme) for part in names.values()]
     extras = _extras(adapter, output_sites, scheme, dropping, wishes.dtype)
     if scheme.spelling is Spelling.POSITION:
@@ -173,9 +179,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         **(positional_metadata(names) if scheme.spelling is Spelling.POSITION else {}),
         **{t: "<embed>" for t in _tokens(extras) if scheme.spelling is Spelling.POSITION},
         **module_names(names, scheme),
-        **history_metadata(
-            "convert", [(adapter.path.resolve().name, wishes.digest)], wishes.options or {}
-        ),
+        **_history(adapter, wishes),
     }
     return ConversionPlan(
         parts=tuple(output_parts),
@@ -187,7 +191,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         weights_name=_weights_name(wishes.output, scheme),
         is_torch=is_torch,
         is_hashed=scheme.spelling is Spelling.FLAT and not is_torch,
-        stamps=_stamps(adapter),
+        stamps=_stamps(adapter, wishes),
         scheme=scheme.name,
         family=family,
         notes=tuple(
@@ -200,6 +204,15 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
             *left,
         ),
     )
+
+
+def _history(adapter: Adapter, wishes: Wishes) -> dict[str, str]:
+    if wishes.history is not None:
+        return {k: v for k, v in wishes.history.items() if k in ("format", HISTORY)}
+    if wishes.options is None:
+        return {k: adapter.metadata[k] for k in ("format", HISTORY) if k in adapter.metadata}
+    inputs = [(adapter.path.resolve().name, wishes.digest)]
+    return history_metadata("convert", inputs, wishes.options)
 
 
 class _Dropping:
@@ -247,7 +260,7 @@ def _check_names(adapter: Adapter) -> None:
     )
 
 
-def _check_config(adapter: Adapter) -> None:
+def _check_config(adapter: Adapter, *, has_initial: bool) -> None:
     config = adapter.config
     if config is None:
         return
@@ -258,7 +271,8 @@ def _check_config(adapter: Adapter) -> None:
     ):
         if config.flag(field):
             raise UnsupportedError(adapter.path, f"{field}: it is {words}")
-    if config.init not in HARMLESS_INITS or config.init in ("pissa", "olora"):
+    is_changed = config.init not in HARMLESS_INITS or config.init in ("pissa", "olora")
+    if is_changed and not has_initial:
         raise UnsupportedError(
             adapter.path,
             f"init_lora_weights is {config.init!r}: its delta is relative to a base that the "
@@ -320,11 +334,8 @@ def _fitted(part: Part, base: Base) -> Part:
     shape = weight.spec.shape
     made = shaped_like(part, shape)
     out, into = made.up.shape[0], made.down.shape[1:]
-    if made.kind is Kind.EMBEDDING:
-        fitting = ((into[0], out),)
-    else:
-        fitting = ((out, *into), (*into, out))  # GPT-2's Conv1D is (in, out)
-    if shape not in fitting:
+    # GPT-2's Conv1D is (in, out), and an embedding (vocabulary, dim).
+    if shape != (*into, out) and (shape != (out, *into) or made.kind is Kind.EMBEDDING):
         raise AdapterError(
             part.module,
             f"its delta has the shape {[out, *into]}, the base's weight {list(shape)}",
@@ -439,7 +450,9 @@ def _magnitude(part: Part, scheme: KeyScheme) -> Value:
     size = max(value.shape, default=1)
     is_input_wise = len(value.shape) > 1 and value.shape[0] == 1 and value.shape[1] > 1
     is_input_wise = is_input_wise and not (
-        len(value.shape) > 2 and value.shape[1] == part.up.shape[0] and part.site.kind is Kind.CONV
+        len(value.shape) > 2
+        and value.shape[1] == part.up.shape[0]
+        and part.site.kind is Kind.CONV
         and scheme.name != "kohya"
     )
     if part.kind is Kind.EMBEDDING:
@@ -682,8 +695,10 @@ def _weights_name(output: Path, scheme: KeyScheme) -> str:
     return scheme.weights_name or f"{output.name}{scheme.written_suffix}"
 
 
-def _stamps(adapter: Adapter) -> dict[Path, Any]:
-    return {adapter.weights: adapter.stamp}
+def _stamps(adapter: Adapter, wishes: Wishes) -> dict[Path, Any]:
+    initial = wishes.initial
+    more = {initial.weights: initial.stamp} if initial is not None else {}
+    return {adapter.weights: adapter.stamp, **more}
 
 
 def _notes(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeVar
 
 from loratool.adapter.model import Kind
 from loratool.adapter.slots import Slot
@@ -35,6 +35,7 @@ from loratool.ops.conversion.values import (
 
 __all__ = ["Naming", "families_of", "names_native", "to_hub", "to_native"]
 
+Found = TypeVar("Found")
 MLP_RATIO: Final = {"flux": 4}
 """Rows of the last part of an ``input``-sized fusion over its inputs, where not known."""
 
@@ -54,8 +55,8 @@ class Naming:
         Raises:
             UnsupportedError: The families disagree.
         """
-        found = {f.from_native(local) for f in self.families if f.to_native(local) is None}
-        return self._one(local, found - {None})
+        found = [f.from_native(local) for f in self.families if f.to_native(local) is None]
+        return self._one(local, [item for item in found if item is not None])
 
     def native(self, local: str) -> tuple[str, Fusion] | None:
         """Return the native module that holds a path of diffusers, or ``None``.
@@ -63,10 +64,11 @@ class Naming:
         Raises:
             UnsupportedError: The families disagree.
         """
-        return self._one(local, {f.to_native(local) for f in self.families} - {None})
+        found = [f.to_native(local) for f in self.families]
+        return self._one(local, [item for item in found if item is not None])
 
-    def _one(self, local: str, found: set) -> object:  # type: ignore[type-arg]
-        if len(found) > 1:
+    def _one(self, local: str, found: Sequence[Found]) -> Found | None:
+        if len(set(found)) > 1:
             names = ", ".join(family.name for family in self.families)
             raise UnsupportedError(
                 local,
@@ -119,14 +121,12 @@ def _split(part: Part, naming: Naming) -> Iterator[Part]:
                 up, down = columns(up, first, last), rows(part.down, first, last)
                 how = "split from a fused projection, with its own ranks"
         if ranks is None or ranks[index][0] < ranks[index][1]:
-            others = {
+            others: dict[Slot, Value] = {
                 slot: rows(value, start, start + size)
                 for slot, value in part.values.items()
                 if slot in ROW_SLOTS
             }
-            made = part.factored(
-                down, up, note=how, alpha=part.alpha if ranks is None else None
-            )
+            made = part.factored(down, up, note=how, alpha=part.alpha if ranks is None else None)
             yield replace(made, module=name, values={**made.values, **others})
         start += size
 
@@ -163,7 +163,9 @@ def _swapped(part: Part) -> Part:
     def exchange(value: Value) -> Value:
         return concatenated([rows(value, half, 2 * half), rows(value, 0, half)])
 
-    others = {slot: exchange(v) for slot, v in part.values.items() if slot in ROW_SLOTS}
+    others: dict[Slot, Value] = {
+        slot: exchange(v) for slot, v in part.values.items() if slot in ROW_SLOTS
+    }
     made = part.factored(part.down, exchange(part.up), note="halves of its outputs exchanged")
     return replace(made, alpha=part.alpha, values={**made.values, **others})
 
@@ -324,9 +326,7 @@ def _heights(
 def _share_down(parts: Sequence[Part]) -> bool:
     """Whether all parts have the same A, and the same scale."""
     first = parts[0]
-    if any(
-        part.scale != first.scale or part.down.shape != first.down.shape for part in parts[1:]
-    ):
+    if any(part.scale != first.scale or part.down.shape != first.down.shape for part in parts[1:]):
         return False
     tensors = [part.down.tensor for part in parts if isinstance(part.down, Stored)]
     if len(tensors) < len(parts) or len({tensor.spec.dtype for tensor in tensors}) > 1:
@@ -355,9 +355,7 @@ def _fused_rows(
         dtype = widest([value.dtype for value in present])
         pieces, row = [], 0
         for value, height in zip(values, heights, strict=True):
-            pieces.append(
-                (value if value is not None else Constant(0.0, (height,), dtype), row, 0)
-            )
+            pieces.append((value if value is not None else Constant(0.0, (height,), dtype), row, 0))
             row += height
         found[slot] = Arranged(tuple(pieces), (row, *present[0].shape[1:]), dtype)
     return found

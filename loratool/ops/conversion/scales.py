@@ -41,6 +41,4 @@ def folded(part: Part) -> Part:
     if Slot.UP_BIAS in values:
         values[Slot.UP_BIAS] = scaled(values[Slot.UP_BIAS], part.scale)
     note = f"its scale {part.scale:g} was multiplied into B"
-    return replace(
-        part, values=values, scale=1.0, alpha=None, notes=(*part.notes, note)
-    )
+    return replace(part, values=values, scale=1.0, alpha=None, notes=(*part.notes, note))

@@ -112,7 +112,7 @@ def _positions(parts: Sequence[Part]) -> dict[str, Part]:
     for part in parts:
         component, local = component_of(part.module)
         by_component[component or ""][_text_path(component, local)] = part
-    found = {}
+    found: dict[str, Part] = {}
     for component, members in by_component.items():
         paths = _numbered(component, len(members))
         missing = [path for path in paths if path not in members]

@@ -8,18 +8,26 @@ from typing import Final
 from loratool.adapter.build import is_scaled_by_name
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
+from loratool.adapter.variants import VARIANT_WORDS
 from loratool.errors import AdapterError, BaseModelError, UnsupportedError
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.dtypes import DTYPES
 
-__all__ = ["CONVERT_HINT", "HARMLESS_INITS", "check_adapter", "check_base", "site_problems"]
+__all__ = [
+    "CONVERT_HINT",
+    "HARMLESS_INITS",
+    "check_adapter",
+    "check_base",
+    "check_plain",
+    "site_problems",
+]
 
 HARMLESS_INITS: Final = frozenset(
     ("true", "false", "1", "0", "none", "gaussian", "orthogonal", "eva", "mica", "pissa", "olora")
 )
 CONVERT_HINT: Final = (
-    "save it with path_initial_model_for_weight_conversion, or merge on the residual base with "
-    "init_lora_weights set to true"
+    "convert it with the adapter as it was initialised: loratool convert ADAPTER --initial "
+    "FOLDER --to peft -o OUT; or merge on the residual base with init_lora_weights set to true"
 )
 UNDETERMINED: Final = {
     "pissa_niter": "took a randomised decomposition out of the base, which no file records",
@@ -76,21 +84,61 @@ def check_adapter(adapter: Adapter) -> None:
                 f"init_lora_weights is {init!r}, which is not known",
                 hint=CONVERT_HINT,
             )
-        if isinstance(config.raw.get("enable_lora"), list) and any(config.raw["enable_lora"]):
-            raise UnsupportedError(
-                adapter.path, "enable_lora: stacked factors of a merged projection are not read yet"
-            )
     if not adapter.sites and not adapter.extras:
         raise AdapterError(adapter.path, "holds nothing to merge")
     for site in adapter.sites:
+        check_plain(site, adapter)
         for code, problem in site_problems(site, adapter):
             raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+
+
+def check_plain(site: Site, adapter: Adapter) -> None:
+    """Refuse a site that is not made of A and B, or whose module is not known.
+
+    Raises:
+        UnsupportedError: It has to be converted first.
+    """
+    where = f"{adapter.path}: {site.label}"
+    if site.module in adapter.unresolved:
+        raise UnsupportedError(
+            where,
+            "is a flattened name, and nothing tells which module it is",
+            hint="restore the names first: loratool convert ADAPTER --to peft --base BASE -o OUT",
+        )
+    if not site.is_plain:
+        raise UnsupportedError(
+            where,
+            f"is {VARIANT_WORDS[site.variant]}",
+            hint="make it a plain LoRA first: loratool convert ADAPTER --to-lora --to peft -o OUT",
+        )
+    magnitude = site.slots.get(Slot.MAGNITUDE)
+    if magnitude is not None and _is_input_wise(site, magnitude.spec.shape):
+        raise UnsupportedError(
+            where,
+            "is a DoRA with magnitudes of the inputs (LyCORIS, wd_on_out=False)",
+            hint="make it a plain LoRA: loratool convert ADAPTER --to-lora --base BASE --rank R",
+        )
+    if Slot.BIAS in site.slots:
+        raise UnsupportedError(
+            where,
+            "has a bias of its own beside A and B (diff_b)",
+            hint="convert it first: loratool convert ADAPTER --to peft -o OUT",
+        )
+
+
+def _is_input_wise(site: Site, shape: tuple[int, ...]) -> bool:
+    """Whether magnitudes of this shape belong to the inputs of a linear layer."""
+    return site.kind is Kind.LINEAR and len(shape) == 2 and shape[0] == 1 and shape[1] > 1
 
 
 def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     """Yield ``(code, problem)`` for everything that makes ``site`` unusable."""
     config = adapter.config
     down, up = site.down, site.up
+    if not site.is_plain and (down is None or up is None) and site.variant != "cp":
+        if not site.in_features and not site.out_features:
+            yield "LT001", f"is {VARIANT_WORDS[site.variant]}, but lacks some of its tensors"
+        return
     if down is None or up is None:
         have, lack = ("A", "B") if up is None else ("B", "A")
         if down is None and up is None:
@@ -109,10 +157,12 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
         return
     if site.variant == "bdlora" and down.spec.shape[0] % up.spec.shape[1] == 0:
         pass  # B holds the blocks of its diagonal beside each other
+    elif site.enabled:
+        pass  # A stacks the factors of several parts
     elif down.spec.shape[0] != up.spec.shape[1]:
         if not _is_grouped(site):
             words = (
-                "; they look transposed (scheme 'transposed', not read yet)"
+                "; they look transposed (--from transposed of convert)"
                 if down.spec.shape[1] == up.spec.shape[0]
                 else ""
             )
@@ -152,6 +202,7 @@ def _config_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
             )
     elif (
         config.peft_type == "LORA"
+        and not site.enabled
         and site.rank != config.rank_for(site.pattern_path)
         and not is_scaled_by_name(site, config)
     ):

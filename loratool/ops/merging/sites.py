@@ -11,6 +11,7 @@ from loratool.errors import BaseModelError
 from loratool.ops.merging.context import BaseView, Share
 from loratool.ops.merging.experts import assign_parameters, locate_in_fused, locate_parameter
 from loratool.ops.merging.orientation import region_for
+from loratool.ops.naming import other_names
 from loratool.ops.plan import AddBias, AddDelta, Blend, Decompose, Region, Residual
 
 __all__ = ["locate_site", "plan_sites", "replaced_shapes"]
@@ -77,6 +78,9 @@ def locate_site(
     if site.label in assigned:
         return locate_parameter(site, assigned[site.label], adapter, base)
     module = base.index.find(site.module)
+    if module is None:
+        names = map(base.index.find, other_names(site.module, adapter.family))
+        module = next((name for name in names if name is not None), None)
     is_flagged = bool(adapter.field("fan_in_fan_out"))
     for leaf in WEIGHT_LEAVES:
         if module is not None and leaf in base.index.parameters.get(module, ()):

@@ -1,0 +1,24 @@
+"""ComfyUI: reads nearly every diffusion scheme, but takes scales from alpha tensors alone."""
+
+from __future__ import annotations
+
+from loratool.ops.targets.target import Fate, Feature, Rule, ScaleReading, Target
+
+__all__ = ["TARGET"]
+
+TARGET = Target(
+    name="comfy",
+    title="ComfyUI",
+    summary="paths of the original checkpoint, with an alpha for each module",
+    source="ComfyUI: comfy/lora.py, comfy/weight_adapter/",
+    scheme="comfy",
+    reads=frozenset(("comfy", "kohya", "diffusers", "diffusers-legacy")),
+    scale=ScaleReading.MODULE_ALPHA,
+    fold=False,
+    rules={
+        Feature.SAVED: Rule(Fate.MISREAD, "ComfyUI has no key for them and leaves them out"),
+        Feature.TOKEN_ROWS: Rule(Fate.MISREAD, "ComfyUI has no key for them and leaves them out"),
+        Feature.BASE_DEPENDENT: Rule(Fate.MISREAD, "ComfyUI adds its factors as a plain LoRA"),
+        Feature.PARAMETERS: Rule(Fate.MISREAD, "ComfyUI has no key for them and leaves them out"),
+    },
+)

@@ -1,0 +1,100 @@
+"""What an adapter holds that loaders treat differently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from loratool.adapter.config import LoraConfig
+from loratool.adapter.model import HEAD_LEAVES, Adapter, ExtraKind, Kind, Site
+from loratool.adapter.slots import Slot
+from loratool.ops.targets.target import Feature
+
+__all__ = ["Found", "features_of"]
+
+COMPACT: Final = frozenset(("adalora", "bdlora", "stacked"))
+BASE_DEPENDENT: Final = frozenset(("kasa", "qalora"))
+CHANGED_BASE: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
+NAMED: Final = {"loha": Feature.LOHA, "lokr": Feature.LOKR, "cp": Feature.CP}
+LANGUAGE_HEADS: Final = HEAD_LEAVES - {"proj_out"}
+"""Heads of language models; diffusion transformers have a ``proj_out`` that is none."""
+
+
+@dataclass(slots=True)
+class Found:
+    """Where a feature is.
+
+    Attributes:
+        names: Modules and tensors that have it.
+        fields: Fields of the configuration that say so.
+    """
+
+    names: list[str] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)
+
+
+def features_of(adapter: Adapter) -> dict[Feature, Found]:
+    """Return every feature that ``adapter`` has, with where it is."""
+    found: dict[Feature, Found] = {}
+    for site in adapter.sites:
+        for feature in _of_site(site):
+            found.setdefault(feature, Found()).names.append(site.label)
+    for extra in adapter.extras:
+        name = extra.name
+        if extra.kind is ExtraKind.ROWS:
+            found.setdefault(Feature.TOKEN_ROWS, Found()).names.append(extra.key)
+        elif extra.kind is ExtraKind.FULL and ".vera_" not in extra.key:
+            feature = Feature.BIASES if name.endswith(".bias") else Feature.SAVED
+            found.setdefault(feature, Found()).names.append(extra.key)
+    if adapter.config is not None:
+        for feature, name in _of_config(adapter.config):
+            found.setdefault(feature, Found()).fields.append(name)
+    return found
+
+
+def _of_site(site: Site) -> Iterator[Feature]:
+    slots = site.slots
+    if Slot.MAGNITUDE in slots:
+        yield Feature.DORA
+    if site.is_plain and (Slot.UP_BIAS in slots or Slot.BIAS in slots):
+        yield Feature.BIASES
+    if site.kind is Kind.EMBEDDING:
+        yield Feature.EMBEDDING
+    if site.kind is Kind.CONV:
+        yield Feature.CONVOLUTION
+    if site.module.rpartition(".")[2] in LANGUAGE_HEADS:
+        yield Feature.HEAD
+    if site.parameters:
+        yield Feature.PARAMETERS
+    if site.variant in COMPACT:
+        yield Feature.COMPACT
+    elif site.variant in BASE_DEPENDENT:
+        yield Feature.BASE_DEPENDENT
+    elif site.variant in NAMED:
+        yield NAMED[site.variant]
+    elif not site.is_plain:
+        yield Feature.UNFACTORED
+
+
+def _of_config(config: LoraConfig) -> Iterator[tuple[Feature, str]]:
+    if config.use_dora:
+        yield Feature.DORA, "use_dora"
+    if config.raw.get("bias") not in (None, "none"):
+        yield Feature.BIASES, f"bias {str(config.raw['bias'])[:20]!r}"
+    if config.modules_to_save:
+        yield Feature.SAVED, "modules_to_save"
+    if config.flag("trainable_token_indices"):
+        yield Feature.TOKEN_ROWS, "trainable_token_indices"
+    if config.init.startswith(CHANGED_BASE):
+        yield Feature.CHANGED_BASE, f"init_lora_weights {config.init[:20]!r}"
+    if config.flag("alora_invocation_tokens"):
+        yield Feature.CONDITIONAL, "alora_invocation_tokens"
+    if config.peft_type != "ADALORA":  # whose pattern is a mask
+        defaults: tuple[tuple[str, Any, Any], ...] = (
+            ("rank_pattern", config.rank_pattern, config.rank),
+            ("alpha_pattern", config.alpha_pattern, config.alpha),
+        )
+        for name, pattern, default in defaults:
+            if any(value != default for value in pattern.values()):
+                yield Feature.PATTERNS, name

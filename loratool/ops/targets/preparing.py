@@ -1,0 +1,200 @@
+"""Deltas in the form that a loader applies rightly: fused modules apart, one allowed rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from loratool.adapter.model import Adapter, Kind
+from loratool.adapter.slots import Slot
+from loratool.errors import OptionError, UnsupportedError
+from loratool.files.json import read_json_object
+from loratool.ops.conversion.base import Base
+from loratool.ops.conversion.parts import Part
+from loratool.ops.conversion.values import rows
+from loratool.ops.targets.checking import listed, mending
+from loratool.ops.targets.features import features_of
+from loratool.ops.targets.target import Fate, Fusion, Mend, Target
+
+__all__ = ["prepare", "refusals", "uniform_rank"]
+
+ROW_SLOTS: Final = (Slot.UP_BIAS, Slot.BIAS, Slot.MAGNITUDE)
+"""What else has one number for each output."""
+
+
+def prepare(parts: Sequence[Part], target: Target, base: Base | None) -> list[Part]:
+    """Return ``parts`` with the modules apart that the loader wants apart.
+
+    Each gets its rows of B as a view, and all of A. A module that the base itself has in one
+    stays: loaders follow the base's names. Without a base, those are split whose sizes follow
+    from their shape alone.
+
+    Args:
+        parts: The modules.
+        target: The loader.
+        base: The base, whose shapes or ``config.json`` give the sizes.
+
+    Raises:
+        UnsupportedError: The sizes are not known, or it is no plain LoRA.
+    """
+    return [made for part in parts for made in _apart(part, target, base)]
+
+
+def uniform_rank(parts: Sequence[Part], target: Target) -> int | None:
+    """Return the rank that all modules have to be filled up to; ``None`` if they have it.
+
+    Where a loader is set up for certain ranks only, it is the next of these.
+
+    Raises:
+        UnsupportedError: A module has a higher rank than the loader accepts, or cannot be
+            filled up.
+    """
+    ranks = {part.rank for part in parts if part.is_plain}
+    if not ranks or not (target.uniform_rank or target.ranks):
+        return None
+    highest = max(ranks)
+    wanted = target.next_rank(highest)
+    if wanted is None:
+        name = next(part.module for part in parts if part.is_plain and part.rank == highest)
+        raise UnsupportedError(
+            name,
+            f"has rank {highest}; {target.title} accepts at most {target.largest_rank}",
+            hint=f"shrink it first: loratool truncate ADAPTER --rank {target.largest_rank} -o OUT",
+        )
+    if ranks == {wanted}:
+        return None
+    for part in parts:
+        if part.is_plain and part.rank != wanted and part.site.experts > 1:
+            raise UnsupportedError(
+                part.module,
+                f"stacks {part.site.experts} experts of rank {part.rank}, which are not filled up "
+                f"to rank {wanted}",
+            )
+    return wanted
+
+
+def refusals(
+    adapter: Adapter, target: Target, *, drop: Sequence[str] = (), to_lora: bool = False
+) -> None:
+    """Refuse what no conversion can make the loader apply.
+
+    Args:
+        adapter: What would be converted.
+        target: The loader.
+        drop: Regular expressions of modules and tensors that are left out.
+        to_lora: Whether every variant is written as plain LoRA.
+
+    Raises:
+        UnsupportedError: There is something of that kind.
+        OptionError: A regular expression is none.
+    """
+    try:
+        patterns = [re.compile(text) for text in drop]
+    except re.error as error:
+        raise OptionError("--drop", f"not a regular expression: {error}") from None
+    for feature, found in features_of(adapter).items():
+        rule = target.rules.get(feature)
+        if rule is None or rule.fate is Fate.NOTED or rule.mend is Mend.CONVERT:
+            continue
+        if to_lora and rule.mend in (Mend.TO_LORA, Mend.APPROXIMATE):
+            continue
+        names = [name for name in found.names if not any(p.search(name) for p in patterns)]
+        if names:
+            raise UnsupportedError(
+                f"{adapter.path}: {names[0]}",
+                f"has {feature.value} ({listed(names)}): {rule.words}",
+                hint=mending(rule.mend, target),
+            )
+
+
+def _apart(part: Part, target: Target, base: Base | None) -> Iterator[Part]:
+    parent, _, leaf = part.module.rpartition(".")
+    fusion = target.fusions.get(leaf)
+    if fusion is None or part.site.parameters or ".experts" in part.module:
+        yield part
+        return
+    if base is not None and base.find(part.module) is not None:
+        yield replace(part, notes=(*part.notes, "stays in one, as the base has it"))
+        return
+    if not part.is_plain or part.kind is not Kind.LINEAR:
+        raise UnsupportedError(
+            part.module,
+            f"is a {part.variant} and cannot be split into {', '.join(fusion.parts)}",
+            hint="make it a plain LoRA with --to-lora",
+        )
+    names = [f"{parent}.{name}" if parent else name for name in fusion.parts]
+    start = 0
+    for name, size in zip(names, _sizes(part, fusion, names, base), strict=True):
+        stop = start + size
+        made = part.factored(
+            part.down,
+            rows(part.up, start, stop),
+            alpha=part.alpha,
+            note=f"split from {leaf}, sharing its A",
+        )
+        others = {s: rows(v, start, stop) for s, v in part.values.items() if s in ROW_SLOTS}
+        yield replace(made, module=name, values={**made.values, **others})
+        start = stop
+
+
+def _sizes(part: Part, fusion: Fusion, names: Sequence[str], base: Base | None) -> list[int]:
+    """Return how many rows of B each projection has.
+
+    Raises:
+        UnsupportedError: They are not known, or do not add up.
+    """
+    out, count = part.up.shape[0], len(names)
+    sizes: list[int] | None
+    if base is not None:
+        weights = [base.find(name) for name in names]
+        stored = [weight.spec.shape[0] for weight in weights if weight is not None]
+        config = _config(base)
+        sizes = stored if len(stored) == count else (_heads(config) if fusion.heads else None)
+        if sizes is None and fusion.heads:
+            raise UnsupportedError(
+                part.module,
+                f"is {', '.join(fusion.parts)} in one, and the base tells no sizes",
+                hint="give --base as a folder with config.json",
+            )
+    elif fusion.heads:
+        # Groups of queries could share keys: then the parts differ, and only the base tells.
+        sizes = [out // count] * count if out == count * part.down.shape[1] else None
+        if sizes is None:
+            raise UnsupportedError(
+                part.module,
+                f"is {', '.join(fusion.parts)} in one, with {out} outputs of sizes that its shape "
+                "does not tell",
+                hint="give --base, a folder with config.json",
+            )
+    else:
+        sizes = None
+    if sizes is None:
+        sizes = [out // count] * count
+    if sum(sizes) != out or min(sizes) <= 0:
+        raise UnsupportedError(
+            part.module,
+            f"has {out} outputs, but {', '.join(fusion.parts)} have {', '.join(map(str, sizes))}",
+            hint="is this the base that it was trained on?" if base is not None else None,
+        )
+    return sizes
+
+
+def _config(base: Base) -> Mapping[str, Any]:
+    folder = base.path if base.path.is_dir() else base.path.parent
+    path = folder / "config.json"
+    config = read_json_object(path) if path.is_file() else {}
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def _heads(config: Mapping[str, Any]) -> list[int] | None:
+    """Return the rows of queries, keys and values, or ``None`` where the heads are not said."""
+    heads = config.get("num_attention_heads")
+    groups = config.get("num_key_value_heads") or heads
+    hidden = config.get("hidden_size")
+    if not isinstance(heads, int) or not isinstance(groups, int) or heads <= 0:
+        return None
+    size = config.get("head_dim") or (hidden // heads if isinstance(hidden, int) else None)
+    return [heads * size, groups * size, groups * size] if isinstance(size, int) else None
