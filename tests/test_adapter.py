@@ -252,10 +252,10 @@ def test_weights_under_another_name(make_adapter: Make) -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("lora_unet_down_blocks_0.lora_down.weight", "kohya"),
-        ("unet:0:up", "positional"),
-        ("model.layers.0.q.lora_a", "MLX"),
-        ("x.hada_w1_a", "LoHa"),
+        ("layers.0.attn.q_proj.lora_a.weight", "torchtune"),
+        ("x.adapter.linear_in.weight", "Megatron"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"),
+        ("w_a_000", "numbered"),
         ("model.layers.0.q_proj.weight", "none of its"),
     ],
 )
@@ -265,7 +265,7 @@ def test_unknown_schemes_are_described(key: str, words: str, tmp_path: Path) -> 
         open_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["IA3", "PROMPT_TUNING", "XLORA", "LOHA", "SOMETHING_NEW"])
+@pytest.mark.parametrize("kind", ["IA3", "PROMPT_TUNING", "XLORA", "OFT", "SOMETHING_NEW"])
 def test_other_peft_types_are_refused_by_name(kind: str, make_adapter: Make) -> None:
     with pytest.raises(UnsupportedError, match=kind):
         open_adapter(make_adapter(lora("a", 3, 3), peft_type=kind))

@@ -196,6 +196,8 @@ def detect_scheme(file: WeightsFile, schemes: Sequence[KeyScheme]) -> KeyScheme:
     Raises:
         AdapterError: None recognises any; the message shows what the keys look like.
     """
+    if len(schemes) == 1 and schemes[0].factor_keys(file.tensors):
+        return schemes[0]  # as somebody said
     scores = [(scheme.recognise(file.tensors), scheme.priority, scheme) for scheme in schemes]
     best, _, scheme = max(scores, key=lambda item: item[:2], default=(0, 0, None))
     if scheme is None or best == 0:

@@ -13,6 +13,8 @@ from loratool.files.spec import StoredTensor
 __all__ = ["SCHEME"]
 
 FLAT: Final = re.compile(r"[^.]*_[^.]*\.[^.]+\.lora_[AB]", re.DOTALL)
+DEFAULT: Final = "default"
+"""What an adapter without a name is called; no layer is."""
 LAYER: Final = re.compile(
     r"\d+|\w*(proj|dense|query|key|value|fc\d?|linear\d?|attn|qkv|out|mlp|to_[qkv]|w\d|head|embed\w*)",
     re.DOTALL,
@@ -29,8 +31,12 @@ class PrefixedScheme(KeyScheme):
 
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
         factors = [key for key in tensors if key.endswith((".lora_A", ".lora_B"))]
-        names = {key.split(".")[1] for key in factors if FLAT.fullmatch(key)}
-        if not names or not all(FLAT.fullmatch(key) for key in factors):
+        if not factors or any(key.count(".") != 2 for key in factors):
+            return 0
+        names = {key.split(".")[1] for key in factors}
+        if names == {DEFAULT}:
+            return self.factor_keys(tensors)
+        if not all(FLAT.fullmatch(key) for key in factors):
             return 0
         return 0 if any(LAYER.fullmatch(name) for name in names) else self.factor_keys(tensors)
 

@@ -184,6 +184,8 @@ def join(
                 "they are taken as the same"
             )
         for site in adapter.sites:
+            if not site.is_plain:
+                check_plain(site, adapter)
             name = spelling[module_name(site)]
             terms = groups.setdefault(name, [])
             if any(term.adapter is adapter for term in terms):

@@ -83,7 +83,7 @@ def _spell(module: str, scheme: KeyScheme, family: str | None, alone: str | None
             case Spelling.BARE_FLAT:
                 return flatten(local if component is not None and component == alone else module)
             case Spelling.PIPELINE:
-                return module if component else f"transformer.{module}"
+                return module if component else _in_transformer(module, scheme)
             case Spelling.FLAT:
                 return flat_prefix(component, family) + flatten(_text_path(component, local))
             case _:
@@ -92,6 +92,22 @@ def _spell(module: str, scheme: KeyScheme, family: str | None, alone: str | None
         raise UnsupportedError(
             module, f"belongs to {component!r}, for which the scheme {scheme.name!r} has no name"
         ) from None
+
+
+def _in_transformer(module: str, scheme: KeyScheme) -> str:
+    """Return the path of a model that is nobody's component: it may only be the backbone.
+
+    Raises:
+        UnsupportedError: Behind ``transformer.`` it would be another model's path.
+    """
+    path = f"transformer.{module}"
+    if component_of(path)[0] is None:
+        raise UnsupportedError(
+            module,
+            f"is a language model's; the scheme {scheme.name!r} would call it {path!r}, which "
+            "is another path there",
+        )
+    return path
 
 
 def _text_path(component: str | None, local: str) -> str:

@@ -83,6 +83,10 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]}…, {len(names)} in all"
 
 
+def _modules(count: int) -> str:
+    return "1 module" if count == 1 else f"{count} modules"
+
+
 def _warning(code: str, where: object, message: str, hint: str | None = None) -> Finding:
     made = finding(code, where, message, hint)
     return Finding(made.code, "warning", made.where, made.message, made.hint)
@@ -114,7 +118,7 @@ def _ranks(adapter: Adapter, target: Target, *, is_read: bool) -> Iterator[Findi
         yield finding(
             REFUSES,
             adapter.weights,
-            f"has rank {highest} ({count} modules above {largest}); {target.title} accepts at "
+            f"has rank {highest} ({_modules(count)} above {largest}); {target.title} accepts at "
             f"most {largest}",
             f"shrink it first: loratool truncate ADAPTER --rank {largest} -o OUT",
         )
@@ -127,7 +131,7 @@ def _ranks(adapter: Adapter, target: Target, *, is_read: bool) -> Iterator[Findi
             f"default is {target.default_rank}",
         )
     if is_read and len(ranks) > 1 and target.mixed_ranks is not None:
-        parts = ", ".join(f"{rank} ({count} modules)" for rank, count in sorted(ranks.items()))
+        parts = ", ".join(f"{rank} ({_modules(count)})" for rank, count in sorted(ranks.items()))
         yield _by(
             target.mixed_ranks,
             adapter.weights,
@@ -211,19 +215,18 @@ def _scales(adapter: Adapter, target: Target) -> Iterator[Finding]:
     alphas = common_alphas(adapter) if target.scale is ScaleReading.DIFFUSERS else {}
     wrong: dict[tuple[float, float], list[str]] = defaultdict(list)
     for site in adapter.sites:
-        if not site.is_plain:
+        if site.variant not in ("lora", "dora"):
             continue
         applied, own = applied_factor(site, adapter, target.scale, alphas), site.scaling.factor
         if applied is not None and not math.isclose(applied, own, rel_tol=1e-9, abs_tol=1e-30):
             wrong[applied, own].append(site.label)
     groups = sorted(wrong.items(), key=lambda item: -len(item[1]))
     for (applied, own), names in groups[:SHOWN]:
-        modules = "1 module" if len(names) == 1 else f"{len(names)} modules"
         yield finding(
             SCALES,
             adapter.weights,
             f"{target.title} would apply {applied:g} instead of {own:g} to {names[0]}"
-            f"{'…' if len(names) > 1 else ''} ({modules}): it takes {target.scale.value}",
+            f"{'…' if len(names) > 1 else ''} ({_modules(len(names))}): it takes {target.scale.value}",
             mending(Mend.CONVERT, target),
         )
     if rest := groups[SHOWN:]:
@@ -231,7 +234,7 @@ def _scales(adapter: Adapter, target: Target) -> Iterator[Finding]:
         yield finding(
             SCALES,
             adapter.weights,
-            f"{target.title} would apply {len(rest)} more wrong scales to {count} modules",
+            f"{target.title} would apply {len(rest)} more wrong scales to {_modules(count)}",
             mending(Mend.CONVERT, target),
         )
 

@@ -17,6 +17,7 @@ TARGET = Target(
     fold=False,
     rules={
         Feature.SAVED: Rule(Fate.MISREAD, "ComfyUI has no key for them and leaves them out"),
+        Feature.NORMS: Rule(Fate.MISREAD, "ComfyUI has no key for them and leaves them out"),
         Feature.TOKEN_ROWS: Rule(Fate.MISREAD, "ComfyUI has no key for them and leaves them out"),
         Feature.BASE_DEPENDENT: Rule(Fate.MISREAD, "ComfyUI adds its factors as a plain LoRA"),
         Feature.PARAMETERS: Rule(Fate.MISREAD, "ComfyUI has no key for them and leaves them out"),

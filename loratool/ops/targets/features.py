@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,6 +18,8 @@ COMPACT: Final = frozenset(("adalora", "bdlora", "stacked"))
 BASE_DEPENDENT: Final = frozenset(("kasa", "qalora"))
 CHANGED_BASE: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
 NAMED: Final = {"loha": Feature.LOHA, "lokr": Feature.LOKR, "cp": Feature.CP}
+NORM: Final = re.compile(r"_layernorm|\.norm")
+"""What llama.cpp's converter takes a norm's weight by."""
 LANGUAGE_HEADS: Final = HEAD_LEAVES - {"proj_out"}
 """Heads of language models; diffusion transformers have a ``proj_out`` that is none."""
 
@@ -45,7 +48,11 @@ def features_of(adapter: Adapter) -> dict[Feature, Found]:
         if extra.kind is ExtraKind.ROWS:
             found.setdefault(Feature.TOKEN_ROWS, Found()).names.append(extra.key)
         elif extra.kind is ExtraKind.FULL and ".vera_" not in extra.key:
-            feature = Feature.BIASES if name.endswith(".bias") else Feature.SAVED
+            feature = Feature.SAVED
+            if name.endswith(".bias"):
+                feature = Feature.BIASES
+            elif NORM.search(name):
+                feature = Feature.NORMS
             found.setdefault(feature, Found()).names.append(extra.key)
     if adapter.config is not None:
         for feature, name in _of_config(adapter.config):

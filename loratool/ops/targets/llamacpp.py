@@ -43,6 +43,9 @@ TARGET = Target(
         ),
         Feature.BIASES: Rule(Fate.REFUSED, "llama.cpp's converter stops at biases"),
         Feature.SAVED: Rule(Fate.REFUSED, "llama.cpp's converter stops at whole weights"),
+        Feature.NORMS: Rule(
+            Fate.MISREAD, "llama.cpp's converter keeps them, and nothing reads them"
+        ),
         Feature.TOKEN_ROWS: Rule(Fate.REFUSED, "llama.cpp's converter stops at trained tokens"),
         Feature.HEAD: Rule(
             Fate.NOTED, "llama.cpp's converter stops where the base ties its head to the embedding"

@@ -23,6 +23,7 @@ TARGET = Target(
     rules={
         Feature.BIASES: Rule(Fate.REFUSED, "mlx-lm's layers have no bias of their own"),
         Feature.SAVED: Rule(Fate.REFUSED, "mlx-lm has no place for them beside the factors"),
+        Feature.NORMS: Rule(Fate.REFUSED, "mlx-lm has no place for them beside the factors"),
         Feature.TOKEN_ROWS: Rule(Fate.REFUSED, "mlx-lm has no place for new values of tokens"),
         Feature.PARAMETERS: Rule(
             Fate.REFUSED, "mlx-lm stores the factors of experts as (experts, rank, in)"

@@ -20,7 +20,7 @@ from loratool.ops.targets.target import Fate, Fusion, Mend, Target
 
 __all__ = ["prepare", "refusals", "uniform_rank"]
 
-ROW_SLOTS: Final = (Slot.UP_BIAS, Slot.BIAS, Slot.MAGNITUDE)
+ROW_SLOTS: Final[tuple[Slot, ...]] = (Slot.UP_BIAS, Slot.BIAS, Slot.MAGNITUDE)
 """What else has one number for each output."""
 
 

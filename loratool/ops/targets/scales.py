@@ -54,8 +54,13 @@ def applied_factor(
 
 
 def common_alphas(adapter: Adapter) -> dict[str, float]:
-    """Return the alpha that most modules of each component have, where some record one."""
+    """Return the alpha that most modules of each component have, where some record one.
+
+    Nothing for a pipeline with a transformer, whose converters look at each module's own alpha.
+    """
     counts: dict[str, Counter[float]] = {}
+    if any(component_of(site.module)[0] == "transformer" for site in adapter.sites):
+        return {}
     for site in adapter.sites:
         if Slot.ALPHA in site.slots and site.is_plain:
             component = component_of(site.module)[0] or ""
@@ -80,11 +85,9 @@ def _of_diffusers(site: Site, adapter: Adapter, alphas: dict[str, float]) -> flo
     if adapter.scheme not in ("kohya", "comfy"):
         is_flux = adapter.family is not None and adapter.family.startswith("flux")
         return site.scaling.factor if not has_alpha or is_flux else 1.0
-    if component == "transformer":
-        return _own_alpha(site, 1.0)
     common = alphas.get(component or "")
     if common is None:
-        return 1.0
+        return _own_alpha(site, 1.0)
     leaves = ATTENTION if component == "unet" else TEXT_ATTENTION
     is_lost = local.endswith(tuple(f".{leaf}" for leaf in leaves)) or not has_alpha
     return common / site.rank if is_lost else _own_alpha(site, 1.0)

@@ -50,6 +50,7 @@ TARGET = Target(
         Feature.DORA: Rule(Fate.REFUSED, "SGLang has no place for magnitudes", Mend.APPROXIMATE),
         Feature.BIASES: Rule(Fate.MISREAD, "SGLang does not read biases"),
         Feature.SAVED: Rule(Fate.MISREAD, "SGLang does not read modules_to_save"),
+        Feature.NORMS: Rule(Fate.MISREAD, "SGLang does not read whole weights"),
         Feature.TOKEN_ROWS: Rule(Fate.MISREAD, "SGLang does not read new values of tokens"),
         Feature.EMBEDDING: Rule(
             Fate.NOTED, "SGLang takes it where embed_tokens is among its target modules"

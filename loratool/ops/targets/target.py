@@ -41,6 +41,7 @@ class Feature(Enum):
     DORA = "magnitudes (DoRA)"
     BIASES = "biases"
     SAVED = "whole weights (modules_to_save)"
+    NORMS = "whole weights of norms"
     TOKEN_ROWS = "trained token rows"
     EMBEDDING = "the delta of an embedding"
     HEAD = "the delta of the output head"

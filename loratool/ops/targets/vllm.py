@@ -48,6 +48,7 @@ TARGET = Target(
         Feature.DORA: Rule(Fate.REFUSED, "vLLM does not support DoRA", Mend.APPROXIMATE),
         Feature.BIASES: Rule(Fate.REFUSED, "vLLM does not support biases of adapters"),
         Feature.SAVED: Rule(Fate.REFUSED, "vLLM wants modules_to_save to be null"),
+        Feature.NORMS: Rule(Fate.REFUSED, "vLLM reads factors only"),
         Feature.TOKEN_ROWS: Rule(Fate.REFUSED, "vLLM has no place for new values of tokens"),
         Feature.EMBEDDING: Rule(
             Fate.NOTED, "vLLM takes it where the base's vocabulary has just that size"
