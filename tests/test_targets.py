@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,6 @@ from safetensors.torch import save_file
 import loratool
 from loratool.adapter.findings import Finding
 from loratool.adapter.model import Adapter
-from loratool.cli.main import main
 from loratool.errors import OptionError, UnsupportedError
 from loratool.ops.conversion.base import open_base
 from loratool.ops.conversion.parts import Part, part_of
@@ -288,6 +290,19 @@ def test_keys_with_the_prefix_of_a_wrapper(make_adapter: Make) -> None:
     assert codes(twice, "vllm") == []  # vLLM removes every such prefix
 
 
+def test_keys_with_the_name_of_the_adapter(tmp_path: Path) -> None:
+    tensors = {
+        f"base_model.model.{key.replace('.weight', '.default.weight')}": tensor
+        for key, tensor in lora(Q, 6, 5).items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **GOOD}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for name in ("vllm", "llamacpp"):
+        assert "'default'" in only(tmp_path, name, "LT201").message
+    assert codes(tmp_path, "sglang") == []
+
+
 @pytest.mark.parametrize("name", ["comfy", "diffusers", "mlx"])
 def test_other_schemes_are_refused_with_the_scheme_that_is_read(
     name: str, make_adapter: Make
@@ -520,6 +535,13 @@ def test_what_diffusers_drops_of_flux(make_kohya: Make) -> None:
     assert codes(path, "diffusers") == ["LT203"]  # alphas are folded
 
 
+def test_sd3_has_no_converter_in_diffusers(make_kohya: Make) -> None:
+    adapter = open_adapter(make_kohya({"lora_unet_joint_blocks_0_x_block_attn_proj": (4, 2.0)}))
+    named = replace(adapter, family="sd3-medium")
+    found = list(check_for(named, target_named("diffusers")))
+    assert any("Stable Diffusion 3" in item.message for item in found)
+
+
 def test_lycoris_in_diffusers_and_comfy(make_kohya: Make) -> None:
     module = f"{UNET}attn1_to_q"
     hada = {
@@ -740,6 +762,28 @@ def test_fused_modules_are_noted(make_adapter: Make) -> None:
     assert "q_proj, k_proj, v_proj" in found.message and "--base" in str(found.hint)
 
 
+@pytest.mark.parametrize("name", LLM)
+def test_one_rank_and_a_folded_scale_are_right(
+    name: str, make_adapter: Make, tmp_path: Path
+) -> None:
+    path = make_adapter(
+        lora(Q, 6, 5, rank=2) | lora(V, 6, 5, rank=4),
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"v_proj": 3},
+        use_rslora=True,
+        **GOOD,
+    )
+    before = open_adapter(path)
+    rank = uniform_rank(parts_of(before), target_named(name))
+    loratool.convert(path, "peft", tmp_path / "out", fold=True, pad=rank)
+    assert codes(tmp_path / "out", name) == []
+    after = open_adapter(tmp_path / "out")
+    assert [site.scaling.factor for site in after.sites] == [1, 1]
+    for one, two in zip(parts_of(before), parts_of(after), strict=True):
+        assert two.rank == rank
+        torch.testing.assert_close(dense(one), dense(two), rtol=1e-6, atol=1e-6)
+
+
 # Commands
 
 
@@ -765,7 +809,9 @@ def test_validate_for_a_loader(make_adapter: Make, capsys: pytest.CaptureFixture
     assert found.code == "LT202"
     with pytest.raises(OptionError, match="none of"):
         loratool.validate(path, target="ollama")
-    assert main(["validate", str(path), "--for", "llamacpp", "--json"]) == 1
-    document = json.loads(capsys.readouterr().out)
-    assert [item["code"] for item in document["findings"]] == ["LT202"]
-    assert main(["validate", str(path), "--for", "vllm"]) == 0
+    command = [sys.executable, "-m", "loratool", "validate", str(path), "--json", "--for"]
+    for name, status, found_codes in (("llamacpp", 1, ["LT202"]), ("vllm", 0, [])):
+        done = subprocess.run([*command, name], capture_output=True, text=True, check=False)
+        assert done.returncode == status
+        findings = json.loads(done.stdout)["findings"]
+        assert [item["code"] for item in findings] == found_codes

@@ -104,8 +104,8 @@ def _features(adapter: Adapter, target: Target, *, is_read: bool) -> Iterator[Fi
             continue
         if not is_read and not found.names:
             continue  # fields of a configuration that is not its own
-        where = listed(found.names) if found.names else ", ".join(found.fields)
-        yield _by(rule, adapter.weights, f"has {feature.value} ({where}): {rule.words}", target)
+        where = f"in {listed(found.names)}" if found.names else f"by {', '.join(found.fields)}"
+        yield _by(rule, adapter.weights, f"has {feature.value}, {where}: {rule.words}", target)
 
 
 def _ranks(adapter: Adapter, target: Target, *, is_read: bool) -> Iterator[Finding]:
@@ -181,6 +181,13 @@ def _files(adapter: Adapter, target: Target) -> Iterator[Finding]:
 
 
 def _names(adapter: Adapter, target: Target) -> Iterator[Finding]:
+    if target.named is not None and adapter.name is not None:
+        yield _by(
+            target.named,
+            adapter.weights,
+            f"has keys with the adapter's name {adapter.name!r}: {target.named.words}",
+            target,
+        )
     if target.wrapped is not None:
         scheme = scheme_named(adapter.scheme)
         parsed = {key.module for key in map(scheme.parse, adapter.tensors) if key is not None}
@@ -226,7 +233,8 @@ def _scales(adapter: Adapter, target: Target) -> Iterator[Finding]:
             SCALES,
             adapter.weights,
             f"{target.title} would apply {applied:g} instead of {own:g} to {names[0]}"
-            f"{'…' if len(names) > 1 else ''} ({_modules(len(names))}): it takes {target.scale.value}",
+            f"{'…' if len(names) > 1 else ''} ({_modules(len(names))}): it takes "
+            f"{target.scale.value}",
             mending(Mend.CONVERT, target),
         )
     if rest := groups[SHOWN:]:

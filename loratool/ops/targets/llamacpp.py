@@ -37,6 +37,11 @@ TARGET = Target(
     },
     fused="llama.cpp has such a tensor only where the base itself has it in one (Phi-3)",
     wrapped=Rule(Fate.REFUSED, "llama.cpp's converter knows no such tensors", Mend.CONVERT),
+    named=Rule(
+        Fate.REFUSED,
+        "llama.cpp's converter takes lora_A.weight and lora_B.weight only",
+        Mend.CONVERT,
+    ),
     rules={
         Feature.DORA: Rule(
             Fate.REFUSED, "llama.cpp's converter stops at magnitudes", Mend.APPROXIMATE

@@ -104,7 +104,7 @@ def refusals(
         if names:
             raise UnsupportedError(
                 f"{adapter.path}: {names[0]}",
-                f"has {feature.value} ({listed(names)}): {rule.words}",
+                f"has {feature.value}, in {listed(names)}: {rule.words}",
                 hint=mending(rule.mend, target),
             )
 

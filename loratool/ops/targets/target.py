@@ -123,6 +123,7 @@ class Target:
         fusions: Modules that it wants apart where the base has them apart.
         fused: What it does with them in one.
         wrapped: What it does with keys that carry the prefix of a wrapper.
+        named: What it does with keys that carry the adapter's name (``lora_A.default.weight``).
         file_names: What the weights file may be called; empty for any name.
         required: Fields that the configuration must have.
         regex_targets: What it does with a regular expression as ``target_modules``.
@@ -147,6 +148,7 @@ class Target:
     fusions: Mapping[str, Fusion] = field(default_factory=dict)
     fused: str = ""
     wrapped: Rule | None = None
+    named: Rule | None = None
     file_names: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     regex_targets: Rule | None = None

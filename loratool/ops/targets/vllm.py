@@ -44,6 +44,7 @@ TARGET = Target(
         "vLLM checks only the last part of a name, finds no such module and serves the base",
         Mend.CONVERT,
     ),
+    named=Rule(Fate.REFUSED, "vLLM takes lora_A.weight and lora_B.weight only", Mend.CONVERT),
     rules={
         Feature.DORA: Rule(Fate.REFUSED, "vLLM does not support DoRA", Mend.APPROXIMATE),
         Feature.BIASES: Rule(Fate.REFUSED, "vLLM does not support biases of adapters"),
