@@ -11,10 +11,20 @@ from loratool.files.pickles import TorchPickle, read_pickle
 from loratool.files.safetensors import SafetensorsFile, read_header
 from loratool.files.spec import StoredTensor
 
-__all__ = ["PICKLE_SUFFIXES", "WEIGHT_SUFFIXES", "WeightsFile", "open_weights", "read_bytes"]
+__all__ = [
+    "PICKLE_SUFFIXES",
+    "WEIGHT_SUFFIXES",
+    "WeightsFile",
+    "open_weights",
+    "read_bytes",
+    "read_view",
+]
 
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES: Final = (".safetensors", *PICKLE_SUFFIXES)
+
+WORDS: Final = {1: "u1", 2: "u2", 4: "u4", 8: "u8"}
+"""Bytes of an element to a numpy dtype that moves as one word."""
 
 WeightsFile = SafetensorsFile | TorchPickle
 
@@ -41,6 +51,29 @@ def read_bytes(stored: StoredTensor) -> bytes:
     Raises:
         FileFormatError: The file has changed or cannot be read any more.
     """
+    return _read(stored) if stored.strides is None else bytes(read_view(stored))
+
+
+def read_view(stored: StoredTensor) -> memoryview:
+    """Read one whole tensor as contiguous row-major bytes, without a further copy of them.
+
+    Raises:
+        FileFormatError: The file has changed or cannot be read any more.
+    """
+    data = _read(stored)
+    if stored.strides is None or not stored.spec.elements:
+        return memoryview(data)
+    import numpy as np
+
+    width = stored.spec.nbytes // stored.spec.elements
+    flat = np.frombuffer(data, dtype=np.dtype(WORDS.get(width, f"V{width}")))
+    view = np.lib.stride_tricks.as_strided(
+        flat, stored.spec.shape, [stride * width for stride in stored.strides], writeable=False
+    )
+    return np.ascontiguousarray(view).reshape(-1).view(np.uint8).data
+
+
+def _read(stored: StoredTensor) -> bytes:
     try:
         with stored.path.open("rb") as file:
             data = os.pread(file.fileno(), stored.span, stored.offset)
@@ -51,18 +84,4 @@ def read_bytes(stored: StoredTensor) -> bytes:
                 data += more
     except OSError as error:
         raise FileFormatError(stored.path, f"cannot be read: {error.strerror}") from None
-    return data if stored.strides is None else _gather(stored, data)
-
-
-def _gather(stored: StoredTensor, data: bytes) -> bytes:
-    import numpy as np
-
-    if not stored.spec.elements:
-        return b""
-    width = stored.spec.nbytes // stored.spec.elements
-    flat = np.frombuffer(data, dtype=np.dtype(f"V{width}"))
-    assert stored.strides is not None
-    view = np.lib.stride_tricks.as_strided(
-        flat, stored.spec.shape, [stride * width for stride in stored.strides], writeable=False
-    )
-    return np.ascontiguousarray(view).tobytes()
+    return data

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import KeyScheme
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.ops.conversion.base import open_base
-from loratool.ops.conversion.plan import ConversionPlan
+from loratool.ops.conversion.plan import NO_DIGEST, ConversionPlan
 from loratool.ops.conversion.planning import Wishes, plan_conversion
 from loratool.ops.conversion.running import Outcome, measure, run_conversion
 from loratool.ops.importing import import_torch
@@ -29,6 +28,8 @@ AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
 NAMINGS: Final = ("native", "diffusers")
 BLOCK: Final = 1 << 20
+HASHED_BELOW: Final = 64 << 20
+"""Larger inputs go by their size in the metadata: hashing takes longer than copying."""
 
 
 @dataclass(frozen=True)
@@ -206,16 +207,21 @@ def convert(
         fold=fold,
         pad=pad,
         options=options,
-        digest=None,
+        digest=NO_DIGEST if opened.stamp.size < HASHED_BELOW else None,
     )
-    plan = _planned(opened, scheme, wishes)
-    if plan.computes:
-        import_torch()
-    outcome = (
-        measure(plan)
-        if dry_run
-        else run_conversion(plan, place, inputs=inputs, force=force, progress=progress)
-    )
+    # The input is hashed while it is converted; there is room for the hash in the header.
+    with ThreadPoolExecutor(1) as pool:
+        is_hashed = not dry_run and opened.stamp.size < HASHED_BELOW
+        digest = pool.submit(_digest, opened.weights) if is_hashed else None
+        plan = plan_conversion(opened, scheme, wishes)
+        if plan.needs_torch:
+            import_torch()
+        if dry_run:
+            outcome = measure(plan)
+        else:
+            outcome = run_conversion(
+                plan, place, inputs=inputs, force=force, progress=progress, digest=digest
+            )
     return ConvertReport(
         source=opened.scheme,
         plan=plan,
@@ -223,16 +229,6 @@ def convert(
         is_written=not dry_run,
         notes=(*plan.notes, *_found(outcome)),
     )
-
-
-def _planned(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> ConversionPlan:
-    """Return the plan; the input is hashed meanwhile, where that may take a while."""
-    with ThreadPoolExecutor(1) as pool:
-        digest: Future[str] = pool.submit(_digest, adapter.weights)
-        plan = plan_conversion(adapter, scheme, replace(wishes, digest="0" * 64))
-        found = digest.result()
-    metadata = {k: v.replace("0" * 64, found) for k, v in plan.metadata.items()}
-    return replace(plan, metadata=metadata)
 
 
 def _digest(path: Path) -> str:

@@ -363,10 +363,12 @@ def _dtype(part: Part) -> str:
 
 def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Tensor:
     """Return ΔW, ``(out, in, *kernel)`` in float64."""
+    import torch
+
     from loratool.math import dense_variants as dense
     from loratool.ops.tensors import read_tensor
 
-    values = {slot: value.evaluate().double() for slot, value in part.values.items()}
+    values = {slot: torch.from_numpy(value.evaluate()) for slot, value in part.values.items()}
     if part.variant == "full":
         return values[Slot.DIFF]
     assert stored is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -21,9 +21,10 @@ from loratool.ops.conversion.plain import Approximation
 from loratool.ops.conversion.values import Stored
 from loratool.ops.plan import TORCH_BYTES, Sidecar
 
-__all__ = ["ConversionPlan", "OutputPart"]
+__all__ = ["NO_DIGEST", "ConversionPlan", "OutputPart"]
 
 PYTHON_BYTES: Final = 60 << 20
+NO_DIGEST: Final = "0" * 64
 HASH_KEY: Final = "sshs_model_hash"
 LEGACY_HASH_KEY: Final = "sshs_legacy_hash"
 
@@ -36,11 +37,13 @@ class OutputPart:
         part: What its tensors are made of.
         specs: What they are called and stored as.
         approximation: How well its factors stand for it, where they are not exact.
+        is_transposed: Whether A is stored as ``(in, r)`` and B as ``(r, out)``.
     """
 
     part: Part
     specs: Mapping[Slot, TensorSpec]
     approximation: Approximation | None = None
+    is_transposed: bool = False
 
     @property
     def is_moved(self) -> bool:
@@ -105,6 +108,11 @@ class ConversionPlan:
         """Return the bytes before the data with the hashes in them; no longer than before."""
         return format_header(self.specs, {**self.metadata, **hashes})
 
+    def with_digest(self, digest: str) -> ConversionPlan:
+        """Return the plan with the SHA-256 of its input in the place that was left for it."""
+        metadata = {k: v.replace(NO_DIGEST, digest) for k, v in self.metadata.items()}
+        return replace(self, metadata=metadata)
+
     @property
     def legacy_header(self) -> bytes:
         """The header of the file that kohya's older hash is taken of: training metadata only."""
@@ -138,9 +146,14 @@ class ConversionPlan:
         yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
 
     @property
-    def computes(self) -> bool:
-        """Whether anything is more than a copy of bytes."""
-        return self.is_torch or not all(part.is_moved for part in self.parts)
+    def needs_torch(self) -> bool:
+        """Whether torch is needed for anything."""
+        return self.is_torch or any(
+            value.needs_torch
+            for part in self.parts
+            if not part.is_moved
+            for value in part.part.values.values()
+        )
 
     @property
     def peak_memory(self) -> int:
@@ -148,7 +161,7 @@ class ConversionPlan:
         largest = max((spec.nbytes for spec in self.specs), default=0)
         if self.is_torch:
             return TORCH_BYTES + self.nbytes
-        return (TORCH_BYTES + 6 * largest) if self.computes else PYTHON_BYTES + 2 * largest
+        return (TORCH_BYTES if self.needs_torch else PYTHON_BYTES) + 6 * largest
 
     @property
     def config_text(self) -> bytes:

@@ -151,7 +151,9 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     for spelling in written_order(names):
         part = names[spelling]
         specs = _specs(spelling.partition("\0")[0], part, scheme, name, wishes.dtype)
-        output_parts.append(OutputPart(part, specs, approximations.get(id(part.site))))
+        output_parts.append(
+            OutputPart(part, specs, approximations.get(id(part.site)), scheme.is_transposed)
+        )
         if scheme.scale is ScaleRule.ALPHA:
             alpha = _alpha(spelling, part, scheme)
             if alpha is not None:

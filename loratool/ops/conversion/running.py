@@ -9,30 +9,36 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import struct
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.slots import Slot
-from loratool.errors import AdapterError, OutputError
+from loratool.errors import AdapterError
 from loratool.files.atomic import check_output, staged
-from loratool.files.container import read_bytes
+from loratool.files.container import read_view
+from loratool.files.gathering import Piece, gather
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor, TensorSpec
-from loratool.files.transfer import copy_range, read_into, write_all
+from loratool.files.transfer import read_into, write_all
 from loratool.ops.algebra.sidecars import write_sidecars
+from loratool.ops.conversion.arrays import decode, encode, rounded
 from loratool.ops.conversion.plan import HASH_KEY, LEGACY_HASH_KEY, ConversionPlan, OutputPart
-from loratool.ops.conversion.values import Stored, Value
+from loratool.ops.conversion.values import Stored
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
+
+    from loratool.ops.conversion.arrays import Array
 
 __all__ = ["Outcome", "measure", "run_conversion"]
 
 Progress = Callable[[int, int], None]
+THREADS: Final = 2
 SYNC_BELOW: Final = 64 << 20
 BLOCK: Final = 4 << 20
 LEGACY_SPAN: Final = (0x100000, 0x110000)
@@ -72,8 +78,17 @@ def run_conversion(
     inputs: Sequence[Path],
     force: bool = False,
     progress: Progress | None = None,
+    digest: Future[str] | None = None,
 ) -> Outcome:
     """Write ``plan`` at ``output``, whole or not at all.
+
+    Args:
+        plan: What to write.
+        output: Where.
+        inputs: What the output may not touch.
+        force: Replace an existing output.
+        progress: Called with bytes done and bytes in all.
+        digest: The SHA-256 of the input, which the metadata has room for.
 
     Raises:
         LoratoolError: Nothing was written; the message says why.
@@ -89,7 +104,7 @@ def run_conversion(
             if plan.is_torch:
                 outcome = _save_torch(plan, weights, files, progress)
             else:
-                outcome = _save(plan, weights, files, progress, is_synced=is_synced)
+                outcome = _save(plan, weights, files, progress, digest, is_synced=is_synced)
             files.check_unchanged()
             if plan.is_folder:
                 write_sidecars(plan.sidecars, place)
@@ -115,40 +130,39 @@ def measure(plan: ConversionPlan) -> Outcome:
 
 
 class _Writer:
+    """Writes tensors at their places; bytes that only move are collected and moved together."""
+
     def __init__(self, plan: ConversionPlan, descriptor: int, files: InputFiles) -> None:
         self.descriptor = descriptor
         self.files = files
         self.places = plan.offsets()
+        self.pieces: list[Piece] = []
 
     def move(self, spec: TensorSpec, stored: StoredTensor) -> None:
-        """Write stored bytes, in the order that their view has."""
+        """Take stored bytes, in the order that their view has."""
+        place = self.places[spec.name]
         if not spec.nbytes:
             return
-        place = self.places[spec.name]
         if stored.strides is not None:
-            write_all(self.descriptor, memoryview(read_bytes(stored)), place)
-            return
-        copy_range(
-            self.files.descriptor(stored.path),
-            self.descriptor,
-            stored.offset,
-            place,
-            spec.nbytes,
-            path=stored.path,
-        )
+            write_all(self.descriptor, read_view(stored), place)
+        else:
+            self.pieces.append(Piece(place, spec.nbytes, stored.path, stored.offset))
 
-    def write(self, spec: TensorSpec, values: Tensor) -> None:
-        """Write computed values, already in the dtype of ``spec``."""
-        data = tensor_bytes(values.reshape(spec.shape))
-        if data.nbytes:
+    def number(self, spec: TensorSpec, number: float) -> None:
+        """Take one number, as float32."""
+        data = struct.pack("<f", number)
+        self.pieces.append(Piece(self.places[spec.name], len(data), data=data))
+
+    def write(self, spec: TensorSpec, values: Array) -> None:
+        """Write computed values in the dtype of ``spec``."""
+        if spec.nbytes:
+            data = encode(values, spec.dtype).data.cast("B")
             write_all(self.descriptor, data, self.places[spec.name])
 
-
-def tensor_bytes(values: Tensor) -> memoryview:
-    """Return the bytes of a tensor of the processor."""
-    import torch
-
-    return memoryview(values.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    def flush(self) -> None:
+        """Move everything that was collected."""
+        gather(self.pieces, self.descriptor, self.files.descriptor)
+        self.pieces = []
 
 
 def _save(
@@ -156,6 +170,7 @@ def _save(
     weights: Path,
     files: InputFiles,
     progress: Progress | None,
+    digest: Future[str] | None,
     *,
     is_synced: bool,
 ) -> Outcome:
@@ -165,38 +180,33 @@ def _save(
         os.ftruncate(descriptor, plan.nbytes)
         writer = _Writer(plan, descriptor, files)
         done = 0
-        for item in plan.parts:
-            _write_part(item, writer, outcome)
-            done += sum(spec.nbytes for spec in item.specs.values())
-            if progress is not None:
-                progress(done, plan.nbytes)
+        with ThreadPoolExecutor(THREADS) as pool:
+            work = pool.map(lambda item: _write_part(item, writer, outcome), plan.parts)
+            for item, _ in zip(plan.parts, work, strict=True):
+                done += sum(spec.nbytes for spec in item.specs.values())
+                if progress is not None and not item.is_moved:
+                    progress(done, plan.nbytes)
         for carried in plan.carried:
             if carried.constant is not None:
-                _write_number(writer, carried.spec, carried.constant)
+                writer.number(carried.spec, carried.constant)
             elif carried.sources[0].spec.dtype == carried.spec.dtype:
                 writer.move(carried.spec, carried.sources[0])
             else:
-                from loratool.ops.tensors import read_tensor, torch_dtype
-
-                values = read_tensor(carried.sources[0]).to(torch_dtype(carried.spec.dtype))
-                writer.write(carried.spec, values)
+                writer.write(carried.spec, decode(carried.sources[0]))
+        writer.flush()
+        if progress is not None:
+            progress(plan.nbytes, plan.nbytes)
+        if digest is not None:
+            plan = plan.with_digest(digest.result())
         header = plan.header
         if plan.is_hashed:
             header = plan.header_with(_hashes(plan, descriptor, weights))
-            if len(header) != len(plan.header):
-                raise OutputError(weights, "its header changed its length (a bug)")
         write_all(descriptor, memoryview(header), 0)
         if is_synced:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return outcome
-
-
-def _write_number(writer: _Writer, spec: TensorSpec, number: float) -> None:
-    import struct
-
-    write_all(writer.descriptor, memoryview(struct.pack("<f", number)), writer.places[spec.name])
 
 
 def _write_part(item: OutputPart, writer: _Writer, outcome: Outcome) -> None:
@@ -209,85 +219,91 @@ def _write_part(item: OutputPart, writer: _Writer, outcome: Outcome) -> None:
         writer.write(item.specs[slot], values)
 
 
-def _computed(item: OutputPart, outcome: Outcome) -> dict[Slot, Tensor]:
-    """Return the tensors of a module in the dtypes that are written, and note the error.
+def _computed(item: OutputPart, outcome: Outcome) -> dict[Slot, Array]:
+    """Return the tensors of a module as they are to be rounded, and note the error.
 
     Raises:
         AdapterError: A value is finite in the input and not in the output.
     """
     part = item.part
     exact = {slot: value.evaluate() for slot, value in part.values.items()}
-    made = {slot: values.to(_dtype(item.specs[slot])) for slot, values in exact.items()}
     if not part.is_plain:
-        _check_finite(item, exact, made)
-        return made
+        _check_finite(item, exact)
+        return exact
+    made = _rounded(item, exact)
+    if item.approximation is None and _are_equal(exact, made):
+        return exact
     low, high = part.slots
-    pairs = _oriented(item, exact), _oriented(item, made)
-    norm, error = _squares(*pairs)
+    truth = _oriented(item, exact)
+    norm, error = _squares(truth, _oriented(item, made))
     if not math.isfinite(error) or error > TOO_ROUGH**2 * norm:
         # Too large or too small for the dtype: share the scale with A, by a power of two.
         shift = _balance(exact[low], exact[high])
-        other = dict(exact)
-        other[low], other[high] = exact[low].double() * shift, exact[high].double() / shift
-        trial = {slot: values.to(_dtype(item.specs[slot])) for slot, values in other.items()}
-        _, better = _squares(pairs[0], _oriented(item, trial))
+        other = exact | {low: exact[low] * shift, high: exact[high] / shift}
+        _, better = _squares(truth, _oriented(item, _rounded(item, other)))
         if not math.isfinite(error) or better < error:
-            made, error = trial, better
+            exact, error = other, better
             outcome.shifted.append(part.module)
-    _check_finite(item, exact, made)
+    _check_finite(item, exact)
     if item.approximation is not None:
         norm = item.approximation.squared_norm
         error += item.approximation.squared_error
     outcome.errors[part.module] = (norm, error)
-    return made
+    return exact
 
 
-def _oriented(item: OutputPart, values: Mapping[Slot, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return A ``(r, columns)`` and B ``(rows, r)`` in float64, however they are stored."""
-    low, high = (values[slot].double() for slot in item.part.slots)
-    if low.ndim == 2 and low.shape[0] != item.part.rank:
+def _are_equal(one: Mapping[Slot, Array], other: Mapping[Slot, Array]) -> bool:
+    import numpy as np
+
+    return all(np.array_equal(one[slot], other[slot], equal_nan=True) for slot in one)
+
+
+def _rounded(item: OutputPart, values: Mapping[Slot, Array]) -> dict[Slot, Array]:
+    return {slot: rounded(array, item.specs[slot].dtype) for slot, array in values.items()}
+
+
+def _oriented(item: OutputPart, values: Mapping[Slot, Array]) -> tuple[Array, Array]:
+    """Return A ``(r, columns)`` and B ``(rows, r)``, however they are stored."""
+    low, high = (values[slot] for slot in item.part.slots)
+    if item.is_transposed:
         return low.T, high.T
-    if low.ndim == 2 and high.shape[0] == item.part.rank != high.shape[1]:
-        return low.T, high.T
-    return low.flatten(1), high.flatten(1)
+    return low.reshape(low.shape[0], -1), high.reshape(high.shape[0], -1)
 
 
-def _squares(exact: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def _squares(exact: tuple[Array, Array], made: tuple[Array, Array]) -> tuple[float, float]:
     """Return ``‖Δ‖²`` and ``‖written - Δ‖²`` from r × r Gram matrices."""
-    import torch
+    import numpy as np
 
     (down, up), (low, high) = exact, made
-    norm = float(((up.T @ up) * (down @ down.T)).sum())
-    left = torch.cat([high - up, up], dim=1)
-    right = torch.cat([low, low - down], dim=0)
-    error = float(((left.T @ left) * (right @ right.T)).sum())
+    with np.errstate(invalid="ignore", over="ignore"):
+        norm = float(((up.T @ up) * (down @ down.T)).sum())
+        left = np.concatenate([high - up, up], axis=1)
+        right = np.concatenate([low, low - down], axis=0)
+        error = float(((left.T @ left) * (right @ right.T)).sum())
     return norm, max(0.0, error) if math.isfinite(error) else math.inf
 
 
-def _balance(down: Tensor, up: Tensor) -> float:
+def _balance(down: Array, up: Array) -> float:
     """Return the power of two that makes the largest elements of both factors alike."""
-    high, low = float(up.double().abs().max()), float(down.double().abs().max())
+    import numpy as np
+
+    high, low = float(np.abs(up).max()), float(np.abs(down).max())
     if not high or not low or not math.isfinite(high / low):
         return 1.0
     return 2.0 ** round(math.log2(high / low) / 2)
 
 
-def _check_finite(
-    item: OutputPart, exact: Mapping[Slot, Tensor], made: Mapping[Slot, Tensor]
-) -> None:
-    for slot, values in made.items():
-        if bool(exact[slot].isfinite().all()) and not bool(values.isfinite().all()):
+def _check_finite(item: OutputPart, values: Mapping[Slot, Array]) -> None:
+    import numpy as np
+
+    for slot, array in values.items():
+        spec = item.specs[slot]
+        if np.isfinite(array).all() and not np.isfinite(rounded(array, spec.dtype)).all():
             raise AdapterError(
-                item.specs[slot].name,
-                f"does not fit into {item.specs[slot].dtype}",
+                spec.name,
+                f"does not fit into {spec.dtype}",
                 hint="write a wider dtype with --dtype float32",
             )
-
-
-def _dtype(spec: TensorSpec) -> torch.dtype:
-    from loratool.ops.tensors import torch_dtype
-
-    return torch_dtype(spec.dtype)
 
 
 def _hashes(plan: ConversionPlan, descriptor: int, path: Path) -> dict[str, str]:
@@ -320,26 +336,29 @@ def _save_torch(
     """Write a dictionary of tensors as ``torch.save`` does; all of it is in memory at once."""
     import torch
 
-    from loratool.ops.tensors import read_tensor
+    from loratool.ops.tensors import read_tensor, torch_dtype
+
+    def tensor(spec: TensorSpec, values: Array) -> Tensor:
+        return torch.from_numpy(values).to(torch_dtype(spec.dtype)).reshape(spec.shape)
 
     outcome = Outcome()
     tensors: dict[str, Tensor] = {}
     for item in plan.parts:
-        made = _computed(item, outcome) if not item.is_moved else _evaluated(item.part.values)
-        tensors |= {item.specs[slot].name: values for slot, values in made.items()}
+        if item.is_moved:
+            for slot, value in item.part.values.items():
+                assert isinstance(value, Stored)
+                tensors[item.specs[slot].name] = read_tensor(value.tensor)
+        else:
+            for slot, array in _computed(item, outcome).items():
+                tensors[item.specs[slot].name] = tensor(item.specs[slot], array)
     for carried in plan.carried:
         spec = carried.spec
-        values = (
-            torch.tensor(carried.constant)
-            if carried.constant is not None
-            else read_tensor(carried.sources[0]).reshape(spec.shape)
-        )
-        tensors[spec.name] = values.to(_dtype(spec))
+        if carried.constant is not None:
+            made = torch.tensor(carried.constant)
+        else:
+            made = read_tensor(carried.sources[0])
+        tensors[spec.name] = made.to(torch_dtype(spec.dtype)).reshape(spec.shape)
     torch.save({spec.name: tensors[spec.name].contiguous() for spec in plan.specs}, weights)
     if progress is not None:
         progress(plan.nbytes, plan.nbytes)
     return outcome
-
-
-def _evaluated(values: Mapping[Slot, Value]) -> dict[Slot, Tensor]:
-    return {slot: value.evaluate() for slot, value in values.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from loratool.adapter.scheme import transposed
 from loratool.files.dtypes import DTYPES
@@ -17,6 +17,8 @@ from loratool.files.spec import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from loratool.ops.conversion.arrays import Array
 
 __all__ = [
     "Arranged",
@@ -36,6 +38,9 @@ __all__ = [
 ]
 
 
+NUMPY_DTYPES: Final = ("F64", "F32", "F16", "BF16")
+
+
 class Value(Protocol):
     """A tensor that will exist.
 
@@ -52,13 +57,18 @@ class Value(Protocol):
         """Yield the stored tensors that it is made of."""
         ...
 
-    def evaluate(self) -> Tensor:
-        """Read and compute it, in its own dtype or a wider one."""
+    def evaluate(self) -> Array:
+        """Read and compute it in float64."""
         ...
 
     @property
     def is_exact(self) -> bool:
         """Whether every number of it is a stored one, zero, or that times a power of two."""
+        ...
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether numpy alone does not compute it."""
         ...
 
 
@@ -79,19 +89,23 @@ class Stored:
     def sources(self) -> Iterator[StoredTensor]:
         yield self.tensor
 
-    def evaluate(self) -> Tensor:
-        from loratool.ops.tensors import read_tensor
+    def evaluate(self) -> Array:
+        from loratool.ops.conversion.arrays import decode
 
-        return read_tensor(self.tensor)
+        return decode(self.tensor)
 
     @property
     def is_exact(self) -> bool:
         return True
 
+    @property
+    def needs_torch(self) -> bool:
+        return self.dtype not in NUMPY_DTYPES
+
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """A value times a number; evaluated in float64."""
+    """A value times a number."""
 
     value: Value
     factor: float
@@ -107,12 +121,16 @@ class Scaled:
     def sources(self) -> Iterator[StoredTensor]:
         yield from self.value.sources()
 
-    def evaluate(self) -> Tensor:
-        return self.value.evaluate().double().mul_(self.factor)
+    def evaluate(self) -> Array:
+        return self.value.evaluate() * self.factor
 
     @property
     def is_exact(self) -> bool:
         return is_power_of_two(self.factor) and self.value.is_exact
+
+    @property
+    def needs_torch(self) -> bool:
+        return self.value.needs_torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +144,18 @@ class Constant:
     def sources(self) -> Iterator[StoredTensor]:
         yield from ()
 
-    def evaluate(self) -> Tensor:
-        import torch
+    def evaluate(self) -> Array:
+        import numpy as np
 
-        return torch.full(self.shape, self.number, dtype=torch.float64)
+        return np.full(self.shape, self.number, dtype=np.float64)
 
     @property
     def is_exact(self) -> bool:
         return True
+
+    @property
+    def needs_torch(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +176,12 @@ class Arranged:
         for value, _, _ in self.pieces:
             yield from value.sources()
 
-    def evaluate(self) -> Tensor:
-        import torch
+    def evaluate(self) -> Array:
+        import numpy as np
 
-        from loratool.ops.tensors import torch_dtype
-
-        parts = [(value.evaluate(), row, column) for value, row, column in self.pieces]
-        kinds = {part.dtype for part, _, _ in parts}
-        dtype = kinds.pop() if len(kinds) == 1 else torch.float64
-        whole = torch.zeros(self.shape, dtype=dtype if parts else torch_dtype(self.dtype))
-        for part, row, column in parts:
+        whole = np.zeros(self.shape, dtype=np.float64)
+        for value, row, column in self.pieces:
+            part = value.evaluate()
             if part.ndim == 1:
                 whole[row : row + part.shape[0]] = part
             else:
@@ -173,6 +191,10 @@ class Arranged:
     @property
     def is_exact(self) -> bool:
         return all(value.is_exact for value, _, _ in self.pieces)
+
+    @property
+    def needs_torch(self) -> bool:
+        return any(value.needs_torch for value, _, _ in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,15 +218,20 @@ class Computed:
     def sources(self) -> Iterator[StoredTensor]:
         yield from self.tensors
 
-    def evaluate(self) -> Tensor:
+    def evaluate(self) -> Array:
         from loratool.ops.tensors import read_tensor
 
         made = self.function(*(read_tensor(tensor).double() for tensor in self.tensors))
-        return made.reshape(self.shape)
+        values: Array = made.double().numpy()
+        return values.reshape(self.shape)
 
     @property
     def is_exact(self) -> bool:
         return False
+
+    @property
+    def needs_torch(self) -> bool:
+        return True
 
 
 def is_power_of_two(factor: float) -> bool:
@@ -351,12 +378,16 @@ class _Reshaped:
     def sources(self) -> Iterator[StoredTensor]:
         yield from self.value.sources()
 
-    def evaluate(self) -> Tensor:
+    def evaluate(self) -> Array:
         return self.value.evaluate().reshape(self.shape)
 
     @property
     def is_exact(self) -> bool:
         return self.value.is_exact
+
+    @property
+    def needs_torch(self) -> bool:
+        return self.value.needs_torch
 
 
 def concatenated(values: Sequence[Value]) -> Value:
