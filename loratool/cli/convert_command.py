@@ -27,7 +27,8 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 
 @click.command("convert")
 @click.argument("adapter", type=options.PATH)
-@options.to("Scheme to write.", required=True)
+@options.to("Scheme to write.")
+@options.target("Write what this loader applies rightly.")
 @options.output
 @click.option("--from", "source", metavar="SCHEME", help="Scheme to read; else it is detected.")
 @click.option(
@@ -80,7 +81,7 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @options.as_json
 @options.debug
 def command(
-    adapter: Path, to: str, output: Path, quiet: bool, as_json: bool, **settings: Any
+    adapter: Path, to: str | None, output: Path, quiet: bool, as_json: bool, **settings: Any
 ) -> None:
     """Write the same deltas in another key scheme.
 
@@ -92,6 +93,7 @@ def command(
     Example:
         loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
         loratool convert mlx-adapter/ --to peft -o peft-adapter/
+        loratool convert my-adapter/ --for vllm -o served/
         loratool convert loha.safetensors --to comfy --to-lora -o plain.safetensors
         loratool convert my-adapter/ --to kohya --dry-run -o out.safetensors
     """

@@ -27,6 +27,7 @@ __all__ = [
     "plot",
     "quiet",
     "skip",
+    "target",
     "threads",
     "to",
     "truncation",
@@ -43,6 +44,14 @@ def to(help_text: str, *, required: bool = False) -> Decorator:
 
     written = [scheme.name for scheme in builtin_schemes() if scheme.writes]
     return click.option("--to", type=click.Choice(written), required=required, help=help_text)
+
+
+def target(help_text: str) -> Decorator:
+    """Return ``--for``, which takes every loader that is known."""
+    from loratool.ops.targets import builtin_targets
+
+    names = [item.name for item in builtin_targets()]
+    return click.option("--for", "target", type=click.Choice(names), help=help_text)
 
 
 def _checked_device(value: str) -> str:

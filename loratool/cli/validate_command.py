@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
-from loratool.ops.targets import builtin_targets
 from loratool.ops.validate import validate
 
 __all__ = ["command"]
@@ -19,12 +18,7 @@ __all__ = ["command"]
 @click.option(
     "--deep", is_flag=True, help="Read the tensors too: NaN, infinity, untrained factors."
 )
-@click.option(
-    "--for",
-    "target",
-    type=click.Choice([target.name for target in builtin_targets()]),
-    help="Also find what this loader would refuse or misread.",
-)
+@options.target("Also find what this loader would refuse or misread.")
 @options.adapter_name
 @options.as_json
 @options.debug

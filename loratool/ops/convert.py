@@ -20,6 +20,8 @@ from loratool.ops.conversion.planning import Wishes, plan_conversion
 from loratool.ops.conversion.running import Outcome, measure, run_conversion
 from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
+from loratool.ops.targets import target_named
+from loratool.ops.targets.target import Target
 from loratool.schemes import builtin_schemes
 
 __all__ = ["NAMINGS", "ConvertReport", "convert"]
@@ -95,9 +97,10 @@ class ConvertReport:
 
 def convert(
     adapter: AnyPath,
-    to: str,
+    to: str | None,
     output: AnyPath,
     *,
+    target: str | None = None,
     source: str | None = None,
     base: AnyPath | None = None,
     initial: AnyPath | None = None,
@@ -127,9 +130,12 @@ def convert(
 
     Args:
         adapter: File or folder.
-        to: Name of a scheme (``loratool schemes``).
+        to: Name of a scheme (``loratool schemes``); ``None`` for that of ``target``.
         output: A folder, or a file (``.safetensors``, or ``.bin`` and ``.pt`` for
             ``torch.save``) where the scheme has no configuration.
+        target: Name of a loader (``vllm``, ``sglang``, ``llamacpp``, ``comfy``, ``diffusers``,
+            ``mlx``) that is to apply the result rightly: ranks, scale and names are what it
+            expects, and what it cannot apply is refused.
         source: The scheme to read it in; by default the one that recognises most of it.
         base: The model that it is for. Its names settle flattened paths, its shapes kernels;
             weights are read only for variants that depend on them.
@@ -160,7 +166,8 @@ def convert(
     """
     place, origin = Path(output), Path(adapter)
     inputs = [Path(path) for path in (adapter, base, initial) if path is not None]
-    scheme = _written_scheme(to)
+    loader = target_named(target) if target is not None else None
+    scheme = _written_scheme(_scheme_name(to, loader))
     if naming is not None and naming not in NAMINGS:
         raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
     if not dry_run:
@@ -176,7 +183,8 @@ def convert(
         enabled=enable_lora,
     )
     options = {
-        "to": to,
+        "to": scheme.name,
+        "for": target,
         "from": source,
         "base": Path(base).resolve().name if base is not None else None,
         "initial": Path(initial).resolve().name if initial is not None else None,
@@ -206,6 +214,7 @@ def convert(
         rank=rank,
         fold=fold,
         pad=pad,
+        target=loader,
         options=options,
         digest=NO_DIGEST if opened.stamp.size < HASHED_BELOW else None,
     )
@@ -229,6 +238,16 @@ def convert(
         is_written=not dry_run,
         notes=(*plan.notes, *_found(outcome)),
     )
+
+
+def _scheme_name(to: str | None, target: Target | None) -> str:
+    if target is None:
+        if to is None:
+            raise OptionError("convert", "say which scheme to write: --to, or --for a loader")
+        return to
+    if to is not None and to != target.scheme:
+        raise OptionError("--to", f"{target.name} reads {target.scheme}, not {to}")
+    return target.scheme
 
 
 def _digest(path: Path) -> str:

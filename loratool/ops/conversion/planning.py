@@ -51,6 +51,8 @@ from loratool.ops.conversion.values import (
 )
 from loratool.ops.merging.mergeable import HARMLESS_INITS
 from loratool.ops.plan import Sidecar
+from loratool.ops.targets.preparing import prepare, refusals, uniform_rank
+from loratool.ops.targets.target import Target
 
 __all__ = ["Wishes", "plan_conversion"]
 
@@ -79,6 +81,7 @@ class Wishes:
         rank: Rank of what has to be approximated for that.
         fold: Fold all scales into the factors.
         pad: Give all modules this rank, the missing ones zero.
+        target: The loader that it is for, where one was named.
         options: What was asked for, for the metadata; without it the history of the input is
             that of the output.
         history: The history to record instead of either.
@@ -98,6 +101,7 @@ class Wishes:
     rank: int | None = None
     fold: bool = False
     pad: int | None = None
+    target: Target | None = None
     options: Mapping[str, Any] | None = None
     history: Mapping[str, str] | None = None
     digest: str | None = None
@@ -113,6 +117,9 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     check_place(wishes.output, scheme.name, has_config=scheme.has_config)
     _check_names(adapter)
     _check_config(adapter, has_initial=wishes.initial is not None)
+    target = wishes.target
+    if target is not None:
+        refusals(adapter, target, drop=wishes.drop, to_lora=wishes.to_lora)
     dropping = _Dropping(wishes.drop)
     sites = [site for site in adapter.sites if not dropping.takes(site.label)]
     parts = [part_of(site, adapter) for site in sites]
@@ -123,6 +130,10 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     if not parts:
         raise AdapterError(adapter.path, "has no delta that would be written")
     parts, approximations = _plain(parts, adapter, wishes)
+    pad = wishes.pad
+    if target is not None:
+        parts = prepare(parts, target, wishes.base)
+        pad = pad or uniform_rank(parts, target)
     naming = families_of([p.module for p in parts], wishes.family or adapter.family)
     family = wishes.family or adapter.family
     if family is None and len(naming.families) == 1:
@@ -139,10 +150,11 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         parts = to_hub(parts, naming)
     if wishes.base is not None:
         parts = [_fitted(part, wishes.base) for part in parts]
-    parts = _padded(parts, wishes.pad, scheme)
-    rule = ScaleRule.FOLDED if wishes.fold else scheme.scale
+    parts = _padded(parts, pad, scheme)
+    is_folded = wishes.fold or (target is not None and target.fold)
+    rule = ScaleRule.FOLDED if is_folded else scheme.scale
     parts, multiplier = placed_scales(parts, rule)
-    if wishes.fold and scheme.scale is ScaleRule.MULTIPLIER:
+    if is_folded and scheme.scale is ScaleRule.MULTIPLIER:
         multiplier = 1.0
     parts = [_slotted(part, scheme) for part in parts]
     names = spelled(parts, scheme, family, component=wishes.component)
@@ -168,6 +180,8 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         )
     _check_unique([s for p in output_parts for s in p.specs.values()], alphas, extras.carried)
     config = _config(adapter, scheme, output_sites, list(names.values()), extras, multiplier)
+    if config is not None and target is not None:
+        config |= target.config
     sidecars, left, file_notes = _files(adapter, wishes.output)
     title = wishes.output.stem
     is_torch = _is_torch(wishes.output, scheme)
