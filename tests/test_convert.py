@@ -843,3 +843,93 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert document["exact"] is True and len(document["modules"]) == 152
     bad = run("convert", first, "--to", "peft", "-o", tmp_path / "q", "--enable-lora", "2,x")
     assert bad.exit_code == 2
+
+
+class TestExperts:
+    """mlx-lm stacks the factors of all experts."""
+
+    def test_round_trip(self, tmp_path: Path) -> None:
+        name = "model.layers.1.block_sparse_moe.switch_mlp.gate_proj"
+        a, b = torch.randn(3, 2, 6), torch.randn(3, 5, 2)
+        (tmp_path / "m").mkdir()
+        save_file(
+            {f"{name}.lora_a": a, f"{name}.lora_b": b}, tmp_path / "m" / "adapters.safetensors"
+        )
+        settings = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 2.5}}
+        (tmp_path / "m" / "adapter_config.json").write_text(json.dumps(settings))
+        convert(tmp_path / "m", "peft", tmp_path / "p")
+        found = dense_deltas(tmp_path / "p")
+        truth = {
+            f"model.layers.1.block_sparse_moe.experts.{i}.w1": 2.5 * b[i].double() @ a[i].double()
+            for i in range(3)
+        }
+        assert found.keys() == truth.keys()
+        assert relative_error(found, truth) < 1e-7
+        convert(tmp_path / "p", "mlx", tmp_path / "n")
+        made = load_file(tmp_path / "n" / "adapters.safetensors")
+        assert torch.equal(made[f"{name}.lora_a"], a)
+        assert torch.equal(made[f"{name}.lora_b"], b)
+        config = json.loads((tmp_path / "n" / "adapter_config.json").read_text())
+        assert config["lora_parameters"]["scale"] == 2.5
+        assert config["num_layers"] == 1
+
+    def test_a_missing_expert_is_refused(self, make_adapter: Make, tmp_path: Path) -> None:
+        module = "model.layers.0.mlp.experts.1.up_proj"
+        adapter = make_adapter(lora(module, 4, 4), target_modules=["up_proj"])
+        with pytest.raises(UnsupportedError, match="expert 0 is not adapted"):
+            convert(adapter, "mlx", tmp_path / "m")
+
+    def test_raw_parameters_stay_with_peft(self, make_adapter: Make, tmp_path: Path) -> None:
+        adapter = make_adapter(
+            lora("model.layers.0.mlp.experts", 6, 5, rank=8),
+            target_parameters=["mlp.experts.down_proj"],
+            r=4,
+        )
+        with pytest.raises(UnsupportedError, match="raw parameter"):
+            convert(adapter, "kohya", tmp_path / "k.safetensors")
+        convert(adapter, "peft", tmp_path / "p")
+        before = load_file(adapter / "adapter_model.safetensors")
+        after = load_file(tmp_path / "p" / "adapter_model.safetensors")
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+        assert config["target_parameters"] == ["mlp.experts.down_proj"]
+        assert (config["r"], config["lora_alpha"]) == (4, 8)
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang", "llamacpp", "mlx", "comfy", "diffusers"])
+def test_what_a_loader_reads_is_right_afterwards(
+    target: str, make_adapter: Make, tmp_path: Path
+) -> None:
+    adapter = make_adapter(
+        lora("model.layers.0.self_attn.q_proj", 8, 8)
+        | lora("model.layers.0.mlp.gate_up_proj", 12, 8, rank=2),
+        use_rslora=True,
+        rank_pattern={"gate_up_proj": 2},
+        alpha_pattern={"q_proj": 3},
+        target_modules=["q_proj", "gate_up_proj"],
+    )
+    is_folder = target in ("vllm", "sglang", "llamacpp", "mlx")
+    output = tmp_path / ("out" if is_folder else "out.safetensors")
+    convert(adapter, None, output, target=target)
+    assert not [f for f in loratool.validate(output, target=target) if f.is_error]
+    convert(output, "peft", tmp_path / "back")
+    found, truth = dense_deltas(tmp_path / "back"), dense_deltas(adapter)
+    fused = "model.layers.0.mlp.gate_up_proj"
+    if fused not in found:
+        halves = [found.pop(f"model.layers.0.mlp.{leaf}") for leaf in ("gate_proj", "up_proj")]
+        found[fused] = torch.cat(halves)
+    assert relative_error(found, truth) < 1e-6
+    if target in ("vllm", "sglang", "llamacpp"):
+        config = json.loads((output / "adapter_config.json").read_text())
+        assert config["r"] == config["lora_alpha"]
+        assert not config["rank_pattern"] and not config["alpha_pattern"]
+
+
+def test_a_scheme_or_a_loader_has_to_be_named(tmp_path: Path) -> None:
+    first = sd_adapter(tmp_path / "sd.safetensors", alpha=None)
+    with pytest.raises(OptionError, match="--to, or --for"):
+        convert(first, None, tmp_path / "x")
+    with pytest.raises(OptionError, match="reads peft"):
+        convert(first, "kohya", tmp_path / "x", target="vllm")
+    with pytest.raises(OptionError, match="none of"):
+        convert(first, None, tmp_path / "x", target="nobody")

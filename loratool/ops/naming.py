@@ -17,6 +17,7 @@ from loratool.adapter.build import strip_wrappers
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.scheme import Embeddings, KeyScheme, Spelling, transposed
 from loratool.adapter.slots import Slot
+from loratool.files.spec import StoredTensor
 from loratool.names.diffusion import FAMILIES, Family, family_named, family_of, unflatten
 from loratool.names.diffusion.flattening import flatten
 from loratool.names.embeddings import is_embedding
@@ -31,6 +32,7 @@ from loratool.names.pipelines import (
     split_native,
 )
 from loratool.names.positions import text_paths, unet_paths
+from loratool.names.switched import expert_path
 
 __all__ = ["MODULES_KEY", "is_fused", "other_names", "paths_of", "spell_out"]
 
@@ -89,6 +91,9 @@ def spell_out(adapter: Adapter, scheme: KeyScheme, base: Collection[str] = ()) -
         scheme: Its scheme.
         base: Module paths of the base, if it is at hand; they come before all vocabularies.
     """
+    if scheme.is_transposed:
+        experts = tuple(each for site in adapter.sites for each in _experts(site))
+        adapter = replace(adapter, sites=experts)
     modules = tuple(dict.fromkeys(site.module for site in adapter.sites))
     match scheme.spelling:
         case Spelling.FLAT:
@@ -176,6 +181,39 @@ def _shaped(site: Site, scheme: KeyScheme) -> Site:
     if site.kind is Kind.CONV and scheme.spelling in PIPELINES and _is_attention(site.module):
         return _flattened(site)
     return site
+
+
+def _experts(site: Site) -> list[Site]:
+    """Return one site for each expert of a module that stacks their factors (mlx-lm)."""
+    down, up = site.down, site.up
+    if down is None or up is None or not len(down.spec.shape) == len(up.spec.shape) == 3:
+        return [site]
+    paths = [expert_path(site.module, index) for index in range(down.spec.shape[0])]
+    if None in paths or up.spec.shape[0] != len(paths) or up.spec.shape[2] != down.spec.shape[1]:
+        return [site]
+    rank = down.spec.shape[1]
+    scaling = site.scaling
+    multiplier = scaling.multiplier
+    alpha = scaling.alpha if multiplier is None else multiplier * rank
+    return [
+        replace(
+            site,
+            module=path or "",
+            kind=Kind.LINEAR,
+            slots={Slot.DOWN: _part(down, index), Slot.UP: _part(up, index)},
+            scaling=replace(scaling, alpha=alpha, rank=rank),
+        )
+        for index, path in enumerate(paths)
+    ]
+
+
+def _part(stored: StoredTensor, index: int) -> StoredTensor:
+    """Return one of the matrices that a tensor of three dimensions holds."""
+    shape = stored.spec.shape[1:]
+    size = stored.spec.nbytes // stored.spec.shape[0]
+    return replace(
+        stored, spec=replace(stored.spec, shape=shape), offset=stored.offset + index * size
+    )
 
 
 def _embedded(site: Site, scheme: KeyScheme) -> Site:

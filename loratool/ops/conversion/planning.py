@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.model import Adapter, Extra, ExtraKind, Kind
+from loratool.adapter.model import Adapter, Extra, ExtraKind, Kind, Site
 from loratool.adapter.saving import OutputSite, lora_config, site_key
 from loratool.adapter.scheme import Embeddings, KeyScheme, ScaleRule, Spelling
 from loratool.adapter.slots import AdapterKey, Slot
@@ -26,6 +26,7 @@ from loratool.ops.algebra.planning import check_place
 from loratool.ops.algebra.provenance import history_metadata
 from loratool.ops.algebra.sidecars import carried_files
 from loratool.ops.conversion.base import Base
+from loratool.ops.conversion.experts import stack_experts
 from loratool.ops.conversion.initial import without_initial
 from loratool.ops.conversion.metadata import (
     kept_metadata,
@@ -122,6 +123,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         refusals(adapter, target, drop=wishes.drop, to_lora=wishes.to_lora)
     dropping = _Dropping(wishes.drop)
     sites = [site for site in adapter.sites if not dropping.takes(site.label)]
+    _check_nesting(sites, adapter, scheme)
     parts = [part_of(site, adapter) for site in sites]
     if wishes.initial is not None:
         parts = without_initial(parts, wishes.initial)
@@ -151,6 +153,8 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     if wishes.base is not None:
         parts = [_fitted(part, wishes.base) for part in parts]
     parts = _padded(parts, pad, scheme)
+    if scheme.scale is ScaleRule.MULTIPLIER:
+        parts = stack_experts(parts)
     is_folded = wishes.fold or (target is not None and target.fold)
     rule = ScaleRule.FOLDED if is_folded else scheme.scale
     parts, multiplier = placed_scales(parts, rule)
@@ -297,6 +301,28 @@ def _check_config(adapter: Adapter, *, has_initial: bool) -> None:
         )
 
 
+def _check_nesting(sites: Sequence[Site], adapter: Adapter, scheme: KeyScheme) -> None:
+    """Refuse what only PEFT's configuration can say about a module.
+
+    Raises:
+        UnsupportedError: There is such a module, and the scheme has no configuration of PEFT.
+    """
+    if scheme.scale is ScaleRule.CONFIG:
+        return
+    for site in sites:
+        if site.parameters or site.nesting:
+            what = (
+                "adapts a raw parameter (target_parameters), such as fused experts"
+                if site.parameters
+                else "is inside an nn.MultiheadAttention"
+            )
+            raise UnsupportedError(
+                f"{adapter.path}: {site.label}",
+                f"{what}, which only PEFT's configuration can say",
+                hint="leave it out with --skip, or merge the adapter into its base",
+            )
+
+
 def _of_component(
     parts: Sequence[Part], component: str | None
 ) -> tuple[list[Part], list[tuple[str, str]]]:
@@ -418,7 +444,7 @@ def _slotted(part: Part, scheme: KeyScheme) -> Part:
         values[Slot.UP_BIAS] = scaled(plain_bias, 1 / part.scale)
     if scheme.is_transposed:
         for slot in (Slot.DOWN, Slot.UP):
-            if slot in values:
+            if slot in values and len(values[slot].shape) == 2:
                 values[slot] = flipped(values[slot])
     for slot in values:
         if not scheme.has_name_for(slot):

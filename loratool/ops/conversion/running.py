@@ -265,6 +265,8 @@ def _rounded(item: OutputPart, values: Mapping[Slot, Array]) -> dict[Slot, Array
 def _oriented(item: OutputPart, values: Mapping[Slot, Array]) -> tuple[Array, Array]:
     """Return A ``(r, columns)`` and B ``(rows, r)``, however they are stored."""
     low, high = (values[slot] for slot in item.part.slots)
+    if low.ndim == 3 and item.is_transposed:  # stacked experts, which mlx-lm does not transpose
+        return low, high
     if item.is_transposed:
         return low.T, high.T
     return low.reshape(low.shape[0], -1), high.reshape(high.shape[0], -1)
@@ -275,6 +277,9 @@ def _squares(exact: tuple[Array, Array], made: tuple[Array, Array]) -> tuple[flo
     import numpy as np
 
     (down, up), (low, high) = exact, made
+    if down.ndim == 3:
+        pairs = [_squares((down[i], up[i]), (low[i], high[i])) for i in range(down.shape[0])]
+        return math.fsum(norm for norm, _ in pairs), math.fsum(error for _, error in pairs)
     with np.errstate(invalid="ignore", over="ignore"):
         norm = float(((up.T @ up) * (down @ down.T)).sum())
         left = np.concatenate([high - up, up], axis=1)

@@ -24,6 +24,7 @@ __all__ = [
     "Arranged",
     "Computed",
     "Constant",
+    "Piled",
     "Scaled",
     "Stored",
     "Value",
@@ -195,6 +196,38 @@ class Arranged:
     @property
     def needs_torch(self) -> bool:
         return any(value.needs_torch for value, _, _ in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Piled:
+    """Matrices of one shape, one after the other along a new first dimension."""
+
+    values: tuple[Value, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.values), *self.values[0].shape)
+
+    @property
+    def dtype(self) -> str:
+        return widest([value.dtype for value in self.values])
+
+    def sources(self) -> Iterator[StoredTensor]:
+        for value in self.values:
+            yield from value.sources()
+
+    def evaluate(self) -> Array:
+        import numpy as np
+
+        return np.stack([value.evaluate() for value in self.values])
+
+    @property
+    def is_exact(self) -> bool:
+        return all(value.is_exact for value in self.values)
+
+    @property
+    def needs_torch(self) -> bool:
+        return any(value.needs_torch for value in self.values)
 
 
 @dataclass(frozen=True, slots=True)
