@@ -571,18 +571,17 @@ def _output_site(part: Part, scheme: KeyScheme) -> OutputSite:
     shape = (low.shape[1], low.shape[0]) if scheme.is_transposed else low.shape
     high = values[part.slots[1]]
     out = high.shape[1] if scheme.is_transposed else high.shape[0]
-    experts = site.experts
     return OutputSite(
         module=part.module,
         kind=part.kind,
-        rank=part.rank // experts,
-        alpha=part.written_alpha if experts == 1 else part.scale * part.rank / experts,
+        rank=part.rank,
+        alpha=part.written_alpha,
         dtype=low.dtype,
         out=out,
         into=tuple(shape[1:]),
         pattern_path=_pattern_path(part, component),
         nesting=site.nesting,
-        experts=experts,
+        experts=site.experts,
         is_parameter=bool(site.parameters),
         has_bias=Slot.UP_BIAS in values,
         is_expert=is_fusible_expert(part.module),
