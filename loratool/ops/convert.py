@@ -16,8 +16,9 @@ from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.ops.conversion.base import open_base
 from loratool.ops.conversion.plan import NO_DIGEST, ConversionPlan
-from loratool.ops.conversion.planning import Wishes, plan_conversion
+from loratool.ops.conversion.planning import plan_conversion
 from loratool.ops.conversion.running import Outcome, measure, run_conversion
+from loratool.ops.conversion.wishes import Wishes
 from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
 from loratool.ops.targets import target_named

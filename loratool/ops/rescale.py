@@ -20,9 +20,10 @@ from loratool.ops.algebra.plan import AdapterPlan
 from loratool.ops.algebra.planning import check_place
 from loratool.ops.algebra.provenance import provenance
 from loratool.ops.algebra.rescaling import Change, change_of, plan_rescaling, rounding_of
-from loratool.ops.conversion.planning import Wishes, plan_conversion
+from loratool.ops.conversion.planning import plan_conversion
 from loratool.ops.conversion.running import run_conversion
 from loratool.ops.conversion.through import is_direct
+from loratool.ops.conversion.wishes import Wishes
 from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
 from loratool.schemes import scheme_named

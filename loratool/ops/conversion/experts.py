@@ -9,7 +9,8 @@ from dataclasses import replace
 from loratool.errors import UnsupportedError
 from loratool.names.switched import stacked_path
 from loratool.ops.conversion.parts import Part
-from loratool.ops.conversion.values import Piled, scaled
+from loratool.ops.conversion.values import Piled
+from loratool.ops.conversion.views import scaled
 
 __all__ = ["stack_experts"]
 

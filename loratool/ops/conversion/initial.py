@@ -13,7 +13,8 @@ from dataclasses import replace
 from loratool.adapter.model import Adapter
 from loratool.errors import AdapterError
 from loratool.ops.conversion.parts import Part, part_of
-from loratool.ops.conversion.values import Arranged, concatenated, scaled, widest
+from loratool.ops.conversion.values import Arranged, widest
+from loratool.ops.conversion.views import concatenated, scaled
 
 __all__ = ["without_initial"]
 

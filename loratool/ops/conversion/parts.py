@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError
-from loratool.ops.conversion.values import Arranged, Computed, Stored, Value, rows, widest
+from loratool.ops.conversion.values import Arranged, Computed, Stored, Value, widest
+from loratool.ops.conversion.views import rows
 from loratool.ops.merging.mergeable import site_problems
 
 if TYPE_CHECKING:

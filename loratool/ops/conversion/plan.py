@@ -16,8 +16,8 @@ from loratool.files.inputs import Stamp
 from loratool.files.safetensors import canonical_order, format_header
 from loratool.files.spec import TensorSpec
 from loratool.ops.algebra.extras import Carried
+from loratool.ops.conversion.nearest import Approximation
 from loratool.ops.conversion.parts import Part
-from loratool.ops.conversion.plain import Approximation
 from loratool.ops.conversion.values import Stored
 from loratool.ops.plan import TORCH_BYTES, Sidecar
 

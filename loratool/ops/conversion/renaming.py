@@ -20,18 +20,8 @@ from loratool.files.container import read_bytes
 from loratool.names.diffusion import FAMILIES, Family, Fusion, family_named
 from loratool.names.pipelines import BACKBONES, component_of
 from loratool.ops.conversion.parts import Part
-from loratool.ops.conversion.values import (
-    Arranged,
-    Constant,
-    Stored,
-    Value,
-    block_diagonal,
-    columns,
-    concatenated,
-    rows,
-    scaled,
-    widest,
-)
+from loratool.ops.conversion.values import Arranged, Constant, Stored, Value, widest
+from loratool.ops.conversion.views import block_diagonal, columns, concatenated, rows, scaled
 
 __all__ = ["Naming", "families_of", "names_native", "to_hub", "to_native"]
 

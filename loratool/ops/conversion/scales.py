@@ -8,7 +8,7 @@ from dataclasses import replace
 from loratool.adapter.scheme import ScaleRule
 from loratool.adapter.slots import Slot
 from loratool.ops.conversion.parts import Part
-from loratool.ops.conversion.values import scaled
+from loratool.ops.conversion.views import scaled
 
 __all__ = ["common_scale", "folded", "placed_scales"]
 

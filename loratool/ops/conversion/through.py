@@ -12,8 +12,9 @@ from loratool.adapter.scheme import KeyScheme
 from loratool.files.atomic import check_output, scratch
 from loratool.files.container import PICKLE_SUFFIXES
 from loratool.ops.algebra.planning import check_place
-from loratool.ops.conversion.planning import Wishes, plan_conversion
+from loratool.ops.conversion.planning import plan_conversion
 from loratool.ops.conversion.running import run_conversion
+from loratool.ops.conversion.wishes import Wishes
 from loratool.ops.opening import open_adapter
 from loratool.schemes import scheme_named
 

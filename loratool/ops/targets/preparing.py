@@ -13,7 +13,7 @@ from loratool.errors import OptionError, UnsupportedError
 from loratool.files.json import read_json_object
 from loratool.ops.conversion.base import Base
 from loratool.ops.conversion.parts import Part
-from loratool.ops.conversion.values import rows
+from loratool.ops.conversion.views import rows
 from loratool.ops.targets.checking import listed, mending
 from loratool.ops.targets.features import features_of
 from loratool.ops.targets.target import Fate, Fusion, Mend, Target

@@ -1,0 +1,82 @@
+"""What travels beside the deltas: saved heads, trained tokens, tensors that nobody knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Final
+
+from loratool.adapter.model import Adapter, Extra, ExtraKind
+from loratool.adapter.saving import OutputSite
+from loratool.adapter.scheme import KeyScheme, Spelling
+from loratool.errors import UnsupportedError
+from loratool.files.spec import TensorSpec
+from loratool.ops.algebra.extras import Carried, Extras, gather_extras
+from loratool.ops.conversion.refusing import Dropping
+
+__all__ = ["carried_extras", "token_names"]
+
+BUNDLE: Final = re.compile(r"bundle_emb\.(?P<token>.+?)\.(string_to_param\.\*|clip_l)", re.DOTALL)
+TOKEN: Final = re.compile(r"<(?P<token>[^<>]+)>", re.DOTALL)
+
+
+def carried_extras(
+    adapter: Adapter,
+    sites: Sequence[OutputSite],
+    scheme: KeyScheme,
+    dropping: Dropping,
+    dtype: str | None,
+) -> Extras:
+    """Return what travels beside the deltas.
+
+    Raises:
+        UnsupportedError: The scheme has no place for something.
+    """
+    kept = [extra for extra in adapter.extras if not dropping.takes(extra.key)]
+    if scheme.is_open:
+        return gather_extras(
+            [replace(adapter, extras=tuple(kept))], sites, scheme, policy="error", dtype=dtype
+        )
+    result = Extras()
+    for extra in kept:
+        if extra.kind is ExtraKind.STATE:
+            result.dropped.append((extra.key, "only training needs it"))
+        elif ".vera_" in extra.key:
+            continue
+        elif (key := _token_key(extra, scheme)) is not None:
+            shape = extra.tensor.spec.shape
+            shape = (1, *shape) if len(shape) == 1 and scheme.spelling is Spelling.FLAT else shape
+            if scheme.spelling is Spelling.POSITION and shape[:1] == (1,) and len(shape) == 2:
+                shape = shape[1:]
+            spec = TensorSpec(key, extra.tensor.spec.dtype, shape)
+            stored = replace(extra.tensor, spec=replace(extra.tensor.spec, shape=shape))
+            result.carried.append(Carried(spec, (stored,)))
+        else:
+            raise UnsupportedError(
+                extra.key,
+                f"is no part of a delta, and the scheme {scheme.name!r} has no place for it",
+                hint="leave it out with --drop, such as --drop "
+                f"'{re.escape(extra.key.rpartition('.')[0] or extra.key)}'",
+            )
+    return result
+
+
+def _token_key(extra: Extra, scheme: KeyScheme) -> str | None:
+    """Return the name of a trained token's embedding, where ``extra`` is one and has a place."""
+    match = TOKEN.fullmatch(extra.name) or BUNDLE.fullmatch(extra.name)
+    if match is None:
+        return None
+    if scheme.spelling is Spelling.POSITION:
+        return f"<{match['token']}>"
+    if scheme.spelling in (Spelling.FLAT, Spelling.NATIVE):
+        is_kept = extra.name.startswith("bundle_emb.")
+        return extra.name if is_kept else f"bundle_emb.{match['token']}.string_to_param.*"
+    return None
+
+
+def token_names(extras: Extras) -> Iterator[str]:
+    """Yield the names of trained tokens in cloneofsimo's spelling."""
+    for item in extras.carried:
+        if TOKEN.fullmatch(item.spec.name):
+            yield item.spec.name

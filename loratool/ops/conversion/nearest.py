@@ -1,0 +1,187 @@
+"""The best plain LoRA of a rank for what no plain LoRA equals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from threading import Lock
+from typing import TYPE_CHECKING, Final
+
+from loratool.adapter.model import Adapter, Kind
+from loratool.adapter.slots import Slot
+from loratool.adapter.variants import VARIANT_WORDS
+from loratool.errors import UnsupportedError
+from loratool.files.spec import StoredTensor
+from loratool.ops.conversion.base import Base
+from loratool.ops.conversion.parts import Part
+from loratool.ops.conversion.values import Computed, Value, widest
+from loratool.ops.conversion.views import scaled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Approximation", "nearest"]
+
+NEED_BASE: Final = frozenset(("dora", "oft", "boft", "ia3", "glora", "vera"))
+FACTOR_DTYPES: Final = ("F64", "F32", "F16", "BF16")
+
+
+class Approximation:
+    """Both factors of a dense delta, computed once and kept until both are read.
+
+    Attributes:
+        squared_norm: ``‖Δ‖_F²`` once it is computed.
+        squared_error: ``‖Δ - up @ down‖_F²``.
+    """
+
+    def __init__(self, delta: Callable[[], Tensor], rank: int, seed: int) -> None:
+        self._delta = delta
+        self._rank = rank
+        self._seed = seed
+        self._lock = Lock()
+        self._kept: dict[int, Tensor] = {}
+        self.squared_norm = 0.0
+        self.squared_error = 0.0
+
+    def factor(self, index: int) -> Tensor:
+        """Return A (0) or B (1) in float32 or float64."""
+        import torch
+
+        from loratool.math.extraction import leading_part
+
+        with self._lock:
+            if index not in self._kept:
+                generator = torch.Generator().manual_seed(self._seed)
+                delta = self._delta().flatten(1)
+                found = leading_part(delta, self._rank, generator)
+                self.squared_norm = found.squared_norm
+                self.squared_error = found.squared_residual
+                factors = found.factors
+                self._kept = {
+                    0: _padded(factors.down * factors.scale, self._rank, 0),
+                    1: _padded(factors.up, self._rank, 1),
+                }
+            return self._kept.pop(index)
+
+
+def _padded(factor: Tensor, rank: int, axis: int) -> Tensor:
+    import torch
+
+    missing = rank - factor.shape[axis]
+    if missing <= 0:
+        return factor
+    shape = list(factor.shape)
+    shape[axis] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], dim=axis)
+
+
+def nearest(
+    part: Part, adapter: Adapter, base: Base | None, rank: int | None
+) -> tuple[Part, Approximation]:
+    """Return the best plain LoRA of ``rank``, and how near it comes once it is computed.
+
+    Raises:
+        UnsupportedError: A base or a rank is missing, or there is no matrix to approximate.
+    """
+    where = f"{adapter.path}: {part.module}"
+    words = VARIANT_WORDS.get(part.variant, f"a {part.variant}")
+    if part.variant in ("kasa", "qalora") or part.kind is Kind.EMBEDDING:
+        raise UnsupportedError(
+            where,
+            f"is {words}: its delta depends on the base",
+            hint="merge it into its base, and extract the difference of the two",
+        )
+    if base is None and part.variant in NEED_BASE:
+        raise UnsupportedError(
+            where,
+            f"is {words}; its delta depends on the base's weight",
+            hint="give --base and --rank",
+        )
+    if rank is None:
+        raise UnsupportedError(
+            where, f"is {words}; a plain LoRA can only come near it", hint="give --rank"
+        )
+    weight = base.weight(part.module) if base is not None and part.variant in NEED_BASE else None
+    shape = weight.spec.shape if weight is not None else _shape_of(part)
+    if len(shape) < 2:
+        raise UnsupportedError(where, f"has the shape {list(shape)}, which has no rank")
+    kernel = shape[2:]
+    most = min(rank, shape[0], math.prod(shape[1:]))
+    is_turned = weight is not None and _is_turned(part, shape)
+    made = Approximation(lambda: _dense(part, weight, is_turned=is_turned), most, seed=0)
+    dtype = _dtype(part)
+    rows, width = (shape[1], shape[0]) if is_turned else (shape[0], shape[1])
+    down = Computed("A", (), lambda: made.factor(0), (most, width, *kernel), dtype)
+    ones = (1,) * len(kernel)
+    up = Computed("B", (), lambda: made.factor(1), (rows, most, *ones), dtype)
+    others: dict[Slot, Value] = {
+        s: v for s, v in part.values.items() if s in (Slot.BIAS, Slot.UP_BIAS)
+    }
+    if Slot.UP_BIAS in others:
+        others[Slot.UP_BIAS] = scaled(others[Slot.UP_BIAS], part.scale)
+    plain = replace(
+        part,
+        values={Slot.DOWN: down, Slot.UP: up, **others},
+        rank=most,
+        scale=1.0,
+        alpha=None,
+        variant="lora",
+        kind=Kind.CONV if kernel else Kind.LINEAR,
+        notes=(*part.notes, f"{words}: the best plain LoRA of rank {most}"),
+    )
+    return plain, made
+
+
+def _is_turned(part: Part, shape: tuple[int, ...]) -> bool:
+    """Whether the base stores the weight as ``(in, out)``, as GPT-2's Conv1D does."""
+    if len(shape) != 2 or shape[0] == shape[1] or not part.site.out_features:
+        return False
+    return part.site.out_features == shape[1]
+
+
+def _shape_of(part: Part) -> tuple[int, ...]:
+    value = part.values.get(Slot.DIFF)
+    return value.shape if value is not None else ()
+
+
+def _dtype(part: Part) -> str:
+    found = [value.dtype for value in part.values.values() if value.dtype in FACTOR_DTYPES]
+    return widest(found) if found else "F32"
+
+
+def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Tensor:
+    """Return ΔW, ``(out, in, *kernel)`` in float64."""
+    import torch
+
+    from loratool.math import dense_variants as dense
+    from loratool.ops.tensors import read_tensor
+
+    values = {slot: torch.from_numpy(value.evaluate()) for slot, value in part.values.items()}
+    if part.variant == "full":
+        return values[Slot.DIFF]
+    assert stored is not None
+    weight = read_tensor(stored).double()
+    if is_turned:
+        weight = weight.T
+    alpha = part.site.slots.get(Slot.ALPHA)
+    limit = float(read_tensor(alpha).double().reshape(())) if alpha is not None else 0.0
+    rescale = values.get(Slot.OFT_RESCALE)
+    match part.variant:
+        case "oft":
+            return dense.diag_oft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
+        case "boft":
+            return dense.boft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
+        case "ia3":
+            flag = values.get(Slot.IA3_ON_INPUT)
+            return dense.ia3_delta(weight, values[Slot.IA3], bool(flag is not None and flag.any()))
+        case "glora":
+            names = (Slot.GLORA_A1, Slot.GLORA_A2, Slot.GLORA_B1, Slot.GLORA_B2)
+            a1, a2, b1, b2 = (values[slot] for slot in names)
+            made = dense.glora_delta(weight, a1, a2, b1, b2, values.get(Slot.GLORA_BM))
+            return made * part.scale
+    down, up = values[part.slots[0]], values[part.slots[1]]
+    delta = part.scale * (up.flatten(1) @ down.flatten(1))
+    magnitude = values[Slot.MAGNITUDE]
+    is_rows = magnitude.ndim == 1 or magnitude.shape[0] != 1 or magnitude.ndim == 4
+    return dense.dora_delta(weight, delta.reshape(weight.shape), magnitude, out_axis=is_rows)
