@@ -9,7 +9,7 @@ from pathlib import Path
 from loratool.adapter.model import Adapter
 from loratool.adapter.opening import open_adapter_file
 from loratool.errors import OptionError
-from loratool.ops.naming import spell_out
+from loratool.ops.naming.spelling import spell_out
 from loratool.schemes import builtin_schemes, scheme_named
 
 __all__ = ["open_adapter"]

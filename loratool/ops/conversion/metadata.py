@@ -11,7 +11,8 @@ from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.scheme import KeyScheme, Spelling
 from loratool.adapter.slots import Slot
 from loratool.ops.conversion.parts import Part
-from loratool.ops.naming import MODULES_KEY, paths_of
+from loratool.ops.naming.flat import MODULES_KEY
+from loratool.ops.naming.spelling import paths_of
 
 __all__ = [
     "kept_metadata",

@@ -11,7 +11,7 @@ from loratool.errors import BaseModelError
 from loratool.ops.merging.context import BaseView, Share
 from loratool.ops.merging.experts import assign_parameters, locate_in_fused, locate_parameter
 from loratool.ops.merging.orientation import region_for
-from loratool.ops.naming import other_names
+from loratool.ops.naming.paths import other_names
 from loratool.ops.plan import AddBias, AddDelta, Blend, Decompose, Region, Residual
 
 __all__ = ["locate_site", "plan_sites", "replaced_shapes"]

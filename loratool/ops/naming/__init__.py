@@ -1,0 +1,1 @@
+"""From the spelling of a file to dotted module paths, and never by guessing."""

@@ -1,0 +1,166 @@
+"""Flattened module names: restored from the base, or from vocabularies, or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final
+
+from loratool.names.diffusion import FAMILIES, Family, family_named
+from loratool.names.diffusion.flattening import flatten
+from loratool.names.pipelines import (
+    KOHYA_ENCODERS,
+    component_of,
+    encoder_component,
+    encoder_kinds,
+    split_flat,
+)
+from loratool.ops.naming.paths import Names, candidates, family_name, hub_path, sole_name
+
+__all__ = ["MODULES_KEY", "from_bare_flat", "from_flat"]
+
+MODULES_KEY: Final = "loratool_modules"
+"""Metadata: flattened names and the paths that they stand for, where no vocabulary has them."""
+BACKBONE_KINDS: Final = (
+    "unet",
+    "ldm-unet",
+    "flux",
+    "bfl-flux",
+    "flux2",
+    "bfl-flux2",
+    "sd3",
+    "mmdit-sd3",
+    "wan",
+    "native-wan",
+    "qwen-image",
+)
+BACKBONE_PARTS: Final = ("unet", "transformer", "")
+
+
+def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collection[str]) -> Names:
+    """Return what kohya's names stand for: by metadata, by the base, or by vocabularies."""
+    split = {module: split_flat(module) for module in modules}
+    known = _recorded(metadata)
+    backbone = {
+        module: candidates(flat, BACKBONE_KINDS)
+        for module, (part, flat) in split.items()
+        if module not in known and part in BACKBONE_PARTS
+    }
+    locals_ = [path for paths in backbone.values() for path in paths]
+    families = _families_of(backbone)
+    name = families[0].name if len(families) == 1 else sole_name(locals_)
+    name = name or _family_of_parts(part for part, _ in split.values())
+    of_base = _by_flat(base)
+    paths: dict[str, tuple[str, ...]] = {}
+    for module, (part, flat) in split.items():
+        if module in known:
+            paths[module] = (known[module],)
+        elif flat in of_base:
+            paths[module] = tuple(_with_component(path, part, name) for path in of_base[flat])
+        elif encoder_kinds(part):
+            paths[module] = _encoder_paths(part, flat, name)
+        elif backbone.get(module) and families:
+            paths[module] = tuple(
+                dict.fromkeys(
+                    hub_path(path, family)
+                    for family in families
+                    for path in backbone[module]
+                    if family.has(path)
+                )
+            )
+        else:
+            paths[module] = () if part else candidates(flat, ("language-model",))
+    return Names(paths, name)
+
+
+def _families_of(backbone: Mapping[str, tuple[str, ...]]) -> list[Family]:
+    """Return every family that has a path for all of the names that any family has."""
+    named = [paths for paths in backbone.values() if paths]
+    found = [f for f in FAMILIES if named and all(any(map(f.has, paths)) for paths in named)]
+    if len(found) == 2 and all(family.name.startswith("sd3") for family in found):
+        return found[:1]
+    return found
+
+
+def _encoder_paths(part: str, flat: str, family: str | None) -> tuple[str, ...]:
+    found = candidates(flat, encoder_kinds(part))
+    if family == "flux" and part == "te2":  # OneTrainer's name of Flux's T5
+        component: str | None = "text_encoder_2"
+    else:
+        component = encoder_component(part, family, KOHYA_ENCODERS)
+    return tuple(f"{component}.{path}" for path in found) if component else ()
+
+
+def _family_of_parts(parts: Iterable[str]) -> str | None:
+    """Return the family that text encoders alone tell, by kohya's names."""
+    found = set(parts)
+    if "te3" in found:
+        return "sd3" if "te2" in found else "flux"
+    return "sdxl" if "te2" in found else None
+
+
+def _with_component(path: str, part: str, family: str | None) -> str:
+    """Return a path of the base with its component, where the base is only that component."""
+    if component_of(path)[0] is not None or not part:
+        return path
+    if part.startswith("te"):
+        component = encoder_component(part, family, KOHYA_ENCODERS)
+    else:
+        component = family_named(family).backbone if family else "unet"
+    return f"{component}.{path}" if component else path
+
+
+def _by_flat(base: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the base's paths by flattened path, with and without their component."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for path in base:
+        found[flatten(path)][path] = None
+        component, local = component_of(path)
+        if component is not None:
+            found[flatten(local)][path] = None
+    return {flat: tuple(paths) for flat, paths in found.items()}
+
+
+def from_bare_flat(
+    modules: Sequence[str], metadata: Mapping[str, str], base: Collection[str]
+) -> Names:
+    """Return what flattened names without any prefix stand for."""
+    known = _recorded(metadata)
+    of_base = _by_flat(base)
+    paths: dict[str, tuple[str, ...]] = {}
+    for module in modules:
+        if module in known:
+            paths[module] = (known[module],)
+        elif module in of_base:
+            paths[module] = of_base[module]
+        else:
+            paths[module] = _bare_candidates(module)
+    return Names(paths, family_name(p for found in paths.values() for p in found))
+
+
+def _bare_candidates(flat: str) -> tuple[str, ...]:
+    for component in ("unet", "transformer", "text_encoder_2", "text_encoder_3", "text_encoder"):
+        if flat.startswith(f"{component}_"):
+            rest = flat.removeprefix(f"{component}_")
+            is_text = component.startswith("text")
+            kinds = ("clip", "t5") if is_text else BACKBONE_KINDS
+            found = candidates(rest, kinds)
+            if found:
+                return tuple(f"{component}.{path}" for path in found)
+    return candidates(flat, ("any",))
+
+
+def _recorded(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what the metadata records about flattened names, where it can be true."""
+    try:
+        found = json.loads(metadata.get(MODULES_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        name: path
+        for name, path in found.items()
+        if isinstance(path, str) and name.endswith(flatten(component_of(path)[1]))
+    }

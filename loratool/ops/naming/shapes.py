@@ -1,0 +1,118 @@
+"""What shapes tell: experts stacked in one tensor, embeddings, idle kernels, families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from loratool.adapter.model import Kind, Site
+from loratool.adapter.scheme import Embeddings, KeyScheme, Spelling, transposed
+from loratool.adapter.slots import Slot
+from loratool.files.spec import StoredTensor
+from loratool.names.embeddings import is_embedding
+from loratool.names.pipelines import component_of
+from loratool.names.switched import expert_path
+
+__all__ = ["family_by_shape", "one_site_an_expert", "shaped"]
+
+PROPORTIONS: Final = (
+    (".linear1", True, {"flux": 7.0, "flux2": 9.0}),
+    (".linear2", False, {"flux": 5.0, "flux2": 4.0}),
+    ("_mlp.0", True, {"flux": 4.0, "flux2": 6.0}),
+    ("_mlp.2", False, {"flux": 4.0, "flux2": 3.0}),
+)
+"""Native layers, whether outputs are counted in inputs or the other way, and the ratios."""
+PIPELINES: Final = frozenset((Spelling.FLAT, Spelling.NATIVE, Spelling.PIPELINE))
+
+
+def family_by_shape(sites: Sequence[Site], paths: Mapping[str, tuple[str, ...]]) -> str | None:
+    """Return which of two models with the same native names has layers of these proportions.
+
+    The feed-forward layers of Flux.1 have four times their width, those of Flux.2 three times,
+    twice for the gate.
+    """
+    votes = set()
+    for site in sites:
+        found = paths.get(site.module, ())
+        name = found[0] if len(found) == 1 else ""
+        if component_of(name)[0] != "transformer" or not site.in_features:
+            continue
+        for ending, of_inputs, proportions in PROPORTIONS:
+            if name.endswith(ending):
+                pair = (site.out_features, site.in_features)
+                large, small = pair if of_inputs else pair[::-1]
+                ratio = large / small if small else 0
+                votes |= {family for family, value in proportions.items() if value == ratio}
+    return votes.pop() if len(votes) == 1 else None
+
+
+def shaped(site: Site, scheme: KeyScheme) -> Site:
+    """Return ``site`` with the factors of an embedding as such, and none with idle kernels."""
+    if site.kind is Kind.LINEAR and is_embedding(site.module) and site.is_plain:
+        return _embedded(site, scheme)
+    if site.kind is Kind.CONV and scheme.spelling in PIPELINES and _is_attention(site.module):
+        return _flattened(site)
+    return site
+
+
+def one_site_an_expert(site: Site) -> list[Site]:
+    """Return one site for each expert of a module that stacks their factors (mlx-lm)."""
+    down, up = site.down, site.up
+    if down is None or up is None or not len(down.spec.shape) == len(up.spec.shape) == 3:
+        return [site]
+    paths = [expert_path(site.module, index) for index in range(down.spec.shape[0])]
+    if None in paths or up.spec.shape[0] != len(paths) or up.spec.shape[2] != down.spec.shape[1]:
+        return [site]
+    rank = down.spec.shape[1]
+    scaling = site.scaling
+    multiplier = scaling.multiplier
+    alpha = scaling.alpha if multiplier is None else multiplier * rank
+    return [
+        replace(
+            site,
+            module=path or "",
+            kind=Kind.LINEAR,
+            slots={Slot.DOWN: _part(down, index), Slot.UP: _part(up, index)},
+            scaling=replace(scaling, alpha=alpha, rank=rank),
+        )
+        for index, path in enumerate(paths)
+    ]
+
+
+def _part(stored: StoredTensor, index: int) -> StoredTensor:
+    """Return one of the matrices that a tensor of three dimensions holds."""
+    shape = stored.spec.shape[1:]
+    size = stored.spec.nbytes // stored.spec.shape[0]
+    return replace(
+        stored, spec=replace(stored.spec, shape=shape), offset=stored.offset + index * size
+    )
+
+
+def _embedded(site: Site, scheme: KeyScheme) -> Site:
+    slots = dict(site.slots)
+    down, up = slots.pop(Slot.DOWN, None), slots.pop(Slot.UP, None)
+    if down is None or up is None or scheme.embeddings in (Embeddings.SLOTS, Embeddings.NONE):
+        return site
+    if scheme.embeddings is Embeddings.WEIGHT:
+        down, up = transposed(up), transposed(down)
+    slots |= {Slot.EMBEDDING_DOWN: down, Slot.EMBEDDING_UP: up}
+    return replace(site, slots=slots, kind=Kind.EMBEDDING)
+
+
+def _is_attention(module: str) -> bool:
+    leaf = module.rpartition(".")[2]
+    return leaf in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj") or module.endswith(
+        (".to_out.0", ".ff.net.0.proj", ".ff.net.2")
+    )
+
+
+def _flattened(site: Site) -> Site:
+    """Return a site on a linear layer whose factors are stored with kernels of 1 × 1."""
+    slots = dict(site.slots)
+    for slot in (Slot.DOWN, Slot.UP):
+        stored = slots.get(slot)
+        if stored is None or stored.strides is not None or set(stored.spec.shape[2:]) - {1}:
+            return site
+        slots[slot] = replace(stored, spec=replace(stored.spec, shape=stored.spec.shape[:2]))
+    return replace(site, slots=slots, kind=Kind.LINEAR)
