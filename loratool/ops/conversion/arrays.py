@@ -5,6 +5,7 @@ bfloat16 is the upper half of a float32; rounding to it is to the nearest, ties 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.files.container import read_view
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-__all__ = ["decode", "encode", "rounded"]
+__all__ = ["Rounded", "decode", "encode"]
 
 KINDS: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
@@ -53,21 +54,46 @@ def encode(values: Array, dtype: str) -> NDArray[Any]:
     return made.view(torch.uint8).numpy()
 
 
-def rounded(values: Array, dtype: str) -> Array:
-    """Return ``values`` as they are once they have been written in ``dtype``."""
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """An array as it is written.
+
+    Attributes:
+        bits: What is written, in the shape of the array.
+        values: The numbers that ``bits`` stand for.
+        is_exact: Whether those are the numbers that were asked for.
+        is_finite: Whether they are finite where those were.
+    """
+
+    bits: NDArray[Any]
+    values: Array
+    is_exact: bool
+    is_finite: bool
+
+    @staticmethod
+    def of(values: Array, dtype: str) -> Rounded:
+        """Round ``values`` to ``dtype``, once."""
+        import numpy as np
+
+        bits = encode(values, dtype)
+        back = _decoded(bits, dtype, values.shape)
+        is_exact = np.array_equal(back, values, equal_nan=True)
+        is_finite = is_exact or bool((np.isfinite(back) | ~np.isfinite(values)).all())
+        return Rounded(bits, back, is_exact, is_finite)
+
+
+def _decoded(bits: NDArray[Any], dtype: str, shape: tuple[int, ...]) -> Array:
     import numpy as np
 
-    made = encode(values, dtype)
     if dtype in KINDS:
-        return made.astype(np.float64)
+        return bits.astype(np.float64)
     if dtype == "BF16":
-        return _from_bfloat16(made.reshape(-1)).reshape(values.shape)
+        return _from_bfloat16(bits.reshape(-1)).reshape(shape)
     import torch
 
     from loratool.ops.tensors import torch_dtype
 
-    bits = torch.from_numpy(made).view(torch_dtype(dtype))
-    back: Array = bits.double().numpy().reshape(values.shape)
+    back: Array = torch.from_numpy(bits).view(torch_dtype(dtype)).double().numpy().reshape(shape)
     return back
 
 

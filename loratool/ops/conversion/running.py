@@ -26,7 +26,7 @@ from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import read_into, write_all
 from loratool.ops.algebra.sidecars import write_sidecars
-from loratool.ops.conversion.arrays import decode, encode, rounded
+from loratool.ops.conversion.arrays import Rounded, decode
 from loratool.ops.conversion.plan import HASH_KEY, LEGACY_HASH_KEY, ConversionPlan, OutputPart
 from loratool.ops.conversion.values import Stored
 
@@ -153,11 +153,10 @@ class _Writer:
         data = struct.pack("<f", number)
         self.pieces.append(Piece(self.places[spec.name], len(data), data=data))
 
-    def write(self, spec: TensorSpec, values: Array) -> None:
-        """Write computed values in the dtype of ``spec``."""
+    def write(self, spec: TensorSpec, made: Rounded) -> None:
+        """Write computed values."""
         if spec.nbytes:
-            data = encode(values, spec.dtype).data.cast("B")
-            write_all(self.descriptor, data, self.places[spec.name])
+            write_all(self.descriptor, made.bits.data.cast("B"), self.places[spec.name])
 
     def flush(self) -> None:
         """Move everything that was collected."""
@@ -192,7 +191,8 @@ def _save(
             elif carried.sources[0].spec.dtype == carried.spec.dtype:
                 writer.move(carried.spec, carried.sources[0])
             else:
-                writer.write(carried.spec, decode(carried.sources[0]))
+                values = decode(carried.sources[0])
+                writer.write(carried.spec, Rounded.of(values, carried.spec.dtype))
         writer.flush()
         if progress is not None:
             progress(plan.nbytes, plan.nbytes)
@@ -210,56 +210,73 @@ def _save(
 
 
 def _write_part(item: OutputPart, writer: _Writer, outcome: Outcome) -> None:
-    if item.is_moved:
-        for slot, value in item.part.values.items():
+    made = {} if item.is_moved else _computed(item, outcome)
+    for slot, value in item.part.values.items():
+        spec = item.specs[slot]
+        if slot in made:
+            writer.write(spec, made[slot])
+        else:
             assert isinstance(value, Stored)
-            writer.move(item.specs[slot], value.tensor)
-        return
-    for slot, values in _computed(item, outcome).items():
-        writer.write(item.specs[slot], values)
+            writer.move(spec, value.tensor)
 
 
-def _computed(item: OutputPart, outcome: Outcome) -> dict[Slot, Array]:
-    """Return the tensors of a module as they are to be rounded, and note the error.
+def _computed(item: OutputPart, outcome: Outcome) -> dict[Slot, Rounded]:
+    """Return the tensors of a module that do not only move, and note the error.
 
     Raises:
         AdapterError: A value is finite in the input and not in the output.
     """
     part = item.part
-    exact = {slot: value.evaluate() for slot, value in part.values.items()}
-    if not part.is_plain:
-        _check_finite(item, exact)
-        return exact
-    made = _rounded(item, exact)
-    if item.approximation is None and _are_equal(exact, made):
-        return exact
+    exact = {
+        slot: value.evaluate()
+        for slot, value in part.values.items()
+        if not (isinstance(value, Stored) and value.dtype == item.specs[slot].dtype)
+    }
+    made = {slot: Rounded.of(array, item.specs[slot].dtype) for slot, array in exact.items()}
+    is_exact = all(made[slot].is_exact for slot in made)
+    if part.is_plain and not (is_exact and item.approximation is None):
+        exact |= {s: v.evaluate() for s, v in part.values.items() if s not in exact}
+        made = _measured(item, exact, made, outcome)
+    for slot, array in made.items():
+        if not array.is_finite:
+            raise AdapterError(
+                item.specs[slot].name,
+                f"does not fit into {item.specs[slot].dtype}",
+                hint="write a wider dtype with --dtype float32",
+            )
+    return made
+
+
+def _measured(
+    item: OutputPart,
+    exact: Mapping[Slot, Array],
+    made: dict[Slot, Rounded],
+    outcome: Outcome,
+) -> dict[Slot, Rounded]:
+    """Note the error of a module; return its tensors, the scale shared where that is better."""
+    part = item.part
     low, high = part.slots
     truth = _oriented(item, exact)
-    norm, error = _squares(truth, _oriented(item, made))
+    norm, error = _squares(truth, _oriented(item, {**exact, **_values(made)}))
     if not math.isfinite(error) or error > TOO_ROUGH**2 * norm:
         # Too large or too small for the dtype: share the scale with A, by a power of two.
         shift = _balance(exact[low], exact[high])
-        other = exact | {low: exact[low] * shift, high: exact[high] / shift}
-        _, better = _squares(truth, _oriented(item, _rounded(item, other)))
+        other = {low: exact[low] * shift, high: exact[high] / shift}
+        trial = {slot: Rounded.of(array, item.specs[slot].dtype) for slot, array in other.items()}
+        found = {**exact, **_values(made), **_values(trial)}
+        _, better = _squares(truth, _oriented(item, found))
         if not math.isfinite(error) or better < error:
-            exact, error = other, better
+            made, error = {**made, **trial}, better
             outcome.shifted.append(part.module)
-    _check_finite(item, exact)
     if item.approximation is not None:
         norm = item.approximation.squared_norm
         error += item.approximation.squared_error
     outcome.errors[part.module] = (norm, error)
-    return exact
+    return made
 
 
-def _are_equal(one: Mapping[Slot, Array], other: Mapping[Slot, Array]) -> bool:
-    import numpy as np
-
-    return all(np.array_equal(one[slot], other[slot], equal_nan=True) for slot in one)
-
-
-def _rounded(item: OutputPart, values: Mapping[Slot, Array]) -> dict[Slot, Array]:
-    return {slot: rounded(array, item.specs[slot].dtype) for slot, array in values.items()}
+def _values(made: Mapping[Slot, Rounded]) -> dict[Slot, Array]:
+    return {slot: array.values for slot, array in made.items()}
 
 
 def _oriented(item: OutputPart, values: Mapping[Slot, Array]) -> tuple[Array, Array]:
@@ -298,19 +315,6 @@ def _balance(down: Array, up: Array) -> float:
     return 2.0 ** round(math.log2(high / low) / 2)
 
 
-def _check_finite(item: OutputPart, values: Mapping[Slot, Array]) -> None:
-    import numpy as np
-
-    for slot, array in values.items():
-        spec = item.specs[slot]
-        if np.isfinite(array).all() and not np.isfinite(rounded(array, spec.dtype)).all():
-            raise AdapterError(
-                spec.name,
-                f"does not fit into {spec.dtype}",
-                hint="write a wider dtype with --dtype float32",
-            )
-
-
 def _hashes(plan: ConversionPlan, descriptor: int, path: Path) -> dict[str, str]:
     """Return kohya's hashes: of all data, and of 64 kB at a fixed place with training metadata."""
     start, size = len(plan.header), plan.nbytes
@@ -343,26 +347,28 @@ def _save_torch(
 
     from loratool.ops.tensors import read_tensor, torch_dtype
 
-    def tensor(spec: TensorSpec, values: Array) -> Tensor:
-        return torch.from_numpy(values).to(torch_dtype(spec.dtype)).reshape(spec.shape)
+    def tensor(spec: TensorSpec, made: Rounded) -> Tensor:
+        data = torch.frombuffer(bytearray(made.bits.data.cast("B")), dtype=torch_dtype(spec.dtype))
+        return data.reshape(spec.shape)
 
     outcome = Outcome()
     tensors: dict[str, Tensor] = {}
     for item in plan.parts:
-        if item.is_moved:
-            for slot, value in item.part.values.items():
+        made = {} if item.is_moved else _computed(item, outcome)
+        for slot, value in item.part.values.items():
+            spec = item.specs[slot]
+            if slot in made:
+                tensors[spec.name] = tensor(spec, made[slot])
+            else:
                 assert isinstance(value, Stored)
-                tensors[item.specs[slot].name] = read_tensor(value.tensor)
-        else:
-            for slot, array in _computed(item, outcome).items():
-                tensors[item.specs[slot].name] = tensor(item.specs[slot], array)
+                tensors[spec.name] = read_tensor(value.tensor)
     for carried in plan.carried:
         spec = carried.spec
         if carried.constant is not None:
-            made = torch.tensor(carried.constant)
+            one = torch.tensor(carried.constant)
         else:
-            made = read_tensor(carried.sources[0])
-        tensors[spec.name] = made.to(torch_dtype(spec.dtype)).reshape(spec.shape)
+            one = read_tensor(carried.sources[0])
+        tensors[spec.name] = one.to(torch_dtype(spec.dtype)).reshape(spec.shape)
     torch.save({spec.name: tensors[spec.name].contiguous() for spec in plan.specs}, weights)
     if progress is not None:
         progress(plan.nbytes, plan.nbytes)
