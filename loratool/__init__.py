@@ -6,7 +6,9 @@ torch only when tensor data is computed.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -76,6 +78,25 @@ _PLACES: Final = {
     "validate": "loratool.ops.validate",
     "verify": "loratool.ops.verify",
 }
+
+
+class _Package(ModuleType):
+    """The package, whose function ``schemes`` goes before the folder of the same name.
+
+    Importing a sub-package binds its name here; the function would be gone from then on.
+    """
+
+    @property
+    def schemes(self) -> Any:
+        """The function :func:`loratool.ops.schemes.schemes`."""
+        return import_module(_PLACES["schemes"]).schemes
+
+    @schemes.setter
+    def schemes(self, value: Any) -> None:
+        """Leave the function in its place."""
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

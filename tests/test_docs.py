@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -56,6 +57,13 @@ def test_public_names_are_sorted_documented_and_there() -> None:
     with pytest.raises(AttributeError, match="nonsense"):
         _ = loratool.nonsense
     assert set(loratool.__all__) <= set(dir(loratool))
+
+
+def test_the_function_schemes_is_not_hidden_by_the_folder() -> None:
+    import loratool.schemes.peft
+
+    assert {item.name for item in loratool.schemes()} >= {"peft", "kohya"}
+    assert loratool.schemes is importlib.import_module("loratool.ops.schemes").schemes
 
 
 def test_nothing_is_listed_twice_in_the_readme_and_every_command_is_there() -> None:

@@ -59,7 +59,7 @@ COMFY_ENCODERS: Final[Mapping[str | None, Mapping[str, str]]] = MappingProxyType
 
 FLAT: Final = re.compile(
     r"(?:lora|lycoris|oft|boft)_(?:(?P<part>unet|transformer|te\d?|prior_unet|prior_te)_)?_?"
-    r"(?P<flat>.+)",
+    r"(?:unet_)?(?P<flat>.+)",
     re.DOTALL,
 )
 NATIVE_ENCODER: Final = re.compile(
