@@ -16,12 +16,14 @@ class TransposedScheme(KeyScheme):
 
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
         pairs = self.pairs(tensors)
-        fitting = sum(down.spec.shape[1] == up.spec.shape[0] for down, up in pairs)
-        # Where the ranks fit either way the rank is the smaller side.
-        tall = sum(down.spec.shape[0] > down.spec.shape[1] for down, up in pairs)
-        wide = sum(down.spec.shape[0] < down.spec.shape[1] for down, up in pairs)
-        if not pairs or fitting < len(pairs) or tall <= wide:
+        if not pairs or any(down.spec.shape[1] != up.spec.shape[0] for down, up in pairs):
             return 0
+        if all(down.spec.shape[0] == up.spec.shape[1] for down, up in pairs):
+            # The ranks fit either way: the rank is the smaller side.
+            tall = sum(down.spec.shape[0] > down.spec.shape[1] for down, _ in pairs)
+            wide = sum(down.spec.shape[0] < down.spec.shape[1] for down, _ in pairs)
+            if tall <= wide:
+                return 0
         return self.factor_keys(tensors)
 
 
