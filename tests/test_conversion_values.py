@@ -1,0 +1,169 @@
+"""What conversions are made of: views of stored tensors, rounding, gathered bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from loratool.files.gathering import BLOCK, WORTH_A_THREAD, Piece, gather
+from loratool.files.safetensors import read_header
+from loratool.ops.conversion.arrays import Rounded, decode, encode
+from loratool.ops.conversion.values import Arranged, Constant, Scaled, Stored
+from loratool.ops.conversion.views import (
+    block_diagonal,
+    columns,
+    concatenated,
+    flipped,
+    reshaped,
+    rows,
+    scaled,
+)
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+HARD = [0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 3e38, 6e-8, 1e-40, -2.5, np.inf, -np.inf, np.nan]
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[Stored, np.ndarray]:
+    """A matrix of 6 × 4 in a file, and its values."""
+    values = torch.randn(6, 4)
+    save_file({"m": values, "x": torch.ones(3)}, tmp_path / "a.safetensors")
+    tensor = read_header(tmp_path / "a.safetensors").tensors["m"]
+    return Stored(tensor), values.double().numpy()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_is_that_of_torch(dtype: str) -> None:
+    values = np.array([*HARD, *np.random.default_rng(0).normal(size=1000) * 100])
+    made = Rounded.of(values, dtype)
+    with np.errstate(over="ignore"):
+        expected = torch.from_numpy(values).to(DTYPES[dtype])
+    assert np.array_equal(made.values, expected.double().numpy(), equal_nan=True)
+    bits = expected.view(torch.uint8).numpy().reshape(-1)
+    finite = ~np.isnan(values).repeat(expected.element_size())
+    assert np.array_equal(made.bits.reshape(-1).view(np.uint8)[finite], bits[finite])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_inverts_rounding(dtype: str, tmp_path: Path) -> None:
+    tensor = torch.randn(5, 3).to(DTYPES[dtype])
+    save_file({"t": tensor}, tmp_path / "a.safetensors")
+    found = decode(read_header(tmp_path / "a.safetensors").tensors["t"])
+    assert np.array_equal(found, tensor.double().numpy())
+    made = Rounded.of(found, dtype)
+    assert made.is_exact and made.is_finite
+    assert encode(found, dtype).tobytes() == tensor.view(torch.uint8).numpy().tobytes()
+
+
+def test_what_does_not_fit_is_noticed() -> None:
+    assert not Rounded.of(np.array([1e6]), "F16").is_finite
+    assert Rounded.of(np.array([np.inf]), "F16").is_finite
+    assert not Rounded.of(np.array([1 / 3]), "F32").is_exact
+
+
+class TestViews:
+    def test_parts_of_a_stored_matrix(self, stored: tuple[Stored, np.ndarray]) -> None:
+        value, truth = stored
+        for made, expected in (
+            (rows(value, 2, 5), truth[2:5]),
+            (columns(value, 1, 3), truth[:, 1:3]),
+            (flipped(value), truth.T),
+            (flipped(flipped(value)), truth),
+            (rows(flipped(value), 1, 3), truth.T[1:3]),
+            (columns(rows(value, 1, 4), 2, 4), truth[1:4, 2:4]),
+            (reshaped(value, (4, 6)), truth.reshape(4, 6)),
+            (reshaped(flipped(value), (6, 4)), truth.T.reshape(6, 4)),
+            (flipped(rows(scaled(value, -0.5), 0, 2)), -0.5 * truth[:2].T),
+            (rows(value, 0, 6), truth),
+        ):
+            assert made.shape == expected.shape
+            assert np.array_equal(made.evaluate(), expected)
+
+    def test_plain_views_stay_contiguous(self, stored: tuple[Stored, np.ndarray]) -> None:
+        value, _ = stored
+        for made in (rows(value, 2, 5), flipped(flipped(value)), reshaped(value, (24, 1))):
+            assert isinstance(made, Stored)
+            assert made.tensor.strides is None
+
+    def test_arrangements(self, stored: tuple[Stored, np.ndarray]) -> None:
+        value, truth = stored
+        both = concatenated([value, rows(value, 0, 2)])
+        assert np.array_equal(both.evaluate(), np.concatenate([truth, truth[:2]]))
+        assert np.array_equal(rows(both, 5, 7).evaluate(), both.evaluate()[5:7])
+        assert rows(both, 0, 6) == value
+        diagonal = block_diagonal([value, None, scaled(value, 2)], [6, 3, 6])
+        expected = np.zeros((15, 8))
+        expected[:6, :4], expected[9:, 4:] = truth, 2 * truth
+        assert np.array_equal(diagonal.evaluate(), expected)
+        assert np.array_equal(flipped(diagonal).evaluate(), expected.T)
+        assert np.array_equal(rows(diagonal, 4, 11).evaluate(), expected[4:11])
+        assert diagonal.is_exact and not Scaled(diagonal, 0.3).is_exact
+        assert np.array_equal(flipped(Constant(2.0, (2, 3), "F32")).evaluate(), np.full((3, 2), 2))
+        assert not Arranged((), (2, 2), "F32").evaluate().any()
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    order=st.randoms(use_true_random=False),
+    shift=st.integers(0, 5),
+)
+def test_gathered_bytes_are_where_they_belong(
+    sizes: list[int], order: object, shift: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("gather")
+    data = os.urandom(sum(sizes) + 10)
+    (folder / "source").write_bytes(data)
+    pieces, expected, offset, taken = [], bytearray(), 0, 0
+    for number, size in enumerate(sizes):
+        gap = shift * (number % 2)
+        expected += bytes(gap)
+        offset += gap
+        if number % 3 == 2:
+            pieces.append(Piece(offset, size, data=data[taken : taken + size]))
+        else:
+            pieces.append(Piece(offset, size, folder / "source", taken))
+        expected += data[taken : taken + size]
+        offset += size
+        taken += size
+    order.shuffle(pieces)  # type: ignore[attr-defined]
+    source = os.open(folder / "source", os.O_RDONLY)
+    target = os.open(folder / "target", os.O_RDWR | os.O_CREAT)
+    try:
+        os.ftruncate(target, offset)
+        gather(pieces, target, lambda path: source)
+    finally:
+        os.close(source)
+        os.close(target)
+    assert (folder / "target").read_bytes() == bytes(expected)
+
+
+def test_large_pieces_are_moved_by_several_threads(tmp_path: Path) -> None:
+    size = WORTH_A_THREAD + BLOCK // 2 + 3
+    data = os.urandom(size)
+    (tmp_path / "source").write_bytes(data)
+    source = os.open(tmp_path / "source", os.O_RDONLY)
+    target = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
+    half = size // 2
+    pieces = [
+        Piece(half, size - half, tmp_path / "source", 0),
+        Piece(0, half, tmp_path / "source", size - half),
+    ]
+    try:
+        gather(pieces, target, lambda path: source)
+    finally:
+        os.close(source)
+        os.close(target)
+    assert (tmp_path / "target").read_bytes() == data[size - half :] + data[: size - half]
