@@ -417,7 +417,7 @@ class TestVariants:
     """What is no plain A and B."""
 
     def _loha(self, path: Path, extra: dict[str, torch.Tensor] | None = None) -> Path:
-        name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+        name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         tensors = {
             f"{name}.hada_w1_a": torch.randn(8, 2),
             f"{name}.hada_w1_b": torch.randn(2, 8),

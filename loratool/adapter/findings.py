@@ -42,6 +42,8 @@ CODES: Final = {
     "LT029": ("info", "an unusual scale"),
     "LT030": ("info", "a saved head that the configuration does not list"),
     "LT031": ("info", "worth knowing"),
+    "LT032": ("error", "the file mixes schemes"),
+    "LT033": ("warning", "a module whose path is not known"),
     "LT101": ("error", "a tensor is missing"),
     "LT102": ("error", "a tensor that should not be there"),
     "LT103": ("error", "wrong dtype or shape"),

@@ -201,6 +201,9 @@ class Adapter:
         unresolved: Modules whose dotted path the file does not tell, with the paths that it
             may be; none where the name is unknown altogether.
         family: The pipeline that its modules belong to (``sdxl``, ``flux``), where known.
+        components: What begins its paths and is a component of a pipeline for certain.
+        is_native: Whether its backbone was named as in original checkpoints.
+        mixed: Keys of factors that another scheme would read, and its own does not.
     """
 
     path: Path
@@ -218,6 +221,9 @@ class Adapter:
     sidecar: Mapping[str, Any] | None = None
     unresolved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     family: str | None = None
+    components: frozenset[str] = frozenset()
+    is_native: bool = False
+    mixed: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:

@@ -17,7 +17,7 @@ from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import KeyScheme, ScaleRule
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import UNSCALED
-from loratool.errors import AdapterError, UnsupportedError
+from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.container import WEIGHT_SUFFIXES, WeightsFile, open_weights
 from loratool.files.json import read_json_object
 from loratool.files.pickles import TorchPickle, other_contents
@@ -60,6 +60,8 @@ def open_adapter_file(
         AdapterError: There is no adapter, or it contradicts itself.
         UnsupportedError: It is of a kind that has no delta or is not read yet.
     """
+    if alpha is not None and not math.isfinite(alpha):
+        raise OptionError("--alpha", f"{alpha} is no finite number")
     weights, notes = find_weights(path, adapter_name)
     config_path = weights.parent / CONFIG_NAME
     raw = read_json_object(config_path) if config_path.is_file() else None
@@ -129,6 +131,12 @@ def _configured(site: Site, settings: Mapping[str, Any]) -> Site:
     if raw is None or Slot.ALPHA in site.slots or site.scaling.alpha is not None:
         return site
     config = parse_config(raw, where=f"metadata: {component}")
+    if config.init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+        raise UnsupportedError(
+            f"metadata: {component}",
+            f"init_lora_weights is {config.init!r}: its delta is relative to a base that the "
+            "initialisation changed",
+        )
     return replace(site, scaling=config.scaling_for(local, site.rank))
 
 

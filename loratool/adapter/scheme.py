@@ -178,6 +178,10 @@ class KeyScheme:
                 return template.text.format(module=key.module, adapter=key.adapter)
         raise KeyError(f"{self.name} has no name for {key.slot.value}")
 
+    def accepts(self, module: str) -> bool:
+        """Whether a module may be spelled so."""
+        return self._module.fullmatch(module) is not None
+
     def has_name_for(self, slot: Slot) -> bool:
         """Whether there is a key for ``slot``."""
         return any(template.slot is slot for template in self.templates)

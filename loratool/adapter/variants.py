@@ -94,8 +94,8 @@ def geometry(slots: Mapping[Slot, StoredTensor], variant: str | None) -> Geometr
                 *_, blocks, size, _ = shapes[Slot.OFT_BLOCKS]
                 return Geometry(size, blocks * size, 0)
             case "glora":
-                rank, width = shapes[Slot.GLORA_B2]
-                return Geometry(rank, shapes[Slot.GLORA_B1][0], width)
+                rank, *into = shapes[Slot.GLORA_B2]
+                return Geometry(rank, shapes[Slot.GLORA_B1][0], math.prod(into))
             case "vera":
                 return Geometry(shapes[Slot.VERA_D][0], shapes[Slot.VERA_B][0], 0)
             case "ia3":

@@ -117,8 +117,7 @@ def kronecker_factors(
     """
     up1, down1 = _smallest(w1, None)
     up2, down2 = _smallest(w2, t2)
-    up = torch.kron(up1.contiguous(), up2.contiguous())  # it refuses others
-    return up, torch.kron(down1.contiguous(), down2.contiguous())
+    return _kron(up1, up2), _kron(down1, down2)
 
 
 def kronecker_rank(
@@ -183,6 +182,12 @@ def stacked_factors(lora_a: Tensor, lora_b: Tensor, enabled: Sequence[bool]) -> 
         block = lora_b[index * rows : (index + 1) * rows]
         up[place * rows : (place + 1) * rows, index * rank : (index + 1) * rank] = block
     return up, lora_a
+
+
+def _kron(one: Tensor, other: Tensor) -> Tensor:
+    """Return ``one ⊗ other``; ``torch.kron`` refuses some strides of matrices with a side of 1."""
+    plain = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (one, other))
+    return torch.kron(*plain)
 
 
 def _half(a: Tensor, b: Tensor, core: Tensor | None) -> Factors:

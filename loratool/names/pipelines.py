@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
+from loratool.names.diffusion import FAMILIES, unflatten
+from loratool.names.diffusion.flattening import flatten
+
 __all__ = [
     "BACKBONES",
+    "BACKBONE_KINDS",
     "COMFY_ENCODERS",
+    "COMPONENT",
+    "ENCODERS",
     "KOHYA_ENCODERS",
     "component_of",
     "encoder_component",
     "encoder_kinds",
+    "family_of_encoders",
     "flat_prefix",
     "is_text_model",
     "native_prefix",
@@ -23,13 +31,26 @@ __all__ = [
 ]
 
 COMPONENT: Final = re.compile(
-    r"(?P<component>unet|transformer(_\d)?|text_encoder(_\d)?|prior)\."
-    r"(?P<local>(?!(h|layer|encoder|decoder|wte|wpe|word_embeddings\w*)\.).+)",
-    re.DOTALL,
+    r"(?P<component>unet|transformer(_\d)?|text_encoder(_\d)?|prior)\.(?P<local>.+)", re.DOTALL
 )
-"""A component and a path inside it. Language models have a ``transformer`` of their own."""
+"""What may be a component and a path inside it. Many models have a ``transformer`` of their own."""
 
-TEXT_COMPONENT: Final = re.compile(r"(?P<component>text_encoder(_\d)?)\.(?P<local>.+)", re.DOTALL)
+BACKBONE_KINDS: Final = (
+    "unet",
+    "ldm-unet",
+    "flux",
+    "bfl-flux",
+    "flux2",
+    "bfl-flux2",
+    "sd3",
+    "mmdit-sd3",
+    "wan",
+    "native-wan",
+    "qwen-image",
+)
+"""The vocabularies of backbones."""
+ENCODER_KINDS: Final = ("clip", "t5", "language-model")
+"""The vocabularies of text encoders."""
 
 KOHYA_ENCODERS: Final[Mapping[str | None, Mapping[str, str]]] = MappingProxyType(
     {
@@ -58,20 +79,45 @@ COMFY_ENCODERS: Final[Mapping[str | None, Mapping[str, str]]] = MappingProxyType
 """Family to component to ComfyUI's name of that text encoder."""
 
 FLAT: Final = re.compile(
-    r"(?:lora|lycoris|oft|boft)_(?:(?P<part>unet|transformer|te\d?|prior_unet|prior_te)_)?_?"
+    r"(?:lora|oft|boft)_(?:(?P<part>unet|transformer|te\d?|prior_unet|prior_te)_)?_?"
     r"(?:unet_)?(?P<flat>.+)",
     re.DOTALL,
 )
+LYCORIS: Final = re.compile(r"lycoris_(?:(?P<part>unet|te\d?)_)?(?P<flat>.+)", re.DOTALL)
+"""The wrapper of LyCORIS flattens the path inside one model; some tools add a component."""
 NATIVE_ENCODER: Final = re.compile(
     r"text_encoders\.(?P<encoder>[a-z0-9_]+)\.transformer\.(?P<local>.+)", re.DOTALL
 )
+ENCODERS: Final = ("text_encoder", "text_encoder_2", "text_encoder_3")
 BACKBONES: Final = ("unet", "transformer")
 
 
-def component_of(module: str) -> tuple[str | None, str]:
-    """Return the component of a pipeline that a path begins with, and the path inside it."""
-    match = COMPONENT.fullmatch(module) or TEXT_COMPONENT.fullmatch(module)
-    return (match["component"], match["local"]) if match else (None, module)
+@lru_cache(maxsize=1 << 17)
+def component_of(module: str, known: frozenset[str] = frozenset()) -> tuple[str | None, str]:
+    """Return the component of a pipeline that a path begins with, and the path inside it.
+
+    Args:
+        module: A dotted path.
+        known: What is a component for certain, whatever is inside; others are where a
+            vocabulary has the rest of the path.
+    """
+    match = COMPONENT.fullmatch(module)
+    if match is None:
+        return None, module
+    component, local = match["component"], match["local"]
+    if component in known or _is_inside(component, local):
+        return component, local
+    return None, module
+
+
+def _is_inside(component: str, local: str) -> bool:
+    if component.startswith("text_encoder"):
+        kinds: tuple[str, ...] = ENCODER_KINDS
+    elif any(family.has(local) for family in FAMILIES):
+        return True
+    else:
+        kinds = BACKBONE_KINDS
+    return any(local in unflatten(flatten(local), kind) for kind in kinds)
 
 
 def is_text_model(module: str) -> bool:
@@ -81,7 +127,7 @@ def is_text_model(module: str) -> bool:
 
 def split_flat(module: str) -> tuple[str, str]:
     """Return which component kohya's prefix means (``te1``; empty if none), and the flat path."""
-    match = FLAT.fullmatch(module)
+    match = LYCORIS.fullmatch(module) or FLAT.fullmatch(module)
     return ((match["part"] or ""), match["flat"]) if match else ("", module)
 
 
@@ -110,7 +156,7 @@ def encoders_of(
 
 def encoder_kinds(part: str) -> tuple[str, ...]:
     """Return what a text encoder may be that kohya calls ``part`` (``te3``)."""
-    return ("clip", "t5", "language-model") if part.startswith(("te", "prior_te")) else ()
+    return ENCODER_KINDS if part.startswith(("te", "prior_te")) else ()
 
 
 def encoder_component(
@@ -143,7 +189,21 @@ def native_prefix(component: str | None, family: str | None) -> str:
     return f"text_encoders.{encoders_of(COMFY_ENCODERS, family)[component]}.transformer."
 
 
-def sole_component(modules: Collection[str]) -> str | None:
+def sole_component(modules: Collection[str], known: frozenset[str] = frozenset()) -> str | None:
     """Return the component that all of ``modules`` are in, or ``None`` if there is not one."""
-    found = {component_of(module)[0] for module in modules}
+    found = {component_of(module, known)[0] for module in modules}
     return found.pop() if len(found) == 1 else None
+
+
+def family_of_encoders(modules: Collection[str]) -> str | None:
+    """Return the family that the components of text encoders tell, without any backbone.
+
+    Only SD3 has a third one; a second one that is a T5 is Flux's, another one SDXL's.
+    """
+    encoders = {c: local for c, local in map(component_of, modules) if c in ENCODERS}
+    if "text_encoder_3" in encoders:
+        return "sd3"
+    if "text_encoder_2" in encoders:
+        is_t5 = encoders["text_encoder_2"].startswith(("encoder.block.", "shared"))
+        return "flux" if is_t5 else "sdxl"
+    return None

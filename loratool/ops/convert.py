@@ -269,9 +269,15 @@ def _written_scheme(name: str) -> KeyScheme:
 
 
 def _found(outcome: Outcome) -> list[str]:
-    if not outcome.shifted:
-        return []
-    return [
-        f"{len(outcome.shifted)} modules had a power of two moved from B to A, for the range of "
-        "their dtype"
-    ]
+    found = []
+    if outcome.shifted:
+        found.append(
+            f"{len(outcome.shifted)} modules had a power of two moved from B to A, for the range "
+            "of their dtype"
+        )
+    if outcome.nonfinite:
+        found.append(
+            f"{len(outcome.nonfinite)} modules hold NaN or infinity, such as "
+            f"{outcome.nonfinite[0]!r}"
+        )
+    return found

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import Adapter, ExtraKind
 from loratool.adapter.opening import open_adapter_file
+from loratool.adapter.slots import FACTOR_SLOTS, Slot
 from loratool.errors import OptionError
 from loratool.ops.naming.spelling import spell_out
 from loratool.schemes import builtin_schemes, scheme_named
 
 __all__ = ["open_adapter"]
 
-SHOWN = 3
+FOREIGN = FACTOR_SLOTS - {Slot.IA3, Slot.DIFF}
 
 
 def open_adapter(
@@ -54,4 +56,15 @@ def open_adapter(
     opened = open_adapter_file(
         Path(path), schemes, adapter_name=adapter_name, alpha=alpha, skip=skip, enabled=enabled
     )
-    return spell_out(opened, scheme_named(opened.scheme), base_modules)
+    found = spell_out(opened, scheme_named(opened.scheme), base_modules)
+    return replace(found, mixed=tuple(_foreign_factors(found)))
+
+
+def _foreign_factors(adapter: Adapter) -> Iterator[str]:
+    """Yield the keys that mean nothing in the adapter's scheme, and are factors in another."""
+    others = [scheme for scheme in builtin_schemes() if scheme.name != adapter.scheme]
+    for extra in adapter.extras:
+        if extra.kind is ExtraKind.FULL:
+            meanings = (scheme.parse(extra.key) for scheme in others)
+            if any(key is not None and key.slot in FOREIGN for key in meanings):
+                yield extra.key

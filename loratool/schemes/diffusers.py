@@ -14,7 +14,8 @@ __all__ = ["METADATA_KEY", "SCHEME"]
 
 METADATA_KEY: Final = "lora_adapter_metadata"
 MODEL_PARTS: Final = (
-    r"(h|layer|encoder|decoder|wte|wpe|word_embeddings\w*|blocks\.\d+\.\w+\.Wqkv)\."
+    r"(h|layer|encoder|decoder|wte|wpe|word_embeddings\w*|blocks\.\d+\.(attn\.(Wqkv|out_proj)"
+    r"|ffn\.(up|down)_proj))(\.|$)"
 )
 """What follows ``transformer.`` in language models, which have modules of that name."""
 

@@ -16,12 +16,15 @@ from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.names.canonical import canonical_path
 from loratool.names.experts import is_fusible_expert
+from loratool.names.pipelines import component_of
 from loratool.ops.merging.mergeable import (
     CONVERT_HINT,
     HARMLESS_INITS,
     check_plain,
+    check_unmixed,
     site_problems,
 )
+from loratool.ops.naming.paths import families_of_modules, is_fused
 
 __all__ = ["Joint", "Term", "check_computable", "join", "module_name", "output_dtype"]
 
@@ -95,6 +98,7 @@ def check_computable(adapter: Adapter, *, verb: str) -> None:
         UnsupportedError: The delta depends on the base, or on the input.
         AdapterError: The adapter is broken or contradicts itself.
     """
+    check_unmixed(adapter)
     config = adapter.config
     if not adapter.sites:
         raise AdapterError(adapter.path, f"has no delta to {verb}")
@@ -173,6 +177,7 @@ def join(
         UnsupportedError: No adapter can hold the union.
         AdapterError: Two adapters see one module as matrices of different shapes or kinds.
     """
+    _check_namings(adapters)
     groups: dict[str, list[Term]] = {}
     notes: list[str] = []
     for adapter, weight in zip(adapters, weights, strict=True):
@@ -202,6 +207,28 @@ def join(
     return tuple(joints), tuple(notes)
 
 
+def _check_namings(adapters: Sequence[Adapter]) -> None:
+    """Refuse to match modules that one adapter has fused and another has apart.
+
+    Raises:
+        UnsupportedError: The adapters are of one pipeline in both of its namings.
+    """
+    native = [a for a in adapters if a.is_native and (a.family is None or is_fused(a.family))]
+    apart = [a for a in adapters if native and not a.is_native and _may_be_fused(a)]
+    if apart:
+        raise UnsupportedError(
+            native[0].path,
+            f"names its modules as the original checkpoint does, {apart[0].path} as diffusers",
+            hint="convert one of them first, such as with --to diffusers",
+        )
+
+
+def _may_be_fused(adapter: Adapter) -> bool:
+    """Whether original checkpoints fuse modules of what an adapter may be for."""
+    families = families_of_modules([site.module for site in adapter.sites])
+    return any(is_fused(family.name) for family in families)
+
+
 def _spelling(adapter: Adapter, known: Sequence[str]) -> tuple[dict[str, str], int]:
     """Return by what name each module of ``adapter`` goes, and how many were renamed.
 
@@ -224,7 +251,7 @@ def _spelling(adapter: Adapter, known: Sequence[str]) -> tuple[dict[str, str], i
 def _by_canonical(names: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        found[canonical_path(name)].append(name)
+        found[canonical_path(component_of(name)[1])].append(name)
     return found
 
 

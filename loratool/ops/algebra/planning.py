@@ -15,6 +15,7 @@ from loratool.adapter.saving import OutputSite, lora_config, site_specs
 from loratool.adapter.scheme import KeyScheme
 from loratool.adapter.slots import Slot
 from loratool.errors import OutputError, UnsupportedError
+from loratool.files.container import WEIGHT_SUFFIXES
 from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.ops.algebra.extras import Extras, gather_extras
 from loratool.ops.algebra.joining import Joint
@@ -228,7 +229,7 @@ def check_place(output: Path, scheme: str, *, has_config: bool) -> None:
     Raises:
         OutputError: It is one.
     """
-    if has_config and output.suffix.lower() == ".safetensors":
+    if has_config and output.suffix.lower() in WEIGHT_SUFFIXES:
         raise OutputError(
             output,
             f"the scheme {scheme!r} keeps its scale in {CONFIG_NAME}, which a single file has "

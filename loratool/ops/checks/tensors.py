@@ -24,6 +24,17 @@ def check_tensors(adapter: Adapter, *, deep: bool) -> Iterator[Finding]:
     for site in adapter.sites:
         for code, problem in site_problems(site, adapter):
             yield finding(code, site.label, problem)
+    if adapter.mixed:
+        yield finding(
+            "LT032",
+            adapter.mixed[0],
+            f"is one of {len(adapter.mixed)} factors in another scheme than {adapter.scheme!r}, as "
+            "which the file was read; nothing would use them",
+            "leave out one part with --skip",
+        )
+    for module, paths in adapter.unresolved.items():
+        words = f"could be {' or '.join(paths[:4])}" if paths else "is not known"
+        yield finding("LT033", module, f"is a flattened name, and its path {words}")
     yield from _names(adapter)
     yield from _dtypes(adapter)
     yield from _notes(adapter)

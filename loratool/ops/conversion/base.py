@@ -11,8 +11,8 @@ from loratool.errors import BaseModelError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.spec import StoredTensor
 from loratool.names.diffusion import FAMILIES
-from loratool.names.pipelines import component_of
 from loratool.ops.merging.modules import ModuleIndex
+from loratool.ops.naming.paths import other_names
 
 __all__ = ["Base", "open_base"]
 
@@ -45,19 +45,35 @@ class Base:
     def _index(self) -> ModuleIndex:
         return ModuleIndex(f"{module}.weight" for module in self.weights)
 
+    def path_of(self, module: str) -> str | None:
+        """Return what the base calls ``module``, or ``None``.
+
+        Raises:
+            BaseModelError: Several could be meant.
+        """
+        if module in self.weights:
+            return module
+        component, _, local = module.partition(".")
+        if component in COMPONENTS and local in self.weights:
+            return local
+        for name in other_names(module, None):
+            for path in (f"{component}.{name}", name):
+                if path in self.weights:
+                    return path
+        for path in (module, local) if component in COMPONENTS else (module,):
+            found = self._index.find(path, parameter="weight")
+            if found is not None:
+                return found
+        return None
+
     def find(self, module: str) -> StoredTensor | None:
         """Return the weight that ``module`` means, or ``None``.
 
         Raises:
             BaseModelError: Several could be meant.
         """
-        if module in self.weights:
-            return self.weights[module]
-        component, local = component_of(module)
-        if component is not None and local in self.weights:
-            return self.weights[local]
-        found = self._index.find(local if component is not None else module, parameter="weight")
-        return self.weights[found] if found is not None else None
+        path = self.path_of(module)
+        return self.weights[path] if path is not None else None
 
     def weight(self, module: str) -> StoredTensor:
         """Return the weight that ``module`` means.

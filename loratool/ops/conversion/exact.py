@@ -36,7 +36,7 @@ def exactly(part: Part, adapter: Adapter, base: Base | None) -> Part:
     """Return a LoHa, LoKr, CP convolution or VeRA as A and B; its delta is the same.
 
     Raises:
-        UnsupportedError: It also has magnitudes, or lacks what only the base or PEFT can tell.
+        UnsupportedError: It lacks what only the base or PEFT can tell.
         AdapterError: One of its tensors is missing.
     """
     tensors = {slot: v.tensor for slot, v in part.values.items() if isinstance(v, Stored)}
@@ -48,11 +48,6 @@ def exactly(part: Part, adapter: Adapter, base: Base | None) -> Part:
         made = _from_kronecker(part, tensors, base)
     else:
         made = _from_vera(part, tensors, adapter, base)
-    if Slot.MAGNITUDE in part.values:
-        raise UnsupportedError(
-            f"{adapter.path}: {part.module}",
-            f"is a {part.variant} with magnitudes (DoRA); its delta depends on the base's weight",
-        )
     return replace(made, variant="lora")
 
 

@@ -34,6 +34,13 @@ def carried_extras(
         UnsupportedError: The scheme has no place for something.
     """
     kept = [extra for extra in adapter.extras if not dropping.takes(extra.key)]
+    for extra in kept:
+        if extra.kind is ExtraKind.ROWS and not scheme.has_config:
+            raise UnsupportedError(
+                extra.key,
+                "holds trained token rows, and only a configuration says of which tokens",
+                hint=f"leave it out with --drop '^{re.escape(extra.key)}$'",
+            )
     if scheme.is_open:
         return gather_extras(
             [replace(adapter, extras=tuple(kept))], sites, scheme, policy="error", dtype=dtype
@@ -56,22 +63,25 @@ def carried_extras(
             raise UnsupportedError(
                 extra.key,
                 f"is no part of a delta, and the scheme {scheme.name!r} has no place for it",
-                hint="leave it out with --drop, such as --drop "
-                f"'{re.escape(extra.key.rpartition('.')[0] or extra.key)}'",
+                hint=f"leave it out with --drop '^{re.escape(extra.key)}$'",
             )
     return result
 
 
 def _token_key(extra: Extra, scheme: KeyScheme) -> str | None:
     """Return the name of a trained token's embedding, where ``extra`` is one and has a place."""
+    if extra.name.startswith("bundle_emb.") and scheme.spelling in (
+        Spelling.FLAT,
+        Spelling.NATIVE,
+    ):
+        return extra.name
     match = TOKEN.fullmatch(extra.name) or BUNDLE.fullmatch(extra.name)
     if match is None:
         return None
     if scheme.spelling is Spelling.POSITION:
         return f"<{match['token']}>"
     if scheme.spelling in (Spelling.FLAT, Spelling.NATIVE):
-        is_kept = extra.name.startswith("bundle_emb.")
-        return extra.name if is_kept else f"bundle_emb.{match['token']}.string_to_param.*"
+        return f"bundle_emb.{match['token']}.string_to_param.*"
     return None
 
 

@@ -12,6 +12,7 @@ from loratool.adapter.scheme import KeyScheme, Spelling
 from loratool.adapter.slots import Slot
 from loratool.ops.conversion.parts import Part
 from loratool.ops.naming.flat import MODULES_KEY
+from loratool.ops.naming.paths import other_names
 from loratool.ops.naming.spelling import paths_of
 
 __all__ = [
@@ -81,7 +82,7 @@ def kohya_metadata(
             if version == "sdxl"
             else "diffusers",
         }
-        if "modelspec.title" not in adapter.metadata:
+        if adapter.metadata.get("modelspec.title", adapter.weights.stem) == adapter.weights.stem:
             found["modelspec.title"] = title
     return found
 
@@ -125,9 +126,17 @@ def module_names(spelled: Mapping[str, Part], scheme: KeyScheme) -> dict[str, st
         return {}
     found = paths_of(list(spelled), scheme)
     unknown = {
-        name: part.module for name, part in spelled.items() if found.get(name) != (part.module,)
+        name: part.module
+        for name, part in spelled.items()
+        if found.get(name) not in {(path,) for path in _equal_paths(part.module)}
     }
     return {MODULES_KEY: json.dumps(unknown, sort_keys=True)} if unknown else {}
+
+
+def _equal_paths(module: str) -> list[str]:
+    """Return a path, and what the same module is called in the other naming."""
+    component = module.partition(".")[0]
+    return [module, *(f"{component}.{name}" for name in other_names(module, None))]
 
 
 def mlx_config(adapter: Adapter, parts: Sequence[Part], scale: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import VARIANT_WORDS
-from loratool.errors import UnsupportedError
+from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
 from loratool.ops.conversion.base import Base
 from loratool.ops.conversion.parts import Part
@@ -109,6 +109,7 @@ def nearest(
     kernel = shape[2:]
     most = min(rank, shape[0], math.prod(shape[1:]))
     is_turned = weight is not None and _is_turned(part, shape)
+    _check_fit(part, shape, is_turned=is_turned)
     made = Approximation(lambda: _dense(part, weight, is_turned=is_turned), most, seed=0)
     dtype = _dtype(part)
     rows, width = (shape[1], shape[0]) if is_turned else (shape[0], shape[1])
@@ -133,8 +134,28 @@ def nearest(
     return plain, made
 
 
+def _check_fit(part: Part, shape: tuple[int, ...], *, is_turned: bool) -> None:
+    """Make sure that a DoRA has the shape of the base's weight.
+
+    Raises:
+        AdapterError: It has another.
+    """
+    if part.variant != "dora":
+        return
+    delta = (part.up.shape[0], math.prod(part.down.shape[1:]))
+    wanted = (shape[1], shape[0]) if is_turned else (shape[0], math.prod(shape[1:]))
+    if delta != wanted:
+        raise AdapterError(
+            part.module,
+            f"its delta has the shape {list(delta)}, the base's weight {list(wanted)}",
+            hint="is this the base that it was trained on?",
+        )
+
+
 def _is_turned(part: Part, shape: tuple[int, ...]) -> bool:
     """Whether the base stores the weight as ``(in, out)``, as GPT-2's Conv1D does."""
+    if part.variant == "ia3":  # one number for each input or output
+        return False
     if len(shape) != 2 or shape[0] == shape[1] or not part.site.out_features:
         return False
     return part.site.out_features == shape[1]
@@ -183,5 +204,5 @@ def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Tenso
     down, up = values[part.slots[0]], values[part.slots[1]]
     delta = part.scale * (up.flatten(1) @ down.flatten(1))
     magnitude = values[Slot.MAGNITUDE]
-    is_rows = magnitude.ndim == 1 or magnitude.shape[0] != 1 or magnitude.ndim == 4
+    is_rows = not part.has_input_magnitudes
     return dense.dora_delta(weight, delta.reshape(weight.shape), magnitude, out_axis=is_rows)

@@ -10,7 +10,7 @@ from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError
 from loratool.ops.conversion.values import Arranged, Computed, Stored, Value, widest
-from loratool.ops.conversion.views import rows
+from loratool.ops.conversion.views import reshaped, rows
 from loratool.ops.merging.mergeable import site_problems
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "part_of"]
 
+LYCORIS_SCHEMES = frozenset(("kohya", "comfy"))
 BETWEEN = frozenset((Slot.SINGULAR, Slot.DIAGONAL))
 PAIRS = ((Slot.DOWN, Slot.UP), (Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP))
 
@@ -70,6 +71,12 @@ class Part:
         return self.slots[0] in self.values and Slot.MID not in self.values
 
     @property
+    def has_input_magnitudes(self) -> bool:
+        """Whether its magnitudes belong to the inputs, ``(1, in, …)``, as LyCORIS also has it."""
+        value = self.values.get(Slot.MAGNITUDE)
+        return value is not None and len(value.shape) > 1
+
+    @property
     def written_alpha(self) -> float:
         """The alpha that says its scale as ``alpha / rank``."""
         if self.alpha is not None and self.alpha / self.rank == self.scale:
@@ -107,12 +114,16 @@ def part_of(site: Site, adapter: Adapter) -> Part:
         AdapterError: It is broken.
     """
     for code, problem in site_problems(site, adapter):
+        if code == "LT004" and "F8" in problem:
+            continue  # 8-bit floats can be moved like any others
         raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
     values: dict[Slot, Value] = {
         slot: Stored(tensor)
         for slot, tensor in site.slots.items()
         if slot is not Slot.ALPHA and slot not in BETWEEN
     }
+    if Slot.MAGNITUDE in values:
+        values[Slot.MAGNITUDE] = _magnitude(values[Slot.MAGNITUDE], adapter.scheme)
     scaling = site.scaling
     is_simple = not scaling.rank_stabilised and not scaling.epsilon and scaling.rank == site.rank
     part = Part(
@@ -130,6 +141,18 @@ def part_of(site: Site, adapter: Adapter) -> Part:
     if site.variant in ("adalora", "bdlora"):
         return _expanded(part, adapter)
     return part
+
+
+def _magnitude(value: Value, scheme: str) -> Value:
+    """Return magnitudes of the outputs as ``(out,)``, and those of the inputs as they are.
+
+    LyCORIS stores ``(out, 1, …)`` or ``(1, in, …)``, PEFT ``(out,)`` or ``(1, out, 1, …)``.
+    """
+    size = max(value.shape, default=1)
+    is_first = len(value.shape) < 2 or value.shape[0] == size
+    if is_first or scheme not in LYCORIS_SCHEMES:
+        return reshaped(value, (size,))
+    return value
 
 
 def _unstacked(part: Part) -> Part:

@@ -12,12 +12,14 @@ from dataclasses import replace
 from typing import Final
 
 from loratool.adapter.model import Adapter, Kind
-from loratool.adapter.variants import VARIANT_WORDS
+from loratool.adapter.slots import Slot
+from loratool.adapter.variants import EXACT_VARIANTS, VARIANT_WORDS
 from loratool.errors import UnsupportedError
 from loratool.ops.conversion.base import Base
 from loratool.ops.conversion.exact import exactly
 from loratool.ops.conversion.nearest import Approximation, nearest
 from loratool.ops.conversion.parts import Part
+from loratool.ops.conversion.values import Value
 from loratool.ops.conversion.views import reshaped
 
 __all__ = ["shaped_like", "to_plain"]
@@ -47,8 +49,16 @@ def to_plain(
             f"is {VARIANT_WORDS[part.variant]}, which no A and B express",
             hint="leave it out with --drop, which says so in the report",
         )
-    if part.variant in ("loha", "lokr", "cp", "vera"):
-        return exactly(part, adapter, base), None
+    if part.variant in EXACT_VARIANTS:
+        magnitude = part.values.get(Slot.MAGNITUDE)
+        bare: dict[Slot, Value] = {
+            slot: v for slot, v in part.values.items() if slot is not Slot.MAGNITUDE
+        }
+        made = exactly(replace(part, values=bare), adapter, base)
+        if magnitude is None:
+            return made, None
+        values = {**made.values, Slot.MAGNITUDE: magnitude}
+        part = replace(made, values=values, variant="dora")
     return nearest(part, adapter, base, rank)
 
 

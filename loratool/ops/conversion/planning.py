@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,11 +14,17 @@ from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.container import PICKLE_SUFFIXES
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import TensorSpec
-from loratool.names.pipelines import component_of
+from loratool.names.pipelines import (
+    BACKBONES,
+    component_of,
+    family_of_encoders,
+    sole_component,
+)
 from loratool.ops.algebra.extras import Carried
 from loratool.ops.algebra.planning import check_place
 from loratool.ops.algebra.provenance import history_metadata
 from loratool.ops.algebra.sidecars import carried_files
+from loratool.ops.conversion.base import Base
 from loratool.ops.conversion.experts import stack_experts
 from loratool.ops.conversion.extras import carried_extras, token_names
 from loratool.ops.conversion.initial import without_initial
@@ -31,8 +38,20 @@ from loratool.ops.conversion.nearest import Approximation
 from loratool.ops.conversion.parts import Part, part_of
 from loratool.ops.conversion.plain import to_plain
 from loratool.ops.conversion.plan import ConversionPlan, OutputPart
-from loratool.ops.conversion.refusing import Dropping, check_config, check_names, check_nesting
-from loratool.ops.conversion.renaming import families_of, names_native, to_hub, to_native
+from loratool.ops.conversion.refusing import (
+    Dropping,
+    check_config,
+    check_names,
+    check_nesting,
+    check_options,
+)
+from loratool.ops.conversion.renaming import (
+    Naming,
+    families_of,
+    names_native,
+    to_hub,
+    to_native,
+)
 from loratool.ops.conversion.scales import placed_scales
 from loratool.ops.conversion.slotting import fitted, padded, slotted
 from loratool.ops.conversion.spelling import spelled, with_components, written_order
@@ -46,11 +65,13 @@ from loratool.ops.conversion.values import Scaled
 from loratool.ops.conversion.wishes import Wishes
 from loratool.ops.plan import Sidecar
 from loratool.ops.targets.preparing import prepare, refusals, uniform_rank
+from loratool.schemes import scheme_named
 
 __all__ = ["plan_conversion"]
 
 WEIGHT_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 HISTORY: Final = "loratool"
+TEXT_MODEL: Final = "text_model."
 
 
 def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> ConversionPlan:
@@ -62,6 +83,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     """
     check_place(wishes.output, scheme.name, has_config=scheme.has_config)
     check_names(adapter)
+    check_options(wishes)
     check_config(adapter, has_initial=wishes.initial is not None)
     target = wishes.target
     if target is not None:
@@ -72,10 +94,12 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     parts = [part_of(site, adapter) for site in sites]
     if wishes.initial is not None:
         parts = without_initial(parts, wishes.initial)
-    parts, others = _of_component(parts, wishes.component)
+    parts, others = _of_component(parts, wishes.component, adapter.components)
     dropping.found += others
     if not parts:
         raise AdapterError(adapter.path, "has no delta that would be written")
+    if wishes.base is not None:
+        parts = _as_in_base(parts, wishes.base, adapter, scheme)
     parts, approximations = _plain(parts, adapter, wishes)
     pad = wishes.pad
     if target is not None:
@@ -85,18 +109,25 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     family = wishes.family or adapter.family
     if family is None and len(naming.families) == 1:
         family = naming.families[0].name
-    native = _is_native(scheme, family, wishes.naming)
-    if scheme.spelling not in (Spelling.PATH, Spelling.BARE_FLAT) and naming.families:
-        parts = with_components(parts, naming.families[0].backbone)
-    elif scheme.spelling is Spelling.FLAT or scheme.spelling is Spelling.PIPELINE:
-        parts = with_components(parts, None)
-    if native:
+    family = family or family_of_encoders([part.module for part in parts])
+    known = adapter.components
+    if scheme.spelling not in (Spelling.PATH, Spelling.BARE_FLAT):
+        backbone = naming.families[0].backbone if naming.families else None
+        parts = with_components(parts, backbone, known)
+        known |= {backbone} if backbone else set()
+    if wishes.base is not None:
+        parts = [fitted(part, wishes.base) for part in parts]
+    is_kept = _is_same_spelling(adapter, scheme, wishes)
+    if is_kept:
+        pass
+    elif _is_native(scheme, naming, adapter, wishes.naming):
         shapes = {m: w.spec.shape for m, w in wishes.base.weights.items()} if wishes.base else {}
         parts = to_native(parts, naming, shapes)
     else:
         parts = to_hub(parts, naming)
-    if wishes.base is not None:
-        parts = [fitted(part, wishes.base) for part in parts]
+    alone = wishes.component
+    if alone is None and not is_kept:
+        alone = sole_component([part.module for part in parts], known)
     parts = padded(parts, pad, scheme)
     if scheme.scale is ScaleRule.MULTIPLIER:
         parts = stack_experts(parts)
@@ -106,7 +137,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     if is_folded and scheme.scale is ScaleRule.MULTIPLIER:
         multiplier = 1.0
     parts = [slotted(part, scheme) for part in parts]
-    names = spelled(parts, scheme, family, component=wishes.component)
+    names = spelled(parts, scheme, family, known=known, alone=alone)
     output_parts, constants, alphas = [], {}, []
     name = wishes.name or adapter.name or "default"
     for spelling in written_order(names):
@@ -128,7 +159,8 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
             "attention, feed-forward, cross-attention"
         )
     _check_unique([s for p in output_parts for s in p.specs.values()], alphas, extras.carried)
-    config = written_config(adapter, scheme, output_sites, list(names.values()), extras, multiplier)
+    written = list(names.values())
+    config = written_config(adapter, scheme, output_sites, written, extras, multiplier, alone)
     if config is not None and target is not None:
         config |= target.config
     sidecars, left, file_notes = _files(adapter, wishes.output)
@@ -137,7 +169,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     metadata = {
         **kept_metadata(adapter),
         **(
-            kohya_metadata(adapter, list(names.values()), family, title)
+            kohya_metadata(adapter, written, family, title)
             if scheme.spelling is Spelling.FLAT
             else {}
         ),
@@ -159,7 +191,17 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         stamps=_stamps(adapter, wishes),
         scheme=scheme.name,
         family=family,
-        notes=tuple(dict.fromkeys([*_notes(adapter, scheme, names), *extras.notes, *file_notes])),
+        notes=tuple(
+            dict.fromkeys(
+                [
+                    *_notes(adapter, scheme, names),
+                    *_unknown(parts, naming),
+                    *dropping.unused(),
+                    *extras.notes,
+                    *file_notes,
+                ]
+            )
+        ),
         dropped=(
             *dropping.found,
             *extras.dropped,
@@ -179,13 +221,13 @@ def _history(adapter: Adapter, wishes: Wishes) -> dict[str, str]:
 
 
 def _of_component(
-    parts: Sequence[Part], component: str | None
+    parts: Sequence[Part], component: str | None, known: frozenset[str]
 ) -> tuple[list[Part], list[tuple[str, str]]]:
     if component is None:
         return list(parts), []
     kept, others = [], []
     for part in parts:
-        if component_of(part.module)[0] in (component, None):
+        if component_of(part.module, known | {component})[0] in (component, None):
             kept.append(part)
         else:
             others.append((part.module, f"not in --component {component}"))
@@ -208,15 +250,77 @@ def _plain(
     return made, found
 
 
-def _is_native(scheme: KeyScheme, family: str | None, naming: str | None) -> bool:
+def _as_in_base(
+    parts: Sequence[Part], base: Base, adapter: Adapter, scheme: KeyScheme
+) -> list[Part]:
+    """Return ``parts`` with the paths that the base has for text encoders.
+
+    Since transformers 5 they have no ``text_model.`` any more.
+
+    Raises:
+        AdapterError: The base has none of the modules.
+    """
+    found = [base.find(part.module) for part in parts]
+    if not any(weight is not None for weight in found):
+        raise AdapterError(
+            base.path,
+            f"has none of the adapter's modules, such as {parts[0].module!r}",
+            hint="is this the base that it was trained on?",
+        )
+    if scheme.spelling not in (Spelling.PATH, Spelling.BARE_FLAT, Spelling.PIPELINE):
+        return list(parts)
+    made = []
+    for part in parts:
+        component, local = component_of(part.module, adapter.components)
+        short = local.removeprefix(TEXT_MODEL)
+        for path in (f"{component}.{short}" if component else short, short):
+            if local != short and path in base.weights and base.path_of(part.module) == path:
+                part = replace(part, module=f"{component}.{short}" if component else short)
+        made.append(part)
+    return made
+
+
+def _is_same_spelling(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> bool:
+    """Whether paths stay what they are: both schemes have those of one model."""
+    is_path = scheme_named(adapter.scheme).spelling is Spelling.PATH
+    is_asked = wishes.component is not None or wishes.naming is not None
+    return is_path and scheme.spelling is Spelling.PATH and not is_asked
+
+
+def _is_native(scheme: KeyScheme, naming: Naming, adapter: Adapter, wish: str | None) -> bool:
     """Whether the scheme is written with the names of original checkpoints."""
     if scheme.spelling not in (Spelling.FLAT, Spelling.NATIVE):
-        if naming == "native":
+        if wish == "native":
             raise OptionError("--naming", f"the scheme {scheme.name!r} has diffusers' names only")
         return False
-    if naming is not None:
-        return naming == "native"
-    return scheme.spelling is Spelling.NATIVE or names_native(family)
+    if wish is not None:
+        return wish == "native"
+    if scheme.spelling is Spelling.NATIVE:
+        return True
+    usual = {names_native(family.name) for family in naming.families}
+    if len(usual) == 1:
+        return usual.pop()
+    # Stable Diffusion 1 or XL: what was read is what is written.
+    return bool(usual) and adapter.is_native
+
+
+def _unknown(parts: Sequence[Part], naming: Naming) -> Iterator[str]:
+    """Yield a note on modules of a backbone that its family does not have."""
+    if not naming.families:
+        return
+    places = [component_of(part.module) for part in parts]
+    foreign = [
+        local
+        for component, local in places
+        if component in (None, *BACKBONES)
+        and not any(family.has(local) for family in naming.families)
+    ]
+    if foreign:
+        names = " or ".join(family.name for family in naming.families)
+        yield (
+            f"{len(foreign)} modules are none of {names} and keep their names, such as "
+            f"{foreign[0]!r}"
+        )
 
 
 def _check_unique(

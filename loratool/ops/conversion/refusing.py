@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.scheme import KeyScheme, ScaleRule
 from loratool.errors import AdapterError, OptionError, UnsupportedError
+from loratool.names.positions import UNET_MODULES
+from loratool.ops.conversion.wishes import Wishes
 from loratool.ops.merging.mergeable import HARMLESS_INITS
 
-__all__ = ["Dropping", "check_config", "check_names", "check_nesting"]
+__all__ = ["Dropping", "check_config", "check_names", "check_nesting", "check_options"]
 
 
 class Dropping:
@@ -22,13 +24,34 @@ class Dropping:
         except re.error as error:
             raise OptionError("--drop", f"not a regular expression: {error}") from None
         self.found: list[tuple[str, str]] = []
+        self._used: set[str] = set()
 
     def takes(self, name: str) -> bool:
         """Whether ``name`` is left out; then it is noted."""
-        if any(pattern.search(name) for pattern in self.patterns):
+        hits = [pattern.pattern for pattern in self.patterns if pattern.search(name)]
+        if hits:
             self.found.append((name, "dropped as asked"))
-            return True
-        return False
+            self._used.update(hits)
+        return bool(hits)
+
+    def unused(self) -> Iterator[str]:
+        """Yield a note on every pattern that means nothing."""
+        for pattern in self.patterns:
+            if pattern.pattern not in self._used:
+                yield f"--drop {pattern.pattern!r} means no module, and no tensor that is no delta"
+
+
+def check_options(wishes: Wishes) -> None:
+    """Refuse options that mean nothing without another, or cannot be written.
+
+    Raises:
+        OptionError: There is one.
+    """
+    if wishes.rank is not None and not wishes.to_lora:
+        raise OptionError("--rank", "is that of what --to-lora approximates, and needs it")
+    name = wishes.name
+    if name is not None and (not name or any(char in name for char in "./\\")):
+        raise OptionError("--name", f"{name!r} is no name of an adapter: no dots, no slashes")
 
 
 def check_names(adapter: Adapter) -> None:
@@ -37,18 +60,38 @@ def check_names(adapter: Adapter) -> None:
     Raises:
         AdapterError: There are some; the message lists them.
     """
+    if adapter.mixed:
+        count = len(adapter.mixed)
+        raise AdapterError(
+            adapter.path,
+            f"mixes schemes: it was read as {adapter.scheme!r}, and {count} of its keys are "
+            f"factors in another, such as {adapter.mixed[0]!r}",
+            hint="convert one part at a time, leaving out the other with --skip",
+        )
     if not adapter.unresolved:
         return
     name, paths = next(iter(adapter.unresolved.items()))
     count = len(adapter.unresolved)
     listed = ", ".join(repr(n) for n in list(adapter.unresolved)[:3])
     more = f" and {count - 3} more" if count > 3 else ""
+    if len(paths) == 1:
+        raise AdapterError(
+            adapter.path,
+            f"{count} module names mean the same as another: {listed}{more} ({paths[0]!r})",
+            hint="leave out all but one with --skip",
+        )
     if paths:
         raise AdapterError(
             adapter.path,
             f"{count} module names could stand for several paths: {name!r} for "
             f"{' or '.join(map(repr, paths[:4]))}",
             hint="give --base, whose names settle it (only its headers are read)",
+        )
+    if adapter.scheme == "cloneofsimo":
+        raise AdapterError(
+            adapter.path,
+            f"numbers {count} modules in a way that fits no Stable Diffusion: expected "
+            f"{UNET_MODULES} of the U-Net, all of them, in one of two orders",
         )
     raise AdapterError(
         adapter.path,

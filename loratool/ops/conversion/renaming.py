@@ -15,13 +15,14 @@ from typing import Final, TypeVar
 
 from loratool.adapter.model import Kind
 from loratool.adapter.slots import Slot
-from loratool.errors import UnsupportedError
+from loratool.errors import OptionError, UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.names.diffusion import FAMILIES, Family, Fusion, family_named
 from loratool.names.pipelines import BACKBONES, component_of
 from loratool.ops.conversion.parts import Part
 from loratool.ops.conversion.values import Arranged, Constant, Stored, Value, widest
 from loratool.ops.conversion.views import block_diagonal, columns, concatenated, rows, scaled
+from loratool.ops.naming.paths import families_of_modules
 
 __all__ = ["Naming", "families_of", "names_native", "to_hub", "to_native"]
 
@@ -29,6 +30,7 @@ Found = TypeVar("Found")
 MLP_RATIO: Final = {"flux": 4}
 """Rows of the last part of an ``input``-sized fusion over its inputs, where not known."""
 
+PLACES: Final = (None, *BACKBONES)
 ROW_SLOTS: Final = (Slot.UP_BIAS, Slot.BIAS, Slot.MAGNITUDE)
 """What else has one number for each output."""
 
@@ -69,14 +71,19 @@ class Naming:
 
 
 def families_of(modules: Collection[str], name: str | None) -> Naming:
-    """Return the families that the backbone's ``modules`` may belong to."""
-    if name is not None:
-        return Naming((family_named(name),))
-    locals_ = [
-        local for component, local in map(component_of, modules) if component in (None, *BACKBONES)
-    ]
-    found = [f for f in FAMILIES if locals_ and all(f.has(local) for local in locals_)]
-    return Naming(tuple(found))
+    """Return the families that the backbone's ``modules`` may belong to.
+
+    Raises:
+        OptionError: ``name`` is a family that has none of them.
+    """
+    locals_ = [local for component, local in map(component_of, modules) if component in PLACES]
+    if name is None:
+        return Naming(tuple(families_of_modules(modules)))
+    family = family_named(name)
+    is_empty = any(f.has(local) for f in FAMILIES for local in locals_)
+    if is_empty and not any(map(family.has, locals_)):
+        raise OptionError("--family", f"{name} has none of the modules, such as {locals_[0]!r}")
+    return Naming((family,))
 
 
 def to_hub(parts: Sequence[Part], naming: Naming) -> list[Part]:
@@ -101,24 +108,40 @@ def _split(part: Part, naming: Naming) -> Iterator[Part]:
         return
     sizes = _sizes(part, fusion)
     ranks = _blocks(part, sizes)
+    _check_magnitude(part, "split")
     start = 0
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
         up = rows(part.up, start, start + size)
         down, how = part.down, "split from a fused projection, sharing its A"
+        others: dict[Slot, Value] = {
+            slot: rows(value, start, start + size)
+            for slot, value in part.values.items()
+            if slot in ROW_SLOTS
+        }
         if ranks is not None:
             first, last = ranks[index]
-            if first < last:
+            last = max(last, first + 1) if others else last
+            if (first, last) != (0, part.rank):
                 up, down = columns(up, first, last), rows(part.down, first, last)
                 how = "split from a fused projection, with its own ranks"
-        if ranks is None or ranks[index][0] < ranks[index][1]:
-            others: dict[Slot, Value] = {
-                slot: rows(value, start, start + size)
-                for slot, value in part.values.items()
-                if slot in ROW_SLOTS
-            }
+        if ranks is None or first < last:
             made = part.factored(down, up, note=how, alpha=part.alpha if ranks is None else None)
             yield replace(made, module=name, values={**made.values, **others})
         start += size
+
+
+def _check_magnitude(part: Part, verb: str) -> None:
+    """Refuse magnitudes of the inputs, which belong to the columns of the whole weight.
+
+    Raises:
+        UnsupportedError: It has such.
+    """
+    if part.has_input_magnitudes:
+        raise UnsupportedError(
+            part.module,
+            f"has magnitudes of its inputs (LyCORIS, wd_on_out=False), and cannot be {verb}",
+            hint="make it a plain LoRA with --to-lora, --base and --rank",
+        )
 
 
 def _check_splittable(part: Part, verb: str) -> None:
@@ -148,13 +171,19 @@ def _sizes(part: Part, fusion: Fusion) -> list[int]:
 
 def _swapped(part: Part) -> Part:
     """Return a part with the halves of its outputs exchanged."""
-    half = part.up.shape[0] // 2
+    half, odd = divmod(part.up.shape[0], 2)
+    if odd:
+        raise UnsupportedError(
+            part.module, f"has {part.up.shape[0]} outputs, and its halves are to be exchanged"
+        )
 
     def exchange(value: Value) -> Value:
         return concatenated([rows(value, half, 2 * half), rows(value, 0, half)])
 
     others: dict[Slot, Value] = {
-        slot: exchange(v) for slot, v in part.values.items() if slot in ROW_SLOTS
+        slot: exchange(v)
+        for slot, v in part.values.items()
+        if slot in ROW_SLOTS and not (slot is Slot.MAGNITUDE and part.has_input_magnitudes)
     }
     made = part.factored(part.down, exchange(part.up), note="halves of its outputs exchanged")
     return replace(made, alpha=part.alpha, values={**made.values, **others})
@@ -183,8 +212,11 @@ def _blocks(part: Part, sizes: Sequence[int]) -> list[tuple[int, int]] | None:
             ]
     spans = [(min(found), max(found) + 1) if found else None for found in nonzero]
     present = [span for span in spans if span is not None]
-    if len(present) < 2 or any(one[1] > other[0] for one, other in pairwise(present)):
-        return None
+    if any(one[1] > other[0] for one, other in pairwise(present)):
+        if len(present) == len(spans):
+            return None
+        # What has no rows is not adapted; the others share A.
+        return [(0, rank) if span is not None else (0, 0) for span in spans]
     # Ranks between two supports are zero in all rows: they may go to either side.
     ends = [span[0] for span in present[1:]] + [rank]
     starts = [0, *ends[:-1]]
@@ -259,13 +291,14 @@ def _fused(
         return replace(_swapped(first), module=name)
     for part in members.values():
         _check_splittable(part, "fused")
+        _check_magnitude(part, "fused")
         if part.kind is not Kind.LINEAR:
             raise UnsupportedError(part.module, f"is a {part.kind.value} layer, and is not fused")
     heights = _heights(name, fusion, members, shapes, family)
     ordered = [members.get(module) for module in fusion.modules]
     present = [part for part in ordered if part is not None]
-    if len(present) == len(ordered) and _share_down(present):
-        up = concatenated([part.up for part in present])
+    if _share_down(present):
+        up = _stacked_rows(ordered, heights)
         joint = first.factored(
             first.down, up, alpha=first.alpha, note="fused; its parts shared one A"
         )
@@ -284,6 +317,20 @@ def _fused(
         )
     others = _fused_rows(name, ordered, heights)
     return replace(joint, module=name, values={**joint.values, **others})
+
+
+def _stacked_rows(ordered: Sequence[Part | None], heights: Sequence[int]) -> Value:
+    """Return the Bs of parts one below the other, with zeros for those that are absent."""
+    present = [part.up for part in ordered if part is not None]
+    if len(present) == len(ordered):
+        return concatenated(present)
+    pieces, row = [], 0
+    for part, height in zip(ordered, heights, strict=True):
+        if part is not None:
+            pieces.append((part.up, row, 0))
+        row += height
+    dtype = widest([value.dtype for value in present])
+    return Arranged(tuple(pieces), (row, *present[0].shape[1:]), dtype)
 
 
 def _heights(

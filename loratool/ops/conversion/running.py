@@ -42,6 +42,7 @@ THREADS: Final = 2
 SYNC_BELOW: Final = 64 << 20
 BLOCK: Final = 4 << 20
 LEGACY_SPAN: Final = (0x100000, 0x110000)
+LARGEST_NORM: Final = 1e100
 TOO_ROUGH: Final = 2e-3
 """A relative error beyond this is no longer the rounding of a 16-bit dtype alone."""
 
@@ -53,10 +54,12 @@ class Outcome:
     Attributes:
         errors: Module to the squared norm of its delta and of the error of what was written.
         shifted: Modules of which part of the scale went into A, a power of two.
+        nonfinite: Modules whose delta holds NaN or infinity, and has no error that means anything.
     """
 
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     shifted: list[str] = field(default_factory=list)
+    nonfinite: list[str] = field(default_factory=list)
 
     def relative(self, module: str) -> float:
         """Return ``‖written - Δ‖ / ‖Δ‖`` of one module; 0 where it was moved."""
@@ -258,6 +261,9 @@ def _measured(
     low, high = part.slots
     truth = _oriented(item, exact)
     norm, error = _squares(truth, _oriented(item, {**exact, **_values(made)}))
+    if not all(array_is_finite(array) for array in truth):
+        outcome.nonfinite.append(part.module)
+        return made
     if not math.isfinite(error) or error > TOO_ROUGH**2 * norm:
         # Too large or too small for the dtype: share the scale with A, by a power of two.
         shift = _balance(exact[low], exact[high])
@@ -289,8 +295,18 @@ def _oriented(item: OutputPart, values: Mapping[Slot, Array]) -> tuple[Array, Ar
     return low.reshape(low.shape[0], -1), high.reshape(high.shape[0], -1)
 
 
+def array_is_finite(array: Array) -> bool:
+    """Whether an array holds neither NaN nor infinity."""
+    import numpy as np
+
+    return bool(np.isfinite(array).all())
+
+
 def _squares(exact: tuple[Array, Array], made: tuple[Array, Array]) -> tuple[float, float]:
-    """Return ``‖Δ‖²`` and ``‖written - Δ‖²`` from r × r Gram matrices."""
+    """Return ``‖Δ‖²`` and ``‖written - Δ‖²`` from r × r Gram matrices.
+
+    Both are capped at the largest number of float64, in one proportion.
+    """
     import numpy as np
 
     (down, up), (low, high) = exact, made
@@ -298,11 +314,18 @@ def _squares(exact: tuple[Array, Array], made: tuple[Array, Array]) -> tuple[flo
         pairs = [_squares((down[i], up[i]), (low[i], high[i])) for i in range(down.shape[0])]
         return math.fsum(norm for norm, _ in pairs), math.fsum(error for _, error in pairs)
     with np.errstate(invalid="ignore", over="ignore"):
+        peaks = [float(np.abs(array).max(initial=0.0)) or 1.0 for array in (down, up)]
+        if not all(map(math.isfinite, peaks)):
+            return math.nan, math.nan
+        down, low = down / peaks[0], low / peaks[0]
+        up, high = up / peaks[1], high / peaks[1]
         norm = float(((up.T @ up) * (down @ down.T)).sum())
         left = np.concatenate([high - up, up], axis=1)
         right = np.concatenate([low, low - down], axis=0)
         error = float(((left.T @ left) * (right @ right.T)).sum())
-    return norm, max(0.0, error) if math.isfinite(error) else math.inf
+    error = max(0.0, error) if math.isfinite(error) else math.inf
+    size = min(peaks[0] * peaks[1], LARGEST_NORM) ** 2
+    return norm * size, error * size
 
 
 def _balance(down: Array, up: Array) -> float:

@@ -117,7 +117,7 @@ def _writes_plain_bias(scheme: KeyScheme) -> bool:
 
 def no_place(part: Part, scheme: KeyScheme, what: str) -> UnsupportedError:
     hint = "leave it out with --drop, which says so in the report"
-    if not part.is_plain:
+    if not part.is_plain and part.variant not in ("norm", "bias"):
         hint = "make it a plain LoRA with --to-lora"
     return UnsupportedError(
         part.module, f"the scheme {scheme.name!r} has no place for {what}", hint=hint
@@ -144,25 +144,18 @@ def _magnitude(part: Part, scheme: KeyScheme) -> Value:
         UnsupportedError: They are of the inputs, which only LyCORIS' files have.
     """
     value = part.values[Slot.MAGNITUDE]
-    size = max(value.shape, default=1)
-    is_input_wise = len(value.shape) > 1 and value.shape[0] == 1 and value.shape[1] > 1
-    is_input_wise = is_input_wise and not (
-        len(value.shape) > 2
-        and value.shape[1] == part.up.shape[0]
-        and part.site.kind is Kind.CONV
-        and scheme.name != "kohya"
-    )
-    if part.kind is Kind.EMBEDDING:
-        if scheme.scale is ScaleRule.ALPHA:
-            raise no_place(part, scheme, "magnitudes of an embedding")
-        return reshaped(value, (size,))
-    is_peft_conv = part.kind is Kind.CONV and value.shape[:2] == (1, part.up.shape[0])
-    if is_input_wise and not is_peft_conv:
-        if scheme.scale is ScaleRule.ALPHA:
-            return value
-        raise no_place(part, scheme, "magnitudes of the inputs (LyCORIS, wd_on_out=False)")
+    if not part.is_plain:
+        (size,) = value.shape if len(value.shape) == 1 else (0,)
+        stored = part.site.slots[Slot.MAGNITUDE].spec.shape
+        return reshaped(value, stored) if size else value
     if scheme.scale is ScaleRule.ALPHA:
-        return reshaped(value, (size, *(1,) * (len(part.down.shape) - 1)))
+        if part.kind is Kind.EMBEDDING:
+            raise no_place(part, scheme, "magnitudes of an embedding")
+        if part.has_input_magnitudes:
+            return value
+        return reshaped(value, (*value.shape, *(1,) * (len(part.down.shape) - 1)))
+    if part.has_input_magnitudes:
+        raise no_place(part, scheme, "magnitudes of the inputs (LyCORIS, wd_on_out=False)")
     if part.kind is Kind.CONV:
-        return reshaped(value, (1, size, *(1,) * (len(part.down.shape) - 2)))
-    return reshaped(value, (size,))
+        return reshaped(value, (1, *value.shape, *(1,) * (len(part.down.shape) - 2)))
+    return value

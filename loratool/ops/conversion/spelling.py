@@ -15,7 +15,6 @@ from loratool.names.pipelines import (
     flat_prefix,
     is_text_model,
     native_prefix,
-    sole_component,
 )
 from loratool.names.positions import UNET_MODULES, text_paths, unet_paths
 from loratool.ops.conversion.parts import Part
@@ -23,16 +22,19 @@ from loratool.ops.conversion.parts import Part
 __all__ = ["spelled", "with_components"]
 
 
-def with_components(parts: Sequence[Part], backbone: str | None) -> list[Part]:
+def with_components(
+    parts: Sequence[Part], backbone: str | None, known: frozenset[str]
+) -> list[Part]:
     """Return ``parts`` with the component of a pipeline that their paths leave open.
 
     Args:
         parts: Some of them perhaps inside a model that is not named.
         backbone: The component that the family of their names makes of it, if there is one.
+        known: What is a component for certain.
     """
     made = []
     for part in parts:
-        component, local = component_of(part.module)
+        component, local = component_of(part.module, known)
         if component is None and is_text_model(local):
             component = "text_encoder"
         elif component is None:
@@ -42,7 +44,12 @@ def with_components(parts: Sequence[Part], backbone: str | None) -> list[Part]:
 
 
 def spelled(
-    parts: Sequence[Part], scheme: KeyScheme, family: str | None, *, component: str | None = None
+    parts: Sequence[Part],
+    scheme: KeyScheme,
+    family: str | None,
+    *,
+    known: frozenset[str] = frozenset(),
+    alone: str | None = None,
 ) -> dict[str, Part]:
     """Return ``parts`` by what ``scheme`` calls their modules.
 
@@ -50,19 +57,19 @@ def spelled(
         parts: The modules, native or not as the scheme wants them.
         scheme: The scheme.
         family: The pipeline that they belong to, where known.
-        component: The component that is written alone, in its own names.
+        known: What is a component for certain.
+        alone: The component whose modules go by their own names.
 
     Raises:
         UnsupportedError: The scheme cannot name one of them, or two by one name.
     """
     if scheme.spelling is Spelling.POSITION:
         return _positions(parts)
-    alone = component or sole_component([part.module for part in parts])
     found: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
-        found[_spell(part.module, scheme, family, alone)].append(part)
+        found[_spell(part.module, scheme, family, known, alone)].append(part)
     for name, same in found.items():
-        if len(same) > 1 and len({(part.module, part.site.nesting) for part in same}) > 1:
+        if len({part.site.nesting for part in same}) < len(same):
             raise UnsupportedError(
                 f"scheme {scheme.name}",
                 f"{same[0].module!r} and {same[1].module!r} would both be {name!r}",
@@ -74,8 +81,10 @@ def spelled(
     }
 
 
-def _spell(module: str, scheme: KeyScheme, family: str | None, alone: str | None) -> str:
-    component, local = component_of(module)
+def _spell(
+    module: str, scheme: KeyScheme, family: str | None, known: frozenset[str], alone: str | None
+) -> str:
+    component, local = component_of(module, known)
     try:
         match scheme.spelling:
             case Spelling.PATH:
@@ -101,7 +110,7 @@ def _in_transformer(module: str, scheme: KeyScheme) -> str:
         UnsupportedError: Behind ``transformer.`` it would be another model's path.
     """
     path = f"transformer.{module}"
-    if component_of(path)[0] is None:
+    if not scheme.accepts(path):
         raise UnsupportedError(
             module,
             f"is a language model's; the scheme {scheme.name!r} would call it {path!r}, which "

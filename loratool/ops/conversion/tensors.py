@@ -14,7 +14,6 @@ from loratool.adapter.slots import AdapterKey, Slot
 from loratool.files.spec import TensorSpec
 from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.names.experts import is_fusible_expert
-from loratool.names.pipelines import component_of
 from loratool.ops.algebra.extras import Extras
 from loratool.ops.conversion.metadata import mlx_config
 from loratool.ops.conversion.parts import Part
@@ -73,14 +72,12 @@ def alpha_of(spelling: str, part: Part, scheme: KeyScheme) -> tuple[str, float] 
     stored = part.site.slots.get(Slot.ALPHA)
     if stored is None or part.variant not in ("oft", "boft"):
         return None
-
     return scheme.format(AdapterKey(spelling, Slot.ALPHA)), read_scalar(stored)
 
 
 def output_site(part: Part, scheme: KeyScheme) -> OutputSite:
     """Return ``part`` as PEFT's configuration has to describe it."""
     site = part.site
-    component = component_of(part.module)[0]
     down = part.site.slots if not part.is_plain else None
     if down is not None:
         return replace(nested_site(part, part.module), pattern_path=part.module)
@@ -98,7 +95,7 @@ def output_site(part: Part, scheme: KeyScheme) -> OutputSite:
         dtype=low.dtype,
         out=out,
         into=tuple(shape[1:]),
-        pattern_path=_pattern_path(part, component),
+        pattern_path=_pattern_path(part),
         nesting=site.nesting,
         experts=site.experts,
         is_parameter=bool(site.parameters),
@@ -107,7 +104,7 @@ def output_site(part: Part, scheme: KeyScheme) -> OutputSite:
     )
 
 
-def _pattern_path(part: Part, component: str | None) -> str:
+def _pattern_path(part: Part) -> str:
     site = part.site
     if site.parameters:
         last = len(site.parameters) - 1
@@ -122,6 +119,7 @@ def written_config(
     parts: Sequence[Part],
     extras: Extras,
     multiplier: float | None,
+    alone: str | None,
 ) -> dict[str, Any] | None:
     """Return ``adapter_config.json``, PEFT's or mlx-lm's; ``None`` where there is none."""
     if scheme.scale is ScaleRule.MULTIPLIER:
@@ -129,8 +127,6 @@ def written_config(
         return mlx_config(adapter, parts, multiplier)
     if not scheme.has_config:
         return None
-    components = {component_of(site.module)[0] for site in sites}
-    alone = components.pop() if len(components) == 1 else None
     if alone is not None:
         sites = [
             replace(

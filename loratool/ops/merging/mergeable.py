@@ -19,6 +19,7 @@ __all__ = [
     "check_adapter",
     "check_base",
     "check_plain",
+    "check_unmixed",
     "site_problems",
 ]
 
@@ -59,6 +60,7 @@ def check_adapter(adapter: Adapter) -> None:
         UnsupportedError: A conditional or routed adapter, or one whose base is not determined.
         AdapterError: The adapter is broken or contradicts its configuration.
     """
+    check_unmixed(adapter)
     config = adapter.config
     if config is not None:
         if config.flag("alora_invocation_tokens"):
@@ -90,6 +92,21 @@ def check_adapter(adapter: Adapter) -> None:
         check_plain(site, adapter)
         for code, problem in site_problems(site, adapter):
             raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+
+
+def check_unmixed(adapter: Adapter) -> None:
+    """Refuse a file that holds factors in two schemes: half of them would not be used.
+
+    Raises:
+        AdapterError: It is one.
+    """
+    if adapter.mixed:
+        raise AdapterError(
+            adapter.path,
+            f"mixes schemes: it was read as {adapter.scheme!r}, and {len(adapter.mixed)} of its "
+            f"keys are factors in another, such as {adapter.mixed[0]!r}",
+            hint="leave out one part with --skip",
+        )
 
 
 def check_plain(site: Site, adapter: Adapter) -> None:

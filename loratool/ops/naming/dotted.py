@@ -7,9 +7,10 @@ from collections.abc import Collection, Sequence
 
 from loratool.adapter.build import strip_wrappers
 from loratool.adapter.model import Site
-from loratool.names.diffusion import family_named
 from loratool.names.pipelines import (
     COMFY_ENCODERS,
+    COMPONENT,
+    ENCODERS,
     component_of,
     encoder_component,
     is_text_model,
@@ -19,9 +20,9 @@ from loratool.names.positions import text_paths, unet_paths
 from loratool.ops.naming.paths import (
     Names,
     family_name,
-    fitting_families,
     hub_paths,
-    sole_name,
+    is_native,
+    plausible_families,
 )
 
 __all__ = ["from_native", "from_pipeline", "from_positions"]
@@ -29,35 +30,53 @@ __all__ = ["from_native", "from_pipeline", "from_positions"]
 
 def from_pipeline(modules: Sequence[str]) -> Names:
     """Return what dotted paths stand for, with or without their component."""
-    family = family_name(modules)
-    backbone = family_named(family).backbone if family else None
+    split = {module: _split(module) for module in modules}
+    known = frozenset(component for component, _ in split.values() if component)
+    families = plausible_families(
+        [local for c, local in split.values() if c not in ENCODERS], known & set(ENCODERS)
+    )
     paths = {}
-    for module in modules:
-        component, local = component_of(module)
+    for module, (component, local) in split.items():
         if component is None and is_text_model(local):
             component = "text_encoder"
-        elif component is None:
-            component = backbone
+        elif component is None and families:
+            component = families[0].backbone
         local = strip_wrappers(local)
         paths[module] = (f"{component}.{local}" if component else local,)
-    return Names(paths, family)
+    names = [path for (path,) in paths.values()]
+    return Names(
+        paths,
+        family_name(names),
+        known | frozenset(component_of(name)[0] or "" for name in names) - {""},
+        any(is_native(local) for c, local in split.values() if c not in ENCODERS),
+    )
+
+
+def _split(module: str) -> tuple[str | None, str]:
+    match = COMPONENT.fullmatch(module)
+    return (match["component"], match["local"]) if match else (None, module)
 
 
 def from_native(modules: Sequence[str]) -> Names:
     """Return what ComfyUI's paths stand for."""
     split = {module: split_native(module) for module in modules}
     backbone = [local for part, local in split.values() if part == "diffusion_model"]
-    families = fitting_families(backbone)
-    encoders = {part for part, _ in split.values()} - {"diffusion_model", ""}
-    name = sole_name(backbone) or _family_of_encoders(encoders)
-    paths = {}
+    parts = {part for part, _ in split.values()} - {"diffusion_model", ""}
+    name = _family_of_encoders(parts)
+    guessed = {encoder_component(part, name, COMFY_ENCODERS) or "" for part in parts} - {""}
+    families = plausible_families(backbone, guessed)
+    name = families[0].name if len(families) == 1 else name
+    paths: dict[str, tuple[str, ...]] = {}
+    known = set()
     for module, (part, local) in split.items():
         if part == "diffusion_model":
             paths[module] = hub_paths(local, families)
+            known |= {family.backbone for family in families}
         else:
             component = encoder_component(part, name, COMFY_ENCODERS)
             paths[module] = (f"{component}.{local}",) if component else ()
-    return Names(paths, name)
+            known |= {component} if component else set()
+    return Names(paths, name, frozenset(known), any(map(is_native, backbone)))
 
 
 def _family_of_encoders(encoders: Collection[str]) -> str | None:
@@ -85,4 +104,4 @@ def from_positions(sites: Sequence[Site]) -> Names:
             found = text_paths(len(ordered))
         for place, site in enumerate(ordered):
             paths[site.module] = (f"{component}.{found[place]}",) if found else ()
-    return Names(paths, "sd1" if "unet" in groups else None)
+    return Names(paths, "sd1" if "unet" in groups else None, frozenset(groups))

@@ -10,31 +10,21 @@ from typing import Final
 from loratool.names.diffusion import FAMILIES, Family, family_named
 from loratool.names.diffusion.flattening import flatten
 from loratool.names.pipelines import (
+    BACKBONE_KINDS,
+    BACKBONES,
+    COMPONENT,
     KOHYA_ENCODERS,
     component_of,
     encoder_component,
     encoder_kinds,
     split_flat,
 )
-from loratool.ops.naming.paths import Names, candidates, family_name, hub_path, sole_name
+from loratool.ops.naming.paths import Names, candidates, family_name, hub_path, is_native
 
 __all__ = ["MODULES_KEY", "from_bare_flat", "from_flat"]
 
 MODULES_KEY: Final = "loratool_modules"
 """Metadata: flattened names and the paths that they stand for, where no vocabulary has them."""
-BACKBONE_KINDS: Final = (
-    "unet",
-    "ldm-unet",
-    "flux",
-    "bfl-flux",
-    "flux2",
-    "bfl-flux2",
-    "sd3",
-    "mmdit-sd3",
-    "wan",
-    "native-wan",
-    "qwen-image",
-)
 BACKBONE_PARTS: Final = ("unet", "transformer", "")
 
 
@@ -42,45 +32,72 @@ def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collect
     """Return what kohya's names stand for: by metadata, by the base, or by vocabularies."""
     split = {module: split_flat(module) for module in modules}
     known = _recorded(metadata)
-    backbone = {
+    found = {
         module: candidates(flat, BACKBONE_KINDS)
         for module, (part, flat) in split.items()
         if module not in known and part in BACKBONE_PARTS
     }
-    locals_ = [path for paths in backbone.values() for path in paths]
-    families = _families_of(backbone)
-    name = families[0].name if len(families) == 1 else sole_name(locals_)
-    name = name or _family_of_parts(part for part, _ in split.values())
+    parts = {part for part, _ in split.values()}
+    families = _families_of(found, has_more_encoders=bool(parts & {"te1", "te2", "te3"}))
+    name = families[0].name if len(families) == 1 else _family_of_parts(parts)
     of_base = _by_flat(base)
     paths: dict[str, tuple[str, ...]] = {}
+    components = set()
     for module, (part, flat) in split.items():
         if module in known:
             paths[module] = (known[module],)
-        elif flat in of_base:
-            paths[module] = tuple(_with_component(path, part, name) for path in of_base[flat])
+            is_inside = not module.endswith(flatten(known[module]))
+            components |= {known[module].partition(".")[0]} if is_inside else set()
+            continue
+        backbone = found.get(module, ())
+        if flat in of_base:
+            mine = [path for path in of_base[flat] if _is_of_part(path, part, name)]
+            paths[module] = tuple(_with_component(path, part, name) for path in mine)
         elif encoder_kinds(part):
             paths[module] = _encoder_paths(part, flat, name)
-        elif backbone.get(module) and families:
+        elif any(family.has(path) for family in families for path in backbone):
             paths[module] = tuple(
                 dict.fromkeys(
                     hub_path(path, family)
                     for family in families
-                    for path in backbone[module]
+                    for path in backbone
                     if family.has(path)
                 )
             )
+        elif part and len(backbone) == 1:  # of a model whose family has no table
+            component = families[0].backbone if families else "transformer"
+            paths[module] = (f"{component}.{backbone[0]}",)
         else:
             paths[module] = () if part else candidates(flat, ("language-model",))
-    return Names(paths, name)
+        if part:
+            components |= {path.partition(".")[0] for path in paths[module]}
+    locals_ = [paths_[0] for paths_ in found.values() if paths_]
+    return Names(paths, name, frozenset(components), any(map(is_native, locals_)))
 
 
-def _families_of(backbone: Mapping[str, tuple[str, ...]]) -> list[Family]:
-    """Return every family that has a path for all of the names that any family has."""
-    named = [paths for paths in backbone.values() if paths]
-    found = [f for f in FAMILIES if named and all(any(map(f.has, paths)) for paths in named)]
-    if len(found) == 2 and all(family.name.startswith("sd3") for family in found):
-        return found[:1]
-    return found
+def _is_of_part(path: str, part: str, family: str | None) -> bool:
+    """Whether a path of the base is in the component that kohya's prefix means."""
+    component = component_of(path)[0]
+    if component is None or not part:
+        return True
+    if part.startswith("te"):
+        return component == encoder_component(part, family, KOHYA_ENCODERS)
+    return component in BACKBONES
+
+
+def _families_of(found: Mapping[str, tuple[str, ...]], *, has_more_encoders: bool) -> list[Family]:
+    """Return the families that most of the names that any family has could belong to."""
+    named = [paths for paths in found.values() if paths]
+    counts = {f.name: sum(any(map(f.has, paths)) for paths in named) for f in FAMILIES}
+    best = max(counts.values())
+    if not best or 2 * best < len(named):
+        return []
+    families = [family for family in FAMILIES if counts[family.name] == best]
+    if has_more_encoders:
+        families = [family for family in families if family.name != "sd1"] or families
+    if [family.name for family in families] == ["sd3", "sd3-large"]:
+        return families[:1]
+    return families
 
 
 def _encoder_paths(part: str, flat: str, family: str | None) -> tuple[str, ...]:
@@ -136,7 +153,9 @@ def from_bare_flat(
             paths[module] = of_base[module]
         else:
             paths[module] = _bare_candidates(module)
-    return Names(paths, family_name(p for found in paths.values() for p in found))
+    sole = [found[0] for found in paths.values() if len(found) == 1]
+    components = frozenset(component_of(path)[0] or "" for path in sole) - {""}
+    return Names(paths, family_name(sole), components)
 
 
 def _bare_candidates(flat: str) -> tuple[str, ...]:
@@ -160,7 +179,12 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(found, dict):
         return {}
     return {
-        name: path
-        for name, path in found.items()
-        if isinstance(path, str) and name.endswith(flatten(component_of(path)[1]))
+        name: path for name, path in found.items() if isinstance(path, str) and _may_be(name, path)
     }
+
+
+def _may_be(name: str, path: str) -> bool:
+    """Whether a flattened name can be that of a path, with or without its component."""
+    match = COMPONENT.fullmatch(path)
+    inside = match["local"] if match else path
+    return name.endswith((flatten(path), flatten(inside)))

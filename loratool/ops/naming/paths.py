@@ -6,28 +6,38 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from loratool.names.diffusion import FAMILIES, Family, family_named, family_of, unflatten
-from loratool.names.pipelines import component_of
+from loratool.names.diffusion import FAMILIES, Family, family_named, unflatten
+from loratool.names.pipelines import ENCODERS, component_of, family_of_encoders
 
 __all__ = [
     "Names",
     "candidates",
+    "families_of_modules",
     "family_name",
-    "fitting_families",
     "hub_path",
     "hub_paths",
     "is_fused",
+    "is_native",
     "other_names",
-    "sole_name",
+    "plausible_families",
 ]
 
 
 @dataclass(frozen=True)
 class Names:
-    """Module to its paths: one where it is known, several where it is ambiguous, else none."""
+    """What the modules of a file are.
+
+    Attributes:
+        paths: Module to its paths: one where it is known, several where it is ambiguous.
+        family: The pipeline that they belong to, where known.
+        components: What is a component of a pipeline for certain.
+        is_native: Whether the backbone's paths were those of original checkpoints.
+    """
 
     paths: Mapping[str, tuple[str, ...]]
     family: str | None = None
+    components: frozenset[str] = frozenset()
+    is_native: bool = False
 
 
 @cache
@@ -42,26 +52,45 @@ def is_fused(family: str | None) -> bool:
     return any(len(row.hub.modules) > 1 or row.hub.swapped for row in rows)
 
 
-def family_name(modules: Iterable[str], hint: str | None = None) -> str | None:
-    """Return the family that the paths of a backbone tell, or ``hint``."""
-    backbone = [
-        local
-        for component, local in map(component_of, modules)
-        if component is None or not component.startswith("text_encoder")
-    ]
-    found = family_of(backbone) if backbone else None
-    return found.name if found is not None else hint
+def plausible_families(backbone: Collection[str], encoders: Collection[str] = ()) -> list[Family]:
+    """Return the families that have most of the paths of a backbone, and at least half of them.
+
+    Args:
+        backbone: Paths without component, in either naming.
+        encoders: Components of text encoders beside it; Stable Diffusion 1 has only one.
+    """
+    counts = {family.name: sum(map(family.has, backbone)) for family in FAMILIES}
+    best = max(counts.values(), default=0)
+    if not best or 2 * best < len(backbone):
+        return []
+    found = [f for f in FAMILIES if counts[f.name] == best]
+    if any(encoder != "text_encoder" for encoder in encoders):
+        found = [f for f in found if f.name != "sd1"] or found
+    if [family.name for family in found] == ["sd3", "sd3-large"]:
+        return found[:1]
+    return found
 
 
-def fitting_families(modules: Collection[str]) -> list[Family]:
-    """Return every family that has all of ``modules``."""
-    return [f for f in FAMILIES if modules and all(f.has(module) for module in modules)]
+def families_of_modules(modules: Iterable[str]) -> list[Family]:
+    """Return the same for paths with their components."""
+    split = [component_of(module) for module in modules]
+    encoders = {c for c, _ in split if c in ENCODERS}
+    return plausible_families([local for c, local in split if c not in ENCODERS], encoders)
 
 
-def sole_name(modules: Collection[str]) -> str | None:
-    """Return the name of the only family that has all of ``modules``."""
-    found = family_of(modules) if modules else None
-    return found.name if found else None
+def family_name(modules: Collection[str]) -> str | None:
+    """Return the one family that the paths of a pipeline tell, by backbone or by encoders."""
+    found = families_of_modules(modules)
+    if len(found) == 1:
+        return found[0].name
+    return None if found else family_of_encoders(modules)
+
+
+def is_native(local: str) -> bool:
+    """Whether a path is one of original checkpoints only."""
+    return any(f.from_native(local) is not None for f in FAMILIES) and not any(
+        f.to_native(local) is not None for f in FAMILIES
+    )
 
 
 def hub_paths(local: str, families: Sequence[Family]) -> tuple[str, ...]:

@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import KeyScheme, Spelling
+from loratool.names.pipelines import ENCODERS, component_of
 from loratool.ops.naming.dotted import from_native, from_pipeline, from_positions
 from loratool.ops.naming.flat import from_bare_flat, from_flat
-from loratool.ops.naming.paths import Names, family_name
+from loratool.ops.naming.paths import Names, family_name, is_native
 from loratool.ops.naming.shapes import family_by_shape, one_site_an_expert, shaped
 
 __all__ = ["paths_of", "spell_out"]
@@ -44,7 +45,7 @@ def spell_out(adapter: Adapter, scheme: KeyScheme, base: Collection[str] = ()) -
         case Spelling.POSITION:
             names = from_positions(adapter.sites)
         case _:
-            names = Names({module: (module,) for module in modules}, family_name(modules))
+            names = _from_paths(modules)
     if names.family is None:
         names = replace(names, family=family_by_shape(adapter.sites, names.paths))
     clashes = _clashes(names.paths)
@@ -57,7 +58,21 @@ def spell_out(adapter: Adapter, scheme: KeyScheme, base: Collection[str] = ()) -
             sites.append(site)
             continue
         sites.append(shaped(replace(site, module=paths[0]), scheme))
-    return replace(adapter, sites=tuple(sites), unresolved=unresolved, family=names.family)
+    return replace(
+        adapter,
+        sites=tuple(sites),
+        unresolved=unresolved,
+        family=names.family,
+        components=names.components,
+        is_native=names.is_native,
+    )
+
+
+def _from_paths(modules: Sequence[str]) -> Names:
+    split = [component_of(module) for module in modules]
+    known = frozenset(component for component, _ in split if component)
+    native = any(is_native(local) for c, local in split if c not in ENCODERS)
+    return Names({m: (m,) for m in modules}, family_name(modules), known, native)
 
 
 def paths_of(names: Sequence[str], scheme: KeyScheme) -> Mapping[str, tuple[str, ...]]:
