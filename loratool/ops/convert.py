@@ -15,9 +15,10 @@ from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.ops.conversion.base import open_base
+from loratool.ops.conversion.measuring import Outcome
 from loratool.ops.conversion.plan import NO_DIGEST, ConversionPlan
 from loratool.ops.conversion.planning import plan_conversion
-from loratool.ops.conversion.running import Outcome, measure, run_conversion
+from loratool.ops.conversion.running import measure, run_conversion
 from loratool.ops.conversion.wishes import Wishes
 from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter

@@ -61,7 +61,6 @@ class ConversionPlan:
 
     Attributes:
         parts: The modules.
-        constants: Alphas: name of the tensor to its number.
         carried: Tensors that are no deltas.
         metadata: Of the weights file; empty for a torch file.
         sidecars: Other files of the output.
@@ -78,7 +77,6 @@ class ConversionPlan:
     """
 
     parts: tuple[OutputPart, ...]
-    constants: Mapping[str, float]
     carried: tuple[Carried, ...]
     metadata: Mapping[str, str]
     sidecars: tuple[Sidecar, ...]

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
-from loratool.errors import AdapterError, OptionError, UnsupportedError
+from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.container import PICKLE_SUFFIXES
-from loratool.files.dtypes import DTYPES
 from loratool.files.spec import TensorSpec
 from loratool.names.pipelines import (
-    BACKBONES,
-    component_of,
     family_of_encoders,
     sole_component,
 )
@@ -24,7 +20,12 @@ from loratool.ops.algebra.extras import Carried
 from loratool.ops.algebra.planning import check_place
 from loratool.ops.algebra.provenance import history_metadata
 from loratool.ops.algebra.sidecars import carried_files
-from loratool.ops.conversion.base import Base
+from loratool.ops.conversion.choosing import (
+    as_in_base,
+    is_same_spelling,
+    is_written_native,
+    of_component,
+)
 from loratool.ops.conversion.experts import stack_experts
 from loratool.ops.conversion.extras import carried_extras, token_names
 from loratool.ops.conversion.initial import without_initial
@@ -35,6 +36,7 @@ from loratool.ops.conversion.metadata import (
     positional_metadata,
 )
 from loratool.ops.conversion.nearest import Approximation
+from loratool.ops.conversion.noting import conversion_notes, unknown_notes
 from loratool.ops.conversion.parts import Part, part_of
 from loratool.ops.conversion.plain import to_plain
 from loratool.ops.conversion.plan import ConversionPlan, OutputPart
@@ -46,9 +48,7 @@ from loratool.ops.conversion.refusing import (
     check_options,
 )
 from loratool.ops.conversion.renaming import (
-    Naming,
     families_of,
-    names_native,
     to_hub,
     to_native,
 )
@@ -61,17 +61,13 @@ from loratool.ops.conversion.tensors import (
     part_specs,
     written_config,
 )
-from loratool.ops.conversion.values import Scaled
 from loratool.ops.conversion.wishes import Wishes
 from loratool.ops.plan import Sidecar
 from loratool.ops.targets.preparing import prepare, refusals, uniform_rank
-from loratool.schemes import scheme_named
 
 __all__ = ["plan_conversion"]
 
-WEIGHT_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 HISTORY: Final = "loratool"
-TEXT_MODEL: Final = "text_model."
 
 
 def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> ConversionPlan:
@@ -94,12 +90,12 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     parts = [part_of(site, adapter) for site in sites]
     if wishes.initial is not None:
         parts = without_initial(parts, wishes.initial)
-    parts, others = _of_component(parts, wishes.component, adapter.components)
+    parts, others = of_component(parts, wishes.component, adapter.components)
     dropping.found += others
     if not parts:
         raise AdapterError(adapter.path, "has no delta that would be written")
     if wishes.base is not None:
-        parts = _as_in_base(parts, wishes.base, adapter, scheme)
+        parts = as_in_base(parts, wishes.base, adapter, scheme)
     parts, approximations = _plain(parts, adapter, wishes)
     pad = wishes.pad
     if target is not None:
@@ -117,10 +113,10 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         known |= {backbone} if backbone else set()
     if wishes.base is not None:
         parts = [fitted(part, wishes.base) for part in parts]
-    is_kept = _is_same_spelling(adapter, scheme, wishes)
+    is_kept = is_same_spelling(adapter, scheme, wishes)
     if is_kept:
         pass
-    elif _is_native(scheme, naming, adapter, wishes.naming):
+    elif is_written_native(scheme, naming, adapter, wishes.naming):
         shapes = {m: w.spec.shape for m, w in wishes.base.weights.items()} if wishes.base else {}
         parts = to_native(parts, naming, shapes)
     else:
@@ -138,7 +134,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         multiplier = 1.0
     parts = [slotted(part, scheme) for part in parts]
     names = spelled(parts, scheme, family, known=known, alone=alone)
-    output_parts, constants, alphas = [], {}, []
+    output_parts, alphas = [], []
     name = wishes.name or adapter.name or "default"
     for spelling in written_order(names):
         part = names[spelling]
@@ -149,7 +145,6 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         if scheme.scale is ScaleRule.ALPHA:
             alpha = alpha_of(spelling, part, scheme)
             if alpha is not None:
-                constants[alpha[0]] = alpha[1]
                 alphas.append(Carried(TensorSpec(alpha[0], "F32", ()), (), constant=alpha[1]))
     output_sites = [output_site(part, scheme) for part in names.values()]
     extras = carried_extras(adapter, output_sites, scheme, dropping, wishes.dtype)
@@ -180,7 +175,6 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     }
     return ConversionPlan(
         parts=tuple(output_parts),
-        constants=constants,
         carried=(*alphas, *extras.carried),
         metadata={} if is_torch else metadata,
         sidecars=tuple(sidecars),
@@ -194,8 +188,8 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         notes=tuple(
             dict.fromkeys(
                 [
-                    *_notes(adapter, scheme, names),
-                    *_unknown(parts, naming),
+                    *conversion_notes(adapter, scheme, names),
+                    *unknown_notes(parts, naming),
                     *dropping.unused(),
                     *extras.notes,
                     *file_notes,
@@ -220,20 +214,6 @@ def _history(adapter: Adapter, wishes: Wishes) -> dict[str, str]:
     return history_metadata("convert", inputs, wishes.options)
 
 
-def _of_component(
-    parts: Sequence[Part], component: str | None, known: frozenset[str]
-) -> tuple[list[Part], list[tuple[str, str]]]:
-    if component is None:
-        return list(parts), []
-    kept, others = [], []
-    for part in parts:
-        if component_of(part.module, known | {component})[0] in (component, None):
-            kept.append(part)
-        else:
-            others.append((part.module, f"not in --component {component}"))
-    return kept, others
-
-
 def _plain(
     parts: Sequence[Part], adapter: Adapter, wishes: Wishes
 ) -> tuple[list[Part], dict[int, Approximation]]:
@@ -248,79 +228,6 @@ def _plain(
         if approximation is not None:
             found[id(plain.site)] = approximation
     return made, found
-
-
-def _as_in_base(
-    parts: Sequence[Part], base: Base, adapter: Adapter, scheme: KeyScheme
-) -> list[Part]:
-    """Return ``parts`` with the paths that the base has for text encoders.
-
-    Since transformers 5 they have no ``text_model.`` any more.
-
-    Raises:
-        AdapterError: The base has none of the modules.
-    """
-    found = [base.find(part.module) for part in parts]
-    if not any(weight is not None for weight in found):
-        raise AdapterError(
-            base.path,
-            f"has none of the adapter's modules, such as {parts[0].module!r}",
-            hint="is this the base that it was trained on?",
-        )
-    if scheme.spelling not in (Spelling.PATH, Spelling.BARE_FLAT, Spelling.PIPELINE):
-        return list(parts)
-    made = []
-    for part in parts:
-        component, local = component_of(part.module, adapter.components)
-        short = local.removeprefix(TEXT_MODEL)
-        for path in (f"{component}.{short}" if component else short, short):
-            if local != short and path in base.weights and base.path_of(part.module) == path:
-                part = replace(part, module=f"{component}.{short}" if component else short)
-        made.append(part)
-    return made
-
-
-def _is_same_spelling(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> bool:
-    """Whether paths stay what they are: both schemes have those of one model."""
-    is_path = scheme_named(adapter.scheme).spelling is Spelling.PATH
-    is_asked = wishes.component is not None or wishes.naming is not None
-    return is_path and scheme.spelling is Spelling.PATH and not is_asked
-
-
-def _is_native(scheme: KeyScheme, naming: Naming, adapter: Adapter, wish: str | None) -> bool:
-    """Whether the scheme is written with the names of original checkpoints."""
-    if scheme.spelling not in (Spelling.FLAT, Spelling.NATIVE):
-        if wish == "native":
-            raise OptionError("--naming", f"the scheme {scheme.name!r} has diffusers' names only")
-        return False
-    if wish is not None:
-        return wish == "native"
-    if scheme.spelling is Spelling.NATIVE:
-        return True
-    usual = {names_native(family.name) for family in naming.families}
-    if len(usual) == 1:
-        return usual.pop()
-    # Stable Diffusion 1 or XL: what was read is what is written.
-    return bool(usual) and adapter.is_native
-
-
-def _unknown(parts: Sequence[Part], naming: Naming) -> Iterator[str]:
-    """Yield a note on modules of a backbone that its family does not have."""
-    if not naming.families:
-        return
-    places = [component_of(part.module) for part in parts]
-    foreign = [
-        local
-        for component, local in places
-        if component in (None, *BACKBONES)
-        and not any(family.has(local) for family in naming.families)
-    ]
-    if foreign:
-        names = " or ".join(family.name for family in naming.families)
-        yield (
-            f"{len(foreign)} modules are none of {names} and keep their names, such as "
-            f"{foreign[0]!r}"
-        )
 
 
 def _check_unique(
@@ -359,37 +266,3 @@ def _stamps(adapter: Adapter, wishes: Wishes) -> dict[Path, Any]:
     initial = wishes.initial
     more = {initial.weights: initial.stamp} if initial is not None else {}
     return {adapter.weights: adapter.stamp, **more}
-
-
-def _notes(adapter: Adapter, scheme: KeyScheme, names: Mapping[str, Part]) -> Iterator[str]:
-    yield from adapter.notes
-    missing = [s for s in adapter.sites if s.scaling.alpha is None and s.is_plain]
-    if missing:
-        some = "" if len(missing) == len(adapter.sites) else f" for {len(missing)} modules"
-        yield f"alpha is not recorded{some}; the scale is taken as 1 (--alpha says otherwise)"
-    zero = [s for s in adapter.sites if s.scaling.alpha == 0]
-    if zero:
-        yield (
-            f"alpha is 0 in {len(zero)} modules, so that their delta is zero; trainers of kohya's "
-            "kind may mean alpha = rank by it (--alpha says so)"
-        )
-    components = {component_of(part.module)[0] for part in names.values()}
-    if scheme.name == "peft" and len(components) > 1:
-        listed = ", ".join(sorted(c or "no component" for c in components))
-        yield (
-            f"holds modules of {listed}; PEFT loads it on a module that has all of them, or one "
-            "of them alone with --component"
-        )
-    folded_alphas = any(isinstance(p.values.get(p.slots[1]), Scaled) for p in names.values())
-    if scheme.name == "loralib" and (folded_alphas or adapter.config is not None):
-        yield "loralib keeps its scale in the code: make the layers with lora_alpha = r"
-    arguments = adapter.metadata.get("ss_network_args", "")
-    if "split_qkv" in arguments:
-        yield (
-            "was trained with split_qkv and stored fused: by its alpha every loader applies a "
-            "third or a quarter of the strength of training, and so does this conversion"
-        )
-    dtypes = {v.dtype for p in names.values() for v in p.values.values()}
-    strange = {d for d in dtypes if d not in WEIGHT_DTYPES and DTYPES[d].is_float}
-    if strange:
-        yield f"has factors of {', '.join(sorted(strange))}; few loaders read them (--dtype)"

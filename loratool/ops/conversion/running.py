@@ -7,18 +7,14 @@ into metadata are taken while the bytes are still in the system's cache.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loratool.adapter.config import CONFIG_NAME
-from loratool.adapter.slots import Slot
-from loratool.errors import AdapterError
 from loratool.files.atomic import check_output, staged
 from loratool.files.container import read_view
 from loratool.files.gathering import Piece, gather
@@ -27,51 +23,20 @@ from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import read_into, write_all
 from loratool.ops.algebra.sidecars import write_sidecars
 from loratool.ops.conversion.arrays import Rounded, decode
+from loratool.ops.conversion.measuring import Outcome, computed
 from loratool.ops.conversion.plan import HASH_KEY, LEGACY_HASH_KEY, ConversionPlan, OutputPart
 from loratool.ops.conversion.values import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loratool.ops.conversion.arrays import Array
-
-__all__ = ["Outcome", "measure", "run_conversion"]
+__all__ = ["measure", "run_conversion"]
 
 Progress = Callable[[int, int], None]
 THREADS: Final = 2
 SYNC_BELOW: Final = 64 << 20
 BLOCK: Final = 4 << 20
 LEGACY_SPAN: Final = (0x100000, 0x110000)
-LARGEST_NORM: Final = 1e100
-TOO_ROUGH: Final = 2e-3
-"""A relative error beyond this is no longer the rounding of a 16-bit dtype alone."""
-
-
-@dataclass
-class Outcome:
-    """What was found while a conversion ran.
-
-    Attributes:
-        errors: Module to the squared norm of its delta and of the error of what was written.
-        shifted: Modules of which part of the scale went into A, a power of two.
-        nonfinite: Modules whose delta holds NaN or infinity, and has no error that means anything.
-    """
-
-    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    shifted: list[str] = field(default_factory=list)
-    nonfinite: list[str] = field(default_factory=list)
-
-    def relative(self, module: str) -> float:
-        """Return ``‖written - Δ‖ / ‖Δ‖`` of one module; 0 where it was moved."""
-        norm, error = self.errors.get(module, (0.0, 0.0))
-        return math.sqrt(error / norm) if norm else 0.0
-
-    @property
-    def relative_error(self) -> float:
-        """The same over all modules that were computed."""
-        norm = math.fsum(pair[0] for pair in self.errors.values())
-        error = math.fsum(pair[1] for pair in self.errors.values())
-        return math.sqrt(error / norm) if norm else 0.0
 
 
 def run_conversion(
@@ -125,7 +90,7 @@ def measure(plan: ConversionPlan) -> Outcome:
         outcome = Outcome()
         for item in plan.parts:
             if not item.is_moved:
-                _computed(item, outcome)
+                computed(item, outcome)
         files.check_unchanged()
     finally:
         files.close()
@@ -213,7 +178,7 @@ def _save(
 
 
 def _write_part(item: OutputPart, writer: _Writer, outcome: Outcome) -> None:
-    made = {} if item.is_moved else _computed(item, outcome)
+    made = {} if item.is_moved else computed(item, outcome)
     for slot, value in item.part.values.items():
         spec = item.specs[slot]
         if slot in made:
@@ -221,121 +186,6 @@ def _write_part(item: OutputPart, writer: _Writer, outcome: Outcome) -> None:
         else:
             assert isinstance(value, Stored)
             writer.move(spec, value.tensor)
-
-
-def _computed(item: OutputPart, outcome: Outcome) -> dict[Slot, Rounded]:
-    """Return the tensors of a module that do not only move, and note the error.
-
-    Raises:
-        AdapterError: A value is finite in the input and not in the output.
-    """
-    part = item.part
-    exact = {
-        slot: value.evaluate()
-        for slot, value in part.values.items()
-        if not (isinstance(value, Stored) and value.dtype == item.specs[slot].dtype)
-    }
-    made = {slot: Rounded.of(array, item.specs[slot].dtype) for slot, array in exact.items()}
-    is_exact = all(made[slot].is_exact for slot in made)
-    if part.is_plain and not (is_exact and item.approximation is None):
-        exact |= {s: v.evaluate() for s, v in part.values.items() if s not in exact}
-        made = _measured(item, exact, made, outcome)
-    for slot, array in made.items():
-        if not array.is_finite:
-            raise AdapterError(
-                item.specs[slot].name,
-                f"does not fit into {item.specs[slot].dtype}",
-                hint="write a wider dtype with --dtype float32",
-            )
-    return made
-
-
-def _measured(
-    item: OutputPart,
-    exact: Mapping[Slot, Array],
-    made: dict[Slot, Rounded],
-    outcome: Outcome,
-) -> dict[Slot, Rounded]:
-    """Note the error of a module; return its tensors, the scale shared where that is better."""
-    part = item.part
-    low, high = part.slots
-    truth = _oriented(item, exact)
-    norm, error = _squares(truth, _oriented(item, {**exact, **_values(made)}))
-    if not all(array_is_finite(array) for array in truth):
-        outcome.nonfinite.append(part.module)
-        return made
-    if not math.isfinite(error) or error > TOO_ROUGH**2 * norm:
-        # Too large or too small for the dtype: share the scale with A, by a power of two.
-        shift = _balance(exact[low], exact[high])
-        other = {low: exact[low] * shift, high: exact[high] / shift}
-        trial = {slot: Rounded.of(array, item.specs[slot].dtype) for slot, array in other.items()}
-        found = {**exact, **_values(made), **_values(trial)}
-        _, better = _squares(truth, _oriented(item, found))
-        if not math.isfinite(error) or better < error:
-            made, error = {**made, **trial}, better
-            outcome.shifted.append(part.module)
-    if item.approximation is not None:
-        norm = item.approximation.squared_norm
-        error += item.approximation.squared_error
-    outcome.errors[part.module] = (norm, error)
-    return made
-
-
-def _values(made: Mapping[Slot, Rounded]) -> dict[Slot, Array]:
-    return {slot: array.values for slot, array in made.items()}
-
-
-def _oriented(item: OutputPart, values: Mapping[Slot, Array]) -> tuple[Array, Array]:
-    """Return A ``(r, columns)`` and B ``(rows, r)``, however they are stored."""
-    low, high = (values[slot] for slot in item.part.slots)
-    if low.ndim == 3 and item.is_transposed:  # stacked experts, which mlx-lm does not transpose
-        return low, high
-    if item.is_transposed:
-        return low.T, high.T
-    return low.reshape(low.shape[0], -1), high.reshape(high.shape[0], -1)
-
-
-def array_is_finite(array: Array) -> bool:
-    """Whether an array holds neither NaN nor infinity."""
-    import numpy as np
-
-    return bool(np.isfinite(array).all())
-
-
-def _squares(exact: tuple[Array, Array], made: tuple[Array, Array]) -> tuple[float, float]:
-    """Return ``‖Δ‖²`` and ``‖written - Δ‖²`` from r × r Gram matrices.
-
-    Both are capped at the largest number of float64, in one proportion.
-    """
-    import numpy as np
-
-    (down, up), (low, high) = exact, made
-    if down.ndim == 3:
-        pairs = [_squares((down[i], up[i]), (low[i], high[i])) for i in range(down.shape[0])]
-        return math.fsum(norm for norm, _ in pairs), math.fsum(error for _, error in pairs)
-    with np.errstate(invalid="ignore", over="ignore"):
-        peaks = [float(np.abs(array).max(initial=0.0)) or 1.0 for array in (down, up)]
-        if not all(map(math.isfinite, peaks)):
-            return math.nan, math.nan
-        down, low = down / peaks[0], low / peaks[0]
-        up, high = up / peaks[1], high / peaks[1]
-        norm = float(((up.T @ up) * (down @ down.T)).sum())
-        left = np.concatenate([high - up, up], axis=1)
-        right = np.concatenate([low, low - down], axis=0)
-        error = float(((left.T @ left) * (right @ right.T)).sum())
-    error = max(0.0, error) if math.isfinite(error) else math.inf
-    size = min(peaks[0] * peaks[1], LARGEST_NORM) ** 2
-    return norm * size, error * size
-
-
-def _balance(down: Array, up: Array) -> float:
-    """Return the power of two that makes the largest elements of both factors alike."""
-    import numpy as np
-
-    high, low = float(np.abs(up).max()), float(np.abs(down).max())
-    if not high or not low or not math.isfinite(high / low):
-        return 1.0
-    return 2.0 ** round(math.log2(high / low) / 2)
 
 
 def _hashes(plan: ConversionPlan, descriptor: int, path: Path) -> dict[str, str]:
@@ -377,7 +227,7 @@ def _save_torch(
     outcome = Outcome()
     tensors: dict[str, Tensor] = {}
     for item in plan.parts:
-        made = {} if item.is_moved else _computed(item, outcome)
+        made = {} if item.is_moved else computed(item, outcome)
         for slot, value in item.part.values.items():
             spec = item.specs[slot]
             if slot in made:
