@@ -21,6 +21,7 @@ WEIGHT_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 def conversion_notes(
     adapter: Adapter, scheme: KeyScheme, names: Mapping[str, Part]
 ) -> Iterator[str]:
+    """Yield what is worth knowing about the input and about what is written."""
     yield from adapter.notes
     missing = [s for s in adapter.sites if s.scaling.alpha is None and s.is_plain]
     if missing:
