@@ -545,7 +545,7 @@ class TestVariants:
         module = "transformer.h.0.attn.c_attn"
         a, b = torch.randn(8, 6), torch.randn(12, 4)
         save_file({f"{module}.lora_A": a, f"{module}.lora_B": b}, tmp_path / "a.safetensors")
-        with pytest.raises(AdapterError, match="ranks differ"):
+        with pytest.raises(AdapterError, match="stacked for 2 parts"):
             convert(tmp_path / "a.safetensors", "peft", tmp_path / "x")
         convert(
             tmp_path / "a.safetensors",
@@ -558,6 +558,19 @@ class TestVariants:
         expected[:6] = 2 * b[:6].double() @ a[:4].double()
         expected[12:] = 2 * b[6:].double() @ a[4:].double()
         assert relative_error(dense_deltas(tmp_path / "x"), {module: expected}) < 1e-6
+
+
+def test_a_convolution_of_loralib(make_base: Make, tmp_path: Path) -> None:
+    """loralib: ``(B @ A).view(W.shape)`` with kernels folded into both factors."""
+    out, into, kernel, rank = 5, 3, 3, 2
+    a, b = torch.randn(rank * kernel, into * kernel), torch.randn(out * kernel, rank * kernel)
+    save_file({"conv.lora_A": a, "conv.lora_B": b}, tmp_path / "a.safetensors")
+    base = make_base({"conv.weight": torch.ones(out, into, kernel, kernel)})
+    convert(tmp_path / "a.safetensors", "peft", tmp_path / "p", base=base, alpha=3)
+    expected = 1.5 * (b.double() @ a.double()).view(out, into, kernel, kernel).flatten(1)
+    assert relative_error(dense_deltas(tmp_path / "p"), {"conv": expected}) < 1e-6
+    made = load_file(tmp_path / "p" / "adapter_model.safetensors")
+    assert made["base_model.model.conv.lora_A.weight"].shape == (18, 3, 3, 3)
 
 
 class TestNamesAndBases:

@@ -7,6 +7,7 @@ at twice the rank (as ``path_initial_model_for_weight_conversion`` of peft does)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -49,6 +50,12 @@ def _difference(part: Part, start: Part | None, initial: Adapter) -> Part:
         raise AdapterError(where, "has another shape than in the trained adapter")
     if part.scale == 0:
         raise AdapterError(part.site.label, "has the scale 0")
+    if not math.isclose(start.scale, part.scale, rel_tol=1e-6):
+        raise AdapterError(
+            where,
+            f"has the scale {start.scale:g}, the trained adapter {part.scale:g}",
+            hint="are these two states of one training?",
+        )
     rank = part.rank + start.rank
     up = Arranged(
         ((part.up, 0, 0), (scaled(start.up, -start.scale / part.scale), 0, part.rank)),

@@ -20,7 +20,7 @@ from loratool.ops.conversion.exact import exactly
 from loratool.ops.conversion.nearest import Approximation, nearest
 from loratool.ops.conversion.parts import Part
 from loratool.ops.conversion.values import Value
-from loratool.ops.conversion.views import reshaped
+from loratool.ops.conversion.views import block_diagonal, reshaped
 
 __all__ = ["shaped_like", "to_plain"]
 
@@ -76,6 +76,8 @@ def shaped_like(part: Part, shape: tuple[int, ...]) -> Part:
             note="shaped like the base's convolution",
         )
         return replace(made, kind=Kind.CONV)
+    if _is_loralib_convolution(part, shape):
+        return _from_loralib(part, shape)
     if len(shape) == 2 and len(down.shape) > 2 and set(down.shape[2:]) == {1}:
         made = part.factored(
             reshaped(down, down.shape[:2]),
@@ -85,3 +87,32 @@ def shaped_like(part: Part, shape: tuple[int, ...]) -> Part:
         )
         return replace(made, kind=Kind.LINEAR)
     return part
+
+
+def _is_loralib_convolution(part: Part, shape: tuple[int, ...]) -> bool:
+    """Whether factors are those of loralib's convolution, kernels folded into both of them."""
+    if len(shape) != 4 or len(part.down.shape) != 2 or shape[2] != shape[3] or shape[2] == 1:
+        return False
+    out, into, kernel, _ = shape
+    return (part.up.shape[0], part.down.shape[1]) == (out * kernel, into * kernel)
+
+
+def _from_loralib(part: Part, shape: tuple[int, ...]) -> Part:
+    """Return loralib's factors of a convolution as A of kernels and B, at rank ``r k²``.
+
+    There the weight's change is ``(B @ A)`` of shape ``(out · k, in · k)``, read as
+    ``(out, in, k, k)``: k products beside each other, each with rows of B of its own.
+    """
+    out, into, kernel, _ = shape
+    rows = part.down.shape[0]
+    down = block_diagonal([part.down] * kernel, [rows] * kernel)
+    up = reshaped(part.up, (out, kernel * rows, 1, 1))
+    scaling = part.site.scaling
+    made = part.factored(
+        reshaped(down, (kernel * rows, into, kernel, kernel)),
+        up,
+        note="loralib's factors of a convolution laid out as kernels",
+        # Alpha is divided by r, and A has r · k rows.
+        scale=part.scale if scaling.alpha is None else part.scale * kernel,
+    )
+    return replace(made, kind=Kind.CONV)

@@ -179,10 +179,16 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     elif down.spec.shape[0] != up.spec.shape[1]:
         if not _is_grouped(site):
             words = (
-                "; they look transposed (--from transposed of convert)"
+                "; they look transposed (convert --from transposed)"
                 if down.spec.shape[1] == up.spec.shape[0]
                 else ""
             )
+            if down.spec.shape[0] % max(1, up.spec.shape[1]) == 0:
+                parts = down.spec.shape[0] // max(1, up.spec.shape[1])
+                words = (
+                    f"; they look stacked for {parts} parts of a merged projection (enable_lora in "
+                    "adapter_config.json, or convert --enable-lora such as 1,0,1)"
+                )
             yield (
                 "LT003",
                 f"has A of shape {list(down.spec.shape)} and B of shape {list(up.spec.shape)}: "
