@@ -99,6 +99,10 @@ def build_sites(
         if parsed.slot in slots:
             raise AdapterError(key, f"{path!r} has two tensors for {parsed.slot.value!r}")
         slots[parsed.slot] = scheme.view(parsed.slot, tensor)
+    orphans = [place for place, slots in groups.items() if slots.keys() == {Slot.ALPHA}]
+    for place in orphans:
+        (alpha,) = groups.pop(place).values()
+        extras.append(Extra(alpha.spec.name, f"{place[0]}.alpha", ExtraKind.STATE, alpha))
     sites = tuple(
         _site(module, nesting, slots, config, enabled)
         for (module, nesting), slots in groups.items()
@@ -110,6 +114,8 @@ def build_sites(
         if wrapped and scheme.prefix
         else ()
     )
+    if orphans:
+        notes = (*notes, f"{len(orphans)} alphas belong to no factors, such as {orphans[0][0]!r}")
     return Parts(sites, tuple(extras), notes)
 
 

@@ -19,16 +19,21 @@ __all__ = [
     "BASE_DEPENDENT",
     "FUSED_PARAMETERS",
     "HEAD_LEAVES",
+    "HISTORY_KEY",
     "Adapter",
     "Extra",
     "ExtraKind",
     "Kind",
     "Site",
     "in_registered_order",
+    "is_folded",
 ]
 
 HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "proj_out", "lm_loss"))
 """What output heads that may share the embedding's weight are called."""
+
+HISTORY_KEY: Final = "loratool"
+"""Metadata of what loratool has written: where it records no alpha, the scale is 1."""
 
 BASE_DEPENDENT: Final = frozenset(("dora", "kasa", "qalora"))
 """Variants whose delta is not ``scale · B @ A`` of the stored factors but depends on the base."""
@@ -178,6 +183,11 @@ class Extra:
     name: str
     kind: ExtraKind
     tensor: StoredTensor
+
+
+def is_folded(adapter: Adapter) -> bool:
+    """Whether the file says that it was written with every scale in the factors."""
+    return HISTORY_KEY in adapter.metadata
 
 
 @dataclass(frozen=True)

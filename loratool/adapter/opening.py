@@ -204,8 +204,14 @@ def detect_scheme(file: WeightsFile, schemes: Sequence[KeyScheme]) -> KeyScheme:
     Raises:
         AdapterError: None recognises any; the message shows what the keys look like.
     """
-    if len(schemes) == 1 and schemes[0].factor_keys(file.tensors):
-        return schemes[0]  # as somebody said
+    if len(schemes) == 1:
+        if schemes[0].factor_keys(file.tensors):
+            return schemes[0]  # as somebody said
+        raise AdapterError(
+            file.path,
+            f"none of its {len(file.tensors)} keys is a factor in the scheme {schemes[0].name!r}",
+            hint="leave --from out, and the scheme is detected",
+        )
     scores = [(scheme.recognise(file.tensors), scheme.priority, scheme) for scheme in schemes]
     best, _, scheme = max(scores, key=lambda item: item[:2], default=(0, 0, None))
     if scheme is None or best == 0:

@@ -13,6 +13,7 @@ from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
 from loratool.ops.algebra.plan import AdapterPlan
 from loratool.ops.algebra.result import AdapterReport
+from loratool.ops.conversion.plan import ConversionPlan
 
 __all__ = ["print_left_out", "print_plan", "print_report"]
 
@@ -43,20 +44,32 @@ def print_report(report: AdapterReport, output: Path, *, as_json: bool, quiet: b
             for folded, members in group_modules(report.modules, names)
         ],
     )
-    print_plan(report.plan, with_files=not report.is_written)
+    print_plan(report.plan, with_files=not report.is_written, shown=report.shown)
     click.echo(_summary(report, output))
 
 
-def print_plan(plan: AdapterPlan, *, with_files: bool) -> None:
-    """Print what is carried along and what is not written, and for a dry run the files."""
+def print_plan(
+    plan: AdapterPlan,
+    *,
+    with_files: bool,
+    shown: AdapterPlan | ConversionPlan | None = None,
+) -> None:
+    """Print what is carried along and what is not written, and for a dry run the files.
+
+    Args:
+        plan: The plan.
+        with_files: Whether to list the files.
+        shown: The plan of the files that there are in the end, where that is another.
+    """
+    files = shown or plan
     if with_files:
         render.print_table(
             "files",
             ("file", "size"),
-            [(file["name"], render.human_bytes(file["bytes"])) for file in plan.described_files()],
+            [(file["name"], render.human_bytes(file["bytes"])) for file in files.described_files()],
         )
         click.echo(
-            f"{len(plan.specs)} tensors; about {render.human_bytes(plan.peak_memory)} of memory"
+            f"{len(files.specs)} tensors; about {render.human_bytes(plan.peak_memory)} of memory"
         )
     carried = [item.spec.name for item in plan.carried] if plan.jobs else []
     print_left_out(carried, plan.dropped)
@@ -84,7 +97,7 @@ def _listed(names: list[str]) -> str:
 def _summary(report: AdapterReport, output: Path) -> str:
     words = (
         f"{printable(output)}: {len(report.plan.jobs)} modules, "
-        f"{render.human_bytes(report.plan.nbytes)}, relative error {report.relative_error:.3g}"
+        f"{render.human_bytes(report.shown.nbytes)}, relative error {report.relative_error:.3g}"
     )
     if report.distance_from_sum is not None:
         words += f"; {report.distance_from_sum:.3g} from the plain sum"

@@ -37,11 +37,8 @@ def save(
     live: Live, name: str, output: Path, *, to: str, base_model: str | None, force: bool
 ) -> None:
     """Write the adapter ``name``; see :meth:`Live.save`."""
-    with through(output_scheme((), to), output, inputs=(), force=force, dry_run=False) as (
-        scheme,
-        place,
-    ):
-        _save(live, name, place, scheme=scheme, base_model=base_model, force=force)
+    with through(output_scheme((), to), output, inputs=(), force=force, dry_run=False) as way:
+        _save(live, name, way.place, scheme=way.scheme, base_model=base_model, force=force)
 
 
 def _save(

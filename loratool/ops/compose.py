@@ -17,7 +17,7 @@ from loratool.ops.algebra.joining import check_computable, join
 from loratool.ops.algebra.planning import Draft, output_scheme
 from loratool.ops.algebra.ranks import Truncation, full_ranks, parse_size
 from loratool.ops.algebra.result import AdapterReport
-from loratool.ops.conversion.through import common_family, through
+from loratool.ops.conversion.through import through
 from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
 
@@ -142,14 +142,14 @@ def compose(
         inputs=inputs,
         force=force,
         dry_run=dry_run,
-        family=common_family(opened),
-    ) as (direct, place):
+        adapters=opened,
+    ) as way:
         draft = Draft(
             verb="compose",
             adapters=opened,
             joints=joints,
-            scheme=direct,
-            output=place,
+            scheme=way.scheme,
+            output=way.place,
             options=options,
             method=method,
             policy=extras,
@@ -157,7 +157,7 @@ def compose(
             notes=notes,
         )
         draft.plan(full_ranks(joints, truncation))  # what cannot be written fails before the work
-        return finish(
+        report = finish(
             draft,
             truncation,
             inputs=inputs,
@@ -168,6 +168,9 @@ def compose(
             progress=progress,
             method=Method(method, Settings(density, epsilon), seed),
         )
+        if dry_run:
+            way.preview(report.plan)
+    return replace(report, final=way.final)
 
 
 def _check_methods(method: str, density: float | None, epsilon: float | None) -> None:

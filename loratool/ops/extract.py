@@ -145,14 +145,14 @@ def extract(
             f"does not go with --to {scheme.name}",
             hint="extract without --to, and convert the result",
         )
-    with through(scheme, place, inputs=inputs, force=force, dry_run=dry_run) as (direct, stage):
+    with through(scheme, place, inputs=inputs, force=force, dry_run=dry_run) as way:
         draft = ExtractionDraft(
             base=checkpoints[0],
             tuned=checkpoints[1],
             targets=pairing.targets,
             carried=pairing.saved,
-            scheme=direct,
-            output=stage,
+            scheme=way.scheme,
+            output=way.place,
             options=options,
             dtype=OUTPUT_DTYPES[dtype] if dtype else None,
         )

@@ -78,7 +78,7 @@ def site_deltas(
     ``edit`` is what to do with each stored tensor first.
     """
     if not site.is_plain:
-        check_plain(site, adapter)
+        check_plain(site, adapter, is_named=False)
     down, up = read_factors(site, kind, width_of(site, adapter), edit)
     scale = site.scaling.factor
     if site.experts == 1:

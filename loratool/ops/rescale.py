@@ -20,6 +20,7 @@ from loratool.ops.algebra.plan import AdapterPlan
 from loratool.ops.algebra.planning import check_place
 from loratool.ops.algebra.provenance import provenance
 from loratool.ops.algebra.rescaling import Change, change_of, plan_rescaling, rounding_of
+from loratool.ops.conversion.plan import ConversionPlan
 from loratool.ops.conversion.planning import plan_conversion
 from loratool.ops.conversion.running import run_conversion
 from loratool.ops.conversion.through import is_direct
@@ -46,6 +47,7 @@ class RescaleReport:
         plan: What was decided.
         is_written: Whether it was written.
         notes: What a user should know.
+        final: How the result is written in the input's scheme, where that is not PEFT's.
     """
 
     scales: Mapping[str, tuple[float, float]]
@@ -54,6 +56,12 @@ class RescaleReport:
     plan: AdapterPlan
     is_written: bool
     notes: tuple[str, ...] = field(default=())
+    final: ConversionPlan | None = None
+
+    @property
+    def shown(self) -> AdapterPlan | ConversionPlan:
+        """The plan of the files that there are in the end."""
+        return self.final if self.final is not None else self.plan
 
     def as_json(self) -> dict[str, Any]:
         """Return a document for scripts."""
@@ -65,8 +73,8 @@ class RescaleReport:
                 {"module": name, "scale": new, "old_scale": old, "ratio": self.ratios[name]}
                 for name, (old, new) in self.scales.items()
             ],
-            "bytes_written" if self.is_written else "bytes_to_write": self.plan.nbytes,
-            "tensors": len(self.plan.specs),
+            "bytes_written" if self.is_written else "bytes_to_write": self.shown.nbytes,
+            "tensors": len(self.shown.specs),
             "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
             "notes": list(self.notes),
         }
@@ -217,7 +225,7 @@ def _through_peft(
         written = plan_conversion(open_adapter(result), scheme, final)
         if not dry_run:
             run_conversion(written, output, inputs=[adapter.path], force=force)
-    return replace(report, is_written=not dry_run)
+    return replace(report, is_written=not dry_run, final=written)
 
 
 def _check_options(

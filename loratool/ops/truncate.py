@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -109,14 +110,14 @@ def truncate(
         inputs=inputs,
         force=force,
         dry_run=dry_run,
-        family=opened.family,
-    ) as (direct, place):
+        adapters=[opened],
+    ) as way:
         draft = Draft(
             verb="truncate",
             adapters=[opened],
             joints=joints,
-            scheme=direct,
-            output=place,
+            scheme=way.scheme,
+            output=way.place,
             options=options,
             dtype=written_dtype,
             keep_factors=True,
@@ -131,7 +132,7 @@ def truncate(
             from loratool.ops.algebra.base_norms import weight_norms
 
             base_norms = weight_norms(opened, Path(base))
-        return finish(
+        report = finish(
             draft,
             truncation,
             inputs=inputs,
@@ -143,6 +144,9 @@ def truncate(
             base_norms=base_norms,
             rests=_rests(opened, Path(spectrum)) if spectrum is not None else None,
         )
+        if dry_run:
+            way.preview(report.plan)
+    return replace(report, final=way.final)
 
 
 def _rests(adapter: Adapter, path: Path) -> dict[str, float]:

@@ -103,7 +103,7 @@ def check_computable(adapter: Adapter, *, verb: str) -> None:
     if not adapter.sites:
         raise AdapterError(adapter.path, f"has no delta to {verb}")
     for site in adapter.sites:
-        check_plain(site, adapter)
+        check_plain(site, adapter, is_named=False)
         for code, problem in site_problems(site, adapter):
             raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
     for site in adapter.sites:
@@ -190,7 +190,7 @@ def join(
             )
         for site in adapter.sites:
             if not site.is_plain:
-                check_plain(site, adapter)
+                check_plain(site, adapter, is_named=False)
             name = spelling[module_name(site)]
             terms = groups.setdefault(name, [])
             if any(term.adapter is adapter for term in terms):

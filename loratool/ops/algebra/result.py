@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratool.ops.algebra.computing import ModuleReport
     from loratool.ops.algebra.plan import AdapterPlan
+    from loratool.ops.conversion.plan import ConversionPlan
 
 __all__ = ["AdapterReport"]
 
@@ -23,12 +24,19 @@ class AdapterReport:
         plan: What was decided.
         is_written: Whether it was written.
         notes: What a user should know, one sentence each.
+        final: How the result is written in a scheme that the verb does not write itself.
     """
 
     modules: tuple[ModuleReport, ...]
     plan: AdapterPlan
     is_written: bool
     notes: tuple[str, ...]
+    final: ConversionPlan | None = None
+
+    @property
+    def shown(self) -> AdapterPlan | ConversionPlan:
+        """The plan of the files that there are in the end."""
+        return self.final if self.final is not None else self.plan
 
     @property
     def relative_error(self) -> float:
@@ -47,7 +55,7 @@ class AdapterReport:
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
-        plan = self.plan
+        plan = self.shown
         document: dict[str, Any] = {
             "schema": 1,
             "dry_run": not self.is_written,
@@ -69,8 +77,8 @@ class AdapterReport:
             "files": plan.described_files(),
             "peak_memory": plan.peak_memory,
             "sidecars": [sidecar.name for sidecar in plan.sidecars],
-            "carried": [item.spec.name for item in plan.carried],
-            "dropped": [{"name": name, "why": why} for name, why in plan.dropped],
+            "carried": [item.spec.name for item in plan.carried if item.constant is None],
+            "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
             "notes": list(self.notes),
         }
         if self.distance_from_sum is not None:

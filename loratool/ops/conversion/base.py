@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loratool.errors import BaseModelError
 from loratool.files.checkpoint import open_checkpoint
+from loratool.files.json import read_json_object
 from loratool.files.spec import StoredTensor
+from loratool.names.conv1d import CONV1D_LEAVES, CONV1D_MODEL_TYPES
 from loratool.names.diffusion import FAMILIES
 from loratool.ops.merging.modules import ModuleIndex
 from loratool.ops.naming.paths import other_names
@@ -44,6 +46,26 @@ class Base:
     @cached_property
     def _index(self) -> ModuleIndex:
         return ModuleIndex(f"{module}.weight" for module in self.weights)
+
+    @cached_property
+    def _config(self) -> Mapping[str, Any]:
+        path = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+        return read_json_object(path) if path.is_file() else {}
+
+    def is_conv1d(self, module: str) -> bool:
+        """Whether a module is a Conv1D of GPT-2's kind, whose weight is ``(in, out)``.
+
+        The model type tells it, or else the layers of that name that widen along an axis.
+        """
+        if module.rpartition(".")[2] not in CONV1D_LEAVES:
+            return False
+        if self._config.get("model_type") is not None:
+            return self._config["model_type"] in CONV1D_MODEL_TYPES
+        for name, stored in self.weights.items():
+            shape = stored.spec.shape
+            if name.endswith((".c_attn", ".c_fc")) and len(shape) == 2 and shape[0] != shape[1]:
+                return shape[0] < shape[1]
+        return False
 
     def path_of(self, module: str) -> str | None:
         """Return what the base calls ``module``, or ``None``.

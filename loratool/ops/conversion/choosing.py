@@ -10,7 +10,7 @@ from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import KeyScheme, Spelling
 from loratool.errors import AdapterError, OptionError
 from loratool.names.pipelines import component_of
-from loratool.ops.conversion.base import Base
+from loratool.ops.conversion.base import COMPONENTS, Base
 from loratool.ops.conversion.parts import Part
 from loratool.ops.conversion.renaming import Naming, names_native
 from loratool.ops.conversion.wishes import Wishes
@@ -24,15 +24,29 @@ TEXT_MODEL: Final = "text_model."
 def of_component(
     parts: Sequence[Part], component: str | None, known: frozenset[str]
 ) -> tuple[list[Part], list[tuple[str, str]]]:
-    """Return the parts of one component, and the names of the others with the reason."""
+    """Return the parts of one component, and the names of the others with the reason.
+
+    Modules that are in no component are said to be in this one.
+
+    Raises:
+        OptionError: There is no such component.
+    """
     if component is None:
         return list(parts), []
     kept, others = [], []
+    found = set()
     for part in parts:
-        if component_of(part.module, known | {component})[0] in (component, None):
+        own = component_of(part.module, known | {component})[0]
+        found.add(own)
+        if own is None:
+            kept.append(replace(part, module=f"{component}.{part.module}"))
+        elif own == component:
             kept.append(part)
         else:
             others.append((part.module, f"not in --component {component}"))
+    if component not in COMPONENTS or not kept:
+        listed = ", ".join(sorted(name for name in found if name)) or "none"
+        raise OptionError("--component", f"{component!r} has no modules; there are: {listed}")
     return kept, others
 
 

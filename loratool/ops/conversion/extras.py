@@ -17,6 +17,8 @@ from loratool.ops.conversion.refusing import Dropping
 
 __all__ = ["carried_extras", "token_names"]
 
+CONFIGURED: Final = ("peft", "module-path")
+"""Schemes beside which PEFT's configuration says what is saved as a whole."""
 BUNDLE: Final = re.compile(r"bundle_emb\.(?P<token>.+?)\.(string_to_param\.\*|clip_l)", re.DOTALL)
 TOKEN: Final = re.compile(r"<(?P<token>[^<>]+)>", re.DOTALL)
 
@@ -42,9 +44,9 @@ def carried_extras(
                 hint=f"leave it out with --drop '^{re.escape(extra.key)}$'",
             )
     if scheme.is_open:
-        return gather_extras(
-            [replace(adapter, extras=tuple(kept))], sites, scheme, policy="error", dtype=dtype
-        )
+        config = adapter.config if adapter.scheme in CONFIGURED else None
+        alone = replace(adapter, extras=tuple(kept), config=config)
+        return gather_extras([alone], sites, scheme, policy="error", dtype=dtype)
     result = Extras()
     for extra in kept:
         if extra.kind is ExtraKind.STATE:

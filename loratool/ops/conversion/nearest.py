@@ -108,7 +108,7 @@ def nearest(
         raise UnsupportedError(where, f"has the shape {list(shape)}, which has no rank")
     kernel = shape[2:]
     most = min(rank, shape[0], math.prod(shape[1:]))
-    is_turned = weight is not None and _is_turned(part, shape)
+    is_turned = weight is not None and base is not None and _is_turned(part, shape, base)
     _check_fit(part, shape, is_turned=is_turned)
     made = Approximation(lambda: _dense(part, weight, is_turned=is_turned), most, seed=0)
     dtype = _dtype(part)
@@ -152,13 +152,13 @@ def _check_fit(part: Part, shape: tuple[int, ...], *, is_turned: bool) -> None:
         )
 
 
-def _is_turned(part: Part, shape: tuple[int, ...]) -> bool:
+def _is_turned(part: Part, shape: tuple[int, ...], base: Base) -> bool:
     """Whether the base stores the weight as ``(in, out)``, as GPT-2's Conv1D does."""
-    if part.variant == "ia3":  # one number for each input or output
+    if len(shape) != 2:
         return False
-    if len(shape) != 2 or shape[0] == shape[1] or not part.site.out_features:
-        return False
-    return part.site.out_features == shape[1]
+    if shape[0] == shape[1] or part.variant == "ia3":  # one number for each input or output
+        return base.is_conv1d(part.module)
+    return bool(part.site.out_features) and part.site.out_features == shape[1]
 
 
 def _shape_of(part: Part) -> tuple[int, ...]:

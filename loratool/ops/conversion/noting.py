@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import Adapter, is_folded
 from loratool.adapter.scheme import KeyScheme
 from loratool.files.dtypes import DTYPES
 from loratool.names.pipelines import BACKBONES, component_of
@@ -24,7 +24,7 @@ def conversion_notes(
     """Yield what is worth knowing about the input and about what is written."""
     yield from adapter.notes
     missing = [s for s in adapter.sites if s.scaling.alpha is None and s.is_plain]
-    if missing:
+    if missing and not is_folded(adapter):
         some = "" if len(missing) == len(adapter.sites) else f" for {len(missing)} modules"
         yield f"alpha is not recorded{some}; the scale is taken as 1 (--alpha says otherwise)"
     zero = [s for s in adapter.sites if s.scaling.alpha == 0]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Adapter, Kind, Site
+from loratool.adapter.shapes import width_of
 from loratool.adapter.slots import Slot
-from loratool.errors import AdapterError
+from loratool.errors import AdapterError, UnsupportedError
 from loratool.ops.conversion.values import Arranged, Computed, Stored, Value, widest
 from loratool.ops.conversion.views import reshaped, rows
 from loratool.ops.merging.mergeable import site_problems
@@ -107,11 +108,17 @@ class Part:
         )
 
 
-def part_of(site: Site, adapter: Adapter) -> Part:
+def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
     """Return a site of ``adapter`` as a part.
+
+    Args:
+        site: The site.
+        adapter: Its adapter.
+        width: Inputs of the base's layer, where the base is at hand.
 
     Raises:
         AdapterError: It is broken.
+        UnsupportedError: What its delta is only the base can tell.
     """
     for code, problem in site_problems(site, adapter):
         if code == "LT004" and "F8" in problem:
@@ -139,7 +146,18 @@ def part_of(site: Site, adapter: Adapter) -> Part:
     if site.variant == "stacked":
         return _unstacked(part)
     if site.variant in ("adalora", "bdlora"):
-        return _expanded(part, adapter)
+        return _expanded(part, width_of(site, adapter))
+    if site.variant == "qalora" and width is not None:
+        return _expanded(part, width)
+    if site.variant in ("qalora", "kasa"):
+        why = "A may see groups of inputs" if site.variant == "qalora" else "it truncates the base"
+        raise UnsupportedError(
+            f"{adapter.path}: {site.label}",
+            f"is a {site.variant}: {why}, and only the base tells what its delta is",
+            hint="give --base"
+            if site.variant == "qalora"
+            else "merge it into its base, and extract the difference of the two",
+        )
     return part
 
 
@@ -175,12 +193,9 @@ def _unstacked(part: Part) -> Part:
     return replace(made, variant="lora")
 
 
-def _expanded(part: Part, adapter: Adapter) -> Part:
+def _expanded(part: Part, width: int) -> Part:
     """Return the A and B that a variant with compact or divided factors stands for."""
-    from loratool.adapter.shapes import width_of
-
     site = part.site
-    width = width_of(site, adapter)
     tensors = tuple(site.slots.values())
     dtype = widest([part.down.dtype, part.up.dtype])
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import Adapter, Site
 from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.container import PICKLE_SUFFIXES
@@ -20,6 +20,7 @@ from loratool.ops.algebra.extras import Carried
 from loratool.ops.algebra.planning import check_place
 from loratool.ops.algebra.provenance import history_metadata
 from loratool.ops.algebra.sidecars import carried_files
+from loratool.ops.conversion.base import Base
 from loratool.ops.conversion.choosing import (
     as_in_base,
     is_same_spelling,
@@ -78,7 +79,8 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
         AdapterError: The adapter is broken, or its names cannot be told.
     """
     check_place(wishes.output, scheme.name, has_config=scheme.has_config)
-    check_names(adapter)
+    is_renamed = wishes.naming is not None or wishes.component is not None
+    check_names(adapter, None if is_renamed else scheme)
     check_options(wishes)
     check_config(adapter, has_initial=wishes.initial is not None)
     target = wishes.target
@@ -87,7 +89,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     dropping = Dropping(wishes.drop)
     sites = [site for site in adapter.sites if not dropping.takes(site.label)]
     check_nesting(sites, adapter, scheme)
-    parts = [part_of(site, adapter) for site in sites]
+    parts = [part_of(site, adapter, _width(site, wishes.base)) for site in sites]
     if wishes.initial is not None:
         parts = without_initial(parts, wishes.initial)
     parts, others = of_component(parts, wishes.component, adapter.components)
@@ -106,7 +108,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     if family is None and len(naming.families) == 1:
         family = naming.families[0].name
     family = family or family_of_encoders([part.module for part in parts])
-    known = adapter.components
+    known = adapter.components | ({wishes.component} if wishes.component else set())
     if scheme.spelling not in (Spelling.PATH, Spelling.BARE_FLAT):
         backbone = naming.families[0].backbone if naming.families else None
         parts = with_components(parts, backbone, known)
@@ -203,6 +205,14 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
             *left,
         ),
     )
+
+
+def _width(site: Site, base: Base | None) -> int | None:
+    """Return how many inputs a site's module has in the base, where that is not in the file."""
+    if base is None or site.variant != "qalora":
+        return None
+    shape = base.weight(site.module).spec.shape
+    return shape[0] if base.is_conv1d(site.module) else shape[-1]
 
 
 def _history(adapter: Adapter, wishes: Wishes) -> dict[str, str]:

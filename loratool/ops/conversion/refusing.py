@@ -54,8 +54,12 @@ def check_options(wishes: Wishes) -> None:
         raise OptionError("--name", f"{name!r} is no name of an adapter: no dots, no slashes")
 
 
-def check_names(adapter: Adapter) -> None:
-    """Refuse to go on with modules whose names are not known.
+def check_names(adapter: Adapter, scheme: KeyScheme | None = None) -> None:
+    """Refuse to go on with modules whose names are not known, where they have to be.
+
+    Args:
+        adapter: The adapter.
+        scheme: The scheme to write; in their own scheme flattened names stay what they are.
 
     Raises:
         AdapterError: There are some; the message lists them.
@@ -68,7 +72,8 @@ def check_names(adapter: Adapter) -> None:
             f"factors in another, such as {adapter.mixed[0]!r}",
             hint="convert one part at a time, leaving out the other with --skip",
         )
-    if not adapter.unresolved:
+    is_kept = scheme is not None and scheme.name == adapter.scheme == "kohya"
+    if not adapter.unresolved or is_kept:
         return
     name, paths = next(iter(adapter.unresolved.items()))
     count = len(adapter.unresolved)

@@ -50,7 +50,7 @@ class Naming:
             raise UnsupportedError(
                 local,
                 f"has different counterparts in {names}, and nothing tells which model this is",
-                hint=f"say it: --family {self.families[0].name}",
+                hint="say it with --family, one of these",
             )
         return next(iter(found), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -104,9 +105,14 @@ def slotted(part: Part, scheme: KeyScheme) -> Part:
     for slot in values:
         if not scheme.has_name_for(slot):
             words = VARIANT_WORDS.get(part.variant) if not part.is_plain else None
-            raise no_place(part, scheme, words or f"its {slot.value}")
+            raise no_place(part, scheme, words or f"its {slot.value}", slot)
     if not part.is_plain and scheme.scale is not ScaleRule.ALPHA:
         raise no_place(part, scheme, VARIANT_WORDS.get(part.variant, part.variant))
+    if {Slot.LOKR_W1, Slot.LOKR_W2} <= values.keys() and part.scale != 1:
+        # LyCORIS reads the product of two whole matrices without any scale.
+        values[Slot.LOKR_W1] = scaled(values[Slot.LOKR_W1], part.scale)
+        note = f"its scale {part.scale:g} was multiplied into w1"
+        part = replace(part, scale=1.0, alpha=None, notes=(*part.notes, note))
     return replace(part, values=values)
 
 
@@ -115,10 +121,28 @@ def _writes_plain_bias(scheme: KeyScheme) -> bool:
     return scheme.scale is ScaleRule.ALPHA
 
 
-def no_place(part: Part, scheme: KeyScheme, what: str) -> UnsupportedError:
-    hint = "leave it out with --drop, which says so in the report"
+def no_place(
+    part: Part, scheme: KeyScheme, what: str, slot: Slot | None = None
+) -> UnsupportedError:
+    """Return the error of a module that the scheme cannot express, with what can be done.
+
+    Args:
+        part: The module.
+        scheme: The scheme.
+        what: What has no place in it.
+        slot: The one tensor that it is, where the rest of the module has a place.
+    """
+    stored = part.site.slots.get(slot) if slot is not None else None
     if not part.is_plain and part.variant not in ("norm", "bias"):
         hint = "make it a plain LoRA with --to-lora"
+    elif slot is Slot.MAGNITUDE:
+        hint = "make it a plain LoRA with --to-lora, --base and --rank"
+    elif stored is not None:
+        hint = (
+            f"leave it out with --skip '^{re.escape(stored.spec.name)}$', which changes the model"
+        )
+    else:
+        hint = f"leave the module out with --drop '^{re.escape(part.site.label)}$'"
     return UnsupportedError(
         part.module, f"the scheme {scheme.name!r} has no place for {what}", hint=hint
     )

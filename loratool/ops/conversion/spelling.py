@@ -93,6 +93,8 @@ def _spell(
                 return flatten(local if component is not None and component == alone else module)
             case Spelling.PIPELINE:
                 return module if component else _in_transformer(module, scheme)
+            case Spelling.FLAT if component is None and scheme.accepts(module):
+                return module  # a name that was flat before, and is not known otherwise
             case Spelling.FLAT:
                 return flat_prefix(component, family) + flatten(_text_path(component, local))
             case _:

@@ -109,14 +109,19 @@ def check_unmixed(adapter: Adapter) -> None:
         )
 
 
-def check_plain(site: Site, adapter: Adapter) -> None:
+def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
     """Refuse a site that is not made of A and B, or whose module is not known.
+
+    Args:
+        site: The site.
+        adapter: Its adapter.
+        is_named: Whether its path has to be known.
 
     Raises:
         UnsupportedError: It has to be converted first.
     """
     where = f"{adapter.path}: {site.label}"
-    if site.module in adapter.unresolved:
+    if is_named and site.module in adapter.unresolved:
         raise UnsupportedError(
             where,
             "is a flattened name, and nothing tells which module it is",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.slots import Slot
 from loratool.errors import BaseModelError
+from loratool.names.pipelines import component_of
 from loratool.ops.merging.context import BaseView, Share
 from loratool.ops.merging.experts import assign_parameters, locate_in_fused, locate_parameter
 from loratool.ops.merging.orientation import region_for
@@ -97,8 +99,23 @@ def locate_site(
     raise BaseModelError(
         f"{adapter.path}: {site.label}",
         "the base has no such module",
-        hint=f"nearest: {', '.join(nearest)}" if nearest else None,
+        hint=_without_component(site, adapter)
+        or (f"nearest: {', '.join(nearest)}" if nearest else None),
     )
+
+
+def _without_component(site: Site, adapter: Adapter) -> str | None:
+    """Return how to leave out the component of a pipeline that ``site`` is in."""
+    component, local = component_of(site.module, adapter.components)
+    others = {component_of(other.module, adapter.components)[0] for other in adapter.sites}
+    if component is None or len(others) < 2:
+        return None
+    key = next(iter(site.slots.values())).spec.name
+    for inside in (local, local.replace(".", "_"), local.removeprefix("text_model.")):
+        before = key.partition(inside)[0]
+        if before and before != key:
+            return f"leave out the {component} with --skip '^{re.escape(before)}'"
+    return None
 
 
 def _is_head(module: str, name: str) -> bool:

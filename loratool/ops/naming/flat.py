@@ -50,7 +50,10 @@ def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collect
             components |= {known[module].partition(".")[0]} if is_inside else set()
             continue
         backbone = found.get(module, ())
-        if flat in of_base:
+        whole = module.partition("_")[2]
+        if whole in of_base:
+            paths[module] = of_base[whole]
+        elif flat in of_base:
             mine = [path for path in of_base[flat] if _is_of_part(path, part, name)]
             paths[module] = tuple(_with_component(path, part, name) for path in mine)
         elif encoder_kinds(part):
@@ -67,9 +70,12 @@ def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collect
         elif part and len(backbone) == 1:  # of a model whose family has no table
             component = families[0].backbone if families else "transformer"
             paths[module] = (f"{component}.{backbone[0]}",)
+        elif part in ("", "transformer"):  # many language models have a module of that name
+            paths[module] = candidates(whole, ("language-model",))
+            continue
         else:
-            paths[module] = () if part else candidates(flat, ("language-model",))
-        if part:
+            paths[module] = ()
+        if part and whole not in of_base:
             components |= {path.partition(".")[0] for path in paths[module]}
     locals_ = [paths_[0] for paths_ in found.values() if paths_]
     return Names(paths, name, frozenset(components), any(map(is_native, locals_)))
