@@ -410,3 +410,196 @@ def test_nothing_is_left_behind_when_it_fails(tmp_path: Path) -> None:
     with pytest.raises(LoratoolError):
         convert(first, "diffusers", tmp_path / "d.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_product_of_whole_matrices_takes_its_scale_along(tmp_path: Path) -> None:
+    """PEFT scales a LoKr of two whole matrices, LyCORIS does not."""
+    (tmp_path / "p").mkdir()
+    one, two = torch.randn(2, 2), torch.randn(4, 8)
+    prefix = "base_model.model.model.layers.0.q_proj"
+    save_file(
+        {f"{prefix}.lokr_w1": one, f"{prefix}.lokr_w2": two},
+        tmp_path / "p" / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LOKR", "r": 2, "alpha": 6}
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps(settings))
+    convert(tmp_path / "p", "kohya", tmp_path / "k.safetensors")
+    made = load_file(tmp_path / "k.safetensors")
+    name = "lora_model_layers_0_q_proj"
+    expected = 3 * torch.kron(one.double(), two.double())
+    found = torch.kron(made[f"{name}.lokr_w1"].double(), made[f"{name}.lokr_w2"].double())
+    assert relative_error({"x": found}, {"x": expected}) < 1e-6
+    for source in (tmp_path / "p", tmp_path / "k.safetensors"):
+        convert(source, "peft", tmp_path / "x", to_lora=True, force=True)
+        (delta,) = dense_deltas(tmp_path / "x").values()
+        assert relative_error({"x": delta}, {"x": expected}) < 1e-6
+
+
+def test_dora_on_a_square_conv1d(make_adapter: Make, make_base: Make, tmp_path: Path) -> None:
+    module = "transformer.h.0.attn.c_proj"
+    weight = torch.randn(16, 16)  # (in, out)
+    base = make_base({f"{module}.weight": weight}, {"model_type": "gpt2"})
+    magnitude = torch.rand(16) + 0.5
+    adapter = make_adapter(
+        lora(module, 16, 16) | {f"{module}.lora_magnitude_vector": magnitude},
+        use_dora=True,
+        target_modules=["c_proj"],
+    )
+    convert(adapter, "peft", tmp_path / "p", to_lora=True, base=base, rank=16)
+    w = weight.double().T
+    v = w + dense_deltas(adapter)[module]
+    expected = magnitude.double()[:, None] / v.norm(dim=1, keepdim=True) * v - w
+    assert relative_error(dense_deltas(tmp_path / "p"), {module: expected}) < 1e-6
+
+
+class TestGroupedInputs:
+    """QA-LoRA: A sees the mean of each group of inputs, which only the base's shape tells."""
+
+    @pytest.fixture
+    def adapter(self, make_adapter: Make) -> Path:
+        return make_adapter(
+            lora("fc", 24, 4), use_qalora=True, qalora_group_size=4, target_modules=["fc"]
+        )
+
+    def test_without_a_base(self, adapter: Path, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedError, match="groups of inputs"):
+            convert(adapter, "kohya", tmp_path / "k.safetensors")
+
+    def test_with_one(self, adapter: Path, make_base: Make, tmp_path: Path) -> None:
+        base = make_base({"fc.weight": torch.zeros(24, 16)})
+        convert(adapter, "peft", tmp_path / "p", base=base)
+        loratool.merge(base, [adapter], tmp_path / "truth")
+        truth = load_file(tmp_path / "truth" / "model.safetensors")["fc.weight"].double()
+        assert relative_error(dense_deltas(tmp_path / "p"), {"fc": truth}) < 1e-6
+
+
+class TestComponents:
+    def test_a_component_is_said_for_modules_without_one(self, tmp_path: Path) -> None:
+        local = "text_model.encoder.layers.0.self_attn.q_proj"
+        key = f"text_encoder_2.{local}"
+        tensors = {
+            f"{key}.lora_A.weight": torch.randn(2, 8),
+            f"{key}.lora_B.weight": torch.randn(8, 2),
+        }
+        save_file(tensors, tmp_path / "a.safetensors")
+        convert(tmp_path / "a.safetensors", "peft", tmp_path / "p", component="text_encoder_2")
+        assert dense_deltas(tmp_path / "p").keys() == {local}
+        convert(tmp_path / "p", "kohya", tmp_path / "k.safetensors", component="text_encoder_2")
+        assert all(key.startswith("lora_te2_") for key in load_file(tmp_path / "k.safetensors"))
+        convert(tmp_path / "p", "diffusers", tmp_path / "d.safetensors", component="text_encoder_2")
+        assert load_file(tmp_path / "d.safetensors").keys() == tensors.keys()
+
+    def test_one_that_is_not_there(self, tmp_path: Path) -> None:
+        first = kohya(tmp_path / "a.safetensors")
+        with pytest.raises(OptionError, match="there are: unet"):
+            convert(first, "peft", tmp_path / "p", component="frob")
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_language_models_with_a_transformer(
+    with_base: bool, make_base: Make, tmp_path: Path
+) -> None:
+    path = "transformer.h.0.attn.c_proj" if not with_base else "transformer.strange_0.x"
+    base = make_base({f"{path}.weight": torch.ones(8, 8)})
+    first = kohya(tmp_path / "a.safetensors", f"lora_{path.replace('.', '_')}")
+    convert(first, "peft", tmp_path / "p", base=base if with_base else None)
+    assert dense_deltas(tmp_path / "p").keys() == {path}
+
+
+class TestFlatNamesStay:
+    """In its own scheme, nobody has to know what a flattened name stands for."""
+
+    @pytest.mark.parametrize("verb", ["convert", "rescale", "truncate", "compose"])
+    def test_every_verb(self, verb: str, tmp_path: Path) -> None:
+        first = kohya(tmp_path / "a.safetensors", "lora_some_thing_strange")
+        output = tmp_path / "b.safetensors"
+        run = {
+            "convert": lambda: convert(first, "kohya", output),
+            "rescale": lambda: loratool.rescale(first, output, scale=2),
+            "truncate": lambda: loratool.truncate(first, output, rank=2),
+            "compose": lambda: loratool.compose([first, first], output),
+        }
+        run[verb]()
+        names = {key.partition(".")[0] for key in load_file(output)}
+        assert names == {"lora_some_thing_strange"}
+
+    def test_elsewhere_they_are_refused(self, tmp_path: Path) -> None:
+        first = kohya(tmp_path / "a.safetensors", "lora_some_thing_strange")
+        with pytest.raises(AdapterError, match="not known"):
+            loratool.compose([first], tmp_path / "p", to="peft")
+
+
+class TestDryRuns:
+    """What is said of a scheme that a verb does not write itself is true of the file."""
+
+    @pytest.mark.parametrize("verb", ["rescale", "truncate", "compose"])
+    def test_sizes(self, verb: str, tmp_path: Path) -> None:
+        first = kohya(tmp_path / "a.safetensors")
+        output = tmp_path / "b.safetensors"
+
+        def run(*, dry_run: bool) -> dict[str, object]:
+            if verb == "rescale":
+                report = loratool.rescale(first, output, scale=2, dry_run=dry_run)
+                return report.as_json()
+            if verb == "truncate":
+                return loratool.truncate(first, output, rank=2, dry_run=dry_run).as_json()
+            return loratool.compose([first, first], output, dry_run=dry_run).as_json()
+
+        expected = run(dry_run=True)
+        assert not output.exists()
+        real = run(dry_run=False)
+        size = output.stat().st_size
+        assert real["bytes_written"] == size
+        assert abs(int(str(expected["bytes_to_write"])) - size) <= 128
+        assert expected["tensors"] == real["tensors"]
+
+    def test_refusals(self, make_adapter: Make, tmp_path: Path) -> None:
+        adapter = make_adapter(
+            lora("model.layers.0.q_proj", 8, 8) | {"score.weight": torch.ones(2, 8)},
+            target_modules=["q_proj"],
+            modules_to_save=["score"],
+        )
+        for dry_run in (True, False):
+            with pytest.raises(UnsupportedError, match="no place") as caught:
+                loratool.compose([adapter], tmp_path / "k.safetensors", to="kohya", dry_run=dry_run)
+            assert "--skip" in str(caught.value.hint)
+
+
+def test_an_alpha_without_factors_is_named_and_left(tmp_path: Path) -> None:
+    first = kohya(tmp_path / "a.safetensors")
+    tensors = load_file(first) | {
+        "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(1.0)
+    }
+    save_file(tensors, first)
+    report = convert(first, "peft", tmp_path / "p")
+    assert any("belong to no factors" in note for note in report.notes)
+    assert [name for name, _ in report.plan.dropped] == [
+        "lora_unet_mid_block_attentions_0_proj_in.alpha"
+    ]
+
+
+def test_the_hint_for_a_tensor_without_a_place_works(make_adapter: Make, tmp_path: Path) -> None:
+    module = "model.layers.0.q_proj"
+    adapter = make_adapter(
+        lora(module, 8, 8) | {f"{module}.lora_B.bias": torch.ones(8)},
+        lora_bias=True,
+        target_modules=["q_proj"],
+    )
+    with pytest.raises(UnsupportedError) as caught:
+        convert(adapter, "mlx", tmp_path / "m")
+    pattern = str(caught.value.hint).split("'")[1]
+    report = convert(adapter, "mlx", tmp_path / "m", skip=[pattern])
+    assert len(report.plan.parts) == 1
+
+
+def test_merging_half_of_a_pipeline_says_how(make_base: Make, tmp_path: Path) -> None:
+    name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    first = kohya(tmp_path / "a.safetensors")
+    other = kohya(tmp_path / "b.safetensors", name)
+    save_file(load_file(first) | load_file(other), first)
+    base = make_base({f"{QUERY_PATH.removeprefix('unet.')}.weight": torch.zeros(8, 8)})
+    with pytest.raises(LoratoolError) as caught:
+        loratool.merge(base, [first], tmp_path / "m")
+    pattern = str(caught.value.hint).split("'")[1]
+    report = loratool.merge(base, [first], tmp_path / "m", skip=[pattern])
+    assert report.merged == 1

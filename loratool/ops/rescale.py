@@ -211,7 +211,7 @@ def _through_peft(
             folder = Path(stack.enter_context(TemporaryDirectory()))
         else:
             folder = stack.enter_context(scratch(output))
-        wishes = Wishes(output=folder / "input", family=adapter.family)
+        wishes = Wishes(output=folder / "input", family=adapter.family, then=scheme)
         plan = plan_conversion(adapter, scheme_named("peft"), wishes)
         run_conversion(plan, wishes.output, inputs=[adapter.path])
         result = folder / output.stem

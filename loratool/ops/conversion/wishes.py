@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter.model import Adapter
+from loratool.adapter.scheme import KeyScheme
 from loratool.ops.conversion.base import Base
 from loratool.ops.targets.target import Target
 
@@ -36,6 +37,7 @@ class Wishes:
         options: What was asked for, for the metadata; without it the history of the input is
             that of the output.
         history: The history to record instead of either.
+        then: The scheme that the output is converted to in the end, where it is only a step.
         digest: SHA-256 of the input's weights.
     """
 
@@ -55,4 +57,5 @@ class Wishes:
     target: Target | None = None
     options: Mapping[str, Any] | None = None
     history: Mapping[str, str] | None = None
+    then: KeyScheme | None = None
     digest: str | None = None
