@@ -48,7 +48,7 @@ SCHEME = DiffusersScheme(
     spelling=Spelling.PIPELINE,
     embeddings=Embeddings.SLOTS,
     weights_name="pytorch_lora_weights.safetensors",
-    modules=rf"(unet|transformer(_\d)?|text_encoder(_\d)?|prior)\.(?!{MODEL_PARTS}).+",
+    modules=rf"(unet|text_encoder(_\d)?|prior)\..+|transformer(_\d)?\.(?!{MODEL_PARTS}).+",
     priority=1,
     templates=(
         Template("{module}.lora_A.weight", Slot.DOWN),
