@@ -755,7 +755,7 @@ class TestFiles:
         convert(tmp_path / "all.bin", "peft", tmp_path / "x", adapter_name="two")
         (delta,) = dense_deltas(tmp_path / "x").values()
         assert torch.equal(delta, torch.full((8, 8), 8.0).double())
-        convert(tmp_path / "x", "prefixed", tmp_path / "y.pt", name="style")
+        convert(tmp_path / "x", "prefixed", tmp_path / "y.pt", adapter_name="style")
         made = torch.load(tmp_path / "y.pt", weights_only=True)
         assert made.keys() == {
             "model_layers_0_self_attn_q_proj.style.lora_A",

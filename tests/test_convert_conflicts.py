@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool import convert
 from loratool.errors import AdapterError, LoratoolError, OptionError, OutputError, UnsupportedError
+from loratool.names.positions import text_paths, unet_paths
 
 Make = Callable[..., Path]
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -603,3 +604,19 @@ def test_merging_half_of_a_pipeline_says_how(make_base: Make, tmp_path: Path) ->
     pattern = str(caught.value.hint).split("'")[1]
     report = loratool.merge(base, [first], tmp_path / "m", skip=[pattern])
     assert report.merged == 1
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_lists_of_the_first_files(component: str, tmp_path: Path) -> None:
+    """cloneofsimo/lora once saved a bare list of factors: up, down, up, down."""
+    paths = unet_paths() if component == "unet" else text_paths(8)
+    assert paths is not None
+    listed, truth = [], {}
+    for path in paths:
+        up = torch.randn(64 if path.endswith("ff.net.0.proj") else 8, 2)
+        down = torch.randn(2, 8)
+        listed += [up, down]
+        truth[path] = up.double() @ down.double()
+    torch.save(listed, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", "peft", tmp_path / "p")
+    assert relative_error(dense_deltas(tmp_path / "p"), truth) < 1e-6

@@ -144,8 +144,9 @@ def convert(
         initial: The adapter as it was before training, for PiSSA, OLoRA and others whose
             initialisation changed the base: the result fits the original base.
         alpha: Alpha for modules that record none.
-        adapter_name: Which adapter, where a path holds several.
-        name: The adapter's name in the output, for schemes that have one.
+        adapter_name: Which adapter, where a path holds several; otherwise its name in the
+            output, for schemes that have one.
+        name: The adapter's name in the output, where that is to be another.
         family: Which pipeline its names belong to (``sd1``, ``sdxl``, ``flux``, …), where they
             do not tell.
         naming: ``native`` or ``diffusers`` names of the backbone in ``kohya`` and ``comfy``.
@@ -210,7 +211,7 @@ def convert(
         family=family,
         naming=naming,
         component=component,
-        name=name,
+        name=name if name is not None else adapter_name,
         drop=tuple(drop),
         to_lora=to_lora,
         rank=rank,

@@ -13,12 +13,21 @@ __all__ = ["SCHEME"]
 KEY: Final = re.compile(r"(?P<module>(unet|text_encoder):\d{1,6}):(?P<side>down|up)")
 
 
+LISTED: Final = re.compile(r"0|[1-9]\d{0,5}")
+"""A place in the list that files were before they had names: up, down, up, down, …"""
+
+
 class PositionalScheme(KeyScheme):
     """Modules are numbers; which is which only the architecture tells."""
 
     def parse(self, key: str) -> AdapterKey | None:
         match = KEY.fullmatch(key)
-        return AdapterKey(match["module"], Slot(match["side"])) if match else None
+        if match is not None:
+            return AdapterKey(match["module"], Slot(match["side"]))
+        if LISTED.fullmatch(key) is not None:
+            number = int(key)
+            return AdapterKey(f"unet:{number // 2}", Slot.DOWN if number % 2 else Slot.UP)
+        return None
 
     def format(self, key: AdapterKey) -> str:
         if key.slot not in (Slot.DOWN, Slot.UP):

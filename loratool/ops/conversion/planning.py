@@ -81,7 +81,7 @@ def plan_conversion(adapter: Adapter, scheme: KeyScheme, wishes: Wishes) -> Conv
     check_place(wishes.output, scheme.name, has_config=scheme.has_config)
     is_renamed = wishes.naming is not None or wishes.component is not None
     check_names(adapter, None if is_renamed else wishes.then or scheme)
-    check_options(wishes)
+    check_options(wishes, scheme)
     check_config(adapter, has_initial=wishes.initial is not None)
     target = wishes.target
     if target is not None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from loratool.adapter.model import Adapter, Site
-from loratool.adapter.scheme import KeyScheme, ScaleRule
+from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.names.positions import UNET_MODULES
 from loratool.ops.conversion.wishes import Wishes
@@ -41,7 +41,7 @@ class Dropping:
                 yield f"--drop {pattern.pattern!r} means no module, and no tensor that is no delta"
 
 
-def check_options(wishes: Wishes) -> None:
+def check_options(wishes: Wishes, scheme: KeyScheme) -> None:
     """Refuse options that mean nothing without another, or cannot be written.
 
     Raises:
@@ -50,7 +50,8 @@ def check_options(wishes: Wishes) -> None:
     if wishes.rank is not None and not wishes.to_lora:
         raise OptionError("--rank", "is that of what --to-lora approximates, and needs it")
     name = wishes.name
-    if name is not None and (not name or any(char in name for char in "./\\")):
+    is_written = scheme.spelling is Spelling.BARE_FLAT
+    if is_written and name is not None and (not name or any(char in name for char in "./\\")):
         raise OptionError("--name", f"{name!r} is no name of an adapter: no dots, no slashes")
 
 

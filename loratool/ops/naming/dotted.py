@@ -96,12 +96,18 @@ def from_positions(sites: Sequence[Site]) -> Names:
     for component, numbered in groups.items():
         ordered = [numbered[number] for number in sorted(numbered)]
         is_whole = sorted(numbered) == list(range(len(numbered)))
+        component_name = component
         if not is_whole:
             found = None
         elif component == "unet":
-            found = unet_paths([(site.out_features, site.in_features) for site in ordered])
+            shapes = [(site.out_features, site.in_features) for site in ordered]
+            found = unet_paths(shapes)
+            if found is None and len(set(shapes)) == 1 and shapes[0][0] == shapes[0][1]:
+                # A list has no names: the layers of a text encoder are all alike.
+                component_name, found = "text_encoder", text_paths(len(ordered))
         else:
             found = text_paths(len(ordered))
         for place, site in enumerate(ordered):
-            paths[site.module] = (f"{component}.{found[place]}",) if found else ()
-    return Names(paths, "sd1" if "unet" in groups else None, frozenset(groups))
+            paths[site.module] = (f"{component_name}.{found[place]}",) if found else ()
+    known = {path.partition(".")[0] for found in paths.values() for path in found}
+    return Names(paths, "sd1" if "unet" in known else None, frozenset(known))
