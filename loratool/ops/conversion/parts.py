@@ -7,19 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Adapter, Kind, Site
+from loratool.adapter.scheme import ScaleRule
 from loratool.adapter.shapes import width_of
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.ops.conversion.values import Arranged, Computed, Stored, Value, widest
 from loratool.ops.conversion.views import reshaped, rows
 from loratool.ops.merging.mergeable import site_problems
+from loratool.schemes import scheme_named
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Part", "part_of"]
 
-LYCORIS_SCHEMES = frozenset(("kohya", "comfy"))
 BETWEEN = frozenset((Slot.SINGULAR, Slot.DIAGONAL))
 PAIRS = ((Slot.DOWN, Slot.UP), (Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP))
 
@@ -168,7 +169,7 @@ def _magnitude(value: Value, scheme: str) -> Value:
     """
     size = max(value.shape, default=1)
     is_first = len(value.shape) < 2 or value.shape[0] == size
-    if is_first or scheme not in LYCORIS_SCHEMES:
+    if is_first or scheme_named(scheme).scale is not ScaleRule.ALPHA:
         return reshaped(value, (size,))
     return value
 

@@ -11,6 +11,7 @@ from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.names.positions import UNET_MODULES
 from loratool.ops.conversion.wishes import Wishes
 from loratool.ops.merging.mergeable import HARMLESS_INITS
+from loratool.schemes import scheme_named
 
 __all__ = ["Dropping", "check_config", "check_names", "check_nesting", "check_options"]
 
@@ -73,7 +74,8 @@ def check_names(adapter: Adapter, scheme: KeyScheme | None = None) -> None:
             f"factors in another, such as {adapter.mixed[0]!r}",
             hint="convert one part at a time, leaving out the other with --skip",
         )
-    is_kept = scheme is not None and scheme.name == adapter.scheme == "kohya"
+    own = scheme_named(adapter.scheme)
+    is_kept = scheme is not None and scheme.name == own.name and own.spelling is Spelling.FLAT
     if not adapter.unresolved or is_kept:
         return
     name, paths = next(iter(adapter.unresolved.items()))
@@ -93,7 +95,7 @@ def check_names(adapter: Adapter, scheme: KeyScheme | None = None) -> None:
             f"{' or '.join(map(repr, paths[:4]))}",
             hint="give --base, whose names settle it (only its headers are read)",
         )
-    if adapter.scheme == "cloneofsimo":
+    if own.spelling is Spelling.POSITION:
         raise AdapterError(
             adapter.path,
             f"numbers {count} modules in a way that fits no Stable Diffusion: expected "
