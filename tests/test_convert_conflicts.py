@@ -620,3 +620,17 @@ def test_lists_of_the_first_files(component: str, tmp_path: Path) -> None:
     torch.save(listed, tmp_path / "a.pt")
     convert(tmp_path / "a.pt", "peft", tmp_path / "p")
     assert relative_error(dense_deltas(tmp_path / "p"), truth) < 1e-6
+
+
+def test_the_hint_for_several_tensors_names_them_all(make_adapter: Make, tmp_path: Path) -> None:
+    adapter = make_adapter(
+        lora("model.layers.0.q_proj", 8, 8)
+        | {"score.weight": torch.ones(2, 8), "score.bias": torch.ones(2)},
+        target_modules=["q_proj"],
+        modules_to_save=["score"],
+    )
+    with pytest.raises(UnsupportedError, match="1 more") as caught:
+        convert(adapter, "kohya", tmp_path / "k.safetensors")
+    pattern = str(caught.value.hint).split("'")[1]
+    report = convert(adapter, "kohya", tmp_path / "k.safetensors", drop=[pattern])
+    assert len(report.plan.dropped) == 2 and len(report.plan.parts) == 1

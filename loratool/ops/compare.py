@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter.model import BASE_DEPENDENT, Adapter
+from loratool.adapter.model import BASE_DEPENDENT, Adapter, is_folded
 from loratool.errors import AdapterError, OptionError
 from loratool.ops.algebra.joining import Joint, join
 from loratool.ops.importing import import_torch
@@ -300,7 +300,8 @@ def _notes(adapters: Sequence[Adapter]) -> list[str]:
             notes.append(
                 f"{adapter.path}: {len(adapter.extras)} tensors are no deltas and are not compared"
             )
-        if any(site.scaling.alpha is None for site in adapter.sites):
+        is_open = any(site.scaling.alpha is None for site in adapter.sites)
+        if is_open and not is_folded(adapter):
             notes.append(f"{adapter.path}: alpha is not recorded; its scale is taken as 1")
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
     return notes

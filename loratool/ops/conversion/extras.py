@@ -19,6 +19,7 @@ __all__ = ["carried_extras", "token_names"]
 
 CONFIGURED: Final = ("peft", "module-path")
 """Schemes beside which PEFT's configuration says what is saved as a whole."""
+MOST_NAMED: Final = 8
 BUNDLE: Final = re.compile(r"bundle_emb\.(?P<token>.+?)\.(string_to_param\.\*|clip_l)", re.DOTALL)
 TOKEN: Final = re.compile(r"<(?P<token>[^<>]+)>", re.DOTALL)
 
@@ -48,6 +49,7 @@ def carried_extras(
         alone = replace(adapter, extras=tuple(kept), config=config)
         return gather_extras([alone], sites, scheme, policy="error", dtype=dtype)
     result = Extras()
+    homeless: list[str] = []
     for extra in kept:
         if extra.kind is ExtraKind.STATE:
             result.dropped.append((extra.key, "only training needs it"))
@@ -62,12 +64,21 @@ def carried_extras(
             stored = replace(extra.tensor, spec=replace(extra.tensor.spec, shape=shape))
             result.carried.append(Carried(spec, (stored,)))
         else:
-            raise UnsupportedError(
-                extra.key,
-                f"is no part of a delta, and the scheme {scheme.name!r} has no place for it",
-                hint=f"leave it out with --drop '^{re.escape(extra.key)}$'",
-            )
+            homeless.append(extra.key)
+    if homeless:
+        more = f" (and {len(homeless) - 1} more tensors)" if len(homeless) > 1 else ""
+        raise UnsupportedError(
+            homeless[0],
+            f"is no part of a delta, and the scheme {scheme.name!r} has no place for it{more}",
+            hint=f"leave it out with --drop '{_pattern(homeless)}'",
+        )
     return result
+
+
+def _pattern(keys: Sequence[str]) -> str:
+    """Return a regular expression for these keys and no others, if they are few."""
+    shown = "|".join(re.escape(key) for key in keys[:MOST_NAMED])
+    return f"^({shown})$" if len(keys) > 1 else f"^{shown}$"
 
 
 def _token_key(extra: Extra, scheme: KeyScheme) -> str | None:
