@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.slots import Slot
-from loratool.files.inputs import Stamp
-from loratool.files.safetensors import canonical_order, format_header
+from loratool.files.safetensors import format_header
 from loratool.files.spec import TensorSpec
-from loratool.ops.algebra.extras import Carried
 from loratool.ops.conversion.nearest import Approximation
 from loratool.ops.conversion.parts import Part
 from loratool.ops.conversion.values import Stored
-from loratool.ops.plan import TORCH_BYTES, Sidecar
+from loratool.ops.output_plan import OutputPlan
+from loratool.ops.plan import TORCH_BYTES
 
 __all__ = ["NO_DIGEST", "ConversionPlan", "OutputPart"]
 
@@ -55,46 +51,27 @@ class OutputPart:
         )
 
 
-@dataclass(frozen=True)
-class ConversionPlan:
-    """What a conversion will write.
+@dataclass(frozen=True, kw_only=True)
+class ConversionPlan(OutputPlan):
+    """What a conversion will write; the metadata of a torch file is empty.
 
     Attributes:
         parts: The modules.
-        carried: Tensors that are no deltas.
-        metadata: Of the weights file; empty for a torch file.
-        sidecars: Other files of the output.
-        config: ``adapter_config.json``, or ``None``.
-        weights_name: Name of the weights file in the output folder; empty where the output is
-            that file itself.
         is_torch: Whether the weights are written by ``torch.save``.
         is_hashed: Whether kohya's hashes belong into the metadata.
-        stamps: What the inputs were when their headers were read.
         scheme: Name of the scheme that is written.
         family: What pipeline it is for, where known.
-        notes: What a user should know.
-        dropped: What is not written, with the reason.
     """
 
     parts: tuple[OutputPart, ...]
-    carried: tuple[Carried, ...]
-    metadata: Mapping[str, str]
-    sidecars: tuple[Sidecar, ...]
-    config: Mapping[str, Any] | None
-    weights_name: str
     is_torch: bool
     is_hashed: bool
-    stamps: Mapping[Path, Stamp]
     scheme: str
     family: str | None = None
-    notes: tuple[str, ...] = ()
-    dropped: tuple[tuple[str, str], ...] = field(default=())
 
-    @cached_property
-    def specs(self) -> tuple[TensorSpec, ...]:
-        """All tensors in the order of their data."""
-        modules = (spec for part in self.parts for spec in part.specs.values())
-        return tuple(canonical_order([*modules, *(item.spec for item in self.carried)]))
+    def module_specs(self) -> Iterator[TensorSpec]:
+        """Yield the tensors of the modules."""
+        return (spec for part in self.parts for spec in part.specs.values())
 
     @cached_property
     def header(self) -> bytes:
@@ -118,32 +95,6 @@ class ConversionPlan:
         return format_header(self.specs, kept)
 
     @property
-    def nbytes(self) -> int:
-        """Size of the weights file (of a torch file, roughly)."""
-        return len(self.header) + sum(spec.nbytes for spec in self.specs)
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether the output is a folder, else it is the weights file."""
-        return bool(self.weights_name)
-
-    def offsets(self) -> dict[str, int]:
-        """Return where in the file each tensor begins, by name."""
-        places, offset = {}, len(self.header)
-        for spec in self.specs:
-            places[spec.name] = offset
-            offset += spec.nbytes
-        return places
-
-    def inputs(self) -> Iterator[Path]:
-        """Yield every file that is read, which no output may replace."""
-        for weights in self.stamps:
-            yield weights
-            if (weights.parent / CONFIG_NAME).is_file():
-                yield weights.parent / CONFIG_NAME
-        yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
-
-    @property
     def needs_torch(self) -> bool:
         """Whether torch is needed for anything."""
         return self.is_torch or any(
@@ -160,23 +111,6 @@ class ConversionPlan:
         if self.is_torch:
             return TORCH_BYTES + self.nbytes
         return (TORCH_BYTES if self.needs_torch else PYTHON_BYTES) + 6 * largest
-
-    @property
-    def config_text(self) -> bytes:
-        """``adapter_config.json`` as it is written."""
-        return (json.dumps(self.config, indent=2) + "\n").encode()
-
-    def described_files(self) -> list[dict[str, Any]]:
-        """Return name and size of every file of the output."""
-        found = [{"name": self.weights_name or "(the output)", "bytes": self.nbytes}]
-        if self.config is not None:
-            found.append({"name": CONFIG_NAME, "bytes": len(self.config_text)})
-        found += [
-            {"name": sidecar.name, "bytes": sidecar.source.stat().st_size}
-            for sidecar in self.sidecars
-            if sidecar.source is not None
-        ]
-        return found
 
     def changes(self) -> list[tuple[str, int]]:
         """Return how modules differ from what was stored, and how many each is true of."""
