@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 import torch
 from peft import (
-    HRAConfig,
-    IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
-    OFTConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -26,14 +23,10 @@ from loratool.math.dense_variants import (
     boft_delta,
     diag_oft_delta,
     dora_delta,
-    full_difference,
     glora_delta,
     glora_rank,
-    hra_delta,
     ia3_delta,
     is_old_glora,
-    peft_ia3_delta,
-    peft_oft_delta,
 )
 from loratool.math.exact_variants import (
     fold_mid,
@@ -41,7 +34,6 @@ from loratool.math.exact_variants import (
     hadamard_rank,
     kronecker_factors,
     kronecker_rank,
-    stacked_factors,
     vera_factors,
 )
 
@@ -246,63 +238,7 @@ def test_lokr_with_a_core_and_a_full_half_is_refused() -> None:
         kronecker_factors(torch.ones(2, 2), torch.ones(2, 2, 3, 3), torch.ones(1, 1, 3, 3))
 
 
-# loralib
-
-
-class MergedLinear(nn.Module):
-    """The forward of loralib's, after its published definition."""
-
-    def __init__(self, size: int, out: int, rank: int, enabled: list[bool]) -> None:
-        super().__init__()
-        self.enabled, count = enabled, sum(enabled)
-        self.out = out
-        self.a = torch.randn(rank * count, size).double()
-        self.b = torch.randn(out // len(enabled) * count, rank).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        after_a = (x @ self.a.mT).mT
-        after_b = nn.functional.conv1d(after_a, self.b.unsqueeze(-1), groups=sum(self.enabled)).mT
-        index = torch.tensor(self.enabled).repeat_interleave(self.out // len(self.enabled))
-        result = x.new_zeros(x.shape[0], self.out)
-        result[:, index] = after_b
-        return result
-
-
-@pytest.mark.parametrize(
-    "enabled",
-    [[True], [True, True], [True, False, True], [False, True], [False, True, True, False]],
-)
-def test_stacked_factors_of_loralib(enabled: list[bool]) -> None:
-    module = MergedLinear(5, 12, 2, enabled)
-    up, down = stacked_factors(module.a, module.b, enabled)
-    assert up.shape == (12, 2 * sum(enabled)) and down is module.a
-    expected = module(torch.eye(5).double()).mT
-    torch.testing.assert_close(up @ down, expected, **EXACT)
-
-
-@pytest.mark.parametrize("enabled", [[False], [True, True], [True, True, True]])
-def test_stacked_factors_have_to_fit(enabled: list[bool]) -> None:
-    with pytest.raises(ValueError, match="are not the factors"):
-        stacked_factors(torch.ones(2, 5), torch.ones(4, 2), enabled)
-
-
 # LyCORIS' variants that need the base
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_full_difference(lycoris: Any, layer: str) -> None:
-    module = random_module(lycoris.FullModule, LAYERS[layer](5, 6))
-    stored = tensors_of(module)
-    found = full_difference(base_weight(module), module.weight)
-    assert set(stored) == {"diff", "diff_b"}
-    expected = difference_without_bias(module)
-    torch.testing.assert_close(found, expected, **EXACT)
-
-
-def difference_without_bias(module: Any) -> Tensor:
-    """As :func:`difference`, for a module that changes the bias too."""
-    module.bias.zero_()
-    return difference(module)
 
 
 @pytest.mark.parametrize("on_input", [False, True])
@@ -526,32 +462,6 @@ def test_vera_has_to_fit() -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "pointwise", "conv"])
-@pytest.mark.parametrize("is_feedforward", [False, True])
-def test_ia3_of_peft(name: str, is_feedforward: bool) -> None:
-    config = IA3Config(target_modules=[name], feedforward_modules=[name] if is_feedforward else [])
-    layer = layer_of(in_peft(config), name)
-    scale = layer.ia3_l["default"]
-    base = layer.get_base_layer()
-    found = peft_ia3_delta(base.weight.clone(), scale, is_feedforward)
-    bias = torch.zeros_like(base.bias)
-    if not is_feedforward:
-        bias = peft_ia3_delta(base.bias.clone(), scale, is_feedforward)
-    weight_change, bias_change = merged(layer)
-    torch.testing.assert_close(found, weight_change, **EXACT)
-    torch.testing.assert_close(bias, bias_change, **EXACT)
-
-
-@pytest.mark.parametrize("is_feedforward", [False, True])
-def test_ia3_of_peft_in_groups(is_feedforward: bool) -> None:
-    net = nn.Sequential(nn.Conv2d(6, 9, 3, groups=3))
-    config = IA3Config(target_modules=["0"], feedforward_modules=["0"] if is_feedforward else [])
-    layer = in_peft(config, net).base_model.model[0]
-    weight = layer.get_base_layer().weight.clone()
-    found = peft_ia3_delta(weight, layer.ia3_l["default"], is_feedforward)
-    torch.testing.assert_close(found, merged(layer)[0], **EXACT)
-
-
-@pytest.mark.parametrize("name", ["linear", "pointwise", "conv"])
 def test_dora_of_peft(name: str) -> None:
     config = LoraConfig(r=2, lora_alpha=3, target_modules=[name], use_dora=True)
     layer = layer_of(in_peft(config), name)
@@ -560,34 +470,4 @@ def test_dora_of_peft(name: str) -> None:
     weight = layer.get_base_layer().weight.clone()
     delta = layer.get_delta_weight("default")
     found = dora_delta(weight, delta, magnitude, out_axis=True)
-    torch.testing.assert_close(found, merged(layer)[0], **EXACT)
-
-
-@pytest.mark.parametrize("name", ["linear", "conv"])
-@pytest.mark.parametrize("is_shared", [False, True])
-@pytest.mark.parametrize("terms", [None, 1, 2, 3, 4, 5, 7])
-def test_oft_of_peft(name: str, is_shared: bool, terms: int | None) -> None:
-    config = OFTConfig(
-        oft_block_size=5,
-        r=0,
-        target_modules=[name],
-        block_share=is_shared,
-        use_cayley_neumann=terms is not None,
-        num_cayley_neumann_terms=terms or 5,
-    )
-    layer = layer_of(in_peft(config), name)
-    stored = layer.oft_R["default"].weight
-    assert (stored.shape[0] == 1) == is_shared
-    stored.mul_(0.2)
-    found = peft_oft_delta(layer.get_base_layer().weight.clone(), stored, terms)
-    torch.testing.assert_close(found, merged(layer)[0], **EXACT)
-
-
-@pytest.mark.parametrize("name", ["linear", "conv"])
-@pytest.mark.parametrize("is_orthogonal", [False, True])
-def test_hra_of_peft(name: str, is_orthogonal: bool) -> None:
-    config = HRAConfig(r=4, target_modules=[name], apply_GS=is_orthogonal)
-    layer = layer_of(in_peft(config), name)
-    weight = layer.get_base_layer().weight.clone()
-    found = hra_delta(weight, layer.hra_u["default"], is_orthogonal)
     torch.testing.assert_close(found, merged(layer)[0], **EXACT)

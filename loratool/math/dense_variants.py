@@ -19,23 +19,14 @@ __all__ = [
     "boft_delta",
     "diag_oft_delta",
     "dora_delta",
-    "full_difference",
     "glora_delta",
     "glora_rank",
-    "hra_delta",
     "ia3_delta",
     "is_old_glora",
-    "peft_ia3_delta",
-    "peft_oft_delta",
 ]
 
 TINY = 1e-8
 """What LyCORIS and kohya add to the norm of Q, so that it can be divided by."""
-
-
-def full_difference(weight: Tensor, diff: Tensor) -> Tensor:
-    """Return a stored difference (``diff``, ``diff_b``, ``w_norm``, ``b_norm``) in W's shape."""
-    return diff.reshape(weight.shape)
 
 
 def ia3_delta(weight: Tensor, scale: Tensor, on_input: bool) -> Tensor:
@@ -49,26 +40,6 @@ def ia3_delta(weight: Tensor, scale: Tensor, on_input: bool) -> Tensor:
         on_input: Whether d is the number of columns, not that of rows.
     """
     return weight * _along(scale, weight, axis=1 if on_input else 0)
-
-
-def peft_ia3_delta(weight: Tensor, ia3_l: Tensor, is_feedforward: bool) -> Tensor:
-    """Return ``W ∘ (ia3_l - 1)``: PEFT's IA³, which stores the scale itself.
-
-    A bias is scaled with the rows unless the module is feedforward; pass it as ``weight``.
-
-    Args:
-        weight: W, or a bias ``(out,)``; the transpose of a GPT-2 Conv1D's.
-        ia3_l: ``(1, in)`` of a feedforward linear layer, ``(out, 1)`` of another; convolutions
-            have ``(1, in, 1, 1)`` and ``(1, out, 1, 1)``, which look alike. A grouped
-            convolution has a scale for each of its input channels, not for each of W's.
-        is_feedforward: Whether the scale belongs to the inputs.
-    """
-    change = ia3_l - 1
-    if not is_feedforward:
-        return weight * _along(change, weight, axis=0)
-    groups = ia3_l.numel() // weight.shape[1]
-    columns = change.reshape(groups, weight.shape[1], *[1] * (weight.ndim - 2))
-    return weight * columns.repeat_interleave(weight.shape[0] // groups, dim=0)
 
 
 def is_old_glora(
@@ -182,51 +153,6 @@ def dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor, out_axis: bool)
     return moved.mul_(factor).sub_(weight)
 
 
-def peft_oft_delta(weight: Tensor, oft_r: Tensor, neumann_terms: int | None = None) -> Tensor:
-    """Return ``W (Rᵀ - I)``, blocks of columns rotated: PEFT's OFT of 0.16 and later.
-
-    ``R = (I - Q)(I + Q)⁻¹``, or the first terms of a series that tends to ``(I + Q)(I - Q)⁻¹``.
-
-    Args:
-        weight: W; its kernel belongs to the columns.
-        oft_r: ``(n, b (b - 1) / 2)``, the upper triangles of Q, row by row; n is 1 where all
-            blocks share one.
-        neumann_terms: ``num_cayley_neumann_terms`` of the configuration where it says
-            ``use_cayley_neumann``, else ``None``.
-    """
-    flat = weight.flatten(1)
-    size = round((1 + (1 + 8 * oft_r.shape[1]) ** 0.5) / 2)
-    rows, columns = torch.triu_indices(size, size, 1, device=oft_r.device)
-    skew = oft_r.new_zeros(oft_r.shape[0], size, size)
-    skew[:, rows, columns] = oft_r
-    skew = skew - skew.mT
-    rotation = _cayley(-skew) if neumann_terms is None else _neumann(skew, neumann_terms)
-    rotation = rotation.expand(flat.shape[1] // size, -1, -1)
-    blocks = flat.reshape(flat.shape[0], -1, size)
-    rotated = torch.einsum("okj,kij->oki", blocks, rotation)
-    return rotated.reshape(weight.shape) - weight
-
-
-def hra_delta(weight: Tensor, hra_u: Tensor, apply_GS: bool = False) -> Tensor:  # noqa: N803
-    """Return ``W (H - I)`` for a chain of reflections ``H = Π (I - 2 u uᵀ)``: PEFT's HRA.
-
-    Args:
-        weight: W; its kernel belongs to the columns.
-        hra_u: ``(in · kernel, r)``, a direction per column, of any length (arXiv 2405.17484).
-        apply_GS: Whether the directions are made orthogonal first, as the configuration says.
-    """
-    directions: list[Tensor] = []
-    for column in hra_u.unbind(1):
-        rest = column
-        for earlier in directions if apply_GS else ():
-            rest = rest - (rest @ earlier) * earlier
-        directions.append(rest / rest.norm())
-    reflected = weight.flatten(1)
-    for unit in directions:
-        reflected = reflected - 2 * torch.outer(reflected @ unit, unit)
-    return reflected.reshape(weight.shape) - weight
-
-
 def _along(values: Tensor, weight: Tensor, axis: int) -> Tensor:
     """Return ``values`` in a shape that broadcasts along one axis of ``weight``."""
     shape = [1] * weight.ndim
@@ -246,17 +172,6 @@ def _cayley(skew: Tensor) -> Tensor:
     identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     rotation: Tensor = torch.linalg.solve(identity - skew, identity + skew, left=False)
     return rotation
-
-
-def _neumann(skew: Tensor, terms: int) -> Tensor:
-    """Return ``I + 2Q + 2Q² + …``, as PEFT ends it: three terms are four, the last has half."""
-    last = terms - 1 if terms < 3 else max(terms - 1, 3)
-    power = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
-    total = power.clone()
-    for exponent in range(1, last + 1):
-        power = power @ skew
-        total += power if exponent == last > 1 else 2 * power
-    return total
 
 
 def _rescaled(rotated: Tensor, rescale: Tensor | None) -> Tensor:

@@ -9,7 +9,6 @@ the file that the tensors came from. Results have the dtype of the inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TypeAlias, TypeGuard, cast
 
 import torch
@@ -21,7 +20,6 @@ __all__ = [
     "hadamard_rank",
     "kronecker_factors",
     "kronecker_rank",
-    "stacked_factors",
     "vera_factors",
 ]
 
@@ -151,37 +149,6 @@ def vera_factors(
     if rows < out or columns < in_:
         raise ValueError(f"{rows} × {columns} is too small to share with {out} × {in_}")
     return lambda_b.unsqueeze(1) * vera_b[:out], lambda_d.unsqueeze(1) * vera_a[:, :in_]
-
-
-def stacked_factors(lora_a: Tensor, lora_b: Tensor, enabled: Sequence[bool]) -> Factors:
-    """Return the factors of LoRA on some of the equal parts of a fused projection.
-
-    loralib's ``MergedLinear``: each of the n enabled parts has factors of its own, stacked, and
-    the others none; the scale is ``alpha / r`` with the r of one part. The result is block
-    diagonal, with rows of zeros for the other parts.
-
-    Args:
-        lora_a: ``(n · r, in)``.
-        lora_b: ``(n · out / len(enabled), r)``.
-        enabled: Which parts have factors.
-
-    Returns:
-        ``(out, n · r)`` and ``lora_a`` itself.
-
-    Raises:
-        ValueError: The shapes do not fit the number of enabled parts.
-    """
-    count, rank = sum(enabled), lora_b.shape[1]
-    if not count or lora_b.shape[0] % count or lora_a.shape[0] != count * rank:
-        shapes = f"{tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
-        raise ValueError(f"{shapes} are not the factors of {count} parts")
-    rows = lora_b.shape[0] // count
-    up = lora_b.new_zeros(rows * len(enabled), count * rank)
-    places = [place for place, is_enabled in enumerate(enabled) if is_enabled]
-    for index, place in enumerate(places):
-        block = lora_b[index * rows : (index + 1) * rows]
-        up[place * rows : (place + 1) * rows, index * rank : (index + 1) * rank] = block
-    return up, lora_a
 
 
 def _kron(one: Tensor, other: Tensor) -> Tensor:
