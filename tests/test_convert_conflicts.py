@@ -634,3 +634,23 @@ def test_the_hint_for_several_tensors_names_them_all(make_adapter: Make, tmp_pat
     pattern = str(caught.value.hint).split("'")[1]
     report = convert(adapter, "kohya", tmp_path / "k.safetensors", drop=[pattern])
     assert len(report.plan.dropped) == 2 and len(report.plan.parts) == 1
+
+
+@pytest.mark.parametrize(("out", "into"), [(12, 9), (9, 12), (9, 9)])
+def test_glora_of_either_layout_has_its_own_rank(out: int, into: int, tmp_path: Path) -> None:
+    """LyCORIS before 2.0 stored ``a1 (r, in)``, ``a2 (in, r)``, ``b1 (r, in)``, ``b2 (out, r)``."""
+    weight, rank = torch.randn(out, into), 3
+    a1, a2 = torch.randn(rank, into), torch.randn(into, rank)
+    b1, b2 = torch.randn(rank, into), torch.randn(out, rank)
+    base = tmp_path / "base.safetensors"
+    save_file({f"{QUERY_PATH.removeprefix('unet.')}.weight": weight}, base)
+    truth = 2 / rank * (weight.double() @ (a2 @ a1).double() + (b2 @ b1).double())
+    layouts = {"old": (a1, a2, b1, b2), "new": (a2, a1, b2, b1)}
+    for name, parts in layouts.items():
+        slots = dict(zip(("a1", "a2", "b1", "b2"), parts, strict=True))
+        tensors = {f"{QUERY}.{slot}.weight": value for slot, value in slots.items()}
+        first, output = tmp_path / f"{name}.safetensors", tmp_path / f"{name}-out"
+        save_file(tensors | {f"{QUERY}.alpha": torch.tensor(2.0)}, first)
+        convert(first, "peft", output, to_lora=True, base=base, rank=9)
+        ((module, found),) = dense_deltas(output).items()
+        assert relative_error({module: found}, {module: truth}) < 1e-5

@@ -94,8 +94,7 @@ def geometry(slots: Mapping[Slot, StoredTensor], variant: str | None) -> Geometr
                 *_, blocks, size, _ = shapes[Slot.OFT_BLOCKS]
                 return Geometry(size, blocks * size, 0)
             case "glora":
-                rank, *into = shapes[Slot.GLORA_B2]
-                return Geometry(rank, shapes[Slot.GLORA_B1][0], math.prod(into))
+                return _glora(shapes)
             case "vera":
                 return Geometry(shapes[Slot.VERA_D][0], shapes[Slot.VERA_B][0], 0)
             case "ia3":
@@ -106,6 +105,20 @@ def geometry(slots: Mapping[Slot, StoredTensor], variant: str | None) -> Geometr
                 return Geometry(0, 0, 0)
     except (KeyError, IndexError, ValueError):
         return Geometry(0, 0, 0)
+
+
+def _glora(shapes: Mapping[Slot, tuple[int, ...]]) -> Geometry:
+    """Read either layout: LyCORIS before 2.0 stores ``(r, in)`` and ``(out, r)`` in b1 and b2.
+
+    Where the shapes fit both, the smaller rank is meant.
+    """
+    a1, a2 = shapes[Slot.GLORA_A1], shapes[Slot.GLORA_A2]
+    b1, b2 = shapes[Slot.GLORA_B1], shapes[Slot.GLORA_B2]
+    is_new = a1[1] == a2[0] == b1[1] == b2[0]
+    is_old = a1[0] == a2[1] == b1[0] == b2[1]
+    if is_old and (not is_new or a1[0] < a1[1]):
+        return Geometry(a1[0], b2[0], math.prod(b1[1:]))
+    return Geometry(b2[0], b1[0], math.prod(b2[1:]))
 
 
 def _hadamard(shapes: Mapping[Slot, tuple[int, ...]]) -> Geometry:

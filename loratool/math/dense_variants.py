@@ -20,7 +20,6 @@ __all__ = [
     "diag_oft_delta",
     "dora_delta",
     "glora_delta",
-    "glora_rank",
     "ia3_delta",
     "is_old_glora",
 ]
@@ -54,11 +53,6 @@ def is_old_glora(
     new = new and a1[1] == a2[0] == b1[1] == b2[0]
     old = a1[0] == a2[1] == b1[0] == b2[1] and b2[0] == weight[0]
     return old and not new
-
-
-def glora_rank(a1: Sequence[int], is_old: bool) -> int:
-    """Return the r of ``alpha / r`` from the shape of ``a1``."""
-    return a1[0] if is_old else a1[1]
 
 
 def glora_delta(
