@@ -14,17 +14,8 @@ from safetensors.torch import save_file
 
 from loratool.files.gathering import BLOCK, WORTH_A_THREAD, Piece, gather
 from loratool.files.safetensors import read_header
-from loratool.ops.conversion.arrays import Rounded, decode, encode
-from loratool.ops.conversion.values import Arranged, Constant, Scaled, Stored
-from loratool.ops.conversion.views import (
-    block_diagonal,
-    columns,
-    concatenated,
-    flipped,
-    reshaped,
-    rows,
-    scaled,
-)
+from loratool.values.arrays import Rounded, decode, encode
+from loratool.values.expr import Constant, Placed, Scaled, Stored, block_diagonal, concatenated
 
 DTYPES = {
     "F64": torch.float64,
@@ -78,41 +69,41 @@ class TestViews:
     def test_parts_of_a_stored_matrix(self, stored: tuple[Stored, np.ndarray]) -> None:
         value, truth = stored
         for made, expected in (
-            (rows(value, 2, 5), truth[2:5]),
-            (columns(value, 1, 3), truth[:, 1:3]),
-            (flipped(value), truth.T),
-            (flipped(flipped(value)), truth),
-            (rows(flipped(value), 1, 3), truth.T[1:3]),
-            (columns(rows(value, 1, 4), 2, 4), truth[1:4, 2:4]),
-            (reshaped(value, (4, 6)), truth.reshape(4, 6)),
-            (reshaped(flipped(value), (6, 4)), truth.T.reshape(6, 4)),
-            (flipped(rows(scaled(value, -0.5), 0, 2)), -0.5 * truth[:2].T),
-            (rows(value, 0, 6), truth),
+            (value.rows(2, 5), truth[2:5]),
+            (value.columns(1, 3), truth[:, 1:3]),
+            (value.turned(), truth.T),
+            (value.turned().turned(), truth),
+            (value.turned().rows(1, 3), truth.T[1:3]),
+            (value.rows(1, 4).columns(2, 4), truth[1:4, 2:4]),
+            (value.reshaped((4, 6)), truth.reshape(4, 6)),
+            (value.turned().reshaped((6, 4)), truth.T.reshape(6, 4)),
+            (value.scaled(-0.5).rows(0, 2).turned(), -0.5 * truth[:2].T),
+            (value.rows(0, 6), truth),
         ):
             assert made.shape == expected.shape
             assert np.array_equal(made.evaluate(), expected)
 
     def test_plain_views_stay_contiguous(self, stored: tuple[Stored, np.ndarray]) -> None:
         value, _ = stored
-        for made in (rows(value, 2, 5), flipped(flipped(value)), reshaped(value, (24, 1))):
+        for made in (value.rows(2, 5), value.turned().turned(), value.reshaped((24, 1))):
             assert isinstance(made, Stored)
             assert made.tensor.strides is None
 
     def test_arrangements(self, stored: tuple[Stored, np.ndarray]) -> None:
         value, truth = stored
-        both = concatenated([value, rows(value, 0, 2)])
+        both = concatenated([value, value.rows(0, 2)])
         assert np.array_equal(both.evaluate(), np.concatenate([truth, truth[:2]]))
-        assert np.array_equal(rows(both, 5, 7).evaluate(), both.evaluate()[5:7])
-        assert rows(both, 0, 6) == value
-        diagonal = block_diagonal([value, None, scaled(value, 2)], [6, 3, 6])
+        assert np.array_equal(both.rows(5, 7).evaluate(), both.evaluate()[5:7])
+        assert both.rows(0, 6) == value
+        diagonal = block_diagonal([value, None, value.scaled(2)], [6, 3, 6])
         expected = np.zeros((15, 8))
         expected[:6, :4], expected[9:, 4:] = truth, 2 * truth
         assert np.array_equal(diagonal.evaluate(), expected)
-        assert np.array_equal(flipped(diagonal).evaluate(), expected.T)
-        assert np.array_equal(rows(diagonal, 4, 11).evaluate(), expected[4:11])
+        assert np.array_equal(diagonal.turned().evaluate(), expected.T)
+        assert np.array_equal(diagonal.rows(4, 11).evaluate(), expected[4:11])
         assert diagonal.is_exact and not Scaled(diagonal, 0.3).is_exact
-        assert np.array_equal(flipped(Constant(2.0, (2, 3), "F32")).evaluate(), np.full((3, 2), 2))
-        assert not Arranged((), (2, 2), "F32").evaluate().any()
+        assert np.array_equal(Constant(2.0, (2, 3), "F32").turned().evaluate(), np.full((3, 2), 2))
+        assert not Placed((), (2, 2), "F32").evaluate().any()
 
 
 @given(

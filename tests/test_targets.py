@@ -20,15 +20,16 @@ from safetensors.torch import save_file
 import loratool
 from loratool.adapter.findings import Finding
 from loratool.adapter.model import Adapter
+from loratool.adapter.part import Part
 from loratool.errors import OptionError, UnsupportedError
 from loratool.ops.conversion.base import open_base
-from loratool.ops.conversion.parts import Part, part_of
 from loratool.ops.opening import open_adapter
 from loratool.ops.targets import builtin_targets, target_named
 from loratool.ops.targets.checking import check_for
 from loratool.ops.targets.preparing import prepare, refusals, uniform_rank
 from loratool.ops.targets.target import Fate, Feature, Mend
 from loratool.schemes import scheme_named
+from loratool.write.stored import part_of
 
 Make = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]

@@ -13,7 +13,7 @@ from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
 from loratool.ops.algebra.plan import AdapterPlan
 from loratool.ops.algebra.result import AdapterReport
-from loratool.ops.conversion.plan import ConversionPlan
+from loratool.plan.adapter import ConversionPlan
 
 __all__ = ["print_left_out", "print_plan", "print_report"]
 

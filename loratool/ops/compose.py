@@ -12,14 +12,16 @@ from typing import Final
 from loratool.adapter.model import Adapter
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.math.combining import Settings
+from loratool.ops.algebra.combining import Combination, output_scheme
+from loratool.ops.algebra.computing import Method
 from loratool.ops.algebra.extras import POLICIES
 from loratool.ops.algebra.joining import check_computable, join
-from loratool.ops.algebra.planning import Draft, output_scheme
-from loratool.ops.algebra.ranks import Truncation, full_ranks, parse_size
-from loratool.ops.algebra.result import AdapterReport
-from loratool.ops.conversion.through import through
-from loratool.ops.importing import import_torch
+from loratool.ops.algebra.ranks import Truncation, parse_size
+from loratool.ops.algebra.result import AdapterReport, finish
+from loratool.ops.devices import mover_to
 from loratool.ops.opening import open_adapter
+from loratool.write.options import WriteOptions
 
 __all__ = ["METHODS", "compose"]
 
@@ -97,11 +99,6 @@ def compose(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    import_torch()
-    from loratool.math.combining import Settings
-    from loratool.ops.algebra.computing import Method
-    from loratool.ops.algebra.finishing import finish
-
     _check_methods(method, density, epsilon)
     density = 0.5 if density is None else density
     epsilon = 0.1 if epsilon is None else epsilon
@@ -136,41 +133,26 @@ def compose(
         "skip": tuple(skip),
     }
     inputs = [Path(path) for path in adapters]
-    with through(
-        output_scheme(opened, to),
-        Path(output),
+    draft = Combination(
+        verb="compose",
+        adapters=opened,
+        joints=joints,
+        scheme=output_scheme(opened, to),
+        options=WriteOptions(Path(output), dtype=written_dtype),
+        asked=options,
+        method=Method(method, Settings(density, epsilon), seed, mover_to(device)),
+        policy=extras,
+        notes=notes,
+    )
+    return finish(
+        draft,
+        truncation,
         inputs=inputs,
         force=force,
         dry_run=dry_run,
-        adapters=opened,
-    ) as way:
-        draft = Draft(
-            verb="compose",
-            adapters=opened,
-            joints=joints,
-            scheme=way.scheme,
-            output=way.place,
-            options=options,
-            method=method,
-            policy=extras,
-            dtype=written_dtype,
-            notes=notes,
-        )
-        draft.plan(full_ranks(joints, truncation))  # what cannot be written fails before the work
-        report = finish(
-            draft,
-            truncation,
-            inputs=inputs,
-            force=force,
-            dry_run=dry_run,
-            device=device,
-            threads=threads,
-            progress=progress,
-            method=Method(method, Settings(density, epsilon), seed),
-        )
-        if dry_run:
-            way.preview(report.plan)
-    return replace(report, final=way.final)
+        threads=threads,
+        progress=progress,
+    )
 
 
 def _check_methods(method: str, density: float | None, epsilon: float | None) -> None:

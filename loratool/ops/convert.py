@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,23 +13,24 @@ from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.ops.conversion.base import open_base
-from loratool.ops.conversion.measuring import Outcome
-from loratool.ops.conversion.plan import NO_DIGEST, ConversionPlan
-from loratool.ops.conversion.planning import plan_conversion
-from loratool.ops.conversion.running import measure, run_conversion
-from loratool.ops.conversion.wishes import Wishes
-from loratool.ops.importing import import_torch
+from loratool.ops.conversion.converting import Conversion, converted
+from loratool.ops.conversion.refusing import check_options
 from loratool.ops.opening import open_adapter
 from loratool.ops.targets import target_named
 from loratool.ops.targets.target import Target
+from loratool.plan.adapter import AdapterPlan
+from loratool.plan.history import History, Source
+from loratool.plan.rounding import Outcome
+from loratool.plan.writing import measure_adapter, write_adapter
 from loratool.schemes import builtin_schemes
+from loratool.write.options import WriteOptions
+from loratool.write.write import write
 
 __all__ = ["NAMINGS", "ConvertReport", "convert"]
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
 NAMINGS: Final = ("native", "diffusers")
-BLOCK: Final = 1 << 20
 HASHED_BELOW: Final = 64 << 20
 """Larger inputs go by their size in the metadata: hashing takes longer than copying."""
 
@@ -49,7 +48,7 @@ class ConvertReport:
     """
 
     source: str
-    plan: ConversionPlan
+    plan: AdapterPlan
     outcome: Outcome
     is_written: bool
     notes: tuple[str, ...] = field(default=())
@@ -91,7 +90,7 @@ class ConvertReport:
             "files": plan.described_files(),
             "peak_memory": plan.peak_memory,
             "sidecars": [sidecar.name for sidecar in plan.sidecars],
-            "carried": [c.spec.name for c in plan.carried if c.constant is None],
+            "carried": list(plan.extras),
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped],
             "notes": list(self.notes),
         }
@@ -185,7 +184,7 @@ def convert(
         base_modules=tuple(opened_base.weights) if opened_base is not None else (),
         enabled=enable_lora,
     )
-    options = {
+    asked = {
         "to": scheme.name,
         "for": target,
         "from": source,
@@ -203,37 +202,34 @@ def convert(
         "drop": tuple(drop),
         "skip": tuple(skip),
     }
-    wishes = Wishes(
+    written_name = name if name is not None else adapter_name
+    check_options(scheme, rank=rank, to_lora=to_lora, name=written_name)
+    conversion = Conversion(
+        initial=open_adapter(initial, scheme=source) if initial is not None else None,
+        drop=tuple(drop),
+        to_lora=to_lora,
+        rank=rank,
+        target=loader,
+    )
+    options = WriteOptions(
         output=place,
         base=opened_base,
-        initial=open_adapter(initial, scheme=source) if initial is not None else None,
         dtype=OUTPUT_DTYPES[dtype] if dtype else None,
         family=family,
         naming=naming,
         component=component,
-        name=name if name is not None else adapter_name,
-        drop=tuple(drop),
-        to_lora=to_lora,
-        rank=rank,
+        name=written_name,
         fold=fold,
         pad=pad,
-        target=loader,
-        options=options,
-        digest=NO_DIGEST if opened.stamp.size < HASHED_BELOW else None,
     )
-    # The input is hashed while it is converted; there is room for the hash in the header.
-    with ThreadPoolExecutor(1) as pool:
-        is_hashed = not dry_run and opened.stamp.size < HASHED_BELOW
-        digest = pool.submit(_digest, opened.weights) if is_hashed else None
-        plan = plan_conversion(opened, scheme, wishes)
-        if plan.needs_torch:
-            import_torch()
-        if dry_run:
-            outcome = measure(plan)
-        else:
-            outcome = run_conversion(
-                plan, place, inputs=inputs, force=force, progress=progress, digest=digest
-            )
+    hashed = opened.weights if opened.stamp.size < HASHED_BELOW else None
+    history = History("convert", (Source(opened.path.resolve().name, hashed),), asked)
+    new, options = converted(opened, scheme, conversion, options, history)
+    plan = write(new, scheme, options)
+    if dry_run:
+        outcome = measure_adapter(plan)
+    else:
+        outcome = write_adapter(plan, place, inputs=inputs, force=force, progress=progress)
     return ConvertReport(
         source=opened.scheme,
         plan=plan,
@@ -251,14 +247,6 @@ def _scheme_name(to: str | None, target: Target | None) -> str:
     if to is not None and to != target.scheme:
         raise OptionError("--to", f"{target.name} reads {target.scheme}, not {to}")
     return target.scheme
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _written_scheme(name: str) -> KeyScheme:

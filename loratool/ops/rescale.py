@@ -20,14 +20,14 @@ from loratool.ops.algebra.plan import AdapterPlan
 from loratool.ops.algebra.planning import check_place
 from loratool.ops.algebra.provenance import provenance
 from loratool.ops.algebra.rescaling import Change, change_of, plan_rescaling, rounding_of
-from loratool.ops.conversion.plan import ConversionPlan
-from loratool.ops.conversion.planning import plan_conversion
-from loratool.ops.conversion.running import run_conversion
 from loratool.ops.conversion.through import is_direct
-from loratool.ops.conversion.wishes import Wishes
 from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
+from loratool.plan.adapter import ConversionPlan
+from loratool.plan.writing import run_conversion
 from loratool.schemes import scheme_named
+from loratool.write.options import Wishes
+from loratool.write.write import plan_conversion
 
 __all__ = ["RescaleReport", "rescale"]
 

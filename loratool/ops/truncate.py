@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -11,13 +10,14 @@ from loratool.adapter.model import Adapter
 from loratool.errors import AdapterError, FileFormatError, OptionError
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.files.json import read_json_object
+from loratool.ops.algebra.combining import Combination, output_scheme
+from loratool.ops.algebra.computing import Method
 from loratool.ops.algebra.joining import check_computable, join
-from loratool.ops.algebra.planning import Draft, output_scheme
-from loratool.ops.algebra.ranks import Truncation, full_ranks, parse_size
-from loratool.ops.algebra.result import AdapterReport
-from loratool.ops.conversion.through import through
-from loratool.ops.importing import import_torch
+from loratool.ops.algebra.ranks import Truncation, parse_size
+from loratool.ops.algebra.result import AdapterReport, finish
+from loratool.ops.devices import mover_to
 from loratool.ops.opening import open_adapter
+from loratool.write.options import WriteOptions
 
 __all__ = ["truncate"]
 
@@ -104,49 +104,33 @@ def truncate(
         "skip": tuple(skip),
     }
     inputs = [Path(adapter), *([Path(base)] if base is not None else [])]
-    with through(
-        output_scheme([opened], None),
-        Path(output),
+    base_norms = None
+    if base is not None:
+        from loratool.ops.algebra.base_norms import weight_norms
+
+        base_norms = weight_norms(opened, Path(base))
+    draft = Combination(
+        verb="truncate",
+        adapters=[opened],
+        joints=joints,
+        scheme=output_scheme([opened], None),
+        options=WriteOptions(Path(output), dtype=written_dtype),
+        asked=options,
+        method=Method(mover=mover_to(device)),
+        keep_factors=True,
+        notes=notes,
+    )
+    return finish(
+        draft,
+        truncation,
         inputs=inputs,
         force=force,
         dry_run=dry_run,
-        adapters=[opened],
-    ) as way:
-        draft = Draft(
-            verb="truncate",
-            adapters=[opened],
-            joints=joints,
-            scheme=way.scheme,
-            output=way.place,
-            options=options,
-            dtype=written_dtype,
-            keep_factors=True,
-            notes=notes,
-        )
-        draft.plan(full_ranks(joints, truncation))  # what cannot be written fails before the work
-        import_torch()
-        from loratool.ops.algebra.finishing import finish
-
-        base_norms = None
-        if base is not None:
-            from loratool.ops.algebra.base_norms import weight_norms
-
-            base_norms = weight_norms(opened, Path(base))
-        report = finish(
-            draft,
-            truncation,
-            inputs=inputs,
-            force=force,
-            dry_run=dry_run,
-            device=device,
-            threads=threads,
-            progress=progress,
-            base_norms=base_norms,
-            rests=_rests(opened, Path(spectrum)) if spectrum is not None else None,
-        )
-        if dry_run:
-            way.preview(report.plan)
-    return replace(report, final=way.final)
+        threads=threads,
+        progress=progress,
+        base_norms=base_norms,
+        rests=_rests(opened, Path(spectrum)) if spectrum is not None else None,
+    )
 
 
 def _rests(adapter: Adapter, path: Path) -> dict[str, float]:

@@ -4,82 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from loratool.adapter.model import Adapter, Extra, ExtraKind
 from loratool.adapter.patterns import matches_target
-from loratool.adapter.saving import OutputSite
-from loratool.adapter.scheme import KeyScheme
-from loratool.adapter.slots import AdapterKey, Slot
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.container import read_bytes
-from loratool.files.dtypes import DTYPES
-from loratool.files.spec import StoredTensor, TensorSpec
-from loratool.ops.algebra.joining import output_dtype
+from loratool.files.spec import StoredTensor
+from loratool.values.arrays import decode
+from loratool.values.expr import Expr, Mean, Stored, widest
+from loratool.write.extras import Extras, NewExtra
 
-__all__ = ["POLICIES", "Carried", "Extras", "gather_extras"]
+__all__ = ["POLICIES", "gather_extras"]
 
 POLICIES: Final = ("error", "first", "last", "average")
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """A tensor of the output that is no delta.
-
-    Attributes:
-        spec: What is written.
-        sources: What it comes from: the one tensor, or all that are averaged.
-        rows: For rows of an embedding: for each row written, which rows of which tensors of
-            ``sources`` it is the mean of.
-        factor: What the values are multiplied by.
-        constant: The one value of a scalar that does not come from a tensor.
-    """
-
-    spec: TensorSpec
-    sources: tuple[StoredTensor, ...]
-    rows: tuple[tuple[tuple[int, int], ...], ...] = ()
-    factor: float = 1.0
-    constant: float | None = None
-
-
-@dataclass
-class Extras:
-    """All of them, and what the configuration has to say about them.
-
-    Attributes:
-        carried: The tensors.
-        config: Fields of the configuration.
-        notes: What a user should know.
-        dropped: Keys that are not written, with the reason.
-    """
-
-    carried: list[Carried] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    dropped: list[tuple[str, str]] = field(default_factory=list)
-
-
-def gather_extras(
-    adapters: Sequence[Adapter],
-    sites: Sequence[OutputSite],
-    scheme: KeyScheme,
-    *,
-    policy: str,
-    dtype: str | None = None,
-) -> Extras:
+def gather_extras(adapters: Sequence[Adapter], *, policy: str = "error") -> Extras:
     """Decide what becomes of every extra of ``adapters``.
 
     Args:
         adapters: The adapters, in order.
-        sites: The modules that are written; a bias of one is named after its base layer.
-        scheme: How keys are named.
         policy: One of ``POLICIES``: what to do where two adapters bring different values.
-        dtype: The dtype to write all floats in, or ``None`` for the one they have.
 
     Raises:
         AdapterError: They disagree, and the policy is ``error``.
-        UnsupportedError: The scheme has no name for one of them.
+        UnsupportedError: No adapter can hold what they bring together.
     """
     result = Extras()
     owners: dict[tuple[str, ExtraKind], list[tuple[Adapter, Extra]]] = {}
@@ -89,17 +39,14 @@ def gather_extras(
                 result.dropped.append((extra.key, "only training needs it"))
             else:
                 owners.setdefault((extra.name, extra.kind), []).append((adapter, extra))
-    adapted = {site.module for site in sites}
     _check_conflicts(adapters, owners)
     token_indices: dict[str, list[int]] = {}
     for (name, kind), owner in owners.items():
         if kind is ExtraKind.ROWS:
-            carried, indices = _rows(name, owner, scheme, policy, dtype)
-            result.carried.append(carried)
-            token_indices[name] = indices
+            value, token_indices[name] = _rows(name, owner, policy)
         else:
-            key = _key(owner[0][1], adapted, scheme)
-            result.carried.append(_whole(key, name, owner, policy, dtype))
+            value = _whole(name, owner, policy)
+        result.items.append(NewExtra(name, kind, value, owner[0][1].key))
         if len(adapters) > len(owner):
             result.notes.append(f"{name!r} is brought by {len(owner)} of {len(adapters)} adapters")
     if len(adapters) > 1 or adapters[0].config is None:
@@ -141,34 +88,17 @@ def _is_saved(adapter: Adapter, module: str) -> bool:
     return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
 
 
-def _key(extra: Extra, adapted: set[str], scheme: KeyScheme) -> str:
-    """Return the name of a whole tensor: under ``base_layer`` where its module is adapted."""
-    module, _, leaf = extra.name.rpartition(".")
-    if extra.kind is ExtraKind.BASE_COPY:
-        wrapper = ".token_adapter" if ".token_adapter." in extra.key else ""
-        return f"{scheme.prefix}{module}{wrapper}.base_layer.{leaf}"
-    if leaf == "bias" and module in adapted:
-        return f"{scheme.prefix}{module}.base_layer.{leaf}"
-    return f"{scheme.prefix}{extra.name}"
-
-
-def _whole(
-    key: str,
-    name: str,
-    owners: Sequence[tuple[Adapter, Extra]],
-    policy: str,
-    dtype: str | None,
-) -> Carried:
+def _whole(name: str, owners: Sequence[tuple[Adapter, Extra]], policy: str) -> Expr:
     if len({id(adapter) for adapter, _ in owners}) < len(owners):
         keys = " and ".join(repr(extra.key) for _, extra in owners)
         raise AdapterError(f"{owners[0][0].path}: {name}", f"{keys} mean the same parameter")
-    tensors = [extra.tensor for _, extra in owners]
-    chosen = _choose(name, owners, policy)
-    written = _dtype([tensor.spec.dtype for tensor in (chosen or tensors)], dtype)
-    shapes = {tensor.spec.shape for tensor in (chosen or tensors)}
+    chosen = _choose(name, owners, policy) or [extra.tensor for _, extra in owners]
+    if len(chosen) == 1:
+        return Stored(chosen[0])
+    shapes = {tensor.spec.shape for tensor in chosen}
     if len(shapes) > 1:
         raise AdapterError(name, f"has different shapes: {', '.join(map(str, shapes))}")
-    return Carried(TensorSpec(key, written, shapes.pop()), tuple(chosen or tensors))
+    return Mean(tuple(map(Stored, chosen)), (), widest([t.spec.dtype for t in chosen]))
 
 
 def _choose(
@@ -190,28 +120,17 @@ def _choose(
     )
 
 
-def _dtype(dtypes: Sequence[str], wanted: str | None) -> str:
-    common = output_dtype(dtypes)
-    return wanted if wanted is not None and DTYPES[common].is_float else common
-
-
 def _same(one: StoredTensor, other: StoredTensor) -> bool:
     if one.spec.shape != other.spec.shape:
         return False
     if one.spec.dtype == other.spec.dtype:
         return read_bytes(one) == read_bytes(other)
-    from loratool.ops.tensors import read_tensor
-
-    return bool((read_tensor(one).double() == read_tensor(other).double()).all())
+    return bool((decode(one) == decode(other)).all())
 
 
 def _rows(
-    name: str,
-    owners: Sequence[tuple[Adapter, Extra]],
-    scheme: KeyScheme,
-    policy: str,
-    dtype: str | None,
-) -> tuple[Carried, list[int]]:
+    name: str, owners: Sequence[tuple[Adapter, Extra]], policy: str
+) -> tuple[Expr, list[int]]:
     """Return the union of the trained rows of an embedding, and their indices."""
     places: dict[int, list[tuple[int, int]]] = {}
     tensors = [extra.tensor for _, extra in owners]
@@ -237,27 +156,16 @@ def _rows(
                 hint="choose with --extras first, last or average",
             )
         rows.append(tuple(candidates))
-    try:
-        key = scheme.format(AdapterKey(name, Slot.ROWS))
-    except KeyError:
-        raise UnsupportedError(
-            name,
-            f"the scheme {scheme.name!r} has no name for trained token rows",
-            hint="write another scheme with --to, such as --to peft",
-        ) from None
-    written = _dtype([tensor.spec.dtype for tensor in tensors], dtype)
-    spec = TensorSpec(key, written, (len(order), *widths.pop()))
     if len(owners) == 1:
-        return Carried(spec, tuple(tensors)), order
-    return Carried(spec, tuple(tensors), tuple(rows)), order
+        return Stored(tensors[0]), order
+    dtype = widest([tensor.spec.dtype for tensor in tensors])
+    return Mean(tuple(map(Stored, tensors)), tuple(rows), dtype), order
 
 
 def _same_rows(tensors: Sequence[StoredTensor], places: Sequence[tuple[int, int]]) -> bool:
     if len(places) == 1:
         return True
-    from loratool.ops.tensors import read_tensor
-
-    values = [read_tensor(tensors[number])[position].double() for number, position in places]
+    values = [decode(tensors[number])[position] for number, position in places]
     return all(bool((values[0] == other).all()) for other in values[1:])
 
 

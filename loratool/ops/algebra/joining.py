@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loratool.adapter.model import HEAD_LEAVES, Adapter, Kind, Site, in_registered_order
-from loratool.adapter.saving import OutputSite
 from loratool.adapter.shapes import width_of
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
+from loratool.files.spec import StoredTensor
 from loratool.names.canonical import canonical_path
-from loratool.names.experts import is_fusible_expert
 from loratool.names.pipelines import component_of
+from loratool.ops.algebra.shape import DeltaShape
 from loratool.ops.merging.mergeable import (
     CONVERT_HINT,
     HARMLESS_INITS,
@@ -25,8 +25,9 @@ from loratool.ops.merging.mergeable import (
     site_problems,
 )
 from loratool.ops.naming.paths import families_of_modules, is_fused
+from loratool.values.expr import widest
 
-__all__ = ["Joint", "Term", "check_computable", "join", "module_name", "output_dtype"]
+__all__ = ["Joint", "Term", "check_computable", "join", "module_name"]
 
 EXPERTS: Final = "all experts"
 
@@ -51,18 +52,20 @@ class Joint:
     Attributes:
         name: What it is called in reports; an expert parameter goes by its own path.
         terms: The adapters' parts.
-        output: How it is written at the sum of the ranks, with alpha equal to that.
+        shape: What it is but for its rank.
         twin_of: Name of the embedding whose factors this tied head shares, transposed.
         twin_scale: The head's scale over that of the embedding.
         ranks_add_up: Whether the result can have the sum of the ranks, else only the largest.
+        group: The rank group that it is in, where that is not for PEFT's patterns to say.
     """
 
     name: str
     terms: tuple[Term, ...]
-    output: OutputSite
+    shape: DeltaShape
     twin_of: str | None = None
     twin_scale: float = 1.0
     ranks_add_up: bool = True
+    group: str | None = None
 
     @property
     def rank_group(self) -> str:
@@ -72,23 +75,26 @@ class Joint:
         its embedding. All raw parameters and all experts share theirs, for PEFT warns about
         any pattern that means a parameter, and fuses experts of one rank only.
         """
-        if self.twin_of is not None:
-            return self.twin_of
-        return EXPERTS if self.output.needs_default else self.output.pattern_path
-
-    @property
-    def smallest_side(self) -> int:
-        """The rank that no matrix of this shape exceeds."""
-        columns = 1
-        for size in self.output.into:
-            columns *= size
-        return min(self.output.out, columns)
+        if self.group is not None or self.twin_of is not None:
+            return self.group or self.twin_of or ""
+        return EXPERTS if self.shape.needs_default else self.shape.pattern_path
 
     @property
     def full_rank(self) -> int:
         """The rank at which nothing is lost: of the factors side by side, or of the matrix."""
         ranks = [term.site.rank for term in self.terms]
-        return min(sum(ranks) if self.ranks_add_up else max(ranks), self.smallest_side)
+        most = sum(ranks) if self.ranks_add_up else max(ranks)
+        return min(most, self.shape.smallest_side)
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors of all terms."""
+        return tuple(stored for term in self.terms for stored in term.site.slots.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that have to be read."""
+        return sum(stored.spec.nbytes for stored in self.tensors)
 
 
 def check_computable(adapter: Adapter, *, verb: str) -> None:
@@ -145,16 +151,6 @@ def module_name(site: Site) -> str:
         return site.label
     last = len(site.parameters) - 1
     return site.parameters[max(0, last - site.nesting)]
-
-
-def output_dtype(dtypes: Sequence[str]) -> str:
-    """Return the dtype that holds all of ``dtypes``: the widest, float32 for both halves."""
-    unique = set(dtypes)
-    if len(unique) == 1:
-        return unique.pop()
-    if unique == {"F16", "BF16"}:
-        return "F32"
-    return max(unique, key=lambda name: DTYPES[name].bits)
 
 
 def join(
@@ -270,7 +266,7 @@ def _nestings(groups: dict[str, list[Term]]) -> dict[str, int]:
 
 def _joint(name: str, terms: tuple[Term, ...], nesting: int | None, dtype: str | None) -> Joint:
     first = terms[0].site
-    shape = _shape(terms[0])
+    size = _shape(terms[0])
     for term in terms[1:]:
         site = term.site
         if (site.kind, bool(site.parameters)) != (first.kind, bool(first.parameters)):
@@ -279,14 +275,14 @@ def _joint(name: str, terms: tuple[Term, ...], nesting: int | None, dtype: str |
                 f"adapts {name!r} as {site.kind.value}, {terms[0].adapter.path} as "
                 f"{first.kind.value}",
             )
-        if _shape(term) != shape:
+        if _shape(term) != size:
             raise AdapterError(
                 f"{term.adapter.path}: {site.label}",
                 f"its delta has {_words(_shape(term))}, that of {terms[0].adapter.path} "
-                f"{_words(shape)}",
+                f"{_words(size)}",
                 hint="are they for the same base?",
             )
-    out, into, experts = shape
+    out, into, experts = size
     dtypes = [
         term.site.slots[slot].spec.dtype
         for term in terms
@@ -295,24 +291,18 @@ def _joint(name: str, terms: tuple[Term, ...], nesting: int | None, dtype: str |
     ]
     is_parameter = bool(first.parameters)
     module = name.rpartition(".")[0] if is_parameter else name.replace(".base_layer", "")
-    output = OutputSite(
+    shape = DeltaShape(
         module=module,
         kind=first.kind,
-        rank=1,
-        alpha=1.0,
-        dtype=dtype or output_dtype(dtypes),
+        dtype=dtype or widest(dtypes),
         out=out,
         into=into,
-        pattern_path=name if is_parameter else replace(first, module=module).pattern_path,
         nesting=first.nesting if nesting is None else nesting,
         experts=experts,
-        is_parameter=is_parameter,
+        parameter=name if is_parameter else None,
         has_bias=any(Slot.UP_BIAS in term.site.slots for term in terms),
-        is_expert=is_fusible_expert(module),
     )
-    joint = Joint(name, terms, output)
-    rank = joint.full_rank
-    return replace(joint, output=replace(output, rank=rank, alpha=float(rank)))
+    return Joint(name, terms, shape)
 
 
 def _shape(term: Term) -> tuple[int, tuple[int, ...], int]:
@@ -337,23 +327,23 @@ def _with_biases(joints: list[Joint]) -> list[Joint]:
     Raises:
         UnsupportedError: There is a module that can have none.
     """
-    if not any(joint.output.has_bias for joint in joints):
+    if not any(joint.shape.has_bias for joint in joints):
         return joints
     for joint in joints:
-        if joint.output.kind is Kind.EMBEDDING or joint.output.is_parameter:
+        if joint.shape.kind is Kind.EMBEDDING or joint.shape.parameter is not None:
             raise UnsupportedError(
                 joint.name,
                 "cannot have a bias beside B, which other modules have (lora_bias is one switch "
                 "for all)",
             )
-    return [replace(joint, output=replace(joint.output, has_bias=True)) for joint in joints]
+    return [replace(joint, shape=replace(joint.shape, has_bias=True)) for joint in joints]
 
 
 def _with_twins(joints: list[Joint], adapters: Sequence[Adapter]) -> list[Joint]:
     """Mark heads whose factors are those of the embedding they are tied to, transposed."""
     if not any(a.config and a.config.flag("ensure_weight_tying") for a in adapters):
         return joints
-    embeddings = [joint for joint in joints if joint.output.kind is Kind.EMBEDDING]
+    embeddings = [joint for joint in joints if joint.shape.kind is Kind.EMBEDDING]
     marked = []
     for joint in joints:
         twin = next((other for other in embeddings if _is_twin(joint, other)), None)
@@ -363,7 +353,7 @@ def _with_twins(joints: list[Joint], adapters: Sequence[Adapter]) -> list[Joint]
                 joint,
                 twin_of=twin.name,
                 twin_scale=ratios.pop(),
-                output=replace(joint.output, is_target=False),
+                shape=replace(joint.shape, is_target=False),
             )
         marked.append(joint)
     return marked
@@ -383,7 +373,7 @@ def _ratio(head: Term, table: Term) -> float:
 
 
 def _is_twin(head: Joint, table: Joint) -> bool:
-    if head.output.kind is not Kind.LINEAR or head.name.rpartition(".")[2] not in HEAD_LEAVES:
+    if head.shape.kind is not Kind.LINEAR or head.name.rpartition(".")[2] not in HEAD_LEAVES:
         return False
     if [term.adapter for term in head.terms] != [term.adapter for term in table.terms]:
         return False

@@ -5,20 +5,30 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import Final, Protocol
 
 from loratool.errors import AdapterError, OptionError
-from loratool.files.dtypes import DTYPES
 from loratool.math.budget import Item, spend
 from loratool.math.ranks import minimal_rank, profile_of
 from loratool.ops.algebra.joining import Joint
-from loratool.ops.algebra.plan import AdapterPlan
+from loratool.ops.algebra.sizes import FileSize
+from loratool.plan.adapter import AdapterPlan
 
 __all__ = ["Truncation", "choose_ranks", "full_ranks", "parse_size", "within_budget"]
 
 UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 TRIED: Final = 32
 """How many modules are looked at to tell how small a file can be."""
+ATTEMPTS: Final = 8
+"""How often a budget is spent anew where the header turns out longer than expected."""
+
+
+class PlanFor(Protocol):
+    """Plans an output for ranks by group."""
+
+    def __call__(self, ranks: Mapping[str, int], *, keep: bool = True) -> AdapterPlan:
+        """Return the plan; without ``keep`` no module is copied as it is."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +152,8 @@ def choose_ranks(
     truncation: Truncation,
     spectra: Mapping[str, Sequence[Sequence[float]]],
     *,
-    plan_for: Callable[[Mapping[str, int]], AdapterPlan],
+    plan_for: PlanFor,
+    is_whole: bool = False,
     base_norms: Mapping[str, float] | None = None,
     is_met: Callable[[Joint, int], bool] | None = None,
     rests: Mapping[str, float] | None = None,
@@ -154,6 +165,7 @@ def choose_ranks(
         truncation: What was asked for; its ``rank`` limits all.
         spectra: Singular values by name of the module, for each expert.
         plan_for: Returns the plan for given ranks, whose size is what counts for a budget.
+        is_whole: Whether no module can be left out.
         base_norms: ``‖W‖_F`` by name, to weigh errors relative to the base.
         is_met: Whether a rank keeps the promise of ``max_error`` with its rounding.
         rests: What a module lacks already of the ``‖Δ‖²`` that it stands for, by name.
@@ -164,7 +176,15 @@ def choose_ranks(
     limits = full_ranks(joints, truncation)
     profiles = {name: profile_of(values) for name, values in spectra.items()}
     if truncation.max_size is not None:
-        return within_budget(joints, truncation, profiles, limits, plan_for, base_norms)
+        return within_budget(
+            joints,
+            truncation,
+            profiles,
+            limits,
+            plan_for=plan_for,
+            is_whole=is_whole,
+            base_norms=base_norms,
+        )
     assert truncation.rule is not None
     rule, value = truncation.rule
     ranks: dict[str, int] = {}
@@ -184,7 +204,9 @@ def within_budget(
     truncation: Truncation,
     profiles: Mapping[str, Sequence[float]],
     limits: Mapping[str, int],
-    plan_for: Callable[[Mapping[str, int]], AdapterPlan],
+    *,
+    plan_for: PlanFor,
+    is_whole: bool = False,
     base_norms: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """Spend one budget on all modules, for the smallest total squared error.
@@ -195,6 +217,7 @@ def within_budget(
         profiles: What each rank gains, by name of the module.
         limits: The most that each rank group may get.
         plan_for: Returns the plan for given ranks; its size is what counts.
+        is_whole: Whether no module can be left out.
         base_norms: ``‖W‖_F`` by name, to weigh gains relative to the base.
 
     Raises:
@@ -205,35 +228,42 @@ def within_budget(
     step = truncation.multiple
     groups = list(dict.fromkeys(joint.rank_group for joint in joints))
     gains: dict[str, list[float]] = {group: [] for group in groups}
-    costs = dict.fromkeys(groups, 0)
     for joint in joints:
-        group = joint.rank_group
-        costs[group] += joint.output.rank_elements * DTYPES[joint.output.dtype].bits // 8
         weight = _importance(joint, base_norms)
         profile = [square * weight for square in profiles[joint.name]]
-        gains[group] = _added(gains[group], profile)
+        gains[joint.rank_group] = _added(gains[joint.rank_group], profile)
+    size_of = FileSize(
+        lambda ranks: plan_for(ranks, keep=False),
+        groups,
+        {joint.name: joint.rank_group for joint in joints},
+    )
     # A bias beside B is exact and belongs to its module: such modules keep a rank.
-    forced = {joint.rank_group for joint in joints if joint.output.has_bias}
+    forced = {joint.rank_group for joint in joints if joint.shape.has_bias or is_whole}
     items = [
-        Item(gains[group], costs[group], limits[group], is_forced=group in forced)
-        for group in groups
+        Item(gains[group], cost, limits[group], is_forced=group in forced)
+        for group, cost in zip(groups, size_of.costs(), strict=True)
     ]
-
-    def size_of(ranks: Sequence[int]) -> int:
-        return plan_for(dict(zip(groups, ranks, strict=True))).nbytes
-
-    ranks = spend(items, budget, size_of=size_of, multiple=step)
-    if not any(ranks):
-        least = min(
-            size_of([step if place == chosen else 0 for place in range(len(groups))])
-            for chosen in range(min(len(groups), TRIED))
-        )
-        raise AdapterError(
-            "--max-size",
-            f"{budget} bytes do not hold a single rank",
-            hint=f"a file with rank {step} in one module takes {least} bytes or so",
-        )
-    return dict(zip(groups, ranks, strict=True))
+    room = budget
+    for _ in range(ATTEMPTS):
+        ranks = spend(items, room, size_of=size_of, multiple=step)
+        if not any(ranks):
+            break
+        chosen = dict(zip(groups, ranks, strict=True))
+        excess = plan_for(chosen, keep=True).nbytes - budget
+        if excess <= 0:
+            return chosen
+        room -= excess  # what the metadata says of these ranks is longer
+    tried = range(min(len(groups), TRIED)) if not is_whole else ()
+    least = min(
+        (size_of([step if place == one else 0 for place in range(len(groups))]) for one in tried),
+        default=size_of([step] * len(groups)),
+    )
+    raise AdapterError(
+        "--max-size",
+        f"{budget} bytes do not hold a single rank",
+        hint=f"a file with rank {step} in {'every' if is_whole else 'one'} module takes {least} "
+        "bytes or so",
+    )
 
 
 def _importance(joint: Joint, base_norms: Mapping[str, float] | None) -> float:

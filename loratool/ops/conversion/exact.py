@@ -8,15 +8,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loratool.adapter.model import Adapter, Kind
+from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
 from loratool.ops.conversion.base import Base
-from loratool.ops.conversion.parts import Part
-from loratool.ops.conversion.values import Computed, Stored, Value, widest
+from loratool.values.bridge import through_torch
+from loratool.values.expr import Expr, Function, Result, Stored, widest
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from loratool.values.expr import Array
 
 __all__ = ["exactly"]
 
@@ -55,13 +56,14 @@ def _folded_mid(part: Part, tensors: dict[Slot, StoredTensor]) -> Part:
     down, up, mid = (tensors[slot] for slot in (Slot.DOWN, Slot.UP, Slot.MID))
     into = (down.spec.shape[1], *mid.spec.shape[2:])
 
-    def fold(up: Tensor, down: Tensor, mid: Tensor) -> Tensor:
+    def fold(up: Array, down: Array, mid: Array) -> tuple[Array, ...]:
         from loratool.math.exact_variants import fold_mid
 
-        return fold_mid(up, down, mid)[1]
+        return fold_mid(up, down, mid)
 
     shape = (mid.spec.shape[0], *into)
-    folded = Computed("A folded with its core", (up, down, mid), fold, shape, down.spec.dtype)
+    both = Function("A folded with its core", (up, down, mid), through_torch(fold))
+    folded = Result(both, 1, shape, down.spec.dtype)
     made = part.factored(folded, part.up, note="its core was folded into A", alpha=part.alpha)
     return replace(made, kind=Kind.CONV)
 
@@ -74,7 +76,7 @@ def _from_hadamard(part: Part, tensors: dict[Slot, StoredTensor], base: Base | N
     if len(present) < 4:
         raise AdapterError(part.module, "lacks one of the four factors of a LoHa")
 
-    def factors(*values: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(*values: Array) -> tuple[Array, Array]:
         given = dict(zip(present, values, strict=True))
         return hadamard_factors(*(given.get(slot) for slot in HADA))  # type: ignore[arg-type]
 
@@ -102,10 +104,10 @@ def _from_kronecker(part: Part, tensors: dict[Slot, StoredTensor], base: Base | 
             part.module, "is a LoKr of a one-dimensional convolution, which PEFT lays out otherwise"
         )
 
-    def half(values: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    def half(values: Sequence[Array]) -> Array | tuple[Array, Array]:
         return values[0] if len(values) == 1 else (values[0], values[1])
 
-    def factors(*values: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(*values: Array) -> tuple[Array, Array]:
         first, second = len(left), len(left) + len(right)
         rest = values[second:]
         return kronecker_factors(
@@ -154,7 +156,7 @@ def _from_vera(
     stored = [tensors[Slot.VERA_B], tensors[Slot.VERA_D], shared["vera_A"], shared["vera_B"]]
     rank = tensors[Slot.VERA_D].spec.shape[0]
 
-    def factors(*values: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(*values: Array) -> tuple[Array, Array]:
         one, other, shared_a, shared_b = values
         return vera_factors(one, other, shared_a, shared_b, out, into)
 
@@ -178,7 +180,7 @@ def _kernel(part: Part, base: Base | None) -> tuple[int, ...]:
 def written_out(
     part: Part,
     stored: Sequence[StoredTensor],
-    factors: Callable[..., tuple[Tensor, Tensor]],
+    factors: Callable[..., tuple[Array, Array]],
     rank: int,
     kernel: tuple[int, ...],
     note: str,
@@ -187,11 +189,10 @@ def written_out(
     out, width = shape or (part.site.out_features, part.site.in_features)
     into = (width // math.prod(kernel), *kernel)
     dtype = widest([tensor.spec.dtype for tensor in stored])
-    tensors = tuple(stored)
-    down = Computed("A", tensors, lambda *v: factors(*v)[1], (rank, *into), dtype)
-    ones = (1,) * len(kernel)
-    up = Computed("B", tensors, lambda *v: factors(*v)[0], (out, rank, *ones), dtype)
-    others: dict[Slot, Value] = {s: v for s, v in part.values.items() if s is Slot.BIAS}
+    both = Function(note, tuple(stored), through_torch(factors))
+    down = Result(both, 1, (rank, *into), dtype)
+    up = Result(both, 0, (out, rank, *(1,) * len(kernel)), dtype)
+    others: dict[Slot, Expr] = {s: v for s, v in part.values.items() if s is Slot.BIAS}
     return replace(
         part,
         values={Slot.DOWN: down, Slot.UP: up, **others},

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loratool.adapter.model import Adapter
+from loratool.adapter.part import Part
 from loratool.errors import AdapterError
-from loratool.ops.conversion.parts import Part, part_of
-from loratool.ops.conversion.values import Arranged, widest
-from loratool.ops.conversion.views import concatenated, scaled
+from loratool.values.expr import Placed, concatenated, widest
+from loratool.write.stored import part_of
 
 __all__ = ["without_initial"]
 
@@ -31,7 +31,7 @@ def without_initial(parts: Sequence[Part], initial: Adapter) -> list[Part]:
         AdapterError: The two do not have the same modules, of the same shapes.
     """
     before = {site.label: part_of(site, initial) for site in initial.sites}
-    made = [_difference(part, before.pop(part.site.label, None), initial) for part in parts]
+    made = [_difference(part, before.pop(part.label, None), initial) for part in parts]
     if before:
         raise AdapterError(
             initial.path, f"has the module {next(iter(before))!r}, which the trained adapter lacks"
@@ -40,7 +40,7 @@ def without_initial(parts: Sequence[Part], initial: Adapter) -> list[Part]:
 
 
 def _difference(part: Part, start: Part | None, initial: Adapter) -> Part:
-    where = f"{initial.path}: {part.site.label}"
+    where = f"{initial.path}: {part.label}"
     if start is None:
         raise AdapterError(where, "is not there; expected the adapter as it was initialised")
     if not (part.is_plain and start.is_plain) or part.slots != start.slots:
@@ -49,7 +49,7 @@ def _difference(part: Part, start: Part | None, initial: Adapter) -> Part:
     if (start.down.shape[1:], start.up.shape[0]) != shapes:
         raise AdapterError(where, "has another shape than in the trained adapter")
     if part.scale == 0:
-        raise AdapterError(part.site.label, "has the scale 0")
+        raise AdapterError(part.label, "has the scale 0")
     if not math.isclose(start.scale, part.scale, rel_tol=1e-6):
         raise AdapterError(
             where,
@@ -57,8 +57,8 @@ def _difference(part: Part, start: Part | None, initial: Adapter) -> Part:
             hint="are these two states of one training?",
         )
     rank = part.rank + start.rank
-    up = Arranged(
-        ((part.up, 0, 0), (scaled(start.up, -start.scale / part.scale), 0, part.rank)),
+    up = Placed(
+        ((part.up, 0, 0), (start.up.scaled(-start.scale / part.scale), 0, part.rank)),
         (part.up.shape[0], rank, *part.up.shape[2:]),
         widest([part.up.dtype, start.up.dtype]),
     )

@@ -3,83 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from threading import Lock
 from typing import TYPE_CHECKING, Final
 
 from loratool.adapter.model import Adapter, Kind
+from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import VARIANT_WORDS
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
 from loratool.ops.conversion.base import Base
-from loratool.ops.conversion.parts import Part
-from loratool.ops.conversion.values import Computed, Value, widest
-from loratool.ops.conversion.views import scaled
+from loratool.plan.rounding import Approximated
+from loratool.values.expr import Expr, Result, widest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Approximation", "nearest"]
+    from loratool.values.expr import Array
+
+__all__ = ["nearest"]
 
 NEED_BASE: Final = frozenset(("dora", "oft", "boft", "ia3", "glora", "vera"))
 FACTOR_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 
 
 class Approximation:
-    """Both factors of a dense delta, computed once and kept until both are read.
+    """Both factors of a dense delta, A and B, computed at once.
 
     Attributes:
-        squared_norm: ``‖Δ‖_F²`` once it is computed.
-        squared_error: ``‖Δ - up @ down‖_F²``.
+        name: What it is, for people.
+        tensors: What it is computed from.
     """
 
-    def __init__(self, delta: Callable[[], Tensor], rank: int, seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        tensors: Sequence[StoredTensor],
+        delta: Callable[[], Tensor],
+        rank: int,
+        seed: int,
+    ) -> None:
+        self.name = name
+        self.tensors = tuple(tensors)
         self._delta = delta
         self._rank = rank
         self._seed = seed
-        self._lock = Lock()
-        self._kept: dict[int, Tensor] = {}
-        self.squared_norm = 0.0
-        self.squared_error = 0.0
 
-    def factor(self, index: int) -> Tensor:
-        """Return A (0) or B (1) in float32 or float64."""
+    def compute(self) -> tuple[tuple[Array, ...], Approximated]:
+        """Return A and B of the rank that was asked for, filled with zeros beyond their own."""
+        import numpy as np
         import torch
 
         from loratool.math.extraction import leading_part
 
-        with self._lock:
-            if index not in self._kept:
-                generator = torch.Generator().manual_seed(self._seed)
-                delta = self._delta().flatten(1)
-                found = leading_part(delta, self._rank, generator)
-                self.squared_norm = found.squared_norm
-                self.squared_error = found.squared_residual
-                factors = found.factors
-                self._kept = {
-                    0: _padded(factors.down * factors.scale, self._rank, 0),
-                    1: _padded(factors.up, self._rank, 1),
-                }
-            return self._kept.pop(index)
+        generator = torch.Generator().manual_seed(self._seed)
+        found = leading_part(self._delta().flatten(1), self._rank, generator)
+        factors = found.factors
+        down, up = (factors.down * factors.scale).double().numpy(), factors.up.double().numpy()
+        missing = self._rank - down.shape[0]
+        both = np.pad(down, ((0, missing), (0, 0))), np.pad(up, ((0, 0), (0, missing)))
+        return both, Approximated(found.squared_norm, found.squared_residual)
 
 
-def _padded(factor: Tensor, rank: int, axis: int) -> Tensor:
-    import torch
-
-    missing = rank - factor.shape[axis]
-    if missing <= 0:
-        return factor
-    shape = list(factor.shape)
-    shape[axis] = missing
-    return torch.cat([factor, factor.new_zeros(shape)], dim=axis)
-
-
-def nearest(
-    part: Part, adapter: Adapter, base: Base | None, rank: int | None
-) -> tuple[Part, Approximation]:
-    """Return the best plain LoRA of ``rank``, and how near it comes once it is computed.
+def nearest(part: Part, adapter: Adapter, base: Base | None, rank: int | None) -> Part:
+    """Return the best plain LoRA of ``rank``; how near it comes is told once it is computed.
 
     Raises:
         UnsupportedError: A base or a rank is missing, or there is no matrix to approximate.
@@ -108,20 +96,23 @@ def nearest(
         raise UnsupportedError(where, f"has the shape {list(shape)}, which has no rank")
     kernel = shape[2:]
     most = min(rank, shape[0], math.prod(shape[1:]))
+    used = [*part.site.slots.values(), *([weight] if weight is not None else [])]
     is_turned = weight is not None and base is not None and _is_turned(part, shape, base)
     _check_fit(part, shape, is_turned=is_turned)
-    made = Approximation(lambda: _dense(part, weight, is_turned=is_turned), most, seed=0)
+    made = Approximation(
+        words, used, lambda: _dense(part, weight, is_turned=is_turned), most, seed=0
+    )
     dtype = _dtype(part)
     rows, width = (shape[1], shape[0]) if is_turned else (shape[0], shape[1])
-    down = Computed("A", (), lambda: made.factor(0), (most, width, *kernel), dtype)
+    down = Result(made, 0, (most, width, *kernel), dtype)
     ones = (1,) * len(kernel)
-    up = Computed("B", (), lambda: made.factor(1), (rows, most, *ones), dtype)
-    others: dict[Slot, Value] = {
+    up = Result(made, 1, (rows, most, *ones), dtype)
+    others: dict[Slot, Expr] = {
         s: v for s, v in part.values.items() if s in (Slot.BIAS, Slot.UP_BIAS)
     }
     if Slot.UP_BIAS in others:
-        others[Slot.UP_BIAS] = scaled(others[Slot.UP_BIAS], part.scale)
-    plain = replace(
+        others[Slot.UP_BIAS] = others[Slot.UP_BIAS].scaled(part.scale)
+    return replace(
         part,
         values={Slot.DOWN: down, Slot.UP: up, **others},
         rank=most,
@@ -131,7 +122,6 @@ def nearest(
         kind=Kind.CONV if kernel else Kind.LINEAR,
         notes=(*part.notes, f"{words}: the best plain LoRA of rank {most}"),
     )
-    return plain, made
 
 
 def _check_fit(part: Part, shape: tuple[int, ...], *, is_turned: bool) -> None:
@@ -185,7 +175,7 @@ def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Tenso
     weight = read_tensor(stored).double()
     if is_turned:
         weight = weight.T
-    alpha = part.site.slots.get(Slot.ALPHA)
+    alpha = part.stored(Slot.ALPHA)
     limit = float(read_tensor(alpha).double().reshape(())) if alpha is not None else 0.0
     rescale = values.get(Slot.OFT_RESCALE)
     match part.variant:

@@ -12,25 +12,22 @@ from dataclasses import replace
 from typing import Final
 
 from loratool.adapter.model import Adapter, Kind
+from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import EXACT_VARIANTS, VARIANT_WORDS
 from loratool.errors import UnsupportedError
 from loratool.ops.conversion.base import Base
 from loratool.ops.conversion.exact import exactly
-from loratool.ops.conversion.nearest import Approximation, nearest
-from loratool.ops.conversion.parts import Part
-from loratool.ops.conversion.values import Value
-from loratool.ops.conversion.views import block_diagonal, reshaped
+from loratool.ops.conversion.nearest import nearest
+from loratool.values.expr import Expr, block_diagonal
 
 __all__ = ["shaped_like", "to_plain"]
 
 NO_MATRIX: Final = frozenset(("norm", "bias"))
 
 
-def to_plain(
-    part: Part, adapter: Adapter, base: Base | None, rank: int | None
-) -> tuple[Part, Approximation | None]:
-    """Return ``part`` with A and B, and how well they stand for it where they are not exact.
+def to_plain(part: Part, adapter: Adapter, base: Base | None, rank: int | None) -> Part:
+    """Return ``part`` with A and B: the same delta, or the nearest of a rank.
 
     Args:
         part: Any part.
@@ -42,7 +39,7 @@ def to_plain(
         UnsupportedError: It needs a base or a rank, or has no matrix at all.
     """
     if part.variant in ("lora", "stacked") and part.is_plain:
-        return part, None
+        return part
     if part.variant in NO_MATRIX:
         raise UnsupportedError(
             f"{adapter.path}: {part.module}",
@@ -51,12 +48,12 @@ def to_plain(
         )
     if part.variant in EXACT_VARIANTS:
         magnitude = part.values.get(Slot.MAGNITUDE)
-        bare: dict[Slot, Value] = {
+        bare: dict[Slot, Expr] = {
             slot: v for slot, v in part.values.items() if slot is not Slot.MAGNITUDE
         }
         made = exactly(replace(part, values=bare), adapter, base)
         if magnitude is None:
-            return made, None
+            return made
         values = {**made.values, Slot.MAGNITUDE: magnitude}
         part = replace(made, values=values, variant="dora")
     return nearest(part, adapter, base, rank)
@@ -70,8 +67,8 @@ def shaped_like(part: Part, shape: tuple[int, ...]) -> Part:
     if len(shape) > 2 and len(down.shape) == 2 and down.shape[1] == math.prod(shape[1:]):
         ones = (1,) * (len(shape) - 2)
         made = part.factored(
-            reshaped(down, (down.shape[0], *shape[1:])),
-            reshaped(up, (*up.shape[:2], *ones)),
+            down.reshaped((down.shape[0], *shape[1:])),
+            up.reshaped((*up.shape[:2], *ones)),
             alpha=part.alpha,
             note="shaped like the base's convolution",
         )
@@ -80,8 +77,8 @@ def shaped_like(part: Part, shape: tuple[int, ...]) -> Part:
         return _from_loralib(part, shape)
     if len(shape) == 2 and len(down.shape) > 2 and set(down.shape[2:]) == {1}:
         made = part.factored(
-            reshaped(down, down.shape[:2]),
-            reshaped(up, up.shape[:2]),
+            down.reshaped(down.shape[:2]),
+            up.reshaped(up.shape[:2]),
             alpha=part.alpha,
             note="shaped like the base's linear layer",
         )
@@ -106,10 +103,10 @@ def _from_loralib(part: Part, shape: tuple[int, ...]) -> Part:
     out, into, kernel, _ = shape
     rows = part.down.shape[0]
     down = block_diagonal([part.down] * kernel, [rows] * kernel)
-    up = reshaped(part.up, (out, kernel * rows, 1, 1))
+    up = part.up.reshaped((out, kernel * rows, 1, 1))
     scaling = part.site.scaling
     made = part.factored(
-        reshaped(down, (kernel * rows, into, kernel, kernel)),
+        down.reshaped((kernel * rows, into, kernel, kernel)),
         up,
         note="loralib's factors of a convolution laid out as kernels",
         # Alpha is divided by r, and A has r · k rows.

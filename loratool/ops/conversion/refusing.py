@@ -9,7 +9,6 @@ from loratool.adapter.model import Adapter, Site
 from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.names.positions import UNET_MODULES
-from loratool.ops.conversion.wishes import Wishes
 from loratool.ops.merging.mergeable import HARMLESS_INITS
 from loratool.schemes import scheme_named
 
@@ -42,15 +41,14 @@ class Dropping:
                 yield f"--drop {pattern.pattern!r} means no module, and no tensor that is no delta"
 
 
-def check_options(wishes: Wishes, scheme: KeyScheme) -> None:
+def check_options(scheme: KeyScheme, *, rank: int | None, to_lora: bool, name: str | None) -> None:
     """Refuse options that mean nothing without another, or cannot be written.
 
     Raises:
         OptionError: There is one.
     """
-    if wishes.rank is not None and not wishes.to_lora:
+    if rank is not None and not to_lora:
         raise OptionError("--rank", "is that of what --to-lora approximates, and needs it")
-    name = wishes.name
     is_written = scheme.spelling is Spelling.BARE_FLAT
     if is_written and name is not None and (not name or any(char in name for char in "./\\")):
         raise OptionError("--name", f"{name!r} is no name of an adapter: no dots, no slashes")

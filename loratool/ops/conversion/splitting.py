@@ -11,13 +11,12 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Final
 
+from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.names.diffusion import Fusion
-from loratool.ops.conversion.parts import Part
-from loratool.ops.conversion.values import Stored, Value
-from loratool.ops.conversion.views import columns, concatenated, rows
+from loratool.values.expr import Expr, Stored, concatenated
 
 __all__ = ["ROW_SLOTS", "check_magnitude", "check_splittable", "split_fused", "swapped"]
 
@@ -39,10 +38,10 @@ def split_fused(part: Part, names: Sequence[str], fusion: Fusion) -> Iterator[Pa
     check_magnitude(part, "split")
     start = 0
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        up = rows(part.up, start, start + size)
+        up = part.up.rows(start, start + size)
         down, how = part.down, "split from a fused projection, sharing its A"
-        others: dict[Slot, Value] = {
-            slot: rows(value, start, start + size)
+        others: dict[Slot, Expr] = {
+            slot: value.rows(start, start + size)
             for slot, value in part.values.items()
             if slot in ROW_SLOTS
         }
@@ -50,7 +49,7 @@ def split_fused(part: Part, names: Sequence[str], fusion: Fusion) -> Iterator[Pa
             first, last = ranks[index]
             last = max(last, first + 1) if others else last
             if (first, last) != (0, part.rank):
-                up, down = columns(up, first, last), rows(part.down, first, last)
+                up, down = up.columns(first, last), part.down.rows(first, last)
                 how = "split from a fused projection, with its own ranks"
         if ranks is None or first < last:
             made = part.factored(down, up, note=how, alpha=part.alpha if ranks is None else None)
@@ -115,10 +114,10 @@ def swapped(part: Part) -> Part:
             part.module, f"has {part.up.shape[0]} outputs, and its halves are to be exchanged"
         )
 
-    def exchange(value: Value) -> Value:
-        return concatenated([rows(value, half, 2 * half), rows(value, 0, half)])
+    def exchange(value: Expr) -> Expr:
+        return concatenated([value.rows(half, 2 * half), value.rows(0, half)])
 
-    others: dict[Slot, Value] = {
+    others: dict[Slot, Expr] = {
         slot: exchange(v)
         for slot, v in part.values.items()
         if slot in ROW_SLOTS and not (slot is Slot.MAGNITUDE and part.has_input_magnitudes)

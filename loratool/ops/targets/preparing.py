@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Any, Final
 
 from loratool.adapter.model import Adapter, Kind
+from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.json import read_json_object
 from loratool.ops.conversion.base import Base
-from loratool.ops.conversion.parts import Part
-from loratool.ops.conversion.views import rows
 from loratool.ops.targets.checking import listed, mending
 from loratool.ops.targets.features import features_of
 from loratool.ops.targets.target import Fate, Fusion, Mend, Target
@@ -66,10 +65,10 @@ def uniform_rank(parts: Sequence[Part], target: Target) -> int | None:
     if ranks == {wanted}:
         return None
     for part in parts:
-        if part.is_plain and part.rank != wanted and part.site.experts > 1:
+        if part.is_plain and part.rank != wanted and part.experts > 1:
             raise UnsupportedError(
                 part.module,
-                f"stacks {part.site.experts} experts of rank {part.rank}, which are not filled up "
+                f"stacks {part.experts} experts of rank {part.rank}, which are not filled up "
                 f"to rank {wanted}",
             )
     return wanted
@@ -112,7 +111,7 @@ def refusals(
 def _apart(part: Part, target: Target, base: Base | None) -> Iterator[Part]:
     parent, _, leaf = part.module.rpartition(".")
     fusion = target.fusions.get(leaf)
-    if fusion is None or part.site.parameters or ".experts" in part.module:
+    if fusion is None or part.parameter or ".experts" in part.module:
         yield part
         return
     if base is not None and base.find(part.module) is not None:
@@ -130,11 +129,11 @@ def _apart(part: Part, target: Target, base: Base | None) -> Iterator[Part]:
         stop = start + size
         made = part.factored(
             part.down,
-            rows(part.up, start, stop),
+            part.up.rows(start, stop),
             alpha=part.alpha,
             note=f"split from {leaf}, sharing its A",
         )
-        others = {s: rows(v, start, stop) for s, v in part.values.items() if s in ROW_SLOTS}
+        others = {s: v.rows(start, stop) for s, v in part.values.items() if s in ROW_SLOTS}
         yield replace(made, module=name, values={**made.values, **others})
         start = stop
 

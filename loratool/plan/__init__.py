@@ -1,0 +1,1 @@
+"""What will be written, as a value, and the one loop that carries it out."""

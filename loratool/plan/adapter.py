@@ -1,0 +1,214 @@
+"""An adapter that will be written: a plain value, decided from headers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.config import CONFIG_NAME
+from loratool.adapter.part import Part
+from loratool.adapter.slots import Slot
+from loratool.files.inputs import Stamp
+from loratool.files.safetensors import canonical_order, format_header
+from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.plan.history import History
+from loratool.plan.sidecar import Sidecar
+from loratool.values.expr import Constant, Expr, Stored, Together, sources, togethers
+
+__all__ = ["AdapterPlan", "ModuleOutput", "Output"]
+
+PYTHON_BYTES: Final = 60 << 20
+"""What an interpreter with numpy takes."""
+COPIES: Final = 6
+"""How many float64 copies of its tensors a module takes while it is computed."""
+HASH_KEY: Final = "sshs_model_hash"
+LEGACY_HASH_KEY: Final = "sshs_legacy_hash"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the output: what it is called and stored as, and what it is made of."""
+
+    spec: TensorSpec
+    value: Expr
+
+    @property
+    def moved(self) -> StoredTensor | None:
+        """The stored tensor whose bytes it is, maybe in another order; else ``None``."""
+        is_moved = isinstance(self.value, Stored) and self.value.dtype == self.spec.dtype
+        return self.value.tensor if is_moved and isinstance(self.value, Stored) else None
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleOutput:
+    """One module of the output.
+
+    Attributes:
+        part: What its tensors are made of.
+        specs: What they are called and stored as.
+        is_transposed: Whether A is stored as ``(in, r)`` and B as ``(r, out)``.
+    """
+
+    part: Part
+    specs: Mapping[Slot, TensorSpec]
+    is_transposed: bool = False
+
+    def outputs(self) -> Iterator[tuple[Slot, Output]]:
+        """Yield its tensors by role."""
+        for slot, value in self.part.values.items():
+            yield slot, Output(self.specs[slot], value)
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether every tensor is stored bytes, maybe in another order."""
+        return all(output.moved is not None for _, output in self.outputs())
+
+    @property
+    def togethers(self) -> tuple[Together, ...]:
+        """What has to be computed first, once each."""
+        found = {id(t): t for value in self.part.values.values() for t in togethers(value)}
+        return tuple(found.values())
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of memory that computing it takes, roughly."""
+        if self.is_moved:
+            return 0
+        read = {id(t): t for value in self.part.values.values() for t in sources(value)}
+        elements = sum(stored.spec.elements for stored in read.values())
+        elements = max(elements, sum(spec.elements for spec in self.specs.values()))
+        return COPIES * 8 * elements
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlan:
+    """An adapter's files that will be written, and everything that will not be.
+
+    Attributes:
+        parts: The modules.
+        carried: Tensors that are no deltas, alphas among them.
+        measured: What is computed for its report alone.
+        metadata: Of the weights file, but for its history.
+        history: How it came to be, for the metadata; ``None`` where that is not recorded.
+        config: ``adapter_config.json``, or ``None``.
+        sidecars: Other files of the output.
+        weights_name: Name of the weights file in the output folder; empty where the output is
+            that file itself.
+        stamps: What the inputs were when their headers were read.
+        is_torch: Whether the weights are in torch's zip format, which has no metadata.
+        is_hashed: Whether kohya's hashes belong into the metadata.
+        scheme: Name of the scheme.
+        family: What pipeline it is for, where known.
+        notes: What a user should know.
+        dropped: What is not written, with the reason.
+    """
+
+    parts: tuple[ModuleOutput, ...]
+    carried: tuple[Output, ...] = ()
+    measured: tuple[Together, ...] = ()
+    metadata: Mapping[str, str]
+    history: History | None = None
+    config: Mapping[str, Any] | None
+    sidecars: tuple[Sidecar, ...] = ()
+    weights_name: str
+    stamps: Mapping[Path, Stamp]
+    is_torch: bool = False
+    is_hashed: bool = False
+    scheme: str
+    family: str | None = None
+    notes: tuple[str, ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """All tensors in the order of their data."""
+        modules = (spec for item in self.parts for spec in item.specs.values())
+        return tuple(canonical_order([*modules, *(item.spec for item in self.carried)]))
+
+    @cached_property
+    def header(self) -> bytes:
+        """The bytes before the data, with room for the hashes."""
+        room = {HASH_KEY: "0" * 64, LEGACY_HASH_KEY: "0" * 8} if self.is_hashed else {}
+        return self.header_with(room)
+
+    def header_with(self, hashes: Mapping[str, str], digests: Sequence[str | None] = ()) -> bytes:
+        """Return the bytes before the data, no longer than :attr:`header`.
+
+        Args:
+            hashes: Kohya's hashes.
+            digests: SHA-256 of the inputs, for the history; zeros where there are none.
+        """
+        if self.is_torch:
+            return b""
+        history = self.history.metadata(digests) if self.history is not None else {}
+        return format_header(self.specs, {**self.metadata, **history, **hashes})
+
+    @property
+    def legacy_header(self) -> bytes:
+        """The header of the file that kohya's older hash is taken of: training metadata only."""
+        kept = {key: text for key, text in self.metadata.items() if key.startswith("ss_")}
+        return format_header(self.specs, kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights file (of a torch file, roughly)."""
+        return len(self.header) + sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the output is a folder, else it is the weights file."""
+        return bool(self.weights_name)
+
+    @property
+    def config_text(self) -> bytes:
+        """``adapter_config.json`` as it is written."""
+        return (json.dumps(self.config, indent=2) + "\n").encode()
+
+    def offsets(self) -> dict[str, int]:
+        """Return where in the file each tensor begins, by name."""
+        places, offset = {}, len(self.header)
+        for spec in self.specs:
+            places[spec.name] = offset
+            offset += spec.nbytes
+        return places
+
+    def described_files(self) -> list[dict[str, Any]]:
+        """Return name and size of every file of the output."""
+        found = [{"name": self.weights_name or "(the output)", "bytes": self.nbytes}]
+        if self.config is not None:
+            found.append({"name": CONFIG_NAME, "bytes": len(self.config_text)})
+        found += [
+            {"name": sidecar.name, "bytes": sidecar.source.stat().st_size}
+            for sidecar in self.sidecars
+            if sidecar.source is not None
+        ]
+        return found
+
+    def inputs(self) -> Iterator[Path]:
+        """Yield every file that is read, which no output may replace."""
+        for weights in self.stamps:
+            yield weights
+            if (weights.parent / CONFIG_NAME).is_file():
+                yield weights.parent / CONFIG_NAME
+        yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory that carrying it out takes at most, roughly: numpy, and two modules."""
+        largest = sorted((item.working_bytes for item in self.parts), reverse=True)[:2]
+        return PYTHON_BYTES + sum(largest)
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of the tensors that are neither deltas nor their alphas."""
+        found = (c for c in self.carried if not isinstance(c.value, Constant))
+        return tuple(output.spec.name for output in found)
+
+    def changes(self) -> list[tuple[str, int]]:
+        """Return how modules differ from what was stored, and how many each is true of."""
+        return Counter(note for item in self.parts for note in item.part.notes).most_common()

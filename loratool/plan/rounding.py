@@ -1,0 +1,188 @@
+"""The tensors of a module as they are written, and the error of what rounding makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from loratool.adapter.slots import Slot
+from loratool.errors import AdapterError
+from loratool.plan.adapter import ModuleOutput
+from loratool.values.arrays import Rounded
+
+if TYPE_CHECKING:
+    from loratool.values.arrays import Array
+
+__all__ = ["Approximated", "Outcome", "computed"]
+
+LARGEST_NORM: Final = 1e100
+TOO_ROUGH: Final = 2e-3
+"""A relative error beyond this is no longer the rounding of a 16-bit dtype alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Approximated:
+    """How well computed factors stand for what no factors equal.
+
+    Attributes:
+        squared_norm: ``‖Δ‖_F²``.
+        squared_error: ``‖Δ - up @ down‖_F²``.
+    """
+
+    squared_norm: float
+    squared_error: float
+
+
+@dataclass
+class Outcome:
+    """What was found while a plan was carried out.
+
+    Attributes:
+        errors: Module to the squared norm of its delta and of the error of what was written.
+        shifted: Modules of which part of the scale went into A, a power of two.
+        nonfinite: Modules whose delta holds NaN or infinity, and has no error that means anything.
+        reports: What the things that were computed as a whole say about themselves, by name.
+    """
+
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    shifted: list[str] = field(default_factory=list)
+    nonfinite: list[str] = field(default_factory=list)
+    reports: dict[str, Any] = field(default_factory=dict)
+
+    def relative(self, module: str) -> float:
+        """Return ``‖written - Δ‖ / ‖Δ‖`` of one module; 0 where it was moved."""
+        norm, error = self.errors.get(module, (0.0, 0.0))
+        return math.sqrt(error / norm) if norm else 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """The same over all modules that were computed."""
+        norm = math.fsum(pair[0] for pair in self.errors.values())
+        error = math.fsum(pair[1] for pair in self.errors.values())
+        return math.sqrt(error / norm) if norm else 0.0
+
+
+def computed(item: ModuleOutput, outcome: Outcome) -> dict[Slot, Rounded]:
+    """Return the tensors of a module that do not only move, and note the error.
+
+    Raises:
+        AdapterError: A value is finite in the input and not in the output.
+    """
+    part = item.part
+    results: dict[int, tuple[Array, ...]] = {}
+    approximated: list[Approximated] = []
+    for together in item.togethers:
+        results[id(together)], report = together.compute()
+        if isinstance(report, Approximated):
+            approximated.append(report)
+        elif report is not None:
+            outcome.reports[together.name] = report
+    exact = {
+        slot: output.value.evaluate(results)
+        for slot, output in item.outputs()
+        if output.moved is None
+    }
+    made = {slot: Rounded.of(array, item.specs[slot].dtype) for slot, array in exact.items()}
+    is_exact = all(made[slot].is_exact for slot in made)
+    if part.is_plain and (approximated or not is_exact):
+        exact |= {s: v.evaluate(results) for s, v in part.values.items() if s not in exact}
+        made = _measured(item, exact, made, approximated, outcome)
+    for slot, array in made.items():
+        if not array.is_finite:
+            raise AdapterError(
+                item.specs[slot].name,
+                f"does not fit into {item.specs[slot].dtype}",
+                hint="write a wider dtype with --dtype float32",
+            )
+    return made
+
+
+def _measured(
+    item: ModuleOutput,
+    exact: Mapping[Slot, Array],
+    made: dict[Slot, Rounded],
+    approximated: Sequence[Approximated],
+    outcome: Outcome,
+) -> dict[Slot, Rounded]:
+    """Note the error of a module; return its tensors, the scale shared where that is better."""
+    part = item.part
+    low, high = part.slots
+    truth = _oriented(item, exact)
+    norm, error = _squares(truth, _oriented(item, {**exact, **_values(made)}))
+    if not all(array_is_finite(array) for array in truth):
+        outcome.nonfinite.append(part.module)
+        return made
+    if not math.isfinite(error) or error > TOO_ROUGH**2 * norm:
+        # Too large or too small for the dtype: share the scale with A, by a power of two.
+        shift = _balance(exact[low], exact[high])
+        other = {low: exact[low] * shift, high: exact[high] / shift}
+        trial = {slot: Rounded.of(array, item.specs[slot].dtype) for slot, array in other.items()}
+        found = {**exact, **_values(made), **_values(trial)}
+        _, better = _squares(truth, _oriented(item, found))
+        if not math.isfinite(error) or better < error:
+            made, error = {**made, **trial}, better
+            outcome.shifted.append(part.module)
+    if approximated:
+        norm = math.fsum(each.squared_norm for each in approximated)
+        error += math.fsum(each.squared_error for each in approximated)
+    outcome.errors[part.module] = (norm, error)
+    return made
+
+
+def _values(made: Mapping[Slot, Rounded]) -> dict[Slot, Array]:
+    return {slot: array.values for slot, array in made.items()}
+
+
+def _oriented(item: ModuleOutput, values: Mapping[Slot, Array]) -> tuple[Array, Array]:
+    """Return A ``(r, columns)`` and B ``(rows, r)``, however they are stored."""
+    low, high = (values[slot] for slot in item.part.slots)
+    if low.ndim == 3 and item.is_transposed:  # stacked experts, which mlx-lm does not transpose
+        return low, high
+    if item.is_transposed:
+        return low.T, high.T
+    return low.reshape(low.shape[0], -1), high.reshape(high.shape[0], -1)
+
+
+def array_is_finite(array: Array) -> bool:
+    """Whether an array holds neither NaN nor infinity."""
+    import numpy as np
+
+    return bool(np.isfinite(array).all())
+
+
+def _squares(exact: tuple[Array, Array], made: tuple[Array, Array]) -> tuple[float, float]:
+    """Return ``‖Δ‖²`` and ``‖written - Δ‖²`` from r × r Gram matrices.
+
+    Both are capped at the largest number of float64, in one proportion.
+    """
+    import numpy as np
+
+    (down, up), (low, high) = exact, made
+    if down.ndim == 3:
+        pairs = [_squares((down[i], up[i]), (low[i], high[i])) for i in range(down.shape[0])]
+        return math.fsum(norm for norm, _ in pairs), math.fsum(error for _, error in pairs)
+    with np.errstate(invalid="ignore", over="ignore"):
+        peaks = [float(np.abs(array).max(initial=0.0)) or 1.0 for array in (down, up)]
+        if not all(map(math.isfinite, peaks)):
+            return math.nan, math.nan
+        down, low = down / peaks[0], low / peaks[0]
+        up, high = up / peaks[1], high / peaks[1]
+        norm = float(((up.T @ up) * (down @ down.T)).sum())
+        left = np.concatenate([high - up, up], axis=1)
+        right = np.concatenate([low, low - down], axis=0)
+        error = float(((left.T @ left) * (right @ right.T)).sum())
+    error = max(0.0, error) if math.isfinite(error) else math.inf
+    size = min(peaks[0] * peaks[1], LARGEST_NORM) ** 2
+    return norm * size, error * size
+
+
+def _balance(down: Array, up: Array) -> float:
+    """Return the power of two that makes the largest elements of both factors alike."""
+    import numpy as np
+
+    high, low = float(np.abs(up).max()), float(np.abs(down).max())
+    if not high or not low or not math.isfinite(high / low):
+        return 1.0
+    return 2.0 ** round(math.log2(high / low) / 2)

@@ -1,0 +1,71 @@
+"""A few pieces of work at a time, each on one thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import Final, TypeVar
+
+__all__ = ["MAX_THREADS", "Progress", "in_parallel"]
+
+Progress = Callable[[int, int], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+MAX_THREADS: Final = 8
+
+
+def in_parallel(
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    threads: int | None,
+    progress: Progress | None = None,
+    sizes: Sequence[int] | None = None,
+) -> list[Result]:
+    """Return ``work`` of every item, a few at a time, each on one thread.
+
+    One thread for one item, so that results do not depend on how many there are.
+
+    Args:
+        work: What to do.
+        items: With what.
+        threads: How many at a time; by default one for each processor, at most eight.
+        progress: Called with how much is done and how much there is.
+        sizes: How much each item is; by default all are alike.
+    """
+    if not items:
+        return []
+    amounts = list(sizes) if sizes is not None else [1] * len(items)
+    total = sum(amounts)
+    stop = threading.Event()
+    results: dict[int, Result] = {}
+    done = 0
+
+    def one(index: int) -> tuple[int, Result] | None:
+        if stop.is_set():
+            return None
+        return index, work(items[index])
+
+    count = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            waiting = iter(range(len(items)))
+            running: set[Future[tuple[int, Result] | None]] = {
+                pool.submit(one, index) for index in islice(waiting, count)
+            }
+            while running:
+                finished, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    found = future.result()
+                    assert found is not None
+                    results[found[0]] = found[1]
+                    done += amounts[found[0]]
+                    running |= {pool.submit(one, index) for index in islice(waiting, 1)}
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            stop.set()
+    return [results[index] for index in range(len(items))]

@@ -1,0 +1,1 @@
+"""What an output tensor is made of: expressions over stored tensors, decided from headers."""

@@ -1,0 +1,184 @@
+"""The tensors of a module in the roles, shapes and orientation that a scheme has for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from loratool.adapter.model import Kind
+from loratool.adapter.part import Part
+from loratool.adapter.scheme import Embeddings, KeyScheme, ScaleRule
+from loratool.adapter.slots import Slot
+from loratool.adapter.variants import VARIANT_WORDS
+from loratool.errors import AdapterError, OptionError, UnsupportedError
+from loratool.ops.conversion.base import Base
+from loratool.ops.conversion.plain import shaped_like
+from loratool.values.expr import Expr, Placed
+
+__all__ = ["fitted", "padded", "slotted"]
+
+
+def fitted(part: Part, base: Base) -> Part:
+    """Return ``part`` with kernels as the base has them; its shapes are checked.
+
+    Raises:
+        AdapterError: It does not fit.
+    """
+    weight = base.find(part.module)
+    if weight is None or not part.is_plain:
+        return part
+    shape = weight.spec.shape
+    made = shaped_like(part, shape)
+    out, into = made.up.shape[0], made.down.shape[1:]
+    # GPT-2's Conv1D is (in, out), and an embedding (vocabulary, dim).
+    if shape != (*into, out) and (shape != (out, *into) or made.kind is Kind.EMBEDDING):
+        raise AdapterError(
+            part.module,
+            f"its delta has the shape {[out, *into]}, the base's weight {list(shape)}",
+            hint="is this the base that it was trained on?",
+        )
+    return made
+
+
+def padded(parts: Sequence[Part], rank: int | None, scheme: KeyScheme) -> list[Part]:
+    """Return parts of one rank where that is asked for, or needed by the scheme.
+
+    Raises:
+        OptionError: A module has a higher rank.
+    """
+    if scheme.scale is ScaleRule.MULTIPLIER and rank is None:
+        rank = max(part.rank for part in parts)
+    if rank is None:
+        return list(parts)
+    made = []
+    for part in parts:
+        if not part.is_plain:
+            raise UnsupportedError(
+                part.module, f"is a {part.variant} and has no ranks", hint="add --to-lora"
+            )
+        if part.rank > rank:
+            raise OptionError(
+                f"rank {rank}",
+                f"{part.module!r} has rank {part.rank}",
+                hint=f"shrink it first: loratool truncate ADAPTER --rank {rank} -o OUT",
+            )
+        made.append(part if part.rank == rank else _widened(part, rank))
+    return made
+
+
+def _widened(part: Part, rank: int) -> Part:
+    down, up = part.down, part.up
+    wide_down = Placed(((down, 0, 0),), (rank, *down.shape[1:]), down.dtype)
+    wide_up = Placed(((up, 0, 0),), (up.shape[0], rank, *up.shape[2:]), up.dtype)
+    return part.factored(wide_down, wide_up, note=f"filled with zeros up to rank {rank}")
+
+
+def slotted(part: Part, scheme: KeyScheme) -> Part:
+    """Return ``part`` with its tensors in the roles that ``scheme`` has.
+
+    Raises:
+        UnsupportedError: It has no place for one of them.
+    """
+    values = dict(part.values)
+    if part.kind is Kind.EMBEDDING and part.is_plain:
+        values = _embedding(part, scheme)
+    if part.is_plain and part.kind is Kind.CONV and not scheme.has_convolutions:
+        raise no_place(part, scheme, "the factors of a convolution")
+    if Slot.MAGNITUDE in values:
+        values[Slot.MAGNITUDE] = _magnitude(part, scheme)
+    bias = values.get(Slot.UP_BIAS)
+    if bias is not None and _writes_plain_bias(scheme):
+        del values[Slot.UP_BIAS]
+        values[Slot.BIAS] = bias.scaled(part.scale)
+    plain_bias = values.get(Slot.BIAS)
+    if plain_bias is not None and part.is_plain and not _writes_plain_bias(scheme):
+        if part.scale == 0:
+            raise no_place(part, scheme, "a bias beside a delta of scale 0")
+        del values[Slot.BIAS]
+        values[Slot.UP_BIAS] = plain_bias.scaled(1 / part.scale)
+    if scheme.is_transposed:
+        for slot in (Slot.DOWN, Slot.UP):
+            if slot in values and len(values[slot].shape) == 2:
+                values[slot] = values[slot].turned()
+    for slot in values:
+        if not scheme.has_name_for(slot):
+            words = VARIANT_WORDS.get(part.variant) if not part.is_plain else None
+            raise no_place(part, scheme, words or f"its {slot.value}", slot)
+    if not part.is_plain and scheme.scale is not ScaleRule.ALPHA:
+        raise no_place(part, scheme, VARIANT_WORDS.get(part.variant, part.variant))
+    if {Slot.LOKR_W1, Slot.LOKR_W2} <= values.keys() and part.scale != 1:
+        # LyCORIS reads the product of two whole matrices without any scale.
+        values[Slot.LOKR_W1] = values[Slot.LOKR_W1].scaled(part.scale)
+        note = f"its scale {part.scale:g} was multiplied into w1"
+        part = replace(part, scale=1.0, alpha=None, notes=(*part.notes, note))
+    return replace(part, values=values)
+
+
+def _writes_plain_bias(scheme: KeyScheme) -> bool:
+    """Whether a scheme stores biases as they are added, not multiplied by the scale."""
+    return scheme.scale is ScaleRule.ALPHA
+
+
+def no_place(
+    part: Part, scheme: KeyScheme, what: str, slot: Slot | None = None
+) -> UnsupportedError:
+    """Return the error of a module that the scheme cannot express, with what can be done.
+
+    Args:
+        part: The module.
+        scheme: The scheme.
+        what: What has no place in it.
+        slot: The one tensor that it is, where the rest of the module has a place.
+    """
+    stored = part.stored(slot) if slot is not None else None
+    if not part.is_plain and part.variant not in ("norm", "bias"):
+        hint = "make it a plain LoRA with --to-lora"
+    elif slot is Slot.MAGNITUDE:
+        hint = "make it a plain LoRA with --to-lora, --base and --rank"
+    elif stored is not None:
+        hint = (
+            f"leave it out with --skip '^{re.escape(stored.spec.name)}$', which changes the model"
+        )
+    else:
+        hint = f"leave the module out with --drop '^{re.escape(part.label)}$'"
+    return UnsupportedError(
+        part.module, f"the scheme {scheme.name!r} has no place for {what}", hint=hint
+    )
+
+
+def _embedding(part: Part, scheme: KeyScheme) -> dict[Slot, Expr]:
+    down, up = part.down, part.up
+    others = {s: v for s, v in part.values.items() if s not in part.slots}
+    match scheme.embeddings:
+        case Embeddings.SLOTS:
+            return {Slot.EMBEDDING_DOWN: down, Slot.EMBEDDING_UP: up, **others}
+        case Embeddings.FACTORS:
+            return {Slot.DOWN: down, Slot.UP: up, **others}
+        case Embeddings.WEIGHT:
+            return {Slot.DOWN: up.turned(), Slot.UP: down.turned(), **others}
+    raise no_place(part, scheme, "the factors of an embedding")
+
+
+def _magnitude(part: Part, scheme: KeyScheme) -> Expr:
+    """Return DoRA's magnitudes in the shape that the scheme has for them.
+
+    Raises:
+        UnsupportedError: They are of the inputs, which only LyCORIS' files have.
+    """
+    value = part.values[Slot.MAGNITUDE]
+    if not part.is_plain:
+        (size,) = value.shape if len(value.shape) == 1 else (0,)
+        stored = part.site.slots[Slot.MAGNITUDE].spec.shape
+        return value.reshaped(stored) if size else value
+    if scheme.scale is ScaleRule.ALPHA:
+        if part.kind is Kind.EMBEDDING:
+            raise no_place(part, scheme, "magnitudes of an embedding")
+        if part.has_input_magnitudes:
+            return value
+        return value.reshaped((*value.shape, *(1,) * (len(part.down.shape) - 1)))
+    if part.has_input_magnitudes:
+        raise no_place(part, scheme, "magnitudes of the inputs (LyCORIS, wd_on_out=False)")
+    if part.kind is Kind.CONV:
+        return value.reshaped((1, *value.shape, *(1,) * (len(part.down.shape) - 2)))
+    return value

@@ -1,0 +1,141 @@
+"""From the modules of an adapter as they are stored to modules that can be written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from loratool.adapter.model import Adapter, Site
+from loratool.adapter.part import Part
+from loratool.adapter.scheme import ScaleRule
+from loratool.adapter.shapes import width_of
+from loratool.adapter.slots import Slot
+from loratool.errors import AdapterError, UnsupportedError
+from loratool.ops.merging.mergeable import site_problems
+from loratool.schemes import scheme_named
+from loratool.values.expr import Expr, Function, Placed, Result, Stored, widest
+
+if TYPE_CHECKING:
+    from loratool.values.expr import Array
+
+__all__ = ["parameter_of", "part_of"]
+
+BETWEEN: Final = frozenset((Slot.SINGULAR, Slot.DIAGONAL))
+
+
+def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
+    """Return a site of ``adapter`` as a part.
+
+    Args:
+        site: The site.
+        adapter: Its adapter.
+        width: Inputs of the base's layer, where the base is at hand.
+
+    Raises:
+        AdapterError: It is broken.
+        UnsupportedError: What its delta is only the base can tell.
+    """
+    for code, problem in site_problems(site, adapter):
+        if code == "LT004" and "F8" in problem:
+            continue  # 8-bit floats can be moved like any others
+        raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+    values: dict[Slot, Expr] = {
+        slot: Stored(tensor)
+        for slot, tensor in site.slots.items()
+        if slot is not Slot.ALPHA and slot not in BETWEEN
+    }
+    if Slot.MAGNITUDE in values:
+        values[Slot.MAGNITUDE] = _magnitude(values[Slot.MAGNITUDE], adapter.scheme)
+    scaling = site.scaling
+    is_simple = not scaling.rank_stabilised and not scaling.epsilon and scaling.rank == site.rank
+    part = Part(
+        module=site.module,
+        kind=site.kind,
+        variant=site.variant,
+        values=values,
+        rank=site.rank,
+        scale=scaling.factor,
+        alpha=scaling.alpha if is_simple else None,
+        site=site,
+        nesting=site.nesting,
+        experts=site.experts,
+        parameter=parameter_of(site),
+    )
+    if site.variant == "stacked":
+        return _unstacked(part, site)
+    if site.variant in ("adalora", "bdlora"):
+        return _expanded(part, site, width_of(site, adapter))
+    if site.variant == "qalora" and width is not None:
+        return _expanded(part, site, width)
+    if site.variant in ("qalora", "kasa"):
+        why = "A may see groups of inputs" if site.variant == "qalora" else "it truncates the base"
+        raise UnsupportedError(
+            f"{adapter.path}: {site.label}",
+            f"is a {site.variant}: {why}, and only the base tells what its delta is",
+            hint="give --base"
+            if site.variant == "qalora"
+            else "merge it into its base, and extract the difference of the two",
+        )
+    return part
+
+
+def parameter_of(site: Site) -> str | None:
+    """Return the raw parameter that a site adapts, as far as its configuration tells."""
+    if not site.parameters:
+        return None
+    last = len(site.parameters) - 1
+    return site.parameters[max(0, last - site.nesting)]
+
+
+def _magnitude(value: Expr, scheme: str) -> Expr:
+    """Return magnitudes of the outputs as ``(out,)``, and those of the inputs as they are.
+
+    LyCORIS stores ``(out, 1, …)`` or ``(1, in, …)``, PEFT ``(out,)`` or ``(1, out, 1, …)``.
+    """
+    size = max(value.shape, default=1)
+    is_first = len(value.shape) < 2 or value.shape[0] == size
+    if is_first or scheme_named(scheme).scale is not ScaleRule.ALPHA:
+        return value.reshaped((size,))
+    return value
+
+
+def _unstacked(part: Part, site: Site) -> Part:
+    """Return stacked factors of a merged projection as one A and one B.
+
+    loralib's ``MergedLinear`` multiplies each part of A with its own part of B; B beside zeros
+    for the parts that are not enabled is the same.
+    """
+    enabled, up = site.enabled, part.up
+    rank = up.shape[1]
+    height = up.shape[0] // sum(enabled)
+    pieces, done = [], 0
+    for place, is_enabled in enumerate(enabled):
+        if is_enabled:
+            piece = up.rows(done * height, (done + 1) * height)
+            pieces.append((piece, place * height, done * rank))
+            done += 1
+    whole = Placed(tuple(pieces), (len(enabled) * height, part.down.shape[0]), up.dtype)
+    made = part.factored(part.down, whole, note="stacked factors laid out side by side")
+    return replace(made, variant="lora")
+
+
+def _expanded(part: Part, site: Site, width: int) -> Part:
+    """Return the A and B that a variant with compact or divided factors stands for."""
+    dtype = widest([part.down.dtype, part.up.dtype])
+
+    def factors(*_: Array) -> tuple[Array, ...]:
+        import torch
+
+        from loratool.ops.factors import read_factors
+        from loratool.ops.tensors import Arithmetic
+
+        kind = Arithmetic(torch.float64, torch.device("cpu"))
+        down, up = read_factors(site, kind, width)
+        return down.numpy(), up.numpy()
+
+    rank = part.down.shape[0]
+    both = Function(f"{site.variant} written out", tuple(site.slots.values()), factors)
+    down = Result(both, 0, (rank, width), dtype)
+    up = Result(both, 1, (part.up.shape[0], rank), dtype)
+    made = part.factored(down, up, note=f"{site.variant} written out as plain factors")
+    return replace(made, variant="lora")
