@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from loratool.errors import AdapterError, MergeError
 from loratool.math.combining import Settings, combine, peft_linear
 from loratool.math.factored import Factored, factor, norm
 from loratool.math.lowrank import LowRank
+from loratool.math.randomness import generator_for
 from loratool.ops.algebra.joining import Joint
 from loratool.ops.algebra.plan import ModuleJob
 from loratool.ops.factors import site_deltas
@@ -147,9 +147,7 @@ def _exact(
             )
         factors = peft_linear(deltas, weights)
         return factors, factor(factors)
-    words = f"{method.seed}:{joint.name}:{expert}".encode()
-    seed = int.from_bytes(hashlib.sha256(words).digest()[:7])
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for(method.seed, joint.name, expert)
     return None, combine(method.name, deltas, weights, method.settings, generator)
 
 

@@ -58,7 +58,8 @@ def _folded_mid(part: Part, tensors: dict[Slot, StoredTensor]) -> Part:
     def fold(up: Tensor, down: Tensor, mid: Tensor) -> Tensor:
         from loratool.math.exact_variants import fold_mid
 
-        return fold_mid(up, down, mid)[1]
+        folded: Tensor = fold_mid(up, down, mid)[1]
+        return folded
 
     shape = (mid.spec.shape[0], *into)
     folded = Computed("A folded with its core", (up, down, mid), fold, shape, down.spec.dtype)
@@ -76,7 +77,7 @@ def _from_hadamard(part: Part, tensors: dict[Slot, StoredTensor], base: Base | N
 
     def factors(*values: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(present, values, strict=True))
-        return hadamard_factors(*(given.get(slot) for slot in HADA))  # type: ignore[arg-type]
+        return hadamard_factors(*(given.get(slot) for slot in HADA))
 
     shapes = [tensor.spec.shape if tensor else None for tensor in used]
     rank = hadamard_rank(*shapes)  # type: ignore[arg-type]

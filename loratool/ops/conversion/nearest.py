@@ -21,6 +21,8 @@ from loratool.ops.conversion.views import scaled
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loratool.math.namespace import Array
+
 __all__ = ["Approximation", "nearest"]
 
 NEED_BASE: Final = frozenset(("dora", "oft", "boft", "ia3", "glora", "vera"))
@@ -46,15 +48,13 @@ class Approximation:
 
     def factor(self, index: int) -> Tensor:
         """Return A (0) or B (1) in float32 or float64."""
-        import torch
-
         from loratool.math.extraction import leading_part
+        from loratool.math.randomness import generator_for
 
         with self._lock:
             if index not in self._kept:
-                generator = torch.Generator().manual_seed(self._seed)
                 delta = self._delta().flatten(1)
-                found = leading_part(delta, self._rank, generator)
+                found = leading_part(delta, self._rank, generator_for(self._seed))
                 self.squared_norm = found.squared_norm
                 self.squared_error = found.squared_residual
                 factors = found.factors
@@ -171,7 +171,7 @@ def _dtype(part: Part) -> str:
     return widest(found) if found else "F32"
 
 
-def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Tensor:
+def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Array:
     """Return ΔW, ``(out, in, *kernel)`` in float64."""
     import torch
 
