@@ -6,16 +6,18 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from libraries import Library, on_libraries
 from peft.utils import merge_utils
 
 from loratool.math import combining
 from loratool.math.budget import Item, allocate, spend
 from loratool.math.combining import Settings, combine, peft_linear
-from loratool.math.factored import factor, inner, norm
+from loratool.math.factored import Factored, factor, inner, norm
 from loratool.math.lowrank import LowRank
 from loratool.math.ranks import minimal_rank, numerical_rank, profile_of
 from loratool.math.similarity import (
@@ -41,53 +43,105 @@ def dense(delta: LowRank) -> torch.Tensor:
     return delta.scale * (delta.up.double() @ delta.down.double())
 
 
+def singular_values(delta: LowRank) -> torch.Tensor:
+    return factor(delta).singular_values
+
+
+def truncated(delta: LowRank, rank: int) -> LowRank:
+    return factor(delta).truncated(rank)
+
+
+def squared_distance(delta: LowRank, other: LowRank) -> float:
+    return factor(delta).squared_distance(other)
+
+
+def combined(
+    library: Library,
+    method: str,
+    deltas: list[LowRank],
+    weights: list[float],
+    options: Settings,
+    seed: int | np.random.Generator = 0,
+) -> Factored:
+    """A method's result in tensors; its generator is the same whatever the library."""
+    generator = np.random.default_rng(seed) if isinstance(seed, int) else seed
+    found: Factored = library(
+        lambda *parts: combine(method, parts, weights, options, generator), *deltas
+    )
+    return found
+
+
+@on_libraries
 @given(m=SIZES, n=SIZES, r=SIZES, seed=SEEDS)
 @settings(deadline=None)
 def test_factored_singular_values_are_those_of_the_dense_matrix(
-    m: int, n: int, r: int, seed: int
+    library: Library, m: int, n: int, r: int, seed: int
 ) -> None:
     delta = random_delta(m, n, r, seed)
-    found = factor(delta)
+    found = library(singular_values, delta)
     expected = torch.linalg.svdvals(dense(delta))[: min(m, n, r)]
-    assert torch.allclose(found.singular_values, expected, rtol=1e-9, atol=1e-12 * expected[0])
-    assert math.isclose(found.squared_norm, float(dense(delta).square().sum()), rel_tol=1e-12)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12 * expected[0])
+    squared = library(lambda one: factor(one).squared_norm, delta)
+    assert math.isclose(squared, float(dense(delta).square().sum()), rel_tol=1e-12)
 
 
+@on_libraries
 @given(m=SIZES, n=SIZES, r=SIZES, k=SIZES, seed=SEEDS)
 @settings(deadline=None)
 def test_truncation_is_the_best_and_its_factors_share_the_singular_values(
-    m: int, n: int, r: int, k: int, seed: int
+    library: Library, m: int, n: int, r: int, k: int, seed: int
 ) -> None:
     delta = random_delta(m, n, r, seed)
-    found = factor(delta)
-    cut = found.truncated(k)
+    found = library(singular_values, delta)
+    cut = library(truncated, delta, k)
     truth = dense(delta)
     tail = float(torch.linalg.svdvals(truth)[k:].square().sum())
     lost = float((truth - dense(cut)).square().sum())
     assert lost <= tail * (1 + 1e-9) + 1e-24 * float(truth.square().sum())
-    values = torch.nn.functional.pad(found.singular_values[:k], (0, max(0, k - min(m, n, r))))
+    values = torch.nn.functional.pad(found[:k], (0, max(0, k - min(m, n, r))))
     assert torch.allclose(cut.up.mT @ cut.up, torch.diag(values), atol=1e-9 * values[0])
     assert torch.allclose(cut.down @ cut.down.mT, torch.diag(values), atol=1e-9 * values[0])
 
 
-def test_distance_keeps_its_digits_where_the_two_are_nearly_equal() -> None:
+@on_libraries
+def test_distance_keeps_its_digits_where_the_two_are_nearly_equal(library: Library) -> None:
     delta = random_delta(40, 30, 5, 1)
     for size in (1e-2, 1e-5, 1e-8):
         other = LowRank(delta.up.double() + size, delta.down.double(), delta.scale)
-        found = factor(delta).squared_distance(other)
+        found = library(squared_distance, delta, other)
         expected = float((dense(delta) - dense(other)).square().sum())
         assert math.isclose(found, expected, rel_tol=1e-5)
 
 
-def test_inner_products_and_norms_need_no_dense_matrix() -> None:
+@on_libraries
+def test_inner_products_and_norms_need_no_dense_matrix(library: Library) -> None:
     one, other = random_delta(9, 7, 3, 1, -1.5), random_delta(9, 7, 4, 2, 0.3)
-    assert math.isclose(inner(one, other), float((dense(one) * dense(other)).sum()), rel_tol=1e-9)
-    assert math.isclose(norm(one), float(dense(one).norm()), rel_tol=1e-12)
+    assert math.isclose(
+        library(inner, one, other), float((dense(one) * dense(other)).sum()), rel_tol=1e-9
+    )
+    assert math.isclose(library(norm, one), float(dense(one).norm()), rel_tol=1e-12)
 
 
-def test_factoring_what_is_not_finite_is_an_error() -> None:
+@pytest.mark.parametrize("shape", [(3, 2), (9, 2)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@on_libraries
+def test_factoring_what_is_not_finite_is_an_error(
+    library: Library, value: float, shape: tuple[int, int]
+) -> None:
     with pytest.raises(ValueError, match="finite"):
-        factor(LowRank(torch.full((3, 2), torch.nan), torch.ones(2, 3)))
+        library(singular_values, LowRank(torch.full(shape, value), torch.ones(2, 9)))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9])
+@on_libraries
+def test_ill_conditioned_factors_lose_no_digits(library: Library, size: float) -> None:
+    """Gram matrices alone would lose half of them; singular values are relative to the first."""
+    up = torch.randn(40, 3).double()
+    up[:, 2] = up[:, 0] + size * up[:, 1]
+    delta = LowRank(up, torch.randn(3, 50).double())
+    expected = torch.linalg.svdvals(dense(delta))[:3]
+    found = library(singular_values, delta)
+    assert float((found - expected).abs().max()) < 1e-14 * float(expected[0])
 
 
 S = [10.0, 5.0, 2.0, 1.0, 0.5, 0.1]
@@ -175,28 +229,31 @@ def joint_bases(deltas: list[LowRank]) -> tuple[torch.Tensor, torch.Tensor]:
     return U[:, : int((S > 1e-9).sum())], Vh[: int((T > 1e-9).sum())].mT
 
 
-def test_ties_is_pefts_ties_on_the_cores() -> None:
+@on_libraries
+def test_ties_is_pefts_ties_on_the_cores(library: Library) -> None:
     deltas, weights = three(), [1.0, 0.5, -0.7]
     U, V = joint_bases(deltas)
     cores = [U.mT @ dense(delta) @ V for delta in deltas]
     expected = U @ merge_utils.ties(cores, torch.tensor(weights).double(), 0.4) @ V.mT
-    found = combine("ties", deltas, weights, Settings(0.4), torch.Generator())
+    found = combined(library, "ties", deltas, weights, Settings(0.4))
     assert torch.allclose(found.dense(), expected, atol=1e-10)
 
 
-def test_knots_is_ties_on_the_right_factors_of_all_deltas_side_by_side() -> None:
+@on_libraries
+def test_knots_is_ties_on_the_right_factors_of_all_deltas_side_by_side(library: Library) -> None:
     deltas, weights = three(), [1.0, 0.5, -0.7]
     U, S, Vh = torch.linalg.svd(torch.cat([dense(d) for d in deltas], dim=1), full_matrices=False)
     count = int((S > 1e-9).sum())
     parts = list(Vh[:count].split(8, dim=1))
     merged = merge_utils.ties(parts, torch.tensor(weights).double(), 0.4)
-    found = combine("knots", deltas, weights, Settings(0.4), torch.Generator())
+    found = combined(library, "knots", deltas, weights, Settings(0.4))
     expected = U[:, :count] * S[:count] @ merged
     assert torch.allclose(found.dense(), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", ["ties", "knots", "dare", "della"])
-def test_methods_do_not_depend_on_how_a_delta_is_factored(method: str) -> None:
+@on_libraries
+def test_methods_do_not_depend_on_how_a_delta_is_factored(library: Library, method: str) -> None:
     deltas, weights = three(), [1.0, 0.5, -0.7]
     mixed = []
     for delta in deltas:
@@ -208,7 +265,7 @@ def test_methods_do_not_depend_on_how_a_delta_is_factored(method: str) -> None:
         )
     results = []
     for made in (deltas, mixed):
-        found = combine(method, made, weights, Settings(), torch.Generator().manual_seed(1))
+        found = combined(library, method, made, weights, Settings(), 1)
         results.append(found.dense())
     if method in ("dare", "della"):
         # Which entries are dropped is drawn in the order of directions, which stays the same.
@@ -216,38 +273,50 @@ def test_methods_do_not_depend_on_how_a_delta_is_factored(method: str) -> None:
     assert torch.allclose(results[0], results[1], atol=1e-8)
 
 
-def test_dare_keeps_the_expectation() -> None:
+@on_libraries
+def test_dare_keeps_the_expectation(library: Library) -> None:
     deltas = three()[:2]
     U, V = joint_bases(deltas)
-    generator = torch.Generator().manual_seed(5)
+    generator = np.random.default_rng(5)
     total = torch.zeros(10, 8).double()
     for _ in range(3000):
-        found = combine("dare", deltas, [1.0, -0.5], Settings(0.6), generator)
+        found = combined(library, "dare", deltas, [1.0, -0.5], Settings(0.6), generator)
         total += found.dense()
     expected = dense(deltas[0]) - 0.5 * dense(deltas[1])
     assert float((total / 3000 - expected).norm() / expected.norm()) < 0.05
     assert U.shape[1] == V.shape[1] == 5
 
 
-def test_della_drops_small_elements_more_often_and_without_a_window_is_dare_ties() -> None:
+@on_libraries
+def test_della_drops_small_elements_more_often_and_without_a_window_is_dare_ties(
+    library: Library,
+) -> None:
     row = torch.tensor([[[8.0, 4.0, 2.0, 1.0]]]).double().expand(1, 4000, 4)
-    generator = torch.Generator().manual_seed(3)
-    kept = combining._magnitude_dropped(row, Settings(0.5, 0.6), generator)
+    generator = np.random.default_rng(3)
+    kept = library(combining._magnitude_dropped, row, Settings(0.5, 0.6), generator)
     rates = (kept[0] != 0).double().mean(dim=0)
     assert torch.allclose(rates, torch.tensor([0.8, 0.6, 0.4, 0.2]).double(), atol=0.03)
     assert torch.allclose(kept[0].mean(dim=0), row[0, 0], rtol=0.1)
     deltas = three()
     della, dare = (
-        combine(method, deltas, [1.0] * 3, Settings(0.5, 0.0), torch.Generator().manual_seed(2))
+        combined(library, method, deltas, [1.0] * 3, Settings(0.5, 0.0), 2)
         for method in ("della", "dare-ties")
     )
     # The same probability, but kept above it instead of below.
     assert della.core.shape == dare.core.shape
 
 
-def test_peft_linear_is_pefts_formula() -> None:
+@on_libraries
+def test_trimming_keeps_the_first_of_equal_elements(library: Library) -> None:
+    parts = torch.tensor([[[1.0, -2.0, 1.0], [1.0, 3.0, -1.0]], [[0.0] * 3] * 2]).double()
+    expected = torch.tensor([[[1.0, -2.0, 0.0], [0.0, 3.0, 0.0]], [[0.0] * 3] * 2]).double()
+    assert torch.equal(library(combining._trimmed, parts, 0.5), expected)
+
+
+@on_libraries
+def test_peft_linear_is_pefts_formula(library: Library) -> None:
     deltas = [random_delta(10, 8, 2, 1, 0.5), random_delta(10, 8, 2, 2, 2.0)]
-    found = peft_linear(deltas, [0.7, -0.3])
+    found = library(peft_linear, deltas, [0.7, -0.3])
     weights = [0.7 * 0.5, -0.3 * 2.0]
     up = sum(math.sqrt(abs(w)) * d.up.double() for w, d in zip(weights, deltas, strict=True))
     down = sum(
@@ -258,9 +327,10 @@ def test_peft_linear_is_pefts_formula() -> None:
 
 
 @pytest.mark.parametrize("method", ["ties", "dare", "dare-ties", "della", "knots"])
-def test_zero_deltas_combine_to_zero(method: str) -> None:
+@on_libraries
+def test_zero_deltas_combine_to_zero(library: Library, method: str) -> None:
     zero = LowRank(torch.zeros(6, 2), torch.ones(2, 5), 1.0)
-    found = combine(method, [zero, zero], [1.0, 1.0], Settings(), torch.Generator())
+    found = combined(library, method, [zero, zero], [1.0, 1.0], Settings())
     assert found.squared_norm == 0
     assert found.truncated(2).shape == (6, 5)
 
@@ -268,9 +338,10 @@ def test_zero_deltas_combine_to_zero(method: str) -> None:
 # ----------------------------------------------------------------- similarity
 
 
-def test_phi_is_the_overlap_of_leading_subspaces() -> None:
+@on_libraries
+def test_phi_is_the_overlap_of_leading_subspaces(library: Library) -> None:
     one, other = random_delta(12, 9, 4, 1), random_delta(12, 9, 3, 2)
-    left, right = overlap(factor(one), factor(other), 3)
+    left, right = library(lambda a, b: overlap(factor(a), factor(b), 3), one, other)
     U, _, Vh = torch.linalg.svd(dense(one))
     P, _, Qh = torch.linalg.svd(dense(other))
     for i, j in itertools.product(range(1, 4), range(1, 4)):
@@ -278,8 +349,12 @@ def test_phi_is_the_overlap_of_leading_subspaces() -> None:
         assert math.isclose(float(left[i - 1, j - 1]), expected, rel_tol=1e-9)
         expected = float((Vh[:i] @ Qh[:j].mT).square().sum()) / min(i, j)
         assert math.isclose(float(right[i - 1, j - 1]), expected, rel_tol=1e-9)
-    assert math.isclose(subspace_similarity(factor(one), factor(one), (4, 4)), 1, rel_tol=1e-9)
-    assert subspace_similarity(factor(one), factor(other), (0, 3)) == 0
+
+    def similarity(a: LowRank, b: LowRank, ranks: tuple[int, int]) -> float:
+        return subspace_similarity(factor(a), factor(b), ranks)
+
+    assert math.isclose(library(similarity, one, one, (4, 4)), 1, rel_tol=1e-9)
+    assert library(similarity, one, other, (0, 3)) == 0
 
 
 def test_ranks_of_spectra() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from libraries import Library, on_libraries
 from peft import (
     LoHaConfig,
     LoKrConfig,
@@ -108,11 +109,12 @@ def shapes(*tensors: Tensor) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("layer", ["conv 3x3", "conv 2x3", "conv1d", "conv3d"])
-def test_mid_folds_into_down(lycoris: Any, layer: str) -> None:
+@on_libraries
+def test_mid_folds_into_down(library: Library, lycoris: Any, layer: str) -> None:
     module = random_module(lycoris.LoConModule, LAYERS[layer](5, 6), lora_dim=4, use_tucker=True)
     stored = tensors_of(module)
     names = ("lora_up.weight", "lora_down.weight", "lora_mid.weight")
-    factors = fold_mid(*(stored[name] for name in names))
+    factors = library(fold_mid, *(stored[name] for name in names))
     assert factors[0].shape[1] == 4
     scale = float(stored["alpha"]) / stored["lora_down.weight"].shape[0]
     expected = difference(module)
@@ -127,8 +129,10 @@ def loha_of(stored: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
     return tuple(stored.get(f"hada_{name}") for name in names)
 
 
-def check_loha(tensors: tuple[Tensor | None, ...], scale: float, expected: Tensor) -> None:
-    factors = hadamard_factors(*tensors)  # type: ignore[arg-type]
+def check_loha(
+    library: Library, tensors: tuple[Tensor | None, ...], scale: float, expected: Tensor
+) -> None:
+    factors = library(hadamard_factors, *tensors)
     torch.testing.assert_close(product(factors, scale, expected), expected, **EXACT)
     sizes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
     assert hadamard_rank(*sizes) == factors[0].shape[1]  # type: ignore[arg-type]
@@ -137,26 +141,31 @@ def check_loha(tensors: tuple[Tensor | None, ...], scale: float, expected: Tenso
 @pytest.mark.parametrize("use_tucker", [False, True])
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_loha_of_lycoris(lycoris: Any, layer: str, rank: int, use_tucker: bool) -> None:
+@on_libraries
+def test_loha_of_lycoris(
+    library: Library, lycoris: Any, layer: str, rank: int, use_tucker: bool
+) -> None:
     module = random_module(
         lycoris.LohaModule, LAYERS[layer](7, 6), lora_dim=rank, use_tucker=use_tucker
     )
     stored = tensors_of(module)
     scale = float(stored["alpha"]) / stored["hada_w1_b"].shape[0]
-    check_loha(loha_of(stored), scale, difference(module))
+    check_loha(library, loha_of(stored), scale, difference(module))
 
 
-def test_loha_of_two_ranks() -> None:
+@on_libraries
+def test_loha_of_two_ranks(library: Library) -> None:
     w1_a, w1_b = torch.randn(9, 2).double(), torch.randn(2, 8).double()
     w2_a, w2_b = torch.randn(9, 3).double(), torch.randn(3, 8).double()
-    check_loha((w1_a, w1_b, w2_a, w2_b, None, None), 1.0, (w1_a @ w1_b) * (w2_a @ w2_b))
+    check_loha(library, (w1_a, w1_b, w2_a, w2_b, None, None), 1.0, (w1_a @ w1_b) * (w2_a @ w2_b))
     assert hadamard_rank(*shapes(w1_a, w1_b, w2_a, w2_b)) == 6
 
 
-def test_loha_with_one_core_is_refused() -> None:
+@on_libraries
+def test_loha_with_one_core_is_refused(library: Library) -> None:
     half = (torch.ones(2, 4), torch.ones(2, 4))
     with pytest.raises(ValueError, match="only one half"):
-        hadamard_factors(*half, *half, t1=torch.ones(2, 2, 3, 3))
+        library(hadamard_factors, *half, *half, t1=torch.ones(2, 2, 3, 3))
 
 
 # LoKr
@@ -179,9 +188,11 @@ def lokr_scale(stored: Mapping[str, Tensor], rank: int | None = None) -> float:
     return 1.0 if rank is None else float(stored["alpha"]) / rank
 
 
-def check_lokr(stored: Mapping[str, Tensor], scale: float, expected: Tensor) -> None:
+def check_lokr(
+    library: Library, stored: Mapping[str, Tensor], scale: float, expected: Tensor
+) -> None:
     halves = lokr_of(stored)
-    up, down = kronecker_factors(*halves)
+    up, down = library(kronecker_factors, *halves)
     torch.testing.assert_close(product((up, down), scale, expected), expected, **EXACT)
     sizes: Any = [
         tuple(shapes(*half)) if isinstance(half, tuple) else None if half is None else half.shape
@@ -205,7 +216,10 @@ LOKR: dict[str, tuple[dict[str, Any], set[str]]] = {
 @pytest.mark.parametrize("use_tucker", [False, True])
 @pytest.mark.parametrize("kind", LOKR)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_lokr_of_lycoris(lycoris: Any, layer: str, kind: str, use_tucker: bool) -> None:
+@on_libraries
+def test_lokr_of_lycoris(
+    library: Library, lycoris: Any, layer: str, kind: str, use_tucker: bool
+) -> None:
     options, names = LOKR[kind]
     sizes = (36, 32) if kind == "w1 factored" else (35, 24)
     module = random_module(
@@ -217,24 +231,26 @@ def test_lokr_of_lycoris(lycoris: Any, layer: str, kind: str, use_tucker: bool) 
     assert found == (names | {"t2"} if has_core else names)
     if kind == "full":
         stored["alpha"] = torch.tensor(1e4)
-    check_lokr(stored, lokr_scale(stored), difference(module))
+    check_lokr(library, stored, lokr_scale(stored), difference(module))
 
 
-def test_lokr_takes_the_smaller_side() -> None:
+@on_libraries
+def test_lokr_takes_the_smaller_side(library: Library) -> None:
     wide, tall = (2, 9), (7, 3)
     assert kronecker_rank(wide, tall) == 2 * 3
     assert kronecker_rank(((2, 1), (1, 9)), tall) == 3
     assert kronecker_rank(((2, 5), (5, 9)), ((7, 5), (5, 3))) == 2 * 3
     first, second = (torch.randn(2, 5), torch.randn(5, 9)), (torch.randn(7, 5), torch.randn(5, 3))
-    up, down = kronecker_factors(first, second)
+    up, down = library(kronecker_factors, first, second)
     assert up.shape == (14, 6) and down.shape == (6, 27)
     expected = torch.kron(first[0] @ first[1], second[0] @ second[1])
     torch.testing.assert_close(up @ down, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_lokr_with_a_core_and_a_full_half_is_refused() -> None:
+@on_libraries
+def test_lokr_with_a_core_and_a_full_half_is_refused(library: Library) -> None:
     with pytest.raises(ValueError, match="factored half"):
-        kronecker_factors(torch.ones(2, 2), torch.ones(2, 2, 3, 3), torch.ones(1, 1, 3, 3))
+        library(kronecker_factors, torch.ones(2, 2), torch.ones(2, 2, 3, 3), torch.ones(1, 1, 3, 3))
 
 
 # LyCORIS' variants that need the base
@@ -242,39 +258,43 @@ def test_lokr_with_a_core_and_a_full_half_is_refused() -> None:
 
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_ia3_of_lycoris(lycoris: Any, layer: str, on_input: bool) -> None:
+@on_libraries
+def test_ia3_of_lycoris(library: Library, lycoris: Any, layer: str, on_input: bool) -> None:
     module = random_module(lycoris.IA3Module, LAYERS[layer](5, 6), train_on_input=on_input)
     stored = tensors_of(module)
     assert bool(stored["on_input"]) == on_input
-    found = ia3_delta(base_weight(module), stored["weight"], on_input)
+    found = library(ia3_delta, base_weight(module), stored["weight"], on_input)
     torch.testing.assert_close(found, difference(module), **EXACT)
 
 
 @pytest.mark.parametrize("sizes", [(5, 6), (6, 5), (5, 5), (2, 2)])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_glora(lycoris: Any, layer: str, sizes: tuple[int, int]) -> None:
+@on_libraries
+def test_glora(library: Library, lycoris: Any, layer: str, sizes: tuple[int, int]) -> None:
     module = random_module(lycoris.GLoRAModule, LAYERS[layer](*sizes), lora_dim=2)
     stored = tensors_of(module)
     parts = [stored[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2")]
     weight = base_weight(module)
     assert not is_old_glora(weight.shape, *shapes(*parts))
     scale = float(stored["alpha"]) / parts[0].shape[1]
-    found = glora_delta(weight, *parts) * scale
+    found = library(glora_delta, weight, *parts) * scale
     torch.testing.assert_close(found, difference(module), **EXACT)
 
 
-def test_glora_with_a_core() -> None:
+@on_libraries
+def test_glora_with_a_core(library: Library) -> None:
     weight = torch.randn(6, 5, 3, 3).double()
     zero = torch.zeros(5, 2).double()
     b1, b2, bm = torch.randn(6, 2, 1, 1), torch.randn(2, 5, 1, 1), torch.randn(2, 2, 3, 3)
     parts = [part.double() for part in (b1, b2, bm)]
-    found = glora_delta(weight, zero, zero.mT, *parts)
+    found = library(glora_delta, weight, zero, zero.mT, *parts)
     expected = torch.einsum("omxx,mnhw,nixx->oihw", parts[0], parts[2], parts[1])
     torch.testing.assert_close(found, expected, **EXACT)
 
 
 @pytest.mark.parametrize(("out", "size"), [(6, 5), (5, 6), (5, 5), (3, 5), (5, 3)])
-def test_old_glora(out: int, size: int) -> None:
+@on_libraries
+def test_old_glora(library: Library, out: int, size: int) -> None:
     """The formula that ComfyUI uses for it."""
     weight = torch.randn(out, size).double()
     a1, a2 = torch.randn(3, size).double(), torch.randn(size, 3).double()
@@ -282,15 +302,16 @@ def test_old_glora(out: int, size: int) -> None:
     parts = [a1, a2, b1, b2]
     assert is_old_glora(weight.shape, *shapes(*parts))
     expected = b2 @ b1 + weight @ a2 @ a1
-    torch.testing.assert_close(glora_delta(weight, *parts), expected, **EXACT)
+    torch.testing.assert_close(library(glora_delta, weight, *parts), expected, **EXACT)
 
 
 @pytest.mark.parametrize("rescaled", [False, True])
 @pytest.mark.parametrize("constraint", [0.0, 0.05, 100.0])
 @pytest.mark.parametrize("name", ["DiagOFTModule", "ButterflyOFTModule"])
 @pytest.mark.parametrize("layer", LAYERS)
+@on_libraries
 def test_rotations_of_lycoris(
-    lycoris: Any, layer: str, name: str, constraint: float, rescaled: bool
+    library: Library, lycoris: Any, layer: str, name: str, constraint: float, rescaled: bool
 ) -> None:
     module = random_module(
         getattr(lycoris, name),
@@ -306,13 +327,16 @@ def test_rotations_of_lycoris(
     blocks = stored["oft_blocks"]
     delta_of = diag_oft_delta if blocks.ndim == 3 else boft_delta
     assert name.startswith("Diag") or blocks.shape[0] > 1
-    found = delta_of(base_weight(module), blocks, float(stored["alpha"]), stored.get("rescale"))
+    found = library(
+        delta_of, base_weight(module), blocks, float(stored["alpha"]), stored.get("rescale")
+    )
     torch.testing.assert_close(found, difference(module), **SINGLE)
 
 
 @pytest.mark.parametrize("alpha", [1e-2, 1.0])
 @pytest.mark.parametrize("shape", [(12, 5), (12, 5, 3, 3)])
-def test_oft_of_kohya(shape: tuple[int, ...], alpha: float) -> None:
+@on_libraries
+def test_oft_of_kohya(library: Library, shape: tuple[int, ...], alpha: float) -> None:
     """After the published ``merge_to`` of its ``networks/oft.py``."""
     weight, blocks = torch.randn(shape).double(), torch.randn(3, 4, 4).double()
     skew = blocks - blocks.mT
@@ -321,14 +345,17 @@ def test_oft_of_kohya(shape: tuple[int, ...], alpha: float) -> None:
     eye = torch.eye(4).double()
     rotation = (eye + skew) @ (eye - skew).inverse()
     merged = torch.einsum("knm,kn...->km...", rotation, weight.reshape(3, 4, -1)).reshape(shape)
-    found = diag_oft_delta(weight, blocks, alpha)
+    found = library(diag_oft_delta, weight, blocks, alpha)
     torch.testing.assert_close(found, merged - weight, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("out_axis", [True, False])
 @pytest.mark.parametrize("name", ["LoConModule", "LohaModule", "LokrModule"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_dora_of_lycoris(lycoris: Any, layer: str, name: str, out_axis: bool) -> None:
+@on_libraries
+def test_dora_of_lycoris(
+    library: Library, lycoris: Any, layer: str, name: str, out_axis: bool
+) -> None:
     module = random_module(
         getattr(lycoris, name),
         LAYERS[layer](24, 24),
@@ -342,20 +369,23 @@ def test_dora_of_lycoris(lycoris: Any, layer: str, name: str, out_axis: bool) ->
     assert stored["dora_scale"].shape[0 if out_axis else 1] == 24
     scale = float(stored["alpha"]) / 2
     if name == "LohaModule":
-        factors = hadamard_factors(*loha_of(stored))  # type: ignore[arg-type]
+        factors = library(hadamard_factors, *loha_of(stored))
     elif name == "LokrModule":
-        factors = kronecker_factors(*lokr_of(stored))
+        factors = library(kronecker_factors, *lokr_of(stored))
     else:
         factors = stored["lora_up.weight"].flatten(1), stored["lora_down.weight"].flatten(1)
     delta = product(factors, scale, weight)
-    found = dora_delta(weight, delta, stored["dora_scale"], out_axis)
+    found = library(dora_delta, weight, delta, stored["dora_scale"], out_axis)
     torch.testing.assert_close(found, difference(module), **EXACT)
 
 
-def test_dora_keeps_rows_of_zeros() -> None:
+@on_libraries
+def test_dora_keeps_rows_of_zeros(library: Library) -> None:
     weight = torch.zeros(2, 3)
     weight[0] = 1
-    found = dora_delta(weight, torch.zeros(2, 3), torch.tensor([3**0.5, 1.0]), out_axis=True)
+    found = library(
+        dora_delta, weight, torch.zeros(2, 3), torch.tensor([3**0.5, 1.0]), out_axis=True
+    )
     torch.testing.assert_close(found, torch.zeros(2, 3))
 
 
@@ -406,11 +436,12 @@ def merged(layer: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", ["linear", "pointwise", "conv", "conv1d"])
 @pytest.mark.parametrize("effective", [False, True])
-def test_loha_of_peft(name: str, effective: bool) -> None:
+@on_libraries
+def test_loha_of_peft(library: Library, name: str, effective: bool) -> None:
     config = LoHaConfig(r=2, alpha=3, target_modules=[name], use_effective_conv2d=effective)
     layer = layer_of(in_peft(config), name)
     stored = slots_of(layer, *layer.adapter_layer_names)
-    check_loha(loha_of(stored), 3 / 2, layer.get_delta_weight("default"))
+    check_loha(library, loha_of(stored), 3 / 2, layer.get_delta_weight("default"))
 
 
 @pytest.mark.parametrize("effective", [False, True])
@@ -423,7 +454,8 @@ def test_loha_of_peft(name: str, effective: bool) -> None:
         if (name, rank) != ("conv1d", 64)  # PEFT multiplies a full kernel along other axes
     ],
 )
-def test_lokr_of_peft(name: str, rank: int, both: bool, effective: bool) -> None:
+@on_libraries
+def test_lokr_of_peft(library: Library, name: str, rank: int, both: bool, effective: bool) -> None:
     config = LoKrConfig(
         r=rank,
         alpha=3,
@@ -434,10 +466,11 @@ def test_lokr_of_peft(name: str, rank: int, both: bool, effective: bool) -> None
     layer = layer_of(in_peft(config), name)
     stored = slots_of(layer, *layer.adapter_layer_names)
     assert ("lokr_w2" in stored) == (rank == 64) and ("lokr_w1" in stored) == (not both)
-    check_lokr(stored, 3 / rank, layer.get_delta_weight("default"))
+    check_lokr(library, stored, 3 / rank, layer.get_delta_weight("default"))
 
 
-def test_vera_of_peft() -> None:
+@on_libraries
+def test_vera_of_peft(library: Library) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -449,23 +482,27 @@ def test_vera_of_peft() -> None:
         shared = layer.vera_A["default"], layer.vera_B["default"]
         vectors = layer.vera_lambda_b["default"], layer.vera_lambda_d["default"]
         out, size = layer.get_base_layer().weight.shape
-        factors = vera_factors(*vectors, *shared, out, size)
+        factors = library(vera_factors, *vectors, *shared, out, size)
         expected = layer.get_delta_weight("default")
         torch.testing.assert_close(product(factors, 1.0, expected), expected, **EXACT)
 
 
-def test_vera_has_to_fit() -> None:
+@on_libraries
+def test_vera_has_to_fit(library: Library) -> None:
     with pytest.raises(ValueError, match="too small"):
-        vera_factors(torch.ones(4), torch.ones(2), torch.ones(2, 5), torch.ones(3, 2), 4, 5)
+        library(
+            vera_factors, torch.ones(4), torch.ones(2), torch.ones(2, 5), torch.ones(3, 2), 4, 5
+        )
 
 
 @pytest.mark.parametrize("name", ["linear", "pointwise", "conv"])
-def test_dora_of_peft(name: str) -> None:
+@on_libraries
+def test_dora_of_peft(library: Library, name: str) -> None:
     config = LoraConfig(r=2, lora_alpha=3, target_modules=[name], use_dora=True)
     layer = layer_of(in_peft(config), name)
     magnitude = layer.lora_magnitude_vector["default"].weight
     magnitude.normal_()
     weight = layer.get_base_layer().weight.clone()
     delta = layer.get_delta_weight("default")
-    found = dora_delta(weight, delta, magnitude, out_axis=True)
+    found = library(dora_delta, weight, delta, magnitude, out_axis=True)
     torch.testing.assert_close(found, merged(layer)[0], **EXACT)

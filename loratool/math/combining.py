@@ -10,16 +10,19 @@ look at single elements depend on the basis: they are not the same as on dense w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from loratool.math.factored import Factored, factor, from_core
 from loratool.math.lowrank import LowRank
+from loratool.math.namespace import Array, array_namespace, beside, double
+from loratool.math.small import svd
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Settings", "combine", "peft_linear"]
 
@@ -46,7 +49,7 @@ def combine(
     deltas: Sequence[LowRank],
     weights: Sequence[float],
     settings: Settings,
-    generator: torch.Generator,
+    generator: np.random.Generator,
 ) -> Factored:
     """Combine ``deltas``, all ``(m, n)``, with one weight each.
 
@@ -56,19 +59,20 @@ def combine(
         deltas: The deltas.
         weights: A number for each.
         settings: Density and so on.
-        generator: Of the processor; the random methods draw from it.
+        generator: The random methods draw from it.
     """
     if method == "knots":
         return _knots(deltas, weights, settings.density)
     left, right, cores = _joint(deltas)
-    if not cores.numel():
-        return from_core(left, cores.sum(dim=0), right)
+    xp = array_namespace(cores)
+    if 0 in cores.shape:
+        return from_core(left, xp.sum(cores, axis=0), right)
     match method:
         case "ties":
             merged = _ties(_trimmed(cores, settings.density), weights)
         case "dare":
             kept = _dropped(cores, settings.density, generator)
-            merged = (kept * _column(weights, kept)).sum(dim=0)
+            merged = xp.sum(kept * _column(weights, kept), axis=0)
         case "dare-ties":
             merged = _ties(_dropped(cores, settings.density, generator), weights)
         case "della":
@@ -86,93 +90,115 @@ def peft_linear(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """
     amounts = [weight * delta.scale for weight, delta in zip(weights, deltas, strict=True)]
     roots = [math.sqrt(abs(amount)) for amount in amounts]
-    up = sum(delta.up.double() * root for delta, root in zip(deltas, roots, strict=True))
+    pairs = list(zip(deltas, roots, strict=True))
+    up = sum(double(delta.up) * root for delta, root in pairs)
     down = sum(
-        delta.down.double() * math.copysign(root, amount)
-        for delta, root, amount in zip(deltas, roots, amounts, strict=True)
+        double(delta.down) * math.copysign(root, amount)
+        for (delta, root), amount in zip(pairs, amounts, strict=True)
     )
-    assert isinstance(up, Tensor) and isinstance(down, Tensor)
     return LowRank(up, down)
 
 
-def _joint(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
+def _joint(deltas: Sequence[LowRank]) -> tuple[Array, Array, Array]:
     """Return U ``(m, p)``, V ``(n, q)`` and the cores ``(T, p, q)``."""
-    left, upper = torch.linalg.qr(torch.cat([delta.up.double() for delta in deltas], dim=1))
-    right, lower = torch.linalg.qr(torch.cat([delta.down.double().mT for delta in deltas], dim=1))
+    xp = array_namespace(*(delta.up for delta in deltas))
+    left, upper = xp.linalg.qr(xp.concat([double(delta.up) for delta in deltas], axis=1))
+    right, lower = xp.linalg.qr(xp.concat([double(delta.down).mT for delta in deltas], axis=1))
     cores = []
-    start = 0
-    for delta in deltas:
-        part = slice(start, start + delta.rank)
+    for delta, part in zip(deltas, _parts(deltas), strict=True):
         cores.append(upper[:, part] @ lower[:, part].mT * delta.scale)
-        start += delta.rank
-    U = _leading(torch.cat(cores, dim=1))
-    V = _leading(torch.cat(cores, dim=0).mT)
-    return left @ U, right @ V, torch.stack([U.mT @ core @ V for core in cores])
+    U = _leading(xp.concat(cores, axis=1))
+    V = _leading(xp.concat(cores, axis=0).mT)
+    return left @ U, right @ V, xp.stack([U.mT @ core @ V for core in cores])
 
 
-def _leading(matrix: Tensor) -> Tensor:
+def _parts(deltas: Sequence[LowRank]) -> list[slice]:
+    """Return which columns of all of them side by side are those of each."""
+    ends = list(itertools.accumulate(delta.rank for delta in deltas))
+    return [slice(end - delta.rank, end) for delta, end in zip(deltas, ends, strict=True)]
+
+
+def _leading(matrix: Array) -> Array:
     """Return the left singular vectors that matter."""
-    U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
-    kept: Tensor = U[:, : int((S[:1] * NEGLIGIBLE < S).sum())]
-    return kept
+    U, S, _ = svd(matrix)
+    return U[:, : _significant(S)]
+
+
+def _significant(values: Array) -> int:
+    """Return how many of the descending singular values are more than rounding."""
+    xp = array_namespace(values)
+    return int(xp.count_nonzero(values > values[:1] * NEGLIGIBLE))
 
 
 def _knots(deltas: Sequence[LowRank], weights: Sequence[float], density: float) -> Factored:
     """TIES on the ``Vᵢ`` of ``[Δ₁ … Δ_T] = U S [V₁ᵀ … V_Tᵀ]``."""
-    left, upper = torch.linalg.qr(torch.cat([delta.up.double() for delta in deltas], dim=1))
-    rows = []
-    start = 0
-    for delta in deltas:
-        part = upper[:, start : start + delta.rank]
-        rows.append(part @ delta.down.double() * delta.scale)
-        start += delta.rank
-    U, S, Vh = torch.linalg.svd(torch.cat(rows, dim=1), full_matrices=False)
-    count = int((S[:1] * NEGLIGIBLE < S).sum())
+    xp = array_namespace(*(delta.up for delta in deltas))
+    left, upper = xp.linalg.qr(xp.concat([double(delta.up) for delta in deltas], axis=1))
+    rows = [
+        upper[:, part] @ double(delta.down) * delta.scale
+        for delta, part in zip(deltas, _parts(deltas), strict=True)
+    ]
+    U, S, Vh = svd(xp.concat(rows, axis=1))
+    count = _significant(S)
     if not count:
-        return from_core(left, torch.zeros_like(rows[0][:, :1]), rows[0][:1].mT * 0)
-    parts = torch.stack(list(Vh[:count].chunk(len(deltas), dim=1)))
+        return from_core(left, rows[0][:, :1] * 0.0, rows[0][:1, :].mT * 0.0)
+    width = rows[0].shape[1]
+    starts = range(0, width * len(deltas), width)
+    parts = xp.stack([Vh[:count, start : start + width] for start in starts])
     merged = _ties(_trimmed(parts, density), weights)
     return factor(LowRank(left @ (U[:, :count] * S[:count]), merged))
 
 
-def _column(weights: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(list(weights), dtype=like.dtype, device=like.device).view(-1, 1, 1)
+def _column(weights: Sequence[float], like: Array) -> Array:
+    xp = array_namespace(like)
+    return xp.asarray(list(weights), dtype=like.dtype, device=like.device)[:, None, None]
 
 
-def _trimmed(parts: Tensor, density: float) -> Tensor:
-    """Keep the ``density`` largest elements of each part."""
-    flat = parts.flatten(1)
+def _trimmed(parts: Array, density: float) -> Array:
+    """Keep the ``density`` largest elements of each part; of equal ones, those that come first."""
+    xp = array_namespace(parts)
+    flat = xp.abs(xp.reshape(parts, (parts.shape[0], -1)))
     count = max(1, int(density * flat.shape[1]))
-    kept = torch.zeros_like(flat)
-    largest = flat.abs().topk(count, dim=1).indices
-    return kept.scatter(1, largest, flat.gather(1, largest)).view_as(parts)
+    least = xp.sort(flat, axis=1)[:, -count][:, None]
+    larger, equal = flat > least, flat == least
+    room = count - xp.count_nonzero(larger, axis=1)[:, None]
+    kept = larger | (equal & (xp.cumulative_sum(xp.astype(equal, xp.int64), axis=1) <= room))
+    return xp.where(xp.reshape(kept, parts.shape), parts, 0.0)
 
 
-def _dropped(parts: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def _dropped(parts: Array, density: float, generator: np.random.Generator) -> Array:
     """Keep each element with probability ``density``, and make up for the others."""
-    return torch.where(_chance(parts, generator) < density, parts / density, 0.0)
+    xp = array_namespace(parts)
+    return xp.where(_chance(parts, generator) < density, parts / density, 0.0)
 
 
-def _magnitude_dropped(parts: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
-    """Drop small elements of a row more often than large ones, and make up for each (MAGPRUNE)."""
+def _magnitude_dropped(parts: Array, settings: Settings, generator: np.random.Generator) -> Array:
+    """Drop small elements of a row more often than large ones, and make up for each (MAGPRUNE).
+
+    Of equal elements, those that come first count as larger.
+    """
+    xp = array_namespace(parts)
     columns = parts.shape[2]
-    places = parts.abs().argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+    order = xp.argsort(-xp.abs(parts), axis=2, stable=True)
+    places = xp.astype(xp.argsort(order, axis=2), parts.dtype)
     step = settings.epsilon / max(1, columns - 1)
-    drop = 1 - settings.density - settings.epsilon / 2 + places.double() * step
+    drop = 1 - settings.density - settings.epsilon / 2 + places * step
     if columns == 1:
-        drop = torch.full_like(drop, 1 - settings.density)
-    drop = drop.clamp(0.0, 1.0)
-    return torch.where(_chance(parts, generator) >= drop, parts / (1 - drop), 0.0)
+        drop = xp.full_like(drop, 1 - settings.density)
+    drop = xp.clip(drop, min=0.0, max=1.0)
+    is_kept = _chance(parts, generator) >= drop  # never where it is dropped for certain
+    return xp.where(is_kept, parts / xp.where(is_kept, 1 - drop, 1.0), 0.0)
 
 
-def _chance(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw on the processor whatever the device, so that a seed means the same everywhere."""
-    return torch.rand(like.shape, dtype=like.dtype, generator=generator).to(like.device)
+def _chance(like: Array, generator: np.random.Generator) -> Array:
+    """Draw a number in [0, 1) for each element, the same whatever library and device."""
+    return beside(generator.random(like.shape), like)
 
 
-def _ties(parts: Tensor, weights: Sequence[float]) -> Tensor:
+def _ties(parts: Array, weights: Sequence[float]) -> Array:
     """Elect a sign for each element, and average the weighted elements that have it."""
-    elected = torch.where(parts.sum(dim=0) >= 0, 1.0, -1.0)
-    agree = parts.sign() == elected
-    total = (parts * _column(weights, parts) * agree).sum(dim=0)
-    return total / agree.sum(dim=0).clamp(min=1)
+    xp = array_namespace(parts)
+    elected = xp.where(xp.sum(parts, axis=0) >= 0, 1.0, -1.0)
+    agree = xp.sign(parts) == elected
+    total = xp.sum(xp.where(agree, parts * _column(weights, parts), 0.0), axis=0)
+    return total / xp.clip(xp.count_nonzero(agree, axis=0), min=1)

@@ -8,12 +8,11 @@ changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from loratool.math.exact_variants import fold_mid
+from loratool.math.exact_variants import flat, fold_mid
+from loratool.math.namespace import Array, array_namespace, double, squared_norm
 
 __all__ = [
     "boft_delta",
@@ -28,7 +27,7 @@ TINY = 1e-8
 """What LyCORIS and kohya add to the norm of Q, so that it can be divided by."""
 
 
-def ia3_delta(weight: Tensor, scale: Tensor, on_input: bool) -> Tensor:
+def ia3_delta(weight: Array, scale: Array, on_input: bool) -> Array:
     """Return ``W ∘ scale`` along the rows or columns: LyCORIS' IA³ (arXiv 2205.05638).
 
     LyCORIS stores how far the scale is from one, so that zeros change nothing.
@@ -56,8 +55,8 @@ def is_old_glora(
 
 
 def glora_delta(
-    weight: Tensor, a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor, bm: Tensor | None = None
-) -> Tensor:
+    weight: Array, a1: Array, a2: Array, b1: Array, b2: Array, bm: Array | None = None
+) -> Array:
     """Return ``W·a1·a2 + b1·b2``, unscaled: LyCORIS' GLoRA (arXiv 2306.07967).
 
     ``a1·a2`` acts on W's input channels, the same at each place of a kernel. The layout of
@@ -73,17 +72,18 @@ def glora_delta(
     """
     shapes = (weight.shape, a1.shape, a2.shape, b1.shape, b2.shape)
     if is_old_glora(*shapes):
-        moved = weight.flatten(1) @ a2.flatten(1) @ a1.flatten(1)
-        return (moved + b2.flatten(1) @ b1.flatten(1)).reshape(weight.shape)
-    moved = torch.einsum("oi...,ir->or...", weight, a1.flatten(1))
-    moved = torch.einsum("or...,ri->oi...", moved, a2.flatten(1))
-    up, down = (b1.flatten(1), b2.flatten(1)) if bm is None else fold_mid(b1, b2, bm)
+        moved = flat(weight) @ flat(a2) @ flat(a1)
+        return (moved + flat(b2) @ flat(b1)).reshape(weight.shape)
+    xp = array_namespace(weight, a1, a2, b1, b2, bm)
+    inputs = xp.moveaxis(weight, 1, -1)
+    moved = xp.moveaxis(inputs @ flat(a1) @ flat(a2), -1, 1)
+    up, down = (flat(b1), flat(b2)) if bm is None else fold_mid(b1, b2, bm)
     return moved + (up @ down).reshape(weight.shape)
 
 
 def diag_oft_delta(
-    weight: Tensor, oft_blocks: Tensor, alpha: float = 0.0, rescale: Tensor | None = None
-) -> Tensor:
+    weight: Array, oft_blocks: Array, alpha: float = 0.0, rescale: Array | None = None
+) -> Array:
     """Return the delta of blocks of rows that are rotated: ``rescale · Rᵀ W - W``.
 
     ``R = (I + Q)(I - Q)⁻¹`` with ``Q = blocks - blocksᵀ`` (arXiv 2306.07280). LyCORIS' Diag-OFT
@@ -97,14 +97,13 @@ def diag_oft_delta(
     """
     count, size, _ = oft_blocks.shape
     rotation = _cayley(_skew(oft_blocks, alpha * weight.shape[0]))
-    blocks = weight.reshape(count, size, *weight.shape[1:])
-    rotated = torch.einsum("knm,kn...->km...", rotation, blocks)
-    return _rescaled(rotated.flatten(0, 1), rescale) - weight
+    rotated = rotation.mT @ weight.reshape((count, size, -1))
+    return _rescaled(rotated.reshape(weight.shape), rescale) - weight
 
 
 def boft_delta(
-    weight: Tensor, oft_blocks: Tensor, alpha: float = 0.0, rescale: Tensor | None = None
-) -> Tensor:
+    weight: Array, oft_blocks: Array, alpha: float = 0.0, rescale: Array | None = None
+) -> Array:
     """Return the delta of rows rotated by a butterfly of blocks: ``rescale · R_m … R_1 W - W``.
 
     Stage i rotates rows that are ``2ⁱ · b / 2`` apart (LyCORIS; arXiv 2311.06243).
@@ -115,17 +114,21 @@ def boft_delta(
         alpha: See :func:`diag_oft_delta`.
         rescale: ``(out, 1)`` or ``(out, 1, 1, 1)``.
     """
-    _, count, size, _ = oft_blocks.shape
-    rotated = weight.flatten(1)
-    for stage, rotation in enumerate(_cayley(_skew(oft_blocks, alpha * weight.shape[0]))):
+    xp = array_namespace(weight, oft_blocks, rescale)
+    stages, count, size, _ = oft_blocks.shape
+    rotations = _cayley(_skew(oft_blocks, alpha * weight.shape[0]))
+    rotated = flat(weight)
+    columns = rotated.shape[1]
+    for stage in range(stages):
         distance = 2**stage * size // 2
-        rows = rotated.reshape(-1, 2, distance, rotated.shape[1]).transpose(1, 2)
-        turned = rotation @ rows.reshape(count, size, -1)
-        rotated = turned.reshape(-1, distance, 2, rotated.shape[1]).transpose(1, 2).flatten(0, 2)
+        rows = xp.moveaxis(rotated.reshape((-1, 2, distance, columns)), 1, 2)
+        turned = rotations[stage, ...] @ rows.reshape((count, size, columns))
+        rows = xp.moveaxis(turned.reshape((-1, distance, 2, columns)), 1, 2)
+        rotated = rows.reshape((-1, columns))
     return _rescaled(rotated.reshape(weight.shape), rescale) - weight
 
 
-def dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor, out_axis: bool) -> Tensor:
+def dora_delta(weight: Array, delta: Array, magnitude: Array, out_axis: bool) -> Array:
     """Return ``magnitude / ‖W + Δ‖ · (W + Δ) - W`` (DoRA, arXiv 2402.09353).
 
     Rows or columns that are all zero stay so. LyCORIS adds a rounding unit to the norm; PEFT does
@@ -138,35 +141,36 @@ def dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor, out_axis: bool)
         out_axis: Whether norms are those of rows, ``d = out``, as everywhere today; not those of
             input channels, ``d = in``, as in older files of LyCORIS.
     """
+    xp = array_namespace(weight, delta, magnitude)
     axis = 0 if out_axis else 1
     moved = weight + delta.reshape(weight.shape)
-    others = [index for index in range(weight.ndim) if index != axis]
-    norms = torch.linalg.vector_norm(moved, dim=others, keepdim=True, dtype=torch.float64)
-    factor = _along(magnitude.double(), weight, axis) / norms
-    factor = factor.where(norms > 0, 0.0).to(weight.dtype)
-    return moved.mul_(factor).sub_(weight)
+    others = tuple(index for index in range(weight.ndim) if index != axis)
+    norms = xp.sqrt(xp.sum(double(moved) ** 2, axis=others, keepdims=True))
+    factor = _along(double(magnitude), weight, axis) / xp.where(norms > 0, norms, 1.0)
+    factor = xp.where(norms > 0, factor, 0.0)
+    return moved * xp.astype(factor, weight.dtype) - weight
 
 
-def _along(values: Tensor, weight: Tensor, axis: int) -> Tensor:
+def _along(values: Array, weight: Array, axis: int) -> Array:
     """Return ``values`` in a shape that broadcasts along one axis of ``weight``."""
     shape = [1] * weight.ndim
     shape[axis] = weight.shape[axis]
-    return values.reshape(shape)
+    return values.reshape(tuple(shape))
 
 
-def _skew(blocks: Tensor, limit: float) -> Tensor:
+def _skew(blocks: Array, limit: float) -> Array:
     """Return ``blocks - blocksᵀ``, scaled down where their norm together is beyond a limit."""
     skew = blocks - blocks.mT
-    norm = float(skew.norm()) + TINY
+    norm = math.sqrt(squared_norm(skew)) + TINY
     return skew * (limit / norm) if 0 < limit < norm else skew
 
 
-def _cayley(skew: Tensor) -> Tensor:
+def _cayley(skew: Array) -> Array:
     """Return the rotations ``(I + Q)(I - Q)⁻¹``, ``(…, b, b)``."""
-    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    rotation: Tensor = torch.linalg.solve(identity - skew, identity + skew, left=False)
-    return rotation
+    xp = array_namespace(skew)
+    identity = xp.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return xp.linalg.solve(identity - skew, identity + skew)  # the two commute
 
 
-def _rescaled(rotated: Tensor, rescale: Tensor | None) -> Tensor:
+def _rescaled(rotated: Array, rescale: Array | None) -> Array:
     return rotated if rescale is None else rotated * _along(rescale, rotated, axis=0)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from typing import TypeAlias, TypeGuard, cast
 
-import torch
-from torch import Tensor
+from loratool.math.namespace import Array, array_namespace
 
 __all__ = [
+    "flat",
     "fold_mid",
     "hadamard_factors",
     "hadamard_rank",
@@ -23,11 +23,11 @@ __all__ = [
     "vera_factors",
 ]
 
-Factors: TypeAlias = tuple[Tensor, Tensor]
+Factors: TypeAlias = tuple[Array, Array]
 Shape: TypeAlias = tuple[int, ...]
 
 
-def fold_mid(up: Tensor, down: Tensor, mid: Tensor) -> Factors:
+def fold_mid(up: Array, down: Array, mid: Array) -> Factors:
     """Fold the core of a CP or Tucker LoCon into its down projection; the rank stays.
 
     ``Δ[o, i, …] = Σ up[o, m] · mid[m, n, …] · down[n, i]`` (LyCORIS, ``lora_mid``).
@@ -37,17 +37,18 @@ def fold_mid(up: Tensor, down: Tensor, mid: Tensor) -> Factors:
         down: ``(r, in)``, or ``(r, in, 1, 1)``.
         mid: ``(r, r, kh, kw)``, or any other kernel.
     """
-    folded = torch.einsum("mn...,ni->mi...", mid, down.flatten(1))
-    return up.flatten(1), folded.flatten(1)
+    xp = array_namespace(up, down, mid)
+    folded = xp.tensordot(mid, flat(down), axes=((1,), (0,)))
+    return flat(up), flat(xp.moveaxis(folded, -1, 1))
 
 
 def hadamard_factors(
-    w1_a: Tensor,
-    w1_b: Tensor,
-    w2_a: Tensor,
-    w2_b: Tensor,
-    t1: Tensor | None = None,
-    t2: Tensor | None = None,
+    w1_a: Array,
+    w1_b: Array,
+    w2_a: Array,
+    w2_b: Array,
+    t1: Array | None = None,
+    t2: Array | None = None,
 ) -> Factors:
     """Return the factors of a LoHa, ``Δ = (w1_a @ w1_b) ∘ (w2_a @ w2_b)``.
 
@@ -74,9 +75,9 @@ def hadamard_factors(
     up2, down2 = _half(w2_a, w2_b, t2)
     if up1.shape[1] * up2.shape[1] > min(up1.shape[0], down1.shape[1]):
         return _split((up1 @ down1) * (up2 @ down2))
-    up = torch.einsum("op,oq->opq", up1, up2).flatten(1)
-    down = torch.einsum("pi,qi->pqi", down1, down2).flatten(0, 1)
-    return up, down
+    up = flat(up1[:, :, None] * up2[:, None, :])
+    down = down1[:, None, :] * down2[None, :, :]
+    return up, down.reshape((-1, down.shape[2]))
 
 
 def hadamard_rank(
@@ -92,9 +93,7 @@ def hadamard_rank(
     return min(w1_b[0] * w2_b[0], out, columns)
 
 
-def kronecker_factors(
-    w1: Tensor | Factors, w2: Tensor | Factors, t2: Tensor | None = None
-) -> Factors:
+def kronecker_factors(w1: Array | Factors, w2: Array | Factors, t2: Array | None = None) -> Factors:
     """Return the factors of a LoKr, ``Δ = w1 ⊗ w2``, of the smallest rank that shapes allow.
 
     ``(u1 @ v1) ⊗ (u2 @ v2) = (u1 ⊗ u2) @ (v1 ⊗ v2)``, for whatever factors the halves have: the
@@ -128,7 +127,7 @@ def kronecker_rank(
 
 
 def vera_factors(
-    lambda_b: Tensor, lambda_d: Tensor, vera_a: Tensor, vera_b: Tensor, out: int, in_: int
+    lambda_b: Array, lambda_d: Array, vera_a: Array, vera_b: Array, out: int, in_: int
 ) -> Factors:
     """Return the factors of a VeRA: ``diag(lambda_b) B[:out]``, ``diag(lambda_d) A[:, :in]``.
 
@@ -148,19 +147,25 @@ def vera_factors(
     rows, columns = vera_b.shape[0], vera_a.shape[1]
     if rows < out or columns < in_:
         raise ValueError(f"{rows} × {columns} is too small to share with {out} × {in_}")
-    return lambda_b.unsqueeze(1) * vera_b[:out], lambda_d.unsqueeze(1) * vera_a[:, :in_]
+    return lambda_b[:, None] * vera_b[:out, :], lambda_d[:, None] * vera_a[:, :in_]
 
 
-def _kron(one: Tensor, other: Tensor) -> Tensor:
-    """Return ``one ⊗ other``; ``torch.kron`` refuses some strides of matrices with a side of 1."""
-    plain = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (one, other))
-    return torch.kron(*plain)
+def flat(array: Array) -> Array:
+    """Return a matrix ``(d, all the rest)``."""
+    return array.reshape((array.shape[0], math.prod(array.shape[1:])))
 
 
-def _half(a: Tensor, b: Tensor, core: Tensor | None) -> Factors:
+def _kron(one: Array, other: Array) -> Array:
+    """Return ``one ⊗ other`` of two matrices."""
+    blocks = one[:, None, :, None] * other[None, :, None, :]
+    rows, columns = one.shape[0] * other.shape[0], one.shape[1] * other.shape[1]
+    return blocks.reshape((rows, columns))
+
+
+def _half(a: Array, b: Array, core: Array | None) -> Factors:
     """Return ``(out, r)`` and ``(r, in · kernel)``; with a core, ``a`` is stored transposed."""
     if core is None:
-        return a.flatten(1), b.flatten(1)
+        return flat(a), flat(b)
     return fold_mid(a.mT, b, core)
 
 
@@ -171,20 +176,23 @@ def _half_shape(a: Shape, b: Shape, core: Shape | None) -> tuple[int, int]:
     return a[1], math.prod((*b[1:], *core[2:]))
 
 
-def _split(matrix: Tensor) -> Factors:
+def _split(matrix: Array) -> Factors:
     """Return factors of any matrix: itself, and the identity on its smaller side."""
     rows, columns = matrix.shape
-    identity = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
+    identity = array_namespace(matrix).eye(
+        min(rows, columns), dtype=matrix.dtype, device=matrix.device
+    )
     return (identity, matrix) if rows < columns else (matrix, identity)
 
 
-def _smallest(half: Tensor | Factors, core: Tensor | None) -> Factors:
+def _smallest(half: Array | Factors, core: Array | None) -> Factors:
     """Return the factors of one side of a Kronecker product with the fewest columns."""
-    if isinstance(half, Tensor):
+    if not isinstance(half, tuple):
         if core is not None:
             raise ValueError("a core belongs to a factored half")
-        return _split(half.flatten(1))
-    up, down = _half(*half, core)
+        return _split(flat(half))
+    a, b = half
+    up, down = _half(a, b, core)
     if up.shape[1] > min(up.shape[0], down.shape[1]):
         return _split(up @ down)
     return up, down

@@ -15,10 +15,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from loratool.math.lowrank import LowRank
+from loratool.math.namespace import (
+    Array,
+    array_namespace,
+    beside,
+    double,
+    is_on_host,
+    on_host,
+    padded,
+)
+from loratool.math.namespace import squared_norm as _squares
+from loratool.math.precision import Precision
+from loratool.math.small import eigh, svd
 
 __all__ = ["Leading", "leading_part", "noise_floor", "spacing_squares", "squared_norm"]
 
@@ -42,7 +53,14 @@ SMALL_SIDE: Final = 256
 SVD_SIDE: Final = 512
 """Up to this the exact route is a plain SVD in float64."""
 BLOCK_ELEMENTS: Final = 1 << 18
-"""Elements of the blocks in which squares are summed in float64."""
+"""Elements of the blocks in which squares are summed in float64; they fit into a cache."""
+DEVICE_BLOCK_ELEMENTS: Final = 1 << 26
+"""The same on a GPU, which each block makes wait for the processor."""
+GRAM_ROWS: Final = 1024
+"""At least so many rows at a time go into a Gram matrix, which is read and written for each."""
+EXPONENT_32: Final = 0x7F80_0000
+EXPONENT_64: Final = 0x7FF0_0000_0000_0000
+"""The bits of a floating-point number that hold its exponent."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +76,9 @@ class Leading:
         is_exact: Whether the singular values are those of Δ to rounding, not lower bounds.
     """
 
-    up: Tensor
-    down: Tensor
-    singular_values: Tensor
+    up: Array
+    down: Array
+    singular_values: Array
     squared_norm: float
     squared_residual: float
     is_exact: bool
@@ -72,20 +90,20 @@ class Leading:
 
 
 def leading_part(
-    delta: Tensor, rank: int, generator: torch.Generator, *, method: str = "auto"
+    delta: Array, rank: int, generator: np.random.Generator, *, method: str = "auto"
 ) -> Leading:
     """Return the leading ``rank`` singular triples of ``delta``.
 
     Args:
         delta: ``(m, n)``, float32 or float64.
         rank: How many, at most the smaller side.
-        generator: Of the processor; the randomised route draws from it.
+        generator: The randomised route draws from it, on the processor whatever the device.
         method: ``exact``, ``randomised``, or ``auto``: whichever is quicker.
 
     Raises:
         ValueError: The matrix is not finite.
     """
-    peak = float(delta.abs().max()) if delta.numel() else 0.0
+    peak = _peak(delta)
     if not math.isfinite(peak):
         raise ValueError("not finite")
     rank = min(rank, *delta.shape)
@@ -107,31 +125,51 @@ def leading_part(
     is_exact = method == "exact" or (method == "auto" and is_small) or wide >= min(delta.shape)
     up, down, values = _exact(delta, rank) if is_exact else _krylov(delta, rank, total, generator)
     residual = _squared_residual(delta, up, down)
-    if not is_exact and residual < NEARLY_ALL * total:
-        up, down, values = _refined(delta, up)
-        residual = _squared_residual(delta, up, down)
-    if not is_exact and abs(total - float(values.square().sum()) - residual) > SUSPICIOUS * total:
+    if residual < NEARLY_ALL * total:
+        if not is_exact:
+            up, down, values = _refined(delta, up)
+        residual = _squared_residual(delta, up, down, in_double=True)
+    if not is_exact and abs(total - _squares(values) - residual) > SUSPICIOUS * total:
         # Rounding has spoilt the basis: the two ways to tell the residual have to agree.
         up, down, values = _exact(delta, rank)
         residual, is_exact = _squared_residual(delta, up, down), True
     return Leading(up, down, values, total, residual, is_exact)
 
 
-def squared_norm(matrix: Tensor) -> float:
+def _peak(matrix: Array) -> float:
+    """Return the largest absolute value, not finite where any element is not; no copy is made."""
+    if 0 in matrix.shape:
+        return 0.0
+    xp = array_namespace(matrix)
+    least, largest = float(xp.min(matrix)), float(xp.max(matrix))
+    return max(-least, largest) if math.isfinite(least - largest) else math.inf
+
+
+def squared_norm(matrix: Array) -> float:
     """Return ``‖Δ‖_F²``, summed in float64 block by block."""
-    return math.fsum(float(block.double().square().sum()) for block in _blocks(matrix))
+    return math.fsum(_squares(block) for _, block in _blocks(matrix))
 
 
-def spacing_squares(stored: Tensor) -> float:
+@np.errstate(over="ignore")
+def spacing_squares(stored: Array, precision: Precision | None = None) -> float:
     """Return the sum of the squared distances between the numbers beside each element.
 
     Args:
-        stored: Values of a finetuned weight, in the dtype in which they were stored.
+        stored: Values of a finetuned weight, in the dtype in which they were stored, or wider.
+        precision: Of the dtype in which they were stored; default: that of ``stored``.
     """
-    eps = torch.finfo(stored.dtype).eps
-    tiny = torch.finfo(stored.dtype).smallest_normal
-    _, exponents = torch.frexp(stored.double().abs().clamp(min=tiny))
-    return float(torch.exp2(2.0 * (exponents.double() - 1)).sum()) * eps**2
+    xp = array_namespace(stored)
+    precision = precision or Precision.of(stored)
+    is_wide = stored.dtype == xp.float64
+    values = stored if is_wide else xp.astype(stored, xp.float32, copy=False)
+    # The bits of the exponent alone are the power of two at or below a number.
+    words = values.view(xp.int64 if is_wide else xp.int32)
+    powers = (words & (EXPONENT_64 if is_wide else EXPONENT_32)).view(values.dtype)
+    powers = xp.clip(powers, min=precision.smallest)
+    total = _squares(powers)
+    if not math.isfinite(total):  # infinities and NaN have no neighbours
+        total = _squares(xp.where(xp.isfinite(powers), powers, 0.0))
+    return total * precision.eps**2
 
 
 def noise_floor(squares: float, shape: tuple[int, int]) -> float:
@@ -149,51 +187,49 @@ def noise_floor(squares: float, shape: tuple[int, int]) -> float:
     return math.sqrt(squares / max(1, m * n) / 12) * (math.sqrt(m) + math.sqrt(n))
 
 
-def _blocks(matrix: Tensor) -> Iterator[Tensor]:
-    """Yield rows, a few at a time."""
-    rows = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
+def _blocks(matrix: Array, least: int = 1) -> Iterator[tuple[int, Array]]:
+    """Yield rows, a few at a time but no fewer than ``least``, and the index of the first."""
+    elements = BLOCK_ELEMENTS if is_on_host(matrix) else DEVICE_BLOCK_ELEMENTS
+    rows = max(least, elements // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], rows):
-        yield matrix[start : start + rows]
+        yield start, matrix[start : start + rows, :]
 
 
-def _numbered(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield rows with the index of the first."""
-    start = 0
-    for block in _blocks(matrix):
-        yield start, block
-        start += len(block)
-
-
-def _exact(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(delta: Array, rank: int) -> tuple[Array, Array, Array]:
+    xp = array_namespace(delta)
     m, n = delta.shape
     if min(m, n) <= SVD_SIDE:
-        U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
-        root = S[:rank].sqrt()
-        return (U[:, :rank] * root).to(delta), (root[:, None] * Vh[:rank]).to(delta), S[:rank]
+        U, S, Vh = svd(delta)
+        root = xp.sqrt(S[:rank])
+        up, down = U[:, :rank] * root, root[:, None] * Vh[:rank, :]
+        return xp.astype(up, delta.dtype), xp.astype(down, delta.dtype), S[:rank]
     if m > n:
         up, down, S = _exact(delta.mT, rank)
-        return down.mT.contiguous(), up.mT.contiguous(), S
-    gram = torch.zeros(m, m, dtype=torch.float64, device=delta.device)
-    for block in _blocks(delta.mT):
-        wide = block.double()
-        gram.addmm_(wide.mT, wide)
-    squares, U = torch.linalg.eigh(gram)
-    squares, U = squares.flip(0)[:rank].clamp(min=0), U.flip(1)[:, :rank]
-    return _from_basis(delta, U, U.mT.to(delta) @ delta, squares.sqrt())
+        return down.mT, up.mT, S
+    gram = xp.zeros((m, m), dtype=xp.float64, device=delta.device)
+    for _, block in _blocks(delta.mT, GRAM_ROWS):
+        wide = double(block)
+        gram += wide.mT @ wide
+    squares, vectors = eigh(gram)
+    squares, vectors = xp.clip(squares[:rank], min=0.0), vectors[:, :rank]
+    up, down, S = _from_basis(vectors, _projected(delta, vectors), xp.sqrt(squares))
+    return xp.astype(up, delta.dtype), xp.astype(down, delta.dtype), S
 
 
 def _krylov(
-    delta: Tensor, rank: int, total: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+    delta: Array, rank: int, total: float, generator: np.random.Generator
+) -> tuple[Array, Array, Array]:
+    xp = array_namespace(delta)
     m, n = delta.shape
     width = min(rank + OVERSAMPLING, m, n)
-    start = torch.randn(n, width, generator=generator, dtype=delta.dtype).to(delta.device)
+    kind = np.float64 if delta.dtype == xp.float64 else np.float32
+    start = xp.astype(beside(generator.standard_normal((n, width), kind), delta), delta.dtype)
     basis = _new_directions(delta @ start, None)
     newest = cores = basis.mT @ delta
+    gram = _products(cores, cores)
     captured = 0.0
     for number in range(1, MOST_BLOCKS + 1):
-        squares, vectors = torch.linalg.eigh(_gram(cores))
-        energy = float(squares.clamp(min=0)[-rank:].sum())
+        energy = float(np.linalg.eigvalsh(gram).clip(min=0.0)[-rank:].sum())
         missing = total - energy
         is_stalled = energy - captured <= GROWTH * missing
         if missing <= NEGLIGIBLE * total or number == MOST_BLOCKS:
@@ -207,67 +243,85 @@ def _krylov(
         if basis.shape[1] + block.shape[1] > min(m, n):
             return _exact(delta, rank)
         newest = block.mT @ delta
-        basis = torch.cat([basis, block], dim=1)
-        cores = torch.cat([cores, newest], dim=0)
-    squares, vectors = squares.flip(0)[:rank].clamp(min=0), vectors.flip(1)[:, :rank]
-    turn = vectors.to(delta)
-    up, down, values = _from_basis(delta, basis @ turn, turn.mT @ cores, squares.sqrt())
-    missing_ranks = rank - values.shape[0]
-    if missing_ranks > 0:
-        pad = torch.nn.functional.pad
-        up, down = pad(up, (0, missing_ranks)), pad(down, (0, 0, 0, missing_ranks))
-        values = pad(values, (0, missing_ranks))
-    return up, down, values
+        basis = xp.concat([basis, block], axis=1)
+        between = _products(cores, newest)
+        gram = np.block([[gram, between], [between.T, _products(newest, newest)]])
+        cores = xp.concat([cores, newest], axis=0)
+    squares, vectors = eigh(gram)
+    values = beside(np.sqrt(squares[:rank].clip(min=0.0)), delta)
+    turn = xp.astype(beside(vectors[:, :rank], delta), delta.dtype)
+    up, down, values = _from_basis(basis @ turn, turn.mT @ cores, values)
+    up, down = padded(up, m, rank), padded(down, rank, n)
+    return up, down, padded(values[:, None], rank, 1)[:, 0]
 
 
-def _new_directions(block: Tensor, basis: Tensor | None) -> Tensor:
+def _new_directions(block: Array, basis: Array | None) -> Array:
     """Return orthonormal columns for what ``block`` has beside ``basis``, dead ones left out.
 
     Columns that are nearly zero after the projection are only rounding; made orthonormal they
-    would point anywhere, also back into the basis.
+    would point anywhere, also back into the basis. The second pass makes up for what the
+    rounding of the first has left: of the basis, where blocks nearly repeat, and of the Gram
+    matrix, which squares the condition number.
     """
-    reach = float(block.double().square().sum(dim=0).max())
-    for _ in range(2):  # once leaves a loss of orthogonality where blocks nearly repeat
+    xp = array_namespace(block)
+    reach = float(xp.max(xp.sum(double(block) ** 2, axis=0)))
+    for _ in range(2):
         if basis is not None:
             block = block - basis @ (basis.mT @ block)
-        squares, turn = torch.linalg.eigh(_gram(block.mT))
+        squares, turn = eigh(_products(block.mT, block.mT))
         alive = squares > DEAD**2 * reach
-        scale = squares[alive].rsqrt()
-        block = (block.double() @ (turn[:, alive] * scale)).to(block)
+        turn = beside(turn[:, alive] / np.sqrt(squares[alive]), block)
+        block = xp.astype(double(block) @ turn, block.dtype)
         reach = 1.0
-    Q: Tensor = torch.linalg.qr(block).Q  # well conditioned now: orthonormal to all digits
-    return Q
+    return block
 
 
-def _refined(delta: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the decomposition of Δ within the columns of ``up``, projected in float64."""
-    Q = torch.linalg.qr(up.double()).Q
-    projected = torch.zeros(Q.shape[1], delta.shape[1], dtype=Q.dtype, device=Q.device)
-    for start, block in _numbered(delta):
-        projected.addmm_(Q[start : start + len(block)].mT, block.double())
-    U, S, Vh = torch.linalg.svd(projected, full_matrices=False)
-    root = S.sqrt()
-    return (Q @ (U * root)).to(delta), (root[:, None] * Vh).to(delta), S
+def _refined(delta: Array, up: Array) -> tuple[Array, Array, Array]:
+    """Return the decomposition of Δ near the columns of ``up``, with products in float64.
+
+    The rows that Δ has in those columns are a basis as good as float64; the columns themselves
+    are no better than float32.
+    """
+    xp = array_namespace(delta)
+    Q, _ = xp.linalg.qr(double(up))
+    P, _ = xp.linalg.qr(_projected(delta, Q).mT)
+    U, S, Vh = svd(xp.concat([double(block) @ P for _, block in _blocks(delta)], axis=0))
+    root = xp.sqrt(S)
+    up, down = U * root, root[:, None] * (Vh @ P.mT)
+    return xp.astype(up, delta.dtype), xp.astype(down, delta.dtype), S
 
 
-def _gram(rows: Tensor) -> Tensor:
-    wide = rows.double()
-    return wide @ wide.mT
+def _projected(delta: Array, left: Array) -> Array:
+    """Return ``leftᵀ Δ`` in float64."""
+    xp = array_namespace(delta)
+    projected = xp.zeros((left.shape[1], delta.shape[1]), dtype=xp.float64, device=delta.device)
+    for start, block in _blocks(delta):
+        projected += left[start : start + block.shape[0], :].mT @ double(block)
+    return projected
 
 
-def _from_basis(
-    delta: Tensor, left: Tensor, projected: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``U √S`` and ``√S Vᵀ`` from U and ``UᵀΔ = S Vᵀ``."""
-    root = values.sqrt()
-    inverse = torch.where(root > 0, 1 / root.clamp(min=1e-300), 0.0)
-    up = (left.double() * root).to(delta)
-    down = (inverse[:, None] * projected.double()).to(delta)
+def _products(one: Array, other: Array) -> np.ndarray:
+    """Return the inner products of all rows of the two in float64, on the processor."""
+    first = double(one)
+    second = first if one is other else double(other)
+    return on_host(first @ second.mT)
+
+
+def _from_basis(left: Array, projected: Array, values: Array) -> tuple[Array, Array, Array]:
+    """Return ``U √S`` and ``√S Vᵀ`` from U and ``UᵀΔ = S Vᵀ``, in the dtype of the latter."""
+    xp = array_namespace(projected)
+    root = xp.sqrt(values)
+    inverse = xp.where(root > 0, 1 / xp.clip(root, min=1e-300), 0.0)
+    up = xp.astype(double(left) * root, projected.dtype)
+    down = xp.astype(inverse[:, None] * double(projected), projected.dtype)
     return up, down, values
 
 
-def _squared_residual(delta: Tensor, up: Tensor, down: Tensor) -> float:
+def _squared_residual(delta: Array, up: Array, down: Array, *, in_double: bool = False) -> float:
+    """Return ``‖Δ - up @ down‖_F²``, by products in float64 where little is left of Δ."""
+    if in_double:
+        up, down = double(up), double(down)
     return math.fsum(
-        float((block - up[start : start + len(block)] @ down).double().square().sum())
-        for start, block in _numbered(delta)
+        _squares(block - up[start : start + block.shape[0], :] @ down)
+        for start, block in _blocks(delta)
     )

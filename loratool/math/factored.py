@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from loratool.math.lowrank import LowRank
+from loratool.math.namespace import Array, array_namespace, beside, double, padded, squared_norm
+from loratool.math.small import cholesky, svd, upper_inverse
 
 __all__ = ["Basis", "Factored", "factor", "from_core", "inner", "norm"]
 
@@ -38,14 +39,14 @@ class Basis:
         turn: ``(r, p)``, or ``None`` for the identity.
     """
 
-    columns: Tensor
-    turn: Tensor | None = None
+    columns: Array
+    turn: Array | None = None
 
-    def apply(self, matrix: Tensor) -> Tensor:
+    def apply(self, matrix: Array) -> Array:
         """Return ``Q @ matrix``, ``(m, k)``."""
         return self.columns @ (matrix if self.turn is None else self.turn @ matrix)
 
-    def project(self, matrix: Tensor) -> Tensor:
+    def project(self, matrix: Array) -> Array:
         """Return ``Qᵀ @ matrix``, ``(p, k)``."""
         inside = self.columns.mT @ matrix
         return inside if self.turn is None else self.turn.mT @ inside
@@ -62,32 +63,31 @@ class Factored:
     """
 
     left: Basis
-    core: Tensor
+    core: Array
     right: Basis
 
     @cached_property
-    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        U, S, Vh = torch.linalg.svd(self.core, full_matrices=False)
-        return U, S, Vh
+    def _svd(self) -> tuple[Array, Array, Array]:
+        return svd(self.core)
 
     @property
-    def singular_values(self) -> Tensor:
+    def singular_values(self) -> Array:
         """``(min(p, q),)``, descending; all others of the matrix are zero."""
         return self._svd[1]
 
     @property
     def squared_norm(self) -> float:
         """``‖Δ‖_F²``."""
-        return float(self.core.square().sum())
+        return squared_norm(self.core)
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Array:
         """The matrix itself, ``(m, n)``."""
         return self.left.apply(self.right.apply(self.core.mT).mT)
 
-    def directions(self, count: int) -> tuple[Tensor, Tensor]:
+    def directions(self, count: int) -> tuple[Array, Array]:
         """Return the leading left ``(m, count)`` and right ``(n, count)`` singular vectors."""
         U, _, Vh = self._svd
-        return self.left.apply(U[:, :count]), self.right.apply(Vh[:count].mT)
+        return self.left.apply(U[:, :count]), self.right.apply(Vh[:count, :].mT)
 
     def truncated(self, rank: int) -> LowRank:
         """Return the best approximation of ``rank`` (Eckart & Young 1936), scale 1.
@@ -97,13 +97,10 @@ class Factored:
         """
         U, S, Vh = self._svd
         count = min(rank, S.shape[0])
-        root = S[:count].sqrt()
+        root = array_namespace(S).sqrt(S[:count])
         up = self.left.apply(U[:, :count] * root)
-        down = self.right.apply(Vh[:count].mT * root).mT
-        if count < rank:
-            up = torch.nn.functional.pad(up, (0, rank - count))
-            down = torch.nn.functional.pad(down, (0, 0, 0, rank - count))
-        return LowRank(up, down)
+        down = self.right.apply(Vh[:count, :].mT * root).mT
+        return LowRank(padded(up, up.shape[0], rank), padded(down, rank, down.shape[1]))
 
     def squared_distance(self, other: LowRank) -> float:
         """Return ``‖Δ - other‖_F²`` exactly, however close the two are.
@@ -111,67 +108,72 @@ class Factored:
         What the other has outside the two bases is orthogonal to Δ; inside them the small cores
         are subtracted. Nothing large cancels, unlike in ``‖Δ‖² - 2⟨Δ, other⟩ + ‖other‖²``.
         """
-        up, right = other.up.double() * other.scale, other.down.double().mT
+        up, right = double(other.up) * other.scale, double(other.down).mT
         inside_up, inside_right = self.left.project(up), self.right.project(right)
         outside_up = up - self.left.apply(inside_up)
         outside_right = right - self.right.apply(inside_right)
-        parts = (
-            (self.core - inside_up @ inside_right.mT).square().sum(),
-            _squared_norm(inside_up, outside_right.mT),
-            _squared_norm(outside_up, inside_right.mT),
-            _squared_norm(outside_up, outside_right.mT),
+        return (
+            squared_norm(self.core - inside_up @ inside_right.mT)
+            + _squared_norm(inside_up, outside_right.mT)
+            + _squared_norm(outside_up, inside_right.mT)
+            + _squared_norm(outside_up, outside_right.mT)
         )
-        return sum(max(0.0, float(part)) for part in parts)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def factor(delta: LowRank) -> Factored:
     """Decompose ``delta`` on its own device, in float64.
 
     Raises:
         ValueError: A factor or the scale is not finite.
     """
-    left, upper = _orthonormal(delta.up.double())
-    right, lower = _orthonormal(delta.down.double().mT)
-    core = (upper @ lower.mT).mul_(delta.scale)
-    if not bool(core.isfinite().all()):
+    xp = array_namespace(delta.up, delta.down)
+    left, upper = _orthonormal(double(delta.up))
+    right, lower = _orthonormal(double(delta.down).mT)
+    core = (upper @ lower.mT) * delta.scale
+    if not bool(xp.all(xp.isfinite(core))):
         raise ValueError("not finite")
     return Factored(left, core, right)
 
 
-def from_core(left: Tensor, core: Tensor, right: Tensor) -> Factored:
+def from_core(left: Array, core: Array, right: Array) -> Factored:
     """Return ``left @ core @ rightᵀ`` for bases that are orthonormal already."""
     return Factored(Basis(left), core, Basis(right))
 
 
-def _orthonormal(matrix: Tensor) -> tuple[Basis, Tensor]:
-    """Return an orthonormal basis of the columns of a matrix, and R with ``matrix = Q R``."""
-    if 2 * matrix.shape[1] <= matrix.shape[0]:
-        lower, failed = torch.linalg.cholesky_ex(matrix.mT @ matrix)
-        diagonal = lower.diagonal()
-        limit = float(diagonal.max()) * WELL_CONDITIONED if diagonal.numel() else 0.0
-        if not bool(failed) and float(diagonal.min()) > limit > 0:
-            identity = torch.eye(len(diagonal), dtype=matrix.dtype, device=matrix.device)
-            inverse = torch.linalg.solve_triangular(lower.mT, identity, upper=True)
-            return Basis(matrix, inverse), lower.mT
-    Q, R = torch.linalg.qr(matrix)
+def _orthonormal(matrix: Array) -> tuple[Basis, Array]:
+    """Return an orthonormal basis of the columns of a matrix, and R with ``matrix = Q R``.
+
+    Args:
+        matrix: ``(m, r)``, float64.
+    """
+    rows, columns = matrix.shape
+    if 0 < 2 * columns <= rows and (upper := cholesky(matrix.mT @ matrix)) is not None:
+        diagonal = np.diagonal(upper)
+        if diagonal.min() > WELL_CONDITIONED * diagonal.max():
+            return Basis(matrix, beside(upper_inverse(upper), matrix)), beside(upper, matrix)
+    Q, R = array_namespace(matrix).linalg.qr(matrix)
     return Basis(Q), R
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def inner(first: LowRank, second: LowRank) -> float:
     """Return ``⟨Δ₁, Δ₂⟩ = tr((B₁ᵀB₂)(A₂A₁ᵀ))`` in float64, from small Gram matrices.
 
     It is exact to the rounding of ``‖Δ₁‖ ‖Δ₂‖``.
     """
-    left = first.up.double().mT @ second.up.double()
-    right = first.down.double() @ second.down.double().mT
-    return float((left * right).sum()) * first.scale * second.scale
+    left = double(first.up).mT @ double(second.up)
+    right = double(first.down) @ double(second.down).mT
+    return float(array_namespace(left, right).sum(left * right)) * first.scale * second.scale
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def norm(delta: LowRank) -> float:
     """Return ``‖Δ‖_F`` from Gram matrices."""
-    squared = _squared_norm(delta.up.double(), delta.down.double())
-    return math.sqrt(max(0.0, float(squared))) * abs(delta.scale)
+    return math.sqrt(_squared_norm(double(delta.up), double(delta.down))) * abs(delta.scale)
 
 
-def _squared_norm(up: Tensor, down: Tensor) -> Tensor:
-    return ((up.mT @ up) * (down @ down.mT)).sum()
+def _squared_norm(up: Array, down: Array) -> float:
+    """Return ``‖up @ down‖_F²``, not negative whatever rounding makes of it."""
+    product = (up.mT @ up) * (down @ down.mT)
+    return max(0.0, float(array_namespace(product).sum(product)))

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from loratool.math.factored import Factored
+from loratool.math.namespace import Array, array_namespace, squared_norm
 from loratool.math.ranks import minimal_rank
 
 __all__ = ["effective_rank", "energy_rank", "overlap", "stable_rank", "subspace_similarity"]
 
 
-def overlap(first: Factored, second: Factored, count: int) -> tuple[Tensor, Tensor]:
+def overlap(first: Factored, second: Factored, count: int) -> tuple[Array, Array]:
     """Return φ(i, j) for i, j up to ``count``, of the left and of the right singular vectors.
 
     ``φ(i, j) = ‖U_iᵀ V_j‖_F² / min(i, j)`` (LoRA, arXiv 2106.09685, section 7.2): 1 where one
@@ -32,17 +30,19 @@ def subspace_similarity(first: Factored, second: Factored, ranks: tuple[int, int
     if not i or not j:
         return 0.0
     left, right = (
-        float((one[:, :i].mT @ other[:, :j]).square().sum()) / min(i, j)
+        squared_norm(one[:, :i].mT @ other[:, :j]) / min(i, j)
         for one, other in zip(first.directions(i), second.directions(j), strict=True)
     )
     return (left + right) / 2
 
 
-def _phi(product: Tensor) -> Tensor:
-    sums = product.square().cumsum(dim=0).cumsum(dim=1)
-    rows = torch.arange(1, product.shape[0] + 1, device=product.device).unsqueeze(1)
-    columns = torch.arange(1, product.shape[1] + 1, device=product.device).unsqueeze(0)
-    return sums / torch.minimum(rows, columns)
+def _phi(product: Array) -> Array:
+    xp = array_namespace(product)
+    sums = xp.cumulative_sum(xp.cumulative_sum(product * product, axis=0), axis=1)
+    rows, columns = (
+        xp.arange(1, size + 1, dtype=product.dtype, device=product.device) for size in product.shape
+    )
+    return sums / xp.minimum(rows[:, None], columns[None, :])
 
 
 def stable_rank(values: Sequence[float]) -> float:

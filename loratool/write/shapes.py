@@ -169,8 +169,8 @@ def _magnitude(part: Part, scheme: KeyScheme) -> Expr:
     value = part.values[Slot.MAGNITUDE]
     if not part.is_plain:
         (size,) = value.shape if len(value.shape) == 1 else (0,)
-        stored = part.site.slots[Slot.MAGNITUDE].spec.shape
-        return value.reshaped(stored) if size else value
+        stored = part.stored(Slot.MAGNITUDE)
+        return value.reshaped(stored.spec.shape) if size and stored is not None else value
     if scheme.scale is ScaleRule.ALPHA:
         if part.kind is Kind.EMBEDDING:
             raise no_place(part, scheme, "magnitudes of an embedding")

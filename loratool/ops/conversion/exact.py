@@ -13,7 +13,6 @@ from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
 from loratool.ops.conversion.base import Base
-from loratool.values.bridge import through_torch
 from loratool.values.expr import Expr, Function, Result, Stored, widest
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def _folded_mid(part: Part, tensors: dict[Slot, StoredTensor]) -> Part:
         return fold_mid(up, down, mid)
 
     shape = (mid.spec.shape[0], *into)
-    both = Function("A folded with its core", (up, down, mid), through_torch(fold))
+    both = Function("A folded with its core", (up, down, mid), fold)
     folded = Result(both, 1, shape, down.spec.dtype)
     made = part.factored(folded, part.up, note="its core was folded into A", alpha=part.alpha)
     return replace(made, kind=Kind.CONV)
@@ -78,10 +77,10 @@ def _from_hadamard(part: Part, tensors: dict[Slot, StoredTensor], base: Base | N
 
     def factors(*values: Array) -> tuple[Array, Array]:
         given = dict(zip(present, values, strict=True))
-        return hadamard_factors(*(given.get(slot) for slot in HADA))  # type: ignore[arg-type]
+        return hadamard_factors(*(given.get(slot) for slot in HADA))
 
     shapes = [tensor.spec.shape if tensor else None for tensor in used]
-    rank = hadamard_rank(*shapes)  # type: ignore[arg-type]
+    rank = hadamard_rank(*shapes)
     core = tensors.get(Slot.HADA_T1)
     kernel = core.spec.shape[2:] if core is not None else _kernel(part, base)
     stored = [tensor for tensor in used if tensor is not None]
@@ -99,6 +98,7 @@ def _from_kronecker(part: Part, tensors: dict[Slot, StoredTensor], base: Base | 
     ):
         raise AdapterError(part.module, "lacks a factor of its LoKr, or has one too many")
     whole = tensors.get(Slot.LOKR_W2)
+    assert part.site is not None
     if whole is not None and len(whole.spec.shape) == 3 and part.site.scaling.alpha is not None:
         raise UnsupportedError(
             part.module, "is a LoKr of a one-dimensional convolution, which PEFT lays out otherwise"
@@ -171,6 +171,7 @@ def _kernel(part: Part, base: Base | None) -> tuple[int, ...]:
     weight = base.find(part.module) if base is not None else None
     if weight is not None:
         return weight.spec.shape[2:]
+    assert part.site is not None
     into = part.site.in_features
     leaf = part.module.rpartition(".")[2]
     is_unet = part.module.startswith("unet.")
@@ -186,10 +187,11 @@ def written_out(
     note: str,
     shape: tuple[int, int] | None = None,
 ) -> Part:
+    assert part.site is not None
     out, width = shape or (part.site.out_features, part.site.in_features)
     into = (width // math.prod(kernel), *kernel)
     dtype = widest([tensor.spec.dtype for tensor in stored])
-    both = Function(note, tuple(stored), through_torch(factors))
+    both = Function(note, tuple(stored), factors)
     down = Result(both, 1, (rank, *into), dtype)
     up = Result(both, 0, (out, rank, *(1,) * len(kernel)), dtype)
     others: dict[Slot, Expr] = {s: v for s, v in part.values.items() if s is Slot.BIAS}

@@ -7,19 +7,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import VARIANT_WORDS
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
+from loratool.math import dense_variants as dense
+from loratool.math.extraction import leading_part
+from loratool.math.randomness import generator_for
 from loratool.ops.conversion.base import Base
 from loratool.plan.rounding import Approximated
+from loratool.values.arrays import decode
 from loratool.values.expr import Expr, Result, widest
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from loratool.values.expr import Array
 
 __all__ = ["nearest"]
@@ -40,7 +44,7 @@ class Approximation:
         self,
         name: str,
         tensors: Sequence[StoredTensor],
-        delta: Callable[[], Tensor],
+        delta: Callable[[], Array],
         rank: int,
         seed: int,
     ) -> None:
@@ -52,15 +56,11 @@ class Approximation:
 
     def compute(self) -> tuple[tuple[Array, ...], Approximated]:
         """Return A and B of the rank that was asked for, filled with zeros beyond their own."""
-        import numpy as np
-        import torch
-
-        from loratool.math.extraction import leading_part
-
-        generator = torch.Generator().manual_seed(self._seed)
-        found = leading_part(self._delta().flatten(1), self._rank, generator)
+        delta = self._delta()
+        delta = delta.reshape(delta.shape[0], -1)
+        found = leading_part(delta, self._rank, generator_for(self._seed))
         factors = found.factors
-        down, up = (factors.down * factors.scale).double().numpy(), factors.up.double().numpy()
+        down, up = factors.down * factors.scale, factors.up
         missing = self._rank - down.shape[0]
         both = np.pad(down, ((0, missing), (0, 0))), np.pad(up, ((0, 0), (0, missing)))
         return both, Approximated(found.squared_norm, found.squared_residual)
@@ -96,6 +96,7 @@ def nearest(part: Part, adapter: Adapter, base: Base | None, rank: int | None) -
         raise UnsupportedError(where, f"has the shape {list(shape)}, which has no rank")
     kernel = shape[2:]
     most = min(rank, shape[0], math.prod(shape[1:]))
+    assert part.site is not None
     used = [*part.site.slots.values(), *([weight] if weight is not None else [])]
     is_turned = weight is not None and base is not None and _is_turned(part, shape, base)
     _check_fit(part, shape, is_turned=is_turned)
@@ -148,6 +149,7 @@ def _is_turned(part: Part, shape: tuple[int, ...], base: Base) -> bool:
         return False
     if shape[0] == shape[1] or part.variant == "ia3":  # one number for each input or output
         return base.is_conv1d(part.module)
+    assert part.site is not None
     return bool(part.site.out_features) and part.site.out_features == shape[1]
 
 
@@ -161,38 +163,40 @@ def _dtype(part: Part) -> str:
     return widest(found) if found else "F32"
 
 
-def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Tensor:
+def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Array:
     """Return ΔW, ``(out, in, *kernel)`` in float64."""
-    import torch
-
-    from loratool.math import dense_variants as dense
-    from loratool.ops.tensors import read_tensor
-
-    values = {slot: torch.from_numpy(value.evaluate()) for slot, value in part.values.items()}
+    values = {slot: value.evaluate() for slot, value in part.values.items()}
     if part.variant == "full":
         return values[Slot.DIFF]
     assert stored is not None
-    weight = read_tensor(stored).double()
+    weight = decode(stored)
     if is_turned:
         weight = weight.T
     alpha = part.stored(Slot.ALPHA)
-    limit = float(read_tensor(alpha).double().reshape(())) if alpha is not None else 0.0
+    limit = float(decode(alpha).reshape(())) if alpha is not None else 0.0
     rescale = values.get(Slot.OFT_RESCALE)
     match part.variant:
         case "oft":
-            return dense.diag_oft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
+            turned: Array = dense.diag_oft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
+            return turned
         case "boft":
-            return dense.boft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
+            turned: Array = dense.boft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
+            return turned
         case "ia3":
             flag = values.get(Slot.IA3_ON_INPUT)
-            return dense.ia3_delta(weight, values[Slot.IA3], bool(flag is not None and flag.any()))
+            turned: Array = dense.ia3_delta(
+                weight, values[Slot.IA3], bool(flag is not None and flag.any())
+            )
+            return turned
         case "glora":
             names = (Slot.GLORA_A1, Slot.GLORA_A2, Slot.GLORA_B1, Slot.GLORA_B2)
             a1, a2, b1, b2 = (values[slot] for slot in names)
             made = dense.glora_delta(weight, a1, a2, b1, b2, values.get(Slot.GLORA_BM))
-            return made * part.scale
-    down, up = values[part.slots[0]], values[part.slots[1]]
-    delta = part.scale * (up.flatten(1) @ down.flatten(1))
+            scaled: Array = made * part.scale
+            return scaled
+    down, up = (values[slot].reshape(values[slot].shape[0], -1) for slot in part.slots)
+    delta = part.scale * (up @ down)
     magnitude = values[Slot.MAGNITUDE]
     is_rows = not part.has_input_magnitudes
-    return dense.dora_delta(weight, delta.reshape(weight.shape), magnitude, out_axis=is_rows)
+    made = dense.dora_delta(weight, delta.reshape(weight.shape), magnitude, out_axis=is_rows)
+    return np.asarray(made)

@@ -104,6 +104,7 @@ def _from_loralib(part: Part, shape: tuple[int, ...]) -> Part:
     rows = part.down.shape[0]
     down = block_diagonal([part.down] * kernel, [rows] * kernel)
     up = part.up.reshaped((out, kernel * rows, 1, 1))
+    assert part.site is not None
     scaling = part.site.scaling
     made = part.factored(
         down.reshaped((kernel * rows, into, kernel, kernel)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from loratool.math.extraction import (
     noise_floor,
     spacing_squares,
 )
+from loratool.math.randomness import generator_for
 from loratool.math.ranks import minimal_rank, numerical_rank, profile_of
 from loratool.ops.algebra.ranks import Truncation
 from loratool.ops.extraction.pairing import Target
@@ -182,11 +182,8 @@ def decompose(
 
 
 def _leading(target: Target, expert: int, delta: Tensor, rank: int, settings: Settings) -> Leading:
-    words = f"{settings.seed}:{target.name}:{expert}".encode()
-    seed = int.from_bytes(hashlib.sha256(words).digest()[:7])
-
     def on(device: torch.device) -> Leading:
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_for(settings.seed, target.name, expert)
         return leading_part(delta.to(device), rank, generator, method=settings.method)
 
     try:
