@@ -11,6 +11,7 @@ from loratool.adapter.model import Adapter, Site
 from loratool.files.inputs import Stamp
 from loratool.files.safetensors import SafetensorsFile, canonical_order, format_header
 from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.plan.sidecar import Sidecar
 
 __all__ = [
     "TORCH_BYTES",
@@ -24,7 +25,6 @@ __all__ = [
     "Region",
     "Residual",
     "SetRows",
-    "Sidecar",
     "Step",
 ]
 
@@ -250,23 +250,6 @@ class OutputFile:
         specs = canonical_order(step.spec for step in steps)
         header = format_header(specs, {**metadata, "format": "pt"})
         return OutputFile(name, header, tuple(by_name[spec.name] for spec in specs))
-
-
-@dataclass(frozen=True, slots=True)
-class Sidecar:
-    """A file that travels along.
-
-    Attributes:
-        name: Its path inside the output folder.
-        source: The file to copy, or ``None``.
-        content: The bytes to write where there is no source.
-        why: Why it is not simply the base's file; empty if it is.
-    """
-
-    name: str
-    source: Path | None
-    content: bytes | None = None
-    why: str = ""
 
 
 def _working_bytes(step: Step) -> int:

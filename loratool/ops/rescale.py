@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from loratool.adapter.model import BASE_DEPENDENT, Adapter
+from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
 from loratool.errors import OptionError, UnsupportedError
-from loratool.files.atomic import check_output, scratch
+from loratool.files.atomic import check_output
+from loratool.files.container import PICKLE_SUFFIXES
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.math.factored import norm
+from loratool.ops.algebra.combining import input_notes
+from loratool.ops.algebra.computing import load_terms
+from loratool.ops.algebra.extras import gather_extras
 from loratool.ops.algebra.joining import Joint, check_computable, join
-from loratool.ops.algebra.plan import AdapterPlan
-from loratool.ops.algebra.planning import check_place
-from loratool.ops.algebra.provenance import provenance
-from loratool.ops.algebra.rescaling import Change, change_of, plan_rescaling, rounding_of
-from loratool.ops.conversion.through import is_direct
-from loratool.ops.importing import import_torch
+from loratool.ops.algebra.rescaling import (
+    Change,
+    change_of,
+    plan_in_place,
+    rescaled_parts,
+    rounding_of,
+)
+from loratool.ops.algebra.sidecars import carried_files
+from loratool.ops.conversion.refusing import check_names
 from loratool.ops.opening import open_adapter
-from loratool.plan.adapter import ConversionPlan
-from loratool.plan.writing import run_conversion
+from loratool.plan.adapter import AdapterPlan
+from loratool.plan.history import History, Source
+from loratool.plan.threads import in_parallel
+from loratool.plan.writing import measure_adapter, write_adapter
 from loratool.schemes import scheme_named
-from loratool.write.options import Wishes
-from loratool.write.write import plan_conversion
+from loratool.write.adapter import NewAdapter
+from loratool.write.metadata import kept_metadata
+from loratool.write.options import WriteOptions
+from loratool.write.write import write
 
 __all__ = ["RescaleReport", "rescale"]
 
@@ -47,7 +58,6 @@ class RescaleReport:
         plan: What was decided.
         is_written: Whether it was written.
         notes: What a user should know.
-        final: How the result is written in the input's scheme, where that is not PEFT's.
     """
 
     scales: Mapping[str, tuple[float, float]]
@@ -56,12 +66,6 @@ class RescaleReport:
     plan: AdapterPlan
     is_written: bool
     notes: tuple[str, ...] = field(default=())
-    final: ConversionPlan | None = None
-
-    @property
-    def shown(self) -> AdapterPlan | ConversionPlan:
-        """The plan of the files that there are in the end."""
-        return self.final if self.final is not None else self.plan
 
     def as_json(self) -> dict[str, Any]:
         """Return a document for scripts."""
@@ -73,8 +77,8 @@ class RescaleReport:
                 {"module": name, "scale": new, "old_scale": old, "ratio": self.ratios[name]}
                 for name, (old, new) in self.scales.items()
             ],
-            "bytes_written" if self.is_written else "bytes_to_write": self.shown.nbytes,
-            "tensors": len(self.shown.specs),
+            "bytes_written" if self.is_written else "bytes_to_write": self.plan.nbytes,
+            "tensors": len(self.plan.specs),
             "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
             "notes": list(self.notes),
         }
@@ -132,20 +136,8 @@ def rescale(
     if not dry_run:
         check_output(place, force=force, inputs=[Path(adapter)])
     opened = open_adapter(adapter, adapter_name=adapter_name, skip=skip)
-    import_torch()
-    settings = {
-        "scale": scale,
-        "alpha": alpha,
-        "keep": keep,
-        "max_norm": max_norm,
-        "fold": fold,
-        "to_rslora": to_rslora,
-        "from_rslora": from_rslora,
-        "dtype": dtype,
-        "threads": threads,
-    }
-    if not is_direct(scheme_named(opened.scheme), place):
-        return _through_peft(opened, place, settings, force=force, dry_run=dry_run)
+    scheme = scheme_named(opened.scheme)
+    check_names(opened, scheme)
     stabilised = to_rslora or from_rslora
     _check_kinds(opened, fold=fold or stabilised or alpha is not None, stabilised=stabilised)
     joints, _ = join([opened], [1.0])
@@ -170,7 +162,7 @@ def rescale(
                 "scale multiplies it",
                 hint="only --fold and the two rslora options leave such a delta as it is",
             )
-    options = {
+    asked = {
         "scale": scale,
         "alpha": alpha,
         "keep": keep if alpha is not None else None,
@@ -181,51 +173,62 @@ def rescale(
         "dtype": dtype,
         "skip": tuple(skip),
     }
-    plan = plan_rescaling(opened, changes, place, options, OUTPUT_DTYPES[dtype] if dtype else None)
-    notes = [*plan.notes, *_notes(opened, changes, alpha, keep, max_norm)]
-    error = rounding_of(changes, plan, threads)
+    written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
+    is_torch = place.suffix.lower() in PICKLE_SUFFIXES
+    is_in_place = scheme.spelling is Spelling.PATH and not scheme.is_transposed and not is_torch
+    if is_in_place and scheme.scale is not ScaleRule.MULTIPLIER:
+        plan = plan_in_place(opened, changes, place, asked, written_dtype)
+        error = rounding_of(changes, plan, threads)
+        is_measured = True
+    else:
+        plan = _rewritten(opened, changes, scheme, WriteOptions(place, dtype=written_dtype), asked)
+        error, is_measured = 0.0, False
     if not dry_run:
-        from loratool.ops.algebra.writing import write_adapter
-
-        write_adapter(
+        outcome = write_adapter(
             plan, place, inputs=[Path(adapter)], force=force, threads=threads, progress=progress
         )
+    elif not is_measured:
+        outcome = measure_adapter(plan, threads=threads, progress=progress)
+    if not is_measured:
+        error = outcome.relative_error
     return RescaleReport(
         scales={c.joint.name: (c.site.scaling.factor, c.scale) for c in changes},
         ratios={c.joint.name: c.ratio for c in changes},
         relative_error=error,
         plan=plan,
         is_written=not dry_run,
-        notes=tuple(notes),
+        notes=(*plan.notes, *_notes(opened, changes, alpha, keep, max_norm)),
     )
 
 
-def _through_peft(
-    adapter: Adapter, output: Path, settings: dict[str, Any], *, force: bool, dry_run: bool
-) -> RescaleReport:
-    """Rescale an adapter of another scheme as PEFT's, and write it in its own scheme again."""
-    scheme = scheme_named(adapter.scheme)
-    check_place(output, scheme.name, has_config=scheme.has_config)
-    with ExitStack() as stack:
-        if dry_run:
-            folder = Path(stack.enter_context(TemporaryDirectory()))
-        else:
-            folder = stack.enter_context(scratch(output))
-        wishes = Wishes(output=folder / "input", family=adapter.family, then=scheme)
-        plan = plan_conversion(adapter, scheme_named("peft"), wishes)
-        run_conversion(plan, wishes.output, inputs=[adapter.path])
-        result = folder / output.stem
-        report = rescale(wishes.output, result, **settings)
-        options = {k: v for k, v in settings.items() if v and k != "threads"}
-        final = Wishes(
-            output=output,
-            family=adapter.family,
-            history=provenance("rescale", [adapter], options),
-        )
-        written = plan_conversion(open_adapter(result), scheme, final)
-        if not dry_run:
-            run_conversion(written, output, inputs=[adapter.path], force=force)
-    return replace(report, is_written=not dry_run, final=written)
+def _rewritten(
+    adapter: Adapter,
+    changes: Sequence[Change],
+    scheme: KeyScheme,
+    options: WriteOptions,
+    asked: Mapping[str, Any],
+) -> AdapterPlan:
+    """Return the plan of the adapter in a scheme that keeps scales in a way of its own."""
+    sidecars, left, notes = carried_files([adapter])
+    new = NewAdapter(
+        parts=tuple(rescaled_parts(adapter, changes)),
+        extras=gather_extras([adapter]),
+        scheme=adapter.scheme,
+        config=dict(adapter.config.raw) if adapter.config is not None else None,
+        sidecar=adapter.sidecar,
+        family=adapter.family,
+        components=adapter.components,
+        is_native=adapter.is_native,
+        name=adapter.name,
+        stem=adapter.weights.stem,
+        metadata=kept_metadata(adapter),
+        history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
+        sidecars=tuple(sidecars),
+        stamps={adapter.weights: adapter.stamp},
+        notes=(*notes, *input_notes([adapter])),
+        dropped=(*((key, "skipped as asked") for key in adapter.skipped), *left),
+    )
+    return write(new, scheme, options)
 
 
 def _check_options(
@@ -299,14 +302,9 @@ def _is_stabilised(adapter: Adapter, *, to: bool, back: bool, fold: bool) -> boo
 
 def _norms(joints: Sequence[Joint], threads: int | None) -> dict[str, float]:
     """Return ``‖Δ‖_F`` of every module."""
-    from loratool.math.factored import norm
-    from loratool.ops.algebra.computing import load_terms
-    from loratool.ops.algebra.writing import arithmetic, in_parallel
-
-    kind = arithmetic("cpu")
 
     def one(joint: Joint) -> float:
-        return math.sqrt(math.fsum(norm(delta) ** 2 for (delta,) in load_terms(joint, kind)))
+        return math.sqrt(math.fsum(norm(delta) ** 2 for (delta,) in load_terms(joint)))
 
     found = in_parallel(one, joints, threads=threads)
     return {joint.name: value for joint, value in zip(joints, found, strict=True)}
@@ -337,8 +335,8 @@ def _ratio(
         return alpha / scaling.alpha
     if max_norm is not None:
         # Modules that one pattern means share a scale: the largest of them decides.
-        path = joint.output.pattern_path
-        largest = max(norms[other.name] for other in joints if other.output.pattern_path == path)
+        path = joint.shape.pattern_path
+        largest = max(norms[other.name] for other in joints if other.shape.pattern_path == path)
         return min(1.0, max_norm / largest) if largest else 1.0
     return 1.0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,7 +21,8 @@ from loratool.errors import MergeError
 from loratool.files.inputs import InputFiles
 from loratool.files.transfer import clone_file, copy_range, write_all
 from loratool.ops.lanes import ByteRange, Lane, Lanes, TensorInWork
-from loratool.ops.plan import OutputFile, Plan, Sidecar
+from loratool.ops.plan import OutputFile, Plan
+from loratool.plan.sidecar import write_sidecar
 
 __all__ = ["Run", "RunResult", "Sink", "run_plan", "write_plan"]
 
@@ -91,7 +91,7 @@ def write_plan(
         OSError: Writing failed, such as for want of space.
     """
     for sidecar in plan.sidecars:
-        _write_sidecar(sidecar, place / sidecar.name)
+        write_sidecar(sidecar, place)
     with ExitStack() as stack:
         outputs: list[int] = []
         for file in plan.files:
@@ -119,14 +119,6 @@ def write_plan(
             "change nothing",
         )
     return result
-
-
-def _write_sidecar(sidecar: Sidecar, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if sidecar.source is None:
-        target.write_bytes(sidecar.content or b"")
-    else:
-        shutil.copyfile(sidecar.source, target)
 
 
 class _FileSink:

@@ -10,10 +10,10 @@ from typing import Any, Final
 from loratool.adapter.model import Adapter
 from loratool.errors import AdapterError
 from loratool.math.similarity import effective_rank, energy_rank, stable_rank
-from loratool.ops.algebra.computing import Method, exact_deltas
+from loratool.ops.algebra.computing import Method, exact_deltas, values_of
 from loratool.ops.algebra.joining import Joint, join
-from loratool.ops.algebra.writing import arithmetic, in_parallel
 from loratool.ops.merging.mergeable import site_problems
+from loratool.plan.threads import in_parallel
 
 __all__ = ["ENERGIES", "Spectrum", "spectra"]
 
@@ -83,13 +83,12 @@ def spectra(
     for site in adapter.sites:
         for code, problem in site_problems(site, adapter):
             raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
-    kind = arithmetic("cpu")
     joints, _ = join([adapter], [1.0], to_write=False)
 
     def one(joint: Joint) -> Spectrum:
-        deltas = exact_deltas(joint, Method(), kind)
-        values = [value for delta in deltas for value in delta.singular_values.tolist()]
+        deltas = exact_deltas(joint, Method())
+        values = [value for delta in deltas for value in values_of(delta)]
         return Spectrum.of(joint.name, sorted(values, reverse=True))
 
-    sizes = [sum(t.spec.nbytes for t in joint.terms[0].site.slots.values()) for joint in joints]
+    sizes = [joint.nbytes for joint in joints]
     return tuple(in_parallel(one, joints, threads=threads, progress=progress, sizes=sizes))

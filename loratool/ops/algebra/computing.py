@@ -32,6 +32,7 @@ __all__ = [
     "exact_deltas",
     "joint_spectra",
     "load_terms",
+    "values_of",
 ]
 
 CANCELLED: Final = 1e-13

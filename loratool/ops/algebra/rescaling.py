@@ -6,21 +6,37 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from loratool.adapter.model import Adapter, Site
-from loratool.adapter.saving import OutputSite, exact_number, scale_fields, target_fields
+from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.files.dtypes import DTYPES
-from loratool.files.spec import TensorSpec
-from loratool.ops.algebra.extras import Carried
+from loratool.files.spec import StoredTensor
+from loratool.math.factored import norm
+from loratool.math.lowrank import LowRank
+from loratool.ops.algebra.combining import input_notes
+from loratool.ops.algebra.computing import Spectrum
 from loratool.ops.algebra.joining import Joint
-from loratool.ops.algebra.plan import WEIGHTS_NAME, AdapterPlan
-from loratool.ops.algebra.planning import check_place, input_notes
-from loratool.ops.algebra.provenance import provenance
 from loratool.ops.algebra.sidecars import carried_files
+from loratool.ops.deltas import site_deltas
+from loratool.plan.adapter import AdapterPlan, Output
+from loratool.plan.history import History, Source
+from loratool.plan.threads import in_parallel
+from loratool.values.arrays import Rounded
+from loratool.values.expr import Constant, Expr, Stored, is_power_of_two, spec_of
+from loratool.write.peft import exact_number, scale_fields, target_fields
+from loratool.write.stored import part_of
+from loratool.write.write import check_place
 
-__all__ = ["Change", "change_of", "plan_rescaling", "rounding_of"]
+if TYPE_CHECKING:
+    from loratool.values.expr import Array
+
+__all__ = ["Change", "change_of", "plan_in_place", "rescaled_parts", "rounding_of"]
+
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +54,28 @@ class Change:
     def site(self) -> Site:
         return self.joint.terms[0].site
 
+    def factor_of(self, slot: Slot) -> float:
+        """Return what the tensor in a role is multiplied by."""
+        if slot in (Slot.UP, Slot.EMBEDDING_UP, Slot.UP_BIAS):
+            return self.up_factor
+        return self.down_factor if slot in (Slot.DOWN, Slot.EMBEDDING_DOWN) else 1.0
+
     def factors(self) -> dict[str, float]:
         """Return what each stored tensor is multiplied by, by its name, where it is not 1."""
-        by_slot = dict.fromkeys((Slot.UP, Slot.EMBEDDING_UP, Slot.UP_BIAS), self.up_factor)
-        by_slot |= dict.fromkeys((Slot.DOWN, Slot.EMBEDDING_DOWN), self.down_factor)
         return {
-            stored.spec.name: by_slot[slot]
+            stored.spec.name: self.factor_of(slot)
             for slot, stored in self.site.slots.items()
-            if by_slot.get(slot, 1.0) != 1
+            if self.factor_of(slot) != 1
         }
 
     @property
-    def output(self) -> OutputSite:
-        return replace(self.joint.output, rank=self.site.rank, alpha=self.alpha)
+    def part(self) -> Part:
+        """The module as PEFT's configuration has to describe it."""
+        shape = self.joint.shape
+        rank = self.site.rank
+        return replace(
+            shape.part(Spectrum(self.joint), rank), alpha=self.alpha, scale=self.alpha / rank
+        )
 
 
 def change_of(
@@ -84,7 +109,7 @@ def change_of(
                 down_factor=new / joint.twin_scale if joint.twin_scale else 1.0,
             )
         return Change(joint, ratio, divisor, 1.0, up_factor=new)
-    if site.variant == "adalora" or (is_alone and joint.output.is_parameter):
+    if site.variant == "adalora" or (is_alone and joint.shape.parameter is not None):
         alpha_now = site.scaling.alpha or 0.0
         return Change(joint, ratio, alpha_now, old, up_factor=ratio)
     if alpha is None:
@@ -114,56 +139,66 @@ def _alpha_of(site: Site, divisor: float, ratio: float = 1.0) -> float:
     return scaling.factor * ratio * divisor
 
 
-def plan_rescaling(
+def plan_in_place(
     adapter: Adapter,
     changes: Sequence[Change],
     output: Path,
-    options: Mapping[str, Any],
+    asked: Mapping[str, Any],
     dtype: str | None,
 ) -> AdapterPlan:
-    """Return the plan of the file with ``changes`` made; raises as :func:`rescale` does."""
+    """Return the plan of the same file, key by key, with ``changes`` made.
+
+    For dotted paths with or without PEFT's configuration: every form that it can have is kept.
+
+    Raises:
+        OutputError: A single file has no place for the configuration.
+    """
     check_place(output, adapter.scheme, has_config=adapter.config is not None)
     special = dict(_special(changes))
     carried = []
     for key, stored in adapter.tensors.items():
-        is_float = DTYPES[stored.spec.dtype].is_float
-        spec = TensorSpec(
-            key, dtype if dtype and is_float else stored.spec.dtype, stored.spec.shape
-        )
-        made = special.get(stored.spec.name)
-        if made is None:
-            carried.append(Carried(spec, (stored,)))
-        elif made.constant is not None:
-            carried.append(replace(made, spec=TensorSpec(key, "F32", stored.spec.shape)))
-        else:
-            carried.append(replace(made, spec=spec, sources=(stored,)))
+        value = special.get(stored.spec.name, Stored(stored))
+        wanted = None if isinstance(value, Constant) else dtype
+        carried.append(Output(spec_of(key, value, wanted), value))
     is_folder = output.suffix.lower() != ".safetensors"
     sidecars, left, notes = carried_files([adapter])
     if not is_folder:
         left += [(sidecar.name, "the output is a single file") for sidecar in sidecars]
         sidecars = []
     return AdapterPlan(
-        jobs=(),
+        parts=(),
         carried=tuple(carried),
-        metadata=provenance("rescale", [adapter], options),
-        config=_config(adapter, changes, options),
+        metadata=dict(adapter.metadata),
+        history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
+        config=_config(adapter, changes, asked),
         sidecars=tuple(sidecars),
         weights_name=WEIGHTS_NAME if is_folder else "",
         stamps={adapter.weights: adapter.stamp},
+        scheme=adapter.scheme,
         notes=(*notes, *input_notes([adapter])),
         dropped=(*((key, "skipped as asked") for key in adapter.skipped), *left),
     )
 
 
-def _special(changes: Sequence[Change]) -> Iterator[tuple[str, Carried]]:
-    """Yield the tensors that change, by their names."""
+def _special(changes: Sequence[Change]) -> Iterator[tuple[str, Expr]]:
+    """Yield what becomes of the tensors that change, by their names."""
     for change in changes:
         stored = change.site.slots.get(Slot.ALPHA)
         if stored is not None and change.alpha != change.site.scaling.alpha:
-            yield stored.spec.name, Carried(stored.spec, (), constant=change.alpha)
+            yield stored.spec.name, Constant(change.alpha, stored.spec.shape, "F32")
         for name, factor in change.factors().items():
             stored = next(s for s in change.site.slots.values() if s.spec.name == name)
-            yield name, Carried(stored.spec, (stored,), factor=factor)
+            yield name, Stored(stored).scaled(factor)
+
+
+def rescaled_parts(adapter: Adapter, changes: Sequence[Change]) -> list[Part]:
+    """Return the modules with ``changes`` made, for schemes that have a scale of their own."""
+    made = []
+    for change in changes:
+        part = part_of(change.site, adapter)
+        values = {slot: value.scaled(change.factor_of(slot)) for slot, value in part.values.items()}
+        made.append(replace(part, values=values, scale=change.scale, alpha=change.alpha))
+    return made
 
 
 def _config(
@@ -173,7 +208,7 @@ def _config(
         return None
     raw = dict(adapter.config.raw)
     if adapter.skipped:
-        raw |= target_fields([change.output for change in changes])
+        raw |= target_fields([change.part for change in changes])
     scale = options.get("scale")
     is_form = any(options.get(name) for name in ("fold", "to_rslora", "from_rslora"))
     if scale is not None and not is_form and adapter.config.peft_type == "LORA":
@@ -183,7 +218,7 @@ def _config(
         raw["alpha_pattern"] = {k: exact_number(float(v) * scale) for k, v in patterns.items()}
         return raw
     if adapter.config.peft_type == "LORA":
-        raw |= scale_fields([change.output for change in changes])
+        raw |= scale_fields([change.part for change in changes])
         stabilised = adapter.config.use_rslora and not options.get("from_rslora")
         stabilised = stabilised and not options.get("fold")
         raw["use_rslora"] = bool(options.get("to_rslora")) or stabilised
@@ -193,22 +228,39 @@ def _config(
 def rounding_of(changes: Sequence[Change], plan: AdapterPlan, threads: int | None) -> float:
     """Return ``‖written - exact‖ / ‖exact‖`` over all modules; 0 where nothing is rounded."""
     dtypes = {item.spec.name: item.spec.dtype for item in plan.carried}
-    rounded = [change for change in changes if _is_rounded(change, dtypes)]
-    if not rounded:
+    if not any(_is_rounded(change, dtypes) for change in changes):
         return 0.0
-    from loratool.ops.algebra.rounding import rounding_error
 
-    return rounding_error(
-        [(change.joint, change.factors(), change.scale) for change in changes],
-        dtypes,
-        threads,
-    )
+    def one(change: Change) -> tuple[float, float]:
+        (term,) = change.joint.terms
+        factors = change.factors()
+
+        def scaled(stored: StoredTensor, values: Array) -> Array:
+            return values * factors.get(stored.spec.name, 1.0)
+
+        def rounded(stored: StoredTensor, values: Array) -> Array:
+            return Rounded.of(scaled(stored, values), dtypes[stored.spec.name]).values
+
+        exact = site_deltas(term.site, term.adapter, scaled)
+        written = site_deltas(term.site, term.adapter, rounded)
+        errors, totals = [], []
+        for true, made in zip(exact, written, strict=True):
+            lost = LowRank(
+                np.concatenate([made.up - true.up, made.up], axis=1),
+                np.concatenate([true.down, made.down - true.down], axis=0),
+            )
+            errors.append(norm(lost) ** 2)
+            totals.append(norm(LowRank(true.up, true.down)) ** 2)
+        return math.fsum(errors) * change.scale**2, math.fsum(totals) * change.scale**2
+
+    found = in_parallel(one, changes, threads=threads)
+    total = math.fsum(pair[1] for pair in found)
+    return math.sqrt(math.fsum(pair[0] for pair in found) / total) if total else 0.0
 
 
 def _is_rounded(change: Change, dtypes: Mapping[str, str]) -> bool:
-    factors = (change.up_factor, change.down_factor)
-    if not all(abs(math.frexp(factor)[0]) in (0.0, 0.5) for factor in factors):
-        return True  # not a power of two, which only moves exponents
+    if not all(map(is_power_of_two, (change.up_factor, change.down_factor))):
+        return True
     return any(
         DTYPES[dtypes[stored.spec.name]].bits < DTYPES[stored.spec.dtype].bits
         or {dtypes[stored.spec.name], stored.spec.dtype} == {"F16", "BF16"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -16,9 +15,9 @@ from loratool.ops.merging.sidecars import (
     link_roots,
     stays_inside,
 )
-from loratool.ops.plan import Sidecar
+from loratool.plan.sidecar import Sidecar
 
-__all__ = ["carried_files", "write_sidecars"]
+__all__ = ["carried_files"]
 
 DESCRIPTIONS: Final = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 """What is about one adapter; kept where the result is made of one."""
@@ -72,10 +71,3 @@ def _reason(path: Path) -> str:
     if is_weight_like(path):
         return "weights or training state that were not read"
     return "neither a tokenizer nor a description"
-
-
-def write_sidecars(sidecars: Sequence[Sidecar], folder: Path) -> None:
-    """Copy ``sidecars`` into ``folder``."""
-    for sidecar in sidecars:
-        assert sidecar.source is not None
-        shutil.copyfile(sidecar.source, folder / sidecar.name)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -175,28 +175,30 @@ def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Array
     alpha = part.stored(Slot.ALPHA)
     limit = float(decode(alpha).reshape(())) if alpha is not None else 0.0
     rescale = values.get(Slot.OFT_RESCALE)
+    made: Any = None
     match part.variant:
         case "oft":
-            turned: Array = dense.diag_oft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
-            return turned
+            made = dense.diag_oft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
         case "boft":
-            turned: Array = dense.boft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
-            return turned
+            made = dense.boft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
         case "ia3":
             flag = values.get(Slot.IA3_ON_INPUT)
-            turned: Array = dense.ia3_delta(
-                weight, values[Slot.IA3], bool(flag is not None and flag.any())
-            )
-            return turned
+            is_on_input = bool(flag is not None and flag.any())
+            made = dense.ia3_delta(weight, values[Slot.IA3], is_on_input)
         case "glora":
             names = (Slot.GLORA_A1, Slot.GLORA_A2, Slot.GLORA_B1, Slot.GLORA_B2)
             a1, a2, b1, b2 = (values[slot] for slot in names)
-            made = dense.glora_delta(weight, a1, a2, b1, b2, values.get(Slot.GLORA_BM))
-            scaled: Array = made * part.scale
-            return scaled
+            delta = dense.glora_delta(weight, a1, a2, b1, b2, values.get(Slot.GLORA_BM))
+            made = delta * part.scale
+        case _:
+            made = _decomposed(part, values, weight)
+    return np.asarray(made)
+
+
+def _decomposed(part: Part, values: Mapping[Slot, Array], weight: Array) -> Any:
+    """Return the change that a DoRA makes of the base's weight."""
     down, up = (values[slot].reshape(values[slot].shape[0], -1) for slot in part.slots)
     delta = part.scale * (up @ down)
     magnitude = values[Slot.MAGNITUDE]
     is_rows = not part.has_input_magnitudes
-    made = dense.dora_delta(weight, delta.reshape(weight.shape), magnitude, out_axis=is_rows)
-    return np.asarray(made)
+    return dense.dora_delta(weight, delta.reshape(weight.shape), magnitude, out_axis=is_rows)

@@ -26,7 +26,8 @@ from loratool.ops.merging.sidecars import STRAY_LINK, ConfigChanges, collect_sid
 from loratool.ops.merging.sites import plan_sites
 from loratool.ops.merging.tied import Tie, find_tie, have_same_values, settle_tie
 from loratool.ops.opening import open_adapter
-from loratool.ops.plan import Blend, Edit, OutputFile, Plan, SetRows, Sidecar, Step
+from loratool.ops.plan import Blend, Edit, OutputFile, Plan, SetRows, Step
+from loratool.plan.sidecar import Sidecar
 
 __all__ = ["plan_merge"]
 

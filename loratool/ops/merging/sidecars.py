@@ -13,7 +13,7 @@ from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter
 from loratool.files.checkpoint import Checkpoint, is_weight_like
 from loratool.names.tied import architectures
-from loratool.ops.plan import Sidecar
+from loratool.plan.sidecar import Sidecar
 
 __all__ = [
     "STRAY_LINK",
