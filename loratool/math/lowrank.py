@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from loratool.math.namespace import Array, array_namespace
 
-__all__ = ["LowRank", "stack"]
+__all__ = ["LowRank", "is_power_of_two", "stack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +20,8 @@ class LowRank:
         scale: A number.
     """
 
-    up: Tensor
-    down: Tensor
+    up: Array
+    down: Array
     scale: float = 1.0
 
     @property
@@ -33,28 +32,33 @@ class LowRank:
     @property
     def rank(self) -> int:
         """Columns of ``up``: the rank of the factors, an upper bound of the matrix's."""
-        return self.up.shape[1]
+        rank: int = self.up.shape[1]
+        return rank
 
     @property
-    def mT(self) -> LowRank:  # noqa: N802 - torch's name for it
+    def mT(self) -> LowRank:  # noqa: N802 - the name in the standard
         """The transpose, ``(n, m)``."""
         return LowRank(self.down.mT, self.up.mT, self.scale)
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Array:
         """The matrix itself, ``(m, n)``: ``(up @ down) · scale`` in that order."""
-        return (self.up @ self.down).mul_(self.scale)
+        product = self.up @ self.down
+        product *= self.scale
+        return product
 
-    def add_to(self, block: Tensor, start: int) -> None:
+    def add_to(self, block: Array, start: int) -> None:
         """Add rows ``start`` to ``start + len(block)`` to ``block``, ``(rows, n)``, in place.
 
         A scale that is a power of two commutes with every rounding and costs nothing; any
         other is applied to the product, as PEFT does, so that the bits agree.
+
+        Only for PyTorch; it goes once blocks of weights are changed by the kernel that merges.
         """
         up = self.up[start : start + block.shape[0]]
         if is_power_of_two(self.scale):
             block.addmm_(up.mul(self.scale), self.down)
         else:
-            block.add_(torch.mm(up, self.down).mul_(self.scale))
+            block.add_(up.mm(self.down).mul_(self.scale))
 
 
 def stack(terms: list[LowRank]) -> LowRank:
@@ -64,9 +68,10 @@ def stack(terms: list[LowRank]) -> LowRank:
     """
     if len(terms) == 1:
         return terms[0]
+    xp = array_namespace(*(factor for term in terms for factor in (term.up, term.down)))
     return LowRank(
-        torch.cat([term.up * term.scale for term in terms], dim=1),
-        torch.cat([term.down for term in terms], dim=0),
+        xp.concat([term.up * term.scale for term in terms], axis=1),
+        xp.concat([term.down for term in terms], axis=0),
     )
 
 
