@@ -1,0 +1,161 @@
+"""FP8 with a scale for each block of a matrix: DeepSeek-V3's layout, read by transformers as "fp8".
+
+``W[i, j] = Q[i, j] · s[i // b0, j // b1]``. The scale multiplies, whatever its name,
+``weight_scale_inv``, suggests. The last blocks are ragged. Scales are floats, or exponents alone
+(E8M0), some of these in bytes that claim to be whole numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loratool.codecs.codec import (
+    Codec,
+    CodedTensor,
+    Read,
+    logical_dtype,
+    quantization_of,
+)
+from loratool.codecs.number import Codes
+from loratool.codecs.numbers import decode, encode
+from loratool.errors import FileFormatError
+from loratool.files.spec import StoredTensor, TensorSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["CLAIM", "CODEC"]
+
+CLAIM: Final = {"suffixes": [".weight_scale_inv"]}
+
+SUFFIX: Final = ".weight_scale_inv"
+LARGEST: Final = 448.0
+USUAL_BLOCK: Final = (128, 128)
+SCALES: Final = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+
+
+class _Fp8Block:
+    """Two tensors: ``weight`` ``(out, in)``, ``scale`` ``(⌈out / b0⌉, ⌈in / b1⌉)``."""
+
+    name: Final = "fp8-block"
+
+    def recognise(
+        self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
+    ) -> dict[str, CodedTensor]:
+        """See :class:`Codec`; a scale that is no grid belongs to another way of storing FP8."""
+        given = quantization_of(config).get("weight_block_size")
+        found = {}
+        for name, scale in tensors.items():
+            module = name.removesuffix(SUFFIX)
+            weight = tensors.get(f"{module}.weight")
+            if module == name or weight is None or weight.spec.dtype != "F8_E4M3":
+                continue
+            if len(weight.spec.shape) != 2 or len(scale.spec.shape) != 2:
+                continue
+            if scale.spec.dtype not in SCALES:
+                raise FileFormatError(name, f"is {scale.spec.dtype}, which is no scale of blocks")
+            dtype = logical_dtype(config, scale.spec.dtype)
+            found[module] = CodedTensor(
+                CODEC,
+                {"weight": weight, "scale": scale},
+                TensorSpec(weight.spec.name, dtype, weight.spec.shape),
+                {"block": _block(name, weight.spec.shape, scale.spec.shape, given)},
+            )
+        return found
+
+    def decode_rows(
+        self,
+        coded: CodedTensor,
+        start: int,
+        stop: int,
+        read: Read,
+        kind: DTypeLike = np.float64,
+    ) -> NDArray[Any]:
+        """See :class:`Codec`."""
+        weight, scale = coded.parts["weight"], coded.parts["scale"]
+        height, breadth = coded.settings["block"]
+        values = decode(
+            read(weight, start, stop), weight.spec.dtype, (stop - start, coded.width), kind
+        )
+        first, last = start // height, -(-stop // height)
+        grid = (last - first, scale.spec.shape[1])
+        scales = decode(read(scale, first, last), _scale_dtype(scale), grid, kind)
+        for row in range(first, last):
+            rows = slice(max(0, row * height - start), (row + 1) * height - start)
+            values[rows] *= np.repeat(scales[row - first], breadth)[: coded.width]
+        return values
+
+    def row_step(self, coded: CodedTensor) -> int:
+        """See :class:`Codec`."""
+        height: int = coded.settings["block"][0]
+        return height
+
+    def encode_rows(
+        self, coded: CodedTensor, start: int, stop: int, values: NDArray[Any]
+    ) -> dict[str, tuple[int, Codes]]:
+        """See :class:`Codec`: the largest number of each block becomes the largest code."""
+        height, breadth = coded.settings["block"]
+        if start % height or (stop % height and stop != coded.rows):
+            raise ValueError(f"rows {start} to {stop} are no blocks of {height}")
+        scale = coded.parts["scale"]
+        dtype = _scale_dtype(scale)
+        first, last = start // height, -(-stop // height)
+        largest = np.empty((last - first, scale.spec.shape[1]))
+        for row in range(last - first):
+            columns = np.abs(values[row * height : (row + 1) * height]).max(axis=0)
+            largest[row] = np.maximum.reduceat(columns, np.arange(0, coded.width, breadth))
+        if not np.isfinite(largest).all():
+            raise ValueError("a value is not finite")
+        scales = encode(_scales(largest, dtype), dtype)
+        divisors = decode(scales, dtype, scales.shape)
+        scaled = values.astype(np.float64)
+        for row in range(last - first):
+            rows = slice(row * height, (row + 1) * height)
+            scaled[rows] /= np.repeat(divisors[row], breadth)[: coded.width]
+        codes = encode(np.clip(scaled, -LARGEST, LARGEST, out=scaled), "F8_E4M3")
+        return {"weight": (start, codes), "scale": (first, scales)}
+
+
+def _scales(largest: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
+    """Return what to divide blocks by whose largest numbers are ``largest``; never zero."""
+    scales = np.where(largest > 0, largest / LARGEST, 1.0)
+    if dtype == "F8_E8M0":
+        mantissa, exponent = np.frexp(scales)
+        powers: NDArray[np.float64] = np.ldexp(
+            1.0, np.clip(exponent - (mantissa == 0.5), -127, 127)
+        )
+        return powers
+    return np.maximum(scales, {"F16": 2.0**-24}.get(dtype, 2.0**-126))
+
+
+def _scale_dtype(scale: StoredTensor) -> str:
+    return "F8_E8M0" if scale.spec.dtype == "U8" else scale.spec.dtype
+
+
+def _block(name: str, shape: tuple[int, ...], grid: tuple[int, ...], given: Any) -> tuple[int, int]:
+    """Return rows and columns of a block: the configured ones, else what the shapes tell.
+
+    Raises:
+        FileFormatError: Blocks of that size do not make this grid.
+    """
+    pairs = [USUAL_BLOCK, tuple(-(-size // max(1, n)) for size, n in zip(shape, grid, strict=True))]
+    is_given = isinstance(given, list) and len(given) == 2
+    if is_given and all(type(size) is int and size > 0 for size in given):
+        pairs = [tuple(given)]
+    for height, breadth in pairs:
+        if height and breadth and grid == (
+            math.ceil(shape[0] / height), math.ceil(shape[1] / breadth)
+        ):  # fmt: skip
+            return height, breadth
+    raise FileFormatError(
+        name,
+        f"has shape {list(grid)}, which is not one scale for each block of "
+        f"{' × '.join(map(str, pairs[0]))} of a weight {list(shape)}",
+    )
+
+
+CODEC: Final[Codec] = _Fp8Block()
