@@ -11,9 +11,8 @@ from loratool.cli import render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
-from loratool.ops.algebra.plan import AdapterPlan
 from loratool.ops.algebra.result import AdapterReport
-from loratool.plan.adapter import ConversionPlan
+from loratool.plan.adapter import AdapterPlan
 
 __all__ = ["print_left_out", "print_plan", "print_report"]
 
@@ -44,35 +43,28 @@ def print_report(report: AdapterReport, output: Path, *, as_json: bool, quiet: b
             for folded, members in group_modules(report.modules, names)
         ],
     )
-    print_plan(report.plan, with_files=not report.is_written, shown=report.shown)
+    print_plan(report.plan, with_files=not report.is_written)
     click.echo(_summary(report, output))
 
 
-def print_plan(
-    plan: AdapterPlan,
-    *,
-    with_files: bool,
-    shown: AdapterPlan | ConversionPlan | None = None,
-) -> None:
+def print_plan(plan: AdapterPlan, *, with_files: bool) -> None:
     """Print what is carried along and what is not written, and for a dry run the files.
 
     Args:
         plan: The plan.
         with_files: Whether to list the files.
-        shown: The plan of the files that there are in the end, where that is another.
     """
-    files = shown or plan
     if with_files:
+        files = plan.described_files()
         render.print_table(
             "files",
             ("file", "size"),
-            [(file["name"], render.human_bytes(file["bytes"])) for file in files.described_files()],
+            [(file["name"], render.human_bytes(file["bytes"])) for file in files],
         )
         click.echo(
-            f"{len(files.specs)} tensors; about {render.human_bytes(plan.peak_memory)} of memory"
+            f"{len(plan.specs)} tensors; about {render.human_bytes(plan.peak_memory)} of memory"
         )
-    carried = [item.spec.name for item in plan.carried] if plan.jobs else []
-    print_left_out(carried, plan.dropped)
+    print_left_out(list(plan.extras) if plan.parts else [], plan.dropped)
 
 
 def print_left_out(carried: list[str], dropped: Sequence[tuple[str, str]]) -> None:
@@ -96,8 +88,8 @@ def _listed(names: list[str]) -> str:
 
 def _summary(report: AdapterReport, output: Path) -> str:
     words = (
-        f"{printable(output)}: {len(report.plan.jobs)} modules, "
-        f"{render.human_bytes(report.shown.nbytes)}, relative error {report.relative_error:.3g}"
+        f"{printable(output)}: {len(report.plan.parts)} modules, "
+        f"{render.human_bytes(report.plan.nbytes)}, relative error {report.relative_error:.3g}"
     )
     if report.distance_from_sum is not None:
         words += f"; {report.distance_from_sum:.3g} from the plain sum"

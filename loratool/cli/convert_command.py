@@ -133,7 +133,7 @@ def _print(report: ConvertReport, output: Path) -> None:
             [(file["name"], render.human_bytes(file["bytes"])) for file in plan.described_files()],
         )
         click.echo(f"about {render.human_bytes(plan.peak_memory)} of memory")
-    print_left_out([c.spec.name for c in plan.carried if c.constant is None], plan.dropped)
+    print_left_out(list(plan.extras), plan.dropped)
     click.echo(_summary(report, output))
 
 

@@ -121,7 +121,7 @@ def _print(report: ExtractReport, output: Path) -> None:
     size = render.human_bytes(report.plan.nbytes)
     if report.is_written:
         click.echo(
-            f"{printable(output)}: {len(report.plan.jobs)} modules, {size}, relative error "
+            f"{printable(output)}: {len(report.plan.parts)} modules, {size}, relative error "
             f"{report.relative_error:.3g}; {report.captured:.2%} of the change"
         )
     else:

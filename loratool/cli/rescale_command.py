@@ -81,9 +81,9 @@ def _print(report: RescaleReport, output: Path) -> None:
             for folded, members in group_modules(names, names)
         ],
     )
-    print_plan(report.plan, with_files=not report.is_written, shown=report.shown)
+    print_plan(report.plan, with_files=not report.is_written)
     words = (
-        f"{printable(output)}: {len(names)} modules, {render.human_bytes(report.shown.nbytes)}, "
+        f"{printable(output)}: {len(names)} modules, {render.human_bytes(report.plan.nbytes)}, "
         + (f"relative error {report.relative_error:.3g}" if report.relative_error else "exact")
     )
     click.echo(words if report.is_written else f"dry run, nothing written; {words}")

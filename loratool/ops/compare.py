@@ -6,19 +6,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapter.model import BASE_DEPENDENT, Adapter, is_folded
 from loratool.errors import AdapterError, OptionError
+from loratool.math.factored import Factored, factor, inner
+from loratool.math.lowrank import LowRank
+from loratool.math.namespace import on_host
+from loratool.math.ranks import numerical_rank
+from loratool.math.similarity import overlap, subspace_similarity
+from loratool.ops.algebra.computing import values_of
 from loratool.ops.algebra.joining import Joint, join
-from loratool.ops.importing import import_torch
+from loratool.ops.deltas import site_deltas
+from loratool.ops.devices import mover_to
 from loratool.ops.merging.mergeable import site_problems
 from loratool.ops.opening import open_adapter
-
-if TYPE_CHECKING:
-    from loratool.math.factored import Factored
-    from loratool.math.lowrank import LowRank
-    from loratool.ops.tensors import Arithmetic
+from loratool.plan.threads import in_parallel
 
 __all__ = ["Comparison", "ModuleComparison", "compare"]
 
@@ -131,9 +134,6 @@ def compare(
     Raises:
         LoratoolError: An adapter cannot be read, or they are for different bases.
     """
-    import_torch()
-    from loratool.ops.algebra.writing import arithmetic, in_parallel
-
     if len(adapters) < 2:
         raise OptionError("compare", "needs two adapters or more")
     if directions < 1:
@@ -144,16 +144,13 @@ def compare(
             for code, problem in site_problems(site, adapter):
                 raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
     joints, notes = join(opened, [1.0] * len(opened), to_write=False)
-    kind = arithmetic(device)
+    mover = mover_to(device)
     found = in_parallel(
-        lambda joint: _products(joint, opened, directions, kind),
+        lambda joint: _products(joint, opened, directions, mover),
         joints,
         threads=threads,
         progress=progress,
-        sizes=[
-            sum(t.spec.nbytes for term in joint.terms for t in term.site.slots.values())
-            for joint in joints
-        ],
+        sizes=[joint.nbytes for joint in joints],
     )
     grams = [gram for gram, _ in found]
     count = len(opened)
@@ -195,16 +192,16 @@ class _Pair:
 
 
 def _products(
-    joint: Joint, adapters: Sequence[Adapter], directions: int, kind: Arithmetic
+    joint: Joint, adapters: Sequence[Adapter], directions: int, mover: Callable[[Any], Any]
 ) -> tuple[list[list[float]], _Pair]:
     """Return the Gram matrix of all adapters' deltas of a module, and the first two compared."""
-    from loratool.math.factored import inner
-    from loratool.ops.factors import site_deltas
-
     by_adapter: dict[int, list[LowRank]] = {}
     for term in joint.terms:
         index = next(i for i, adapter in enumerate(adapters) if adapter is term.adapter)
-        by_adapter[index] = site_deltas(term.site, term.adapter, kind)
+        by_adapter[index] = [
+            LowRank(mover(delta.up), mover(delta.down), delta.scale)
+            for delta in site_deltas(term.site, term.adapter)
+        ]
     count = len(adapters)
     gram = [[0.0] * count for _ in range(count)]
     for i, first in by_adapter.items():
@@ -228,8 +225,6 @@ def _compare_module(
     gram: Sequence[Sequence[float]],
     directions: int,
 ) -> _Pair:
-    from loratool.math.factored import factor
-
     firsts, seconds = [factor(delta) for delta in one], [factor(delta) for delta in other]
     squared = math.fsum(
         first.squared_distance(delta) for first, delta in zip(firsts, other, strict=True)
@@ -258,16 +253,16 @@ def _compare_module(
 def _overlaps(
     first: Factored, second: Factored, ranks: tuple[int, int], directions: int
 ) -> tuple[list[list[float]], list[list[float]], float]:
-    from loratool.math.similarity import overlap, subspace_similarity
-
     left, right = overlap(first, second, min(directions, *ranks))
-    return left.tolist(), right.tolist(), subspace_similarity(first, second, ranks)
+    return (
+        on_host(left).tolist(),
+        on_host(right).tolist(),
+        subspace_similarity(first, second, ranks),
+    )
 
 
 def _rank(delta: Factored) -> int:
-    from loratool.math.ranks import numerical_rank
-
-    return numerical_rank([value * value for value in delta.singular_values.tolist()])
+    return numerical_rank([value * value for value in values_of(delta)])
 
 
 def _mean(matrices: Sequence[Sequence[Sequence[float]]]) -> Matrix:

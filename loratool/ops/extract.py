@@ -7,18 +7,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Final
 
+from loratool.adapter.scheme import ScaleRule
 from loratool.errors import BaseModelError, OptionError
 from loratool.files.atomic import check_output
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.dtypes import OUTPUT_DTYPES
-from loratool.ops.algebra.planning import output_scheme
+from loratool.ops.algebra.combining import ONE_RANK, output_scheme
 from loratool.ops.algebra.ranks import Truncation, parse_size
-from loratool.ops.conversion.through import is_direct, through
-from loratool.ops.extraction.drafting import ExtractionDraft
+from loratool.ops.devices import mover_to
+from loratool.ops.extraction.adapter import Difference
+from loratool.ops.extraction.computing import Settings
 from loratool.ops.extraction.pairing import Leftover, Pairing, Selection, pair
-from loratool.ops.extraction.pipeline import dry_run_of, run
+from loratool.ops.extraction.pipeline import Extraction, dry_run_of, run
 from loratool.ops.extraction.result import ExtractReport
 from loratool.ops.merging.mergeable import check_base
+from loratool.write.options import WriteOptions
 
 __all__ = ["METHODS", "RESIDUALS", "extract"]
 
@@ -124,7 +127,7 @@ def extract(
     selection = Selection.of(include, exclude, save_module, embeddings=embeddings)
     pairing = pair(checkpoints[0], checkpoints[1], selection)
     _check_pairing(pairing, checkpoints[1].path, save_module)
-    options = {
+    asked = {
         **truncation.recorded,
         "rank": rank,  # which may be "auto"
         "to": to,
@@ -139,41 +142,33 @@ def extract(
         "dtype": dtype,
     }
     scheme = output_scheme((), to or "peft")
-    if resume and not is_direct(scheme, place):
-        raise OptionError(
-            "--resume",
-            f"does not go with --to {scheme.name}",
-            hint="extract without --to, and convert the result",
-        )
-    with through(scheme, place, inputs=inputs, force=force, dry_run=dry_run) as way:
-        draft = ExtractionDraft(
-            base=checkpoints[0],
-            tuned=checkpoints[1],
-            targets=pairing.targets,
-            carried=pairing.saved,
-            scheme=way.scheme,
-            output=way.place,
-            options=options,
-            dtype=OUTPUT_DTYPES[dtype] if dtype else None,
-        )
-        if dry_run:
-            return dry_run_of(draft, pairing, truncation, threads)
-        return run(
-            draft,
-            pairing,
-            truncation,
-            is_auto=is_auto,
-            residual=residual,
-            method=method,
-            seed=seed,
-            clamp=clamp_quantile,
+    draft = Difference(
+        base=checkpoints[0],
+        tuned=checkpoints[1],
+        targets=pairing.targets,
+        carried=pairing.saved,
+        scheme=scheme,
+        options=WriteOptions(place, dtype=OUTPUT_DTYPES[dtype] if dtype else None),
+        asked=asked,
+        modules={},
+        clamp=clamp_quantile,
+        group=ONE_RANK if size is not None and scheme.scale is ScaleRule.MULTIPLIER else None,
+    )
+    if dry_run:
+        return dry_run_of(draft, pairing, truncation, threads)
+    return run(
+        draft,
+        pairing,
+        Extraction(
+            settings=Settings(truncation, is_auto, method, seed, mover_to(device)),
+            carries=residual == "carry",
             save_spectrum=Path(save_spectrum) if save_spectrum is not None else None,
             force=force,
             resume=resume,
-            device=device,
             threads=threads,
             progress=progress,
-        )
+        ),
+    )
 
 
 def _check_options(

@@ -9,6 +9,7 @@ from loratool.adapter.model import Adapter
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
+from loratool.math.namespace import squared_norm
 from loratool.ops.algebra.joining import module_name
 from loratool.ops.merging.context import BaseView
 from loratool.ops.merging.experts import assign_parameters
@@ -16,7 +17,7 @@ from loratool.ops.merging.mergeable import check_base
 from loratool.ops.merging.replication import layer_ranges, replicate
 from loratool.ops.merging.sites import locate_site
 from loratool.ops.merging.tied import find_tie
-from loratool.ops.tensors import RowReader
+from loratool.values.rows import StoredRows
 
 __all__ = ["weight_norms"]
 
@@ -57,10 +58,8 @@ def weight_norms(adapter: Adapter, path: Path) -> dict[str, float]:
 def _squared_norm(stored: StoredTensor, files: InputFiles) -> float:
     spec = stored.spec
     width = spec.elements // spec.shape[0] if spec.shape else 1
-    reader = RowReader(stored, width, files)
+    reader = StoredRows(stored, width, files)
     rows = spec.elements // width
     step = max(1, BLOCK_ELEMENTS // width)
-    return math.fsum(
-        float(reader.rows(start, min(step, rows - start)).double().square().sum())
-        for start in range(0, rows, step)
-    )
+    blocks = (reader.rows(start, min(step, rows - start)) for start in range(0, rows, step))
+    return math.fsum(squared_norm(block) for block in blocks)

@@ -29,7 +29,15 @@ from loratool.write.options import WriteOptions
 from loratool.write.stored import part_of
 from loratool.write.write import write
 
-__all__ = ["Combination", "common_family", "input_notes", "output_scheme", "recorded_scale"]
+__all__ = [
+    "ONE_RANK",
+    "Combination",
+    "common_family",
+    "input_notes",
+    "output_scheme",
+    "recorded_scale",
+    "twin_part",
+]
 
 PLAIN: Final = frozenset((Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP, Slot.UP_BIAS))
 ONE_RANK: Final = "all modules"

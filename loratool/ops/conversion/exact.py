@@ -80,7 +80,7 @@ def _from_hadamard(part: Part, tensors: dict[Slot, StoredTensor], base: Base | N
         return hadamard_factors(*(given.get(slot) for slot in HADA))
 
     shapes = [tensor.spec.shape if tensor else None for tensor in used]
-    rank = hadamard_rank(*shapes)
+    rank = hadamard_rank(*shapes)  # type: ignore[arg-type]
     core = tensors.get(Slot.HADA_T1)
     kernel = core.spec.shape[2:] if core is not None else _kernel(part, base)
     stored = [tensor for tensor in used if tensor is not None]

@@ -1,33 +1,44 @@
-"""The arithmetic of one module: read the difference, decompose it, keep the factors on disk."""
+"""The arithmetic of one module: read the difference, decompose it, write its leading part."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import numpy as np
 
-from loratool.errors import BaseModelError
+from loratool.codecs import numbers
+from loratool.errors import BaseModelError, MergeError
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
-from loratool.math.extraction import (
-    Leading,
-    leading_part,
-    noise_floor,
-    spacing_squares,
-)
+from loratool.math.extraction import Leading, leading_part, noise_floor, spacing_squares
+from loratool.math.factored import factor
+from loratool.math.lowrank import LowRank
+from loratool.math.namespace import on_host, padded
+from loratool.math.precision import Precision
 from loratool.math.randomness import generator_for
 from loratool.math.ranks import minimal_rank, numerical_rank, profile_of
 from loratool.ops.algebra.ranks import Truncation
 from loratool.ops.extraction.pairing import Target
-from loratool.ops.tensors import RowReader
+from loratool.values.arrays import Rounded
+from loratool.values.rows import StoredRows
 
-__all__ = ["Extracted", "Settings", "change_of", "decompose", "load_extracted"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loratool.values.expr import Array
+
+__all__ = [
+    "Extracted",
+    "LeadingPart",
+    "ModuleResult",
+    "Settings",
+    "change_of",
+    "decompose",
+    "extracted",
+]
 
 FIRST_RANK: Final = 32
 """Where the search for a rank that depends on the spectrum begins."""
@@ -38,6 +49,17 @@ MARGIN: Final = 1.05
 COMPLETE: Final = 1e-12
 """What is left of the energy when all singular values are known."""
 BLOCK_ELEMENTS: Final = 1 << 18
+PRECISIONS: Final = {
+    "F64": Precision(2.0**-52, 2.0**-1022),
+    "F32": Precision(2.0**-23, 2.0**-126),
+    "F16": Precision(2.0**-10, 2.0**-14),
+    "BF16": Precision(2.0**-7, 2.0**-126),
+}
+
+
+def on_processor(array: Any) -> Any:
+    """Return an array where it is."""
+    return array
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,37 +71,42 @@ class Settings:
         auto: Whether ranks end where the spectrum meets the rounding noise.
         method: ``auto``, ``exact`` or ``randomised``.
         seed: Of the randomised route.
-        device: Where to compute.
+        mover: Brings a difference to where it is computed with.
     """
 
     truncation: Truncation
     auto: bool = False
     method: str = "auto"
     seed: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mover: Callable[[Any], Any] = on_processor
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """One module's decomposition, its factors on disk.
+    """One module's decomposition.
 
     Attributes:
         name: Of the module.
-        values: Singular values for each expert, as many as were computed.
-        squared_norm: ``‖Δ‖_F²``, over all experts.
-        squared_residual: What the computed factors miss of it.
+        parts: For each expert the leading part of its difference; none for a module that did
+            not change.
         floor: The singular value that rounding alone can leave.
         rank: The rank that the rules ask for; all computed for a budget.
-        path: The file with the factors; ``None`` for a module that did not change.
     """
 
     name: str
-    values: tuple[tuple[float, ...], ...]
-    squared_norm: float
-    squared_residual: float
+    parts: tuple[Leading, ...]
     floor: float
     rank: int
-    path: Path | None
+
+    @property
+    def values(self) -> tuple[tuple[float, ...], ...]:
+        """Singular values for each expert, as many as were computed."""
+        return tuple(tuple(on_host(part.singular_values).tolist()) for part in self.parts)
+
+    @property
+    def squared_norm(self) -> float:
+        """``‖Δ‖_F²``, over all experts."""
+        return math.fsum(part.squared_norm for part in self.parts)
 
     @property
     def profile(self) -> list[float]:
@@ -88,12 +115,39 @@ class Extracted:
 
     def tail(self, rank: int) -> float:
         """Return ``‖Δ - Δ_rank‖²`` before rounding."""
-        return self.squared_residual + math.fsum(self.profile[rank:])
+        residual = math.fsum(part.squared_residual for part in self.parts)
+        return residual + math.fsum(self.profile[rank:])
 
 
-def read_difference(
-    target: Target, expert: int, files: InputFiles, device: torch.device
-) -> tuple[Tensor, float]:
+@dataclass(frozen=True, slots=True)
+class ModuleResult:
+    """What was written for one module, against the difference that it stands for.
+
+    Attributes:
+        module: Its name.
+        rank: Rank that was written; 0 for one that the budget leaves out.
+        squared_norm: ``‖Δ‖_F²`` of the difference.
+        squared_error: ``‖written - Δ‖_F²``, rounding to the dtype included.
+        singular_values: Those that were kept, descending.
+        computed: All that were computed.
+        floor: The singular value that rounding of the finetuned weight alone can leave.
+    """
+
+    module: str
+    rank: int
+    squared_norm: float
+    squared_error: float
+    singular_values: tuple[float, ...]
+    computed: tuple[float, ...]
+    floor: float
+
+    @property
+    def relative_error(self) -> float:
+        """``‖written - Δ‖ / ‖Δ‖``."""
+        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+
+
+def read_difference(target: Target, expert: int, files: InputFiles) -> tuple[NDArray[Any], float]:
     """Return the delta ``(out, in)`` of a module or of one expert, and its noise floor.
 
     Float32, or float64 where one of the two is.
@@ -103,51 +157,57 @@ def read_difference(
     width = target.tuned.spec.elements // (rows * target.experts)
     first = expert * rows
     is_double = "F64" in (target.base.spec.dtype, target.tuned.spec.dtype)
-    kind = torch.float64 if is_double else torch.float32
-    base, tuned = (RowReader(stored, width, files) for stored in (target.base, target.tuned))
-    delta = torch.empty(rows, width, dtype=kind)
+    kind = np.float64 if is_double else np.float32
+    base, tuned = (StoredRows(stored, width, files) for stored in (target.base, target.tuned))
+    precision = PRECISIONS[target.tuned.spec.dtype]
+    delta = np.empty((rows, width), dtype=kind)
     spacings = []
     step = max(1, BLOCK_ELEMENTS // width)
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        after = tuned.rows(first + start, count)
-        before = base.rows(first + start, count)
+        after = tuned.rows(first + start, count, kind)
+        before = base.rows(first + start, count, kind)
         block = delta[start : start + count]
-        torch.sub(after.to(kind), before.to(kind), out=block)
-        _without_conversions(block, before, after)
-        spacings.append(spacing_squares(after))
+        _subtract(after, before, block, base.dtype, tuned.dtype)
+        spacings.append(spacing_squares(after, precision))
     floor = noise_floor(math.fsum(spacings), (rows, width))
-    delta = delta.to(device)
-    return delta.mT if target.is_transposed else delta, floor
+    return delta.T if target.is_transposed else delta, floor
 
 
-def _without_conversions(lost: Tensor, before: Tensor, after: Tensor) -> None:
-    """Set to zero what is the same, or only converted to another dtype: infinities too."""
-    if before.dtype != after.dtype or not bool(lost.isfinite().all()):
-        same = before.to(after.dtype)
-        lost[(same == after) | (same.isnan() & after.isnan())] = 0
+def _subtract(
+    after: NDArray[Any], before: NDArray[Any], out: NDArray[Any], base: str, tuned: str
+) -> None:
+    """Write ``after - before``; zero where both are the same but for a conversion of dtypes.
+
+    Infinities and NaN that are the same in both count as that too.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.subtract(after, before, out=out)
+        if base == tuned and np.isfinite(out).all():
+            return
+        stored = numbers.decode(numbers.encode(before, tuned), tuned, before.shape, after.dtype)
+        out[(stored == after) | (np.isnan(stored) & np.isnan(after))] = 0
 
 
 def change_of(base: StoredTensor, tuned: StoredTensor, files: InputFiles) -> float:
     """Return ``‖tuned - base‖²`` of two tensors of one shape."""
     width = max(1, base.spec.shape[-1] if base.spec.shape else 1)
     rows = base.spec.elements // width
-    one, other = RowReader(base, width, files), RowReader(tuned, width, files)
+    one, other = StoredRows(base, width, files), StoredRows(tuned, width, files)
     parts = []
-    step = max(1, (1 << 20) // width)
+    step = max(1, BLOCK_ELEMENTS // width)
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        before, after = one.rows(start, count), other.rows(start, count)
-        lost = after.double() - before.double()
-        _without_conversions(lost, before, after)
-        parts.append(float(lost.square().sum()))
+        before = one.rows(start, count, np.float64)
+        after = other.rows(start, count, np.float64)
+        lost = np.empty_like(after)
+        _subtract(after, before, lost, one.dtype, other.dtype)
+        parts.append(float(np.vdot(lost, lost)))
     return math.fsum(parts)
 
 
-def decompose(
-    target: Target, settings: Settings, files: InputFiles, spool: Path, number: int
-) -> Extracted:
-    """Decompose the difference of one module and keep its factors in ``spool``.
+def decompose(target: Target, settings: Settings, files: InputFiles) -> Extracted:
+    """Decompose the difference of one module.
 
     Raises:
         BaseModelError: It holds NaN or infinity.
@@ -161,7 +221,7 @@ def decompose(
     parts: list[Leading] = []
     floors: list[float] = []
     for expert in range(target.experts):
-        delta, floor = read_difference(target, expert, files, settings.device)
+        delta, floor = read_difference(target, expert, files)
         floors.append(floor)
         part = _leading(target, expert, delta, rank, settings)
         while is_searched and rank < most and not _is_enough([*parts, part], floors, settings):
@@ -171,26 +231,46 @@ def decompose(
     for expert, part in enumerate(parts):
         if part.singular_values.shape[0] < min(rank, target.smallest_side):
             # Others needed more: all experts share one rank.
-            delta, _ = read_difference(target, expert, files, settings.device)
+            delta, _ = read_difference(target, expert, files)
             parts[expert] = _leading(target, expert, delta, rank, settings)
-    norm = math.fsum(part.squared_norm for part in parts)
-    if norm == 0:
-        return Extracted(target.name, (), 0.0, 0.0, max(floors), 0, None)
-    path = spool / f"{number}.safetensors"
-    _save(path, parts, norm, max(floors))
-    return load_extracted(target.name, path, settings)
+    return extracted(target.name, parts, max(floors), settings)
 
 
-def _leading(target: Target, expert: int, delta: Tensor, rank: int, settings: Settings) -> Leading:
-    def on(device: torch.device) -> Leading:
+def extracted(name: str, parts: Sequence[Leading], floor: float, settings: Settings) -> Extracted:
+    """Return what was decomposed, with the rank that the rules ask for."""
+    if not any(part.squared_norm for part in parts):
+        return Extracted(name, (), floor, 0)
+    described = [(on_host(p.singular_values).tolist(), p.squared_norm) for p in parts]
+    most = max(len(values) for values, _ in described)
+    rank = most
+    if settings.auto or settings.truncation.rule is not None:
+        wanted = _wanted(described, floor, settings)
+        rank = most if wanted is None else min(wanted, most)
+    elif settings.truncation.max_size is None:
+        rank = max(1, min(most, numerical_rank(profile_of([values for values, _ in described]))))
+    return Extracted(name, tuple(parts), floor, rank)
+
+
+def _leading(
+    target: Target, expert: int, delta: NDArray[Any], rank: int, settings: Settings
+) -> Leading:
+    def on(mover: Callable[[Any], Any]) -> Leading:
         generator = generator_for(settings.seed, target.name, expert)
-        return leading_part(delta.to(device), rank, generator, method=settings.method)
+        found = leading_part(mover(delta), rank, generator, method=settings.method)
+        return replace(
+            found,
+            up=on_host(found.up),
+            down=on_host(found.down),
+            singular_values=on_host(found.singular_values),
+        )
 
     try:
         try:
-            return on(delta.device)
-        except torch.OutOfMemoryError:
-            return on(torch.device("cpu"))
+            return on(settings.mover)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            return on(on_processor)
     except ValueError:
         raise BaseModelError(
             target.name, "its difference is not finite: one of the two holds NaN or infinity"
@@ -232,36 +312,86 @@ def _wanted(
 
 
 def _is_enough(parts: Sequence[Leading], floors: Sequence[float], settings: Settings) -> bool:
-    described = [(part.singular_values.tolist(), part.squared_norm) for part in parts]
+    described = [(on_host(p.singular_values).tolist(), p.squared_norm) for p in parts]
     return _wanted(described, max(floors), settings) is not None
 
 
-def _save(path: Path, parts: Sequence[Leading], norm: float, floor: float) -> None:
-    tensors: dict[str, Tensor] = {}
-    for index, part in enumerate(parts):
-        tensors[f"up.{index}"] = part.up.cpu().contiguous()
-        tensors[f"down.{index}"] = part.down.cpu().contiguous()
-        tensors[f"values.{index}"] = part.singular_values.cpu().contiguous()
-        tensors[f"norm.{index}"] = torch.tensor(part.squared_norm, dtype=torch.float64)
-    residual = math.fsum(part.squared_residual for part in parts)
-    tensors["summary"] = torch.tensor([norm, residual, floor], dtype=torch.float64)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+@dataclass(frozen=True, eq=False)
+class LeadingPart:
+    """The factors of an extracted module at a rank: A and B.
+
+    Attributes:
+        module: Its decomposition; ``None`` where that is still to be computed.
+        name: The module's name.
+        rank: The rank that is written.
+        dtype: The dtype that is written.
+        clamp: The quantile to clamp the factors at, if any.
+    """
+
+    module: Extracted | None
+    name: str
+    rank: int
+    dtype: str
+    clamp: float | None = None
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Nothing is read any more."""
+        return ()
+
+    def compute(self) -> tuple[tuple[Array, ...], ModuleResult]:
+        """Return A and B as they are after rounding, experts stacked, and what that costs.
+
+        Raises:
+            MergeError: The dtype cannot hold the factors.
+        """
+        assert self.module is not None
+        ups, downs = [], []
+        lost = 0.0
+        for part in self.module.parts:
+            rows, columns = part.up.shape[0], part.down.shape[1]
+            up = padded(part.up[:, : self.rank], rows, self.rank)
+            down = padded(part.down[: self.rank], self.rank, columns)
+            exact = LowRank(up, down)
+            if self.clamp is not None:
+                up, down = _clamped(up, down, part.singular_values, self.clamp)
+            up, down = (Rounded.of(array, self.dtype).values for array in (up, down))
+            written = LowRank(up, down)
+            if not (np.isfinite(written.up).all() and np.isfinite(written.down).all()):
+                raise MergeError(
+                    self.name,
+                    f"its factors overflow in {self.dtype}",
+                    hint="write it with --dtype float32 (or bfloat16)",
+                )
+            lost += factor(exact).squared_distance(written)
+            ups.append(written.up)
+            downs.append(written.down)
+        down = np.concatenate(downs) if len(downs) > 1 else downs[0]
+        up = np.stack(ups, axis=2).reshape(ups[0].shape[0], -1) if len(ups) > 1 else ups[0]
+        values = self.module.values
+        result = ModuleResult(
+            self.name,
+            self.rank,
+            self.module.squared_norm,
+            self.module.tail(self.rank) + lost,
+            _descending(one[: self.rank] for one in values),
+            _descending(values),
+            self.module.floor,
+        )
+        return (down, up), result
 
 
-def load_extracted(name: str, path: Path, settings: Settings) -> Extracted:
-    """Read what was kept of a module."""
-    tensors = load_file(path)
-    norm, residual, floor = tensors["summary"].tolist()
-    count = sum(key.startswith("up.") for key in tensors)
-    values = tuple(tuple(tensors[f"values.{index}"].tolist()) for index in range(count))
-    computed = max(len(one) for one in values)
-    rank = computed
-    if settings.auto or settings.truncation.rule is not None:
-        norms = [float(tensors[f"norm.{index}"]) for index in range(count)]
-        wanted = _wanted(list(zip(values, norms, strict=True)), floor, settings)
-        rank = computed if wanted is None else min(computed, wanted)
-    elif settings.truncation.max_size is None:
-        rank = max(1, min(computed, numerical_rank(profile_of(values))))
-    return Extracted(name, values, norm, residual, floor, rank, path)
+def _descending(values: Any) -> tuple[float, ...]:
+    return tuple(sorted((value for one in values for value in one), reverse=True))
+
+
+def _clamped(up: Any, down: Any, values: Any, quantile: float) -> tuple[Any, Any]:
+    """Clamp ``U S`` and ``Vᵀ`` as kohya's extraction does: at ± one quantile of both together."""
+    root = np.zeros(up.shape[1])
+    known = np.sqrt(on_host(values))[: up.shape[1]]
+    root[: known.shape[0]] = known
+    inverse = np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)
+    left, right = up * root, down * inverse[:, None]
+    both = np.concatenate([left.ravel(), right.ravel()])
+    limit = float(np.quantile(both.astype(np.float64), quantile))
+    return np.clip(left, -limit, limit), np.clip(right, -limit, limit)

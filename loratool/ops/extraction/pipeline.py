@@ -6,25 +6,26 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from loratool.adapter.model import FUSED_PARAMETERS
+from loratool.adapter.model import FUSED_PARAMETERS, Kind
+from loratool.adapter.scheme import Spelling
 from loratool.errors import BaseModelError
-from loratool.files.atomic import kept, scratch, staged
+from loratool.files.atomic import kept, staged
 from loratool.files.inputs import InputFiles, Stamp
-from loratool.ops.algebra.plan import AdapterPlan
+from loratool.ops.algebra.joining import Joint
 from loratool.ops.algebra.ranks import Truncation, within_budget
-from loratool.ops.extraction.drafting import ExtractionDraft
+from loratool.ops.extraction.adapter import Difference
+from loratool.ops.extraction.computing import Extracted, ModuleResult, Settings
 from loratool.ops.extraction.pairing import Leftover, Pairing
 from loratool.ops.extraction.result import ExtractReport, LeftoverChange
-from loratool.ops.importing import import_torch
+from loratool.ops.extraction.running import decompose_all, leftover_changes, open_spool
+from loratool.plan.adapter import AdapterPlan
+from loratool.plan.writing import write_adapter
 
-if TYPE_CHECKING:
-    from loratool.ops.extraction.computing import Extracted
-    from loratool.ops.extraction.running import ModuleResult
-
-__all__ = ["dry_run_of", "run"]
+__all__ = ["Extraction", "dry_run_of", "run"]
 
 Progress = Callable[[int, int], None]
 FLOPS: Final = 2e10
@@ -33,16 +34,34 @@ PASSES: Final = 8
 """Products with the whole difference that one decomposition takes, roughly."""
 
 
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """How an extraction is carried out.
+
+    Attributes:
+        settings: How modules are decomposed.
+        carries: Whether changes that no factors express are written whole.
+        save_spectrum: A file for the spectra.
+        force: Replace an existing output.
+        resume: Keep finished modules, and take up those of an interrupted run.
+        threads: Number of modules in work at a time.
+        progress: Called with how much is done and how much there is.
+    """
+
+    settings: Settings
+    carries: bool = False
+    save_spectrum: Path | None = None
+    force: bool = False
+    resume: bool = False
+    threads: int | None = None
+    progress: Progress | None = None
+
+
 def dry_run_of(
-    draft: ExtractionDraft, pairing: Pairing, truncation: Truncation, threads: int | None
+    draft: Difference, pairing: Pairing, truncation: Truncation, threads: int | None
 ) -> ExtractReport:
     """Say what headers tell: modules, the largest ranks, bytes, and roughly the time."""
-    from loratool.ops.extraction.running import ModuleResult
-
-    ranks: dict[str, int] = {}
-    for joint in draft.joints:
-        most = min(truncation.rank or joint.smallest_side, joint.smallest_side)
-        ranks[joint.rank_group] = max(ranks.get(joint.rank_group, 1), truncation.fitted(most))
+    ranks = largest_ranks(draft.joints, truncation)
     plan = draft.plan(ranks)
     work = math.fsum(
         2.0 * PASSES * target.tuned.spec.elements * (min(ranks[joint.rank_group], 128) + 8)
@@ -50,114 +69,111 @@ def dry_run_of(
     )
     read = math.fsum(target.nbytes for target in pairing.targets)
     seconds = work / FLOPS / max(1, threads or 2) + read / 1e9
-    notes = list(pairing.notes)
+    notes = [*pairing.notes, *plan.notes]
     if truncation.rank is None:
         notes.append("ranks depend on the values: those shown are the most there can be")
     return ExtractReport(
         modules=tuple(
-            ModuleResult(job.joint.name, job.output.rank, 0.0, 0.0, (), (), 0.0)
-            for job in plan.jobs
+            ModuleResult(joint.name, ranks[joint.rank_group], 0.0, 0.0, (), (), 0.0)
+            for joint in draft.joints
         ),
         leftovers=tuple(LeftoverChange(i.name, i.why, None, False) for i in pairing.leftovers),
         unchanged=0,
         plan=plan,
+        shapes=tuple((joint.shape.out, joint.shape.columns) for joint in draft.joints),
         is_written=False,
         seconds=seconds,
         notes=tuple(notes),
     )
 
 
-def run(
-    draft: ExtractionDraft,
-    pairing: Pairing,
-    truncation: Truncation,
-    *,
-    is_auto: bool,
-    residual: str,
-    method: str,
-    seed: int,
-    clamp: float | None,
-    save_spectrum: Path | None,
-    force: bool,
-    resume: bool,
-    device: str,
-    threads: int | None,
-    progress: Progress | None,
-) -> ExtractReport:
-    """Decompose, choose ranks, write and report; see :func:`loratool.ops.extract.extract`."""
-    import_torch()
-    from loratool.ops.algebra.writing import TensorWriter, fill_adapter, is_synced
-    from loratool.ops.extraction.computing import Settings
-    from loratool.ops.extraction.running import (
-        ModuleResult,
-        decompose_all,
-        leftover_changes,
-        open_spool,
-        write_modules,
-    )
-    from loratool.ops.tensors import resolve_device
+def largest_ranks(joints: Sequence[Joint], truncation: Truncation) -> dict[str, int]:
+    """Return the largest rank that each module may get, by rank group."""
+    ranks: dict[str, int] = {}
+    for joint in joints:
+        side = joint.shape.smallest_side
+        most = truncation.fitted(min(truncation.rank or side, side))
+        ranks[joint.rank_group] = max(ranks.get(joint.rank_group, 1), most)
+    return ranks
 
-    settings = Settings(truncation, is_auto, method, seed, resolve_device(device))
+
+def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
+    """Decompose, choose ranks, write and report.
+
+    Raises:
+        LoratoolError: Nothing was written; the message says why.
+    """
+    truncation, output = how.settings.truncation, draft.options.output
+    # What the scheme cannot express is refused before the work.
+    draft.plan(largest_ranks(draft.joints, truncation))
     stamps = {s.path: s.stamp for model in (draft.base, draft.tuned) for s in model.shards}
-    results: list[ModuleResult] = []
     with ExitStack() as stack:
         files = InputFiles(stamps)
         stack.callback(files.close)
-        spool = stack.enter_context((kept if resume else scratch)(draft.output))
-        open_spool(spool, _run_key(draft, stamps))
+        spool = stack.enter_context(kept(output)) if how.resume else None
+        if spool is not None:
+            open_spool(spool, _run_key(draft, stamps))
         found = decompose_all(
-            pairing.targets, settings, files, spool, threads=threads, progress=progress
+            pairing.targets, how.settings, files, spool, threads=how.threads, progress=how.progress
         )
-        changes = leftover_changes([*pairing.leftovers, *pairing.saved], files, threads=threads)
-        leftovers, carried = _settle(
-            pairing, changes, draft.tuned.tensors, carry=residual == "carry"
-        )
-        modules = {module.name: module for module in found if module.path is not None}
+        items = [*pairing.leftovers, *pairing.saved]
+        changes = leftover_changes(items, files, threads=how.threads)
+        files.check_unchanged()
+        leftovers, carried = _settle(pairing, changes, draft.tuned.tensors, carry=how.carries)
+        modules = {module.name: module for module in found if module.parts}
         if not modules and not carried:
             raise BaseModelError(
                 draft.tuned.path,
                 "differs from the base in nothing that was selected",
                 hint="--dry-run lists what is selected and what is left over",
             )
-        draft.carried = carried
-        draft.targets = [target for target in pairing.targets if target.name in modules]
-        draft.joints = [joint for joint in draft.joints if joint.name in modules]
-        plan = draft.plan(_ranks(draft, truncation, modules))
-
-        def fill(writer: TensorWriter) -> None:
-            results.extend(write_modules(plan, modules, writer, clamp=clamp, threads=threads))
-
-        with staged(
-            draft.output, folder=plan.is_folder, force=force, sync=is_synced(plan)
-        ) as place:
-            fill_adapter(plan, place, files, fill)
-            written = {result.module for result in results}
-            results += [
-                ModuleResult(m.name, 0, m.squared_norm, m.squared_norm, (), _all_values(m), m.floor)
-                for m in modules.values()
-                if m.name not in written
-            ]
-            report = ExtractReport(
-                modules=tuple(results),
-                leftovers=tuple(leftovers),
-                unchanged=len(found) - len(modules),
-                plan=plan,
-                is_written=True,
-                notes=(
-                    *pairing.notes,
-                    *_tie_notes(plan),
-                    *_notes(results, leftovers, truncation, is_auto=is_auto, clamp=clamp),
-                ),
-            )
-            if save_spectrum is not None:
-                _write_spectrum(save_spectrum, report, force=force)
+        draft = replace(
+            draft,
+            carried=carried,
+            targets=[target for target in pairing.targets if target.name in modules],
+            modules=modules,
+        )
+        ranks = _ranks(draft, truncation)
+        plan = draft.plan(ranks)
+        inputs = [draft.base.path, draft.tuned.path]
+        outcome = write_adapter(plan, output, inputs=inputs, force=how.force, threads=how.threads)
+        results = [
+            outcome.reports[joint.name]
+            if ranks[joint.rank_group]
+            else _left_out(modules[joint.name])
+            for joint in draft.joints
+        ]
+        report = ExtractReport(
+            modules=tuple(results),
+            leftovers=tuple(leftovers),
+            unchanged=len(found) - len(modules),
+            plan=plan,
+            shapes=tuple((joint.shape.out, joint.shape.columns) for joint in draft.joints),
+            is_written=True,
+            notes=(
+                *pairing.notes,
+                *plan.notes,
+                *_tie_notes(plan),
+                *_notes(results, leftovers, how, draft.clamp),
+            ),
+        )
+        if how.save_spectrum is not None:
+            _write_spectrum(how.save_spectrum, report, force=how.force)
     return report
+
+
+def _left_out(module: Extracted) -> ModuleResult:
+    """Return the result of a module that the budget leaves no rank for."""
+    norm = module.squared_norm
+    values = tuple(sorted((v for one in module.values for v in one), reverse=True))
+    return ModuleResult(module.name, 0, norm, norm, (), values, module.floor)
 
 
 def _tie_notes(plan: AdapterPlan) -> list[str]:
     """Return a warning where PEFT is known not to tie embedding and head again."""
-    tables = [job.joint.twin_of for job in plan.jobs if job.route == "twin"]
-    if not tables or str(tables[0]).endswith("embed_tokens"):
+    is_twin = any(not item.part.is_target for item in plan.parts)
+    tables = [item.part.module for item in plan.parts if item.part.kind is Kind.EMBEDDING]
+    if not is_twin or not tables or tables[0].endswith("embed_tokens"):
         return []
     return [
         f"{tables[0]!r} is tied to the head; PEFT ties only embeddings called embed_tokens again, "
@@ -165,15 +181,11 @@ def _tie_notes(plan: AdapterPlan) -> list[str]:
     ]
 
 
-def _all_values(module: Extracted) -> tuple[float, ...]:
-    return tuple(sorted((v for one in module.values for v in one), reverse=True))
-
-
-def _run_key(draft: ExtractionDraft, stamps: Mapping[Path, Stamp]) -> dict[str, Any]:
+def _run_key(draft: Difference, stamps: Mapping[Path, Stamp]) -> dict[str, Any]:
     """Return what tells one run from another, for modules that are taken up again."""
     return {
         "inputs": {str(path.resolve()): list(stamp) for path, stamp in stamps.items()},
-        "options": {name: value for name, value in draft.options.items() if name != "dtype"},
+        "options": {name: value for name, value in draft.asked.items() if name != "dtype"},
     }
 
 
@@ -209,19 +221,21 @@ def _settle(
     return told, carried
 
 
-def _ranks(
-    draft: ExtractionDraft, truncation: Truncation, modules: Mapping[str, Extracted]
-) -> dict[str, int]:
+def _ranks(draft: Difference, truncation: Truncation) -> dict[str, int]:
     """Return the rank of each module, by rank group."""
+    modules, joints = draft.modules, draft.joints
     if truncation.max_size is not None:
         limits: dict[str, int] = {}
-        for joint in draft.joints:
+        for joint in joints:
             most = truncation.fitted(len(modules[joint.name].profile))
             limits[joint.rank_group] = max(limits.get(joint.rank_group, 1), most)
-        profiles = {joint.name: modules[joint.name].profile for joint in draft.joints}
-        return within_budget(draft.joints, truncation, profiles, limits, draft.plan)
+        profiles = {joint.name: modules[joint.name].profile for joint in joints}
+        is_whole = draft.scheme.spelling is Spelling.POSITION
+        return within_budget(
+            joints, truncation, profiles, limits, plan_for=draft.plan, is_whole=is_whole
+        )
     ranks: dict[str, int] = {}
-    for joint in draft.joints:
+    for joint in joints:
         rank = truncation.fitted(modules[joint.name].rank)
         ranks[joint.rank_group] = max(ranks.get(joint.rank_group, 1), rank)
     return ranks
@@ -230,13 +244,12 @@ def _ranks(
 def _notes(
     results: Sequence[ModuleResult],
     leftovers: Sequence[LeftoverChange],
-    truncation: Truncation,
-    *,
-    is_auto: bool,
+    how: Extraction,
     clamp: float | None,
 ) -> list[str]:
     notes = []
-    if is_auto and results:
+    truncation = how.settings.truncation
+    if how.settings.auto and results:
         floor = max(result.floor for result in results)
         notes.append(
             "ranks end where singular values meet what rounding the finetuned weights to their "

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from loratool.ops.algebra.plan import AdapterPlan
-from loratool.ops.plan import TORCH_BYTES
-
-if TYPE_CHECKING:
-    from loratool.ops.extraction.running import ModuleResult
+from loratool.ops.extraction.computing import ModuleResult
+from loratool.plan.adapter import PYTHON_BYTES, AdapterPlan
 
 __all__ = ["ExtractReport", "LeftoverChange"]
 
@@ -43,6 +40,7 @@ class ExtractReport:
         leftovers: What changed and is not in the factors.
         unchanged: How many selected modules did not change at all.
         plan: What was decided.
+        shapes: ``(out, in)`` of the modules' deltas.
         is_written: Whether it was written.
         seconds: For a dry run: roughly how long it would take.
         notes: What a user should know.
@@ -52,15 +50,21 @@ class ExtractReport:
     leftovers: tuple[LeftoverChange, ...]
     unchanged: int
     plan: AdapterPlan
+    shapes: tuple[tuple[int, int], ...]
     is_written: bool
     seconds: float | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of memory that it takes at most, roughly: torch, and two differences at work."""
-        sizes = [job.output.out * math.prod(job.output.into) for job in self.plan.jobs]
-        return TORCH_BYTES + sum(COPIES * 4 * size for size in sorted(sizes, reverse=True)[:2])
+        """Bytes of memory that it takes at most, roughly: two differences, and all factors."""
+        sizes = [rows * columns for rows, columns in self.shapes]
+        factors = sum(4 * spec.elements for spec in self.plan.specs)
+        return (
+            PYTHON_BYTES
+            + factors
+            + sum(COPIES * 4 * size for size in sorted(sizes, reverse=True)[:2])
+        )
 
     @property
     def relative_error(self) -> float:

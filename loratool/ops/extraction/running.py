@@ -1,68 +1,34 @@
-"""Decompose every module, keep what is done where it can be taken up again, then write."""
+"""Decompose every module, and keep what is done where it can be taken up again."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import torch
+import numpy as np
 from safetensors import SafetensorError
-from torch import Tensor
 
-from loratool.adapter.slots import Slot
-from loratool.errors import MergeError, OptionError
+from loratool.errors import OptionError
 from loratool.files.container import read_bytes
 from loratool.files.inputs import InputFiles
-from loratool.math.factored import factor
-from loratool.math.lowrank import LowRank
-from loratool.ops.algebra.plan import AdapterPlan, ModuleJob
-from loratool.ops.algebra.writing import TensorWriter, in_parallel
+from loratool.math.extraction import Leading
 from loratool.ops.extraction.computing import (
     Extracted,
     Settings,
     change_of,
     decompose,
-    load_extracted,
+    extracted,
 )
 from loratool.ops.extraction.pairing import Leftover, Target
-from loratool.ops.tensors import torch_dtype
+from loratool.plan.threads import in_parallel
 
-__all__ = ["ModuleResult", "decompose_all", "leftover_changes", "open_spool", "write_modules"]
+__all__ = ["decompose_all", "leftover_changes", "open_spool"]
 
 Progress = Callable[[int, int], None]
-RUN_FILE = "run.json"
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleResult:
-    """What was written for one module, against the difference that it stands for.
-
-    Attributes:
-        module: Its name.
-        rank: Rank that was written; 0 for one that the budget leaves out.
-        squared_norm: ``‖Δ‖_F²`` of the difference.
-        squared_error: ``‖written - Δ‖_F²``, rounding to the dtype included.
-        singular_values: Those that were kept, descending.
-        computed: All that were computed.
-        floor: The singular value that rounding of the finetuned weight alone can leave.
-    """
-
-    module: str
-    rank: int
-    squared_norm: float
-    squared_error: float
-    singular_values: tuple[float, ...]
-    computed: tuple[float, ...]
-    floor: float
-
-    @property
-    def relative_error(self) -> float:
-        """``‖written - Δ‖ / ‖Δ‖``."""
-        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+RUN_FILE: Final = "run.json"
 
 
 def open_spool(folder: Path, key: dict[str, Any]) -> None:
@@ -88,7 +54,7 @@ def decompose_all(
     targets: Sequence[Target],
     settings: Settings,
     files: InputFiles,
-    spool: Path,
+    spool: Path | None,
     *,
     threads: int | None,
     progress: Progress | None,
@@ -97,13 +63,17 @@ def decompose_all(
 
     def one(item: tuple[int, Target]) -> Extracted:
         number, target = item
+        if spool is None:
+            return decompose(target, settings, files)
         path = spool / f"{number}.safetensors"
         if path.is_file():
             try:
-                return load_extracted(target.name, path, settings)
+                return _load(target.name, path, settings)
             except (SafetensorError, KeyError, ValueError, OSError):
                 path.unlink()  # a damaged file is computed again
-        return decompose(target, settings, files, spool, number)
+        found = decompose(target, settings, files)
+        _save(path, found)
+        return found
 
     return in_parallel(
         one,
@@ -112,6 +82,35 @@ def decompose_all(
         progress=progress,
         sizes=[target.nbytes for target in targets],
     )
+
+
+def _save(path: Path, module: Extracted) -> None:
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, Any] = {"floor": np.array([module.floor])}
+    for index, part in enumerate(module.parts):
+        tensors[f"up.{index}"] = np.ascontiguousarray(part.up)
+        tensors[f"down.{index}"] = np.ascontiguousarray(part.down)
+        tensors[f"values.{index}"] = np.ascontiguousarray(part.singular_values)
+        tensors[f"squares.{index}"] = np.array([part.squared_norm, part.squared_residual])
+        tensors[f"exact.{index}"] = np.array([part.is_exact])
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def _load(name: str, path: Path, settings: Settings) -> Extracted:
+    from safetensors.numpy import load_file
+
+    tensors = load_file(path)
+    parts = []
+    for index in range(sum(key.startswith("up.") for key in tensors)):
+        norm, residual = tensors[f"squares.{index}"].tolist()
+        up, down = tensors[f"up.{index}"], tensors[f"down.{index}"]
+        values = tensors[f"values.{index}"]
+        is_exact = bool(tensors[f"exact.{index}"][0])
+        parts.append(Leading(up, down, values, norm, residual, is_exact))
+    return extracted(name, parts, float(tensors["floor"][0]), settings)
 
 
 def leftover_changes(
@@ -134,90 +133,3 @@ def leftover_changes(
     return {
         item.name: value for item, value in zip(leftovers, found, strict=True) if value is not None
     }
-
-
-def write_modules(
-    plan: AdapterPlan,
-    modules: dict[str, Extracted],
-    writer: TensorWriter,
-    *,
-    clamp: float | None,
-    threads: int | None,
-) -> list[ModuleResult]:
-    """Write the factors of every module at its rank, and return what that costs."""
-    twins = {job.joint.twin_of: job for job in plan.jobs if job.route == "twin"}
-
-    def one(job: ModuleJob) -> ModuleResult:
-        twin = twins.get(job.joint.name)
-        return _write(job, modules[job.joint.name], writer, clamp, twin)
-
-    jobs = [job for job in plan.jobs if job.route != "twin"]
-    return in_parallel(one, jobs, threads=threads)
-
-
-def _write(
-    job: ModuleJob,
-    module: Extracted,
-    writer: TensorWriter,
-    clamp: float | None,
-    twin: ModuleJob | None,
-) -> ModuleResult:
-    from safetensors.torch import load_file
-
-    assert module.path is not None
-    tensors = load_file(module.path)
-    dtype = torch_dtype(job.output.dtype)
-    rank = job.output.rank
-    ups, downs = [], []
-    lost = 0.0
-    for expert in range(len(module.values)):
-        up = _fitted(tensors[f"up.{expert}"], rank, dim=1)
-        down = _fitted(tensors[f"down.{expert}"], rank, dim=0)
-        exact = LowRank(up, down)
-        if clamp is not None:
-            up, down = _clamped(up, down, tensors[f"values.{expert}"], clamp)
-        written = LowRank(up.to(dtype), down.to(dtype))
-        lost += factor(exact).squared_distance(written)
-        if not (bool(written.up.isfinite().all()) and bool(written.down.isfinite().all())):
-            raise MergeError(
-                job.joint.name,
-                f"its factors overflow in {job.output.dtype}",
-                hint="write it with --dtype float32 (or bfloat16)",
-            )
-        ups.append(written.up)
-        downs.append(written.down)
-    stacked_up = torch.stack(ups, dim=2).flatten(1) if len(ups) > 1 else ups[0]
-    for slot, spec in job.specs.items():
-        is_up = slot in (Slot.UP, Slot.EMBEDDING_UP)
-        writer.write(spec, stacked_up if is_up else torch.cat(downs))
-    if twin is not None:
-        writer.write(twin.specs[Slot.DOWN], ups[0].mT)
-        writer.write(twin.specs[Slot.UP], downs[0].mT)
-    values = sorted((v for one in module.values for v in one[:rank]), reverse=True)
-    return ModuleResult(
-        job.joint.name,
-        rank,
-        module.squared_norm,
-        module.tail(rank) + lost,
-        tuple(values),
-        tuple(sorted((v for one in module.values for v in one), reverse=True)),
-        module.floor,
-    )
-
-
-def _fitted(matrix: Tensor, rank: int, *, dim: int) -> Tensor:
-    """Return the leading ranks of a factor, or fill it with zeros."""
-    have = matrix.shape[dim]
-    if have >= rank:
-        return matrix.narrow(dim, 0, rank)
-    pad = (0, rank - have) if dim == 1 else (0, 0, 0, rank - have)
-    return torch.nn.functional.pad(matrix, pad)
-
-
-def _clamped(up: Tensor, down: Tensor, values: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Clamp ``U S`` and ``Vᵀ`` as kohya's extraction does: at ± one quantile of both together."""
-    root = _fitted(values.sqrt().unsqueeze(0), up.shape[1], dim=1).to(up)
-    inverse = torch.where(root > 0, 1 / root.clamp(min=1e-30), 0.0)
-    left, right = up * root, down * inverse.mT
-    limit = float(torch.cat([left.flatten(), right.flatten()]).double().quantile(quantile))
-    return left.clamp(-limit, limit), right.clamp(-limit, limit)

@@ -18,7 +18,7 @@ from loratool.ops.naming.flat import from_bare_flat, from_flat
 from loratool.ops.naming.paths import Names, family_name, is_native
 from loratool.ops.naming.shapes import family_by_shape, one_site_an_expert, shaped
 
-__all__ = ["paths_of", "spell_out"]
+__all__ = ["from_paths", "paths_of", "spell_out"]
 
 
 def spell_out(adapter: Adapter, scheme: KeyScheme, base: Collection[str] = ()) -> Adapter:
@@ -45,7 +45,7 @@ def spell_out(adapter: Adapter, scheme: KeyScheme, base: Collection[str] = ()) -
         case Spelling.POSITION:
             names = from_positions(adapter.sites)
         case _:
-            names = _from_paths(modules)
+            names = from_paths(modules)
     if names.family is None:
         names = replace(names, family=family_by_shape(adapter.sites, names.paths))
     clashes = _clashes(names.paths)
@@ -68,7 +68,8 @@ def spell_out(adapter: Adapter, scheme: KeyScheme, base: Collection[str] = ()) -
     )
 
 
-def _from_paths(modules: Sequence[str]) -> Names:
+def from_paths(modules: Sequence[str]) -> Names:
+    """Return what dotted paths tell by themselves."""
     split = [component_of(module) for module in modules]
     known = frozenset(component for component, _ in split if component)
     native = any(is_native(local) for c, local in split if c not in ENCODERS)
