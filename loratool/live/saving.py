@@ -7,8 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from loratool.adapter.model import Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
@@ -26,6 +24,8 @@ from loratool.write.options import WriteOptions
 from loratool.write.write import write
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loratool.live.control import Live
 
 __all__ = ["save"]

@@ -253,6 +253,7 @@ class SumOfDeltas:
         """The stored tensors of all terms."""
         return self.joint.tensors
 
+    @np.errstate(over="ignore", invalid="ignore")
     def compute(self) -> tuple[tuple[Array, ...], ModuleReport]:
         """Return A, B (and the bias) as they are after rounding, and what was lost.
 

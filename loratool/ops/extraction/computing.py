@@ -339,6 +339,7 @@ class LeadingPart:
         """Nothing is read any more."""
         return ()
 
+    @np.errstate(over="ignore", invalid="ignore")
     def compute(self) -> tuple[tuple[Array, ...], ModuleResult]:
         """Return A and B as they are after rounding, experts stacked, and what that costs.
 
