@@ -1,4 +1,4 @@
-"""What tests share: small files written by the real libraries, and the fixtures folder."""
+"""Fixtures that tests share: small files written by the real libraries, and their folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from samples import FIXTURES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 
 @pytest.fixture(autouse=True)
@@ -73,14 +72,6 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
-
-
-def lora(module: str, out: int, into: int, rank: int = 4, **kinds: Any) -> dict[str, torch.Tensor]:
-    """Return random factors for one linear module."""
-    return {
-        f"{module}.lora_A.weight": torch.randn(rank, into, **kinds),
-        f"{module}.lora_B.weight": torch.randn(out, rank, **kinds),
-    }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

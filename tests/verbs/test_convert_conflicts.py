@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lora
 from deltas import dense_deltas, relative_error
 from safetensors.torch import load_file, save_file
+from samples import lora
 
 import loratool
 from loratool import convert

@@ -417,7 +417,7 @@ def test_state_dicts_are_strict() -> None:
 
 
 def test_files_for_other_models_are_refused_with_a_list(make_adapter: Make) -> None:
-    from conftest import lora
+    from samples import lora
 
     wrong = make_adapter({**lora("qkv", 36, 12), **lora("gone", 4, 4)}, "wrong")
     with pytest.raises(AdapterError, match="1 of its modules are not in the model: gone"):
@@ -592,8 +592,8 @@ def test_scaled_embeddings() -> None:
 
 
 def test_factors_of_a_file_keep_their_precision(make_adapter: Make, make_base: Make) -> None:
-    from conftest import lora
     from oracles import read_all
+    from samples import lora
 
     weight = torch.randn(24, 16).bfloat16()
     base = make_base({"0.weight": weight})

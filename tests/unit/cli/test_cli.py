@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, lora
 from safetensors.torch import save_file
+from samples import FIXTURES, lora
 
 from loratool.cli.folding import fold_names, fold_numbers
 from loratool.cli.main import COMMANDS

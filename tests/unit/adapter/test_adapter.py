@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lora
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
+from samples import lora
 
 from loratool import open_adapter
 from loratool.adapter.build import strip_wrappers

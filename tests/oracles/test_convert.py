@@ -26,12 +26,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
+from samples import ROOT
 from torch import nn
 
 from loratool import convert
 from loratool.errors import LoratoolError, UnsupportedError
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = ROOT.parent / "shared" / "data"
 Deltas = dict[str, torch.Tensor]
 Tensors = dict[str, torch.Tensor]
 

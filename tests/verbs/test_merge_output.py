@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, lora
 from oracles import read_all
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from samples import FIXTURES, lora
 
 import loratool
 from loratool.errors import BaseModelError, LoratoolError, MergeError, OutputError, UnsupportedError

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, lora
 from deltas import load_config, load_tensors
 from oracles import load_model, manifest, outputs_of
 from safetensors.torch import save_file
+from samples import FIXTURES, lora
 
 import loratool
 from loratool.errors import UnsupportedError

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lora
 from deltas import dense_deltas, load_config, load_tensors, relative_error
 from safetensors.torch import load_file, save_file
+from samples import lora
 
 import loratool
 from loratool.errors import LoratoolError, OptionError

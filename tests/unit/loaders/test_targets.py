@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import lora
 from safetensors.torch import save_file
+from samples import lora
 
 import loratool
 from loratool.adapter.findings import Finding

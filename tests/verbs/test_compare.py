@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import FIXTURES, lora
 from deltas import dense_deltas
+from samples import FIXTURES, lora
 
 import loratool
 from loratool.cli.grouping import sparkline

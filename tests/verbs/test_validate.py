@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, lora
 from oracles import manifest
 from safetensors.torch import save_file
+from samples import FIXTURES, ROOT, lora
 
 import loratool
 from loratool.adapter.findings import CODES
 
 Make = Callable[..., Path]
 GOOD = {"target_modules": ["q"], "lora_alpha": 8}
-DOCS = Path(__file__).parent.parent / "docs" / "findings.md"
+DOCS = ROOT / "docs" / "findings.md"
 
 
 def codes(path: Path, **options: Any) -> set[str]:

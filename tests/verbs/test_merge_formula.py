@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import FIXTURES, read_all
 from safetensors.torch import load_file, save_file
+from samples import lora
 
 import loratool
 

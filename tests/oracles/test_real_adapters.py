@@ -15,11 +15,12 @@ import pytest
 import torch
 from oracles import read_all
 from safetensors.torch import load_file, save_file
+from samples import ROOT
 from torch import nn
 
 import loratool
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the published adapters are not here")
 
 

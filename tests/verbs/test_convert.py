@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import lora
 from deltas import dense_deltas, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from samples import lora
 
 import loratool
 from loratool import convert

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lora
 from safetensors.torch import load_file, save_file
+from samples import lora
 
 import loratool
 from loratool.errors import FileFormatError, OutputError

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lora
 from oracles import read_all
+from samples import lora
 
 import loratool
 from loratool.errors import (

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from samples import FIXTURES
 from torch import nn
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
 
 Case = dict[str, Any]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, lora
 from deltas import dense_deltas, load_config, load_tensors, relative_error
 from safetensors.torch import save
+from samples import FIXTURES, lora
 
 import loratool
 from loratool.errors import OptionError

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import FIXTURES
+from samples import FIXTURES, ROOT
 
 import loratool
 from loratool.cli.main import COMMANDS, cli
 
-ROOT = Path(__file__).parent.parent
-MARK = "<!-- The rest of this page is written by tests/test_docs.py: pytest --write-docs -->\n"
+MARK = (
+    "<!-- The rest of this page is written by tests/contract/test_docs.py: "
+    "pytest --write-docs -->\n"
+)
 
 
 def help_pages() -> str:

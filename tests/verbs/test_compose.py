@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lora
 from deltas import dense_deltas, load_config, load_tensors, relative_error, weighted_sum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from samples import lora
 from torch import nn
 
 import loratool
