@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from loratool.errors import FileFormatError
-from loratool.files.dtypes import dtype_named
+from loratool.files.dtypes import DTYPES, dtype_named
 
-__all__ = ["PickledDict", "PickledTensor", "Storage", "interpret"]
+__all__ = ["STORAGE_DTYPES", "PickledDict", "PickledTensor", "Storage", "interpret"]
 
 MAX_OPCODES: Final = 4_000_000
 MAX_DIMENSIONS: Final = 64
@@ -90,6 +90,8 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
             return PickledDict({_plain_key(key): value for key, value in pairs})
         case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor":
             return _tensor(path, arguments)
+        case "torch._utils._rebuild_tensor_v3":
+            return _tensor_of_bytes(path, arguments)
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
             return arguments[0]
         case "torch._tensor._rebuild_from_type_v2" if isinstance(arguments[0], _Named):
@@ -125,6 +127,16 @@ def _tensor(path: Path, arguments: tuple[Any, ...]) -> PickledTensor:
     ):
         raise FileFormatError(path, "damaged: a tensor has an impossible shape")
     return PickledTensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _tensor_of_bytes(path: Path, arguments: tuple[Any, ...]) -> PickledTensor:
+    """A tensor of a dtype that is younger than the format: it stands beside plain bytes."""
+    storage, dtype = arguments[0], arguments[6]
+    if not isinstance(storage, Storage) or not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FileFormatError(path, "holds a tensor of an unknown type")
+    elements = storage.elements * DTYPES[storage.dtype].bits // DTYPES[dtype].bits
+    typed = Storage(dtype, storage.key, elements)
+    return _tensor(path, (typed, *arguments[1:6], *arguments[7:]))
 
 
 def _storage(path: Path, persistent: Any) -> Storage:

@@ -248,7 +248,7 @@ class _Collector:
         if tensor.storage.key not in self.places:
             raise FileFormatError(self.path, f"storage {tensor.storage.key!r} is missing")
         offset = self.places[tensor.storage.key] + tensor.offset * width
-        identity = (tensor.storage.key, tensor.offset, tensor.shape, tensor.strides)
+        identity = (spec.dtype, tensor.storage.key, tensor.offset, tensor.shape, tensor.strides)
         owner = self.owners.setdefault(identity, name) if spec.elements else name
         stored = StoredTensor(spec, self.path, offset, strides, owner if owner != name else None)
         if stored.span > max(0, tensor.storage.elements - tensor.offset) * width:
