@@ -60,9 +60,13 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A view of a storage: its first element, its shape and its strides, in elements."""
+    """A view of a storage: its dtype, first element, shape and strides, in elements.
+
+    The dtype is that of the storage, or any other where the storage is one of plain bytes.
+    """
 
     storage: Storage
+    dtype: str
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -91,7 +95,8 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
         case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor":
             return _tensor(path, arguments)
         case "torch._utils._rebuild_tensor_v3":
-            return _tensor_of_bytes(path, arguments)
+            # A dtype that is younger than the format, beside a storage of plain bytes.
+            return _tensor(path, (*arguments[:6], *arguments[7:]), arguments[6])
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
             return arguments[0]
         case "torch._tensor._rebuild_from_type_v2" if isinstance(arguments[0], _Named):
@@ -110,7 +115,7 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
             )
 
 
-def _tensor(path: Path, arguments: tuple[Any, ...]) -> PickledTensor:
+def _tensor(path: Path, arguments: tuple[Any, ...], dtype: Any = None) -> PickledTensor:
     storage, offset, shape, strides = arguments[:4]
     lazily = arguments[6] if len(arguments) > 6 else None
     if isinstance(lazily, PickledDict) and any(lazily.items.values()):
@@ -126,17 +131,11 @@ def _tensor(path: Path, arguments: tuple[Any, ...]) -> PickledTensor:
         or math.prod(shape) >= 1 << 62
     ):
         raise FileFormatError(path, "damaged: a tensor has an impossible shape")
-    return PickledTensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _tensor_of_bytes(path: Path, arguments: tuple[Any, ...]) -> PickledTensor:
-    """A tensor of a dtype that is younger than the format: it stands beside plain bytes."""
-    storage, dtype = arguments[0], arguments[6]
-    if not isinstance(storage, Storage) or not isinstance(dtype, str) or dtype not in DTYPES:
+    if dtype is None:
+        dtype = storage.dtype
+    elif not isinstance(dtype, str) or dtype not in DTYPES or storage.dtype != "U8":
         raise FileFormatError(path, "holds a tensor of an unknown type")
-    elements = storage.elements * DTYPES[storage.dtype].bits // DTYPES[dtype].bits
-    typed = Storage(dtype, storage.key, elements)
-    return _tensor(path, (typed, *arguments[1:6], *arguments[7:]))
+    return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
 def _storage(path: Path, persistent: Any) -> Storage:

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Final
@@ -27,6 +28,7 @@ __all__ = ["TorchLayout", "archive_stem", "lay_out", "seal"]
 
 ALIGNMENT: Final = 64
 BLOCK: Final = 1 << 20
+PORTION: Final = 8 << 20
 U16: Final = (1 << 16) - 1
 U32: Final = (1 << 32) - 1
 
@@ -237,24 +239,41 @@ def seal(descriptor: int, layout: TorchLayout, *, path: Path, threads: int = 1) 
         descriptor: The file, open for reading and writing.
         layout: Where everything lies.
         path: The file's name, for messages.
-        threads: How many tensors are read at a time.
+        threads: How many threads read.
 
     Raises:
         FileFormatError: The file is shorter than its layout.
         OSError: Writing failed.
     """
 
-    def checksum(spec: TensorSpec) -> int:
-        return _checksum(descriptor, layout.offsets[spec.name], spec.nbytes, path)
+    def checksums(portion: list[TensorSpec]) -> list[int]:
+        buffer = memoryview(bytearray(min(BLOCK, max(spec.nbytes for spec in portion))))
+        return [
+            _checksum(descriptor, layout.offsets[spec.name], spec.nbytes, buffer, path)
+            for spec in portion
+        ]
 
     with ThreadPoolExecutor(threads) as pool:
-        checksums = list(pool.map(checksum, layout.specs))
-    for offset, data in layout.frame(checksums):
+        found = list(chain.from_iterable(pool.map(checksums, _portions(layout.specs))))
+    for offset, data in layout.frame(found):
         write_all(descriptor, memoryview(data), offset)
 
 
-def _checksum(descriptor: int, offset: int, size: int, path: Path) -> int:
-    buffer = memoryview(bytearray(min(size, BLOCK)))
+def _portions(specs: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
+    """Yield runs of tensors that are long enough to be worth a thread's while."""
+    portion: list[TensorSpec] = []
+    length = 0
+    for spec in specs:
+        portion.append(spec)
+        length += spec.nbytes
+        if length >= PORTION:
+            yield portion
+            portion, length = [], 0
+    if portion:
+        yield portion
+
+
+def _checksum(descriptor: int, offset: int, size: int, buffer: memoryview, path: Path) -> int:
     result = 0
     for start in range(0, size, BLOCK):
         view = buffer[: min(BLOCK, size - start)]
