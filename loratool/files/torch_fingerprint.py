@@ -77,7 +77,7 @@ def _as_a_set_gives_them(hashes: list[int]) -> list[int]:
     taken = 0
     for count in BUCKETS:
         buckets: dict[int, list[int]] = {}
-        following = hashes[taken : max(count, taken)]
+        following = hashes[taken:count]
         for value in (*order, *following):
             buckets.setdefault(value % count, []).append(value)
         order = [value for bucket in reversed(buckets.values()) for value in reversed(bucket)]
