@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from loratool.errors import FileFormatError
-from loratool.files.dtypes import dtype_named
+from loratool.files.dtypes import DTYPES, dtype_named
 
-__all__ = ["PickledDict", "PickledTensor", "Storage", "interpret"]
+__all__ = ["STORAGE_DTYPES", "PickledDict", "PickledTensor", "Storage", "interpret"]
 
 MAX_OPCODES: Final = 4_000_000
 MAX_DIMENSIONS: Final = 64
@@ -60,9 +60,13 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A view of a storage: its first element, its shape and its strides, in elements."""
+    """A view of a storage: its dtype, first element, shape and strides, in elements.
+
+    The dtype is that of the storage, or any other where the storage is one of plain bytes.
+    """
 
     storage: Storage
+    dtype: str
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -90,6 +94,9 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
             return PickledDict({_plain_key(key): value for key, value in pairs})
         case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor":
             return _tensor(path, arguments)
+        case "torch._utils._rebuild_tensor_v3":
+            # A dtype that is younger than the format, beside a storage of plain bytes.
+            return _tensor(path, (*arguments[:6], *arguments[7:]), arguments[6])
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
             return arguments[0]
         case "torch._tensor._rebuild_from_type_v2" if isinstance(arguments[0], _Named):
@@ -108,7 +115,7 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
             )
 
 
-def _tensor(path: Path, arguments: tuple[Any, ...]) -> PickledTensor:
+def _tensor(path: Path, arguments: tuple[Any, ...], dtype: Any = None) -> PickledTensor:
     storage, offset, shape, strides = arguments[:4]
     lazily = arguments[6] if len(arguments) > 6 else None
     if isinstance(lazily, PickledDict) and any(lazily.items.values()):
@@ -124,7 +131,11 @@ def _tensor(path: Path, arguments: tuple[Any, ...]) -> PickledTensor:
         or math.prod(shape) >= 1 << 62
     ):
         raise FileFormatError(path, "damaged: a tensor has an impossible shape")
-    return PickledTensor(storage, offset, tuple(shape), tuple(strides))
+    if dtype is None:
+        dtype = storage.dtype
+    elif not isinstance(dtype, str) or dtype not in DTYPES or storage.dtype != "U8":
+        raise FileFormatError(path, "holds a tensor of an unknown type")
+    return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
 def _storage(path: Path, persistent: Any) -> Storage:

@@ -242,16 +242,17 @@ class _Collector:
                 self.other[name] = _summary(item)[:200]
 
     def _stored(self, name: str, tensor: PickledTensor) -> StoredTensor:
-        spec = TensorSpec(name, tensor.storage.dtype, tensor.shape)
+        spec = TensorSpec(name, tensor.dtype, tensor.shape)
         width = DTYPES[spec.dtype].bits // 8
         strides = None if _is_contiguous(tensor.shape, tensor.strides) else tensor.strides
         if tensor.storage.key not in self.places:
             raise FileFormatError(self.path, f"storage {tensor.storage.key!r} is missing")
         offset = self.places[tensor.storage.key] + tensor.offset * width
-        identity = (tensor.storage.key, tensor.offset, tensor.shape, tensor.strides)
+        identity = (spec.dtype, tensor.storage.key, tensor.offset, tensor.shape, tensor.strides)
         owner = self.owners.setdefault(identity, name) if spec.elements else name
         stored = StoredTensor(spec, self.path, offset, strides, owner if owner != name else None)
-        if stored.span > max(0, tensor.storage.elements - tensor.offset) * width:
+        held = tensor.storage.elements * (DTYPES[tensor.storage.dtype].bits // 8)
+        if stored.span > max(0, held - tensor.offset * width):
             raise FileFormatError(self.path, f"tensor {name!r} reaches beyond its storage")
         return stored
 

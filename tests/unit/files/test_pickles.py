@@ -15,6 +15,7 @@ import torch
 
 from loratool.errors import FileFormatError
 from loratool.files.container import read_bytes
+from loratool.files.dtypes import DTYPES
 from loratool.files.pickles import other_contents, read_pickle
 
 NUMPY = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "F16": torch.float16}
@@ -60,6 +61,33 @@ def test_tensors_equal_those_of_torch(zipped: bool, tmp_path: Path) -> None:
     description = read_pickle(path)
     assert description.tensors["alias"].alias_of == "plain"
     assert description.other == {"epoch": "3", "name": "run"}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_dtypes_that_are_younger_than_the_format(zipped: bool, tmp_path: Path) -> None:
+    """They stand beside storages of bytes, which several of them may share."""
+    path = tmp_path / "x.bin"
+    x = torch.arange(48, dtype=torch.uint8)
+    original = {
+        "u16": torch.arange(30).to(torch.uint16).reshape(5, 6)[1:4, 2:],
+        "plain": torch.ones(3),
+        "e4m3": x.view(torch.float8_e4m3fn).reshape(6, 8),
+        "e5m2": x.view(torch.float8_e5m2).reshape(6, 8),
+        "alias": x.view(torch.float8_e5m2).reshape(6, 8),
+        "transposed": x.view(torch.float8_e5m2).reshape(6, 8).T,
+        "u32": x.view(torch.uint32)[5:],
+        "last": torch.ones(2, dtype=torch.uint64),
+    }
+    torch.save(original, path, _use_new_zipfile_serialization=zipped)
+    read = read_pickle(path).tensors
+    assert {name: DTYPES[stored.spec.dtype].torch_name for name, stored in read.items()} == {
+        name: str(tensor.dtype).removeprefix("torch.") for name, tensor in original.items()
+    }
+    for name, tensor in original.items():
+        assert read[name].spec.shape == tensor.shape
+        expected = bytes(tensor.contiguous().view(torch.uint8).numpy())
+        assert read_bytes(read[name]) == expected, name
+    assert {name for name, stored in read.items() if stored.alias_of} == {"alias"}
 
 
 def test_state_dict_of_a_module_and_wrapped_state_dicts(tmp_path: Path) -> None:
