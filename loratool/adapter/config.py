@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.adapter.initialisations import Initialisation, initialisation
 from loratool.adapter.patterns import pattern_value
 from loratool.adapter.scaling import Scaling
 from loratool.errors import AdapterError
@@ -55,7 +56,7 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] | None
     target_parameters: tuple[str, ...]
     modules_to_save: tuple[str, ...]
-    init: str
+    init: Initialisation
     base_model: str | None
 
     def flag(self, name: str) -> bool:
@@ -108,7 +109,7 @@ def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
         target_modules=_targets(raw, where),
         target_parameters=_names(raw, "target_parameters", where),
         modules_to_save=_names(raw, "modules_to_save", where),
-        init=str(raw.get("init_lora_weights", True)).lower(),
+        init=initialisation(str(raw.get("init_lora_weights", True)).lower()),
         base_model=_text(raw.get("base_model_name_or_path")),
     )
 

@@ -82,7 +82,8 @@ def open_adapter_file(
         sites = _multiplied(sites, raw, config_path)
     settings = scheme.settings(file.metadata)
     if settings is not None:
-        sites = tuple(_configured(site, settings) for site in sites)
+        configs = _component_configs(settings, sites)
+        sites = tuple(_configured(site, configs) for site in sites)
     if alpha is not None:
         sites = tuple(_with_alpha(site, alpha) for site in sites)
     return Adapter(
@@ -124,19 +125,33 @@ def _multiplied(sites: tuple[Site, ...], raw: Mapping[str, Any], path: Path) -> 
     )
 
 
-def _configured(site: Site, settings: Mapping[str, Any]) -> Site:
+def _component_configs(
+    settings: Mapping[str, Any], sites: Iterable[Site]
+) -> Mapping[str, LoraConfig]:
+    """Return what the metadata says about each component that has sites.
+
+    Raises:
+        AdapterError: A field that matters holds something impossible.
+        UnsupportedError: The delta is relative to a base that the initialisation changed.
+    """
+    components = dict.fromkeys(site.module.partition(".")[0] for site in sites)
+    configs = {
+        name: parse_config(settings[name], where=f"metadata: {name}")
+        for name in components
+        if name in settings
+    }
+    for name, config in configs.items():
+        if config.init.changes_base:
+            raise UnsupportedError(f"metadata: {name}", config.init.refusal)
+    return configs
+
+
+def _configured(site: Site, configs: Mapping[str, LoraConfig]) -> Site:
     """Return ``site`` with what the metadata says about its component's ranks and alphas."""
     component, _, local = site.module.partition(".")
-    raw = settings.get(component)
-    if raw is None or Slot.ALPHA in site.slots or site.scaling.alpha is not None:
+    config = configs.get(component)
+    if config is None or Slot.ALPHA in site.slots or site.scaling.alpha is not None:
         return site
-    config = parse_config(raw, where=f"metadata: {component}")
-    if config.init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
-        raise UnsupportedError(
-            f"metadata: {component}",
-            f"init_lora_weights is {config.init!r}: its delta is relative to a base that the "
-            "initialisation changed",
-        )
     return replace(site, scaling=config.scaling_for(local, site.rank))
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import loratool
 from loratool.adapter.model import Adapter
 
-__all__ = ["history_metadata", "provenance"]
+__all__ = ["history_metadata", "provenance", "with_digest"]
 
 PROVENANCE_KEY: Final = "loratool"
 HASH_BLOCK: Final = 1 << 20
@@ -41,8 +41,18 @@ def history_metadata(
         ],
         "options": {k: v for k, v in options.items() if v is not None and v != ()},
     }
-    text = json.dumps(history, sort_keys=True, separators=(",", ":"))
-    return {"format": "pt", PROVENANCE_KEY: text}
+    return {"format": "pt", PROVENANCE_KEY: _text(history)}
+
+
+def with_digest(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
+    """Return ``metadata`` with the SHA-256 of the first input in the history, and only there."""
+    history = json.loads(metadata[PROVENANCE_KEY])
+    history["inputs"][0]["sha256"] = digest
+    return {**metadata, PROVENANCE_KEY: _text(history)}
+
+
+def _text(history: Mapping[str, Any]) -> str:
+    return json.dumps(history, sort_keys=True, separators=(",", ":"))
 
 
 def _hash(adapter: Adapter) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from loratool.adapter.model import Adapter, is_folded
+from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.scheme import KeyScheme
 from loratool.files.dtypes import DTYPES
 from loratool.names.pipelines import BACKBONES, component_of
@@ -23,10 +23,8 @@ def conversion_notes(
 ) -> Iterator[str]:
     """Yield what is worth knowing about the input and about what is written."""
     yield from adapter.notes
-    missing = [s for s in adapter.sites if s.scaling.alpha is None and s.is_plain]
-    if missing and not is_folded(adapter):
-        some = "" if len(missing) == len(adapter.sites) else f" for {len(missing)} modules"
-        yield f"alpha is not recorded{some}; the scale is taken as 1 (--alpha says otherwise)"
+    if unknown := unknown_scale(adapter):
+        yield f"{unknown} (--alpha says otherwise)"
     zero = [s for s in adapter.sites if s.scaling.alpha == 0]
     if zero:
         yield (

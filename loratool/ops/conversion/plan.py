@@ -11,6 +11,7 @@ from typing import Final
 from loratool.adapter.slots import Slot
 from loratool.files.safetensors import format_header
 from loratool.files.spec import TensorSpec
+from loratool.ops.algebra.provenance import with_digest
 from loratool.ops.conversion.nearest import Approximation
 from loratool.ops.conversion.parts import Part
 from loratool.ops.conversion.values import Stored
@@ -21,6 +22,7 @@ __all__ = ["NO_DIGEST", "ConversionPlan", "OutputPart"]
 
 PYTHON_BYTES: Final = 60 << 20
 NO_DIGEST: Final = "0" * 64
+"""As long as a SHA-256: what a plan has in its place, so that its sizes are those of the file."""
 HASH_KEY: Final = "sshs_model_hash"
 LEGACY_HASH_KEY: Final = "sshs_legacy_hash"
 
@@ -85,8 +87,7 @@ class ConversionPlan(OutputPlan):
 
     def with_digest(self, digest: str) -> ConversionPlan:
         """Return the plan with the SHA-256 of its input in the place that was left for it."""
-        metadata = {k: v.replace(NO_DIGEST, digest) for k, v in self.metadata.items()}
-        return replace(self, metadata=metadata)
+        return replace(self, metadata=with_digest(self.metadata, digest))
 
     @property
     def legacy_header(self) -> bytes:

@@ -26,6 +26,7 @@ __all__ = [
     "Piled",
     "Reshaped",
     "Scaled",
+    "Seen",
     "Stored",
     "Value",
     "is_power_of_two",
@@ -277,6 +278,39 @@ class Reshaped:
 
     def evaluate(self) -> Array:
         return self.value.evaluate().reshape(self.shape)
+
+    @property
+    def is_exact(self) -> bool:
+        return self.value.is_exact
+
+    @property
+    def needs_torch(self) -> bool:
+        return self.value.needs_torch
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A part of a value, or a value turned, where no view of what is stored does it.
+
+    Attributes:
+        value: The whole.
+        view: Called with its array; moves numbers without changing them.
+        shape: Of what that returns.
+    """
+
+    value: Value
+    view: Callable[[Array], Array]
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.value.dtype
+
+    def sources(self) -> Iterator[StoredTensor]:
+        yield from self.value.sources()
+
+    def evaluate(self) -> Array:
+        return self.view(self.value.evaluate())
 
     @property
     def is_exact(self) -> bool:

@@ -15,8 +15,10 @@ from loratool.ops.conversion.values import (
     Arranged,
     Computed,
     Constant,
+    Piled,
     Reshaped,
     Scaled,
+    Seen,
     Stored,
     Value,
     widest,
@@ -48,43 +50,63 @@ def rows(value: Value, start: int, stop: int) -> Value:
             return Stored(_cut(tensor, start, 0, shape))
         case Scaled(inner, factor):
             return Scaled(rows(inner, start, stop), factor)
+        case Constant(number, _, dtype):
+            return Constant(number, shape, dtype)
         case Arranged(pieces):
-            return _cut_rows(pieces, start, stop, shape, value.dtype)
-        case Computed():
-            return replace(
-                value,
-                function=lambda *tensors: value.function(*tensors).reshape(value.shape)[start:stop],
-                shape=shape,
-            )
-    return replace(value, shape=shape)  # type: ignore[type-var]
-
-
-def _cut_rows(
-    pieces: Sequence[tuple[Value, int, int]],
-    start: int,
-    stop: int,
-    shape: tuple[int, ...],
-    dtype: str,
-) -> Value:
-    kept = []
-    for piece, row, column in pieces:
-        first, last = max(start, row), min(stop, row + piece.shape[0])
-        if first < last:
-            kept.append((rows(piece, first - row, last - row), first - start, column))
-    if len(kept) == 1 and kept[0][0].shape == shape:
-        return kept[0][0]
-    return Arranged(tuple(kept), shape, dtype)
+            return _cut_pieces(pieces, (start, stop), (0, _width(value)), shape, value.dtype)
+        case Piled(values) if start < stop:
+            return Piled(values[start:stop])
+        case Reshaped(inner, _) if inner.shape[:1] == value.shape[:1]:
+            return reshaped(rows(inner, start, stop), shape)
+    return Seen(value, lambda whole: whole[start:stop], shape)
 
 
 def columns(value: Value, start: int, stop: int) -> Value:
-    """Return columns ``start`` to ``stop`` of a stored or scaled value."""
+    """Return columns ``start`` to ``stop``; a view where the value is stored."""
     shape = (value.shape[0], stop - start, *value.shape[2:])
+    if shape == value.shape:
+        return value
     match value:
         case Stored(tensor):
             return Stored(_cut(tensor, 0, start, shape))
         case Scaled(inner, factor):
             return Scaled(columns(inner, start, stop), factor)
-    raise AssertionError("only stored factors are cut by columns")
+        case Constant(number, _, dtype):
+            return Constant(number, shape, dtype)
+        case Arranged(pieces):
+            return _cut_pieces(pieces, (0, value.shape[0]), (start, stop), shape, value.dtype)
+        case Piled(values):
+            return Piled(tuple(rows(one, start, stop) for one in values))
+        case Reshaped(inner, _) if inner.shape[:2] == value.shape[:2]:
+            return reshaped(columns(inner, start, stop), shape)
+    return Seen(value, lambda whole: whole[:, start:stop], shape)
+
+
+def _width(value: Value) -> int:
+    """Return how many columns a value has; vectors have one."""
+    return value.shape[1] if len(value.shape) > 1 else 1
+
+
+def _cut_pieces(
+    pieces: Sequence[tuple[Value, int, int]],
+    down: tuple[int, int],
+    across: tuple[int, int],
+    shape: tuple[int, ...],
+    dtype: str,
+) -> Value:
+    """Return what lies in the rows ``down`` and the columns ``across``, both from and to."""
+    kept = []
+    for piece, row, column in pieces:
+        top, bottom = max(down[0], row), min(down[1], row + piece.shape[0])
+        left, right = max(across[0], column), min(across[1], column + _width(piece))
+        if top < bottom and left < right:
+            part = rows(piece, top - row, bottom - row)
+            if len(piece.shape) > 1:
+                part = columns(part, left - column, right - column)
+            kept.append((part, top - down[0], left - across[0]))
+    if len(kept) == 1 and kept[0][0].shape == shape:
+        return kept[0][0]
+    return Arranged(tuple(kept), shape, dtype)
 
 
 def _cut(tensor: StoredTensor, row: int, column: int, shape: tuple[int, ...]) -> StoredTensor:
@@ -113,23 +135,18 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 def flipped(value: Value) -> Value:
     """Return a matrix with rows and columns exchanged; a view where it is stored."""
+    height, width = value.shape
     match value:
         case Stored(tensor):
             return Stored(_plain(transposed(tensor)))
         case Scaled(inner, factor):
             return Scaled(flipped(inner), factor)
-        case Constant(number, shape, dtype):
-            return Constant(number, (shape[1], shape[0]), dtype)
-        case Arranged(pieces, shape, dtype):
+        case Constant(number, _, dtype):
+            return Constant(number, (width, height), dtype)
+        case Arranged(pieces, _, dtype):
             turned = tuple((flipped(piece), column, row) for piece, row, column in pieces)
-            return Arranged(turned, (shape[1], shape[0]), dtype)
-        case Computed():
-            return replace(
-                value,
-                function=lambda *tensors: value.function(*tensors).reshape(value.shape).T,
-                shape=(value.shape[1], value.shape[0]),
-            )
-    raise AssertionError(value)
+            return Arranged(turned, (width, height), dtype)
+    return Seen(value, lambda whole: whole.T, (width, height))
 
 
 def _plain(tensor: StoredTensor) -> StoredTensor:
@@ -146,16 +163,15 @@ def reshaped(value: Value, shape: tuple[int, ...]) -> Value:
     match value:
         case Stored(tensor) if tensor.strides is None:
             return Stored(replace(tensor, spec=replace(tensor.spec, shape=shape)))
-        case Stored(tensor):
-            return Computed("reshaped", (tensor,), lambda one: one, shape, tensor.spec.dtype)
         case Scaled(inner, factor):
             return Scaled(reshaped(inner, shape), factor)
-        case Arranged():
-            sources = value
-            return Reshaped(sources, shape)
+        case Constant(number, _, dtype):
+            return Constant(number, shape, dtype)
+        case Computed():
+            return replace(value, shape=shape)
         case Reshaped(inner, _):
-            return Reshaped(inner, shape)
-    return replace(value, shape=shape)  # type: ignore[type-var]
+            return reshaped(inner, shape)
+    return Reshaped(value, shape)
 
 
 def concatenated(values: Sequence[Value]) -> Value:

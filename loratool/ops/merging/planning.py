@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import Adapter, unknown_scale
 from loratool.errors import BaseModelError, MergeError, OutputError, UnsupportedError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.container import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
@@ -79,7 +79,9 @@ def plan_merge(
     notes = [*checkpoint.notes, *check_base(checkpoint)]
     for adapter in opened:
         check_adapter(adapter)
-        notes += [f"{adapter.path}: {note}" for note in (*adapter.notes, *_unknown_scale(adapter))]
+        notes += [f"{adapter.path}: {note}" for note in adapter.notes]
+        if unknown := unknown_scale(adapter):
+            notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
     layers = _common_replication(opened)
     view = BaseView(checkpoint, replicate(checkpoint, layers) if layers else None)
     shares = [Share(adapter, weight) for adapter, weight in pairs]
@@ -120,12 +122,6 @@ def plan_merge(
             **{adapter.weights: adapter.stamp for adapter in opened},
         },
     )
-
-
-def _unknown_scale(adapter: Adapter) -> list[str]:
-    if any(site.scaling.alpha is None for site in adapter.sites):
-        return ["no alpha is recorded, so the scale is taken as 1; give --alpha if it is not"]
-    return []
 
 
 def _common_replication(adapters: Sequence[Adapter]) -> list[int] | None:
