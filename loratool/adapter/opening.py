@@ -111,7 +111,11 @@ def is_mlx_config(raw: Mapping[str, Any]) -> bool:
 def _multiplied(sites: tuple[Site, ...], raw: Mapping[str, Any], path: Path) -> tuple[Site, ...]:
     """Return ``sites`` with mlx-lm's scale, which is the multiplier itself."""
     parameters = raw.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if parameters is None:
+        return sites
+    if not isinstance(parameters, dict):
+        raise AdapterError(path, f"lora_parameters is {parameters!r:.40}, expected an object")
+    scale = parameters.get("scale")
     if scale is None:
         return sites
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
