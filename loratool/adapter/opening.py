@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +12,10 @@ from typing import Any, Final
 
 from loratool.adapter.build import adapter_names, build_sites
 from loratool.adapter.config import CONFIG_NAME, LoraConfig, parse_config
-from loratool.adapter.model import Adapter, Site
+from loratool.adapter.model import HISTORY_KEY, Adapter, Site
 from loratool.adapter.recognise import PEFT_TYPES, describe_keys
 from loratool.adapter.scaling import Scaling
-from loratool.adapter.scheme import KeyScheme, ScaleRule
+from loratool.adapter.scheme import KeyScheme, ScaleRule, are_transposed
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import UNSCALED
 from loratool.errors import AdapterError, OptionError, UnsupportedError
@@ -235,7 +236,44 @@ def detect_scheme(file: WeightsFile, schemes: Sequence[KeyScheme]) -> KeyScheme:
     best, _, scheme = max(scores, key=lambda item: item[:2], default=(0, 0, None))
     if scheme is None or best == 0:
         raise AdapterError(file.path, f"no known scheme: {describe_keys(list(file.tensors))}")
-    return scheme
+    return _settled(file, scheme, schemes)
+
+
+def _settled(file: WeightsFile, scheme: KeyScheme, schemes: Sequence[KeyScheme]) -> KeyScheme:
+    """Return ``scheme``, or the one of the same keys and turned factors that the file names.
+
+    Raises:
+        AdapterError: The factors fit both, and the file does not say which it is.
+    """
+    pairs = scheme.pairs(file.tensors)
+    rivals = {
+        other.name: other
+        for other in schemes
+        if other.templates == scheme.templates
+        and (other is scheme or other.is_transposed != scheme.is_transposed)
+    }
+    if len(rivals) == 1 or not pairs or are_transposed(pairs) is not None:
+        return scheme
+    said = _written_as(file.metadata)
+    if said in rivals:
+        return rivals[said]
+    names = sorted(rivals)
+    raise AdapterError(
+        file.path,
+        f"may be {' or '.join(map(repr, names))}: its factors fit both ways round, and the keys "
+        "are the same",
+        hint=f"say which: loratool convert ADAPTER --from {names[0]} --to peft -o OUT (or --from "
+        f"{' or '.join(names[1:])})",
+    )
+
+
+def _written_as(metadata: Mapping[str, str]) -> str | None:
+    """Return the scheme that loratool's own history says the file was written in."""
+    try:
+        said = json.loads(metadata.get(HISTORY_KEY, "{}"))["options"]["to"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return said if isinstance(said, str) else None
 
 
 def _check_type(config: LoraConfig, path: Path) -> None:
