@@ -60,7 +60,7 @@ class ExtractionDraft:
         scheme: How keys are named.
         output: Where it goes.
         options: What was asked for, for the metadata.
-        dtype: The dtype to write (``F32``), or ``None`` for that of the finetuned weights.
+        dtype: The dtype to write (``F32``), or ``None`` for that which holds both weights.
     """
 
     base: Checkpoint
@@ -80,7 +80,7 @@ class ExtractionDraft:
             self.options,
         )
         self.joints = [
-            Joint(target.name, (), output_of(target, self.dtype or target.tuned.spec.dtype))
+            Joint(target.name, (), output_of(target, self.dtype or target.dtype))
             for target in self.targets
         ]
         view = BaseView(self.tuned)

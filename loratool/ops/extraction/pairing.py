@@ -16,6 +16,7 @@ from loratool.files.spec import StoredTensor
 from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.names.embeddings import is_embedding, is_router
 from loratool.names.experts import TRANSPOSED_MODEL_TYPES
+from loratool.ops.algebra.joining import output_dtype
 from loratool.ops.merging.context import BaseView
 from loratool.ops.merging.tied import find_tie
 
@@ -64,6 +65,11 @@ class Target:
     def smallest_side(self) -> int:
         """The rank that the delta cannot exceed."""
         return min(self.out, self.columns)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that holds the digits of both weights, and so those of their difference."""
+        return output_dtype([self.base.spec.dtype, self.tuned.spec.dtype])
 
     @property
     def nbytes(self) -> int:
