@@ -251,7 +251,7 @@ def is_scaled_by_name(site: Site, config: LoraConfig) -> bool:
     if site.rows == configured:
         return False
     smallest = min(site.in_features, site.out_features)
-    is_whole = config.init in ("pissa", "olora") and site.rows == smallest < configured
+    is_whole = config.init.residual is not None and site.rows == smallest < configured
     is_head = site.module.rpartition(".")[2] in HEAD_LEAVES
     return is_whole or (is_head and config.flag("ensure_weight_tying"))
 

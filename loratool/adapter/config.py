@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.adapter.fields import DECIDING, is_number, wrong_fields
+from loratool.adapter.initialisations import Initialisation, initialisation
 from loratool.adapter.patterns import pattern_value
 from loratool.adapter.scaling import Scaling
 from loratool.errors import AdapterError
@@ -21,7 +22,6 @@ OWN_ALPHA: Final = ("LOHA", "LOKR")
 DEFAULT_RANK: Final = 8
 DEFAULT_ALPHA: Final = 8.0
 LARGEST_RANK: Final = 1 << 20
-LARGEST_NUMBER: Final = 1e30
 
 KNOWN_FIELDS: Final = frozenset(
     """
@@ -55,7 +55,7 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] | None
     target_parameters: tuple[str, ...]
     modules_to_save: tuple[str, ...]
-    init: str
+    init: Initialisation
     base_model: str | None
 
     def flag(self, name: str) -> bool:
@@ -91,24 +91,30 @@ def read_config(path: Path) -> LoraConfig:
 
 
 def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
-    """Interpret a configuration; booleans may be 0 and 1, and null means the default."""
+    """Interpret a configuration; booleans may be 0 and 1, and null means the default.
+
+    Raises:
+        AdapterError: A field that decides about the delta holds something impossible.
+    """
     kind = raw.get("peft_type")
-    if kind is not None and not isinstance(kind, str):
-        raise AdapterError(where, f'peft_type is {kind!r}, expected a name such as "LORA"')
+    for name, problem in wrong_fields(raw):
+        if name in DECIDING:
+            raise AdapterError(where, problem)
+    alpha = raw.get("alpha" if kind in OWN_ALPHA else "lora_alpha")
     return LoraConfig(
         raw=raw,
         peft_type=(kind or "LORA").upper(),
         rank=_rank(raw, "r", DEFAULT_RANK, where),
         initial_rank=_rank(raw, "init_r", 0, where),
-        alpha=_number(raw, "alpha" if kind in OWN_ALPHA else "lora_alpha", DEFAULT_ALPHA, where),
+        alpha=float(DEFAULT_ALPHA if alpha is None else alpha),
         rank_pattern=_patterns(raw, "rank_pattern", where),
         alpha_pattern=_patterns(raw, "alpha_pattern", where),
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
-        target_modules=_targets(raw, where),
-        target_parameters=_names(raw, "target_parameters", where),
-        modules_to_save=_names(raw, "modules_to_save", where),
-        init=str(raw.get("init_lora_weights", True)).lower(),
+        target_modules=_targets(raw),
+        target_parameters=_names(raw, "target_parameters"),
+        modules_to_save=_names(raw, "modules_to_save"),
+        init=initialisation(str(raw.get("init_lora_weights", True)).lower()),
         base_model=_text(raw.get("base_model_name_or_path")),
     )
 
@@ -121,53 +127,33 @@ def _rank(raw: Mapping[str, Any], name: str, default: int, where: object) -> int
     rank = raw.get(name)
     if rank is None:
         return default
-    if not isinstance(rank, int) or not _is_rank(rank):
+    if not _is_rank(rank):
         raise AdapterError(where, f"{name} is {rank!r:.40}, expected a positive whole number")
-    return rank
-
-
-def _number(raw: Mapping[str, Any], name: str, default: float, where: object) -> float:
-    value = raw.get(name)
-    if value is None:
-        return default
-    if not _is_number(value):
-        raise AdapterError(where, f"{name} is {value!r:.40}, expected a number")
-    return float(value)
+    return int(rank)
 
 
 def _patterns(raw: Mapping[str, Any], name: str, where: object) -> Mapping[str, Any]:
-    value = raw.get(name) or {}
-    if not isinstance(value, dict):
-        raise AdapterError(where, f"{name} is {value!r}, expected an object")
+    value: Mapping[str, Any] = raw.get(name) or {}
     for key, entry in value.items():
         if name == "rank_pattern" and isinstance(entry, list):
             continue
         is_rank = name == "rank_pattern"
-        if not (_is_rank(entry) if is_rank else _is_number(entry)):
+        if not (_is_rank(entry) if is_rank else is_number(entry)):
             raise AdapterError(where, f"{name}[{key!r:.60}] is {entry!r:.40}, expected a number")
     return value
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < LARGEST_NUMBER and math.isfinite(value)
 
 
 def _is_rank(value: Any) -> bool:
     return type(value) is int and 0 < value < LARGEST_RANK
 
 
-def _names(raw: Mapping[str, Any], name: str, where: object) -> tuple[str, ...]:
+def _names(raw: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = raw.get(name) or ()
-    if isinstance(value, str):
-        value = (value,)
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise AdapterError(where, f"{name} is {value!r}, expected a list of names")
-    return tuple(dict.fromkeys(value))
+    return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
 
 
-def _targets(raw: Mapping[str, Any], where: object) -> str | tuple[str, ...] | None:
+def _targets(raw: Mapping[str, Any]) -> str | tuple[str, ...] | None:
     value = raw.get("target_modules")
     if value is None or isinstance(value, str):
         return value
-    return _names(raw, "target_modules", where)
+    return _names(raw, "target_modules")

@@ -27,6 +27,7 @@ __all__ = [
     "Site",
     "in_registered_order",
     "is_folded",
+    "unknown_scale",
 ]
 
 HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "proj_out", "lm_loss"))
@@ -188,6 +189,18 @@ class Extra:
 def is_folded(adapter: Adapter) -> bool:
     """Whether the file says that it was written with every scale in the factors."""
     return HISTORY_KEY in adapter.metadata
+
+
+def unknown_scale(adapter: Adapter) -> str | None:
+    """Return what has to be said where nothing records the scale of some modules, else ``None``.
+
+    It is then taken as 1. Files that loratool wrote with every scale in the factors are right so.
+    """
+    missing = [site for site in adapter.sites if site.scaling.alpha is None and site.is_plain]
+    if not missing or is_folded(adapter):
+        return None
+    some = "" if len(missing) == len(adapter.sites) else f" for {len(missing)} modules"
+    return f"alpha is not recorded{some}, so the scale is taken as 1"
 
 
 @dataclass(frozen=True)

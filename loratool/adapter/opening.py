@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +12,10 @@ from typing import Any, Final
 
 from loratool.adapter.build import adapter_names, build_sites
 from loratool.adapter.config import CONFIG_NAME, LoraConfig, parse_config
-from loratool.adapter.model import Adapter, Site
+from loratool.adapter.model import HISTORY_KEY, Adapter, Site
 from loratool.adapter.recognise import PEFT_TYPES, describe_keys
 from loratool.adapter.scaling import Scaling
-from loratool.adapter.scheme import KeyScheme, ScaleRule
+from loratool.adapter.scheme import KeyScheme, ScaleRule, are_transposed
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import UNSCALED
 from loratool.errors import AdapterError, OptionError, UnsupportedError
@@ -82,7 +83,8 @@ def open_adapter_file(
         sites = _multiplied(sites, raw, config_path)
     settings = scheme.settings(file.metadata)
     if settings is not None:
-        sites = tuple(_configured(site, settings) for site in sites)
+        configs = _component_configs(settings, sites)
+        sites = tuple(_configured(site, configs) for site in sites)
     if alpha is not None:
         sites = tuple(_with_alpha(site, alpha) for site in sites)
     return Adapter(
@@ -110,7 +112,11 @@ def is_mlx_config(raw: Mapping[str, Any]) -> bool:
 def _multiplied(sites: tuple[Site, ...], raw: Mapping[str, Any], path: Path) -> tuple[Site, ...]:
     """Return ``sites`` with mlx-lm's scale, which is the multiplier itself."""
     parameters = raw.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if parameters is None:
+        return sites
+    if not isinstance(parameters, dict):
+        raise AdapterError(path, f"lora_parameters is {parameters!r:.40}, expected an object")
+    scale = parameters.get("scale")
     if scale is None:
         return sites
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
@@ -124,19 +130,33 @@ def _multiplied(sites: tuple[Site, ...], raw: Mapping[str, Any], path: Path) -> 
     )
 
 
-def _configured(site: Site, settings: Mapping[str, Any]) -> Site:
+def _component_configs(
+    settings: Mapping[str, Any], sites: Iterable[Site]
+) -> Mapping[str, LoraConfig]:
+    """Return what the metadata says about each component that has sites.
+
+    Raises:
+        AdapterError: A field that matters holds something impossible.
+        UnsupportedError: The delta is relative to a base that the initialisation changed.
+    """
+    components = dict.fromkeys(site.module.partition(".")[0] for site in sites)
+    configs = {
+        name: parse_config(settings[name], where=f"metadata: {name}")
+        for name in components
+        if name in settings
+    }
+    for name, config in configs.items():
+        if config.init.changes_base:
+            raise UnsupportedError(f"metadata: {name}", config.init.refusal)
+    return configs
+
+
+def _configured(site: Site, configs: Mapping[str, LoraConfig]) -> Site:
     """Return ``site`` with what the metadata says about its component's ranks and alphas."""
     component, _, local = site.module.partition(".")
-    raw = settings.get(component)
-    if raw is None or Slot.ALPHA in site.slots or site.scaling.alpha is not None:
+    config = configs.get(component)
+    if config is None or Slot.ALPHA in site.slots or site.scaling.alpha is not None:
         return site
-    config = parse_config(raw, where=f"metadata: {component}")
-    if config.init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
-        raise UnsupportedError(
-            f"metadata: {component}",
-            f"init_lora_weights is {config.init!r}: its delta is relative to a base that the "
-            "initialisation changed",
-        )
     return replace(site, scaling=config.scaling_for(local, site.rank))
 
 
@@ -216,7 +236,44 @@ def detect_scheme(file: WeightsFile, schemes: Sequence[KeyScheme]) -> KeyScheme:
     best, _, scheme = max(scores, key=lambda item: item[:2], default=(0, 0, None))
     if scheme is None or best == 0:
         raise AdapterError(file.path, f"no known scheme: {describe_keys(list(file.tensors))}")
-    return scheme
+    return _settled(file, scheme, schemes)
+
+
+def _settled(file: WeightsFile, scheme: KeyScheme, schemes: Sequence[KeyScheme]) -> KeyScheme:
+    """Return ``scheme``, or the one of the same keys and turned factors that the file names.
+
+    Raises:
+        AdapterError: The factors fit both, and the file does not say which it is.
+    """
+    pairs = scheme.pairs(file.tensors)
+    rivals = {
+        other.name: other
+        for other in schemes
+        if other.templates == scheme.templates
+        and (other is scheme or other.is_transposed != scheme.is_transposed)
+    }
+    if len(rivals) == 1 or not pairs or are_transposed(pairs) is not None:
+        return scheme
+    said = _written_as(file.metadata)
+    if said in rivals:
+        return rivals[said]
+    names = sorted(rivals)
+    raise AdapterError(
+        file.path,
+        f"may be {' or '.join(map(repr, names))}: its factors fit both ways round, and the keys "
+        "are the same",
+        hint=f"say which: loratool convert ADAPTER --from {names[0]} --to peft -o OUT (or --from "
+        f"{' or '.join(names[1:])})",
+    )
+
+
+def _written_as(metadata: Mapping[str, str]) -> str | None:
+    """Return the scheme that loratool's own history says the file was written in."""
+    try:
+        said = json.loads(metadata.get(HISTORY_KEY, "{}"))["options"]["to"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return said if isinstance(said, str) else None
 
 
 def _check_type(config: LoraConfig, path: Path) -> None:

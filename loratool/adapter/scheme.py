@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -12,7 +12,15 @@ from typing import Any, Final
 from loratool.adapter.slots import FACTOR_SLOTS, AdapterKey, Slot
 from loratool.files.spec import StoredTensor, TensorSpec
 
-__all__ = ["Embeddings", "KeyScheme", "ScaleRule", "Spelling", "Template", "transposed"]
+__all__ = [
+    "Embeddings",
+    "KeyScheme",
+    "ScaleRule",
+    "Spelling",
+    "Template",
+    "are_transposed",
+    "transposed",
+]
 
 FIELDS: Final = {"module": r"(?P<module>.+)", "adapter": r"(?P<adapter>(?!weight$|bias$).+)"}
 LONGEST_SUFFIX: Final = 3
@@ -220,6 +228,25 @@ class KeyScheme:
             AdapterError: It cannot be understood.
         """
         return None
+
+
+def are_transposed(pairs: Sequence[tuple[StoredTensor, StoredTensor]]) -> bool | None:
+    """Return whether factors are stored transposed, or ``None`` where their shapes do not tell.
+
+    A pair fits as ``(r, in), (out, r)``, as ``(in, r), (r, out)``, or both ways where inputs are as
+    many as outputs. Then the rank is the smaller side; of square factors either is.
+
+    Args:
+        pairs: A and B of each module, as they are stored, both matrices.
+    """
+    shapes = [(down.spec.shape, up.spec.shape) for down, up in pairs]
+    if not all(down[1] == up[0] for down, up in shapes):
+        return False
+    if not all(down[0] == up[1] for down, up in shapes):
+        return True
+    tall = any(down[0] > down[1] for down, _ in shapes)
+    wide = any(down[0] < down[1] for down, _ in shapes)
+    return None if tall == wide else tall
 
 
 def transposed(tensor: StoredTensor) -> StoredTensor:

@@ -21,7 +21,7 @@ from loratool.live.factors import Factors, NewAdapter, new_factors
 from loratool.live.kinds import LayerKind, float_dtype, kind_of
 from loratool.names.embeddings import is_embedding
 from loratool.ops.factors import site_deltas
-from loratool.ops.merging.mergeable import CONVERT_HINT, HARMLESS_INITS, site_problems
+from loratool.ops.merging.mergeable import CONVERT_HINT, site_problems
 from loratool.ops.merging.modules import ModuleIndex
 from loratool.ops.opening import open_adapter
 from loratool.ops.tensors import Arithmetic, read_tensor, torch_dtype
@@ -266,14 +266,8 @@ def _check(adapter: Adapter) -> None:
                 hint="merge it into the weights: loratool merge",
             )
     config = adapter.config
-    if config is not None and (
-        config.init not in HARMLESS_INITS or config.init in ("pissa", "olora")
-    ):
-        raise UnsupportedError(
-            adapter.path,
-            f"init_lora_weights is {config.init!r}: it is relative to a changed base",
-            hint=CONVERT_HINT,
-        )
+    if config is not None and config.init.changes_base:
+        raise UnsupportedError(adapter.path, config.init.refusal, hint=CONVERT_HINT)
     if config is not None and config.flag("alora_invocation_tokens"):
         raise UnsupportedError(adapter.path, "an aLoRA acts only after its invocation tokens")
     extras = [e for e in adapter.extras if e.kind not in (ExtraKind.STATE, ExtraKind.BASE_COPY)]

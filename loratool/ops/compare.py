@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-from loratool.adapter.model import BASE_DEPENDENT, Adapter, is_folded
+from loratool.adapter.model import BASE_DEPENDENT, Adapter, unknown_scale
 from loratool.errors import AdapterError, OptionError
 from loratool.math.factored import Factored, factor, inner
 from loratool.math.lowrank import LowRank
@@ -291,12 +291,13 @@ def _notes(adapters: Sequence[Adapter]) -> list[str]:
                 f"{adapter.path}: {', '.join(sorted(variants))}: only B @ A is compared, for the "
                 "rest of its delta depends on the base"
             )
+        if adapter.config is not None and adapter.config.init.changes_base:
+            notes.append(f"{adapter.path}: {adapter.config.init.refusal}; only B @ A is compared")
         if adapter.extras:
             notes.append(
                 f"{adapter.path}: {len(adapter.extras)} tensors are no deltas and are not compared"
             )
-        is_open = any(site.scaling.alpha is None for site in adapter.sites)
-        if is_open and not is_folded(adapter):
-            notes.append(f"{adapter.path}: alpha is not recorded; its scale is taken as 1")
+        if unknown := unknown_scale(adapter):
+            notes.append(f"{adapter.path}: {unknown}")
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
     return notes

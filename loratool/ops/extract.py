@@ -92,7 +92,8 @@ def extract(
         clamp_quantile: Clamp the factors as kohya's extraction does; it costs accuracy, and
             how much is in the report.
         save_spectrum: A file for the spectra; :func:`truncate` reads it to choose ranks later.
-        dtype: ``float32``, ``float16`` or ``bfloat16``; by default that of the finetuned model.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; by default
+            the wider of the two models', of each weight.
         force: Replace an existing output.
         dry_run: Say what would be done, from headers alone.
         resume: Keep finished modules beside the output if the run is interrupted, and take

@@ -16,6 +16,7 @@ from loratool.adapter.slots import Slot
 from loratool.files.inputs import Stamp
 from loratool.files.safetensors import canonical_order, format_header
 from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.files.torch_zip import TorchLayout, lay_out
 from loratool.plan.history import History
 from loratool.plan.sidecar import Sidecar
 from loratool.values.expr import Constant, Expr, Stored, Together, sources, togethers
@@ -101,6 +102,7 @@ class AdapterPlan:
             that file itself.
         stamps: What the inputs were when their headers were read.
         is_torch: Whether the weights are in torch's zip format, which has no metadata.
+        stem: What the archive of such a file is called in itself.
         is_hashed: Whether kohya's hashes belong into the metadata.
         scheme: Name of the scheme.
         family: What pipeline it is for, where known.
@@ -118,6 +120,7 @@ class AdapterPlan:
     weights_name: str
     stamps: Mapping[Path, Stamp]
     is_torch: bool = False
+    stem: str = "archive"
     is_hashed: bool = False
     scheme: str
     family: str | None = None
@@ -156,7 +159,9 @@ class AdapterPlan:
 
     @property
     def nbytes(self) -> int:
-        """Size of the weights file (of a torch file, roughly)."""
+        """Size of the weights file in bytes."""
+        if self.is_torch:
+            return self.torch_layout.size
         return len(self.header) + sum(spec.nbytes for spec in self.specs)
 
     @property
@@ -168,6 +173,11 @@ class AdapterPlan:
     def config_text(self) -> bytes:
         """``adapter_config.json`` as it is written."""
         return (json.dumps(self.config, indent=2) + "\n").encode()
+
+    @cached_property
+    def torch_layout(self) -> TorchLayout:
+        """Where everything lies in a file of torch's."""
+        return lay_out(self.specs, self.stem)
 
     def offsets(self) -> dict[str, int]:
         """Return where in the file each tensor begins, by name."""

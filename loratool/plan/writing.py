@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -18,6 +18,7 @@ from loratool.files.atomic import check_output, staged
 from loratool.files.container import read_view
 from loratool.files.gathering import Piece, gather
 from loratool.files.inputs import InputFiles
+from loratool.files.torch_zip import seal
 from loratool.files.transfer import read_into, write_all
 from loratool.plan.adapter import HASH_KEY, LEGACY_HASH_KEY, AdapterPlan, ModuleOutput, Output
 from loratool.plan.history import digest_of
@@ -65,8 +66,7 @@ def write_adapter(
             for path in plan.stamps:
                 files.descriptor(path)
             weights = place / plan.weights_name if plan.is_folder else place
-            save = _save_torch if plan.is_torch else _save
-            save(plan, weights, files, outcome, threads, progress)
+            _save(plan, weights, files, outcome, threads, progress)
             files.check_unchanged()
             if plan.is_folder:
                 for sidecar in plan.sidecars:
@@ -108,7 +108,7 @@ def _measure_others(plan: AdapterPlan, outcome: Outcome, threads: int | None) ->
 class _Writer:
     """Writes tensors at their places; bytes that only move are collected and moved together."""
 
-    def __init__(self, places: dict[str, int], descriptor: int, files: InputFiles) -> None:
+    def __init__(self, places: Mapping[str, int], descriptor: int, files: InputFiles) -> None:
         self.descriptor = descriptor
         self.files = files
         self.places = places
@@ -142,20 +142,22 @@ def _save(
     threads: int | None,
     progress: Progress | None,
 ) -> None:
+    layout = plan.torch_layout if plan.is_torch else None
+    size, places = (layout.size, layout.offsets) if layout else (plan.nbytes, plan.offsets())
     descriptor = os.open(weights, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        os.ftruncate(descriptor, plan.nbytes)
+        os.ftruncate(descriptor, size)
         with ThreadPoolExecutor(1) as pool:
             # Inputs are hashed while they are converted; there is room for the hashes.
             digests = [pool.submit(digest_of, path) if path else None for path in _hashed(plan)]
-            writer = _Writer(plan.offsets(), descriptor, files)
-            _write_all(plan, writer, outcome, threads, progress)
-            header = plan.header_with(
-                _hashes(plan, descriptor, weights) if plan.is_hashed else {},
-                [_result(digest) for digest in digests],
-            )
-        write_all(descriptor, memoryview(header), 0)
-        if plan.nbytes < SYNC_BELOW:
+            _write_all(plan, _Writer(places, descriptor, files), outcome, threads, progress)
+            known = [_result(digest) for digest in digests]
+        if layout is not None:
+            seal(descriptor, layout, path=weights)
+        else:
+            hashes = _hashes(plan, descriptor, weights) if plan.is_hashed else {}
+            write_all(descriptor, memoryview(plan.header_with(hashes, known)), 0)
+        if size < SYNC_BELOW:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -218,38 +220,3 @@ def _hashes(plan: AdapterPlan, descriptor: int, path: Path) -> dict[str, str]:
         HASH_KEY: whole.hexdigest(),
         LEGACY_HASH_KEY: hashlib.sha256(piece).hexdigest()[:8],
     }
-
-
-def _save_torch(
-    plan: AdapterPlan,
-    weights: Path,
-    files: InputFiles,
-    outcome: Outcome,
-    threads: int | None,
-    progress: Progress | None,
-) -> None:
-    """Write a dictionary of tensors as ``torch.save`` does; all of it is in memory at once."""
-    import torch
-
-    from loratool.ops.tensors import read_tensor, torch_dtype
-
-    tensors: dict[str, torch.Tensor] = {}
-
-    def take(output: Output, made: Rounded | None = None) -> None:
-        spec, stored = output.spec, output.moved
-        if made is None and stored is not None:
-            tensors[spec.name] = read_tensor(stored)
-            return
-        made = made or Rounded.of(output.value.evaluate(), spec.dtype)
-        data = torch.frombuffer(bytearray(made.bits.data.cast("B")), dtype=torch_dtype(spec.dtype))
-        tensors[spec.name] = data.reshape(spec.shape)
-
-    def one(item: ModuleOutput) -> None:
-        made = {} if item.is_moved else computed(item, outcome)
-        for slot, output in item.outputs():
-            take(output, made.get(slot))
-
-    in_parallel(one, plan.parts, threads=threads, progress=progress)
-    for output in plan.carried:
-        take(output)
-    torch.save({spec.name: tensors[spec.name].contiguous() for spec in plan.specs}, weights)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from loratool.adapter.scheme import Embeddings, KeyScheme, Spelling, Template
+from loratool.adapter.scheme import Embeddings, KeyScheme, Spelling, Template, are_transposed
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.files.spec import StoredTensor
 
@@ -38,7 +38,9 @@ class PrefixedScheme(KeyScheme):
             return self.factor_keys(tensors)
         if not all(FLAT.fullmatch(key) for key in factors):
             return 0
-        return 0 if any(LAYER.fullmatch(name) for name in names) else self.factor_keys(tensors)
+        if any(LAYER.fullmatch(name) for name in names) or are_transposed(self.pairs(tensors)):
+            return 0
+        return self.factor_keys(tensors)
 
 
 SCHEME = PrefixedScheme(

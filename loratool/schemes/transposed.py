@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loratool.adapter.scheme import Embeddings, KeyScheme, Template
+from loratool.adapter.scheme import Embeddings, KeyScheme, Template, are_transposed
 from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
 
@@ -16,15 +16,7 @@ class TransposedScheme(KeyScheme):
 
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
         pairs = self.pairs(tensors)
-        if not pairs or any(down.spec.shape[1] != up.spec.shape[0] for down, up in pairs):
-            return 0
-        if all(down.spec.shape[0] == up.spec.shape[1] for down, up in pairs):
-            # The ranks fit either way: the rank is the smaller side.
-            tall = sum(down.spec.shape[0] > down.spec.shape[1] for down, _ in pairs)
-            wide = sum(down.spec.shape[0] < down.spec.shape[1] for down, _ in pairs)
-            if tall <= wide:
-                return 0
-        return self.factor_keys(tensors)
+        return self.factor_keys(tensors) if pairs and are_transposed(pairs) else 0
 
 
 SCHEME = TransposedScheme(

@@ -13,6 +13,7 @@ from loratool.adapter.part import Part
 from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
 from loratool.errors import OutputError, UnsupportedError
 from loratool.files.container import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
+from loratool.files.torch_zip import archive_stem
 from loratool.names.pipelines import family_of_encoders, sole_component
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
 from loratool.write.adapter import NewAdapter
@@ -96,6 +97,7 @@ def write(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterP
         weights_name=_weights_name(options.output, scheme),
         stamps=new.stamps,
         is_torch=is_torch,
+        stem=archive_stem(Path(_weights_name(options.output, scheme) or options.output.name)),
         is_hashed=scheme.spelling is Spelling.FLAT and not is_torch,
         scheme=scheme.name,
         family=named.family,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
-from loratool.adapter.model import HEAD_LEAVES, Adapter, Kind, is_folded
+from loratool.adapter.model import HEAD_LEAVES, Adapter, Kind, unknown_scale
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
 from loratool.adapter.slots import Slot
@@ -85,9 +85,8 @@ def input_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
         yield f"the adapters name different bases: {', '.join(sorted(bases))}"
     for adapter in adapters:
         yield from (f"{adapter.path}: {note}" for note in adapter.notes)
-        is_open = any(site.scaling.alpha is None for site in adapter.sites)
-        if is_open and not is_folded(adapter):
-            yield f"{adapter.path}: alpha is not recorded; its scale is taken as 1"
+        if unknown := unknown_scale(adapter):
+            yield f"{adapter.path}: {unknown}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from loratool.names.pipelines import component_of
 from loratool.ops.algebra.shape import DeltaShape
 from loratool.ops.merging.mergeable import (
     CONVERT_HINT,
-    HARMLESS_INITS,
     check_plain,
     check_unmixed,
     site_problems,
@@ -30,10 +29,6 @@ from loratool.values.expr import widest
 __all__ = ["Joint", "Term", "check_computable", "join", "module_name"]
 
 EXPERTS: Final = "all experts"
-
-BASE_CHANGING: Final = ("pissa", "olora")
-"""Initialisations that take something out of the base; ``HARMLESS_INITS`` are those that a
-merge can deal with, given the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +131,8 @@ def check_computable(adapter: Adapter, *, verb: str) -> None:
         return
     if config.flag("arrow_config"):
         raise UnsupportedError(adapter.path, "an Arrow router mixes adapters by input")
-    if config.init not in HARMLESS_INITS or config.init in BASE_CHANGING:
-        raise UnsupportedError(
-            adapter.path,
-            f"init_lora_weights is {config.init!r}: its delta is relative to a base that the "
-            "initialisation changed",
-            hint=CONVERT_HINT,
-        )
+    if config.init.changes_base:
+        raise UnsupportedError(adapter.path, config.init.refusal, hint=CONVERT_HINT)
 
 
 def module_name(site: Site) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from loratool.adapter.config import KNOWN_FIELDS, LoraConfig
+from loratool.adapter.fields import wrong_fields
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter, ExtraKind, Site
 from loratool.adapter.patterns import matches_target, pattern_matches, pattern_values
@@ -56,6 +57,8 @@ def _broken(adapter: Adapter) -> Iterator[str]:
 
 
 def _fields(config: LoraConfig, where: object) -> Iterator[Finding]:
+    for _, problem in wrong_fields(config.raw):
+        yield finding("LT015", where, problem)
     for name, value in config.raw.items():
         if name not in KNOWN_FIELDS and value not in (None, False, 0, "", [], {}):
             yield finding(
@@ -65,7 +68,7 @@ def _fields(config: LoraConfig, where: object) -> Iterator[Finding]:
         if config.raw.get(name) is None:
             yield finding("LT031", where, f"{name!r} is not said; PEFT's default applies")
     task = config.raw.get("task_type")
-    if task is not None and not (isinstance(task, str) and task in TASK_TYPES):
+    if isinstance(task, str) and task not in TASK_TYPES:
         yield finding("LT014", where, f"task_type is {task!r}, which PEFT does not know")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from loratool.adapter.findings import Finding, finding
-from loratool.adapter.model import Adapter, ExtraKind, is_folded
+from loratool.adapter.model import Adapter, ExtraKind, unknown_scale
 from loratool.errors import printable
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
@@ -79,13 +79,11 @@ def _notes(adapter: Adapter) -> Iterator[Finding]:
 
 
 def _scales(adapter: Adapter) -> Iterator[Finding]:
-    missing = [site for site in adapter.sites if site.scaling.alpha is None and site.is_plain]
-    if missing and not is_folded(adapter):
-        some = "" if len(missing) == len(adapter.sites) else f" of {len(missing)} modules"
+    if unknown := unknown_scale(adapter):
         yield finding(
             "LT009",
             adapter.weights,
-            f"nothing records alpha{some}, so the scale is taken as 1",
+            unknown,
             "if it was trained with another, merge with --alpha",
         )
     for site in adapter.sites:

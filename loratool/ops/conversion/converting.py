@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.model import Adapter, Site, is_folded
+from loratool.adapter.model import Adapter, Site, unknown_scale
 from loratool.adapter.scheme import KeyScheme
 from loratool.errors import AdapterError
 from loratool.ops.algebra.extras import gather_extras
@@ -152,10 +152,8 @@ def _stamps(adapter: Adapter, conversion: Conversion) -> dict[Path, Any]:
 
 
 def _alpha_notes(adapter: Adapter) -> Iterator[str]:
-    missing = [s for s in adapter.sites if s.scaling.alpha is None and s.is_plain]
-    if missing and not is_folded(adapter):
-        some = "" if len(missing) == len(adapter.sites) else f" for {len(missing)} modules"
-        yield f"alpha is not recorded{some}; the scale is taken as 1 (--alpha says otherwise)"
+    if unknown := unknown_scale(adapter):
+        yield f"{unknown} (--alpha says otherwise)"
     zero = [s for s in adapter.sites if s.scaling.alpha == 0]
     if zero:
         yield (

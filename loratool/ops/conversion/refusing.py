@@ -9,7 +9,6 @@ from loratool.adapter.model import Adapter, Site
 from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.names.positions import UNET_MODULES
-from loratool.ops.merging.mergeable import HARMLESS_INITS
 from loratool.schemes import scheme_named
 
 __all__ = ["Dropping", "check_config", "check_names", "check_nesting", "check_options"]
@@ -123,12 +122,10 @@ def check_config(adapter: Adapter, *, has_initial: bool) -> None:
     ):
         if config.flag(field):
             raise UnsupportedError(adapter.path, f"{field}: it is {words}")
-    is_changed = config.init not in HARMLESS_INITS or config.init in ("pissa", "olora")
-    if is_changed and not has_initial:
+    if config.init.changes_base and not has_initial:
         raise UnsupportedError(
             adapter.path,
-            f"init_lora_weights is {config.init!r}: its delta is relative to a base that the "
-            "initialisation changed",
+            config.init.refusal,
             hint="give the adapter as it was initialised: --initial FOLDER",
         )
 

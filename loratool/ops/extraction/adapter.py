@@ -21,7 +21,7 @@ from loratool.ops.merging.tied import Tie, find_tie
 from loratool.ops.naming.spelling import from_paths
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
-from loratool.values.expr import Stored, widest
+from loratool.values.expr import Stored
 from loratool.write.adapter import NewAdapter
 from loratool.write.extras import Extras, NewExtra
 from loratool.write.options import WriteOptions
@@ -36,7 +36,7 @@ def _shape_of(target: Target, dtype: str | None) -> DeltaShape:
     return DeltaShape(
         module=target.module,
         kind=target.kind,
-        dtype=dtype or widest([target.base.spec.dtype, target.tuned.spec.dtype]),
+        dtype=dtype or target.dtype,
         out=target.out,
         into=target.into,
         nesting=target.nesting,

@@ -18,6 +18,7 @@ from loratool.names.embeddings import is_embedding, is_router
 from loratool.names.experts import TRANSPOSED_MODEL_TYPES
 from loratool.ops.merging.context import BaseView
 from loratool.ops.merging.tied import find_tie
+from loratool.values.expr import widest
 
 __all__ = ["Leftover", "Pairing", "Selection", "Target", "pair"]
 
@@ -64,6 +65,11 @@ class Target:
     def smallest_side(self) -> int:
         """The rank that the delta cannot exceed."""
         return min(self.out, self.columns)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that holds the digits of both weights, and so those of their difference."""
+        return widest([self.base.spec.dtype, self.tuned.spec.dtype])
 
     @property
     def nbytes(self) -> int:

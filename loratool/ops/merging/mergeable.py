@@ -15,7 +15,6 @@ from loratool.files.dtypes import DTYPES
 
 __all__ = [
     "CONVERT_HINT",
-    "HARMLESS_INITS",
     "check_adapter",
     "check_base",
     "check_plain",
@@ -23,19 +22,10 @@ __all__ = [
     "site_problems",
 ]
 
-HARMLESS_INITS: Final = frozenset(
-    ("true", "false", "1", "0", "none", "gaussian", "orthogonal", "eva", "mica", "pissa", "olora")
-)
 CONVERT_HINT: Final = (
     "convert it with the adapter as it was initialised: loratool convert ADAPTER --initial "
     "FOLDER --to peft -o OUT; or merge on the residual base with init_lora_weights set to true"
 )
-UNDETERMINED: Final = {
-    "pissa_niter": "took a randomised decomposition out of the base, which no file records",
-    "corda": "took a data-dependent decomposition out of the base, which no file records",
-    "lora_ga": "shifted the base by a gradient-dependent amount, which no file records",
-    "loftq": "was trained on a quantised base, which is not the one on disk",
-}
 QUANTISED_SUFFIXES: Final = (
     ".absmax",
     ".quant_map",
@@ -75,15 +65,10 @@ def check_adapter(adapter: Adapter) -> None:
                 adapter.path, "an Arrow router: it mixes adapters by input; no weights equal it"
             )
         init = config.init
-        for prefix, words in UNDETERMINED.items():
-            if init.startswith(prefix):
-                raise UnsupportedError(
-                    adapter.path, f"init_lora_weights is {init!r}: it {words}", hint=CONVERT_HINT
-                )
-        if init not in HARMLESS_INITS:
+        if init.words:
             raise UnsupportedError(
                 adapter.path,
-                f"init_lora_weights is {init!r}, which is not known",
+                f"init_lora_weights is {init.name!r}{init.words}",
                 hint=CONVERT_HINT,
             )
     if not adapter.sites and not adapter.extras:

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import Adapter, unknown_scale
 from loratool.errors import BaseModelError, MergeError, OutputError, UnsupportedError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.container import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
@@ -32,13 +32,18 @@ from loratool.plan.sidecar import Sidecar
 __all__ = ["plan_merge"]
 
 AnyPath = str | PathLike[str]
-HEAD_WEIGHTS: Final = (
-    "classifier.weight",
-    "score.weight",
-    "classifier.out_proj.weight",
-    "classification_head.out_proj.weight",
-    "qa_outputs.weight",
+LABEL_HEADS: Final = (
+    "classifier",
+    "score",
+    "qa_outputs",
+    "classifier.out_proj",
+    "classifier.linear_out",
+    "classification_head.out_proj",
+    "logits_proj",
+    "cls_classifier",
+    "distillation_classifier",
 )
+"""Modules with one output for each label; what feeds them (``pre_classifier``) has others."""
 VOCABULARY_BIASES: Final = (
     "final_logits_bias",
     "lm_head.bias",
@@ -80,7 +85,9 @@ def plan_merge(
     notes = [*checkpoint.notes, *check_base(checkpoint)]
     for adapter in opened:
         check_adapter(adapter)
-        notes += [f"{adapter.path}: {note}" for note in (*adapter.notes, *_unknown_scale(adapter))]
+        notes += [f"{adapter.path}: {note}" for note in adapter.notes]
+        if unknown := unknown_scale(adapter):
+            notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
     layers = _common_replication(opened)
     view = BaseView(checkpoint, replicate(checkpoint, layers) if layers else None)
     shares = [Share(adapter, weight) for adapter, weight in pairs]
@@ -121,12 +128,6 @@ def plan_merge(
             **{adapter.weights: adapter.stamp for adapter in opened},
         },
     )
-
-
-def _unknown_scale(adapter: Adapter) -> list[str]:
-    if any(site.scaling.alpha is None for site in adapter.sites):
-        return ["no alpha is recorded, so the scale is taken as 1; give --alpha if it is not"]
-    return []
 
 
 def _common_replication(adapters: Sequence[Adapter]) -> list[int] | None:
@@ -227,15 +228,14 @@ def _config_changes(
     untied: bool,
     layers: list[int] | None,
 ) -> ConfigChanges:
-    vocabulary = labels = None
+    vocabulary = None
+    labels = _labels(steps)
     for name, step in steps.items():
         leaf = name.rpartition(".")[0].rpartition(".")[2]
         if leaf in EMBEDDING_LEAVES | HEAD_LEAVES and name in view.tensors:
             old, new = view.shape(name), step.spec.shape
             if old[:1] != new[:1]:
                 vocabulary = (old[0], new[0])
-        if (step.added or step.replaced) and name.endswith(HEAD_WEIGHTS):
-            labels = step.spec.shape[0]
     if vocabulary:
         _check_vocabulary(steps, *vocabulary)
     tasks = [a.field("task_type") for a in adapters]
@@ -248,6 +248,33 @@ def _config_changes(
         layers=tuple(layers) if layers else None,
         architecture=_architecture(adapters) if labels else None,
     )
+
+
+def _labels(steps: dict[str, Step]) -> int | None:
+    """Return how many outputs the head has that the adapters bring, or ``None`` without one.
+
+    Raises:
+        MergeError: There are several, and they differ.
+    """
+    heads = {
+        name: step.spec.shape[0]
+        for name, step in steps.items()
+        if (step.added or step.replaced) and len(step.spec.shape) == 2 and _is_label_head(name)
+    }
+    if len(set(heads.values())) > 1:
+        listed = ", ".join(f"{name!r} {count}" for name, count in heads.items())
+        raise MergeError(
+            next(iter(heads)),
+            f"is one of several heads with different numbers of outputs ({listed}), and "
+            "config.json has one number of labels",
+            hint="leave out all but one with --skip",
+        )
+    return next(iter(heads.values()), None)
+
+
+def _is_label_head(name: str) -> bool:
+    module = name.removesuffix(".weight")
+    return module != name and f".{module}".endswith(tuple(f".{head}" for head in LABEL_HEADS))
 
 
 def _check_vocabulary(steps: dict[str, Step], old: int, new: int) -> None:

@@ -133,8 +133,8 @@ def _edit_task(config: dict[str, Any], changes: ConfigChanges) -> None:
     known = config.get("id2label")
     count = len(known) if isinstance(known, dict) else 0
     if changes.labels and count != changes.labels:
-        if changes.labels == 2 and not count:
-            return  # transformers' own default
+        # Said even where it is transformers' own default, 2: that of some models is another.
+        config.pop("num_labels", None)
         labels = [f"LABEL_{index}" for index in range(changes.labels)]
         config["id2label"] = {str(index): label for index, label in enumerate(labels)}
         config["label2id"] = {label: index for index, label in enumerate(labels)}

@@ -146,13 +146,13 @@ def _scale(site: Site, adapter: Adapter, parameter: str | None, region: Region) 
 def _add_edits(share: Share, site: Site, name: str, region: Region, scale: float) -> None:
     adapter = share.adapter
     edits = share.changes[name].edits
-    kind = adapter.config.init if adapter.config else ""
+    kind = adapter.config.init.residual if adapter.config else None
     if site.variant == "kasa":
         kind = "kasa"
     # A stored copy of the base weight is the one that the initialisation has already changed.
     has_copy = any(isinstance(e, Blend) for e in edits) or share.changes[name].base is not None
     is_plain = not site.parameters and site.kind.value == "linear"
-    if kind in ("pissa", "olora", "kasa") and is_plain and not has_copy:
+    if kind is not None and is_plain and not has_copy:
         if kind == "olora" and region.transposed:
             raise BaseModelError(share.where(site.label), "OLoRA on a Conv1D layer is not defined")
         edits.append(Residual(kind, site.rank, scale, share.weight))

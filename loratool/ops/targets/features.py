@@ -16,7 +16,6 @@ __all__ = ["Found", "features_of"]
 
 COMPACT: Final = frozenset(("adalora", "bdlora", "stacked"))
 BASE_DEPENDENT: Final = frozenset(("kasa", "qalora"))
-CHANGED_BASE: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
 NAMED: Final = {"loha": Feature.LOHA, "lokr": Feature.LOKR, "cp": Feature.CP}
 NORM: Final = re.compile(r"_layernorm|\.norm")
 """What llama.cpp's converter takes a norm's weight by."""
@@ -93,8 +92,8 @@ def _of_config(config: LoraConfig) -> Iterator[tuple[Feature, str]]:
         yield Feature.SAVED, "modules_to_save"
     if config.flag("trainable_token_indices"):
         yield Feature.TOKEN_ROWS, "trainable_token_indices"
-    if config.init.startswith(CHANGED_BASE):
-        yield Feature.CHANGED_BASE, f"init_lora_weights {config.init[:20]!r}"
+    if config.init.changes_base:
+        yield Feature.CHANGED_BASE, f"init_lora_weights {config.init.name[:20]!r}"
     if config.flag("alora_invocation_tokens"):
         yield Feature.CONDITIONAL, "alora_invocation_tokens"
     if config.peft_type != "ADALORA":  # whose pattern is a mask

@@ -1,0 +1,73 @@
+"""What is said where nothing records a scale: by every verb, and never of loratool's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from samples import lora
+
+import loratool
+from loratool.adapter.scheme import ScaleRule
+from loratool.ops.opening import open_adapter
+from loratool.schemes import builtin_schemes
+
+MODULE = "model.layers.0.self_attn.q_proj"
+FOLDED = [
+    scheme.name
+    for scheme in builtin_schemes()
+    if scheme.scale is ScaleRule.FOLDED and scheme.name in ("module-path", "loralib", "transposed")
+]
+
+
+@pytest.fixture
+def base(make_base: Callable[..., Path]) -> Path:
+    return make_base({f"{MODULE}.weight": torch.randn(12, 10)}, {"model_type": "llama"})
+
+
+def said_by(verb: str, base: Path, adapter: Path, out: Path) -> Sequence[str]:
+    """Everything that a verb says about an adapter."""
+    match verb:
+        case "merge":
+            return loratool.merge(base, [adapter], out).notes
+        case "compare":
+            return loratool.compare([adapter, adapter]).notes
+        case "compose":
+            return loratool.compose([adapter, adapter], output=out, dry_run=True).notes
+        case "truncate":
+            return loratool.truncate(adapter, rank=2, output=out, dry_run=True).notes
+        case "convert":
+            return loratool.convert(adapter, to="peft", output=out, dry_run=True).notes
+        case "validate":
+            return [found.message for found in loratool.validate(adapter)]
+    raise AssertionError(verb)
+
+
+def about_scale(notes: Sequence[str]) -> Iterator[str]:
+    return (note for note in notes if "scale is taken as 1" in note or "alpha is recorded" in note)
+
+
+VERBS = ("merge", "compare", "compose", "truncate", "convert", "validate")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("scheme", FOLDED)
+def test_folded_files_of_loratool_are_no_riddle(
+    verb: str, scheme: str, base: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_adapter(lora(MODULE, 12, 10), target_modules=["q_proj"])
+    folded = tmp_path / "folded.safetensors"
+    loratool.convert(source, to=scheme, output=folded)
+    assert open_adapter(folded).sites[0].scaling.alpha is None
+    assert not list(about_scale(said_by(verb, base, folded, tmp_path / "out")))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_files_of_others_are(verb: str, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bare.safetensors"
+    save_file(lora(MODULE, 12, 10), path)
+    (note,) = set(about_scale(said_by(verb, base, path, tmp_path / "out")))
+    assert "alpha is not recorded, so the scale is taken as 1" in note
