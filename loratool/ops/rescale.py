@@ -16,7 +16,7 @@ from loratool.files.atomic import check_output
 from loratool.files.container import PICKLE_SUFFIXES
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.math.factored import norm
-from loratool.ops.algebra.combining import input_notes
+from loratool.ops.algebra.combining import input_notes, write_or_refuse
 from loratool.ops.algebra.computing import load_terms
 from loratool.ops.algebra.extras import gather_extras
 from loratool.ops.algebra.joining import Joint, check_computable, join
@@ -38,7 +38,6 @@ from loratool.schemes import scheme_named
 from loratool.write.adapter import NewAdapter
 from loratool.write.metadata import kept_metadata
 from loratool.write.options import WriteOptions
-from loratool.write.write import write
 
 __all__ = ["RescaleReport", "rescale"]
 
@@ -228,7 +227,7 @@ def _rewritten(
         notes=(*notes, *input_notes([adapter])),
         dropped=(*((key, "skipped as asked") for key in adapter.skipped), *left),
     )
-    return write(new, scheme, options)
+    return write_or_refuse(new, scheme, options)
 
 
 def _check_options(

@@ -41,6 +41,7 @@ __all__ = [
     "block_diagonal",
     "concatenated",
     "contiguous_strides",
+    "evaluated",
     "is_power_of_two",
     "sources",
     "spec_of",
@@ -522,6 +523,13 @@ def togethers(value: Expr) -> Iterator[Together]:
         yield value.of
     for part in value.parts():
         yield from togethers(part)
+
+
+def evaluated(values: Sequence[Expr]) -> list[Array]:
+    """Return expressions as arrays, float64; what they share is computed once."""
+    needed = {id(each): each for value in values for each in togethers(value)}
+    results = {key: each.compute()[0] for key, each in needed.items()}
+    return [value.evaluate(results) for value in values]
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

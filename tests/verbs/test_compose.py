@@ -274,8 +274,10 @@ def test_schemes_meet_and_are_chosen(make_adapter: Make, tmp_path: Path) -> None
         r=2,
         target_modules=["e"],
     )
-    with pytest.raises(UnsupportedError, match="no name for 'embedding"):
-        loratool.compose([embedding], tmp_path / "no", to="loralib")
+    loratool.compose([embedding], tmp_path / "weight", to="loralib")
+    (delta,) = dense_deltas(loratool.inspect(tmp_path / "weight").adapter).values()
+    (truth,) = dense_deltas(loratool.inspect(embedding).adapter).values()
+    assert relative_error(delta, truth) < 1e-6
 
 
 def test_other_spellings_of_the_same_modules_are_matched_and_said_so(

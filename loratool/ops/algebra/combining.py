@@ -37,6 +37,7 @@ __all__ = [
     "output_scheme",
     "recorded_scale",
     "twin_part",
+    "write_or_refuse",
 ]
 
 PLAIN: Final = frozenset((Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP, Slot.UP_BIAS))
@@ -144,7 +145,7 @@ class Combination:
             UnsupportedError: The scheme cannot express it.
             AdapterError: Extras disagree.
         """
-        return write(self._adapter(ranks, keep=keep), self.scheme, self.options)
+        return write_or_refuse(self._adapter(ranks, keep=keep), self.scheme, self.options)
 
     def _adapter(self, ranks: Mapping[str, int], *, keep: bool) -> NewAdapter:
         kept = self._kept_groups(ranks) if keep else set()
@@ -261,6 +262,19 @@ class Combination:
             and site.slots.keys() <= PLAIN | {Slot.ALPHA}
             and dtypes == {joint.shape.dtype}
         )
+
+
+def write_or_refuse(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterPlan:
+    """Return the plan of an adapter; what is refused comes with what every verb can do about it.
+
+    Raises:
+        UnsupportedError: The scheme cannot express something.
+    """
+    try:
+        return write(new, scheme, options)
+    except UnsupportedError as error:
+        hint = "leave it out with --skip, or write another scheme, such as --to peft"
+        raise UnsupportedError(error.where, error.what, hint=hint) from None
 
 
 def _copied(joint: Joint) -> Part:

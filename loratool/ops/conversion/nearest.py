@@ -21,7 +21,7 @@ from loratool.math.randomness import generator_for
 from loratool.ops.conversion.base import Base
 from loratool.plan.rounding import Approximated
 from loratool.values.arrays import decode
-from loratool.values.expr import Expr, Result, widest
+from loratool.values.expr import Expr, Result, evaluated, widest
 
 if TYPE_CHECKING:
     from loratool.values.expr import Array
@@ -165,7 +165,7 @@ def _dtype(part: Part) -> str:
 
 def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Array:
     """Return ΔW, ``(out, in, *kernel)`` in float64."""
-    values = {slot: value.evaluate() for slot, value in part.values.items()}
+    values = dict(zip(part.values, evaluated(list(part.values.values())), strict=True))
     if part.variant == "full":
         return values[Slot.DIFF]
     assert stored is not None

@@ -9,6 +9,7 @@ from typing import Any, Final
 from loratool.adapter.model import ExtraKind, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import KeyScheme
+from loratool.errors import UnsupportedError
 from loratool.files.checkpoint import Checkpoint
 from loratool.names.tied import architectures
 from loratool.ops.algebra.combining import twin_part
@@ -93,7 +94,11 @@ class Difference:
         Raises:
             UnsupportedError: The scheme cannot express it.
         """
-        return write(self._adapter(ranks), self.scheme, self.options)
+        try:
+            return write(self._adapter(ranks), self.scheme, self.options)
+        except UnsupportedError as error:
+            hint = "leave it out with --exclude, or write another scheme, such as --to peft"
+            raise UnsupportedError(error.where, error.what, hint=hint) from None
 
     def _adapter(self, ranks: Mapping[str, int]) -> NewAdapter:
         tie = self.tie
