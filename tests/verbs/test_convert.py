@@ -95,6 +95,7 @@ class TestEveryPair:
         schemes = [name for name in SCHEMES if name != "cloneofsimo"]
         self._check(llama, truth, schemes, tmp_path)
 
+    @pytest.mark.slow
     def test_stable_diffusion(self, tmp_path: Path) -> None:
         first = sd_adapter(tmp_path / "sd.safetensors", alpha=1.5)
         convert(first, "peft", tmp_path / "truth")
@@ -122,6 +123,7 @@ class TestEveryPair:
             assert found.keys() == truth.keys(), (one, other)
             assert relative_error(found, truth) < 2e-7, (one, other)
 
+    @pytest.mark.slow
     def test_bytes_stay_where_no_scale_moves(self, tmp_path: Path) -> None:
         first = sd_adapter(tmp_path / "sd.safetensors", alpha=None)
         before = load_file(first)
