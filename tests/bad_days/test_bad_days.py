@@ -68,6 +68,7 @@ def wait_until_writing(process: subprocess.Popen[str], folder: Path) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_ended_leaves_nothing_finished(
     number: signal.Signals, large: tuple[Path, Path], tmp_path: Path
@@ -96,6 +97,7 @@ def test_a_run_that_is_ended_leaves_nothing_finished(
     assert loratool.verify(output, base=base, adapters=[adapter]) == ()
 
 
+@pytest.mark.slow
 def test_an_existing_output_survives_a_killed_run(large: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = large
     output = tmp_path / "out"
@@ -109,6 +111,7 @@ def test_an_existing_output_survives_a_killed_run(large: tuple[Path, Path], tmp_
         assert (output / "keep.txt").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_living_run_is_not_disturbed_by_a_second_one(
     large: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -256,6 +259,7 @@ def test_verify_names_missing_and_surplus_tensors(large: tuple[Path, Path], tmp_
     assert broken.code == "LT109"
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_base(large: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = large
     code = (

@@ -74,6 +74,7 @@ def test_nothing_is_listed_twice_in_the_readme_and_every_command_is_there() -> N
         assert f"`loratool {command}" in readme
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path: Path) -> None:
     script = ROOT / "examples" / "questions_and_answers.py"
     command = [sys.executable, str(script), "--steps", "3", "--output", str(tmp_path / "out")]

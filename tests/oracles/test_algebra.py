@@ -18,6 +18,8 @@ from oracles import FIXTURES, Case, load_model, load_peft, manifest, outputs_of,
 import loratool
 from loratool.errors import UnsupportedError
 
+pytestmark = pytest.mark.slow
+
 BASE_DEPENDENT = ("dora", "pissa", "olora", "kasa", "qalora")
 SINGLE = [case for case in manifest() if case["expect"] == "merge" and len(case["adapters"]) == 1]
 PLAIN = [case for case in SINGLE if not any(word in case["case"] for word in BASE_DEPENDENT)]

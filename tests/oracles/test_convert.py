@@ -32,6 +32,8 @@ from torch import nn
 from loratool import convert
 from loratool.errors import LoratoolError, UnsupportedError
 
+pytestmark = pytest.mark.slow
+
 DATA = ROOT.parent / "shared" / "data"
 Deltas = dict[str, torch.Tensor]
 Tensors = dict[str, torch.Tensor]

@@ -19,6 +19,8 @@ from oracles import (
 
 import loratool
 
+pytestmark = pytest.mark.slow
+
 MERGES = [case for case in manifest() if case["expect"] == "merge"]
 REFUSALS = [case for case in manifest() if case["expect"] == "refuse"]
 LOGITS = [case for case in MERGES if case["peft_logits"]]

@@ -21,7 +21,10 @@ from torch import nn
 import loratool
 
 DATA = ROOT.parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the published adapters are not here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATA.is_dir(), reason="the published adapters are not here"),
+]
 
 
 def gpt2() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Where the samples are, and the smallest one: the factors of one linear module."""
+"""Where the samples are, the smallest ones, and where an adapter of a scheme may be written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
+from loratool.names.positions import text_paths, unet_paths
+from loratool.schemes import builtin_schemes
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "fixtures"
+SCHEMES = tuple(scheme.name for scheme in builtin_schemes() if scheme.writes)
+FOLDERS = ("peft", "mlx")
+
+
+def place(folder: Path, scheme: str, name: str) -> Path:
+    """Return where an adapter of ``scheme`` may be written."""
+    if scheme in FOLDERS:
+        return folder / name
+    return folder / f"{name}{'.bin' if scheme == 'prefixed' else '.safetensors'}"
 
 
 def lora(module: str, out: int, into: int, rank: int = 4, **kinds: Any) -> dict[str, torch.Tensor]:
@@ -17,3 +30,20 @@ def lora(module: str, out: int, into: int, rank: int = 4, **kinds: Any) -> dict[
         f"{module}.lora_A.weight": torch.randn(rank, into, **kinds),
         f"{module}.lora_B.weight": torch.randn(out, rank, **kinds),
     }
+
+
+def stable_diffusion(path: Path, *, alpha: float | None, rank: int = 2, width: int = 8) -> Path:
+    """Write a kohya adapter of a small Stable Diffusion: U-Net and text encoder."""
+    unet, text = unet_paths(), text_paths(8)
+    assert unet is not None and text is not None
+    tensors = {}
+    for prefix, paths in (("lora_unet_", unet), ("lora_te_", text)):
+        for module in paths:
+            name = prefix + module.replace(".", "_")
+            out = 64 if module.endswith("ff.net.0.proj") else width
+            tensors[f"{name}.lora_down.weight"] = torch.randn(rank, width)
+            tensors[f"{name}.lora_up.weight"] = torch.randn(out, rank)
+            if alpha is not None:
+                tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path)
+    return path

@@ -146,6 +146,7 @@ def run(*arguments: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
 def test_pictures(two: list[Path], make_adapter: Make, tmp_path: Path, suffix: str) -> None:
     evil = make_adapter(lora("layers.0.$\\frac{<script>", 6, 5), "evil")

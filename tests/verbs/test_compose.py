@@ -359,6 +359,7 @@ class Toy(nn.Module):
         return torch.cat([self.q(x), self.v(x)], dim=1)
 
 
+@pytest.mark.slow
 def test_peft_linear_is_what_peft_does(tmp_path: Path) -> None:
     model = get_peft_model(Toy(), LoraConfig(r=3, lora_alpha=6, target_modules=["q", "v"]))
     model.add_adapter("other", LoraConfig(r=3, lora_alpha=2, target_modules=["q", "v"]))

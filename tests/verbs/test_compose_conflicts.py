@@ -43,6 +43,7 @@ def test_a_delta_and_saved_weights_or_rows_do_not_mix(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [

@@ -18,43 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import lora
+from samples import SCHEMES, lora, place, stable_diffusion
 
 import loratool
 from loratool import convert
 from loratool.cli.main import cli
 from loratool.errors import AdapterError, LoratoolError, OptionError, OutputError, UnsupportedError
-from loratool.names.positions import text_paths, unet_paths
-from loratool.schemes import builtin_schemes
 
 Make = Callable[..., Path]
-SCHEMES = [scheme.name for scheme in builtin_schemes()]
-FOLDERS = ("peft", "mlx")
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def place(folder: Path, scheme: str, name: str) -> Path:
-    """Return where an adapter of ``scheme`` may be written."""
-    if scheme in FOLDERS:
-        return folder / name
-    return folder / f"{name}{'.bin' if scheme == 'prefixed' else '.safetensors'}"
-
-
-def sd_adapter(path: Path, *, alpha: float | None, rank: int = 2) -> Path:
-    """Write a kohya adapter of a small Stable Diffusion: U-Net and text encoder."""
-    unet, text = unet_paths(), text_paths(8)
-    assert unet is not None and text is not None
-    tensors = {}
-    for prefix, paths in (("lora_unet_", unet), ("lora_te_", text)):
-        for module in paths:
-            name = prefix + module.replace(".", "_")
-            out = 64 if module.endswith("ff.net.0.proj") else 8
-            tensors[f"{name}.lora_down.weight"] = torch.randn(rank, 8)
-            tensors[f"{name}.lora_up.weight"] = torch.randn(out, rank)
-            if alpha is not None:
-                tensors[f"{name}.alpha"] = torch.tensor(alpha)
-    save_file(tensors, path)
-    return path
 
 
 def kohya_deltas(path: Path) -> dict[str, torch.Tensor]:
@@ -95,8 +67,9 @@ class TestEveryPair:
         schemes = [name for name in SCHEMES if name != "cloneofsimo"]
         self._check(llama, truth, schemes, tmp_path)
 
+    @pytest.mark.slow
     def test_stable_diffusion(self, tmp_path: Path) -> None:
-        first = sd_adapter(tmp_path / "sd.safetensors", alpha=1.5)
+        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=1.5)
         convert(first, "peft", tmp_path / "truth")
         truth = dense_deltas(tmp_path / "truth")
         names = {f"lora_{kohya_name(module)}" for module in truth}
@@ -122,8 +95,9 @@ class TestEveryPair:
             assert found.keys() == truth.keys(), (one, other)
             assert relative_error(found, truth) < 2e-7, (one, other)
 
+    @pytest.mark.slow
     def test_bytes_stay_where_no_scale_moves(self, tmp_path: Path) -> None:
-        first = sd_adapter(tmp_path / "sd.safetensors", alpha=None)
+        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=None)
         before = load_file(first)
         for number, (one, other) in enumerate(itertools.product(SCHEMES, SCHEMES)):
             middle = place(tmp_path, one, f"a{number}")
@@ -211,7 +185,7 @@ class TestScales:
         assert report.plan.parts[0].part.scale == 1
 
     def test_alpha_of_zero_is_kept_and_said(self, tmp_path: Path) -> None:
-        sd_adapter(tmp_path / "a.safetensors", alpha=0.0)
+        stable_diffusion(tmp_path / "a.safetensors", alpha=0.0)
         report = convert(tmp_path / "a.safetensors", "peft", tmp_path / "b")
         assert any("alpha is 0" in note for note in report.notes)
         assert all(not delta.any() for delta in dense_deltas(tmp_path / "b").values())
@@ -220,7 +194,7 @@ class TestScales:
         assert (config["r"], config["lora_alpha"]) == (2, 2)
 
     def test_one_alpha_missing_means_scale_1_for_that_module_only(self, tmp_path: Path) -> None:
-        first = sd_adapter(tmp_path / "a.safetensors", alpha=1.0)
+        first = stable_diffusion(tmp_path / "a.safetensors", alpha=1.0)
         tensors = load_file(first)
         odd = next(key for key in tensors if key.endswith(".alpha"))
         del tensors[odd]
@@ -640,7 +614,7 @@ class TestNamesAndBases:
         assert found["diffusers"] == f"lora_{key.replace('.', '_')}"
 
     def test_one_component_alone_has_its_own_names(self, tmp_path: Path) -> None:
-        first = sd_adapter(tmp_path / "sd.safetensors", alpha=None)
+        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=None)
         report = convert(first, "peft", tmp_path / "u", component="unet")
         assert all(
             name.startswith(("down_", "up_", "mid_")) for name in dense_deltas(tmp_path / "u")
@@ -653,7 +627,7 @@ class TestFiles:
     """Metadata, extras, outputs."""
 
     def test_kohya_metadata(self, tmp_path: Path) -> None:
-        first = sd_adapter(tmp_path / "sd.safetensors", alpha=1.5)
+        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=1.5)
         tensors = load_file(first)
         stale = {
             "sshs_model_hash": "f" * 64,
@@ -709,7 +683,7 @@ class TestFiles:
         assert torch.equal(load_file(tmp_path / "m.safetensors")["score.weight"], torch.ones(2, 8))
 
     def test_tokens_travel_between_positions_and_bundles(self, tmp_path: Path) -> None:
-        first = sd_adapter(tmp_path / "sd.safetensors", alpha=None)
+        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=None)
         convert(first, "cloneofsimo", tmp_path / "c.safetensors")
         tensors = load_file(tmp_path / "c.safetensors") | {"<s1>": torch.randn(8)}
         save_file(tensors, tmp_path / "t.safetensors", metadata_of(tmp_path / "c.safetensors"))
@@ -722,7 +696,7 @@ class TestFiles:
         assert all(torch.equal(back[key], tensors[key]) for key in tensors)
 
     def test_a_dry_run_writes_nothing(self, tmp_path: Path) -> None:
-        first = sd_adapter(tmp_path / "sd.safetensors", alpha=3.0)
+        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=3.0)
         before = sorted(path.name for path in tmp_path.iterdir())
         report = convert(first, "diffusers", tmp_path / "x.safetensors", dry_run=True)
         assert not report.is_written
@@ -730,12 +704,12 @@ class TestFiles:
         assert report.as_json()["dry_run"] is True
 
     def test_a_configuration_needs_a_folder(self, tmp_path: Path) -> None:
-        first = sd_adapter(tmp_path / "sd.safetensors", alpha=None)
+        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=None)
         with pytest.raises(OutputError, match="a single file has"):
             convert(first, "peft", tmp_path / "x.safetensors")
 
     def test_an_existing_output_needs_force(self, tmp_path: Path) -> None:
-        first = sd_adapter(tmp_path / "sd.safetensors", alpha=None)
+        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=None)
         (tmp_path / "x.safetensors").write_text("mine")
         with pytest.raises(OutputError, match="exists"):
             convert(first, "kohya", tmp_path / "x.safetensors")
@@ -763,7 +737,7 @@ class TestFiles:
         }
 
     def test_a_dtype_can_be_chosen(self, tmp_path: Path) -> None:
-        first = sd_adapter(tmp_path / "sd.safetensors", alpha=1.0)
+        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=1.0)
         report = convert(first, "comfy", tmp_path / "x.safetensors", dtype="bfloat16")
         made = load_file(tmp_path / "x.safetensors")
         assert {v.dtype for k, v in made.items() if "alpha" not in k} == {torch.bfloat16}
@@ -791,8 +765,8 @@ class TestOtherVerbs:
     """Verbs that write adapters write every scheme."""
 
     def test_compose_writes_the_scheme_of_its_inputs(self, tmp_path: Path) -> None:
-        one = sd_adapter(tmp_path / "one.safetensors", alpha=1.0)
-        two = sd_adapter(tmp_path / "two.safetensors", alpha=None)
+        one = stable_diffusion(tmp_path / "one.safetensors", alpha=1.0)
+        two = stable_diffusion(tmp_path / "two.safetensors", alpha=None)
         loratool.compose([one, two], tmp_path / "sum.safetensors", weights=[0.5, -1.0])
         found = kohya_deltas(tmp_path / "sum.safetensors")
         first, second = kohya_deltas(one), kohya_deltas(two)
@@ -802,7 +776,7 @@ class TestOtherVerbs:
         assert history["command"] == "compose"
 
     def test_rescale_and_truncate_too(self, tmp_path: Path) -> None:
-        one = sd_adapter(tmp_path / "one.safetensors", alpha=1.0)
+        one = stable_diffusion(tmp_path / "one.safetensors", alpha=1.0)
         loratool.rescale(one, tmp_path / "half.safetensors", scale=0.5)
         truth = {name: delta / 2 for name, delta in kohya_deltas(one).items()}
         assert relative_error(kohya_deltas(tmp_path / "half.safetensors"), truth) < 1e-7
@@ -845,7 +819,7 @@ def run(*arguments: Any) -> Any:
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    first = sd_adapter(tmp_path / "sd.safetensors", alpha=3.0)
+    first = stable_diffusion(tmp_path / "sd.safetensors", alpha=3.0)
     result = run("convert", first, "--to", "diffusers", "-o", tmp_path / "x.safetensors")
     assert result.exit_code == 0, result.output
     assert "kohya → diffusers, 152 modules" in result.output
@@ -939,7 +913,7 @@ def test_what_a_loader_reads_is_right_afterwards(
 
 
 def test_a_scheme_or_a_loader_has_to_be_named(tmp_path: Path) -> None:
-    first = sd_adapter(tmp_path / "sd.safetensors", alpha=None)
+    first = stable_diffusion(tmp_path / "sd.safetensors", alpha=None)
     with pytest.raises(OptionError, match="--to, or --for"):
         convert(first, None, tmp_path / "x")
     with pytest.raises(OptionError, match="reads peft"):

@@ -58,6 +58,7 @@ def test_what_a_merge_put_in_is_what_comes_out(case: Case, tmp_path: Path) -> No
 PEFT_CASES = [case for case in CASES if case["case"] not in ("experts-per-expert", "clip-text")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PEFT_CASES, ids=lambda case: case["case"])
 def test_peft_loads_what_was_extracted(case: Case, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -448,6 +449,7 @@ def test_infinities_that_stay_are_no_change(make_base: Make, tmp_path: Path) -> 
     json.dumps(report.as_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_ties_hold_in_peft(tmp_path: Path) -> None:
     from peft import PeftModel
 

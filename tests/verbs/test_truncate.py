@@ -99,6 +99,7 @@ def test_energy_is_minimal(make_adapter: Make, tmp_path: Path, energy: float) ->
         assert module.rank == int((kept < energy * (1 - 1e-12)).sum()) + 1
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_well_spent(make_adapter: Make, tmp_path: Path) -> None:
     adapter = make(make_adapter)
     whole = (adapter / "adapter_model.safetensors").stat().st_size

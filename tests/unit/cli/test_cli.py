@@ -28,6 +28,7 @@ def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_has_an_example(command: str, flag: str) -> None:
@@ -99,6 +100,7 @@ def test_importing_the_package_costs_nothing() -> None:
     assert result.stdout.strip() == "['loratool']"
 
 
+@pytest.mark.slow
 def test_merge_and_verify(tmp_path: Path) -> None:
     result = run("merge", BASE, ADAPTER, "-o", tmp_path / "out", "--json")
     document = json.loads(result.stdout)
@@ -239,6 +241,7 @@ def test_completion_scripts(shell: str) -> None:
     assert "_LORATOOL_COMPLETE" in result.stdout
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_is_no_bug(tmp_path: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for index in range(3000):

@@ -94,6 +94,7 @@ def is_live(case: Case) -> bool:
 LIVE_CASES = [case for case in manifest() if is_live(case)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LIVE_CASES, ids=lambda case: case["case"])
 def test_files_compute_what_peft_computes(case: Case) -> None:
     model = load_model(case, FIXTURES / case["base"])
@@ -109,6 +110,7 @@ def test_files_compute_what_peft_computes(case: Case) -> None:
     assert torch.equal(outputs_of(case, model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "rslora", "dora", "bias"])
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv1d", "conv2d", "conv3d"])
 def test_gradients_are_those_of_peft(kind: str, variant: str) -> None:
@@ -378,6 +380,7 @@ def test_a_bias_that_nothing_can_take_leaves_all_unfolded() -> None:
 # ------------------------------------------------------------------------ storing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "dora", "bias"])
 def test_saved_adapters_load_in_peft_and_back(variant: str, tmp_path: Path) -> None:
     model, x = single(), ids()
@@ -473,6 +476,7 @@ def test_attributes_of_the_layer_are_still_there() -> None:
         _ = model.qkv.nonsense
 
 
+@pytest.mark.slow
 def test_autocast_checkpointing_and_compile() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -754,7 +758,7 @@ class Machine(RuleBasedStateMachine):
         assert torch.equal(self.model(self.x), self.base)
 
 
-TestMachine = Machine.TestCase
+TestMachine = pytest.mark.slow(Machine.TestCase)
 TestMachine.settings = settings(max_examples=100, stateful_step_count=12, deadline=None)
 
 

@@ -153,6 +153,7 @@ def test_the_tables_are_bijective(family: Family) -> None:
             assert family.to_native(module) == (native, fusion)
 
 
+@pytest.mark.slow
 @families
 def test_the_tables_are_those_of_the_real_models(family: Family) -> None:
     hubs = {module for _, fusion in table(family) for module in fusion.modules}

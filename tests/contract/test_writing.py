@@ -1,0 +1,256 @@
+"""What every verb promises in every scheme: sizes, dry runs, and one form of one content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from safetensors import safe_open
+from samples import SCHEMES, place, stable_diffusion
+
+import loratool
+from loratool.errors import UnsupportedError
+
+WIDTH: Final = 8
+LINEAR: Final = {
+    f"model.layers.{layer}.{name}": shape
+    for layer in range(2)
+    for name, shape in {"self_attn.q_proj": (24, 16), "mlp.down_proj": (16, 40)}.items()
+}
+VERBS: Final = ("convert", "compose", "truncate", "rescale", "extract")
+BUDGETED: Final = ("compose", "truncate", "extract")
+
+OF_THE_INTERMEDIATE: Final = "the budget is that of the PEFT file that is converted afterwards"
+NO_FILES: Final = "rescale's document names no files"
+NEVER_PLANNED: Final = "extract's dry run plans PEFT's files whatever the scheme"
+ESTIMATED: Final = "the size of a torch file is an estimate"
+ROUNDED_ALPHA: Final = "ss_network_alpha is 2.7 beside an alpha of float32, which is 2.70000004768"
+TWO_FIELDS: Final = "extract leaves use_dora and use_rslora out of the configuration"
+
+Inputs = dict[str, Path]
+Run = Callable[..., Any]
+
+
+def _language_model(folder: Path) -> Inputs:
+    """A model, a finetuned one, and two adapters in PEFT's scheme."""
+    torch.manual_seed(0)
+    weights = {f"{name}.weight": torch.randn(*shape) for name, shape in LINEAR.items()}
+    changed = {key: value + 0.1 * torch.randn_like(value) for key, value in weights.items()}
+    found = {"base": folder / "base", "tuned": folder / "tuned"}
+    for name, tensors in (("base", weights), ("tuned", changed)):
+        _save(found[name] / "model.safetensors", tensors)
+    for name in ("one", "two"):
+        tensors = {}
+        for module, (out, into) in LINEAR.items():
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(6, into)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out, 6)
+        _save(folder / name / "adapter_model.safetensors", tensors)
+        config = {"peft_type": "LORA", "r": 6, "lora_alpha": 9, "target_modules": [*LINEAR]}
+        (folder / name / "adapter_config.json").write_text(json.dumps(config))
+        found[name] = folder / name
+    return found
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _pipeline(folder: Path) -> Inputs:
+    """Two kohya adapters of a whole Stable Diffusion, for schemes that count modules."""
+    torch.manual_seed(0)
+    return {
+        name: stable_diffusion(folder / f"{name}.safetensors", alpha=3.0, rank=2, width=WIDTH)
+        for name in ("one", "two")
+    }
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Inputs]:
+    """Return the inputs for a scheme, with both adapters in that scheme already."""
+    folder = tmp_path_factory.mktemp("inputs")
+    sources: dict[bool, Inputs] = {}
+    made: dict[str, Inputs] = {}
+
+    def get(scheme: str) -> Inputs:
+        is_counted = scheme == "cloneofsimo"
+        if is_counted not in sources:
+            place_for = folder / ("pipeline" if is_counted else "language")
+            place_for.mkdir()
+            sources[is_counted] = (_pipeline if is_counted else _language_model)(place_for)
+        if scheme not in made:
+            found = dict(sources[is_counted])
+            for name in ("one", "two"):
+                found[f"{name} in it"] = place(folder, scheme, f"{scheme}-{name}")
+                loratool.convert(found[name], scheme, found[f"{name} in it"])
+            made[scheme] = found
+        return made[scheme]
+
+    return get
+
+
+def perform(verb: str, scheme: str, given: Inputs, output: Path, **options: Any) -> Any:
+    """Let ``verb`` write ``output`` in ``scheme``."""
+    match verb:
+        case "convert":
+            return loratool.convert(given["one"], scheme, output, **options)
+        case "compose":
+            pair = [given["one in it"], given["two in it"]]
+            return loratool.compose(pair, output, weights=[0.75, -1.5], to=scheme, **options)
+        case "truncate":
+            options = options if "max_size" in options else {"rank": 1} | options
+            return loratool.truncate(given["one in it"], output, **options)
+        case "rescale":
+            return loratool.rescale(given["one in it"], output, scale=0.3, **options)
+        case _:
+            if "base" not in given:
+                pytest.skip("nothing to extract in this scheme")
+            options = options if "max_size" in options else {"rank": 3} | options
+            return loratool.extract(given["base"], given["tuned"], output, to=scheme, **options)
+
+
+def weights_of(output: Path) -> Path:
+    """Return the file that holds the tensors."""
+    if output.is_dir():
+        (found,) = output.glob("*.safetensors")
+        return found
+    return output
+
+
+def files_of(output: Path) -> dict[str, int]:
+    """Return the names and sizes of everything that was written."""
+    if output.is_file():
+        return {"(the output)": output.stat().st_size}
+    return {file.name: file.stat().st_size for file in output.iterdir()}
+
+
+def contents(path: Path) -> Any:
+    """Return everything in a weights file except how it came to be."""
+    if path.suffix != ".safetensors":
+        loaded = torch.load(path, weights_only=True)
+        return [(key, _raw(value)) for key, value in loaded.items()]
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata() or {})
+        tensors = [(key, _raw(file.get_tensor(key))) for key in file.offset_keys()]
+    metadata.pop("loratool", None)
+    return metadata, tensors
+
+
+def _raw(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return str(value.dtype), tuple(value.shape), data
+
+
+def _twice(folder: Path, scheme: str) -> list[Path]:
+    """Return two places of one name, for names of files are written into some."""
+    places = [folder / name for name in ("first", "second")]
+    for path in places:
+        path.mkdir(parents=True)
+    return [place(path, scheme, "out") for path in places]
+
+
+def every_pair(
+    verbs: tuple[str, ...], known: Callable[[str, str], str | None]
+) -> pytest.MarkDecorator:
+    """Run a test for every scheme and verb; ``known`` gives the reason why it fails today."""
+    found = []
+    for scheme in SCHEMES:
+        for verb in verbs:
+            reason = known(scheme, verb)
+            marks = [pytest.mark.xfail(strict=False, reason=reason)] if reason else []
+            found.append(pytest.param(scheme, verb, marks=marks, id=f"{scheme}-{verb}"))
+    return pytest.mark.parametrize(("scheme", "verb"), found)
+
+
+def _budget(scheme: str, verb: str) -> str | None:
+    return OF_THE_INTERMEDIATE if scheme in ("kohya", "comfy", "mlx", "prefixed") else None
+
+
+def _dry_run(scheme: str, verb: str) -> str | None:
+    if verb == "rescale":
+        return NO_FILES
+    if verb == "extract" and scheme not in ("peft", "module-path", "loralib"):
+        return NEVER_PLANNED
+    return ESTIMATED if scheme == "prefixed" else None
+
+
+def _once_more(scheme: str, verb: str) -> str | None:
+    reasons = {("kohya", "rescale"): ROUNDED_ALPHA, ("peft", "extract"): TWO_FIELDS}
+    return reasons.get((scheme, verb))
+
+
+@every_pair(BUDGETED, _budget)
+def test_a_budget_is_that_of_the_file(
+    scheme: str, verb: str, inputs: Callable[[str], Inputs], tmp_path: Path
+) -> None:
+    given = inputs(scheme)
+    whole = place(tmp_path, scheme, "whole")
+    most = 10**9
+    perform(verb, scheme, given, whole, max_size=most)
+    full = weights_of(whole).stat().st_size
+    for share in (0.6, 0.8, 0.97):
+        budget = int(share * full)
+        output = place(tmp_path, scheme, f"within-{share}")
+        try:
+            perform(verb, scheme, given, output, max_size=budget)
+        except UnsupportedError:  # a scheme that needs all modules cannot lose one
+            assert not output.exists()
+        else:
+            assert weights_of(output).stat().st_size <= budget, share
+
+
+@every_pair(VERBS, _dry_run)
+def test_a_dry_run_says_what_a_run_does(
+    scheme: str, verb: str, inputs: Callable[[str], Inputs], tmp_path: Path
+) -> None:
+    given = inputs(scheme)
+    output = place(tmp_path, scheme, "out")
+    try:
+        planned = perform(verb, scheme, given, output, dry_run=True).as_json()
+    except UnsupportedError:
+        with pytest.raises(UnsupportedError):
+            perform(verb, scheme, given, output)
+        return
+    assert not output.exists()
+    done = perform(verb, scheme, given, output).as_json()
+    assert {file["name"]: file["bytes"] for file in planned["files"]} == files_of(output)
+    assert planned["files"] == done["files"]
+    assert planned["tensors"] == done["tensors"]
+    assert planned["bytes_to_write"] == done["bytes_written"]
+
+
+@every_pair(VERBS, _once_more)
+def test_what_is_written_and_read_is_written_alike(
+    scheme: str, verb: str, inputs: Callable[[str], Inputs], tmp_path: Path
+) -> None:
+    first, second = _twice(tmp_path, scheme)
+    perform(verb, scheme, inputs(scheme), first)
+    loratool.convert(first, scheme, second)
+    assert contents(weights_of(first)) == contents(weights_of(second))
+    if first.is_dir():
+        configs = [
+            json.loads((path / "adapter_config.json").read_text()) for path in (first, second)
+        ]
+        assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_same_input_gives_the_same_bytes(
+    scheme: str, inputs: Callable[[str], Inputs], tmp_path: Path
+) -> None:
+    given = inputs(scheme)
+    for verb in VERBS:
+        if verb == "extract" and "base" not in given:
+            continue
+        first, second = _twice(tmp_path / verb, scheme)
+        perform(verb, scheme, given, first)
+        perform(verb, scheme, given, second)
+        assert weights_of(first).read_bytes() == weights_of(second).read_bytes(), verb
