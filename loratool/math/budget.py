@@ -22,6 +22,8 @@ FEW: Final = 10
 """With so few matrices every choice of those that get ranks is tried."""
 DROPS: Final = 24
 """With more, about so many numbers of the least valuable ones to leave out are tried."""
+TRIES: Final = 4
+"""How often to make room for a header that grows with the ranks."""
 
 
 @dataclass(frozen=True)
@@ -106,21 +108,27 @@ def _fill(
     for index in chosen:
         least[index] = multiple
     left = budget - size_of(least)
-    if left < 0:
-        return None
     rest = [items[index] for index in chosen]
-    more = allocate(
-        [item.gains[multiple:] for item in rest],
-        [item.cost for item in rest],
-        left,
-        caps=[item.cap - multiple for item in rest],
-        multiple=multiple,
-    )
-    ranks = list(least)
-    for index, extra in zip(chosen, more, strict=True):
-        ranks[index] += extra
-    # Larger ranks take more digits in the header: give up the least valuable step if they must.
-    while size_of(ranks) > budget:
+    for _ in range(TRIES):
+        if left < 0:
+            return None
+        more = allocate(
+            [item.gains[multiple:] for item in rest],
+            [item.cost for item in rest],
+            left,
+            caps=[item.cap - multiple for item in rest],
+            multiple=multiple,
+        )
+        ranks = list(least)
+        for index, extra in zip(chosen, more, strict=True):
+            ranks[index] += extra
+        # Larger ranks take more digits in the header.
+        excess = size_of(ranks) - budget
+        if excess <= 0:
+            return ranks
+        used = sum(item.cost * extra for item, extra in zip(rest, more, strict=True))
+        left = used - excess
+    while size_of(ranks) > budget:  # give up the least valuable step
         steps = [index for index in chosen if ranks[index] > multiple]
         if not steps:
             return None

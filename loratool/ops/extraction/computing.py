@@ -27,12 +27,12 @@ from loratool.ops.algebra.ranks import Truncation
 from loratool.ops.extraction.pairing import Target
 from loratool.ops.tensors import RowReader
 
-__all__ = ["Extracted", "Settings", "change_of", "decompose", "load_extracted"]
+__all__ = ["BUDGET_RANK", "Extracted", "Settings", "change_of", "decompose", "load_extracted"]
 
 FIRST_RANK: Final = 32
 """Where the search for a rank that depends on the spectrum begins."""
 BUDGET_RANK: Final = 128
-"""The most that a module may get of a budget, unless --rank says otherwise."""
+"""How many ranks of a module are computed for a budget before it is known to deserve more."""
 MARGIN: Final = 1.05
 """How far over the noise floor a singular value must be; of finite matrices it fluctuates."""
 COMPLETE: Final = 1e-12
@@ -80,6 +80,11 @@ class Extracted:
     floor: float
     rank: int
     path: Path | None
+
+    @property
+    def computed(self) -> int:
+        """How many ranks are known."""
+        return max((len(one) for one in self.values), default=0)
 
     @property
     def profile(self) -> list[float]:
@@ -145,9 +150,22 @@ def change_of(base: StoredTensor, tuned: StoredTensor, files: InputFiles) -> flo
 
 
 def decompose(
-    target: Target, settings: Settings, files: InputFiles, spool: Path, number: int
+    target: Target,
+    settings: Settings,
+    files: InputFiles,
+    spool: Path,
+    number: int,
+    budget_rank: int = BUDGET_RANK,
 ) -> Extracted:
     """Decompose the difference of one module and keep its factors in ``spool``.
+
+    Args:
+        target: The module.
+        settings: How.
+        files: Where to read.
+        spool: The folder to keep factors in.
+        number: What its file there is called.
+        budget_rank: How many ranks to compute where a budget will tell how many are kept.
 
     Raises:
         BaseModelError: It holds NaN or infinity.
@@ -155,7 +173,7 @@ def decompose(
     truncation = settings.truncation
     most = min(truncation.rank or target.smallest_side, target.smallest_side)
     if truncation.max_size is not None and truncation.rank is None:
-        most = min(most, BUDGET_RANK)
+        most = min(most, budget_rank)
     is_searched = settings.auto or truncation.rule is not None
     rank = min(most, FIRST_RANK) if is_searched else most
     parts: list[Leading] = []

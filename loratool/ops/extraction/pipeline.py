@@ -122,7 +122,20 @@ def run(
         draft.carried = carried
         draft.targets = [target for target in pairing.targets if target.name in modules]
         draft.joints = [joint for joint in draft.joints if joint.name in modules]
-        plan = draft.plan(_ranks(draft, truncation, modules))
+        ranks = _ranks(draft, truncation, modules)
+        while short := _cut_short(draft, truncation, modules, ranks):
+            more = decompose_all(
+                pairing.targets,
+                settings,
+                files,
+                spool,
+                threads=threads,
+                progress=progress,
+                budget_ranks=short,
+            )
+            modules |= {module.name: module for module in more}
+            ranks = _ranks(draft, truncation, modules)
+        plan = draft.plan(ranks)
 
         def fill(writer: TensorWriter) -> None:
             results.extend(write_modules(plan, modules, writer, clamp=clamp, threads=threads))
@@ -225,6 +238,26 @@ def _ranks(
         rank = truncation.fitted(modules[joint.name].rank)
         ranks[joint.rank_group] = max(ranks.get(joint.rank_group, 1), rank)
     return ranks
+
+
+def _cut_short(
+    draft: ExtractionDraft,
+    truncation: Truncation,
+    modules: Mapping[str, Extracted],
+    ranks: Mapping[str, int],
+) -> dict[str, int]:
+    """Return the modules that a budget gives all ranks that are known, and how many to look at.
+
+    Once none are left, the ranks are those that all singular values would lead to.
+    """
+    if truncation.max_size is None or truncation.rank is not None:
+        return {}
+    found: dict[str, int] = {}
+    for target, joint in zip(draft.targets, draft.joints, strict=True):
+        known = modules[joint.name].computed
+        if target.smallest_side > known < ranks[joint.rank_group] + truncation.multiple:
+            found[joint.name] = 2 * known
+    return found
 
 
 def _notes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from loratool.math.lowrank import LowRank
 from loratool.ops.algebra.plan import AdapterPlan, ModuleJob
 from loratool.ops.algebra.writing import TensorWriter, in_parallel
 from loratool.ops.extraction.computing import (
+    BUDGET_RANK,
     Extracted,
     Settings,
     change_of,
@@ -92,25 +93,46 @@ def decompose_all(
     *,
     threads: int | None,
     progress: Progress | None,
+    budget_ranks: Mapping[str, int] | None = None,
 ) -> list[Extracted]:
-    """Decompose every target; those that ``spool`` has already are read from there."""
+    """Decompose every target; those that ``spool`` has already are read from there.
+
+    Args:
+        targets: The modules.
+        settings: How.
+        files: Where to read.
+        spool: Where factors are kept.
+        threads: Number of modules in work at a time.
+        progress: Called with how much is done and how much there is.
+        budget_ranks: How many ranks to compute, by name; other targets are left out. By default
+            the first look at all that a budget takes.
+    """
 
     def one(item: tuple[int, Target]) -> Extracted:
         number, target = item
+        rank = (budget_ranks or {}).get(target.name, BUDGET_RANK)
         path = spool / f"{number}.safetensors"
         if path.is_file():
             try:
-                return load_extracted(target.name, path, settings)
+                known = load_extracted(target.name, path, settings)
             except (SafetensorError, KeyError, ValueError, OSError):
                 path.unlink()  # a damaged file is computed again
-        return decompose(target, settings, files, spool, number)
+            else:
+                if budget_ranks is None or known.computed >= min(rank, target.smallest_side):
+                    return known
+        return decompose(target, settings, files, spool, number, rank)
 
+    numbered = [
+        (number, target)
+        for number, target in enumerate(targets)
+        if budget_ranks is None or target.name in budget_ranks
+    ]
     return in_parallel(
         one,
-        list(enumerate(targets)),
+        numbered,
         threads=threads,
         progress=progress,
-        sizes=[target.nbytes for target in targets],
+        sizes=[target.nbytes for _, target in numbered],
     )
 
 
