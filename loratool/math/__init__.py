@@ -1,1 +1,1 @@
-"""Torch arithmetic: what each kind of delta is, and how it changes a weight."""
+"""Arithmetic on arrays of any library: low-rank matrices, what they lose, what they share."""

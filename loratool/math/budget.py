@@ -11,17 +11,21 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from loratool.math.ranks import numerical_rank
 
 __all__ = ["Item", "allocate", "spend"]
 
-MAX_NODES: Final = 200_000
+MAX_NODES: Final = 4_000
+"""Where a search ends that ties or many prices make endless; by then it gains next to nothing."""
 FEW: Final = 10
 """With so few matrices every choice of those that get ranks is tried."""
 DROPS: Final = 24
 """With more, about so many numbers of the least valuable ones to leave out are tried."""
+TRIES: Final = 4
+"""How often to make room for a header that grows with the ranks."""
 
 
 @dataclass(frozen=True)
@@ -106,21 +110,27 @@ def _fill(
     for index in chosen:
         least[index] = multiple
     left = budget - size_of(least)
-    if left < 0:
-        return None
     rest = [items[index] for index in chosen]
-    more = allocate(
+    knapsack = _Knapsack.of(
         [item.gains[multiple:] for item in rest],
         [item.cost for item in rest],
-        left,
-        caps=[item.cap - multiple for item in rest],
-        multiple=multiple,
+        [item.cap - multiple for item in rest],
+        multiple,
     )
-    ranks = list(least)
-    for index, extra in zip(chosen, more, strict=True):
-        ranks[index] += extra
-    # Larger ranks take more digits in the header: give up the least valuable step if they must.
-    while size_of(ranks) > budget:
+    for _ in range(TRIES):
+        if left < 0:
+            return None
+        more = knapsack.filled(left)
+        ranks = list(least)
+        for index, extra in zip(chosen, more, strict=True):
+            ranks[index] += extra
+        # Larger ranks take more digits in the header.
+        excess = size_of(ranks) - budget
+        if excess <= 0:
+            return ranks
+        used = sum(item.cost * extra for item, extra in zip(rest, more, strict=True))
+        left = used - excess
+    while size_of(ranks) > budget:  # give up the least valuable step
         steps = [index for index in chosen if ranks[index] > multiple]
         if not steps:
             return None
@@ -182,32 +192,71 @@ def allocate(
         caps: The largest rank allowed for each matrix; a multiple of ``multiple``, or smaller.
         multiple: Ranks come in steps of so many.
     """
-    pieces: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    for index, profile in enumerate(profiles):
-        useful = min(numerical_rank(profile), caps[index])
-        for start in range(0, useful, multiple):
-            if start + multiple > caps[index] and multiple > 1:
-                break
-            gain = math.fsum(profile[start : min(start + multiple, useful)])
-            pieces[costs[index] * multiple].append((gain, index))
-    for group in pieces.values():
-        group.sort(key=lambda piece: (-piece[0], piece[1]))
-    classes = [
-        _Class(cost, [0.0, *itertools.accumulate(gain for gain, _ in group)])
-        for cost, group in sorted(pieces.items(), reverse=True)
-    ]
-    ranks = [0] * len(profiles)
-    for group_class, count in zip(classes, _counts(classes, budget), strict=True):
-        for _, index in pieces[group_class.cost][:count]:
-            ranks[index] += multiple
-    return ranks
+    return _Knapsack.of(profiles, costs, caps, multiple).filled(budget)
 
 
-def _counts(classes: Sequence[_Class], budget: int) -> list[int]:
+@dataclass(frozen=True)
+class _Knapsack:
+    """Everything that a budget may buy.
+
+    Attributes:
+        classes: The pieces of each price.
+        owners: The matrix of each piece, for each class.
+        multiple: How many ranks a piece is.
+        count: The number of matrices.
+    """
+
+    classes: list[_Class]
+    owners: list[list[int]]
+    multiple: int
+    count: int
+
+    @classmethod
+    def of(
+        cls,
+        profiles: Sequence[Sequence[float]],
+        costs: Sequence[int],
+        caps: Sequence[int],
+        multiple: int,
+    ) -> _Knapsack:
+        """Sort the ranks of matrices by price and gain; see :func:`allocate`."""
+        pieces: dict[int, list[tuple[float, int]]] = defaultdict(list)
+        for index, (profile, cap) in enumerate(zip(profiles, caps, strict=True)):
+            useful = min(numerical_rank(profile), cap)
+            group = pieces[costs[index] * multiple]
+            for start in range(0, useful, multiple):
+                if start + multiple > cap and multiple > 1:
+                    break
+                gain = math.fsum(profile[start : min(start + multiple, useful)])
+                group.append((-gain, index))
+        classes, owners = [], []
+        for cost, group in sorted(pieces.items(), reverse=True):
+            group.sort()
+            sums = [0.0, *itertools.accumulate(-loss for loss, _ in group)]
+            classes.append(_Class(cost, sums))
+            owners.append([index for _, index in group])
+        return cls(classes, owners, multiple, len(profiles))
+
+    @cached_property
+    def order(self) -> list[tuple[float, int]]:
+        """What each piece loses for a byte if it is left out, negative, and its class."""
+        return sorted((-gain, i) for i, group in enumerate(self.classes) for gain in group.gains())
+
+    def filled(self, budget: int) -> list[int]:
+        """Return the ranks to buy, for each matrix."""
+        ranks = [0] * self.count
+        for owners, count in zip(self.owners, _counts(self, budget), strict=True):
+            for index in owners[:count]:
+                ranks[index] += self.multiple
+        return ranks
+
+
+def _counts(knapsack: _Knapsack, budget: int) -> list[int]:
     """Return how many pieces of each class to take."""
+    classes = knapsack.classes
     if budget <= 0 or not classes:
         return [0] * len(classes)
-    best_counts, price = _greedy(classes, budget)
+    best_counts, price = _greedy(knapsack, budget)
     best = math.fsum(c.sums[n] for c, n in zip(classes, best_counts, strict=True))
     surpluses = [group.surplus(price) for group in classes]
     rest = [math.fsum(surpluses[index + 1 :]) for index in range(len(classes))]
@@ -236,14 +285,15 @@ def _counts(classes: Sequence[_Class], budget: int) -> list[int]:
     return best_counts
 
 
-def _greedy(classes: Sequence[_Class], budget: int) -> tuple[list[int], float]:
+def _greedy(knapsack: _Knapsack, budget: int) -> tuple[list[int], float]:
     """Return a first solution, and the gain of the first piece that did not fit, for a byte."""
-    counts = [0] * len(classes)
+    counts = [0] * len(knapsack.classes)
     price: float | None = None
-    order = sorted((-gain, index) for index, c in enumerate(classes) for gain in c.gains())
     full: set[int] = set()
-    for loss, index in order:
-        cost = classes[index].cost
+    for loss, index in knapsack.order:
+        if len(full) == len(counts):
+            break
+        cost = knapsack.classes[index].cost
         if index in full or cost > budget:
             full.add(index)
             price = -loss if price is None else price

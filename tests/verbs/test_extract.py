@@ -239,6 +239,39 @@ def test_a_budget_is_kept(make_base: Make, tmp_path: Path) -> None:
         loratool.extract(base, tuned, tmp_path / "no", max_size=500)
 
 
+def best_spread(changes: dict[str, torch.Tensor], budget: int) -> float:
+    """The least squared error that factors of so many bytes leave, by the gain for each byte."""
+    gains: list[tuple[float, float, int]] = []
+    for change in changes.values():
+        cost = 4 * sum(change.shape)
+        squares = torch.linalg.svdvals(change.double()).square().tolist()
+        gains += [(square / cost, square, cost) for square in squares]
+    lost = 0.0
+    for _, square, cost in sorted(gains, reverse=True):
+        part = min(1.0, budget / cost)  # of the first that does not fit, as much as does
+        budget -= round(part * cost)
+        lost += (1 - part) * square
+    return lost
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_a_budget_gets_the_best_spread(make_base: Make, tmp_path: Path, share: float) -> None:
+    """Also where single modules deserve far more ranks than others."""
+    sides = [(192, 192), (48, 192), (320, 192)]
+    changes = {
+        f"{number}.q_proj.weight": decaying(*sides[number % 3], 0.3 + 0.1 * (number // 3))
+        for number in range(12)
+    }
+    base, tuned = pair(make_base, changes)
+    budget = int(share * 4 * sum(min(c.shape) * sum(c.shape) for c in changes.values()))
+    report = loratool.extract(base, tuned, tmp_path / "out", max_size=budget)
+    weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert len(weights) <= budget
+    header = 8 + int.from_bytes(weights[:8], "little")
+    lost = math.fsum(module.squared_error for module in report.modules)
+    assert lost <= 1.002 * best_spread(changes, budget - header)
+
+
 def test_auto_stops_at_the_noise_of_rounding(make_base: Make, tmp_path: Path) -> None:
     delta = torch.randn(300, 7) @ torch.randn(7, 280) * 0.2
     base, tuned = pair(make_base, {"a.q_proj.weight": delta}, dtype=torch.bfloat16)

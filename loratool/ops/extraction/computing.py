@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loratool.values.expr import Array
 
 __all__ = [
+    "BUDGET_RANK",
     "Extracted",
     "LeadingPart",
     "ModuleResult",
@@ -43,7 +44,7 @@ __all__ = [
 FIRST_RANK: Final = 32
 """Where the search for a rank that depends on the spectrum begins."""
 BUDGET_RANK: Final = 128
-"""The most that a module may get of a budget, unless --rank says otherwise."""
+"""How many ranks of a module are computed for a budget before it is known to deserve more."""
 MARGIN: Final = 1.05
 """How far over the noise floor a singular value must be; of finite matrices it fluctuates."""
 COMPLETE: Final = 1e-12
@@ -107,6 +108,11 @@ class Extracted:
     def squared_norm(self) -> float:
         """``‖Δ‖_F²``, over all experts."""
         return math.fsum(part.squared_norm for part in self.parts)
+
+    @property
+    def computed(self) -> int:
+        """How many ranks are known."""
+        return max((part.up.shape[1] for part in self.parts), default=0)
 
     @property
     def profile(self) -> list[float]:
@@ -206,8 +212,16 @@ def change_of(base: StoredTensor, tuned: StoredTensor, files: InputFiles) -> flo
     return math.fsum(parts)
 
 
-def decompose(target: Target, settings: Settings, files: InputFiles) -> Extracted:
+def decompose(
+    target: Target, settings: Settings, files: InputFiles, budget_rank: int = BUDGET_RANK
+) -> Extracted:
     """Decompose the difference of one module.
+
+    Args:
+        target: The module.
+        settings: How.
+        files: Where to read.
+        budget_rank: How many ranks to compute where a budget will tell how many are kept.
 
     Raises:
         BaseModelError: It holds NaN or infinity.
@@ -215,7 +229,7 @@ def decompose(target: Target, settings: Settings, files: InputFiles) -> Extracte
     truncation = settings.truncation
     most = min(truncation.rank or target.smallest_side, target.smallest_side)
     if truncation.max_size is not None and truncation.rank is None:
-        most = min(most, BUDGET_RANK)
+        most = min(most, budget_rank)
     is_searched = settings.auto or truncation.rule is not None
     rank = min(most, FIRST_RANK) if is_searched else most
     parts: list[Leading] = []

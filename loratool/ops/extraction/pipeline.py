@@ -118,7 +118,6 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
         )
         items = [*pairing.leftovers, *pairing.saved]
         changes = leftover_changes(items, files, threads=how.threads)
-        files.check_unchanged()
         leftovers, carried = _settle(pairing, changes, draft.tuned.tensors, carry=how.carries)
         modules = {module.name: module for module in found if module.parts}
         if not modules and not carried:
@@ -134,6 +133,19 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
             modules=modules,
         )
         ranks = _ranks(draft, truncation)
+        while short := _cut_short(draft, truncation, ranks):
+            more = decompose_all(
+                pairing.targets,
+                how.settings,
+                files,
+                spool,
+                threads=how.threads,
+                progress=how.progress,
+                budget_ranks=short,
+            )
+            modules |= {module.name: module for module in more}
+            ranks = _ranks(draft, truncation)
+        files.check_unchanged()
         plan = draft.plan(ranks)
         inputs = [draft.base.path, draft.tuned.path]
         outcome = write_adapter(plan, output, inputs=inputs, force=how.force, threads=how.threads)
@@ -239,6 +251,23 @@ def _ranks(draft: Difference, truncation: Truncation) -> dict[str, int]:
         rank = truncation.fitted(modules[joint.name].rank)
         ranks[joint.rank_group] = max(ranks.get(joint.rank_group, 1), rank)
     return ranks
+
+
+def _cut_short(
+    draft: Difference, truncation: Truncation, ranks: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the modules that a budget gives all ranks that are known, and how many to look at.
+
+    Once none are left, the ranks are those that all singular values would lead to.
+    """
+    if truncation.max_size is None or truncation.rank is not None:
+        return {}
+    found: dict[str, int] = {}
+    for target, joint in zip(draft.targets, draft.joints, strict=True):
+        known = draft.modules[joint.name].computed
+        if target.smallest_side > known < ranks[joint.rank_group] + truncation.multiple:
+            found[joint.name] = 2 * known
+    return found
 
 
 def _notes(

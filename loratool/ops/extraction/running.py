@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from loratool.files.container import read_bytes
 from loratool.files.inputs import InputFiles
 from loratool.math.extraction import Leading
 from loratool.ops.extraction.computing import (
+    BUDGET_RANK,
     Extracted,
     Settings,
     change_of,
@@ -58,30 +59,46 @@ def decompose_all(
     *,
     threads: int | None,
     progress: Progress | None,
+    budget_ranks: Mapping[str, int] | None = None,
 ) -> list[Extracted]:
-    """Decompose every target; those that ``spool`` has already are read from there."""
+    """Decompose every target; those that ``spool`` has already are read from there.
+
+    Args:
+        targets: The modules.
+        settings: How.
+        files: Where to read.
+        spool: Where factors are kept, if they are.
+        threads: Number of modules in work at a time.
+        progress: Called with how much is done and how much there is.
+        budget_ranks: How many ranks to compute, by name; other targets are left out. By default
+            the first look at all that a budget takes.
+    """
 
     def one(item: tuple[int, Target]) -> Extracted:
         number, target = item
+        rank = (budget_ranks or {}).get(target.name, BUDGET_RANK)
         if spool is None:
-            return decompose(target, settings, files)
+            return decompose(target, settings, files, rank)
         path = spool / f"{number}.safetensors"
         if path.is_file():
             try:
-                return _load(target.name, path, settings)
+                known = _load(target.name, path, settings)
             except (SafetensorError, KeyError, ValueError, OSError):
                 path.unlink()  # a damaged file is computed again
-        found = decompose(target, settings, files)
+            else:
+                if budget_ranks is None or known.computed >= min(rank, target.smallest_side):
+                    return known
+        found = decompose(target, settings, files, rank)
         _save(path, found)
         return found
 
-    return in_parallel(
-        one,
-        list(enumerate(targets)),
-        threads=threads,
-        progress=progress,
-        sizes=[target.nbytes for target in targets],
-    )
+    numbered = [
+        (number, target)
+        for number, target in enumerate(targets)
+        if budget_ranks is None or target.name in budget_ranks
+    ]
+    sizes = [target.nbytes for _, target in numbered]
+    return in_parallel(one, numbered, threads=threads, progress=progress, sizes=sizes)
 
 
 def _save(path: Path, module: Extracted) -> None:
