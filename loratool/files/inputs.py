@@ -1,14 +1,16 @@
-"""Input files that stay open, and unchanged from the reading of their headers on."""
+"""Input files that are unchanged from the reading of their headers on."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
 from loratool.errors import FileFormatError
+from loratool.files.descriptors import Descriptors
 
 __all__ = ["InputFiles", "Stamp", "stamp_of"]
 
@@ -29,7 +31,7 @@ def stamp_of(file: int | Path) -> Stamp:
 
 
 class InputFiles:
-    """Open descriptors of the files that a run reads.
+    """The files that a run reads, each checked whenever it is opened or closed.
 
     Args:
         stamps: What the files were when their headers were read.
@@ -37,39 +39,57 @@ class InputFiles:
 
     def __init__(self, stamps: Mapping[Path, Stamp]) -> None:
         self._stamps = dict(stamps)
-        self._open: dict[Path, int] = {}
+        self._pinned: dict[Path, int] = {}
+        self._pins = ExitStack()
         self._lock = Lock()
+        self._descriptors = Descriptors(self._open, self._check)
+
+    def using(self, path: Path) -> AbstractContextManager[int]:
+        """Give a descriptor of ``path`` for a while; few are open at a time.
+
+        Raises:
+            FileFormatError: It cannot be opened any more, or is not the file that it was.
+        """
+        return self._descriptors.using(path)
 
     def descriptor(self, path: Path) -> int:
-        """Return a descriptor of ``path``, opened once.
+        """Return a descriptor of ``path`` that stays open until the end.
 
         Raises:
             FileFormatError: It cannot be opened any more, or is not the file that it was.
         """
         with self._lock:
-            if path not in self._open:
-                try:
-                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
-                self._open[path] = descriptor
-                self._check(path, descriptor)
-            return self._open[path]
+            if path not in self._pinned:
+                self._pinned[path] = self._pins.enter_context(self.using(path))
+            return self._pinned[path]
 
     def check_unchanged(self) -> None:
-        """Make sure that no file was written to or exchanged in the meantime.
+        """Make sure that no file was written to or exchanged since its header was read.
 
         Raises:
             FileFormatError: One was.
         """
-        for path, descriptor in self._open.items():
-            self._check(path, descriptor)
+        for path, stamp in self._stamps.items():
             try:
                 named = stamp_of(path)
             except OSError:
                 raise FileFormatError(path, "vanished while it was read") from None
-            if named != self._stamps[path]:
+            if named[:2] != stamp[:2]:
                 raise FileFormatError(path, "was exchanged while it was read")
+            if named != stamp:
+                raise FileFormatError(path, "was changed while it was read")
+
+    def _open(self, path: Path) -> int:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        try:
+            self._check(path, descriptor)
+        except FileFormatError:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def _check(self, path: Path, descriptor: int) -> None:
         stamp = stamp_of(descriptor)
@@ -78,6 +98,6 @@ class InputFiles:
 
     def close(self) -> None:
         """Close every descriptor."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        self._pins.close()
+        self._pinned.clear()
+        self._descriptors.close()

@@ -5,6 +5,8 @@ stored: ``(out, in)`` for a linear layer, ``(out, in · kernel)`` for a convolut
 for GPT-2's Conv1D, ``(vocabulary, dim)`` for an embedding, ``(experts · rows, columns)`` for
 fused experts. A delta changes any block of whole rows of it, given the original values of the
 same rows, so that no weight ever has to be in memory as a whole.
+
+Arrays are numpy's or PyTorch's, all of a delta's and of its blocks' of one library.
 """
 
 from __future__ import annotations
@@ -13,10 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from loratool.math.lowrank import LowRank
+from loratool.math.namespace import Array, array_namespace, double
+from loratool.math.products import Products, products_of
 
 __all__ = [
     "Additive",
@@ -33,7 +34,9 @@ __all__ = [
 class Delta(Protocol):
     """A change of one weight."""
 
-    def apply(self, block: Tensor, original: Tensor, start: int) -> None:
+    def apply(
+        self, block: Array, original: Array, start: int, products: Products | None = None
+    ) -> None:
         """Change ``block`` in place.
 
         Args:
@@ -41,6 +44,7 @@ class Delta(Protocol):
                 float64.
             original: The same rows before any change.
             start: Index of the first row.
+            products: The arithmetic, with the memory of the thread that calls.
         """
         ...
 
@@ -51,8 +55,10 @@ class Additive:
 
     delta: LowRank
 
-    def apply(self, block: Tensor, original: Tensor, start: int) -> None:
-        self.delta.add_to(block, start)
+    def apply(
+        self, block: Array, original: Array, start: int, products: Products | None = None
+    ) -> None:
+        _add(self.delta, block, start, products)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,9 @@ class Placed:
     first_row: int
     first_column: int
 
-    def apply(self, block: Tensor, original: Tensor, start: int) -> None:
+    def apply(
+        self, block: Array, original: Array, start: int, products: Products | None = None
+    ) -> None:
         rows, columns = self.delta.shape
         begin = max(start, self.first_row)
         end = min(start + block.shape[0], self.first_row + rows)
@@ -77,7 +85,7 @@ class Placed:
             region = block[
                 begin - start : end - start, self.first_column : self.first_column + columns
             ]
-            self.delta.add_to(region, begin - self.first_row)
+            _add(self.delta, region, begin - self.first_row, products)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,41 +106,58 @@ class WeightDecomposed:
     """
 
     delta: LowRank
-    magnitude: Tensor
-    norms: Tensor | None = None
+    magnitude: Array
+    norms: Array | None = None
     weight: float = 1.0
-    reference: Callable[[int, Tensor], Tensor] | None = None
+    reference: Callable[[int, Array], Array] | None = None
 
-    def apply(self, block: Tensor, original: Tensor, start: int) -> None:
-        moved = block.clone()
-        self.delta.add_to(moved, start)
+    def apply(
+        self, block: Array, original: Array, start: int, products: Products | None = None
+    ) -> None:
+        products = products or products_of(block)
+        xp = array_namespace(block)
+        moved = xp.asarray(block, copy=True)
+        _add(self.delta, moved, start, products)
         if self.norms is None:
-            reference = original.clone()
-            if self.reference is not None:
-                reference = self.reference(start, original).clone()
-            self.delta.add_to(reference, start)
-            norms = torch.linalg.vector_norm(reference, dim=1, dtype=torch.float64)
-            magnitude = self.magnitude[start : start + block.shape[0]]
-            factor = (magnitude.double() / norms).to(block.dtype).unsqueeze(1)
+            reference = original if self.reference is None else self.reference(start, original)
+            reference = xp.asarray(reference, copy=True)
+            _add(self.delta, reference, start, products)
+            magnitude = double(self.magnitude[start : start + block.shape[0]])
+            factor = xp.astype(magnitude / products.row_norms(reference), block.dtype)[:, None]
         else:
-            factor = (self.magnitude.double() / self.norms).to(block.dtype)
-        moved.mul_(factor)
-        _move(block, moved, self.weight)
+            factor = xp.astype(double(self.magnitude) / self.norms, block.dtype)
+        moved *= factor
+        if self.weight == 1:
+            block[...] = moved
+        else:
+            moved -= block
+            moved *= self.weight
+            block += moved
 
 
-def column_norms(blocks: Iterator[tuple[int, Tensor]], delta: LowRank, columns: int) -> Tensor:
+def column_norms(
+    blocks: Iterator[tuple[int, Array]],
+    delta: LowRank,
+    columns: int,
+    products: Products | None = None,
+) -> Array:
     """Return ``‖W + Δ‖`` of each column, ``(columns,)`` float64, from blocks of rows of W.
+
+    Sums run from block to block, so that they are the same whoever computes them.
 
     Args:
         blocks: Pairs of first row and rows, ``(rows, columns)``; they may be overwritten.
         delta: Of the whole matrix.
         columns: Its number of columns.
+        products: The arithmetic, with the memory of the thread that calls.
     """
-    squares = torch.zeros(columns, dtype=torch.float64, device=delta.up.device)
+    products = products or products_of(delta.up)
+    xp = array_namespace(delta.up)
+    squares = xp.zeros(columns, dtype=xp.float64, device=delta.up.device)
     for start, block in blocks:
-        delta.add_to(block, start)
-        squares += block.square().sum(dim=0, dtype=torch.float64)
-    return squares.sqrt_()
+        _add(delta, block, start, products)
+        squares += products.column_squares(block)
+    return xp.sqrt(squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +165,17 @@ class Offset:
     """``W += scale · values``: an additive bias, or any full difference.
 
     Attributes:
-        values: ``(rows, columns)``.
+        values: ``(rows, columns)``, of the dtype of the blocks.
         scale: A number.
     """
 
-    values: Tensor
+    values: Array
     scale: float
 
-    def apply(self, block: Tensor, original: Tensor, start: int) -> None:
-        rows = self.values[start : start + block.shape[0]].to(block.dtype)
-        block.add_(rows.mul(self.scale))
+    def apply(
+        self, block: Array, original: Array, start: int, products: Products | None = None
+    ) -> None:
+        block += self.values[start : start + block.shape[0]] * self.scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,35 +183,32 @@ class Interpolated:
     """``W += weight · (values - W₀)``: another weight in place of the original, or part of it.
 
     Attributes:
-        values: Returns rows ``start`` to ``start + count``, ``(count, columns)``.
+        values: Returns rows ``start`` to ``start + count``, ``(count, columns)``, in the dtype
+            of the blocks.
         weight: 1 replaces the weight, exactly where nothing else has changed it before.
-        only_if_different: The values are a copy of the original in a dtype of their own; keep
-            the original wherever it rounds to them.
+        rounded: Given where the values are a copy of the original in a dtype of their own:
+            rounds an array to that dtype. The original is kept wherever it rounds to the copy.
         base: Returns rows of ``W₀``, where something else has taken the place of the original.
     """
 
-    values: Callable[[int, int], Tensor]
+    values: Callable[[int, int], Array]
     weight: float
-    only_if_different: bool = False
-    base: Callable[[int, int], Tensor] | None = None
+    rounded: Callable[[Array], Array] | None = None
+    base: Callable[[int, int], Array] | None = None
 
-    def target(self, start: int, original: Tensor) -> Tensor:
+    def target(self, start: int, original: Array) -> Array:
         """Return the rows that a weight of 1 leads to, ``(rows, columns)``."""
-        stored = self.values(start, original.shape[0]).to(original.device)
-        rows = stored.to(original.dtype)
-        if self.only_if_different:
-            rows = torch.where(original.to(stored.dtype) == stored, original, rows)
+        rows = self.values(start, original.shape[0])
+        if self.rounded is not None:
+            rows = array_namespace(rows).where(self.rounded(original) == rows, original, rows)
         return rows
 
-    def apply(self, block: Tensor, original: Tensor, start: int) -> None:
-        base = original
-        if self.base is not None:
-            base = self.base(start, block.shape[0]).to(block)
+    def apply(
+        self, block: Array, original: Array, start: int, products: Products | None = None
+    ) -> None:
+        base = original if self.base is None else self.base(start, block.shape[0])
         rows = self.target(start, base)
-        if self.weight == 1 and torch.equal(block, base):
-            block.copy_(rows)
-        else:
-            block.add_(rows.sub(base).mul_(self.weight))
+        _move(block, base, rows, self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,28 +217,32 @@ class Rows:
 
     Attributes:
         indices: ``(k,)`` row numbers, in any order.
-        values: ``(k, columns)``.
+        values: ``(k, columns)``, of the dtype of the blocks.
         weight: 1 replaces the rows, exactly where nothing else has changed them before.
     """
 
     indices: tuple[int, ...]
-    values: Tensor
+    values: Array
     weight: float = 1.0
 
-    def apply(self, block: Tensor, original: Tensor, start: int) -> None:
+    def apply(
+        self, block: Array, original: Array, start: int, products: Products | None = None
+    ) -> None:
         for position, row in enumerate(self.indices):
             if start <= row < start + block.shape[0]:
-                target, before = block[row - start], original[row - start]
-                value = self.values[position].to(block.dtype)
-                if self.weight == 1 and torch.equal(target, before):
-                    target.copy_(value)
-                else:
-                    target.add_(value.sub(before).mul_(self.weight))
+                before = original[row - start]
+                _move(block[row - start], before, self.values[position], self.weight)
 
 
-def _move(block: Tensor, target: Tensor, weight: float) -> None:
-    """Move ``block`` by ``weight`` of the way to ``target``, in place."""
-    if weight == 1:
-        block.copy_(target)
+def _add(delta: LowRank, block: Array, start: int, products: Products | None) -> None:
+    """Add rows ``start`` onwards of a delta to as many rows of a block, in place."""
+    up = delta.up[start : start + block.shape[0]]
+    (products or products_of(block)).add_product(block, up, delta.down, delta.scale)
+
+
+def _move(block: Array, before: Array, target: Array, weight: float) -> None:
+    """Add ``weight · (target - before)`` to ``block``, in place; all of it exactly if it can."""
+    if weight == 1 and bool((block == before).all()):
+        block[...] = target
     else:
-        block.add_(target.sub(block).mul_(weight))
+        block += (target - before) * weight

@@ -7,34 +7,30 @@ original weight. PEFT computes them in float32; float64 adds no error of its own
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from loratool.math.namespace import Array, array_namespace
 
 __all__ = ["kasa_residual", "olora_residual", "pissa_residual"]
 
 
-def pissa_residual(weight: Tensor, rank: int) -> Tensor:
+def pissa_residual(weight: Array, rank: int) -> Array:
     """Return ``W`` less its ``rank`` leading singular components (PiSSA, arXiv 2404.02948).
 
     Args:
         weight: ``(m, n)``, float64.
         rank: How many components the adapter took over.
     """
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    residual: Tensor = weight - (U[:, :rank] * S[:rank]) @ Vh[:rank]
-    return residual
+    U, S, Vh = array_namespace(weight).linalg.svd(weight, full_matrices=False)
+    return weight - (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
 
-def kasa_residual(weight: Tensor, rank: int) -> Tensor:
+def kasa_residual(weight: Array, rank: int) -> Array:
     """Return ``W`` less its ``rank`` trailing singular components (KaSA, arXiv 2412.06071)."""
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    U, S, Vh = array_namespace(weight).linalg.svd(weight, full_matrices=False)
     kept = S.shape[0] - rank
-    residual: Tensor = (U[:, :kept] * S[:kept]) @ Vh[:kept]
-    return residual
+    return (U[:, :kept] * S[:kept]) @ Vh[:kept]
 
 
-def olora_residual(weight: Tensor, rank: int, scale: float) -> Tensor:
+def olora_residual(weight: Array, rank: int, scale: float) -> Array:
     """Return ``W - scale · Q_r R_r`` from its QR decomposition (OLoRA, arXiv 2406.01775)."""
-    Q, R = torch.linalg.qr(weight)
-    residual: Tensor = weight - scale * (Q[:, :rank] @ R[:rank])
-    return residual
+    Q, R = array_namespace(weight).linalg.qr(weight)
+    return weight - scale * (Q[:, :rank] @ R[:rank])

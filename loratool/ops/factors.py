@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.shapes import width_of
 from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
 from loratool.math.lowrank import LowRank
+from loratool.math.namespace import Array
+from loratool.ops.blocks import Arithmetic
 from loratool.ops.merging.mergeable import check_plain
-from loratool.ops.tensors import Arithmetic, read_tensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["expert_delta", "read_factors", "site_deltas"]
 
@@ -23,8 +21,8 @@ def read_factors(
     site: Site,
     kind: Arithmetic,
     width: int | None = None,
-    edit: Callable[[StoredTensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    edit: Callable[[StoredTensor, Array], Array] | None = None,
+) -> tuple[Array, Array]:
     """Read A as ``(r, in)`` and B as ``(out, r)``, with what lies between them in A.
 
     Args:
@@ -35,29 +33,35 @@ def read_factors(
     """
     assert site.down is not None and site.up is not None
 
-    def read(stored: StoredTensor) -> Tensor:
-        values = read_tensor(stored, kind)
+    def read(stored: StoredTensor) -> Array:
+        values = kind.read(stored)
         return values if edit is None else edit(stored, values)
 
-    down = read(site.down).flatten(1)
-    up = read(site.up).flatten(1)
+    down, up = _matrix(read(site.down)), _matrix(read(site.up))
     for slot in (Slot.SINGULAR, Slot.DIAGONAL):
         if slot in site.slots:
             down = down * read(site.slots[slot]).reshape(-1, 1)
     if site.enabled:
-        up = _unstacked(up, site.enabled)
+        up = _unstacked(up, site.enabled, kind)
     if site.variant == "bdlora":
         if width is not None:
-            down = _expand_blocks(down, width)
-        up = _expand_blocks(up, down.shape[0])
+            down = _expand_blocks(down, width, kind)
+        up = _expand_blocks(up, down.shape[0], kind)
     if site.variant == "qalora" and width is not None and down.shape[1] != width:
         # PEFT feeds A the mean of each group of inputs, times the number of groups.
         group = width // down.shape[1]
-        down = down.repeat_interleave(group, dim=1) * (down.shape[1] / group)
+        factor = down.shape[1] / group
+        spread = kind.zeros(*down.shape, group) + down[:, :, None]
+        down = spread.reshape(down.shape[0], -1) * factor
     return down, up
 
 
-def expert_delta(down: Tensor, up: Tensor, expert: int, experts: int, scale: float) -> LowRank:
+def _matrix(factor: Array) -> Array:
+    """Return a factor with its kernel flattened into the columns."""
+    return factor.reshape(factor.shape[0], math.prod(factor.shape[1:]))
+
+
+def expert_delta(down: Array, up: Array, expert: int, experts: int, scale: float) -> LowRank:
     """Return one expert's delta: A stacks experts along its rows, B interleaves its columns."""
     rank = down.shape[0] // experts
     return LowRank(
@@ -71,7 +75,7 @@ def site_deltas(
     site: Site,
     adapter: Adapter,
     kind: Arithmetic,
-    edit: Callable[[StoredTensor, Tensor], Tensor] | None = None,
+    edit: Callable[[StoredTensor, Array], Array] | None = None,
 ) -> list[LowRank]:
     """Return the deltas of a site, ``(out, in)`` with its scale: one, or one for each expert.
 
@@ -86,11 +90,11 @@ def site_deltas(
     return [expert_delta(down, up, expert, site.experts, scale) for expert in range(site.experts)]
 
 
-def _unstacked(up: Tensor, enabled: Sequence[bool]) -> Tensor:
+def _unstacked(up: Array, enabled: Sequence[bool], kind: Arithmetic) -> Array:
     """Return the B ``(out, r · n)`` that stacked factors of a merged projection stand for."""
     rank, count = up.shape[1], sum(enabled)
     height = up.shape[0] // count
-    whole = up.new_zeros(height * len(enabled), rank * count)
+    whole = kind.zeros(height * len(enabled), rank * count)
     places = [place for place, is_enabled in enumerate(enabled) if is_enabled]
     for index, place in enumerate(places):
         rows = slice(place * height, (place + 1) * height)
@@ -99,13 +103,13 @@ def _unstacked(up: Tensor, enabled: Sequence[bool]) -> Tensor:
     return whole
 
 
-def _expand_blocks(factor: Tensor, columns: int) -> Tensor:
+def _expand_blocks(factor: Array, columns: int, kind: Arithmetic) -> Array:
     """Return the block-diagonal matrix that a compact BD-LoRA factor stands for."""
     count = columns // factor.shape[1]
     if count == 1:
         return factor
     rows, width = factor.shape[0] // count, factor.shape[1]
-    expanded = factor.new_zeros(factor.shape[0], columns)
+    expanded = kind.zeros(factor.shape[0], columns)
     for index in range(count):
         part = slice(index * rows, (index + 1) * rows)
         expanded[part, index * width : (index + 1) * width] = factor[part]

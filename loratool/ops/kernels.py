@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
-
-import torch
-from torch import Tensor
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
 from loratool.errors import MergeError
 from loratool.files.inputs import InputFiles
+from loratool.files.rows import RowBytes
 from loratool.files.spec import StoredTensor
 from loratool.math.deltas import (
     Additive,
@@ -26,7 +25,10 @@ from loratool.math.deltas import (
     column_norms,
 )
 from loratool.math.lowrank import LowRank, stack
+from loratool.math.namespace import Array
 from loratool.math.principal import kasa_residual, olora_residual, pissa_residual
+from loratool.math.products import Products, spaced
+from loratool.ops.blocks import Arithmetic, arithmetic_on
 from loratool.ops.factors import expert_delta, read_factors
 from loratool.ops.plan import (
     AddBias,
@@ -39,7 +41,6 @@ from loratool.ops.plan import (
     SetRows,
     Step,
 )
-from loratool.ops.tensors import Arithmetic, RowReader, read_tensor, torch_dtype
 
 __all__ = ["BLOCK_ELEMENTS", "Kernel", "compile_step", "load_delta"]
 
@@ -54,8 +55,8 @@ class Kernel:
     Attributes:
         rows: Rows of the matrix.
         width: Its columns.
-        kind: In what, and where, it is computed.
-        output: The dtype of the result.
+        is_double: Whether it is computed in float64.
+        output: The dtype of the result, as a header calls it.
         reader: Reads the source.
         deltas: What changes it, in order.
         is_empty: Whether all of the deltas are exactly zero.
@@ -63,11 +64,16 @@ class Kernel:
 
     rows: int
     width: int
-    kind: Arithmetic
-    output: torch.dtype
-    reader: RowReader
+    is_double: bool
+    output: str
+    reader: RowBytes
     deltas: tuple[Delta, ...]
     is_empty: bool
+
+    @property
+    def is_move(self) -> bool:
+        """Whether the bytes only go elsewhere, as with a tensor that is not contiguous."""
+        return not self.deltas and self.reader.dtype == self.output
 
     @property
     def needs_original(self) -> bool:
@@ -87,16 +93,22 @@ class Kernel:
         return -(-self.rows // self.block_rows)
 
 
-def compile_step(step: Step, files: InputFiles, device: torch.device) -> Kernel:
+def compile_step(step: Step, files: InputFiles, device: str, products: Products) -> Kernel:
     """Load the small tensors that ``step`` needs and return its arithmetic.
+
+    Args:
+        step: What to compute.
+        files: Where descriptors come from.
+        device: Where to compute, as ``--device`` says it.
+        products: The arithmetic of the thread that calls.
 
     Raises:
         MergeError: Two adapters see the weight as matrices of different shapes.
     """
     width = _width(step)
     dtypes = (step.spec.dtype, step.source.spec.dtype)
-    kind = Arithmetic(torch.float64 if "F64" in dtypes else torch.float32, device)
-    matrix = _Matrix(step, files, width, kind)
+    kind = arithmetic_on(device, is_double="F64" in dtypes)
+    matrix = _Matrix(step, files, width, kind, products)
     deltas: list[Delta] = []
     plain: list[LowRank] = []
     nonzero = False
@@ -108,7 +120,7 @@ def compile_step(step: Step, files: InputFiles, device: torch.device) -> Kernel:
             plain.append(delta)
             continue
         if plain:
-            deltas.append(Additive(stack(plain)))
+            deltas.append(Additive(_stacked(plain)))
             plain.clear()
         for made in _deltas(edit, matrix, taken):
             nonzero |= not isinstance(made, Placed) or not _is_zero(made.delta)
@@ -116,12 +128,12 @@ def compile_step(step: Step, files: InputFiles, device: torch.device) -> Kernel:
         last = deltas[-1]
         taken = last if isinstance(last, Interpolated) else None
     if plain:
-        deltas.append(Additive(stack(plain)))
+        deltas.append(Additive(_stacked(plain)))
     return Kernel(
         rows=matrix.rows,
         width=width,
-        kind=kind,
-        output=torch_dtype(step.spec.dtype),
+        is_double="F64" in dtypes,
+        output=step.spec.dtype,
         reader=matrix.reader,
         deltas=tuple(deltas),
         is_empty=not nonzero,
@@ -131,25 +143,27 @@ def compile_step(step: Step, files: InputFiles, device: torch.device) -> Kernel:
 class _Matrix:
     """The weight of a step as a matrix, and how to read rows of it and of its like."""
 
-    def __init__(self, step: Step, files: InputFiles, width: int, kind: Arithmetic) -> None:
+    def __init__(
+        self, step: Step, files: InputFiles, width: int, kind: Arithmetic, products: Products
+    ) -> None:
         self.step = step
         self.files = files
         self.width = width
         self.kind = kind
+        self.products = products
         self.rows = step.spec.elements // width if width else 0
-        self.reader = RowReader(step.source, width, files)
+        self.reader = RowBytes(step.source, width, files)
 
-    def like(self, stored: StoredTensor) -> RowReader:
-        """Return a reader of another tensor of the same shape."""
-        return RowReader(stored, self.width, self.files)
+    def like(self, stored: StoredTensor) -> Callable[[int, int], Array]:
+        """Return what reads rows of another tensor of the same shape."""
+        return partial(self.kind.rows, RowBytes(stored, self.width, self.files))
 
-    def blocks(self, taken: Interpolated | None) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self, taken: Interpolated | None) -> Iterator[tuple[int, Array]]:
         """Yield first row and rows of ``W₀`` from top to bottom; they may be overwritten."""
         count = max(1, BLOCK_ELEMENTS // max(1, self.width))
         for start in range(0, self.rows, count):
-            block = self.reader.rows(start, min(count, self.rows - start))
-            block = block.to(self.kind.device, self.kind.dtype, copy=True)
-            yield start, block if taken is None else taken.target(start, block).clone()
+            block = self.kind.rows(self.reader, start, min(count, self.rows - start))
+            yield start, block if taken is None else taken.target(start, block)
 
 
 def _width(step: Step) -> int:
@@ -164,6 +178,12 @@ def _width(step: Step) -> int:
 
 def _covers(region: Region, rows: int, width: int) -> bool:
     return (region.rows, region.columns, region.experts) == (rows, width, 1)
+
+
+def _stacked(terms: list[LowRank]) -> LowRank:
+    """Return the sum of ``terms``, its factors as they are multiplied fastest."""
+    total = stack(terms)
+    return LowRank(total.up, spaced(total.down), total.scale)
 
 
 def _is_zero(delta: LowRank) -> bool:
@@ -182,17 +202,18 @@ def _deltas(edit: Edit, matrix: _Matrix, taken: Interpolated | None) -> Iterator
         case Blend():
             replaced = matrix.step.base not in (None, matrix.step.source)
             base = matrix.step.base if replaced else None
+            rounded = partial(kind.rounded, dtype=edit.tensor.spec.dtype)
             yield Interpolated(
-                matrix.like(edit.tensor).rows,
+                matrix.like(edit.tensor),
                 edit.weight,
-                only_if_different=edit.only_if_different,
-                base=matrix.like(base).rows if base is not None else None,
+                rounded=rounded if edit.only_if_different else None,
+                base=matrix.like(base) if base is not None else None,
             )
         case SetRows():
-            values = read_tensor(edit.tensor, kind)
+            values = kind.read(edit.tensor)
             yield Rows(edit.indices, values.reshape(len(edit.indices), -1), edit.weight)
         case AddBias():
-            values = read_tensor(edit.tensor, kind)
+            values = kind.read(edit.tensor)
             yield Offset(values.reshape(-1, matrix.width), edit.scale)
 
 
@@ -217,7 +238,7 @@ def load_delta(site: Site, region: Region, scale: float, kind: Arithmetic) -> Lo
     return delta.mT if region.transposed else delta
 
 
-def _expert(down: Tensor, up: Tensor, expert: int, region: Region, scale: float) -> LowRank:
+def _expert(down: Array, up: Array, expert: int, region: Region, scale: float) -> LowRank:
     """Return one expert's delta, oriented as the region stores it, or the part of it there."""
     delta = expert_delta(down, up, expert, region.experts, scale)
     if region.transposed:
@@ -229,7 +250,7 @@ def _expert(down: Tensor, up: Tensor, expert: int, region: Region, scale: float)
     return delta
 
 
-def _factors(site: Site, region: Region, kind: Arithmetic) -> tuple[Tensor, Tensor]:
+def _factors(site: Site, region: Region, kind: Arithmetic) -> tuple[Array, Array]:
     down, up = read_factors(site, kind, region.columns)
     if site.variant == "bdlora" and (up.shape[0], down.shape[1]) != (region.rows, region.columns):
         raise MergeError(site.label, "has block-diagonal factors of an unknown form")
@@ -238,7 +259,7 @@ def _factors(site: Site, region: Region, kind: Arithmetic) -> tuple[Tensor, Tens
 
 def _decompose(edit: Decompose, matrix: _Matrix, taken: Interpolated | None) -> WeightDecomposed:
     delta = load_delta(edit.site, edit.region, edit.scale, matrix.kind)
-    magnitude = read_tensor(edit.site.slots[Slot.MAGNITUDE], matrix.kind).flatten()
+    magnitude = matrix.kind.read(edit.site.slots[Slot.MAGNITUDE]).reshape(-1)
     expected = matrix.width if edit.region.transposed else matrix.rows
     if magnitude.shape[0] != expected:
         raise MergeError(
@@ -246,14 +267,14 @@ def _decompose(edit: Decompose, matrix: _Matrix, taken: Interpolated | None) -> 
         )
     norms = None
     if edit.region.transposed:
-        norms = column_norms(matrix.blocks(taken), delta, matrix.width)
+        norms = column_norms(matrix.blocks(taken), delta, matrix.width, matrix.products)
     reference = taken.target if taken is not None else None
     return WeightDecomposed(delta, magnitude, norms, edit.weight, reference)
 
 
-def _residual(edit: Residual, matrix: _Matrix) -> Callable[[int, int], Tensor]:
+def _residual(edit: Residual, matrix: _Matrix) -> Callable[[int, int], Array]:
     """Return the base weight as PEFT leaves it on loading, but not rounded in between."""
-    weight = matrix.reader.rows(0, matrix.rows).to(matrix.kind.device, torch.float64)
+    weight = matrix.kind.double().rows(matrix.reader, 0, matrix.rows)
     match edit.kind:
         case "pissa":
             values = pissa_residual(weight, edit.rank)
@@ -261,4 +282,4 @@ def _residual(edit: Residual, matrix: _Matrix) -> Callable[[int, int], Tensor]:
             values = kasa_residual(weight, edit.rank)
         case _:
             values = olora_residual(weight, edit.rank, edit.scale)
-    return lambda start, count: values[start : start + count]
+    return lambda start, count: matrix.kind.converted(values[start : start + count])

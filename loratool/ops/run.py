@@ -1,7 +1,7 @@
 """The only loop that moves tensor data.
 
 A plan becomes units of work: ranges of bytes to copy, and tensors to compute. Copies come first,
-so that they run while torch is still being imported; then the worker threads take the tensors
+so that they run while the arithmetic is still being imported; then the worker threads take the tensors
 apart into blocks of rows that fit the cache. Where the result goes is a sink's business: files
 when a plan is carried out, a comparison when it is verified.
 """
@@ -12,12 +12,12 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
 from loratool.errors import MergeError
+from loratool.files.descriptors import Descriptors
 from loratool.files.inputs import InputFiles
 from loratool.files.transfer import clone_file, copy_range, write_all
 from loratool.ops.lanes import ByteRange, Lane, Lanes, TensorInWork
@@ -92,26 +92,24 @@ def write_plan(
     """
     for sidecar in plan.sidecars:
         write_sidecar(sidecar, place)
-    with ExitStack() as stack:
-        outputs: list[int] = []
-        for file in plan.files:
-            path = place / file.name if plan.is_folder else place
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            stack.callback(os.close, descriptor)
-            outputs.append(descriptor)
-            os.ftruncate(descriptor, file.size)
-            write_all(descriptor, memoryview(file.header), 0)
+    paths = tuple(place / file.name if plan.is_folder else place for file in plan.files)
+    for path, file in zip(paths, plan.files, strict=True):
+        _begin(path, file)
+    outputs = Descriptors(lambda path: os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    try:
         result = run_plan(
             plan,
-            _FileSink(outputs),
+            _FileSink(paths, outputs),
             allow_nonfinite=allow_nonfinite,
             device=device,
             threads=threads,
             progress=progress,
         )
-        if sync:
-            for descriptor in outputs:
+        for path in paths if sync else ():
+            with outputs.using(path) as descriptor:
                 os.fsync(descriptor)
+    finally:
+        outputs.close()
     if result.is_empty and not any(step.added or step.replaced for step in plan.steps()):
         raise MergeError(
             ", ".join(str(adapter.path) for adapter, _ in plan.adapters),
@@ -121,31 +119,45 @@ def write_plan(
     return result
 
 
+def _begin(path: Path, file: OutputFile) -> None:
+    """Create an output file as long as it will be, its header in it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        os.ftruncate(descriptor, file.size)
+        write_all(descriptor, memoryview(file.header), 0)
+    finally:
+        os.close(descriptor)
+
+
 class _FileSink:
     """Writes to files that are already as long as they will be."""
 
     joins = True
 
-    def __init__(self, outputs: list[int]) -> None:
+    def __init__(self, paths: tuple[Path, ...], outputs: Descriptors) -> None:
+        self.paths = paths
         self.outputs = outputs
 
     def copy(self, piece: ByteRange, files: InputFiles) -> None:
-        source = files.descriptor(piece.source)
-        copy_range(
-            source,
-            self.outputs[piece.file],
-            piece.source_offset,
-            piece.offset,
-            piece.size,
-            path=piece.source,
-        )
+        with (
+            files.using(piece.source) as source,
+            self.outputs.using(self.paths[piece.file]) as target,
+        ):
+            copy_range(
+                source, target, piece.source_offset, piece.offset, piece.size, path=piece.source
+            )
 
     def write(self, tensor: TensorInWork, position: int, data: memoryview) -> None:
-        write_all(self.outputs[tensor.file], data, tensor.offset + position)
+        with self.outputs.using(self.paths[tensor.file]) as target:
+            write_all(target, data, tensor.offset + position)
 
     def clone(self, file: int, original: Path, files: InputFiles) -> bool:
         """Share the extents of a whole file, where the file system can."""
-        return clone_file(files.descriptor(original), self.outputs[file])
+        with (
+            files.using(original) as source,
+            self.outputs.using(self.paths[file]) as target,
+        ):
+            return clone_file(source, target)
 
 
 def run_plan(
@@ -164,15 +176,14 @@ def run_plan(
     """
     files = InputFiles(plan.stamps)
     try:
-        for path in plan.stamps:
-            files.descriptor(path)
+        files.check_unchanged()
         lanes = Lanes([_lane(file, i, sink, files) for i, file in enumerate(plan.files)])
         run = Run(lanes, sink, files, allow_nonfinite=allow_nonfinite, device=device)
         run.start(threads or min(MAX_THREADS, len(os.sched_getaffinity(0))), progress)
         files.check_unchanged()
     finally:
         files.close()
-    return run.result
+    return run.result()
 
 
 def _lane(file: OutputFile, number: int, sink: Sink, files: InputFiles) -> Lane:
@@ -232,8 +243,10 @@ class Run:
         self.files = files
         self.allow_nonfinite = allow_nonfinite
         self.device = device
-        self.result = RunResult()
         self.done = 0
+        self.is_empty = True
+        self._kept: list[float] = []
+        self._total: list[float] = []
         self.failure: BaseException | None = None
         self.stopped = False
         self.lock = threading.Lock()
@@ -278,7 +291,27 @@ class Run:
             with self.lock:
                 self.failure = self.failure or error
 
-    def count(self, size: int) -> None:
-        """Note that ``size`` bytes of output are done."""
+    def count(
+        self, size: int, sums: tuple[float, float] = (0.0, 0.0), *, is_empty: bool = True
+    ) -> None:
+        """Note that ``size`` bytes of output are done.
+
+        Args:
+            size: How many.
+            sums: ``⟨W' - W, Δ⟩`` and ``‖Δ‖²`` of them, where these were measured.
+            is_empty: Whether nothing but zeros was added to them.
+        """
         with self.lock:
             self.done += size
+            self.is_empty &= is_empty
+            if sums[1]:
+                self._kept.append(sums[0])
+                self._total.append(sums[1])
+
+    def result(self) -> RunResult:
+        """Return what was measured; the same, whichever thread came first."""
+        try:
+            kept, total = math.fsum(self._kept), math.fsum(self._total)
+        except (OverflowError, ValueError):  # infinite numbers that were allowed
+            kept = total = math.inf
+        return RunResult(kept, total, self.is_empty)

@@ -1,4 +1,4 @@
-"""Read stored tensors as torch tensors, whole or by blocks of rows."""
+"""Stored tensors as torch tensors, whole or by blocks of rows, and blocks computed by torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import InputFiles
+from loratool.files.rows import RowBytes
 from loratool.files.spec import StoredTensor
-from loratool.files.transfer import read_into
+from loratool.math.products import TorchProducts
 
-__all__ = ["Arithmetic", "RowReader", "read_tensor", "resolve_device", "torch_dtype"]
+__all__ = [
+    "Arithmetic",
+    "RowReader",
+    "TorchBench",
+    "read_tensor",
+    "resolve_device",
+    "torch_dtype",
+]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -33,6 +41,73 @@ class Arithmetic:
 
     dtype: torch.dtype
     device: torch.device
+
+    def read(self, stored: StoredTensor) -> Tensor:
+        """Return a whole tensor as numbers."""
+        return read_tensor(stored, self)
+
+    def rows(self, reader: RowBytes, start: int, count: int) -> Tensor:
+        """Return rows of a stored tensor as numbers, ``(count, width)``."""
+        values = torch.frombuffer(reader.read(start, count), dtype=torch_dtype(reader.dtype))
+        return values.view(count, reader.width).to(self.device, self.dtype, copy=True)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Return zeros."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def rounded(self, values: Tensor, dtype: str) -> Tensor:
+        """Return values rounded to ``dtype``, in their own."""
+        return values.to(torch_dtype(dtype)).to(values.dtype)
+
+    def converted(self, values: Tensor) -> Tensor:
+        """Return values in this dtype."""
+        return values.to(self.dtype)
+
+    def double(self) -> Arithmetic:
+        """Return the same in float64."""
+        return Arithmetic(torch.float64, self.device)
+
+
+class TorchBench:
+    """Memory of one thread, and blocks on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.set_num_threads(1)
+        self.products = TorchProducts()
+        self.device = device
+        self._input = bytearray()
+        self._result = torch.empty(0)
+
+    def input(self, size: int) -> memoryview:
+        """Return memory to read bytes into."""
+        if len(self._input) < size:
+            self._input = bytearray(size)
+        return memoryview(self._input)
+
+    def load(
+        self, data: memoryview, dtype: str, shape: tuple[int, int], *, is_double: bool = False
+    ) -> Tensor:
+        """Return stored numbers as a block that may be changed."""
+        values = torch.frombuffer(data, dtype=torch_dtype(dtype)).view(shape)
+        kind = torch.float64 if is_double else torch.float32
+        return values.to(self.device, kind, copy=True)
+
+    def kept(self, block: Tensor) -> Tensor:
+        """Return a copy."""
+        return block.clone()
+
+    def store(self, block: Tensor, dtype: str) -> tuple[memoryview, bool]:
+        """Round a block once; return its bytes, and whether all numbers were finite."""
+        self._result = block.to(torch_dtype(dtype))
+        is_finite = not self._result.is_floating_point() or bool(self._result.isfinite().all())
+        flat = self._result.cpu().contiguous().view(-1).view(torch.uint8)
+        return flat.numpy().data, is_finite
+
+    def surviving(self, block: Tensor, original: Tensor, dtype: str) -> tuple[float, float]:
+        """Return ``⟨W' - W, Δ⟩`` and ``‖Δ‖²`` of the block that was stored last."""
+        change = block.sub_(original).flatten()
+        kept = self._result.to(original.dtype).sub(original).flatten()
+        return float(kept.dot(change)), float(change.dot(change))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -79,22 +154,11 @@ class RowReader:
         self.stored = stored
         self.width = width
         self.dtype = torch_dtype(stored.spec.dtype)
-        self._whole = read_bytes(stored) if stored.strides is not None else None
-        self._descriptor = files.descriptor(stored.path)
-
-    def read(self, start: int, rows: int, buffer: memoryview) -> Tensor:
-        """Return rows ``start`` to ``start + rows``, ``(rows, width)``, backed by ``buffer``."""
-        count = rows * self.width
-        size = count * self.dtype.itemsize
-        view = buffer[:size]
-        offset = start * self.width * self.dtype.itemsize
-        if self._whole is not None:
-            view[:] = self._whole[offset : offset + size]
-        else:
-            read_into(self._descriptor, view, self.stored.offset + offset, path=self.stored.path)
-        return torch.frombuffer(view, dtype=self.dtype, count=count).view(rows, self.width)
+        self._bytes = RowBytes(stored, width, files)
 
     def rows(self, start: int, rows: int) -> Tensor:
-        """Return the same in a buffer of its own."""
-        buffer = memoryview(bytearray(rows * self.width * self.dtype.itemsize))
-        return self.read(start, rows, buffer)
+        """Return rows ``start`` to ``start + rows``, ``(rows, width)``, in a buffer of its own."""
+        view = self._bytes.read(start, rows)
+        if view.readonly:
+            view = memoryview(bytearray(view))
+        return torch.frombuffer(view, dtype=self.dtype).view(rows, self.width)
