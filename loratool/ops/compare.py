@@ -17,8 +17,9 @@ from loratool.math.ranks import numerical_rank
 from loratool.math.similarity import overlap, subspace_similarity
 from loratool.ops.algebra.computing import values_of
 from loratool.ops.algebra.joining import Joint, join
-from loratool.ops.deltas import site_deltas
 from loratool.ops.devices import mover_to
+from loratool.ops.factors import site_deltas
+from loratool.ops.host import DOUBLE
 from loratool.ops.merging.mergeable import site_problems
 from loratool.ops.opening import open_adapter
 from loratool.plan.threads import in_parallel
@@ -200,7 +201,7 @@ def _products(
         index = next(i for i, adapter in enumerate(adapters) if adapter is term.adapter)
         by_adapter[index] = [
             LowRank(mover(delta.up), mover(delta.down), delta.scale)
-            for delta in site_deltas(term.site, term.adapter)
+            for delta in site_deltas(term.site, term.adapter, DOUBLE)
         ]
     count = len(adapters)
     gram = [[0.0] * count for _ in range(count)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from loratool.files.rows import RowBytes
 from loratool.files.spec import StoredTensor
 from loratool.math.products import NumpyProducts
 
-__all__ = ["HostArithmetic", "HostBench"]
+__all__ = ["DOUBLE", "HostArithmetic", "HostBench"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,10 @@ class HostArithmetic:
     def double(self) -> HostArithmetic:
         """Return the same in float64."""
         return HostArithmetic("float64")
+
+
+DOUBLE: Final = HostArithmetic("float64")
+"""What factors are computed with on the processor."""
 
 
 class HostBench:

@@ -18,7 +18,6 @@ from loratool.errors import AdapterError, BaseModelError, OptionError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.container import open_weights
 from loratool.names.tied import architectures, tie_flag
-from loratool.ops.importing import import_torch
 from loratool.ops.opening import open_adapter
 from loratool.schemes import builtin_schemes
 
@@ -187,7 +186,6 @@ def inspect(
         adapter = open_adapter(place, adapter_name=adapter_name)
         found: tuple[Spectrum, ...] = ()
         if spectrum:
-            import_torch()
             from loratool.ops.spectrum import spectra
 
             found = spectra(adapter, threads=threads, progress=progress)

@@ -11,6 +11,8 @@ from loratool.adapter.scheme import ScaleRule
 from loratool.adapter.shapes import width_of
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
+from loratool.ops.factors import read_factors
+from loratool.ops.host import DOUBLE
 from loratool.ops.merging.mergeable import site_problems
 from loratool.schemes import scheme_named
 from loratool.values.expr import Expr, Function, Placed, Result, Stored, widest
@@ -124,14 +126,7 @@ def _expanded(part: Part, site: Site, width: int) -> Part:
     dtype = widest([part.down.dtype, part.up.dtype])
 
     def factors(*_: Array) -> tuple[Array, ...]:
-        import torch
-
-        from loratool.ops.factors import read_factors
-        from loratool.ops.tensors import Arithmetic
-
-        kind = Arithmetic(torch.float64, torch.device("cpu"))
-        down, up = read_factors(site, kind, width)
-        return down.numpy(), up.numpy()
+        return read_factors(site, DOUBLE, width)
 
     rank = part.down.shape[0]
     both = Function(f"{site.variant} written out", tuple(site.slots.values()), factors)

@@ -18,7 +18,8 @@ from loratool.math.lowrank import LowRank
 from loratool.math.namespace import array_namespace, beside, double, on_host, padded
 from loratool.math.randomness import generator_for
 from loratool.ops.algebra.joining import Joint
-from loratool.ops.deltas import site_deltas
+from loratool.ops.factors import site_deltas
+from loratool.ops.host import DOUBLE
 from loratool.values.arrays import Rounded, decode
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def load_terms(joint: Joint, method: Method | None = None) -> list[list[LowRank]
     mover = method.mover if method is not None else on_processor
     by_term = []
     for term in joint.terms:
-        deltas = site_deltas(term.site, term.adapter)
+        deltas = site_deltas(term.site, term.adapter, DOUBLE)
         for delta in deltas:
             if not (np.isfinite(delta.up).all() and np.isfinite(delta.down).all()):
                 raise AdapterError(

@@ -21,7 +21,8 @@ from loratool.ops.algebra.combining import input_notes
 from loratool.ops.algebra.computing import Spectrum
 from loratool.ops.algebra.joining import Joint
 from loratool.ops.algebra.sidecars import carried_files
-from loratool.ops.deltas import site_deltas
+from loratool.ops.factors import site_deltas
+from loratool.ops.host import DOUBLE
 from loratool.plan.adapter import AdapterPlan, Output
 from loratool.plan.history import History, Source
 from loratool.plan.threads import in_parallel
@@ -241,8 +242,8 @@ def rounding_of(changes: Sequence[Change], plan: AdapterPlan, threads: int | Non
         def rounded(stored: StoredTensor, values: Array) -> Array:
             return Rounded.of(scaled(stored, values), dtypes[stored.spec.name]).values
 
-        exact = site_deltas(term.site, term.adapter, scaled)
-        written = site_deltas(term.site, term.adapter, rounded)
+        exact = site_deltas(term.site, term.adapter, DOUBLE, scaled)
+        written = site_deltas(term.site, term.adapter, DOUBLE, rounded)
         errors, totals = [], []
         for true, made in zip(exact, written, strict=True):
             lost = LowRank(
