@@ -17,6 +17,7 @@ from loratool.math.products import NumpyProducts
 __all__ = ["DOUBLE", "HostArithmetic", "HostBench"]
 
 
+
 @dataclass(frozen=True, slots=True)
 class HostArithmetic:
     """numpy arrays of one dtype."""
