@@ -17,7 +17,6 @@ from loratool.math.products import NumpyProducts
 __all__ = ["DOUBLE", "HostArithmetic", "HostBench"]
 
 
-
 @dataclass(frozen=True, slots=True)
 class HostArithmetic:
     """numpy arrays of one dtype."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import lora
+from samples import lora
 
 import loratool
 from loratool.codecs import numbers

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, lora
 from safetensors.torch import load_file
+from samples import FIXTURES, lora
 
 Make = Callable[..., Path]
 UNWANTED = ("torch", "array_api_compat", "numpy.f2py", "numpy.testing")
