@@ -31,6 +31,8 @@ COMMANDS: Final = (
     "schemes",
 )
 FAILURE: Final = 2
+BLAS_THREADS: Final = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+"""How the BLAS libraries that numpy comes with are told; PyTorch on a processor has another."""
 LONGEST_MESSAGE: Final = 2000
 
 
@@ -78,6 +80,8 @@ def main(args: list[str] | None = None) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     _open_missing_streams()
+    for variable in BLAS_THREADS:  # our threads each call it; to be set before numpy is loaded
+        os.environ.setdefault(variable, "1")
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
     status = _run([argument for argument in arguments if argument != "--debug"], debug=debug)

@@ -68,5 +68,5 @@ def command(
             progress=progress,
         )
     return render.report_findings(
-        findings, as_json=as_json, clean="every tensor is what it should be, bit for bit"
+        findings, as_json=as_json, clean="every tensor is what it should be"
     )

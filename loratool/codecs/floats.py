@@ -12,7 +12,15 @@ from typing import Any, Final
 import numpy as np
 
 from loratool.codecs.minifloat import Minifloat
-from loratool.codecs.number import Array, Codes, Number, are_finite, rounded_to_odd
+from loratool.codecs.number import (
+    LARGE,
+    Array,
+    Codes,
+    Number,
+    are_finite,
+    are_surely_below,
+    rounded_to_odd,
+)
 from loratool.codecs.scratch import Scratch
 
 __all__ = ["NUMBERS"]
@@ -61,6 +69,8 @@ class _Bfloat16:
         np.add(rounded, bits, out=rounded)
         np.right_shift(rounded, np.uint32(16), out=rounded)
         np.copyto(out, rounded, casting="unsafe")
+        if are_surely_below(single, LARGE):
+            return True
         # From here on rounding leads to infinity; the largest NaNs would wrap around.
         positive = bits.view(np.int32).max() < 0x7F7F8000
         if positive and bits.max() < 0xFF7F8000:

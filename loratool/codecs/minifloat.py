@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loratool.codecs.number import Array, Codes, rounded_to_odd
+from loratool.codecs.number import Array, Codes, are_surely_below, rounded_to_odd
 from loratool.codecs.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -72,8 +72,10 @@ class Minifloat:
         np.multiply(rounded, np.float32(2.0 ** (self.bias - BIAS)), out=rounded)
         codes = rounded.view(np.uint32)
         limit = self.largest << shift
-        in_range = bool(codes.view(np.int32).max() <= limit)
-        in_range = in_range and bool(codes.max() <= (limit | 1 << 31))
+        in_range = are_surely_below(single, 2.0 ** ((self.largest >> self.mantissa) - self.bias))
+        if not in_range:
+            in_range = bool(codes.view(np.int32).max() <= limit)
+            in_range = in_range and bool(codes.max() <= (limit | 1 << 31))
         sign = spacing
         np.right_shift(bits, np.uint32(32 - self.width), out=sign)
         np.bitwise_and(sign, np.uint32(1 << (self.width - 1)), out=sign)

@@ -172,17 +172,13 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError(index, "has no 'weight_map'")
+    known: set[str] = set()
     for name, file in weight_map.items():
-        is_plain = isinstance(file, str) and Path(file).name == file and len(file) < 256
-        if not is_plain or "\0" in file or file in ("", ".", ".."):
-            raise FileFormatError(
-                index,
-                f"sends tensor {reprlib.repr(name)} to {reprlib.repr(file)}: expected the plain "
-                "name of a file beside it",
-            )
-        if Path(file).suffix.lower() not in WEIGHT_SUFFIXES:
-            raise FileFormatError(index, f"sends tensor {name!r} to {file!r}, not a weights file")
-    names = sorted(set(weight_map.values()))
+        if isinstance(file, str) and file in known:
+            continue
+        _check_shard_name(index, name, file)
+        known.add(file)
+    names = sorted(known)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise BaseModelError(
@@ -192,7 +188,9 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
         )
     shards = tuple(open_weights(folder / name) for name in names)
     _check_unique(folder, shards)
-    present = {name: shard.path.name for shard in shards for name in shard.tensors}
+    present: dict[str, str] = {}
+    for shard in shards:
+        present.update(dict.fromkeys(shard.tensors, shard.path.name))
     for name, file in weight_map.items():
         if present.get(name) != file:
             found = f"it is in {present[name]!r}" if name in present else "it is not there"
@@ -206,6 +204,18 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
     return Checkpoint(folder, shards, index, (*notes, *_other(shards)))
 
 
+def _check_shard_name(index: Path, name: str, file: Any) -> None:
+    is_plain = isinstance(file, str) and Path(file).name == file and len(file) < 256
+    if not is_plain or "\0" in file or file in ("", ".", ".."):
+        raise FileFormatError(
+            index,
+            f"sends tensor {reprlib.repr(name)} to {reprlib.repr(file)}: expected the plain "
+            "name of a file beside it",
+        )
+    if Path(file).suffix.lower() not in WEIGHT_SUFFIXES:
+        raise FileFormatError(index, f"sends tensor {name!r} to {file!r}, not a weights file")
+
+
 def _other(shards: tuple[WeightsFile, ...]) -> tuple[str, ...]:
     """Return notes on what pickled shards hold beside tensors."""
     pickled = (shard for shard in shards if isinstance(shard, TorchPickle))
@@ -215,9 +225,10 @@ def _other(shards: tuple[WeightsFile, ...]) -> tuple[str, ...]:
 def _check_unique(folder: Path, shards: tuple[WeightsFile, ...]) -> None:
     seen: dict[str, str] = {}
     for shard in shards:
+        file = shard.path.name
         for name in shard.tensors:
             if name in seen:
                 raise BaseModelError(
-                    folder, f"tensor {name!r} is both in {seen[name]!r} and {shard.path.name!r}"
+                    folder, f"tensor {name!r} is both in {seen[name]!r} and {file!r}"
                 )
-            seen[name] = shard.path.name
+            seen[name] = file

@@ -174,40 +174,43 @@ def _check_tensors(
     return {spec.name: StoredTensor(spec, path, data_start + begin) for begin, _, spec in placed}
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MAX_SIZE
+def _are_sizes(values: list[Any]) -> bool:
+    for value in values:  # noqa: SIM110 - a generator takes twice as long
+        if type(value) is not int or not 0 <= value < MAX_SIZE:
+            return False
+    return True
 
 
 def _check_field(path: Path, name: str, field: Any) -> tuple[TensorSpec, int, int]:
-    where = f"header: tensor {reprlib.repr(name)}"
+    def wrong(what: str) -> FileFormatError:
+        return FileFormatError(path, f"header: tensor {reprlib.repr(name)} {what}")
+
     if not isinstance(field, dict):
-        raise FileFormatError(path, f"{where} is described by {type(field).__name__}")
+        raise wrong(f"is described by {type(field).__name__}")
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise FileFormatError(path, f"{where} has a name that is no text") from None
-    dtype, shape, offsets = (field.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise FileFormatError(path, f"{where} has the unknown dtype {reprlib.repr(dtype)}")
+        raise wrong("has a name that is no text") from None
+    dtype, shape, offsets = field.get("dtype"), field.get("shape"), field.get("data_offsets")
+    kind = DTYPES.get(dtype) if isinstance(dtype, str) else None
+    if kind is None:
+        raise wrong(f"has the unknown dtype {reprlib.repr(dtype)}")
     if (
         not isinstance(shape, list)
         or len(shape) > MAX_DIMENSIONS
-        or not all(_is_size(size) for size in shape)
+        or not _are_sizes(shape)
         or math.prod(shape) >= MAX_SIZE
     ):
-        raise FileFormatError(path, f"{where} has the impossible shape {reprlib.repr(shape)}")
+        raise wrong(f"has the impossible shape {reprlib.repr(shape)}")
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
-        or not all(_is_size(offset) for offset in offsets)
+        or not _are_sizes(offsets)
         or offsets[0] > offsets[1]
     ):
-        raise FileFormatError(path, f"{where} has the impossible offsets {reprlib.repr(offsets)}")
-    bits = math.prod(shape) * DTYPES[dtype].bits
-    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
-        raise FileFormatError(
-            path,
-            f"{where} has {offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes "
-            f"{-(-bits // 8)}",
-        )
-    return TensorSpec(name, dtype, tuple(shape)), offsets[0], offsets[1]
+        raise wrong(f"has the impossible offsets {reprlib.repr(offsets)}")
+    begin, end = offsets
+    bits = math.prod(shape) * kind.bits
+    if bits != 8 * (end - begin):
+        raise wrong(f"has {end - begin} bytes, but {dtype} {shape} takes {-(-bits // 8)}")
+    return TensorSpec(name, kind.name, tuple(shape)), begin, end

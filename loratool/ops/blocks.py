@@ -42,13 +42,12 @@ class Arithmetic(Protocol):
 
 
 class Bench(Protocol):
-    """What one thread computes blocks with: memory that it keeps, and its arithmetic.
+    """What one thread computes blocks with: memory that it keeps, and its arithmetic."""
 
-    Attributes:
-        products: Adds products.
-    """
-
-    products: Products
+    @property
+    def products(self) -> Products:
+        """What adds products."""
+        ...
 
     def load(
         self, data: memoryview, dtype: str, shape: tuple[int, int], *, is_double: bool = False

@@ -1,9 +1,9 @@
 """The only loop that moves tensor data.
 
-A plan becomes units of work: ranges of bytes to copy, and tensors to compute. Copies come first,
-so that they run while the arithmetic is still being imported; then the worker threads take the tensors
-apart into blocks of rows that fit the cache. Where the result goes is a sink's business: files
-when a plan is carried out, a comparison when it is verified.
+A plan becomes units of work: ranges of bytes to copy, and tensors to compute. Copies come first;
+then the worker threads take the tensors apart into blocks of rows that fit the cache. Where the
+result goes is a sink's business: files when a plan is carried out, a comparison when it is
+verified.
 """
 
 from __future__ import annotations
@@ -176,7 +176,9 @@ def run_plan(
     """
     files = InputFiles(plan.stamps)
     try:
-        files.check_unchanged()
+        for path in plan.stamps:
+            with files.using(path):
+                pass  # before any work is done: it is still what was planned with
         lanes = Lanes([_lane(file, i, sink, files) for i, file in enumerate(plan.files)])
         run = Run(lanes, sink, files, allow_nonfinite=allow_nonfinite, device=device)
         run.start(threads or min(MAX_THREADS, len(os.sched_getaffinity(0))), progress)
@@ -291,22 +293,21 @@ class Run:
             with self.lock:
                 self.failure = self.failure or error
 
-    def count(
-        self, size: int, sums: tuple[float, float] = (0.0, 0.0), *, is_empty: bool = True
-    ) -> None:
-        """Note that ``size`` bytes of output are done.
-
-        Args:
-            size: How many.
-            sums: ``⟨W' - W, Δ⟩`` and ``‖Δ‖²`` of them, where these were measured.
-            is_empty: Whether nothing but zeros was added to them.
-        """
+    def count(self, size: int) -> None:
+        """Note that ``size`` bytes of output are done."""
         with self.lock:
             self.done += size
+
+    def note(self, kept: float, total: float, *, is_empty: bool) -> None:
+        """Note ``⟨W' - W, Δ⟩`` and ``‖Δ‖²`` of a block, zero where they were not measured.
+
+        ``is_empty`` says whether nothing but zeros was added to its tensor.
+        """
+        with self.lock:
             self.is_empty &= is_empty
-            if sums[1]:
-                self._kept.append(sums[0])
-                self._total.append(sums[1])
+            if total:
+                self._kept.append(kept)
+                self._total.append(total)
 
     def result(self) -> RunResult:
         """Return what was measured; the same, whichever thread came first."""

@@ -2,7 +2,7 @@
 
 The merge is planned again, every tensor is computed again block by block, and compared with the
 file instead of being written. A model that another tool has merged passes too, if it holds the
-same values but for the last bit.
+same values but for the last bit: other libraries add up in another order.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from loratool.ops.run import run_plan
 __all__ = ["verify"]
 
 AnyPath = str | PathLike[str]
+COMPARED_BYTES: Final = 1 << 20
+"""What differs is looked at in parts of this size, which bounds the memory."""
 CONFIG_KEYS: Final = ("tie_word_embeddings", "vocab_size", "num_hidden_layers", "dtype")
 
 
@@ -64,7 +66,8 @@ def verify(
         progress: Called with bytes done and bytes in all.
 
     Returns:
-        Findings, errors first; none means that every tensor is bit for bit what it should be.
+        Findings, errors first; none means that every tensor is what it should be: the bytes
+            of this library on this kind of processor.
 
     Raises:
         LoratoolError: Base or adapters cannot be read, or the merge is not possible.
@@ -168,6 +171,31 @@ class _Difference:
     is_copy: bool = False
 
 
+def _differing(
+    dtype: str, expected: memoryview, actual: memoryview, before: memoryview | None
+) -> tuple[int, int, float]:
+    """Compare stored numbers: how many differ, how many by more than rounding, and how far."""
+    import numpy as np
+
+    from loratool.codecs import numbers
+    from loratool.math.closeness import differing
+    from loratool.math.precision import Precision
+
+    kind = DTYPES[dtype]
+    if not kind.is_float or kind.bits < 8:
+        words = np.dtype(f"V{kind.bits // 8}") if kind.bits > 8 else np.dtype(np.uint8)
+        count = int(
+            np.count_nonzero(np.frombuffer(expected, words) != np.frombuffer(actual, words))
+        )
+        return count, count, float(count > 0)
+    shape = (len(expected) * 8 // kind.bits,)
+    wanted, found, old = (
+        None if data is None else numbers.decode(data, dtype, shape)
+        for data in (expected, actual, before)
+    )
+    return differing(wanted, found, old, precision=Precision(kind.eps, kind.smallest))
+
+
 @dataclass
 class _CompareSink:
     """Compares instead of writing."""
@@ -186,7 +214,8 @@ class _CompareSink:
         if actual is None:
             return
         expected = memoryview(bytearray(piece.size))
-        read_into(files.descriptor(piece.source), expected, piece.source_offset, path=piece.source)
+        with files.using(piece.source) as descriptor:
+            read_into(descriptor, expected, piece.source_offset, path=piece.source)
         if expected != actual:
             self._note(piece.step, expected, actual, None, is_copy=True)
 
@@ -216,9 +245,8 @@ class _CompareSink:
         if stored.strides is not None:
             return memoryview(read_bytes(stored))[position : position + size]
         view = memoryview(bytearray(size))
-        read_into(
-            self.files.descriptor(stored.path), view, stored.offset + position, path=stored.path
-        )
+        with self.files.using(stored.path) as descriptor:
+            read_into(descriptor, view, stored.offset + position, path=stored.path)
         return view
 
     def _note(
@@ -230,23 +258,20 @@ class _CompareSink:
         *,
         is_copy: bool,
     ) -> None:
-        import torch
-
-        from loratool.math.closeness import differing
-        from loratool.ops.tensors import torch_dtype
-
-        dtype = torch_dtype(step.spec.dtype)
-        elements, far, largest = differing(
-            torch.frombuffer(expected, dtype=dtype),
-            torch.frombuffer(actual, dtype=dtype),
-            None if before is None else torch.frombuffer(before, dtype=dtype),
-        )
-        with self.lock:
-            difference = self.differences[step.spec.name]
-            difference.elements += elements
-            difference.far += far
-            difference.largest = max(difference.largest, largest)
-            difference.is_copy = is_copy
+        for start in range(0, len(expected), COMPARED_BYTES):
+            part = slice(start, start + COMPARED_BYTES)
+            elements, far, largest = _differing(
+                step.spec.dtype,
+                expected[part],
+                actual[part],
+                None if before is None else before[part],
+            )
+            with self.lock:
+                difference = self.differences[step.spec.name]
+                difference.elements += elements
+                difference.far += far
+                difference.largest = max(difference.largest, largest)
+                difference.is_copy = is_copy
 
     def findings(self) -> Iterator[Finding]:
         """Yield one finding for every tensor that differs."""

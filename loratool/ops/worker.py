@@ -25,8 +25,9 @@ def work(run: Run) -> None:
     """Take blocks from ``run`` until there are none."""
     with single_threaded_blas(), np.errstate(all="ignore"):
         bench = bench_on(run.device)
-        compiled = lambda step: compile_step(step, run.files, run.device, bench.products)  # noqa: E731
-        for tensor, index in run.lanes.blocks(compiled):
+        for tensor, index in run.lanes.blocks(
+            lambda step: compile_step(step, run.files, run.device, bench.products)
+        ):
             if run.stopped:
                 return
             kernel = tensor.kernel
@@ -44,7 +45,8 @@ def work(run: Run) -> None:
             )
             row_bytes = kernel.width * DTYPES[kernel.output].bits // 8
             run.sink.write(tensor, start * row_bytes, data)
-            run.count(len(data), sums, is_empty=kernel.is_empty)
+            run.count(len(data))
+            run.note(*sums, is_empty=kernel.is_empty)
 
 
 def _stride(kernel: Kernel) -> int:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 MERGES = [case for case in manifest() if case["expect"] == "merge"]
 REFUSALS = [case for case in manifest() if case["expect"] == "refuse"]
 LOGITS = [case for case in MERGES if case["peft_logits"]]
-BIT_EXACT = (
+SAME_SUMS = (
     "lora-linear",
     "lora-float-alpha",
     "rslora",
@@ -77,12 +77,24 @@ def test_every_merge_verifies(case: Case, tmp_path: Path) -> None:
     assert findings == ()
 
 
-@pytest.mark.parametrize("name", BIT_EXACT)
-def test_linear_merge_equals_pefts_bit_for_bit(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SAME_SUMS)
+def test_linear_merge_equals_pefts_but_for_the_order_of_sums(name: str, tmp_path: Path) -> None:
+    """At most one element in 100,000 differs, by one unit in the last place."""
     case = next(case for case in manifest() if case["case"] == name)
     merge(case, tmp_path / "out")
     merged = read_all(tmp_path / "out")
     expected = load_peft(case, torch.bfloat16).merge_and_unload().state_dict()
     assert set(merged) == set(expected)
+    different = 0
     for key, value in expected.items():
-        assert torch.equal(merged[key], value), key
+        # Bits in the order of the numbers, zeros together.
+        ours, theirs = (ordered(tensor) for tensor in (merged[key], value))
+        assert int((ours - theirs).abs().max()) <= 1, key
+        different += int((ours != theirs).sum())
+    assert different <= 1e-5 * sum(value.numel() for value in expected.values()) + 1
+
+
+def ordered(values: torch.Tensor) -> torch.Tensor:
+    """Return integers that count the bfloat16 numbers from zero."""
+    bits = values.contiguous().view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)

@@ -110,7 +110,11 @@ def test_copies_in_a_narrower_dtype_do_not_cost_precision() -> None:
     copy = weight.bfloat16()
     copy[3, 4] = 9.0
     blended = by_blocks(
-        Interpolated(lambda start, count: copy[start : start + count], 1.0, only_if_different=True),
+        Interpolated(
+            lambda start, count: copy[start : start + count].float(),
+            1.0,
+            rounded=lambda values: values.bfloat16().float(),
+        ),
         weight,
         5,
     )
