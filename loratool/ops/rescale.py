@@ -78,6 +78,7 @@ class RescaleReport:
             ],
             "bytes_written" if self.is_written else "bytes_to_write": self.plan.nbytes,
             "tensors": len(self.plan.specs),
+            "files": self.plan.described_files(),
             "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
             "notes": list(self.notes),
         }

@@ -19,7 +19,7 @@ from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.torch_zip import TorchLayout, lay_out
 from loratool.plan.history import History
 from loratool.plan.sidecar import Sidecar
-from loratool.values.expr import Constant, Expr, Stored, Together, sources, togethers
+from loratool.values.expr import Expr, Stored, Together, sources, togethers
 
 __all__ = ["AdapterPlan", "ModuleOutput", "Output"]
 
@@ -53,11 +53,19 @@ class ModuleOutput:
         part: What its tensors are made of.
         specs: What they are called and stored as.
         is_transposed: Whether A is stored as ``(in, r)`` and B as ``(r, out)``.
+        alpha: Its alpha, where that is a tensor.
     """
 
     part: Part
     specs: Mapping[Slot, TensorSpec]
     is_transposed: bool = False
+    alpha: Output | None = None
+
+    def all_specs(self) -> Iterator[TensorSpec]:
+        """Yield what its tensors are called and stored as, alpha included."""
+        yield from self.specs.values()
+        if self.alpha is not None:
+            yield self.alpha.spec
 
     def outputs(self) -> Iterator[tuple[Slot, Output]]:
         """Yield its tensors by role."""
@@ -92,7 +100,7 @@ class AdapterPlan:
 
     Attributes:
         parts: The modules.
-        carried: Tensors that are no deltas, alphas among them.
+        carried: Tensors that are no deltas.
         measured: What is computed for its report alone.
         metadata: Of the weights file, but for its history.
         history: How it came to be, for the metadata; ``None`` where that is not recorded.
@@ -130,7 +138,7 @@ class AdapterPlan:
     @cached_property
     def specs(self) -> tuple[TensorSpec, ...]:
         """All tensors in the order of their data."""
-        modules = (spec for item in self.parts for spec in item.specs.values())
+        modules = (spec for item in self.parts for spec in item.all_specs())
         return tuple(canonical_order([*modules, *(item.spec for item in self.carried)]))
 
     @cached_property
@@ -215,9 +223,8 @@ class AdapterPlan:
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """Names of the tensors that are neither deltas nor their alphas."""
-        found = (c for c in self.carried if not isinstance(c.value, Constant))
-        return tuple(output.spec.name for output in found)
+        """Names of the tensors that are no deltas."""
+        return tuple(output.spec.name for output in self.carried)
 
     def changes(self) -> list[tuple[str, int]]:
         """Return how modules differ from what was stored, and how many each is true of."""

@@ -189,6 +189,8 @@ def _write_all(
         if item.is_moved:
             for _, output in item.outputs():
                 writer.take(output)
+        if item.alpha is not None:
+            writer.take(item.alpha)
     for output in plan.carried:
         writer.take(output)
     work = [item for item in plan.parts if not item.is_moved]

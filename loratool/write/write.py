@@ -57,19 +57,18 @@ def write(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterP
             item.part,
             part_specs(item.name, item.part, scheme, name, options.dtype),
             scheme.is_transposed,
+            alpha_output(item.name, item.part, scheme, rule),
         )
         for item in names
     ]
-    alphas = [alpha_output(item.name, item.part, scheme, rule) for item in names]
     written = [item.part for item in names]
-    extras = placed_extras(
+    carried = placed_extras(
         new.extras.items,
         scheme,
         {part.module for part in written},
         has_config=has_config,
         dtype=options.dtype,
     )
-    carried = [*(alpha for alpha in alphas if alpha is not None), *extras]
     _check_unique(modules, carried)
     config = None
     if has_config:
@@ -78,7 +77,7 @@ def write(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterP
     is_torch = _is_torch_file(options.output, scheme)
     metadata: dict[str, str] = {}
     if not is_torch:
-        metadata = {**new.metadata, **_own_metadata(new, scheme, names, extras, named, options)}
+        metadata = {**new.metadata, **_own_metadata(new, scheme, names, carried, named, options)}
     sidecars, left = _files(new, options.output)
     notes = [
         *new.notes,
@@ -207,7 +206,7 @@ def _own_metadata(
 def _check_unique(modules: Sequence[ModuleOutput], carried: Sequence[Output]) -> None:
     names = Counter(
         [
-            *(spec.name for item in modules for spec in item.specs.values()),
+            *(spec.name for item in modules for spec in item.all_specs()),
             *(output.spec.name for output in carried),
         ]
     )

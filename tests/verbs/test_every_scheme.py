@@ -29,10 +29,6 @@ def known(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.xfail(strict=True, reason=reason)
 
 
-def marked(names: list[str], wrong: set[str], reason: str) -> list[object]:
-    return [pytest.param(n, marks=known(reason) if n in wrong else ()) for n in names]
-
-
 def shapes_for(scheme: str) -> dict[str, tuple[int, int]]:
     """Small modules that the scheme can name."""
     if scheme in PLAIN:
@@ -71,10 +67,8 @@ def adapter_in(tmp_path: Path, scheme: str, name: str = "a", rank: int = 8) -> P
 
 # The budget is counted for PEFT's file ----------------------------------------------------------
 
-BUDGET = "--max-size counts the bytes of an intermediate in PEFT's names, not of what is written"
 
-
-@pytest.mark.parametrize("scheme", marked(SCHEMES, {"comfy", "kohya", "mlx", "prefixed"}, BUDGET))
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("verb", ["truncate", "compose"])
 def test_the_budget_is_that_of_the_file(verb: str, scheme: str, tmp_path: Path) -> None:
     adapter = adapter_in(tmp_path, scheme)
@@ -95,8 +89,6 @@ def test_the_budget_is_that_of_the_file(verb: str, scheme: str, tmp_path: Path) 
 
 # The dry run of an extraction is PEFT's ---------------------------------------------------------
 
-DRY = "extract --to S --dry-run plans PEFT's file"
-
 
 def models(
     make_base: Callable[..., Path], shapes: Mapping[str, tuple[int, ...]]
@@ -106,9 +98,7 @@ def models(
     return make_base(before, name="base"), make_base(after, name="tuned")
 
 
-@pytest.mark.parametrize(
-    "scheme", marked(SCHEMES, set(SCHEMES) - {"peft", "module-path", "loralib"}, DRY)
-)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_dry_extraction_is_the_real_one(
     scheme: str, make_base: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -128,7 +118,6 @@ def test_a_dry_extraction_is_the_real_one(
         assert list(sizes.values()) == [out.stat().st_size]
 
 
-@known(DRY)
 def test_a_dry_extraction_refuses_what_the_real_one_does(
     make_base: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -143,14 +132,7 @@ def test_a_dry_extraction_refuses_what_the_real_one_does(
 # One adapter, two names of its modules ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "source",
-    marked(
-        [name for name in SCHEMES if name not in PLAIN],
-        set(SCHEMES),
-        "compose keeps the component before PEFT's paths, convert leaves it out",
-    ),
-)
+@pytest.mark.parametrize("source", [name for name in SCHEMES if name not in PLAIN])
 def test_compose_and_convert_name_modules_alike(source: str, tmp_path: Path) -> None:
     adapter = adapter_in(tmp_path, source)
     loratool.convert(adapter, "peft", tmp_path / "converted")

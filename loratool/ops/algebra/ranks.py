@@ -252,7 +252,8 @@ def within_budget(
         excess = plan_for(chosen, keep=True).nbytes - budget
         if excess <= 0:
             return chosen
-        room -= excess  # what the metadata says of these ranks is longer
+        # What the metadata says of these ranks is longer, or the header's padding.
+        room = min(room, size_of(ranks)) - excess
     tried = range(min(len(groups), TRIED)) if not is_whole else ()
     least = min(
         (size_of([step if place == one else 0 for place in range(len(groups))]) for one in tried),

@@ -11,6 +11,7 @@ from typing import Final
 from loratool.errors import LoratoolError
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import TensorSpec
+from loratool.files.torch_zip import lay_out
 from loratool.plan.adapter import AdapterPlan, ModuleOutput
 
 __all__ = ["FileSize"]
@@ -26,17 +27,25 @@ class _Tensor:
     """One tensor of the file.
 
     Attributes:
+        name: Its name.
+        dtype: What a header calls its elements.
         text: Length of its entry in the header, without its numbers.
         width: Bytes of an element.
         shape: Its sizes; one that depends on ranks as what a rank of each member adds.
         members: Indices of the rank groups that it depends on; none for one that is always there.
     """
 
+    name: str
+    dtype: str
     text: int
     width: float
     shape: tuple[int | float, ...]
     depends: tuple[bool, ...]
     members: tuple[int, ...]
+
+    def is_present(self, ranks: Sequence[int]) -> bool:
+        """Whether a module that it belongs to gets any rank."""
+        return not self.members or any(ranks[member] for member in self.members)
 
     def sizes(self, ranks: Sequence[int]) -> tuple[int, ...]:
         total = sum(ranks[member] for member in self.members)
@@ -68,13 +77,13 @@ class FileSize:
         members = {
             spec.name: _members(item, group_of, place)
             for item in one.parts
-            for spec in item.specs.values()
+            for spec in item.all_specs()
         }
         larger = {spec.name: spec for spec in two.specs}
         self._tensors = [
             _tensor(spec, larger[spec.name], members.get(spec.name, ())) for spec in one.specs
         ]
-        self._is_torch = one.is_torch
+        self._is_torch, self._stem = one.is_torch, one.stem
         self._fixed = 0
         _, entries = self._lengths([1] * len(groups))
         self._fixed = len(one.header.rstrip(b" ")) - entries
@@ -97,9 +106,11 @@ class FileSize:
 
     def __call__(self, ranks: Sequence[int]) -> int:
         """Return the bytes of the file, within what the metadata says of ranks."""
-        data, header = self._lengths(ranks)
         if self._is_torch:
-            return data
+            present = (t for t in self._tensors if t.is_present(ranks))
+            specs = [TensorSpec(t.name, t.dtype, t.sizes(ranks)) for t in present]
+            return lay_out(specs, self._stem).size
+        data, header = self._lengths(ranks)
         header += self._fixed
         return data + header + -header % ALIGNMENT
 
@@ -107,7 +118,7 @@ class FileSize:
         """Return the bytes of all tensors, and of their entries in the header."""
         offset = header = 0
         for tensor in self._tensors:
-            if tensor.members and not any(ranks[member] for member in tensor.members):
+            if not tensor.is_present(ranks):
                 continue
             sizes = tensor.sizes(ranks)
             end = offset + round(tensor.width * math.prod(sizes))
@@ -126,7 +137,9 @@ def _tensor(one: TensorSpec, two: TensorSpec, members: tuple[int, ...]) -> _Tens
     )
     text = len(json.dumps(one.name, ensure_ascii=False).encode()) + len(one.dtype) + len(ENTRY)
     commas = max(0, len(shape) - 1)
-    return _Tensor(text + commas, DTYPES[one.dtype].bits / 8, shape, depends, members)
+    return _Tensor(
+        one.name, one.dtype, text + commas, DTYPES[one.dtype].bits / 8, shape, depends, members
+    )
 
 
 def _members(
