@@ -166,6 +166,8 @@ def every_pair(
         for verb in verbs:
             reason = known(scheme, verb)
             marks = [pytest.mark.xfail(strict=False, reason=reason)] if reason else []
+            if scheme == "cloneofsimo":  # hundreds of modules, for it takes no fewer
+                marks.append(pytest.mark.slow)
             found.append(pytest.param(scheme, verb, marks=marks, id=f"{scheme}-{verb}"))
     return pytest.mark.parametrize(("scheme", "verb"), found)
 
@@ -196,7 +198,7 @@ def test_a_budget_is_that_of_the_file(
     most = 10**9
     perform(verb, scheme, given, whole, max_size=most)
     full = weights_of(whole).stat().st_size
-    for share in (0.6, 0.8, 0.97):
+    for share in (0.65, 0.95):
         budget = int(share * full)
         output = place(tmp_path, scheme, f"within-{share}")
         try:
@@ -242,6 +244,7 @@ def test_what_is_written_and_read_is_written_alike(
         assert configs[0] == configs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_same_input_gives_the_same_bytes(
     scheme: str, inputs: Callable[[str], Inputs], tmp_path: Path
