@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Sequence
 from typing import Final
 
@@ -105,6 +106,8 @@ def _common(values: Sequence[str]) -> str:
 
 
 def _number(value: float) -> str:
+    """Return an alpha as its tensor holds it, in float32."""
+    (value,) = struct.unpack("<f", struct.pack("<f", value))
     return f"{value:.12g}"
 
 

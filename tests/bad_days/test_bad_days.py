@@ -124,6 +124,7 @@ def test_a_living_run_is_not_disturbed_by_a_second_one(
     assert loratool.verify(tmp_path / "out", base=base, adapters=[adapter]) == ()
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_the_middle_of_writing(large: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = large
     code = (

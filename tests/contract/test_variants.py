@@ -127,19 +127,7 @@ def test_its_factors_are_its_dense_form(variant: str, tmp_path: Path) -> None:
         assert np.linalg.norm(factors - dense) <= CLOSE * np.linalg.norm(dense)
 
 
-CARRIED: Final = "the shared projections of a VeRA are carried along, which merge refuses"
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(strict=False, reason=CARRIED) if name == "vera" else (),
-        )
-        for name in EXACT
-    ],
-)
+@pytest.mark.parametrize("variant", EXACT)
 def test_its_factors_merge_as_its_dense_form(variant: str, tmp_path: Path) -> None:
     made, wanted = with_base(sample(variant, "F64"))
     base, adapter = made.write_base(tmp_path), made.write(tmp_path)

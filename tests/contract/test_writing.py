@@ -13,7 +13,7 @@ from safetensors import safe_open
 from samples import SCHEMES, place, stable_diffusion
 
 import loratool
-from loratool.errors import AdapterError, UnsupportedError
+from loratool.errors import LoratoolError, UnsupportedError
 
 WIDTH: Final = 8
 LINEAR: Final = {
@@ -153,9 +153,13 @@ def _twice(folder: Path, scheme: str) -> list[Path]:
 
 def every_pair(verbs: tuple[str, ...]) -> pytest.MarkDecorator:
     """Run a test for every scheme and verb."""
-    pairs = [(scheme, verb) for scheme in SCHEMES for verb in verbs]
-    names = [f"{scheme}-{verb}" for scheme, verb in pairs]
-    return pytest.mark.parametrize(("scheme", "verb"), pairs, ids=names)
+    found = []
+    for scheme in SCHEMES:
+        for verb in verbs:
+            # Hundreds of modules, for it takes no fewer.
+            marks = [pytest.mark.slow] if scheme == "cloneofsimo" else []
+            found.append(pytest.param(scheme, verb, marks=marks, id=f"{scheme}-{verb}"))
+    return pytest.mark.parametrize(("scheme", "verb"), found)
 
 
 @every_pair(BUDGETED)
@@ -167,16 +171,31 @@ def test_a_budget_is_that_of_the_file(
     most = 10**9
     perform(verb, scheme, given, whole, max_size=most)
     full = weights_of(whole).stat().st_size
-    for share in (0.6, 0.8, 0.97):
+    for share in (0.65, 0.95):
         budget = int(share * full)
         output = place(tmp_path, scheme, f"within-{share}")
         try:
             perform(verb, scheme, given, output, max_size=budget)
-        except AdapterError as error:  # a scheme that needs all modules cannot lose one
-            assert scheme == "cloneofsimo" and "in every module" in str(error.hint)
+        except LoratoolError:  # it needs all modules, and may not lose one
+            assert scheme == "cloneofsimo"
             assert not output.exists()
         else:
             assert weights_of(output).stat().st_size <= budget, share
+
+
+@every_pair(("compose",))
+def test_no_budget_is_too_small_by_chance(
+    scheme: str, verb: str, inputs: Callable[[str], Inputs], tmp_path: Path
+) -> None:
+    """Sizes go in steps, for headers are padded and ranks are whole; budgets do not."""
+    if scheme == "cloneofsimo":
+        pytest.skip("has too many modules to be planned so often")
+    given = inputs(scheme)
+    output = place(tmp_path, scheme, "out")
+    whole = perform(verb, scheme, given, output, dry_run=True).as_json()["bytes_to_write"]
+    for budget in range(whole * 2 // 3, whole * 2 // 3 + 160, 3):
+        planned = perform(verb, scheme, given, output, dry_run=True, max_size=budget).as_json()
+        assert planned["bytes_to_write"] <= budget
 
 
 @every_pair(VERBS)
@@ -214,6 +233,7 @@ def test_what_is_written_and_read_is_written_alike(
         assert configs[0] == configs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_same_input_gives_the_same_bytes(
     scheme: str, inputs: Callable[[str], Inputs], tmp_path: Path

@@ -275,6 +275,7 @@ def test_methods_do_not_depend_on_how_a_delta_is_factored(library: Library, meth
     assert torch.allclose(results[0], results[1], atol=1e-8)
 
 
+@pytest.mark.slow
 def test_dare_keeps_the_expectation() -> None:
     library = Library("numpy")  # the others draw the same numbers
     deltas = three()[:2]
