@@ -142,22 +142,23 @@ def _mean(spectra: list[tuple[float, ...]]) -> list[float]:
 
 
 def _print_model(info: ModelInfo) -> None:
-    checkpoint = info.checkpoint
+    model, coded = info.model, info.model.quantization
     tied = {True: "yes", False: "no", None: "not said"}[info.is_tied]
     _print_facts(
         [
-            ("model", checkpoint.path),
+            ("model", model.path),
             ("type", info.model_type or "not said"),
             ("architecture", ", ".join(info.architectures) or "not said"),
             ("parameters", render.human_count(info.parameters)),
-            ("size", render.human_bytes(checkpoint.bytes)),
-            ("tensors", len(checkpoint.tensors)),
-            ("shards", len(checkpoint.shards)),
+            ("size", render.human_bytes(model.bytes)),
+            ("tensors", len(model.stored)),
+            ("shards", len(model.shards)),
             ("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in info.dtypes.items())),
+            ("quantised", f"{coded.modules} weights in {coded.format}" if coded else "no"),
             ("tied embeddings", tied),
         ]
     )
-    render.print_notes(checkpoint.notes)
+    render.print_notes(model.notes)
 
 
 def _print_facts(facts: list[tuple[str, object]]) -> None:

@@ -11,6 +11,7 @@ from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.errors import printable
 from loratool.ops.merge import MergeReport, merge, plan_merge
+from loratool.ops.merging.planning import QUANTIZED
 from loratool.ops.plan import Plan
 
 __all__ = ["command"]
@@ -27,6 +28,12 @@ __all__ = ["command"]
 @options.skip
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity where they come out.")
 @options.force
+@click.option(
+    "--quantized",
+    type=click.Choice(QUANTIZED),
+    default=QUANTIZED[0],
+    help="What becomes of quantised weights: plain numbers, or codes again.",
+)
 @options.dry_run
 @click.option("--sync", is_flag=True, help="Wait until everything is on the disk itself.")
 @options.device
@@ -43,6 +50,7 @@ def command(
     alpha: float | None,
     adapter_name: str | None,
     skip: tuple[str, ...],
+    quantized: str,
     allow_nonfinite: bool,
     force: bool,
     dry_run: bool,
@@ -68,6 +76,7 @@ def command(
         "alpha": alpha,
         "adapter_name": adapter_name,
         "skip": skip,
+        "quantized": quantized,
     }
     if dry_run:
         plan = plan_merge(base, adapters, output=output, **settings)

@@ -16,15 +16,14 @@ from importlib import import_module
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import numpy as np
-
-from loratool.codecs.number import Codes
 from loratool.errors import UnsupportedError
 from loratool.files.dtypes import DTYPES, dtype_named
 from loratool.files.spec import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
+
+    from loratool.codecs.number import Codes
 
 __all__ = [
     "Claim",
@@ -99,7 +98,7 @@ class Codec(Protocol):
         start: int,
         stop: int,
         read: Read,
-        kind: DTypeLike = np.float64,
+        kind: DTypeLike = "float64",
     ) -> NDArray[Any]:
         """Return rows ``start`` to ``stop`` as numbers, ``(stop - start, width)``.
 

@@ -65,12 +65,6 @@ class Checkpoint:
         """The metadata of the first shard."""
         return self.shards[0].metadata
 
-    @cached_property
-    def config(self) -> Mapping[str, Any]:
-        """The parsed ``config.json``; empty where there is none."""
-        path = self.folder / "config.json"
-        return read_json_object(path) if path.is_file() else {}
-
     @property
     def bytes(self) -> int:
         """Size of all weights files."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loratool.adapter.model import BASE_DEPENDENT, HEAD_LEAVES, Adapter, ExtraKind, Site
 from loratool.adapter.slots import Slot
+from loratool.base.modules import ModuleIndex
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.live.control import Live
 from loratool.live.factors import Factors, NewAdapter, new_factors
@@ -22,7 +23,6 @@ from loratool.live.kinds import LayerKind, float_dtype, kind_of
 from loratool.names.embeddings import is_embedding
 from loratool.ops.factors import site_deltas
 from loratool.ops.merging.mergeable import CONVERT_HINT, site_problems
-from loratool.ops.merging.modules import ModuleIndex
 from loratool.ops.opening import open_adapter
 from loratool.ops.tensors import Arithmetic, read_tensor, torch_dtype
 

@@ -16,6 +16,7 @@ __all__ = [
     "BACKBONE_KINDS",
     "COMFY_ENCODERS",
     "COMPONENT",
+    "COMPONENTS",
     "ENCODERS",
     "KOHYA_ENCODERS",
     "component_of",
@@ -34,6 +35,17 @@ COMPONENT: Final = re.compile(
     r"(?P<component>unet|transformer(_\d)?|text_encoder(_\d)?|prior)\.(?P<local>.+)", re.DOTALL
 )
 """What may be a component and a path inside it. Many models have a ``transformer`` of their own."""
+
+COMPONENTS: Final = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "prior",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)
+"""The folders of a pipeline that hold models which adapters are for."""
 
 BACKBONE_KINDS: Final = (
     "unet",

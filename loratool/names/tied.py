@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Final
 
 from loratool.adapter.model import HEAD_LEAVES
 
 __all__ = [
     "EMBEDDING_LEAVES",
+    "GENERATIVE",
+    "GENERATIVE_TASKS",
+    "HEADS",
     "HEAD_LEAVES",
     "MASKED_HEADS",
-    "architectures",
-    "head_name",
-    "tie_flag",
+    "OTHER_TASKS",
 ]
 
 EMBEDDING_LEAVES: Final = frozenset(
@@ -58,38 +58,4 @@ MASKED_HEADS: Final = {
 GENERATIVE: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 GENERATIVE_TASKS: Final = frozenset(("CAUSAL_LM", "SEQ_2_SEQ_LM"))
 OTHER_TASKS: Final = frozenset(("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"))
-
-
-def architectures(config: Mapping[str, Any]) -> list[str]:
-    """Return the classes that ``config.json`` names."""
-    names = config.get("architectures")
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-
-
-def head_name(config: Mapping[str, Any], tasks: Collection[str] = ()) -> str | None:
-    """Return the module name of the head that may share the embedding, or ``None``.
-
-    Args:
-        config: The base's configuration.
-        tasks: The adapters' task types; a classifier has no such head, whatever the base was.
-    """
-    if not config or any(task in OTHER_TASKS for task in tasks):
-        return None
-    classes = architectures(config)
-    kind = str(config.get("model_type"))
-    if any(name.endswith("ForMaskedLM") for name in classes):
-        return MASKED_HEADS.get(kind, "lm_head")
-    generative = (
-        any(name.endswith(GENERATIVE) for name in classes)
-        or any(task in GENERATIVE_TASKS for task in tasks)
-        or not classes
-    )
-    return HEADS.get(kind, "lm_head") if generative else None
-
-
-def tie_flag(config: Mapping[str, Any]) -> bool | None:
-    """Return ``tie_word_embeddings``, of the model or of its text part; ``None`` if not said."""
-    for part in (config, config.get("text_config"), config.get("llm_config")):
-        if isinstance(part, dict) and isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    return None
+"""Classes and task types with a head over the vocabulary, and task types without one."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from loratool.codecs.weights import RowSource
 from loratool.errors import UnsupportedError
-from loratool.files.rows import RowBytes
 from loratool.files.spec import StoredTensor
 from loratool.math.namespace import Array
 from loratool.math.products import Products
@@ -20,7 +20,7 @@ class Arithmetic(Protocol):
         """Return a whole tensor as numbers, contiguous, new."""
         ...
 
-    def rows(self, reader: RowBytes, start: int, count: int) -> Array:
+    def rows(self, reader: RowSource, start: int, count: int) -> Array:
         """Return rows of a stored tensor as numbers, ``(count, width)``, new."""
         ...
 

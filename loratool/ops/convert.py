@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.scheme import KeyScheme
+from loratool.base.model import open_model
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
-from loratool.ops.conversion.base import open_base
 from loratool.ops.conversion.converting import Conversion, converted
 from loratool.ops.conversion.refusing import check_options
 from loratool.ops.opening import open_adapter
@@ -174,14 +174,14 @@ def convert(
         raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
-    opened_base = open_base(Path(base)) if base is not None else None
+    opened_base = open_model(Path(base)) if base is not None else None
     opened = open_adapter(
         origin,
         adapter_name=adapter_name,
         alpha=alpha,
         skip=skip,
         scheme=source,
-        base_modules=tuple(opened_base.weights) if opened_base is not None else (),
+        base_modules=opened_base.paths if opened_base is not None else (),
         enabled=enable_lora,
     )
     asked = {

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from loratool.adapter.scheme import ScaleRule
+from loratool.base.model import open_model
+from loratool.base.refusals import check_base
 from loratool.errors import BaseModelError, OptionError
 from loratool.files.atomic import check_output
-from loratool.files.checkpoint import open_checkpoint
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.ops.algebra.combining import ONE_RANK, output_scheme
 from loratool.ops.algebra.ranks import Truncation, parse_size
@@ -20,7 +21,6 @@ from loratool.ops.extraction.computing import Settings
 from loratool.ops.extraction.pairing import Leftover, Pairing, Selection, pair
 from loratool.ops.extraction.pipeline import Extraction, dry_run_of, run
 from loratool.ops.extraction.result import ExtractReport
-from loratool.ops.merging.mergeable import check_base
 from loratool.write.options import WriteOptions
 
 __all__ = ["METHODS", "RESIDUALS", "extract"]
@@ -117,17 +117,17 @@ def extract(
         truncation, is_auto=is_auto, method=method, residual=residual, clamp=clamp_quantile
     )
     place = Path(output)
-    checkpoints = [open_checkpoint(Path(path)) for path in (base, finetuned)]
-    for checkpoint in checkpoints:
-        check_base(checkpoint)
+    models = [open_model(Path(path)) for path in (base, finetuned)]
+    for model in models:
+        check_base(model)
     inputs = [Path(base), Path(finetuned)]
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
         if save_spectrum is not None:
             check_output(Path(save_spectrum), force=force, inputs=[*inputs, place])
     selection = Selection.of(include, exclude, save_module, embeddings=embeddings)
-    pairing = pair(checkpoints[0], checkpoints[1], selection)
-    _check_pairing(pairing, checkpoints[1].path, save_module)
+    pairing = pair(models[0], models[1], selection)
+    _check_pairing(pairing, models[1].path, save_module)
     asked = {
         **truncation.recorded,
         "rank": rank,  # which may be "auto"
@@ -144,8 +144,8 @@ def extract(
     }
     scheme = output_scheme((), to or "peft")
     draft = Difference(
-        base=checkpoints[0],
-        tuned=checkpoints[1],
+        base=models[0],
+        tuned=models[1],
         targets=pairing.targets,
         carried=pairing.saved,
         scheme=scheme,

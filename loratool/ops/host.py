@@ -9,8 +9,8 @@ import numpy as np
 
 from loratool.codecs import numbers
 from loratool.codecs.scratch import Scratch
+from loratool.codecs.weights import RowSource
 from loratool.files.container import read_view
-from loratool.files.rows import RowBytes
 from loratool.files.spec import StoredTensor
 from loratool.math.products import NumpyProducts
 
@@ -28,7 +28,7 @@ class HostArithmetic:
         spec = stored.spec
         return numbers.decode(read_view(stored), spec.dtype, spec.shape, self.dtype)
 
-    def rows(self, reader: RowBytes, start: int, count: int) -> Any:
+    def rows(self, reader: RowSource, start: int, count: int) -> Any:
         """Return rows of a stored tensor as numbers, ``(count, width)``."""
         shape = (count, reader.width)
         return numbers.decode(reader.read(start, count), reader.dtype, shape, self.dtype)

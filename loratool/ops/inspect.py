@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
@@ -14,10 +14,11 @@ from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import BASE_DEPENDENT, Adapter, Site
 from loratool.adapter.opening import PREFERRED
 from loratool.adapter.recognise import looks_like_adapter
+from loratool.base.config import is_model_folder
+from loratool.base.model import Model, open_model
 from loratool.errors import AdapterError, BaseModelError, OptionError
-from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.checkpoint import open_checkpoint
 from loratool.files.container import open_weights
-from loratool.names.tied import architectures, tie_flag
 from loratool.ops.opening import open_adapter
 from loratool.schemes import builtin_schemes
 
@@ -117,45 +118,48 @@ class ModelInfo:
     """What a model is.
 
     Attributes:
-        checkpoint: The opened model.
-        parameters: Number of elements of all tensors.
+        model: The opened model.
         dtypes: Dtype to number of tensors.
     """
 
-    checkpoint: Checkpoint
-    parameters: int
+    model: Model
     dtypes: Mapping[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its weights are."""
+        return self.model.parameters
 
     @property
     def model_type(self) -> str | None:
         """What ``config.json`` calls the kind of model."""
-        kind = self.checkpoint.config.get("model_type")
-        return kind if isinstance(kind, str) else None
+        return self.model.config.model_type
 
     @property
     def architectures(self) -> list[str]:
         """The classes that ``config.json`` names."""
-        return architectures(self.checkpoint.config)
+        return list(self.model.config.architectures)
 
     @property
     def is_tied(self) -> bool | None:
         """What ``config.json`` says about tied embeddings."""
-        return tie_flag(self.checkpoint.config)
+        return self.model.config.is_tied
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
         return {
             "schema": 1,
             "kind": "model",
-            "path": str(self.checkpoint.path),
+            "path": str(self.model.path),
             "model_type": self.model_type,
             "architectures": self.architectures,
             "parameters": self.parameters,
-            "bytes": self.checkpoint.bytes,
-            "tensors": len(self.checkpoint.tensors),
+            "bytes": self.model.bytes,
+            "quantization": asdict(found) if (found := self.model.quantization) else None,
+            "tensors": len(self.model.stored),
             "dtypes": dict(self.dtypes),
-            "shards": len(self.checkpoint.shards),
-            "notes": list(self.checkpoint.notes),
+            "shards": len(self.model.shards),
+            "notes": list(self.model.notes),
         }
 
 
@@ -192,13 +196,9 @@ def inspect(
         return AdapterInfo(adapter, tuple(ModuleInfo.of(site) for site in adapter.sites), found)
     if spectrum:
         raise OptionError(place, "a model; only adapters have deltas with a spectrum")
-    checkpoint = open_checkpoint(place)
-    tensors = checkpoint.tensors.values()
-    return ModelInfo(
-        checkpoint,
-        parameters=sum(tensor.spec.elements for tensor in tensors if tensor.alias_of is None),
-        dtypes=dict(Counter(tensor.spec.dtype for tensor in tensors).most_common()),
-    )
+    model = open_model(place)
+    dtypes = Counter(stored.spec.dtype for stored in model.stored)
+    return ModelInfo(model, dtypes=dict(dtypes.most_common()))
 
 
 def _is_adapter(path: Path) -> bool:
@@ -208,10 +208,7 @@ def _is_adapter(path: Path) -> bool:
         )
     if (path / CONFIG_NAME).exists() or any((path / name).exists() for name in PREFERRED):
         return True
-    if (
-        next(path.glob(f"*/{CONFIG_NAME}"), None) is not None
-        and not (path / "config.json").exists()
-    ):
+    if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None and not is_model_folder(path):
         return True
     try:
         shards = open_checkpoint(path).shards

@@ -10,10 +10,10 @@ from typing import Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
+from loratool.base.region import Region
+from loratool.codecs.weights import RowSource, Weight, rows_of
 from loratool.errors import MergeError
 from loratool.files.inputs import InputFiles
-from loratool.files.rows import RowBytes
-from loratool.files.spec import StoredTensor
 from loratool.math.deltas import (
     Additive,
     Delta,
@@ -36,7 +36,6 @@ from loratool.ops.plan import (
     Blend,
     Decompose,
     Edit,
-    Region,
     Residual,
     SetRows,
     Step,
@@ -66,7 +65,7 @@ class Kernel:
     width: int
     is_double: bool
     output: str
-    reader: RowBytes
+    reader: RowSource
     deltas: tuple[Delta, ...]
     is_empty: bool
 
@@ -152,11 +151,11 @@ class _Matrix:
         self.kind = kind
         self.products = products
         self.rows = step.spec.elements // width if width else 0
-        self.reader = RowBytes(step.source, width, files)
+        self.reader = rows_of(step.source, width, files)
 
-    def like(self, stored: StoredTensor) -> Callable[[int, int], Array]:
+    def like(self, stored: Weight) -> Callable[[int, int], Array]:
         """Return what reads rows of another tensor of the same shape."""
-        return partial(self.kind.rows, RowBytes(stored, self.width, self.files))
+        return partial(self.kind.rows, rows_of(stored, self.width, self.files))
 
     def blocks(self, taken: Interpolated | None) -> Iterator[tuple[int, Array]]:
         """Yield first row and rows of ``W₀`` from top to bottom; they may be overwritten."""

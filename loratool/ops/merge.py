@@ -58,6 +58,7 @@ def merge(
     alpha: float | None = None,
     adapter_name: str | None = None,
     skip: Sequence[str] = (),
+    quantized: str = "dequantize",
     device: str = "auto",
     threads: int | None = None,
     sync: bool = False,
@@ -79,6 +80,8 @@ def merge(
         alpha: Alpha for adapters that record none.
         adapter_name: Which adapter, where a path holds several.
         skip: Regular expressions; adapter keys that match are left out, and reported.
+        quantized: What becomes of quantised weights: ``dequantize`` writes them in the
+            configuration's 16-bit dtype, and drops scales and the configuration of them.
         device: Where to compute: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: Number of worker threads; by default one for each processor, at most eight.
         sync: Wait until the weights are on the disk, not only in the system's cache.
@@ -98,6 +101,7 @@ def merge(
         alpha=alpha,
         adapter_name=adapter_name,
         skip=skip,
+        quantized=quantized,
         output=output,
     )
     inputs = [Path(base), *(Path(adapter) for adapter in adapters), *plan.inputs()]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from loratool.adapter.model import Adapter, Site
+from loratool.base.region import Region
+from loratool.codecs.weights import Weight
 from loratool.files.inputs import Stamp
 from loratool.files.safetensors import SafetensorsFile, canonical_order, format_header
 from loratool.files.spec import StoredTensor, TensorSpec
@@ -22,44 +24,10 @@ __all__ = [
     "Edit",
     "OutputFile",
     "Plan",
-    "Region",
     "Residual",
     "SetRows",
     "Step",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Where in the matrix of a weight a delta goes, and how it lies there.
-
-    Attributes:
-        rows: Rows of the matrix that one delta covers.
-        columns: Columns that it covers.
-        first_row: Its first row.
-        first_column: Its first column.
-        transposed: Whether the weight is stored as ``(in, out)``, the delta as ``(out, in)``.
-        experts: How many deltas the factors stack; one after the other along the rows.
-        expert: Which one of the stacked deltas is meant, or ``None`` for all in turn.
-        part: ``(index, parts)``: which slice of the delta's outputs goes here, where the base
-            has split what the adapter treats as one.
-        full_width: Columns of the whole matrix, where the region has fewer.
-    """
-
-    rows: int
-    columns: int
-    first_row: int = 0
-    first_column: int = 0
-    transposed: bool = False
-    experts: int = 1
-    expert: int | None = None
-    part: tuple[int, int] = (0, 1)
-    full_width: int | None = None
-
-    @property
-    def width(self) -> int:
-        """Columns of the matrix that the region is a part of."""
-        return self.columns if self.full_width is None else self.full_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,21 +138,25 @@ class Step:
     """
 
     spec: TensorSpec
-    source: StoredTensor
+    source: Weight
     edits: tuple[Edit, ...] = ()
-    base: StoredTensor | None = None
+    base: Weight | None = None
     added: bool = False
     replaced: bool = False
 
     @property
+    def copied(self) -> StoredTensor | None:
+        """The source, where its bytes are written as they are."""
+        source = self.source
+        if self.edits or not isinstance(source, StoredTensor) or source.strides is not None:
+            return None
+        is_same = (self.spec.dtype, self.spec.shape) == (source.spec.dtype, source.spec.shape)
+        return source if is_same else None
+
+    @property
     def is_copy(self) -> bool:
         """Whether the bytes of the source are written as they are."""
-        return (
-            not self.edits
-            and self.source.strides is None
-            and self.spec.dtype == self.source.spec.dtype
-            and self.spec.shape == self.source.spec.shape
-        )
+        return self.copied is not None
 
     @property
     def is_changed(self) -> bool:

@@ -215,9 +215,9 @@ def _ranges(file: OutputFile, number: int, *, joins: bool) -> Iterator[ByteRange
     """Yield the bytes that are copied, tensor by tensor, or neighbours as one range."""
     current: ByteRange | None = None
     for step, offset in file.placed():
-        if not step.is_copy or not step.spec.nbytes:
+        source, size = step.copied, step.spec.nbytes
+        if source is None or not size:
             continue
-        source, size = step.source, step.spec.nbytes
         if (
             joins
             and current is not None

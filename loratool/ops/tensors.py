@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loratool.codecs.weights import RowSource, Weight, rows_of
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import InputFiles
-from loratool.files.rows import RowBytes
 from loratool.files.spec import StoredTensor
 from loratool.math.products import TorchProducts
 
@@ -46,7 +46,7 @@ class Arithmetic:
         """Return a whole tensor as numbers."""
         return read_tensor(stored, self)
 
-    def rows(self, reader: RowBytes, start: int, count: int) -> Tensor:
+    def rows(self, reader: RowSource, start: int, count: int) -> Tensor:
         """Return rows of a stored tensor as numbers, ``(count, width)``."""
         values = torch.frombuffer(reader.read(start, count), dtype=torch_dtype(reader.dtype))
         return values.view(count, reader.width).to(self.device, self.dtype, copy=True)
@@ -142,19 +142,19 @@ def read_tensor(stored: StoredTensor, kind: Arithmetic | None = None) -> Tensor:
 
 
 class RowReader:
-    """A stored tensor seen as a matrix of ``width`` columns, read by blocks of rows.
+    """A tensor of a model seen as a matrix of ``width`` columns, read by blocks of rows.
 
     Args:
-        stored: The tensor.
+        stored: The tensor; one that is coded is decoded.
         width: Number of columns; its elements are a multiple of it.
         files: Where the descriptor comes from.
     """
 
-    def __init__(self, stored: StoredTensor, width: int, files: InputFiles) -> None:
+    def __init__(self, stored: Weight, width: int, files: InputFiles) -> None:
         self.stored = stored
         self.width = width
-        self.dtype = torch_dtype(stored.spec.dtype)
-        self._bytes = RowBytes(stored, width, files)
+        self._bytes = rows_of(stored, width, files)
+        self.dtype = torch_dtype(self._bytes.dtype)
 
     def rows(self, start: int, rows: int) -> Tensor:
         """Return rows ``start`` to ``start + rows``, ``(rows, width)``, in a buffer of its own."""

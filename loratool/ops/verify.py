@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.findings import Finding, finding
+from loratool.base.config import CONFIG_NAME, read_config
+from loratool.base.config_edits import config_differences
+from loratool.base.model import Model, open_model
+from loratool.codecs.codec import CodedTensor
 from loratool.errors import LoratoolError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.container import read_bytes
@@ -35,7 +39,6 @@ __all__ = ["verify"]
 AnyPath = str | PathLike[str]
 COMPARED_BYTES: Final = 1 << 20
 """What differs is looked at in parts of this size, which bounds the memory."""
-CONFIG_KEYS: Final = ("tie_word_embeddings", "vocab_size", "num_hidden_layers", "dtype")
 
 
 def verify(
@@ -72,7 +75,7 @@ def verify(
     Raises:
         LoratoolError: Base or adapters cannot be read, or the merge is not possible.
     """
-    original = open_checkpoint(Path(base))
+    original = open_model(Path(base))
     try:
         checkpoint = open_checkpoint(Path(merged))
     except LoratoolError as error:
@@ -95,7 +98,7 @@ def verify(
     return tuple(sorted(found, key=lambda item: (item.severity != "error", item.code, item.where)))
 
 
-def _dtype_of(base: Checkpoint, merged: Checkpoint) -> str | None:
+def _dtype_of(base: Model, merged: Checkpoint) -> str | None:
     """Return the ``--dtype`` that the merge must have been given, or ``None``."""
     pairs = {
         (base.tensors[name].spec.dtype, stored.spec.dtype)
@@ -144,21 +147,14 @@ def _words(spec: TensorSpec) -> str:
 
 def _check_config(plan: Plan, merged: Checkpoint) -> Iterator[Finding]:
     """Yield what ``config.json`` should say after the merge and does not."""
-    if not plan.is_folder or not merged.config:
+    found = read_config(merged.folder).raw
+    if not plan.is_folder or not found:
         return
-    sidecar = next((item for item in plan.sidecars if item.name == "config.json"), None)
+    sidecar = next((item for item in plan.sidecars if item.name == CONFIG_NAME), None)
     if sidecar is None or sidecar.content is None:
         return
-    wanted = json.loads(sidecar.content)
-    for key in CONFIG_KEYS:
-        if key in wanted and merged.config.get(key, wanted[key]) != wanted[key]:
-            yield finding(
-                "LT107",
-                "config.json",
-                f"{key} is {merged.config.get(key)!r}, expected {wanted[key]!r}",
-            )
-    if wanted.get("tie_word_embeddings") is False and "tie_word_embeddings" not in merged.config:
-        yield finding("LT107", "config.json", "does not say that the embeddings are no longer tied")
+    for words in config_differences(json.loads(sidecar.content), found):
+        yield finding("LT107", CONFIG_NAME, words)
 
 
 @dataclass
@@ -228,6 +224,8 @@ class _CompareSink:
     def _before(self, step: Step, position: int, size: int) -> memoryview | None:
         """Return the source's values, where they lie as the result does."""
         source = step.source
+        if isinstance(source, CodedTensor):
+            return None
         if (source.spec.dtype, source.spec.shape) != (step.spec.dtype, step.spec.shape):
             return None
         return self._bytes(source, position, size)

@@ -83,7 +83,7 @@ def compute_block(
         delta.apply(block, original, start, bench.products)
     data, is_finite = bench.store(block, kernel.output)
     if not (is_finite or allow_nonfinite):
-        _check_finite(data, step, source)
+        _check_finite(data, step, source, kernel.reader.dtype)
     if not measure:
         return data, (0.0, 0.0)
     kept, total = bench.surviving(block, original, kernel.output)
@@ -91,7 +91,7 @@ def compute_block(
     return data, (scale * kept, scale * total)
 
 
-def _check_finite(data: memoryview, step: Step, source: memoryview) -> None:
+def _check_finite(data: memoryview, step: Step, source: memoryview, dtype: str) -> None:
     """Refuse a block with NaN or infinity in it, unless it is merely a converted one that had them.
 
     Raises:
@@ -100,9 +100,9 @@ def _check_finite(data: memoryview, step: Step, source: memoryview) -> None:
     if not step.is_changed:
         after, before = (
             np.isfinite(
-                numbers.decode(raw, spec.dtype, (raw.nbytes * 8 // DTYPES[spec.dtype].bits,))
+                numbers.decode(raw, kind, (raw.nbytes * 8 // DTYPES[kind].bits,))
             )
-            for raw, spec in ((data, step.spec), (source, step.source.spec))
+            for raw, kind in ((data, step.spec.dtype), (source, dtype))
         )
         if np.array_equal(after, before):
             return  # only converted: what was infinite before (a mask, say) may stay so

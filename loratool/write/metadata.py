@@ -11,8 +11,8 @@ from typing import Final
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import KeyScheme, Spelling
+from loratool.names.paths import other_names
 from loratool.ops.naming.flat import MODULES_KEY
-from loratool.ops.naming.paths import other_names
 from loratool.ops.naming.spelling import paths_of
 from loratool.write.adapter import NewAdapter
 from loratool.write.spelling import Spelled

@@ -9,9 +9,9 @@ from typing import Final
 from loratool.adapter.model import Adapter
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import KeyScheme, Spelling
+from loratool.base.model import Model
 from loratool.errors import AdapterError, OptionError
-from loratool.names.pipelines import component_of
-from loratool.ops.conversion.base import COMPONENTS, Base
+from loratool.names.pipelines import COMPONENTS, component_of
 from loratool.schemes import scheme_named
 from loratool.write.options import WriteOptions
 from loratool.write.renaming import Naming, names_native
@@ -51,7 +51,7 @@ def of_component(
 
 
 def as_in_base(
-    parts: Sequence[Part], base: Base, adapter: Adapter, scheme: KeyScheme
+    parts: Sequence[Part], base: Model, adapter: Adapter, scheme: KeyScheme
 ) -> list[Part]:
     """Return ``parts`` with the paths that the base has for text encoders.
 
@@ -61,7 +61,7 @@ def as_in_base(
         AdapterError: The base has none of the modules.
     """
     found = [base.find(part.module) for part in parts]
-    if not any(weight is not None for weight in found):
+    if not any(place is not None for place in found):
         raise AdapterError(
             base.path,
             f"has none of the adapter's modules, such as {parts[0].module!r}",
@@ -70,11 +70,11 @@ def as_in_base(
     if scheme.spelling not in (Spelling.PATH, Spelling.BARE_FLAT, Spelling.PIPELINE):
         return list(parts)
     made = []
-    for part in parts:
+    for part, place in zip(parts, found, strict=True):
         component, local = component_of(part.module, adapter.components)
         short = local.removeprefix(TEXT_MODEL)
         for path in (f"{component}.{short}" if component else short, short):
-            if local != short and path in base.weights and base.path_of(part.module) == path:
+            if local != short and place is not None and place.module == path:
                 part = replace(part, module=f"{component}.{short}" if component else short)
         made.append(part)
     return made

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.ops.conversion.base import Base
+from loratool.base.model import Model
 
 __all__ = ["WriteOptions"]
 
@@ -30,7 +30,7 @@ class WriteOptions:
     """
 
     output: Path
-    base: Base | None = None
+    base: Model | None = None
     dtype: str | None = None
     family: str | None = None
     naming: str | None = None

@@ -9,9 +9,9 @@ from typing import Final, TypeVar
 from loratool.adapter.part import Part
 from loratool.errors import OptionError, UnsupportedError
 from loratool.names.diffusion import FAMILIES, Family, Fusion, family_named
+from loratool.names.paths import families_of_modules
 from loratool.names.pipelines import BACKBONES, component_of
 from loratool.ops.conversion.splitting import split_fused, swapped
-from loratool.ops.naming.paths import families_of_modules
 from loratool.write.fusing import fused
 
 __all__ = ["Naming", "families_of", "names_native", "to_hub", "to_native"]

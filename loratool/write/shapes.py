@@ -11,24 +11,24 @@ from loratool.adapter.part import Part
 from loratool.adapter.scheme import Embeddings, KeyScheme, ScaleRule
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import VARIANT_WORDS
+from loratool.base.model import Model
 from loratool.errors import AdapterError, OptionError, UnsupportedError
-from loratool.ops.conversion.base import Base
 from loratool.ops.conversion.plain import shaped_like
 from loratool.values.expr import Expr, Placed
 
 __all__ = ["fitted", "padded", "slotted"]
 
 
-def fitted(part: Part, base: Base) -> Part:
+def fitted(part: Part, base: Model) -> Part:
     """Return ``part`` with kernels as the base has them; its shapes are checked.
 
     Raises:
         AdapterError: It does not fit.
     """
-    weight = base.find(part.module)
-    if weight is None or not part.is_plain:
+    place = base.find(part.module)
+    if place is None or not part.is_plain:
         return part
-    shape = weight.spec.shape
+    shape = place.stored_shape
     made = shaped_like(part, shape)
     out, into = made.up.shape[0], made.down.shape[1:]
     # GPT-2's Conv1D is (in, out), and an embedding (vocabulary, dim).

@@ -160,7 +160,7 @@ def _named(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> _Named:
     if is_kept:
         pass
     elif is_written_native(scheme, naming, options.naming, is_native=new.is_native):
-        shapes = {m: w.spec.shape for m, w in base.weights.items()} if base else {}
+        shapes = base.shapes if base else {}
         parts = to_native(parts, naming, shapes)
     else:
         parts = to_hub(parts, naming)

@@ -13,11 +13,8 @@ from samples import lora
 import loratool
 from loratool.adapter.scheme import Spelling
 from loratool.errors import LoratoolError, UnsupportedError
-from loratool.files.checkpoint import open_checkpoint
 from loratool.files.container import open_weights
 from loratool.names.positions import unet_paths
-from loratool.ops.conversion.base import open_base
-from loratool.ops.merging.context import BaseView
 from loratool.schemes import builtin_schemes, scheme_named
 
 SCHEMES = [scheme.name for scheme in builtin_schemes()]
@@ -142,23 +139,3 @@ def test_compose_and_convert_name_modules_alike(source: str, tmp_path: Path) -> 
 
 
 # One base, two views ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "shape"),
-    [
-        ({"model_type": "unknown"}, (8, 24)),
-        ({"text_config": {"model_type": "gpt2"}}, (8, 8)),
-        ({"model_type": "gpt2"}, (24, 8)),
-    ],
-)
-@known("conversions and merges look at a base in opposite orders of evidence")
-def test_one_base_is_seen_alike(
-    config: dict[str, object],
-    shape: tuple[int, int],
-    make_base: Callable[..., Path],
-) -> None:
-    module = "transformer.h.0.attn.c_attn"
-    base = make_base({f"{module}.weight": torch.ones(shape)}, config)
-    merging = BaseView(open_checkpoint(base)).is_conv1d(module)
-    assert open_base(base).is_conv1d(module) == merging

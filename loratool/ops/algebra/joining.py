@@ -15,6 +15,7 @@ from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.names.canonical import canonical_path
+from loratool.names.paths import families_of_modules, is_fused
 from loratool.names.pipelines import component_of
 from loratool.ops.algebra.shape import DeltaShape
 from loratool.ops.merging.mergeable import (
@@ -23,7 +24,6 @@ from loratool.ops.merging.mergeable import (
     check_unmixed,
     site_problems,
 )
-from loratool.ops.naming.paths import families_of_modules, is_fused
 from loratool.values.expr import widest
 
 __all__ = ["Joint", "Term", "check_computable", "join", "module_name"]

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter
+from loratool.base.experts import assign_parameters
+from loratool.base.fitting import fit
+from loratool.base.model import open_model
+from loratool.base.refusals import CODE, check_base
+from loratool.base.replication import layer_ranges
 from loratool.errors import BaseModelError, LoratoolError
-from loratool.files.checkpoint import open_checkpoint
-from loratool.ops.merging.context import BaseView, Share
-from loratool.ops.merging.experts import assign_parameters
+from loratool.ops.merging.context import Share
 from loratool.ops.merging.extras import plan_extra
-from loratool.ops.merging.mergeable import check_base, site_problems
-from loratool.ops.merging.replication import layer_ranges, replicate
-from loratool.ops.merging.sites import locate_site, replaced_shapes
-from loratool.ops.merging.tied import find_tie
+from loratool.ops.merging.mergeable import site_problems
+from loratool.ops.merging.sites import replaced_shapes
 
 __all__ = ["check_against_base"]
 
@@ -26,33 +27,30 @@ def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
     Raises:
         LoratoolError: The base itself cannot be read.
     """
-    checkpoint = open_checkpoint(path)
+    base = open_model(path)
     try:
-        check_base(checkpoint)
+        check_base(base)
     except BaseModelError as error:
-        yield finding("LT027", error.where, error.what, error.hint)
+        yield finding(CODE, error.where, error.what, error.hint)
         return
     try:
         layers = layer_ranges(adapter.field("layer_replication"), adapter.path)
-        view = BaseView(checkpoint, replicate(checkpoint, layers) if layers else None)
+        view = base.as_trained(layers=layers)
         assigned = assign_parameters(adapter, view)
     except LoratoolError as error:
         yield finding("LT022", error.where, error.what, error.hint)
         return
-    tie = find_tie(view)
-    hidden = tie if tie is not None and not tie.is_stored else None
-    head = (hidden.head, view.shape(hidden.embedding)) if hidden else None
     share = Share(adapter, 1.0)
     for extra in adapter.extras:
         try:
-            plan_extra(share, extra, view, head)
+            plan_extra(share, extra, view)
         except LoratoolError as error:
             yield finding("LT024", error.where, error.what, error.hint)
     for site in adapter.sites:
         if any(True for _ in site_problems(site, adapter)):
             continue
         try:
-            locate_site(site, adapter, view, assigned, head, resized=replaced_shapes(share))
+            fit(site, adapter, view, assigned, resized=replaced_shapes(share))
         except LoratoolError as error:
             code = "LT021" if "no such module" in error.what else "LT022"
             yield finding(code, site.label, error.what, error.hint)

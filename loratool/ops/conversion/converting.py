@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from loratool.adapter.model import Adapter, Site, unknown_scale
 from loratool.adapter.scheme import KeyScheme
+from loratool.base.model import Model
 from loratool.errors import AdapterError
 from loratool.ops.algebra.extras import gather_extras
 from loratool.ops.algebra.sidecars import carried_files
-from loratool.ops.conversion.base import Base
 from loratool.ops.conversion.initial import without_initial
 from loratool.ops.conversion.plain import to_plain
 from loratool.ops.conversion.refusing import Dropping, check_config, check_names, check_nesting
@@ -120,12 +120,11 @@ def converted(
     return new, options
 
 
-def _width(site: Site, base: Base | None) -> int | None:
+def _width(site: Site, base: Model | None) -> int | None:
     """Return how many inputs a site's module has in the base, where that is not in the file."""
     if base is None or site.variant != "qalora":
         return None
-    shape = base.weight(site.module).spec.shape
-    return shape[0] if base.is_conv1d(site.module) else shape[-1]
+    return base.place(site.module).shape[-1]
 
 
 def _extras(adapter: Adapter, dropping: Dropping) -> Extras:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
+from loratool.base.model import Model
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
-from loratool.ops.conversion.base import Base
 from loratool.values.expr import Expr, Function, Result, Stored, widest
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ THREE_BY_THREE: Final = ("conv1", "conv2", "conv_in", "conv_out", "conv")
 """Convolutions of a U-Net whose kernel is 3 × 3; all others have 1 × 1."""
 
 
-def exactly(part: Part, adapter: Adapter, base: Base | None) -> Part:
+def exactly(part: Part, adapter: Adapter, base: Model | None) -> Part:
     """Return a LoHa, LoKr, CP convolution or VeRA as A and B; its delta is the same.
 
     Raises:
@@ -67,7 +67,7 @@ def _folded_mid(part: Part, tensors: dict[Slot, StoredTensor]) -> Part:
     return replace(made, kind=Kind.CONV)
 
 
-def _from_hadamard(part: Part, tensors: dict[Slot, StoredTensor], base: Base | None) -> Part:
+def _from_hadamard(part: Part, tensors: dict[Slot, StoredTensor], base: Model | None) -> Part:
     from loratool.math.exact_variants import hadamard_factors, hadamard_rank
 
     used = [tensors.get(slot) for slot in HADA]
@@ -87,7 +87,7 @@ def _from_hadamard(part: Part, tensors: dict[Slot, StoredTensor], base: Base | N
     return written_out(part, stored, factors, rank, kernel, "the Hadamard product written out")
 
 
-def _from_kronecker(part: Part, tensors: dict[Slot, StoredTensor], base: Base | None) -> Part:
+def _from_kronecker(part: Part, tensors: dict[Slot, StoredTensor], base: Model | None) -> Part:
     from loratool.math.exact_variants import kronecker_factors, kronecker_rank
 
     left = [s for s in (Slot.LOKR_W1, Slot.LOKR_W1_A, Slot.LOKR_W1_B) if s in tensors]
@@ -133,7 +133,7 @@ def _from_kronecker(part: Part, tensors: dict[Slot, StoredTensor], base: Base | 
 
 
 def _from_vera(
-    part: Part, tensors: dict[Slot, StoredTensor], adapter: Adapter, base: Base | None
+    part: Part, tensors: dict[Slot, StoredTensor], adapter: Adapter, base: Model | None
 ) -> Part:
     from loratool.math.exact_variants import vera_factors
 
@@ -151,7 +151,7 @@ def _from_vera(
             hint="give --base; headers are enough",
         )
     out = tensors[Slot.VERA_B].spec.shape[0]
-    shape = base.weight(part.module).spec.shape
+    shape = base.place(part.module).stored_shape
     into = shape[1] if shape[0] == out else shape[0]
     stored = [tensors[Slot.VERA_B], tensors[Slot.VERA_D], shared["vera_A"], shared["vera_B"]]
     rank = tensors[Slot.VERA_D].spec.shape[0]
@@ -166,11 +166,11 @@ def _from_vera(
     return replace(made, scale=1.0, alpha=None)
 
 
-def _kernel(part: Part, base: Base | None) -> tuple[int, ...]:
+def _kernel(part: Part, base: Model | None) -> tuple[int, ...]:
     """Return the kernel of a convolution that is stored flattened."""
-    weight = base.find(part.module) if base is not None else None
-    if weight is not None:
-        return weight.spec.shape[2:]
+    place = base.find(part.module) if base is not None else None
+    if place is not None:
+        return place.shape[2:]
     assert part.site is not None
     into = part.site.in_features
     leaf = part.module.rpartition(".")[2]

@@ -13,12 +13,14 @@ from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import VARIANT_WORDS
+from loratool.base.model import Model
+from loratool.base.place import Place
+from loratool.base.values import read_place
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
 from loratool.math import dense_variants as dense
 from loratool.math.extraction import leading_part
 from loratool.math.randomness import generator_for
-from loratool.ops.conversion.base import Base
 from loratool.plan.rounding import Approximated
 from loratool.values.arrays import decode
 from loratool.values.expr import Expr, Result, evaluated, widest
@@ -66,7 +68,7 @@ class Approximation:
         return both, Approximated(found.squared_norm, found.squared_residual)
 
 
-def nearest(part: Part, adapter: Adapter, base: Base | None, rank: int | None) -> Part:
+def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) -> Part:
     """Return the best plain LoRA of ``rank``; how near it comes is told once it is computed.
 
     Raises:
@@ -90,18 +92,18 @@ def nearest(part: Part, adapter: Adapter, base: Base | None, rank: int | None) -
         raise UnsupportedError(
             where, f"is {words}; a plain LoRA can only come near it", hint="give --rank"
         )
-    weight = base.weight(part.module) if base is not None and part.variant in NEED_BASE else None
-    shape = weight.spec.shape if weight is not None else _shape_of(part)
+    place = base.place(part.module) if base is not None and part.variant in NEED_BASE else None
+    shape = place.stored_shape if place is not None else _shape_of(part)
     if len(shape) < 2:
         raise UnsupportedError(where, f"has the shape {list(shape)}, which has no rank")
     kernel = shape[2:]
     most = min(rank, shape[0], math.prod(shape[1:]))
     assert part.site is not None
-    used = [*part.site.slots.values(), *([weight] if weight is not None else [])]
-    is_turned = weight is not None and base is not None and _is_turned(part, shape, base)
+    used = [*part.site.slots.values(), *(place.tensors if place is not None else ())]
+    is_turned = place is not None and base is not None and _is_turned(part, shape, base)
     _check_fit(part, shape, is_turned=is_turned)
     made = Approximation(
-        words, used, lambda: _dense(part, weight, is_turned=is_turned), most, seed=0
+        words, used, lambda: _dense(part, place, is_turned=is_turned), most, seed=0
     )
     dtype = _dtype(part)
     rows, width = (shape[1], shape[0]) if is_turned else (shape[0], shape[1])
@@ -143,12 +145,12 @@ def _check_fit(part: Part, shape: tuple[int, ...], *, is_turned: bool) -> None:
         )
 
 
-def _is_turned(part: Part, shape: tuple[int, ...], base: Base) -> bool:
+def _is_turned(part: Part, shape: tuple[int, ...], base: Model) -> bool:
     """Whether the base stores the weight as ``(in, out)``, as GPT-2's Conv1D does."""
     if len(shape) != 2:
         return False
     if shape[0] == shape[1] or part.variant == "ia3":  # one number for each input or output
-        return base.is_conv1d(part.module)
+        return bool(base.is_conv1d(part.module))
     assert part.site is not None
     return bool(part.site.out_features) and part.site.out_features == shape[1]
 
@@ -163,13 +165,13 @@ def _dtype(part: Part) -> str:
     return widest(found) if found else "F32"
 
 
-def _dense(part: Part, stored: StoredTensor | None, *, is_turned: bool) -> Array:
+def _dense(part: Part, place: Place | None, *, is_turned: bool) -> Array:
     """Return ΔW, ``(out, in, *kernel)`` in float64."""
     values = dict(zip(part.values, evaluated(list(part.values.values())), strict=True))
     if part.variant == "full":
         return values[Slot.DIFF]
-    assert stored is not None
-    weight = decode(stored)
+    assert place is not None
+    weight = read_place(place)
     if is_turned:
         weight = weight.T
     alpha = part.stored(Slot.ALPHA)

@@ -15,8 +15,8 @@ from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import EXACT_VARIANTS, VARIANT_WORDS
+from loratool.base.model import Model
 from loratool.errors import UnsupportedError
-from loratool.ops.conversion.base import Base
 from loratool.ops.conversion.exact import exactly
 from loratool.ops.conversion.nearest import nearest
 from loratool.values.expr import Expr, block_diagonal
@@ -26,7 +26,7 @@ __all__ = ["shaped_like", "to_plain"]
 NO_MATRIX: Final = frozenset(("norm", "bias"))
 
 
-def to_plain(part: Part, adapter: Adapter, base: Base | None, rank: int | None) -> Part:
+def to_plain(part: Part, adapter: Adapter, base: Model | None, rank: int | None) -> Part:
     """Return ``part`` with A and B: the same delta, or the nearest of a rank.
 
     Args:

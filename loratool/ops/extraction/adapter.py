@@ -9,16 +9,16 @@ from typing import Any, Final
 from loratool.adapter.model import ExtraKind, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import KeyScheme
+from loratool.base.model import Model
+from loratool.base.ties import Tie
+from loratool.codecs.codec import CodedTensor
+from loratool.codecs.weights import Weight
 from loratool.errors import UnsupportedError
-from loratool.files.checkpoint import Checkpoint
-from loratool.names.tied import architectures
 from loratool.ops.algebra.combining import twin_part
 from loratool.ops.algebra.joining import Joint
 from loratool.ops.algebra.shape import DeltaShape
 from loratool.ops.extraction.computing import Extracted, LeadingPart
 from loratool.ops.extraction.pairing import Leftover, Target
-from loratool.ops.merging.context import BaseView
-from loratool.ops.merging.tied import Tie, find_tie
 from loratool.ops.naming.spelling import from_paths
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
@@ -63,8 +63,8 @@ class Difference:
         group: A rank group for all modules, where the scheme has one rank.
     """
 
-    base: Checkpoint
-    tuned: Checkpoint
+    base: Model
+    tuned: Model
     targets: Sequence[Target]
     carried: Sequence[Leftover]
     scheme: KeyScheme
@@ -83,10 +83,9 @@ class Difference:
     @property
     def tie(self) -> Tie | None:
         """The weight that embedding and head share in both models, if they do."""
-        tie = find_tie(BaseView(self.tuned))
-        if find_tie(BaseView(self.base)) is None or self.tuned.config.get("is_encoder_decoder"):
+        if self.base.tie is None or self.tuned.config.is_encoder_decoder:
             return None
-        return tie
+        return self.tuned.tie
 
     def plan(self, ranks: Mapping[str, int], *, keep: bool = True) -> AdapterPlan:
         """Return the plan for ``ranks``, by rank group; rank 0 leaves a module out.
@@ -152,7 +151,9 @@ class Difference:
         return [module for module in modules if module and module not in adapted]
 
     def _extras(self, saved: Sequence[str], tie: Tie | None) -> Iterator[NewExtra]:
-        tensors = {item.name: item.tuned for item in self.carried if item.tuned is not None}
+        tensors: dict[str, Weight] = {
+            item.name: item.tuned for item in self.carried if item.tuned is not None
+        }
         if tie is not None and self._is_tied_whole(tie):
             tensors[tie.head] = tensors[tie.embedding]
         for module in saved:
@@ -160,6 +161,12 @@ class Difference:
                 if name.rpartition(".")[0] == module:
                     tensors.setdefault(name, stored)
         for name, stored in tensors.items():
+            if isinstance(stored, CodedTensor):
+                raise UnsupportedError(
+                    name,
+                    f"is {stored.codec.name} in the finetuned model, and no adapter holds codes",
+                    hint="give a finetuned model in 16 bits",
+                )
             yield NewExtra(name, ExtraKind.FULL, Stored(stored), name)
 
     def _config(
@@ -170,7 +177,7 @@ class Difference:
         twin: str | None,
         tie: Tie | None,
     ) -> dict[str, Any]:
-        names = architectures(self.tuned.config)
+        names = self.tuned.config.architectures
         task = next((t for end, t in TASKS.items() if names and names[0].endswith(end)), None)
         biases = {i.name.rpartition(".")[0] for i in self.carried if i.name.endswith(".bias")}
         alone = biases - adapted - set(saved)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loratool.codecs import numbers
+from loratool.codecs.weights import Weight
 from loratool.errors import BaseModelError, MergeError
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
@@ -195,7 +196,7 @@ def _subtract(
         out[(stored == after) | (np.isnan(stored) & np.isnan(after))] = 0
 
 
-def change_of(base: StoredTensor, tuned: StoredTensor, files: InputFiles) -> float:
+def change_of(base: Weight, tuned: Weight, files: InputFiles) -> float:
     """Return ``‖tuned - base‖²`` of two tensors of one shape."""
     width = max(1, base.spec.shape[-1] if base.spec.shape else 1)
     rows = base.spec.elements // width

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from loratool.adapter.model import FUSED_PARAMETERS, HEAD_LEAVES, Kind
+from loratool.base.model import Model
+from loratool.codecs.weights import Weight, is_alias
 from loratool.errors import OptionError
-from loratool.files.checkpoint import Checkpoint
 from loratool.files.dtypes import DTYPES
-from loratool.files.spec import StoredTensor
 from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.names.embeddings import is_embedding, is_router
 from loratool.names.experts import TRANSPOSED_MODEL_TYPES
-from loratool.ops.merging.context import BaseView
-from loratool.ops.merging.tied import find_tie
 from loratool.values.expr import widest
 
 __all__ = ["Leftover", "Pairing", "Selection", "Target", "pair"]
@@ -47,8 +45,8 @@ class Target:
     name: str
     module: str
     kind: Kind
-    base: StoredTensor
-    tuned: StoredTensor
+    base: Weight
+    tuned: Weight
     out: int
     into: tuple[int, ...]
     is_transposed: bool = False
@@ -91,8 +89,8 @@ class Leftover:
 
     name: str
     why: str
-    base: StoredTensor | None
-    tuned: StoredTensor | None
+    base: Weight | None
+    tuned: Weight | None
     can_be_carried: bool = True
 
     @property
@@ -182,33 +180,33 @@ def _compiled(text: str, option: str) -> re.Pattern[str]:
         raise OptionError(option, f"{text!r} is not a regular expression: {error}") from None
 
 
-def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
-    """Pair the tensors of two checkpoints, from their headers alone.
+def pair(base: Model, tuned: Model, selection: Selection) -> Pairing:
+    """Pair the tensors of two models, from their headers alone.
 
-    Names go by those of the finetuned checkpoint, for that is the model that was trained; they
+    Names go by those of the finetuned model, for that is the model that was trained; they
     are matched with the base's as in a merge.
 
     Raises:
         BaseModelError: A name could mean several of the base's tensors.
     """
-    view, other = BaseView(base), BaseView(tuned)
     found = Pairing()
     used: set[str] = set()
     renamed = 0
-    second = _tied_twins(other)
+    first, second = _tied_twins(base), _tied_twins(tuned)
     for name, stored in tuned.tensors.items():
-        if stored.alias_of is not None or name in second:
+        if is_alias(stored) or name in second:
             used.add(name)
             continue
-        match = _find(name, view)
+        match = _find(name, base)
         if match is None:
             found.leftovers.append(Leftover(name, "the base has no such tensor", None, stored))
             continue
-        renamed += match != name
-        used.add(match)
-        _sort(name, view.tensors[match], stored, other, view, selection, found)
+        own, weight = match
+        renamed += own != name
+        used.add(own)
+        _sort(name, weight, stored, tuned, base, selection, found)
     for name, stored in base.tensors.items():
-        if name not in used and stored.alias_of is None and name not in _tied_twins(view):
+        if name not in used and not is_alias(stored) and name not in first:
             why = "the finetuned model has no such tensor"
             found.leftovers.append(Leftover(name, why, stored, None, can_be_carried=False))
     if renamed:
@@ -217,31 +215,31 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
     return found
 
 
-def _tied_twins(view: BaseView) -> set[str]:
+def _tied_twins(model: Model) -> set[str]:
     """Return names of stored heads that only repeat the embedding they are tied to."""
-    from loratool.ops.merging.tied import have_same_values
-
-    tie = find_tie(view)
-    if tie is None or not tie.is_stored or tie.head not in view.tensors:
-        return set()
-    head, table = view.tensors[tie.head], view.tensors[tie.embedding]
-    return {tie.head} if have_same_values(head, table) else set()
+    return {model.tie.head} if model.tie is not None and model.tie.is_stored else set()
 
 
-def _find(name: str, base: BaseView) -> str | None:
-    if name in base.tensors:
-        return name
+def _find(name: str, base: Model) -> tuple[str, Weight] | None:
+    """Return the base's tensor, or the rows of one, that the tensor called ``name`` is."""
     module, _, leaf = name.rpartition(".")
-    owner = base.index.find(module, parameter=leaf) if module else None
-    return f"{owner}.{leaf}" if owner is not None else None
+    own = name if name in base.tensors else base.tensor(module, leaf) if module else None
+    if own is not None:
+        return own, base.tensors[own]
+    place = base.find(module) if leaf == "weight" else None
+    if place is None or place.is_whole or len(place.pieces) > 1:
+        return None
+    (piece,) = place.pieces
+    view = piece.view
+    return (piece.name, view) if view is not None and not piece.region.transposed else None
 
 
 def _sort(
     name: str,
-    base: StoredTensor,
-    tuned: StoredTensor,
-    view: BaseView,
-    base_view: BaseView,
+    base: Weight,
+    tuned: Weight,
+    view: Model,
+    base_view: Model,
     selection: Selection,
     found: Pairing,
 ) -> None:
@@ -265,7 +263,7 @@ def _sort(
     if isinstance(target, str):
         found.leftovers.append(Leftover(name, target, base, tuned))
         return
-    if is_embedding(module) and view.config.get("is_encoder_decoder"):
+    if is_embedding(module) and view.config.is_encoder_decoder:
         why = "a table that an encoder-decoder may tie in several places"
         found.leftovers.append(Leftover(name, why, base, tuned, can_be_carried=False))
         return
@@ -288,10 +286,10 @@ def _target(
     name: str,
     module: str,
     leaf: str,
-    base: StoredTensor,
-    tuned: StoredTensor,
-    view: BaseView,
-    base_view: BaseView,
+    base: Weight,
+    tuned: Weight,
+    view: Model,
+    base_view: Model,
 ) -> Target | str:
     """Return the target that a tensor is, or why it is none."""
     shape = tuned.spec.shape
@@ -299,7 +297,7 @@ def _target(
         return "a bias" if leaf == "bias" else "a vector, such as a norm"
     if 0 in shape:
         return "empty"
-    types = view.model_types | base_view.model_types
+    types = view.config.model_types | base_view.config.model_types
     if len(shape) == 3 and leaf in FUSED_PARAMETERS:
         experts, rows, columns = shape
         transposed = bool(types & TRANSPOSED_MODEL_TYPES)

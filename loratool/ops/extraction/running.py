@@ -11,8 +11,8 @@ from typing import Any, Final
 import numpy as np
 from safetensors import SafetensorError
 
+from loratool.base.ties import have_same_values
 from loratool.errors import OptionError
-from loratool.files.container import read_bytes
 from loratool.files.inputs import InputFiles
 from loratool.math.extraction import Leading
 from loratool.ops.extraction.computing import (
@@ -143,7 +143,7 @@ def leftover_changes(
             return change if math.isfinite(change) else None
         specs = (item.base.spec, item.tuned.spec)
         is_alike = len({(spec.dtype, spec.shape) for spec in specs}) == 1
-        is_same = is_alike and read_bytes(item.base) == read_bytes(item.tuned)
+        is_same = is_alike and have_same_values(item.base, item.tuned)
         return 0.0 if is_same else None
 
     found = in_parallel(one, leftovers, threads=threads)

@@ -7,27 +7,27 @@ from typing import Final
 
 from loratool.adapter.model import Extra, ExtraKind
 from loratool.adapter.patterns import matches_target
+from loratool.base.model import Model
+from loratool.base.ties import Tie
 from loratool.errors import AdapterError, BaseModelError
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES, MASKED_HEADS
-from loratool.ops.merging.context import BaseView, Share
+from loratool.ops.merging.context import Share
 from loratool.ops.plan import Blend, SetRows
 
 __all__ = ["plan_extra", "plan_extras"]
 
-Head = tuple[str, tuple[int, ...]]
 IMPLICIT_HEADS: Final = frozenset(
     ("classifier", "score", "qa_outputs", "pre_classifier", "classification_head")
 )
 """Heads that PEFT saves for classification tasks without listing them."""
 
 
-def plan_extras(share: Share, base: BaseView, *, head: Head | None) -> None:
+def plan_extras(share: Share, base: Model) -> None:
     """Add what the extras of an adapter change to ``share``.
 
     Args:
         share: The adapter's part; filled in.
         base: The base.
-        head: Name and shape of a tied output head that the base does not store, if any.
 
     Raises:
         BaseModelError: A tensor has no place in the base.
@@ -40,30 +40,30 @@ def plan_extras(share: Share, base: BaseView, *, head: Head | None) -> None:
         )
     in_turn = {ExtraKind.FULL: 0, ExtraKind.BASE_COPY: 1, ExtraKind.STATE: 2, ExtraKind.ROWS: 3}
     for extra in sorted(share.adapter.extras, key=lambda extra: in_turn[extra.kind]):
-        plan_extra(share, extra, base, head)
+        plan_extra(share, extra, base)
 
 
-def plan_extra(share: Share, extra: Extra, base: BaseView, head: Head | None) -> None:
+def plan_extra(share: Share, extra: Extra, base: Model) -> None:
     """Add what one extra changes to ``share``; raises as :func:`plan_extras` does."""
     match extra.kind:
         case ExtraKind.FULL:
-            _plan_full(share, extra, base, head)
+            _plan_full(share, extra, base)
         case ExtraKind.BASE_COPY:
-            _plan_base_copy(share, extra, base, head)
+            _plan_base_copy(share, extra, base)
         case ExtraKind.ROWS:
-            _plan_rows(share, extra, base, head)
+            _plan_rows(share, extra, base)
         case ExtraKind.STATE:
             pass
 
 
-def _plan_full(share: Share, extra: Extra, base: BaseView, head: Head | None) -> None:
+def _plan_full(share: Share, extra: Extra, base: Model) -> None:
     module, _, leaf = extra.name.rpartition(".")
-    owner = base.index.find(module, parameter=leaf) if module else None
-    name = f"{owner}.{leaf}" if owner is not None else extra.name
+    name = (base.tensor(module, leaf) if module else None) or extra.name
+    head = base.hidden_head
     if name in base.tensors:
         _replace(share, extra, name, base)
     elif head is not None and extra.name.endswith(_tail(head)):
-        share.changes[head[0]].replacement = extra.tensor
+        share.changes[head.head].replacement = extra.tensor
     elif _is_saved(share, module):
         if share.weight != 1:
             raise AdapterError(
@@ -75,9 +75,9 @@ def _plan_full(share: Share, extra: Extra, base: BaseView, head: Head | None) ->
         raise _no_place(share, extra, base)
 
 
-def _tail(head: Head) -> str:
+def _tail(tie: Tie) -> str:
     """Return the last two components of a head's name: ``lm_head.weight``."""
-    return ".".join(head[0].split(".")[-2:])
+    return ".".join(tie.head.split(".")[-2:])
 
 
 def _is_saved(share: Share, module: str) -> bool:
@@ -88,15 +88,15 @@ def _is_saved(share: Share, module: str) -> bool:
     return listed or any(part in IMPLICIT_HEADS for part in module.split("."))
 
 
-def _no_place(share: Share, extra: Extra, base: BaseView) -> BaseModelError:
+def _no_place(share: Share, extra: Extra, base: Model) -> BaseModelError:
     module, _, leaf = extra.name.rpartition(".")
-    if leaf == "bias" and base.index.find(module) is not None:
+    if leaf == "bias" and base.has(module):
         return BaseModelError(
             share.where(extra.key),
             f"the base's {module!r} has no bias that it could replace",
             hint="give --skip 'bias$' to merge without it",
         )
-    nearest = base.index.nearest(module)
+    nearest = base.nearest(module)
     words = f" (nearest: {', '.join(nearest)})" if nearest else ""
     return BaseModelError(
         share.where(extra.key),
@@ -105,7 +105,7 @@ def _no_place(share: Share, extra: Extra, base: BaseView) -> BaseModelError:
     )
 
 
-def _replace(share: Share, extra: Extra, name: str, base: BaseView) -> None:
+def _replace(share: Share, extra: Extra, name: str, base: Model) -> None:
     changes = share.changes[name]
     shape, old = extra.tensor.spec.shape, base.shape(name)
     if shape == old and share.weight != 1:
@@ -135,18 +135,17 @@ def _check_resize(share: Share, extra: Extra, name: str, old: tuple[int, ...]) -
     )
 
 
-def _plan_base_copy(share: Share, extra: Extra, base: BaseView, head: Head | None) -> None:
+def _plan_base_copy(share: Share, extra: Extra, base: Model) -> None:
     module, _, leaf = extra.name.rpartition(".")
-    owner = base.index.find(module, parameter=leaf)
-    if owner is None and head is not None and extra.name.endswith(_tail(head)):
+    name, head = base.tensor(module, leaf), base.hidden_head
+    if name is None and head is not None and extra.name.endswith(_tail(head)):
         # A tied head: its base weight is the embedding, which is there.
-        if extra.tensor.spec.shape != head[1]:
-            share.changes[head[0]].base = extra.tensor
+        if extra.tensor.spec.shape != base.shape(head.head):
+            share.changes[head.head].base = extra.tensor
         return
-    if owner is None:
+    if name is None:
         share.notes.append(f"{extra.key!r}, a copy of a weight that the base lacks, was not used")
         return
-    name = f"{owner}.{leaf}"
     if extra.tensor.spec.shape == base.shape(name):
         share.changes[name].edits.insert(
             0, Blend(extra.tensor, share.weight, only_if_different=True)
@@ -156,14 +155,13 @@ def _plan_base_copy(share: Share, extra: Extra, base: BaseView, head: Head | Non
         share.changes[name].base = extra.tensor
 
 
-def _plan_rows(share: Share, extra: Extra, base: BaseView, head: Head | None) -> None:
-    owner = base.index.find(extra.name, parameter="weight")
-    if owner is not None:
-        name, shape = f"{owner}.weight", base.shape(f"{owner}.weight")
-    elif head is not None and f"{extra.name}.weight".endswith(_tail(head)):
-        name, shape = head
-    else:
+def _plan_rows(share: Share, extra: Extra, base: Model) -> None:
+    name, head = base.tensor(extra.name, "weight"), base.hidden_head
+    if name is None and head is not None and f"{extra.name}.weight".endswith(_tail(head)):
+        name = head.head
+    if name is None:
         raise _no_place(share, extra, base)
+    shape = base.shape(name)
     indices = _token_indices(share, extra)
     source = share.changes[name].source
     shape = source.spec.shape if source else shape

@@ -9,14 +9,11 @@ from loratool.adapter.build import is_scaled_by_name
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
 from loratool.adapter.variants import VARIANT_WORDS
-from loratool.errors import AdapterError, BaseModelError, UnsupportedError
-from loratool.files.checkpoint import Checkpoint
-from loratool.files.dtypes import DTYPES
+from loratool.errors import AdapterError, UnsupportedError
 
 __all__ = [
     "CONVERT_HINT",
     "check_adapter",
-    "check_base",
     "check_plain",
     "check_unmixed",
     "site_problems",
@@ -25,21 +22,6 @@ __all__ = [
 CONVERT_HINT: Final = (
     "convert it with the adapter as it was initialised: loratool convert ADAPTER --initial "
     "FOLDER --to peft -o OUT; or merge on the residual base with init_lora_weights set to true"
-)
-QUANTISED_SUFFIXES: Final = (
-    ".absmax",
-    ".quant_map",
-    ".quant_state.bitsandbytes__nf4",
-    ".quant_state.bitsandbytes__fp4",
-    ".qweight",
-    ".qzeros",
-    ".g_idx",
-    ".SCB",
-    ".weight_scale",
-    ".weight_scale_inv",
-    ".weight_packed",
-    "_proj_blocks",
-    "_proj_scales",
 )
 
 
@@ -247,33 +229,3 @@ def _is_grouped(site: Site) -> bool:
         and site.up.spec.shape[1] > 0
         and site.down.spec.shape[0] % site.up.spec.shape[1] == 0
     )
-
-
-def check_base(checkpoint: Checkpoint) -> list[str]:
-    """Refuse a quantised base; return notes on one that merely says it is.
-
-    Raises:
-        BaseModelError: Its weights are stored quantised.
-    """
-    method = None
-    quantisation = checkpoint.config.get("quantization_config")
-    if isinstance(quantisation, dict):
-        method = quantisation.get("quant_method") or "unknown"
-    hint = "merge on the 16-bit original; a quantised base would have to be rounded again"
-    for name, stored in checkpoint.tensors.items():
-        if name.endswith(QUANTISED_SUFFIXES) or ".quant_state." in name:
-            raise BaseModelError(
-                checkpoint.path,
-                f"is quantised ({method or 'by its tensor names'}): it holds {name!r}",
-                hint=hint,
-            )
-        dtype = DTYPES[stored.spec.dtype]
-        if dtype.is_float and dtype.bits < 16:
-            raise BaseModelError(
-                checkpoint.path,
-                f"is quantised: tensor {name!r} is {stored.spec.dtype}",
-                hint=hint,
-            )
-    if method:
-        return [f"the base's config.json names the quantisation {method!r}, its weights are not"]
-    return []

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.model import Adapter, unknown_scale
-from loratool.errors import BaseModelError, MergeError, OutputError, UnsupportedError
-from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.base.config_edits import ConfigChanges
+from loratool.base.model import Model, open_model
+from loratool.base.refusals import check_base
+from loratool.base.replication import layer_ranges
+from loratool.base.ties import Tie, have_same_values
+from loratool.codecs.codec import CodedTensor
+from loratool.codecs.weights import Weight, path_of
+from loratool.errors import BaseModelError, MergeError, OptionError, OutputError, UnsupportedError
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.container import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.json import read_json_object
 from loratool.files.safetensors import SafetensorsFile
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
-from loratool.ops.merging.context import BaseView, Changes, Share
+from loratool.ops.merging.context import Changes, Share
 from loratool.ops.merging.extras import plan_extras
-from loratool.ops.merging.mergeable import check_adapter, check_base
-from loratool.ops.merging.replication import layer_ranges, replicate
-from loratool.ops.merging.sidecars import STRAY_LINK, ConfigChanges, collect_sidecars
+from loratool.ops.merging.mergeable import check_adapter
+from loratool.ops.merging.sidecars import STRAY_LINK, collect_sidecars
 from loratool.ops.merging.sites import plan_sites
-from loratool.ops.merging.tied import Tie, find_tie, have_same_values, settle_tie
+from loratool.ops.merging.tied import settle_tie
 from loratool.ops.opening import open_adapter
 from loratool.ops.plan import Blend, Edit, OutputFile, Plan, SetRows, Step
 from loratool.plan.sidecar import Sidecar
 
-__all__ = ["plan_merge"]
+__all__ = ["QUANTIZED", "plan_merge"]
 
 AnyPath = str | PathLike[str]
 LABEL_HEADS: Final = (
@@ -44,6 +50,8 @@ LABEL_HEADS: Final = (
     "distillation_classifier",
 )
 """Modules with one output for each label; what feeds them (``pre_classifier``) has others."""
+QUANTIZED: Final = ("dequantize", "keep")
+"""What may become of quantised weights."""
 VOCABULARY_BIASES: Final = (
     "final_logits_bias",
     "lm_head.bias",
@@ -62,6 +70,7 @@ def plan_merge(
     alpha: float | None = None,
     adapter_name: str | None = None,
     skip: Sequence[str] = (),
+    quantized: str = "dequantize",
     output: AnyPath | None = None,
 ) -> Plan:
     """Decide what a merge writes, from headers alone; the arguments are those of :func:`merge`.
@@ -75,27 +84,34 @@ def plan_merge(
         raise MergeError("merge", f"a weight is not a number: {list(weights)}")
     if len(weights) > len(adapters):
         raise MergeError("merge", f"{len(weights)} weights for {len(adapters)} adapters")
-    checkpoint = open_checkpoint(Path(base))
+    model = open_model(Path(base))
+    checkpoint = model.checkpoint
+    _check_quantized(model, quantized)
     opened = [
         open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
     ]
     pairs = list(zip(opened, [*weights, *[1.0] * (len(adapters) - len(weights))], strict=True))
     if not any(weight for _, weight in pairs):
         raise MergeError("merge", "every weight is 0, so the merge would change nothing")
-    notes = [*checkpoint.notes, *check_base(checkpoint)]
+    notes = [*checkpoint.notes, *check_base(model)]
     for adapter in opened:
         check_adapter(adapter)
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
         if unknown := unknown_scale(adapter):
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
     layers = _common_replication(opened)
-    view = BaseView(checkpoint, replicate(checkpoint, layers) if layers else None)
-    shares = [Share(adapter, weight) for adapter, weight in pairs]
     tasks = [str(adapter.field("task_type")) for adapter in opened]
-    tie = find_tie(view, tasks)
-    _plan_shares(shares, view, tie)
+    view = model.as_trained(tasks=tasks, layers=layers)
+    shares = [Share(adapter, weight) for adapter, weight in pairs]
+    for share in shares:
+        plan_extras(share, view)
+        plan_sites(share, view)
     notes += [note for share in shares for note in share.notes]
+    tie = view.tie
     untied = tie if tie and not settle_tie(tie, shares, view) else None
+    if model.quantization is not None:
+        found = model.quantization
+        notes.append(f"{found.modules} weights in {found.format} were written as plain numbers")
     if untied:
         notes.append(f"embedding and head are no longer tied: {untied.head!r} is written apart")
     steps = _steps(view, shares, dtype, untied)
@@ -111,7 +127,7 @@ def plan_merge(
         )
     files = _files(checkpoint, view, steps, output if not is_folder else None)
     tokenizer = _with_tokenizer(changes, opened)
-    sidecars, left = collect_sidecars(checkpoint, changes, tokenizer) if is_folder else ([], [])
+    sidecars, left = collect_sidecars(model, changes, tokenizer) if is_folder else ([], [])
     notes += [f"{name} was not carried over: {why}" for name, why in left if why == STRAY_LINK]
     if is_folder and (len(files) > 1 or checkpoint.index):
         sidecars.append(_index(checkpoint, files))
@@ -138,16 +154,8 @@ def _common_replication(adapters: Sequence[Adapter]) -> list[int] | None:
     return stacks[0]
 
 
-def _plan_shares(shares: list[Share], view: BaseView, tie: Tie | None) -> None:
-    hidden = tie if tie is not None and not tie.is_stored else None
-    head = (hidden.head, view.shape(hidden.embedding)) if hidden else None
-    for share in shares:
-        plan_extras(share, view, head=head)
-        plan_sites(share, view, head=head)
-
-
 def _steps(
-    view: BaseView, shares: list[Share], dtype: str | None, untied: Tie | None
+    view: Model, shares: list[Share], dtype: str | None, untied: Tie | None
 ) -> dict[str, Step]:
     """Return how every output tensor comes about, those of the base first."""
     names = dict.fromkeys(view.tensors)
@@ -167,8 +175,8 @@ def _steps(
 
 def _step(
     name: str,
-    stored: StoredTensor | None,
-    source: StoredTensor | None,
+    stored: Weight | None,
+    source: Weight | None,
     changes: list[Changes],
     dtype: str | None,
 ) -> Step:
@@ -202,7 +210,7 @@ def _only_one(name: str, tensors: Sequence[StoredTensor | None], words: str) -> 
     return given[0] if given else None
 
 
-def _check_edits(name: str, edits: Sequence[Edit], source: StoredTensor) -> None:
+def _check_edits(name: str, edits: Sequence[Edit], source: Weight) -> None:
     """Make sure that several adapters' edits of one tensor can be carried out together."""
     rows: set[int] = set()
     for edit in edits:
@@ -220,7 +228,7 @@ def _check_edits(name: str, edits: Sequence[Edit], source: StoredTensor) -> None
 
 
 def _config_changes(
-    view: BaseView,
+    view: Model,
     steps: dict[str, Step],
     adapters: Sequence[Adapter],
     dtype: str | None,
@@ -247,6 +255,7 @@ def _config_changes(
         labels=labels,
         layers=tuple(layers) if layers else None,
         architecture=_architecture(adapters) if labels else None,
+        decoded=_decoded_dtype(steps),
     )
 
 
@@ -275,6 +284,28 @@ def _labels(steps: dict[str, Step]) -> int | None:
 def _is_label_head(name: str) -> bool:
     module = name.removesuffix(".weight")
     return module != name and f".{module}".endswith(tuple(f".{head}" for head in LABEL_HEADS))
+def _check_quantized(model: Model, quantized: str) -> None:
+    """Refuse what is not done with a quantised base.
+
+    Raises:
+        OptionError: ``--quantized`` is neither of its values.
+        UnsupportedError: Its codes would have to be written again.
+    """
+    if quantized not in QUANTIZED:
+        raise OptionError("--quantized", f"{quantized!r} is none of {', '.join(QUANTIZED)}")
+    if quantized == "keep" and model.quantization is not None:
+        raise UnsupportedError(
+            model.path,
+            f"--quantized keep: {model.quantization.format} is not written again yet",
+            hint="leave it out to write plain numbers, and quantise the result",
+        )
+
+
+def _decoded_dtype(steps: Mapping[str, Step]) -> str | None:
+    """Return the dtype (``bfloat16``) that coded weights are written in; ``None`` without any."""
+    coded = (step.spec.dtype for step in steps.values() if isinstance(step.base, CodedTensor))
+    found = next(coded, None)
+    return DTYPES[found].torch_name if found is not None else None
 
 
 def _check_vocabulary(steps: dict[str, Step], old: int, new: int) -> None:
@@ -339,19 +370,20 @@ def _is_plain(stem: str) -> bool:
 
 
 def _files(
-    checkpoint: Checkpoint, view: BaseView, steps: dict[str, Step], output: AnyPath | None
+    checkpoint: Checkpoint, view: Model, steps: dict[str, Step], output: AnyPath | None
 ) -> list[OutputFile]:
     """Lay out the output: every tensor in the shard it came from, added ones in the last."""
     by_shard: dict[Path, list[Step]] = {shard.path: [] for shard in checkpoint.shards}
     last = checkpoint.shards[-1].path
     for name, step in steps.items():
         stored = view.tensors.get(name)
-        by_shard[stored.path if stored is not None else last].append(step)
+        by_shard[path_of(stored) if stored is not None else last].append(step)
     files = []
     for shard in checkpoint.shards:
         original = shard if isinstance(shard, SafetensorsFile) else None
         name = Path(output).name if output is not None else _output_name(shard.path)
-        files.append(OutputFile.lay_out(name, by_shard[shard.path], shard.metadata, original))
+        if by_shard[shard.path] or not shard.tensors:  # one with nothing but scales is gone
+            files.append(OutputFile.lay_out(name, by_shard[shard.path], shard.metadata, original))
     return files
 
 

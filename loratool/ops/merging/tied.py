@@ -6,85 +6,19 @@ two different weights where the base had one. It stays tied where the adapter ch
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-
 from loratool.adapter.slots import Slot
+from loratool.base.model import Model
+from loratool.base.ties import Tie, have_same_values
 from loratool.errors import UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
-from loratool.names.tied import EMBEDDING_LEAVES, architectures, head_name, tie_flag
-from loratool.ops.merging.context import BaseView, Changes, Share
+from loratool.ops.merging.context import Changes, Share
 from loratool.ops.plan import AddDelta, SetRows
 
-__all__ = ["Tie", "find_tie", "have_same_values", "settle_tie"]
+__all__ = ["settle_tie"]
 
 
-@dataclass(frozen=True, slots=True)
-class Tie:
-    """The shared weight of a base.
-
-    Attributes:
-        embedding: Name of the input embedding's tensor.
-        head: Name of the output head's tensor, which the base may store or not.
-        is_stored: Whether the base stores the head as well.
-    """
-
-    embedding: str
-    head: str
-    is_stored: bool
-
-
-def find_tie(base: BaseView, tasks: Collection[str] = ()) -> Tie | None:
-    """Return the shared weight of ``base``, or ``None`` where nothing is tied.
-
-    Args:
-        base: The base.
-        tasks: The task types of the adapters, which may give it another head.
-    """
-    name = head_name(base.config, tasks)
-    flag = tie_flag(base.config)
-    if name is None or flag is False:
-        return None
-    embeddings = [
-        tensor
-        for tensor, stored in base.tensors.items()
-        if len(stored.spec.shape) == 2
-        and tensor.endswith(".weight")
-        and tensor.split(".")[-2] in EMBEDDING_LEAVES
-    ]
-    if len(embeddings) != 1:
-        return None
-    embedding = embeddings[0]
-    owner = base.index.find(name, parameter="weight")
-    if owner is None:
-        is_said = flag is True or bool(architectures(base.config))
-        head = _head_beside(embedding, name)
-        return Tie(embedding, head, is_stored=False) if is_said else None
-    head = f"{owner}.weight"
-    if head == embedding or base.shape(head) != base.shape(embedding):
-        return None
-    # Where both are stored and differ, loaders keep them apart whatever the flag says.
-    if not have_same_values(base.tensors[head], base.tensors[embedding]):
-        return None
-    return Tie(embedding, head, is_stored=True)
-
-
-def _head_beside(embedding: str, name: str) -> str:
-    """Name the head as a checkpoint would that names its embedding ``embedding``."""
-    outer = embedding.partition(".model.")[0]
-    prefix = f"{outer}." if outer != embedding and outer == "language_model" else ""
-    return f"{prefix}{name}.weight"
-
-
-def have_same_values(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two stored tensors hold the same bytes of the same dtype and shape."""
-    if first.spec.shape != second.spec.shape:
-        return False
-    return first.spec.dtype == second.spec.dtype and read_bytes(first) == read_bytes(second)
-
-
-def settle_tie(tie: Tie, shares: list[Share], base: BaseView) -> bool:
+def settle_tie(tie: Tie, shares: list[Share], base: Model) -> bool:
     """Decide whether the merged model stays tied, and complete the changes accordingly.
 
     Returns:
@@ -122,11 +56,11 @@ def _keep_tied(share: Share, tie: Tie) -> None:
         share.changes[tie.head] = embedding
 
 
-def _check_can_untie(tie: Tie, base: BaseView) -> None:
-    if tie.is_stored and not base.config.get("is_encoder_decoder"):
+def _check_can_untie(tie: Tie, base: Model) -> None:
+    if tie.is_stored and not base.config.is_encoder_decoder:
         return
-    names = architectures(base.config)
-    if base.config.get("is_encoder_decoder"):
+    names = base.config.architectures
+    if base.config.is_encoder_decoder:
         words = "an encoder-decoder model, whose other embeddings hang on the same tie"
     elif any(name.endswith("ForMaskedLM") for name in names):
         words = "a masked language model, whose head has more parts that hang on the tie"

@@ -7,6 +7,13 @@ from collections.abc import Collection, Sequence
 
 from loratool.adapter.build import strip_wrappers
 from loratool.adapter.model import Site
+from loratool.names.paths import (
+    Names,
+    family_name,
+    hub_paths,
+    is_native,
+    plausible_families,
+)
 from loratool.names.pipelines import (
     COMFY_ENCODERS,
     COMPONENT,
@@ -17,13 +24,6 @@ from loratool.names.pipelines import (
     split_native,
 )
 from loratool.names.positions import text_paths, unet_paths
-from loratool.ops.naming.paths import (
-    Names,
-    family_name,
-    hub_paths,
-    is_native,
-    plausible_families,
-)
 
 __all__ = ["from_native", "from_pipeline", "from_positions"]
 

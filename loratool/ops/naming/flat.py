@@ -9,6 +9,7 @@ from typing import Final
 
 from loratool.names.diffusion import FAMILIES, Family, family_named
 from loratool.names.diffusion.flattening import flatten
+from loratool.names.paths import Names, candidates, family_name, hub_path, is_native
 from loratool.names.pipelines import (
     BACKBONE_KINDS,
     BACKBONES,
@@ -19,7 +20,6 @@ from loratool.names.pipelines import (
     encoder_kinds,
     split_flat,
 )
-from loratool.ops.naming.paths import Names, candidates, family_name, hub_path, is_native
 
 __all__ = ["MODULES_KEY", "from_bare_flat", "from_flat"]
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import KeyScheme, Spelling
+from loratool.names.paths import Names, family_name, is_native
 from loratool.names.pipelines import ENCODERS, component_of
 from loratool.ops.naming.dotted import from_native, from_pipeline, from_positions
 from loratool.ops.naming.flat import from_bare_flat, from_flat
-from loratool.ops.naming.paths import Names, family_name, is_native
 from loratool.ops.naming.shapes import family_by_shape, one_site_an_expert, shaped
 
 __all__ = ["from_paths", "paths_of", "spell_out"]

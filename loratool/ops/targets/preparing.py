@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
+from loratool.base.model import Model
 from loratool.errors import OptionError, UnsupportedError
-from loratool.files.json import read_json_object
-from loratool.ops.conversion.base import Base
 from loratool.ops.targets.checking import listed, mending
 from loratool.ops.targets.features import features_of
 from loratool.ops.targets.target import Fate, Fusion, Mend, Target
@@ -23,7 +22,7 @@ ROW_SLOTS: Final[tuple[Slot, ...]] = (Slot.UP_BIAS, Slot.BIAS, Slot.MAGNITUDE)
 """What else has one number for each output."""
 
 
-def prepare(parts: Sequence[Part], target: Target, base: Base | None) -> list[Part]:
+def prepare(parts: Sequence[Part], target: Target, base: Model | None) -> list[Part]:
     """Return ``parts`` with the modules apart that the loader wants apart.
 
     Each gets its rows of B as a view, and all of A. A module that the base itself has in one
@@ -108,13 +107,14 @@ def refusals(
             )
 
 
-def _apart(part: Part, target: Target, base: Base | None) -> Iterator[Part]:
+def _apart(part: Part, target: Target, base: Model | None) -> Iterator[Part]:
     parent, _, leaf = part.module.rpartition(".")
     fusion = target.fusions.get(leaf)
     if fusion is None or part.parameter or ".experts" in part.module:
         yield part
         return
-    if base is not None and base.find(part.module) is not None:
+    place = base.find(part.module) if base is not None else None
+    if place is not None and len(place.pieces) == 1:
         yield replace(part, notes=(*part.notes, "stays in one, as the base has it"))
         return
     if not part.is_plain or part.kind is not Kind.LINEAR:
@@ -138,7 +138,7 @@ def _apart(part: Part, target: Target, base: Base | None) -> Iterator[Part]:
         start = stop
 
 
-def _sizes(part: Part, fusion: Fusion, names: Sequence[str], base: Base | None) -> list[int]:
+def _sizes(part: Part, fusion: Fusion, names: Sequence[str], base: Model | None) -> list[int]:
     """Return how many rows of B each projection has.
 
     Raises:
@@ -147,10 +147,11 @@ def _sizes(part: Part, fusion: Fusion, names: Sequence[str], base: Base | None) 
     out, count = part.up.shape[0], len(names)
     sizes: list[int] | None
     if base is not None:
-        weights = [base.find(name) for name in names]
-        stored = [weight.spec.shape[0] for weight in weights if weight is not None]
-        config = _config(base)
-        sizes = stored if len(stored) == count else (_heads(config) if fusion.heads else None)
+        places = [base.find(name) for name in names]
+        stored = [place.shape[0] for place in places if place is not None]
+        heads = base.config.projection_rows
+        told = list(heads) if fusion.heads and heads else None
+        sizes = stored if len(stored) == count else told
         if sizes is None and fusion.heads:
             raise UnsupportedError(
                 part.module,
@@ -178,22 +179,3 @@ def _sizes(part: Part, fusion: Fusion, names: Sequence[str], base: Base | None) 
             hint="is this the base that it was trained on?" if base is not None else None,
         )
     return sizes
-
-
-def _config(base: Base) -> Mapping[str, Any]:
-    folder = base.path if base.path.is_dir() else base.path.parent
-    path = folder / "config.json"
-    config = read_json_object(path) if path.is_file() else {}
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
-
-
-def _heads(config: Mapping[str, Any]) -> list[int] | None:
-    """Return the rows of queries, keys and values, or ``None`` where the heads are not said."""
-    heads = config.get("num_attention_heads")
-    groups = config.get("num_key_value_heads") or heads
-    hidden = config.get("hidden_size")
-    if not isinstance(heads, int) or not isinstance(groups, int) or heads <= 0:
-        return None
-    size = config.get("head_dim") or (hidden // heads if isinstance(hidden, int) else None)
-    return [heads * size, groups * size, groups * size] if isinstance(size, int) else None

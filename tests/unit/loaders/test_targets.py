@@ -21,8 +21,8 @@ import loratool
 from loratool.adapter.findings import Finding
 from loratool.adapter.model import Adapter
 from loratool.adapter.part import Part
+from loratool.base.model import open_model
 from loratool.errors import OptionError, UnsupportedError
-from loratool.ops.conversion.base import open_base
 from loratool.ops.opening import open_adapter
 from loratool.ops.targets import builtin_targets, target_named
 from loratool.ops.targets.checking import check_for
@@ -684,7 +684,7 @@ def test_grouped_queries_take_their_sizes_from_the_base(
     config: dict[str, Any], make_adapter: Make, make_base: Make
 ) -> None:
     adapter = _fused(16, 8, QKV, make_adapter)
-    base = open_base(make_base({"model.norm.weight": torch.ones(8)}, config))
+    base = open_model(make_base({"model.norm.weight": torch.ones(8)}, config))
     (part,) = parts_of(adapter)
     parts = prepare([part], target_named("vllm"), base)
     _check_rows(parts, dense(part), ["q_proj", "k_proj", "v_proj"], [8, 4, 4])
@@ -696,13 +696,13 @@ def test_shapes_of_the_base_say_it_too(make_adapter: Make, make_base: Make) -> N
     sizes = {"q_proj": 16, "k_proj": 4, "v_proj": 4}
     tensors = {f"{parent}.{leaf}.weight": torch.ones(size, 8) for leaf, size in sizes.items()}
     (part,) = parts_of(adapter)
-    parts = prepare([part], target_named("vllm"), open_base(make_base(tensors)))
+    parts = prepare([part], target_named("vllm"), open_model(make_base(tensors)))
     _check_rows(parts, dense(part), list(sizes), list(sizes.values()))
 
 
 def test_what_the_base_has_in_one_stays_in_one(make_adapter: Make, make_base: Make) -> None:
     adapter = _fused(24, 8, QKV, make_adapter)
-    base = open_base(make_base({f"{QKV}.weight": torch.ones(24, 8)}))
+    base = open_model(make_base({f"{QKV}.weight": torch.ones(24, 8)}))
     (part,) = parts_of(adapter)
     (made,) = prepare([part], target_named("vllm"), base)
     assert made.module == QKV and torch.equal(dense(made), dense(part))
@@ -713,11 +713,11 @@ def test_sizes_that_nothing_tells(make_adapter: Make, make_base: Make) -> None:
     with pytest.raises(UnsupportedError, match="sizes") as caught:
         prepare(parts, target_named("vllm"), None)
     assert "--base" in str(caught.value.hint)
-    silent = open_base(make_base({"model.norm.weight": torch.ones(8)}))
+    silent = open_model(make_base({"model.norm.weight": torch.ones(8)}))
     with pytest.raises(UnsupportedError, match="tells no sizes"):
         prepare(parts, target_named("vllm"), silent)
     config = {"num_attention_heads": 4, "hidden_size": 8}
-    other = open_base(make_base({"model.norm.weight": torch.ones(8)}, config, name="other"))
+    other = open_model(make_base({"model.norm.weight": torch.ones(8)}, config, name="other"))
     with pytest.raises(UnsupportedError, match=r"16 outputs, but .* have 8, 8, 8"):
         prepare(parts, target_named("vllm"), other)
 

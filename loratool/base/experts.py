@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from itertools import permutations
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loratool.adapter.model import Adapter, Site
+from loratool.base.place import Piece, Place
+from loratool.base.region import Region
 from loratool.errors import BaseModelError, UnsupportedError
 from loratool.names.experts import (
     FUSED,
@@ -15,19 +17,57 @@ from loratool.names.experts import (
     fused_part_of,
     registration_index,
 )
-from loratool.ops.merging.context import BaseView
-from loratool.ops.plan import Region
 
-__all__ = ["assign_parameters", "locate_in_fused", "locate_parameter"]
+if TYPE_CHECKING:
+    from loratool.base.model import Model
+
+__all__ = [
+    "assign_parameters",
+    "expert_place",
+    "locate_in_fused",
+    "locate_parameter",
+    "parameter_place",
+]
 
 EXPERT: Final = re.compile(r"(?P<container>.+)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)")
 INTERLEAVED: Final = frozenset(("gpt_oss",))
 """Models whose fused gate and up projections alternate row by row."""
 
 
-def locate_in_fused(site: Site, base: BaseView) -> tuple[str, Region] | None:
+def locate_in_fused(site: Site, base: Model) -> tuple[str, Region] | None:
     """Return where a site on one expert's projection goes in a base with fused experts."""
-    match = EXPERT.fullmatch(site.module)
+    return _in_fused(site.module, (site.out_features, site.in_features), base, site.label)
+
+
+def expert_place(module: str, base: Model) -> Place | None:
+    """Return the place of one expert's projection in a base with fused experts.
+
+    Raises:
+        UnsupportedError: The base interleaves it with another one, row by row.
+    """
+    found = _in_fused(module, None, base, module)
+    if found is None:
+        return None
+    name, region = found
+    stored = base.tensors[name]
+    pair = (region.rows, region.columns)
+    shape = pair[::-1] if region.transposed else pair
+    return Place(module, shape, stored.spec.dtype, (Piece(name, stored, region),))
+
+
+def _in_fused(
+    module: str, delta: tuple[int, int] | None, base: Model, label: str
+) -> tuple[str, Region] | None:
+    """Return tensor and region of one expert's projection.
+
+    Args:
+        module: The projection.
+        delta: ``(out, in)`` of what goes there, if that is known; it settles which way round
+            the base has it, where the shapes differ.
+        base: The base.
+        label: What to call it in errors.
+    """
+    match = EXPERT.fullmatch(module)
     part = fused_part_of(match["leaf"]) if match else None
     if match is None or part is None:
         return None
@@ -37,19 +77,23 @@ def locate_in_fused(site: Site, base: BaseView) -> tuple[str, Region] | None:
     shape = base.shape(name)
     expert = int(match["expert"])
     if len(shape) != 3 or expert >= shape[0]:
-        raise BaseModelError(site.label, f"the base's {name!r} has shape {list(shape)}")
+        raise BaseModelError(label, f"the base's {name!r} has shape {list(shape)}")
     _, rows, columns = shape
-    out, into = site.out_features, site.in_features
-    if part.parts > 1 and base.model_types & INTERLEAVED:
+    if part.parts > 1 and base.config.model_types & INTERLEAVED:
         raise UnsupportedError(
-            site.label, f"the base interleaves gate and up in {name!r}, which is not supported"
+            label, f"the base interleaves gate and up in {name!r}, which is not supported"
         )
+    declared = bool(base.config.model_types & TRANSPOSED_MODEL_TYPES)
+    if delta is None:
+        outer, into = (columns, rows) if declared else (rows, columns)
+        delta = (outer // part.parts, into)
+    out, into = delta
     transposed = (into, out * part.parts) == (rows, columns)
     if (out * part.parts, into) == (rows, columns):
-        transposed = transposed and bool(base.model_types & TRANSPOSED_MODEL_TYPES)
+        transposed = transposed and declared
     elif not transposed:
         raise BaseModelError(
-            site.label, f"a delta of {[out, into]} does not fit {name!r} of {list(shape)}"
+            label, f"a delta of {[out, into]} does not fit {name!r} of {list(shape)}"
         )
     first_row, first_column = expert * rows, 0
     if transposed:
@@ -66,19 +110,35 @@ def locate_in_fused(site: Site, base: BaseView) -> tuple[str, Region] | None:
     return name, region
 
 
-def fused_tensor(parameter: str, base: BaseView) -> str | None:
+def parameter_place(parameter: str, base: Model) -> Place | None:
+    """Return the place of a stack of experts, in one parameter or in a tensor for each.
+
+    Which way round square ones lie is told by the model type alone; an adapter's release may
+    know better (:func:`locate_parameter`).
+    """
+    if parameter.rpartition(".")[2] not in FUSED:
+        return None
+    shape = fused_shape(parameter, base)
+    if shape is None or len(shape) != 3:
+        return None
+    experts, rows, columns = shape
+    transposed = bool(base.config.model_types & TRANSPOSED_MODEL_TYPES)
+    regions = _stacked_regions(parameter, shape, base, transposed=transposed)
+    pieces = tuple(Piece(name, base.tensors[name], region) for name, region in regions)
+    pair = (columns, rows) if transposed else (rows, columns)
+    return Place(parameter, pair, pieces[0].tensor.spec.dtype, pieces, experts)
+
+
+def fused_tensor(parameter: str, base: Model) -> str | None:
     """Return the name of the base's tensor that is ``parameter``, or ``None``."""
     module, _, leaf = parameter.rpartition(".")
-    owner = base.index.find(module, parameter=leaf)
-    if owner is not None:
-        return f"{owner}.{leaf}"
-    if leaf in FUSED_ALIASES:
-        beside = f"{module.rpartition('.')[0]}.{FUSED_ALIASES[leaf]}"
-        owner = base.index.find(beside, parameter="weight")
-    return None if owner is None else f"{owner}.weight"
+    name = base.tensor(module, leaf) if module else None
+    if name is None and leaf in FUSED_ALIASES:
+        return base.tensor(f"{module.rpartition('.')[0]}.{FUSED_ALIASES[leaf]}", "weight")
+    return name
 
 
-def fused_shape(parameter: str, base: BaseView) -> tuple[int, ...] | None:
+def fused_shape(parameter: str, base: Model) -> tuple[int, ...] | None:
     """Return the shape that ``parameter`` has, or would have if the base's experts were fused."""
     name = fused_tensor(parameter, base)
     if name is not None:
@@ -90,7 +150,7 @@ def fused_shape(parameter: str, base: BaseView) -> tuple[int, ...] | None:
     return (len(experts), rows * len(experts[0]), columns)
 
 
-def _expert_tensors(parameter: str, base: BaseView) -> list[list[str]]:
+def _expert_tensors(parameter: str, base: Model) -> list[list[str]]:
     """Return, for each expert, the names of the tensors that make up the fused ``parameter``."""
     module, _, leaf = parameter.rpartition(".")
     container = base.index.find(module)
@@ -109,7 +169,7 @@ def _expert_tensors(parameter: str, base: BaseView) -> list[list[str]]:
         found.append(names)
 
 
-def assign_parameters(adapter: Adapter, base: BaseView) -> dict[str, str]:
+def assign_parameters(adapter: Adapter, base: Model) -> dict[str, str]:
     """Return which parameter each site with ``parameters`` adapts: label to parameter.
 
     Several on one module nest, the first registered innermost. Shapes decide where they can,
@@ -123,7 +183,7 @@ def assign_parameters(adapter: Adapter, base: BaseView) -> dict[str, str]:
         candidates = [
             parameter for parameter in sites[0].parameters if fused_shape(parameter, base)
         ]
-        if not candidates and base.index.find(module, parameter="weight") is not None:
+        if not candidates and base.tensor(module, "weight") is not None:
             continue  # an ordinary module after all
         if len(candidates) < len(sites):
             raise BaseModelError(
@@ -161,7 +221,7 @@ def _is_registered_order(option: tuple[str, ...]) -> bool:
     return len(known) == len(places) and known == sorted(known)
 
 
-def _fits(site: Site, parameter: str, adapter: Adapter, base: BaseView) -> bool:
+def _fits(site: Site, parameter: str, adapter: Adapter, base: Model) -> bool:
     shape = fused_shape(parameter, base)
     assert shape is not None and adapter.config is not None
     if len(shape) == 2:
@@ -175,7 +235,7 @@ def _fits(site: Site, parameter: str, adapter: Adapter, base: BaseView) -> bool:
 
 
 def locate_parameter(
-    site: Site, parameter: str, adapter: Adapter, base: BaseView
+    site: Site, parameter: str, adapter: Adapter, base: Model
 ) -> list[tuple[str, Region]]:
     """Return every place where a site on a raw parameter goes."""
     shape = fused_shape(parameter, base)
@@ -183,8 +243,16 @@ def locate_parameter(
     fused = fused_tensor(parameter, base)
     if len(shape) == 2 and fused is not None:
         return [(fused, Region(*shape, transposed=False))]
-    experts, rows, columns = shape
     transposed = _is_transposed(site, parameter, shape, adapter, base)
+    return _stacked_regions(parameter, shape, base, transposed=transposed)
+
+
+def _stacked_regions(
+    parameter: str, shape: tuple[int, ...], base: Model, *, transposed: bool
+) -> list[tuple[str, Region]]:
+    """Return tensors and regions of all experts of a stack."""
+    experts, rows, columns = shape
+    fused = fused_tensor(parameter, base)
     if fused is not None:
         return [(fused, Region(rows, columns, transposed=transposed, experts=experts))]
     places = []
@@ -203,7 +271,7 @@ def locate_parameter(
 
 
 def _is_transposed(
-    site: Site, parameter: str, shape: tuple[int, ...], adapter: Adapter, base: BaseView
+    site: Site, parameter: str, shape: tuple[int, ...], adapter: Adapter, base: Model
 ) -> bool:
     """Whether the delta ``(out, in)`` lies transposed in the parameter ``(E, rows, columns)``.
 
@@ -214,12 +282,12 @@ def _is_transposed(
     _, rows, columns = shape
     if rows != columns:
         return site.in_features == rows
-    declared = bool(base.model_types & TRANSPOSED_MODEL_TYPES)
+    declared = bool(base.config.model_types & TRANSPOSED_MODEL_TYPES)
     version = str(adapter.field("peft_version") or "0.17.0")
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if numbers < (0, 19, 0):
         return True
-    if numbers == (0, 19, 0) or not base.model_types:
+    if numbers == (0, 19, 0) or not base.config.model_types:
         raise BaseModelError(
             site.label,
             f"{parameter} is square {list(shape)}, and PEFT {version} does not settle how its "

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from loratool.codecs.weights import Weight
 from loratool.errors import AdapterError, UnsupportedError
-from loratool.files.checkpoint import Checkpoint
-from loratool.files.spec import StoredTensor
 
 __all__ = ["layer_ranges", "replicate"]
 
@@ -41,15 +40,17 @@ def layer_ranges(value: Any, where: object) -> list[int] | None:
     return [layer for start, end in pairs for layer in range(start, end)]
 
 
-def replicate(checkpoint: Checkpoint, layers: list[int]) -> Mapping[str, StoredTensor]:
+def replicate(
+    stored_tensors: Mapping[str, Weight], layers: list[int], where: object
+) -> Mapping[str, Weight]:
     """Return the tensors of the longer stack; copied layers read the base's own bytes.
 
     Raises:
         UnsupportedError: The base has no single stack of layers, or fewer than are asked for.
     """
-    stacks: dict[str, dict[int, list[tuple[str, StoredTensor]]]] = {}
-    tensors: dict[str, StoredTensor] = {}
-    for name, stored in checkpoint.tensors.items():
+    stacks: dict[str, dict[int, list[tuple[str, Weight]]]] = {}
+    tensors: dict[str, Weight] = {}
+    for name, stored in stored_tensors.items():
         match = LAYER.fullmatch(name)
         if match is None:
             tensors[name] = stored
@@ -59,13 +60,13 @@ def replicate(checkpoint: Checkpoint, layers: list[int]) -> Mapping[str, StoredT
     if len(stacks) != 1:
         found = ", ".join(stacks) or "none"
         raise UnsupportedError(
-            checkpoint.path, f"layer_replication needs one stack of layers; the base has {found}"
+            where, f"layer_replication needs one stack of layers; the base has {found}"
         )
     ((before, stack),) = stacks.items()
     for index, layer in enumerate(layers):
         if layer not in stack:
             raise UnsupportedError(
-                checkpoint.path, f"layer_replication copies layer {layer}, which it does not have"
+                where, f"layer_replication copies layer {layer}, which it does not have"
             )
         for after, stored in stack[layer]:
             name = f"{before}.{index}.{after}"

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from typing import Final
 
 from loratool.errors import BaseModelError
 from loratool.names.canonical import STRUCTURE, canonical_path, single_towers
 
 __all__ = ["ModuleIndex"]
+
+ENDING: Final = 3
+"""Components of a path that narrow it down to few: a layer's number, and two names."""
+
+
+def _ending(path: str) -> str:
+    return ".".join(path.rsplit(".", ENDING)[-ENDING:])
 
 
 class ModuleIndex:
@@ -47,14 +55,31 @@ class ModuleIndex:
         return found
 
     @cached_property
-    def _suffixes(self) -> dict[str, list[str]]:
+    def _endings(self) -> dict[str, list[str]]:
+        """Canonical paths by their last components."""
         found = defaultdict(list)
-        for canonical, paths in self._canonical.items():
-            rest = canonical
-            while rest:
-                found[rest].extend(paths)
-                rest = rest.partition(".")[2]
+        for canonical in self._canonical:
+            found[_ending(canonical)].append(canonical)
         return found
+
+    def _ending_with(self, canonical: str) -> list[str]:
+        """Return the paths whose canonical spelling ends with ``canonical``."""
+        is_long = canonical.count(".") >= ENDING - 1
+        pool = self._endings.get(_ending(canonical), ()) if is_long else self._canonical
+        tail = f".{canonical}"
+        matching = [found for found in pool if found == canonical or found.endswith(tail)]
+        return [path for found in matching for path in self._canonical[found]]
+
+    def _candidates(self, module: str) -> Iterator[Iterable[str]]:
+        """Yield the modules that ``module`` may be, the likeliest first."""
+        canonical = canonical_path(module, self.towers)
+        yield self._canonical.get(canonical, ())
+        yield self._ending_with(canonical)
+        # A path with more before it than the base's: a prefix that the base was saved without.
+        outer, _, rest = canonical.partition(".")
+        while rest and outer not in STRUCTURE:
+            yield self._canonical.get(rest, ())
+            outer, _, rest = rest.partition(".")
 
     def find(self, module: str, *, parameter: str | None = None) -> str | None:
         """Return the base's spelling of ``module``, or ``None`` where it has none.
@@ -75,17 +100,7 @@ class ModuleIndex:
 
         if module in self.paths and fits(module):
             return module
-        canonical = canonical_path(module, self.towers)
-        steps: list[Iterable[str]] = [
-            self._canonical.get(canonical, ()),
-            self._suffixes.get(canonical, ()),
-        ]
-        # A path with more before it than the base's: a prefix that the base was saved without.
-        outer, _, rest = canonical.partition(".")
-        while rest and outer not in STRUCTURE:
-            steps.append(self._canonical.get(rest, ()))
-            outer, _, rest = rest.partition(".")
-        for candidates in steps:
+        for candidates in self._candidates(module):
             fitting = [path for path in candidates if fits(path)]
             if len(fitting) > 1:
                 listed = ", ".join(fitting[:4])

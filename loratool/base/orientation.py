@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Kind, Site
+from loratool.base.region import Region
+from loratool.codecs.weights import Weight
 from loratool.errors import BaseModelError
 from loratool.names.conv1d import CONV1D_LEAVES
+from loratool.names.embeddings import is_embedding
 from loratool.names.tied import EMBEDDING_LEAVES
-from loratool.ops.merging.context import BaseView
-from loratool.ops.plan import Region
 
-__all__ = ["matrix_shape", "region_for"]
+if TYPE_CHECKING:
+    from loratool.base.model import Model
+
+__all__ = [
+    "is_conv1d_by_shape",
+    "matrix_shape",
+    "mismatch",
+    "natural_region",
+    "natural_shape",
+    "region_for",
+]
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -26,8 +39,33 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:]))
 
 
+def is_conv1d_by_shape(tensors: Mapping[str, Weight]) -> bool | None:
+    """Whether the layers called ``c_attn`` or ``c_fc`` widen along their second axis.
+
+    ``None`` where there are none of them, or only square ones.
+    """
+    for name, stored in tensors.items():
+        if name.endswith((".c_attn.weight", ".c_fc.weight")):
+            shape = stored.spec.shape
+            if len(shape) == 2 and shape[0] != shape[1]:
+                return shape[0] < shape[1]
+    return None
+
+
+def natural_region(module: str, shape: tuple[int, ...], base: Model) -> Region:
+    """Return how the whole weight of ``module`` lies in a tensor of ``shape``, by its layer."""
+    rows, columns = matrix_shape(shape)
+    is_turned = len(shape) == 2 and (is_embedding(module) or bool(base.is_conv1d(module)))
+    return Region(rows, columns, transposed=is_turned)
+
+
+def natural_shape(shape: tuple[int, ...], *, transposed: bool) -> tuple[int, ...]:
+    """Return ``(out, in, *kernel)`` of a tensor of ``shape``."""
+    return shape[::-1] if transposed else shape
+
+
 def region_for(
-    site: Site, module: str, shape: tuple[int, ...], base: BaseView, *, is_flagged: bool = False
+    site: Site, module: str, shape: tuple[int, ...], base: Model, *, is_flagged: bool = False
 ) -> Region:
     """Return where the delta of an ordinary site goes in a weight of ``shape``.
 
@@ -49,7 +87,7 @@ def region_for(
     if site.kind is Kind.EMBEDDING:
         if (rows, columns) == (into, out):
             return Region(rows, columns, transposed=True)
-        raise _mismatch(site, shape, (into, out))
+        raise mismatch(site, shape, (into, out))
     if len(shape) > 2 or site.kind is Kind.CONV:
         return _convolution(site, shape, out, into)
     normal = _fits(site, rows, out) and _fits(site, columns, into)
@@ -59,7 +97,7 @@ def region_for(
     if flipped and not normal:
         return Region(rows, columns, transposed=True)
     if not normal:
-        raise _mismatch(site, shape, (out, into))
+        raise mismatch(site, shape, (out, into))
     if module.rpartition(".")[2] in EMBEDDING_LEAVES:
         return Region(rows, columns, transposed=True)
     conv1d = base.is_conv1d(module)
@@ -95,10 +133,11 @@ def _convolution(site: Site, shape: tuple[int, ...], out: int, into: int) -> Reg
             site.label,
             f"adapts a grouped convolution {list(shape)}; its delta is dense over all channels",
         )
-    raise _mismatch(site, shape, (out, into))
+    raise mismatch(site, shape, (out, into))
 
 
-def _mismatch(site: Site, shape: tuple[int, ...], expected: tuple[int, int]) -> BaseModelError:
+def mismatch(site: Site, shape: tuple[int, ...], expected: tuple[int, int]) -> BaseModelError:
+    """Return the error that a delta has another shape than the base's weight."""
     return BaseModelError(
         site.label,
         f"the base's weight has shape {list(shape)}, the adapter's delta {list(expected)}",

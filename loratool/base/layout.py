@@ -1,0 +1,75 @@
+"""What a layout is: how one way to cut a model into files names and fuses its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from loratool.base.config import ModelConfig
+
+__all__ = ["Fused", "Headers", "Layout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """What a layout is recognised by: no tensor data is read.
+
+    Attributes:
+        modules: The modules of the files that have a weight, as the files spell them.
+        config: What the model says of itself.
+        components: The sub-folders that the files are in; empty where they are in none.
+    """
+
+    modules: Collection[str]
+    config: ModelConfig
+    components: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A projection that is several, one after the other along the rows of its weight.
+
+    Attributes:
+        whole: The module that holds all of them.
+        parts: The modules that they are where each has a weight of its own, in their order.
+        rows: The rows of each; empty where they are equal.
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+
+    def sizes(self, total: int) -> tuple[int, ...] | None:
+        """Return the rows of each part of ``total``; ``None`` where they do not add up."""
+        count = len(self.parts)
+        rows = self.rows or (total // count,) * count
+        return rows if sum(rows) == total and min(rows) > 0 else None
+
+
+class Layout:
+    """One layout. A file in ``layouts`` defines one as ``LAYOUT``; what it leaves out is plain.
+
+    Attributes:
+        name: What it is called.
+    """
+
+    name: str = ""
+
+    def claims(self, headers: Headers) -> int:
+        """Return how specifically this layout fits; 0 if it does not.
+
+        The highest claim wins, whatever the order; two highest claims are an error.
+        """
+        raise NotImplementedError
+
+    def paths(self, headers: Headers) -> Mapping[str, str]:
+        """Return the path of each module that the files spell otherwise than libraries do."""
+        return {}
+
+    def components(self, headers: Headers) -> tuple[str, ...]:
+        """Return the components of a pipeline that the files hold; none for a single model."""
+        return headers.components
+
+    def fused(self, module: str, config: ModelConfig) -> Fused | None:
+        """Return the fused projection that ``module`` is, or is a part of."""
+        return None

@@ -1,0 +1,457 @@
+"""A model as everything else sees it: its tensors, and the place of each module's weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+from loratool.base.config import read_config
+from loratool.base.experts import expert_place, parameter_place
+from loratool.base.layout import Headers, Layout
+from loratool.base.layouts import layout_of
+from loratool.base.modules import ModuleIndex
+from loratool.base.orientation import is_conv1d_by_shape, natural_region, natural_shape
+from loratool.base.place import Piece, Place
+from loratool.base.replication import replicate
+from loratool.base.ties import Tie, find_tie
+from loratool.codecs.codec import CodedTensor, recognise
+from loratool.codecs.weights import Weight, is_alias
+from loratool.errors import BaseModelError
+from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.container import WeightsFile
+from loratool.files.inputs import Stamp
+from loratool.files.spec import StoredTensor
+from loratool.names.conv1d import CONV1D_LEAVES, CONV1D_MODEL_TYPES
+from loratool.names.paths import family_name, other_names
+from loratool.names.pipelines import COMPONENTS
+from loratool.names.tied import EMBEDDING_LEAVES
+
+__all__ = ["Model", "Quantization", "open_model"]
+
+WEIGHT_LEAVES: Final = ("weight", "in_proj_weight")
+"""What the parameter of a module is called whose delta an adapter has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the weights of a model are coded.
+
+    Attributes:
+        method: What its configuration calls it.
+        format: The codec of most of them.
+        modules: How many are coded.
+    """
+
+    method: str
+    format: str
+    modules: int
+
+
+class Model:
+    """A model whose headers have been read.
+
+    Args:
+        path: What the user named.
+        checkpoints: Its files by component; the only one, of a single model, by ``""``.
+        tensors: Its tensors, where they are not those of the files (a replicated stack).
+        tasks: The task types of its adapters, which may give it another head.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        checkpoints: Mapping[str, Checkpoint],
+        *,
+        tensors: Mapping[str, Weight] | None = None,
+        tasks: Collection[str] = (),
+    ) -> None:
+        self.path = path
+        self.checkpoints = checkpoints
+        self.config = read_config(path if path.is_dir() else path.parent)
+        self.tensors = _by_name(checkpoints) if tensors is None else tensors
+        self._tasks = tuple(tasks)
+
+    def as_trained(self, *, tasks: Collection[str] = (), layers: list[int] | None = None) -> Model:
+        """Return the model as adapters saw it in training.
+
+        Args:
+            tasks: Their task types, which may give it another head.
+            layers: Which of its layers each layer of the stack was, where they replicated it.
+
+        Raises:
+            UnsupportedError: It has no single stack of layers, or fewer of them.
+        """
+        tensors = replicate(self.tensors, layers, self.path) if layers else self.tensors
+        return Model(self.path, self.checkpoints, tensors=tensors, tasks=tasks)
+
+    # --- what the files are
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The files of a single model.
+
+        Raises:
+            BaseModelError: It is a pipeline of several.
+        """
+        if "" not in self.checkpoints:
+            raise BaseModelError(
+                self.path,
+                f"is a pipeline of {', '.join(self.checkpoints)}",
+                hint="name the folder of one of them",
+            )
+        return self.checkpoints[""]
+
+    @property
+    def shards(self) -> tuple[WeightsFile, ...]:
+        """All weights files."""
+        return tuple(shard for one in self.checkpoints.values() for shard in one.shards)
+
+    @cached_property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """All tensors of the files, codes and scales apart."""
+        return tuple(stored for shard in self.shards for stored in shard.tensors.values())
+
+    @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """What the weights files were when their headers were read."""
+        return {shard.path: shard.stamp for shard in self.shards}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found and not used, one sentence each."""
+        return tuple(note for one in self.checkpoints.values() for note in one.notes)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all weights files."""
+        return sum(one.bytes for one in self.checkpoints.values())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its weights are."""
+        return sum(one.spec.elements for one in self.tensors.values() if not is_alias(one))
+
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """How its weights are coded; ``None`` where they are plain numbers."""
+        coded = [one.codec.name for one in self.tensors.values() if isinstance(one, CodedTensor)]
+        if not coded:
+            return None
+        ((name, _),) = Counter(coded).most_common(1)
+        told = self.config.quantization or {}
+        return Quantization(str(told.get("quant_method") or name), name, len(coded))
+
+    # --- what it is
+
+    @cached_property
+    def _headers(self) -> Headers:
+        suffixes = tuple(f".{leaf}" for leaf in WEIGHT_LEAVES)
+        modules = {n.rpartition(".")[0]: None for n in self.tensors if n.endswith(suffixes)}
+        return Headers(modules.keys(), self.config, tuple(c for c in self.checkpoints if c))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How it is cut into files.
+
+        Raises:
+            BaseModelError: Two layouts claim it.
+        """
+        return layout_of(self._headers, self.path)
+
+    @cached_property
+    def components(self) -> tuple[str, ...]:
+        """The components of the pipeline that it is; none for a single model."""
+        return self.layout.components(self._headers)
+
+    @cached_property
+    def family(self) -> str | None:
+        """The family of diffusion models that it is of, if it is of one."""
+        return family_name(tuple(self.modules))
+
+    @cached_property
+    def modules(self) -> Mapping[str, str]:
+        """The tensor of every module that has a weight, by the path libraries know it by."""
+        found: dict[str, str] = {}
+        for leaf in reversed(WEIGHT_LEAVES):
+            for name in self.tensors:
+                module, _, last = name.rpartition(".")
+                if last == leaf and module:
+                    found[self._spelled.get(module, module)] = name
+        return found
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of these, and of the parts of those that are several in one."""
+        fused = ((module, self.layout.fused(module, self.config)) for module in self.modules)
+        parts = [part for module, one in fused if one and one.whole == module for part in one.parts]
+        return (*self.modules, *(part for part in parts if part not in self.modules))
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of the weight of each of them, as it is stored."""
+        return {module: self.tensors[name].spec.shape for module, name in self.modules.items()}
+
+    @cached_property
+    def _spelled(self) -> Mapping[str, str]:
+        """Libraries' path of each module that the files spell otherwise."""
+        return self.layout.paths(self._headers)
+
+    @cached_property
+    def index(self) -> ModuleIndex:
+        """The modules by the paths of the files."""
+        return ModuleIndex(self.tensors, self.config.model_types)
+
+    @cached_property
+    def _spelled_index(self) -> ModuleIndex:
+        names = (f"{self._spelled[m]}.weight" for m in self._spelled)
+        return ModuleIndex(names, self.config.model_types)
+
+    @cached_property
+    def tie(self) -> Tie | None:
+        """The weight that its embedding and its head share, if they do."""
+        return find_tie(self, self._tasks)
+
+    @property
+    def hidden_head(self) -> Tie | None:
+        """The tie whose head is not stored, if it is such a one."""
+        return self.tie if self.tie is not None and not self.tie.is_stored else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the tensor ``name``; a head that is not stored has one too."""
+        if name not in self.tensors and (tie := self.hidden_head) and name == tie.head:
+            name = tie.embedding
+        return self.tensors[name].spec.shape
+
+    @cached_property
+    def _widening(self) -> bool | None:
+        return is_conv1d_by_shape(self.tensors)
+
+    def is_conv1d(self, module: str) -> bool | None:
+        """Whether a square weight is stored as ``(in, out)``; ``None`` if nothing can tell.
+
+        Decided by the other layers of the same kind, then by the model type.
+        """
+        types = self.config.model_types
+        if module.rpartition(".")[2] in CONV1D_LEAVES:
+            if self._widening is not None:
+                return self._widening
+            return bool(types & CONV1D_MODEL_TYPES) if types else None
+        return False if types else None
+
+    # --- where things are
+
+    def tensor(self, module: str, leaf: str) -> str | None:
+        """Return the name of the parameter ``leaf`` of ``module``, or ``None``.
+
+        Raises:
+            BaseModelError: Several modules could be meant.
+        """
+        if f"{module}.{leaf}" in self.tensors:
+            return f"{module}.{leaf}"
+        owner = self.index.find(module, parameter=leaf)
+        return f"{owner}.{leaf}" if owner is not None else None
+
+    def has(self, module: str) -> bool:
+        """Whether it has ``module``, with parameters or as a container.
+
+        Raises:
+            BaseModelError: Several modules could be meant.
+        """
+        return self.index.find(module) is not None
+
+    def find(self, module: str, *, family: str | None = None) -> Place | None:
+        """Return where the weight of ``module`` is, whichever way the model is cut.
+
+        A projection may be rows of a fused one, one of a stack of experts, or a head that is
+        tied to the embedding; what an adapter has in one, the model may have in several.
+
+        Args:
+            module: Its path in the live model, in the files, or in another library.
+            family: The family of diffusion models that the path is of, where that is known.
+
+        Raises:
+            BaseModelError: Several modules could be meant.
+        """
+        return (
+            self.own_place(module, family)
+            or expert_place(module, self)
+            or self._fused_place(module)
+            or parameter_place(module, self)
+            or self._head_place(module)
+        )
+
+    def place(self, module: str) -> Place:
+        """Return where the weight of ``module`` is.
+
+        Raises:
+            BaseModelError: It is nowhere; the message names the nearest modules.
+        """
+        found = self.find(module)
+        if found is None:
+            nearest = self.nearest(module)
+            raise BaseModelError(
+                f"{self.path}: {module}",
+                "the base has no such module",
+                hint=f"nearest: {', '.join(nearest)}" if nearest else None,
+            )
+        return found
+
+    def nearest(self, module: str) -> list[str]:
+        """Return the paths of modules that look most like ``module``."""
+        return self.index.nearest(module)
+
+    def own_place(self, module: str, family: str | None = None) -> Place | None:
+        """Return the place of a module that has a tensor to itself.
+
+        Raises:
+            BaseModelError: Several modules could be meant.
+        """
+        name = self._name_of(module, family)
+        if name is None:
+            return None
+        path = name.rpartition(".")[0]
+        stored = self.tensors[name]
+        region = natural_region(path, stored.spec.shape, self)
+        return Place(
+            self._spelled.get(path, path),
+            natural_shape(stored.spec.shape, transposed=region.transposed),
+            stored.spec.dtype,
+            (Piece(name, stored, region),),
+            tie=self._tie_of(path, name),
+        )
+
+    def _tie_of(self, module: str, name: str) -> Tie | None:
+        """Return the tie that a weight is a side of; what is no such is not looked at for it."""
+        head = self.config.head(self._tasks)
+        if module.rpartition(".")[2] in EMBEDDING_LEAVES or (head and module.endswith(head)):
+            return self.tie if self.tie and name in (self.tie.embedding, self.tie.head) else None
+        return None
+
+    def _name_of(self, module: str, family: str | None) -> str | None:
+        for leaf in WEIGHT_LEAVES:
+            if f"{module}.{leaf}" in self.tensors:
+                return f"{module}.{leaf}"
+        paths = list(self._spellings(module, family))
+        exact = next((self.modules[path] for path in paths if path in self.modules), None)
+        if exact is not None:
+            return exact
+        return next(filter(None, map(self._like, paths)), None)
+
+    def _spellings(self, module: str, family: str | None) -> Iterator[str]:
+        """Yield what ``module`` may be called, what it is most likely called first."""
+        yield module
+        component, _, local = module.partition(".")
+        if component in COMPONENTS:
+            yield local
+        for name in other_names(module, family):
+            yield f"{component}.{name}"
+            yield name
+
+    def _like(self, module: str) -> str | None:
+        """Return the weight of the one module whose path differs only in its outer parts."""
+        if self._spelled:
+            found = self._spelled_index.find(module, parameter="weight")
+            if found is not None:
+                return self.modules[found]
+        names = (self.tensor(module, leaf) for leaf in WEIGHT_LEAVES)
+        return next((name for name in names if name is not None), None)
+
+    def _fused_place(self, module: str) -> Place | None:
+        """Return the place of rows of a fused projection, or of one that is several here."""
+        fused = self.layout.fused(module, self.config)
+        if fused is None:
+            return None
+        if module == fused.whole:
+            places = [self.own_place(part) for part in fused.parts]
+            return _joined(module, [place for place in places if place], len(places))
+        whole = self.own_place(fused.whole)
+        if whole is None:
+            return None
+        sizes = fused.sizes(whole.shape[0])
+        if sizes is None:
+            raise BaseModelError(
+                f"{self.path}: {fused.whole}",
+                f"has {whole.shape[0]} rows, which are not those of {', '.join(fused.parts)}",
+                hint="is config.json that of this model?",
+            )
+        index = fused.parts.index(module)
+        return _rows(module, whole, sum(sizes[:index]), sizes[index])
+
+    def _head_place(self, module: str) -> Place | None:
+        """Return the place of a head that is tied to the embedding and not stored."""
+        tie = self.hidden_head
+        if tie is None or module.rpartition(".")[2] != tie.head.split(".")[-2]:
+            return None
+        stored = self.tensors[tie.embedding]
+        region = natural_region(module, stored.spec.shape, self)
+        piece = Piece(tie.head, stored, region)
+        path = tie.head.removesuffix(".weight")
+        return Place(path, stored.spec.shape, stored.spec.dtype, (piece,), tie=tie)
+
+
+def _by_name(checkpoints: Mapping[str, Checkpoint]) -> Mapping[str, Weight]:
+    """Return all tensors; those of a component with its name before theirs."""
+    if "" in checkpoints:
+        return _decoded(checkpoints[""])
+    return {
+        f"{component}.{name}": stored
+        for component, checkpoint in checkpoints.items()
+        for name, stored in _decoded(checkpoint).items()
+    }
+
+
+def _decoded(checkpoint: Checkpoint) -> Mapping[str, Weight]:
+    """Return the tensors of a checkpoint, with one weight where it has codes and scales."""
+    coded = recognise(checkpoint.tensors, read_config(checkpoint.folder).raw)
+    if not coded:
+        return checkpoint.tensors
+    owners = {part.spec.name: one for one in coded.values() for part in one.parts.values()}
+    found: dict[str, Weight] = {}
+    for name, stored in checkpoint.tensors.items():
+        owner = owners.get(name)
+        if owner is None:
+            found[name] = stored
+        elif name == next(iter(owner.parts.values())).spec.name:
+            found[owner.spec.name] = owner
+    return found
+
+
+def _joined(module: str, parts: list[Place], count: int) -> Place | None:
+    """Return what ``parts`` are in one; ``None`` where some of them are missing."""
+    if not parts or len(parts) != count or len({part.shape[1:] for part in parts}) != 1:
+        return None
+    pieces: list[Piece] = []
+    first = 0
+    for part in parts:
+        (piece,) = part.pieces
+        pieces.append(Piece(piece.name, piece.tensor, piece.region, first))
+        first += part.shape[0]
+    return Place(module, (first, *parts[0].shape[1:]), parts[0].dtype, tuple(pieces))
+
+
+def _rows(module: str, whole: Place, first: int, count: int) -> Place:
+    """Return the place of ``count`` outputs of a fused projection."""
+    (piece,) = whole.pieces
+    return Place(
+        module,
+        (count, *whole.shape[1:]),
+        whole.dtype,
+        (Piece(piece.name, piece.tensor, piece.region.outputs(first, count)),),
+    )
+
+
+def open_model(path: Path) -> Model:
+    """Open a model, or a pipeline's folder with a sub-folder for each component.
+
+    Raises:
+        BaseModelError: There is neither, or it is damaged.
+        FileFormatError: A file breaks the rules of its format.
+    """
+    parts = [path / name for name in COMPONENTS if (path / name).is_dir()]
+    if parts:
+        return Model(path, {part.name: open_checkpoint(part) for part in parts})
+    return Model(path, {"": open_checkpoint(path)})

@@ -1,0 +1,112 @@
+"""Where the weight of one module lies: in which tensors, which rows of them, which way round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from loratool.base.region import Region
+from loratool.base.ties import Tie
+from loratool.codecs.codec import CodedTensor
+from loratool.codecs.weights import Weight
+from loratool.files.dtypes import DTYPES
+from loratool.files.spec import StoredTensor
+
+__all__ = ["Piece", "Place"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a module's weight that lies in one tensor.
+
+    Attributes:
+        name: The tensor as a checkpoint names it. One that a tied model does not store is
+            named all the same.
+        tensor: What holds its values.
+        region: Where in the tensor, seen as a matrix, it lies.
+        first: Which of the module's outputs the first row of it is.
+    """
+
+    name: str
+    tensor: Weight
+    region: Region
+    first: int = 0
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs of the module it has."""
+        return self.region.columns if self.region.transposed else self.region.rows
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its tensor, and no stack."""
+        region, elements = self.region, self.tensor.spec.elements
+        return region.experts == 1 and region.rows * region.columns == elements
+
+    @property
+    def view(self) -> StoredTensor | None:
+        """The stored tensor that is just this part; ``None`` where that is no run of rows."""
+        region, tensor = self.region, self.tensor
+        if not isinstance(tensor, StoredTensor) or region.columns != region.width:
+            return None
+        if self.is_whole:
+            return tensor
+        if tensor.strides is not None or region.experts > 1:
+            return None
+        size = DTYPES[tensor.spec.dtype].bits // 8
+        return replace(
+            tensor,
+            spec=replace(tensor.spec, shape=(region.rows, region.columns)),
+            offset=tensor.offset + region.first_row * region.width * size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The weight of one module, whichever way the model is cut.
+
+    Attributes:
+        module: What the model calls it.
+        shape: ``(out, in)``, or ``(out, in, *kernel)``: as a delta is seen, however it is stored.
+            For an embedding these are its dimension and its tokens.
+        dtype: The dtype of its values.
+        pieces: Where it lies: one piece, but for what the model has in several tensors.
+        experts: How many such weights lie behind each other, for a stack of experts.
+        tie: The tie that it is a side of, if it is.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[Piece, ...]
+    experts: int = 1
+    tie: Tie | None = None
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is stored as ``(in, out)``."""
+        return self.pieces[0].region.transposed
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is one tensor, with nothing else in it."""
+        return len(self.pieces) == 1 and self.pieces[0].is_whole
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The tensors of the files that its values are made of."""
+        weights = (piece.tensor for piece in self.pieces)
+        parts = (w.parts.values() if isinstance(w, CodedTensor) else (w,) for w in weights)
+        return tuple(tensor for part in parts for tensor in part)
+
+    @property
+    def codec(self) -> str | None:
+        """What its codes are called; ``None`` for plain numbers."""
+        tensor = self.pieces[0].tensor
+        return tensor.codec.name if isinstance(tensor, CodedTensor) else None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of its own parameter: that of the tensor, where it has one to itself."""
+        if self.is_whole:
+            return self.pieces[0].tensor.spec.shape
+        return self.shape[::-1] if self.is_transposed else self.shape

@@ -1,0 +1,126 @@
+"""A weight as whoever computes with it sees it: rows of numbers, however they are stored."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from loratool.codecs.codec import CodedTensor
+from loratool.files.inputs import InputFiles
+from loratool.files.rows import RowBytes
+from loratool.files.spec import StoredTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["RowSource", "Weight", "is_alias", "path_of", "read_matrix", "rows_of"]
+
+Weight: TypeAlias = StoredTensor | CodedTensor
+"""A tensor of a model: stored as it is, or coded in several."""
+
+
+class RowSource(Protocol):
+    """A weight as a matrix, read by blocks of rows.
+
+    Attributes:
+        width: Its columns.
+        row_bytes: Bytes of one row as it is returned.
+    """
+
+    width: int
+    row_bytes: int
+
+    @property
+    def dtype(self) -> str:
+        """What a header calls the numbers that are returned."""
+        ...
+
+    def read(self, start: int, rows: int, buffer: memoryview | None = None) -> memoryview:
+        """Return rows from ``start`` on, in ``buffer`` where there is one."""
+        ...
+
+
+class CodedRows:
+    """RowSource of a coded weight, decoded to float32.
+
+    Args:
+        coded: The weight.
+        width: Number of columns; its elements are a multiple of it.
+        files: Where descriptors come from.
+    """
+
+    def __init__(self, coded: CodedTensor, width: int, files: InputFiles) -> None:
+        self.coded = coded
+        self.width = width
+        self.row_bytes = 4 * width
+        self._parts = {part: RowBytes(part, _width(part), files) for part in coded.parts.values()}
+
+    @property
+    def dtype(self) -> str:
+        """What a header calls the numbers that are returned."""
+        return "F32"
+
+    def values(self, row: int, end: int, kind: DTypeLike) -> NDArray[Any]:
+        """Return rows of the weight as the codec has them, ``(end - row, width)``."""
+        return self.coded.codec.decode_rows(self.coded, row, end, self._read, kind)
+
+    def read(self, start: int, rows: int, buffer: memoryview | None = None) -> memoryview:
+        """Return rows from ``start`` on as the bytes of float32 numbers."""
+        import numpy as np
+
+        whole = self.coded.width
+        first, last = start * self.width, (start + rows) * self.width
+        row, end = first // whole, -(-last // whole)
+        flat = self.values(row, end, np.float32).reshape(-1)
+        wanted = np.ascontiguousarray(flat[first - row * whole : last - row * whole])
+        data: memoryview = wanted.view(np.uint8).data
+        if buffer is None:
+            return data
+        view = buffer[: data.nbytes]
+        view[:] = data
+        return view
+
+    def _read(self, part: StoredTensor, start: int, stop: int) -> memoryview:
+        return self._parts[part].read(start, stop - start)
+
+
+def _width(part: StoredTensor) -> int:
+    """Return the elements of one row along the first axis; a scalar is one row."""
+    return math.prod(part.spec.shape[1:])
+
+
+def rows_of(weight: Weight, width: int, files: InputFiles) -> RowSource:
+    """Return what reads ``weight`` as a matrix of ``width`` columns."""
+    if isinstance(weight, CodedTensor):
+        return CodedRows(weight, width, files)
+    return RowBytes(weight, width, files)
+
+
+def read_matrix(weight: Weight, files: InputFiles) -> NDArray[np.float64]:
+    """Return a whole weight in float64, exactly, with its shape."""
+    import numpy as np
+
+    from loratool.codecs import numbers
+
+    shape = weight.spec.shape
+    if not weight.spec.elements:
+        return np.empty(shape)
+    if isinstance(weight, CodedTensor):
+        reader = CodedRows(weight, weight.width, files)
+        return reader.values(0, weight.rows, np.float64).reshape(shape)
+    data = RowBytes(weight, weight.spec.elements, files).read(0, 1)
+    return numbers.decode(data, weight.spec.dtype, shape)
+
+
+def path_of(weight: Weight) -> Path:
+    """Return the file that holds a weight, or the codes of one."""
+    if isinstance(weight, CodedTensor):
+        return next(iter(weight.parts.values())).path
+    return weight.path
+
+
+def is_alias(weight: Weight) -> bool:
+    """Whether its bytes are those of another tensor."""
+    return isinstance(weight, StoredTensor) and weight.alias_of is not None

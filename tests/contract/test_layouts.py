@@ -1,0 +1,100 @@
+"""Every layout through one suite, and the door that they come in by."""
+
+from __future__ import annotations
+
+import pytest
+from fakes.finding import find_fakes
+
+import loratool.base.layouts as package
+from loratool.base.config import ModelConfig
+from loratool.base.layout import Fused, Headers, Layout
+from loratool.base.layouts import layout_of, layouts
+from loratool.errors import BaseModelError
+
+PLAIN = ("model.layers.0.self_attn.q_proj", "lm_head")
+ORIGINAL = (
+    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    "model.diffusion_model.out.2",
+    "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1",
+    "first_stage_model.decoder.conv_in",
+)
+SAMPLES = {
+    "transformers": Headers(PLAIN, ModelConfig()),
+    "original": Headers(ORIGINAL, ModelConfig()),
+    "diffusers": Headers(("unet.conv_in",), ModelConfig(), ("unet",)),
+    "trifold": Headers(("blk.0.self_attn.wqkv",), ModelConfig({"model_type": "trifold"})),
+}
+
+
+@pytest.fixture(autouse=True)
+def _with_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_fakes(monkeypatch)
+
+
+def test_every_file_is_a_layout_and_has_a_sample() -> None:
+    assert {layout.name for layout in layouts()} == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_a_layout_claims_its_own_most_specifically(name: str) -> None:
+    assert layout_of(SAMPLES[name], name).name == name
+
+
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_paths_are_unique_and_of_modules_that_are_there(name: str) -> None:
+    layout, headers = layout_of(SAMPLES[name], name), SAMPLES[name]
+    paths = layout.paths(headers)
+    assert set(paths) <= set(headers.modules)
+    assert len(set(paths.values())) == len(paths)
+    assert not set(paths.values()) & (set(headers.modules) - set(paths))
+
+
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_parts_and_whole_tell_the_same_fusion(name: str) -> None:
+    layout, headers = layout_of(SAMPLES[name], name), SAMPLES[name]
+    for module in {*headers.modules, *layout.paths(headers).values()}:
+        fused = layout.fused(module, headers.config)
+        if fused is not None:
+            assert module in (fused.whole, *fused.parts)
+            for other in (fused.whole, *fused.parts):
+                assert layout.fused(other, headers.config) == fused
+
+
+def test_the_original_naming_becomes_that_of_libraries() -> None:
+    headers = SAMPLES["original"]
+    layout = layout_of(headers, "x")
+    paths = layout.paths(headers)
+    assert paths[ORIGINAL[0]] == "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert paths[ORIGINAL[2]] == "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    assert ORIGINAL[3] not in paths
+    assert layout.components(headers) == ("unet", "text_encoder")
+
+
+def test_two_claims_alike_are_an_error_whatever_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twin(Layout):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def claims(self, headers: Headers) -> int:
+            return 9
+
+    for pair in (("one", "two"), ("two", "one")):
+        monkeypatch.setattr(package, "layouts", lambda pair=pair: tuple(map(Twin, pair)))
+        with pytest.raises(BaseModelError, match="claimed by"):
+            layout_of(SAMPLES["transformers"], "x")
+
+
+@pytest.mark.parametrize(
+    ("rows", "total", "expected"),
+    [
+        ((), 9, (3, 3, 3)),
+        ((), 10, None),
+        ((5, 2, 2), 9, (5, 2, 2)),
+        ((5, 2, 2), 10, None),
+        ((9, 0, 0), 9, None),
+    ],
+)
+def test_the_sizes_of_parts(
+    rows: tuple[int, ...], total: int, expected: tuple[int, ...] | None
+) -> None:
+    assert Fused("w", ("a", "b", "c"), rows).sizes(total) == expected

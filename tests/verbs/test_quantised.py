@@ -1,0 +1,256 @@
+"""Quantised models: decoded exactly, changed, rounded once; every verb sees logical weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes.finding import find_fakes
+from safetensors.torch import load_file, save_file
+from samples import lora
+
+import loratool
+from loratool.errors import BaseModelError, OptionError, UnsupportedError
+
+Make = Callable[..., Path]
+Tensors = dict[str, torch.Tensor]
+OUT, INTO = 13, 17  # both ragged in blocks of 5 × 7, and of 8 × 8
+MODULES = tuple(f"model.layers.0.mlp.{name}_proj" for name in ("up", "gate"))
+NORM = "model.norm.weight"
+HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+
+
+@pytest.fixture(autouse=True)
+def _with_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_fakes(monkeypatch)
+
+
+def spread(grid: torch.Tensor, height: int, breadth: int) -> torch.Tensor:
+    wide = grid.double().repeat_interleave(height, 0).repeat_interleave(breadth, 1)
+    return wide[:OUT, :INTO]
+
+
+def blocked(module: str) -> tuple[Tensors, torch.Tensor]:
+    codes = torch.randint(-128, 128, (OUT, INTO), dtype=torch.int8)
+    scales, shifts = torch.rand(3, 3) / 100, torch.randn(3, 3) / 100
+    truth = codes.double() * spread(scales, 5, 7) + spread(shifts, 5, 7)
+    parts = {"codes": codes, "scales": scales, "shifts": shifts}
+    return {f"{module}.blocked_{part}": value for part, value in parts.items()}, truth
+
+
+def fp8(module: str) -> tuple[Tensors, torch.Tensor]:
+    codes = torch.randn(OUT, INTO).to(torch.float8_e4m3fn)
+    scales = torch.rand(2, 3) + 0.1
+    truth = codes.double() * spread(scales, 8, 8)
+    return {f"{module}.weight": codes, f"{module}.weight_scale_inv": scales}, truth
+
+
+KINDS = {"blocked": blocked, "fp8": fp8}
+CONFIGS: dict[str, Any] = {
+    "blocked": {"quant_method": "blocked"},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [8, 8]},
+}
+FORMATS = {"blocked": "blocked", "fp8": "fp8-block"}
+parametrised = pytest.mark.parametrize("kind", list(KINDS))
+
+
+def model(kind: str) -> tuple[Tensors, Tensors, dict[str, Any]]:
+    """Return the stored tensors, the truth of the coded weights, and the configuration."""
+    stored: Tensors = {NORM: torch.randn(INTO).bfloat16()}
+    truth = {}
+    for module in MODULES:
+        tensors, truth[f"{module}.weight"] = KINDS[kind](module)
+        stored |= tensors
+    config = {"model_type": "llama", "torch_dtype": "bfloat16"}
+    return stored, truth, config | {"quantization_config": CONFIGS[kind]}
+
+
+def adapter_of(make_adapter: Make) -> tuple[Path, torch.Tensor]:
+    made = lora(MODULES[0], OUT, INTO)
+    down, up = (t.double() for t in made.values())
+    return make_adapter(made), 2 * (up @ down)
+
+
+def assert_rounded(actual: torch.Tensor, truth: torch.Tensor) -> None:
+    """The value is the truth rounded once, but for the last bits of float32 sums."""
+    error = (actual.double() - truth).abs()
+    bound = HALF_ULP[actual.dtype] * truth.abs() * 1.001 + 2e-6 * truth.abs().max()
+    assert bool((error <= bound).all())
+
+
+@parametrised
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_merge_writes_plain_numbers(
+    kind: str, dtype: str | None, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, truth, config = model(kind)
+    base = make_base(stored, config)
+    adapter, delta = adapter_of(make_adapter)
+    report = loratool.merge(base, [adapter], tmp_path / "out", dtype=dtype)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+
+    assert sorted(merged) == sorted((*truth, NORM))
+    wanted = torch.float32 if dtype else torch.bfloat16
+    assert {tensor.dtype for tensor in merged.values()} == {wanted}
+    assert torch.equal(merged[NORM], stored[NORM].to(wanted))
+    first, second = (f"{module}.weight" for module in MODULES)
+    assert_rounded(merged[first], truth[first] + delta)
+    assert_rounded(merged[second], truth[second])
+    assert (report.merged, report.copied) == (1, 2)
+    assert any(f"2 weights in {FORMATS[kind]}" in note for note in report.notes)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {"model_type": "llama", "torch_dtype": dtype or "bfloat16"}
+    assert not loratool.verify(tmp_path / "out", base=base, adapters=[adapter])
+
+
+@parametrised
+def test_shards_lose_their_scales_and_the_index_says_so(
+    kind: str, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, truth, config = model(kind)
+    base = make_base({}, config)
+    (base / "model.safetensors").unlink()
+    codes = {k: t for k, t in stored.items() if k.endswith((".weight", "_codes"))}
+    rest = {k: t for k, t in stored.items() if k not in codes}
+    names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for name, tensors in zip(names, (codes, rest), strict=True):
+        save_file(tensors, base / name, metadata={"format": "pt"})
+    weight_map = dict.fromkeys(codes, names[0]) | dict.fromkeys(rest, names[1])
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "hf_quant_config.json").write_text("{}")
+    adapter, delta = adapter_of(make_adapter)
+    loratool.merge(base, [adapter], tmp_path / "out")
+
+    content = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert sorted(content["weight_map"]) == sorted((*truth, NORM))
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {*content["weight_map"].values(), "config.json", "model.safetensors.index.json"}
+    merged = {k: t for name in set(content["weight_map"].values())
+              for k, t in load_file(tmp_path / "out" / name).items()}  # fmt: skip
+    assert content["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
+    name = f"{MODULES[0]}.weight"
+    assert_rounded(merged[name], truth[name] + delta)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, torch.bfloat16),
+        ({"dtype": "float16"}, torch.float16),
+        ({"text_config": {"torch_dtype": "float16"}}, torch.float16),
+    ],
+)
+def test_the_dtype_is_the_configured_one_else_bfloat16(
+    config: dict[str, Any],
+    expected: torch.dtype,
+    make_base: Make,
+    make_adapter: Make,
+    tmp_path: Path,
+) -> None:
+    stored, _, _ = model("blocked")
+    base = make_base(stored, {"model_type": "llama", **config})
+    loratool.merge(base, [adapter_of(make_adapter)[0]], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert {merged[f"{module}.weight"].dtype for module in MODULES} == {expected}
+
+
+@parametrised
+def test_keep_is_refused_by_name(
+    kind: str, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model(kind)
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    with pytest.raises(UnsupportedError, match=f"keep: {FORMATS[kind]}"):
+        loratool.merge(base, [adapter], tmp_path / "out", quantized="keep")
+    with pytest.raises(OptionError, match="dequantize, keep"):
+        loratool.merge(base, [adapter], tmp_path / "out", quantized="both")
+    assert not (tmp_path / "out").exists()
+
+
+@parametrised
+def test_inspect_counts_what_the_codes_stand_for(kind: str, make_base: Make) -> None:
+    stored, truth, config = model(kind)
+    found = loratool.inspect(make_base(stored, config)).as_json()
+    assert found["parameters"] == sum(t.numel() for t in truth.values()) + INTO
+    assert found["tensors"] == len(stored)
+    assert found["quantization"] == {
+        "method": CONFIGS[kind]["quant_method"],
+        "format": FORMATS[kind],
+        "modules": 2,
+    }
+
+
+def test_a_plain_model_has_no_quantization(make_base: Make) -> None:
+    assert loratool.inspect(make_base({NORM: torch.ones(3)})).as_json()["quantization"] is None
+
+
+@parametrised
+def test_validate_sees_logical_shapes(kind: str, make_base: Make, make_adapter: Make) -> None:
+    stored, _, config = model(kind)
+    base = make_base(stored, config)
+    good = make_adapter(lora(MODULES[0], OUT, INTO))
+    assert not [f for f in loratool.validate(good, base=base) if f.code.startswith("LT02")]
+    bad = make_adapter(lora(MODULES[0], OUT + 1, INTO), "bad")
+    assert "LT022" in [finding.code for finding in loratool.validate(bad, base=base)]
+
+
+@parametrised
+@pytest.mark.parametrize("coded", ["base", "tuned"])
+def test_extract_with_one_side_coded(
+    kind: str, coded: str, make_base: Make, tmp_path: Path
+) -> None:
+    stored, truth, config = model(kind)
+    delta = 10 * torch.randn(OUT, 2).double() @ torch.randn(2, INTO).double()
+    plain = {name: weight.clone() for name, weight in truth.items()} | {NORM: stored[NORM]}
+    name = f"{MODULES[0]}.weight"
+    plain[name] += delta if coded == "base" else -delta
+    plain = {k: t.float() if t.is_floating_point() and k != NORM else t for k, t in plain.items()}
+    paths = {"base": make_base(stored, config, "coded"), "tuned": make_base(plain, None, "plain")}
+    order = [paths["base"], paths["tuned"]]
+    base, tuned = order if coded == "base" else order[::-1]
+    loratool.extract(base, tuned, tmp_path / "out", rank=2, dtype="float32")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    key = f"base_model.model.{MODULES[0]}.lora_"
+    made = found[f"{key}B.weight"].double() @ found[f"{key}A.weight"].double()
+    assert (made - delta).norm() <= 1e-5 * delta.norm()
+
+
+def test_a_dequantised_twin_of_the_base_has_not_changed(make_base: Make, tmp_path: Path) -> None:
+    stored, truth, config = model("fp8")
+    base = make_base(stored, config)
+    tuned = {name: weight.bfloat16() for name, weight in truth.items()}
+    tuned[f"{MODULES[0]}.weight"] += 1
+    twin = make_base(tuned | {NORM: stored[NORM]}, None, "tuned")
+    report = loratool.extract(base, twin, tmp_path / "out", rank=1)
+    assert [module.module for module in report.modules if module.rank] == [MODULES[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "words"),
+    [
+        ("qweight", torch.int32, "GPTQ or AWQ"),
+        ("weight_packed", torch.int32, "compressed-tensors"),
+        ("SCB", torch.float32, "bitsandbytes, 8 bits"),
+        ("weight.quant_state.bitsandbytes__nf4", torch.uint8, "bitsandbytes, 4 bits"),
+        ("weight_scale", torch.float32, "scaled codes"),
+        ("weight", torch.float8_e5m2, "is F8_E5M2"),
+    ],
+)
+def test_codes_that_nothing_reads_are_refused_by_name(
+    name: str,
+    dtype: torch.dtype,
+    words: str,
+    make_base: Make,
+    make_adapter: Make,
+    tmp_path: Path,
+) -> None:
+    base = make_base({f"{MODULES[0]}.{name}": torch.ones(8, 8).to(dtype)})
+    adapter = make_adapter(lora(MODULES[0], 8, 8))
+    with pytest.raises(BaseModelError, match=words):
+        loratool.merge(base, [adapter], tmp_path / "out")
+    assert "LT027" in [finding.code for finding in loratool.validate(adapter, base=base)]
