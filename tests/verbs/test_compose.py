@@ -277,7 +277,7 @@ def test_schemes_meet_and_are_chosen(make_adapter: Make, tmp_path: Path) -> None
     loratool.compose([embedding], tmp_path / "weight", to="loralib")
     found = load_tensors(tmp_path / "weight")
     truth = {key.rpartition(".")[2]: t for key, t in load_tensors(embedding).items()}
-    scale = loratool.inspect(embedding).modules[0].scaling.factor
+    scale = loratool.inspect(embedding).modules[0].scale
     dense = scale * truth["lora_embedding_B"] @ truth["lora_embedding_A"]
     assert torch.allclose(found["e.lora_B"] @ found["e.lora_A"], dense, atol=1e-5)
 

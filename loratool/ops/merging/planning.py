@@ -284,6 +284,8 @@ def _labels(steps: dict[str, Step]) -> int | None:
 def _is_label_head(name: str) -> bool:
     module = name.removesuffix(".weight")
     return module != name and f".{module}".endswith(tuple(f".{head}" for head in LABEL_HEADS))
+
+
 def _check_quantized(model: Model, quantized: str) -> None:
     """Refuse what is not done with a quantised base.
 
