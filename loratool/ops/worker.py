@@ -9,11 +9,11 @@ import numpy as np
 from loratool.codecs import numbers
 from loratool.errors import MergeError
 from loratool.files.dtypes import DTYPES
-from loratool.ops.blas import single_threaded_blas
 from loratool.ops.blocks import Bench, bench_on
 from loratool.ops.kernels import Kernel, compile_step
 from loratool.ops.plan import Step
 from loratool.ops.run import Run
+from loratool.plan.blas import single_threaded_blas
 
 __all__ = ["compute_block", "work"]
 

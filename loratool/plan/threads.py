@@ -1,4 +1,4 @@
-"""A few pieces of work at a time, each on one thread."""
+"""A few pieces of work at a time, each on one thread; BLAS has no threads of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Final, TypeVar
+
+import numpy as np
+
+from loratool.plan.blas import single_threaded_blas
 
 __all__ = ["MAX_THREADS", "Progress", "in_parallel"]
 
@@ -47,10 +51,11 @@ def in_parallel(
     def one(index: int) -> tuple[int, Result] | None:
         if stop.is_set():
             return None
-        return index, work(items[index])
+        with np.errstate(all="ignore"):
+            return index, work(items[index])
 
     count = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(count) as pool:
+    with single_threaded_blas(), ThreadPoolExecutor(count) as pool:
         try:
             waiting = iter(range(len(items)))
             running: set[Future[tuple[int, Result] | None]] = {
