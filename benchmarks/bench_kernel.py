@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
+import numpy as np
 from harness import (
     ALL_LINEAR,
     TINY_LLAMA,
@@ -36,22 +36,19 @@ from rich.table import Table
 
 from loratool.files.inputs import InputFiles
 from loratool.files.transfer import write_all
-from loratool.math.deltas import Additive
-from loratool.math.lowrank import LowRank
+from loratool.ops.blas import single_threaded_blas
+from loratool.ops.host import HostBench
 from loratool.ops.kernels import Kernel, compile_step
 from loratool.ops.merge import plan_merge
 from loratool.ops.plan import Plan, Step
 from loratool.ops.run import write_plan
-from loratool.ops.worker import Buffers, check_finite, compute_block
+from loratool.ops.worker import compute_block
 
 READ: Final = "pread"
 WIDEN: Final = "bf16 -> f32"
-PRODUCT: Final = "B @ A"
-ADD: Final = "add"
-NARROW: Final = "f32 -> bf16"
-CHECK: Final = "finite check"
+ADD: Final = "product and add"
+NARROW: Final = "f32 -> bf16, finite?"
 WRITE: Final = "pwrite"
-APPLY: Final = "product and add as merged"
 BLOCK: Final = "compute_block"
 MEASURED: Final = "compute_block, measuring"
 RETENTION: Final = "retention (where measured)"
@@ -143,46 +140,42 @@ class Subject:
     Attributes:
         step: What the plan does to it.
         kernel: The arithmetic.
-        delta: The one delta in it.
-        buffers: The scratch memory of a worker thread.
+        bench: The memory and the arithmetic of a worker thread.
     """
 
     step: Step
     kernel: Kernel
-    delta: LowRank
-    buffers: Buffers = field(default_factory=Buffers)
+    bench: HostBench = field(default_factory=HostBench)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield first row and number of rows of each block."""
         for start in range(0, self.kernel.rows, self.kernel.block_rows):
             yield start, min(self.kernel.block_rows, self.kernel.rows - start)
 
-    def read(self, start: int, rows: int) -> torch.Tensor:
+    def read(self, start: int, rows: int) -> memoryview:
         """Read a block as a worker does."""
         reader = self.kernel.reader
-        size = rows * self.kernel.width * reader.dtype.itemsize
-        return reader.read(start, rows, self.buffers.input(size))
+        return reader.read(start, rows, self.bench.input(rows * reader.row_bytes))
 
     def offset(self, start: int) -> int:
         """Where a row begins in the output."""
-        return start * self.kernel.width * self.kernel.output.itemsize
+        return start * self.kernel.reader.row_bytes
 
 
 def find_subject(plan: Plan, files: InputFiles) -> Subject:
     """Return the down projection of the first layer."""
     name = module_name(0, "down_proj") + ".weight"
     step = next(step for step in plan.steps() if step.spec.name == name)
-    kernel = compile_step(step, files, torch.device("cpu"))
-    (delta,) = kernel.deltas
-    assert isinstance(delta, Additive)
-    return Subject(step, kernel, delta.delta)
+    bench = HostBench()
+    kernel = compile_step(step, files, "cpu", bench.products)
+    assert len(kernel.deltas) == 1
+    return Subject(step, kernel, bench)
 
 
 def measure_stages(plan: Plan, folder: Path, runs: int) -> Iterator[Row]:
     """Yield a row for each stage, measured in one thread."""
-    torch.set_num_threads(1)
     files = InputFiles({})
-    try:
+    with single_threaded_blas(), np.errstate(all="ignore"):
         subject = find_subject(plan, files)
         clock = Clock()
         for number in range(runs + 1):
@@ -190,58 +183,37 @@ def measure_stages(plan: Plan, folder: Path, runs: int) -> Iterator[Row]:
                 clock = Clock()  # The first pass is for the caches.
             say(f"pass {number} of {runs}")
             stages(subject, clock, folder / "stages")
-            as_merged(subject, clock)
             whole_blocks(subject, clock)
             clock.end_pass()
-    finally:
-        files.close()
+    files.close()
     pairs = zip(clock.passes[MEASURED], clock.passes[BLOCK], strict=True)
     clock.passes[RETENTION] = [measured - plain for measured, plain in pairs]
-    for name in (READ, WIDEN, PRODUCT, ADD, APPLY, NARROW, CHECK, RETENTION, WRITE, BLOCK):
+    for name in (READ, WIDEN, ADD, NARROW, RETENTION, WRITE, BLOCK):
         yield Row(name, subject.step.spec.elements, clock.passes[name])
 
 
 def stages(subject: Subject, clock: Clock, path: Path) -> None:
     """Take the weight through all stages, one by one, into a new file."""
-    kernel, delta = subject.kernel, subject.delta
+    kernel = subject.kernel
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         os.ftruncate(descriptor, subject.offset(kernel.rows))
         for start, rows in subject.blocks():
-            count = rows * kernel.width
-            block = subject.buffers.block(rows, kernel.width, kernel.kind)
-            data = subject.buffers.output(count * kernel.output.itemsize)
-            result = torch.frombuffer(data, dtype=kernel.output, count=count).view_as(block)
             clock.start()
             source = subject.read(start, rows)
             clock.lap(READ)
-            block.copy_(source)
+            block = subject.bench.load(source, kernel.reader.dtype, (rows, kernel.width))
             clock.lap(WIDEN)
-            product = torch.mm(delta.up[start : start + rows], delta.down)
-            clock.lap(PRODUCT)
-            block.add_(product)
+            kernel.deltas[0].apply(block, block, start, subject.bench.products)
             clock.lap(ADD)
-            result.copy_(block)
+            data, _ = subject.bench.store(block, kernel.output)
             clock.lap(NARROW)
-            check_finite(result, subject.step, source)
-            clock.lap(CHECK)
             write_all(descriptor, data, subject.offset(start))
             clock.lap(WRITE)
     finally:
         os.close(descriptor)
         path.unlink()
         os.sync()
-
-
-def as_merged(subject: Subject, clock: Clock) -> None:
-    """Add the delta as a merge does; a scale that is a power of two takes one call."""
-    kernel = subject.kernel
-    for start, rows in subject.blocks():
-        block = subject.buffers.block(rows, kernel.width, kernel.kind)
-        block.copy_(subject.read(start, rows))
-        clock.start()
-        kernel.deltas[0].apply(block, block, start)
-        clock.lap(APPLY)
 
 
 def whole_blocks(subject: Subject, clock: Clock) -> None:
@@ -254,7 +226,7 @@ def whole_blocks(subject: Subject, clock: Clock) -> None:
                 subject.step,
                 start,
                 rows,
-                subject.buffers,
+                subject.bench,
                 measure=measure,
                 allow_nonfinite=False,
             )

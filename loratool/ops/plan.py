@@ -16,7 +16,7 @@ from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.sidecar import Sidecar
 
 __all__ = [
-    "PYTHON_BYTES",
+    "PROCESS_BYTES",
     "AddBias",
     "AddDelta",
     "Blend",
@@ -118,7 +118,7 @@ class AddBias:
         return f"+ {self.scale:g} · bias"
 
 
-PYTHON_BYTES: Final = 90_000_000
+PROCESS_BYTES: Final = 90_000_000
 """What an interpreter with numpy takes, with the blocks of eight threads."""
 
 Edit = AddDelta | Decompose | Residual | Blend | SetRows | AddBias
@@ -290,10 +290,10 @@ class Plan:
     def peak_memory(self) -> int:
         """Bytes of memory that carrying it out takes at most, roughly.
 
-        Python with numpy, the blocks in work, and the largest set of factors (or the whole weight,
+        The interpreter, the blocks in work, and the largest set of factors (or the whole weight,
         where one is decomposed).
         """
-        return PYTHON_BYTES + max((_working_bytes(step) for step in self.steps()), default=0)
+        return PROCESS_BYTES + max((_working_bytes(step) for step in self.steps()), default=0)
 
     @property
     def merged(self) -> int:

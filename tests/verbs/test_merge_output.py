@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -460,3 +462,46 @@ def test_missing_inputs_are_named(tmp_path: Path) -> None:
         loratool.merge(LLAMA, [tmp_path / "nothing"], tmp_path / "out")
     with pytest.raises(LoratoolError, match="no adapter"):
         loratool.merge(LLAMA, [], tmp_path / "out")
+
+
+def test_many_shards_take_few_descriptors(make_adapter: Make, tmp_path: Path) -> None:
+    count, base = 150, tmp_path / "base"
+    base.mkdir()
+    places, factors = {}, {}
+    for number in range(1, count + 1):
+        file = f"model-{number:05}-of-{count:05}.safetensors"
+        names = (f"layers.{number}.q.weight", f"layers.{number}.b")
+        tensors = {names[0]: torch.randn(6, 5), names[1]: torch.randn(3)}
+        save_file(tensors, base / file, {"format": "pt"})
+        places |= dict.fromkeys(names, file)
+        factors |= lora(f"layers.{number}.q", 6, 5)
+    index = {"metadata": {}, "weight_map": places}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    adapter = make_adapter(factors)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100)); "
+        "from loratool.cli.main import main; main(sys.argv[1:])"
+    )
+    out = tmp_path / "out"
+    for arguments in (
+        ["merge", base, adapter, "-o", out, "--sync"],
+        ["verify", out, "--base", base, "--adapter", adapter],
+    ):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    assert len(list(out.glob("*.safetensors"))) == count
+
+
+def test_whole_numbers_that_are_not_contiguous_keep_every_bit(
+    make_adapter: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    large = (torch.arange(12).reshape(3, 4) + 2**60).T
+    nan = torch.full((4, 2), float("nan")).T
+    tensors = {"a.q.weight": torch.randn(6, 5), "ids": large, "nan": nan}
+    torch.save(tensors, tmp_path / "base" / "pytorch_model.bin")
+    loratool.merge(tmp_path / "base", [make_adapter(lora("a.q", 6, 5))], tmp_path / "out")
+    merged = read_all(tmp_path / "out")
+    assert torch.equal(merged["ids"], large)
+    assert merged["nan"].isnan().all() and merged["nan"].shape == (2, 4)
