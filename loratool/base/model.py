@@ -34,6 +34,8 @@ __all__ = ["Model", "Quantization", "open_model"]
 
 WEIGHT_LEAVES: Final = ("weight", "in_proj_weight")
 """What the parameter of a module is called whose delta an adapter has."""
+ACTIVATION_SCALES: Final = frozenset(("input_scale", "k_scale", "v_scale", "output_scale"))
+"""What coded models hold of numbers that are no weights: plain ones have no use for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,14 @@ class Model:
     def parameters(self) -> int:
         """How many numbers its weights are."""
         return sum(one.spec.elements for one in self.tensors.values() if not is_alias(one))
+
+    @property
+    def activation_scales(self) -> tuple[str, ...]:
+        """The scales of inputs and caches beside coded weights; they are none of its tensors."""
+        if self.quantization is None:
+            return ()
+        names = (stored.spec.name for stored in self.stored)
+        return tuple(name for name in names if name.rpartition(".")[2] in ACTIVATION_SCALES)
 
     @cached_property
     def quantization(self) -> Quantization | None:
@@ -409,12 +419,14 @@ def _decoded(checkpoint: Checkpoint) -> Mapping[str, Weight]:
     coded = recognise(checkpoint.tensors, read_config(checkpoint.folder).raw)
     if not coded:
         return checkpoint.tensors
+    # What only computing with codes needs goes where the codes do.
     owners = {part.spec.name: one for one in coded.values() for part in one.parts.values()}
     found: dict[str, Weight] = {}
     for name, stored in checkpoint.tensors.items():
         owner = owners.get(name)
         if owner is None:
-            found[name] = stored
+            if name.rpartition(".")[2] not in ACTIVATION_SCALES:
+                found[name] = stored
         elif name == next(iter(owner.parts.values())).spec.name:
             found[owner.spec.name] = owner
     return found
