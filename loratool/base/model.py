@@ -20,7 +20,7 @@ from loratool.base.replication import replicate
 from loratool.base.ties import Tie, find_tie
 from loratool.codecs.codec import CodedTensor, recognise
 from loratool.codecs.weights import Weight, is_alias
-from loratool.errors import BaseModelError
+from loratool.errors import BaseModelError, MissingModuleError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.container import WeightsFile
 from loratool.files.inputs import Stamp
@@ -298,12 +298,12 @@ class Model:
         """Return where the weight of ``module`` is.
 
         Raises:
-            BaseModelError: It is nowhere; the message names the nearest modules.
+            MissingModuleError: It is nowhere; the nearest modules are told.
         """
         found = self.find(module)
         if found is None:
             nearest = self.nearest(module)
-            raise BaseModelError(
+            raise MissingModuleError(
                 f"{self.path}: {module}",
                 "the base has no such module",
                 hint=f"nearest: {', '.join(nearest)}" if nearest else None,
