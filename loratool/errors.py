@@ -13,6 +13,7 @@ __all__ = [
     "FileFormatError",
     "LoratoolError",
     "MergeError",
+    "MissingModuleError",
     "OptionError",
     "OutputError",
     "UnsupportedError",
@@ -49,6 +50,10 @@ class AdapterError(LoratoolError):
 
 class BaseModelError(LoratoolError):
     """A base model that cannot be read, or that the adapter does not fit."""
+
+
+class MissingModuleError(BaseModelError):
+    """A base model that has no module of the name that an adapter has."""
 
 
 class UnsupportedError(LoratoolError):

@@ -15,7 +15,7 @@ from loratool.base.model import Model
 from loratool.base.orientation import mismatch, region_for
 from loratool.base.place import Place
 from loratool.base.region import Region
-from loratool.errors import BaseModelError, UnsupportedError
+from loratool.errors import MissingModuleError, UnsupportedError
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.names.pipelines import component_of
@@ -63,7 +63,8 @@ def fit(
         resized: Shapes of tensors that the adapter replaces, by name.
 
     Raises:
-        BaseModelError: There is none, with the nearest modules, or the shapes do not fit.
+        MissingModuleError: There is none; the nearest modules are told.
+        BaseModelError: The shapes do not fit.
     """
     if site.label in assigned:
         found = locate_parameter(site, assigned[site.label], adapter, base)
@@ -128,9 +129,9 @@ def _rows(stored: StoredTensor, first: int, count: int) -> StoredTensor:
     return replace(stored, spec=replace(spec, shape=(count, *spec.shape[1:])), offset=offset)
 
 
-def _missing(site: Site, adapter: Adapter, base: Model) -> BaseModelError:
+def _missing(site: Site, adapter: Adapter, base: Model) -> MissingModuleError:
     nearest = base.nearest(site.module)
-    return BaseModelError(
+    return MissingModuleError(
         f"{adapter.path}: {site.label}",
         "the base has no such module",
         hint=_without_component(site, adapter)

@@ -11,16 +11,18 @@ from typing import Final
 
 from loratool.base.config import read_config
 from loratool.base.experts import expert_place, parameter_place
+from loratool.base.fused import fused_place
 from loratool.base.layout import Headers, Layout
 from loratool.base.layouts import layout_of
 from loratool.base.modules import ModuleIndex
 from loratool.base.orientation import is_conv1d_by_shape, natural_region, natural_shape
 from loratool.base.place import Piece, Place
 from loratool.base.replication import replicate
+from loratool.base.tensors import ACTIVATION_SCALES, logical_tensors
 from loratool.base.ties import Tie, find_tie
-from loratool.codecs.codec import CodedTensor, recognise
+from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight, is_alias
-from loratool.errors import BaseModelError
+from loratool.errors import BaseModelError, MissingModuleError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.container import WeightsFile
 from loratool.files.inputs import Stamp
@@ -72,7 +74,7 @@ class Model:
         self.path = path
         self.checkpoints = checkpoints
         self.config = read_config(path if path.is_dir() else path.parent)
-        self.tensors = _by_name(checkpoints) if tensors is None else tensors
+        self.tensors = logical_tensors(checkpoints) if tensors is None else tensors
         self._tasks = tuple(tasks)
 
     def as_trained(self, *, tasks: Collection[str] = (), layers: list[int] | None = None) -> Model:
@@ -134,6 +136,14 @@ class Model:
     def parameters(self) -> int:
         """How many numbers its weights are."""
         return sum(one.spec.elements for one in self.tensors.values() if not is_alias(one))
+
+    @property
+    def activation_scales(self) -> tuple[str, ...]:
+        """The scales of inputs and caches beside coded weights; they are none of its tensors."""
+        if self.quantization is None:
+            return ()
+        names = (stored.spec.name for stored in self.stored)
+        return tuple(name for name in names if name.rpartition(".")[2] in ACTIVATION_SCALES)
 
     @cached_property
     def quantization(self) -> Quantization | None:
@@ -279,7 +289,7 @@ class Model:
         return (
             self.own_place(module, family)
             or expert_place(module, self)
-            or self._fused_place(module)
+            or fused_place(module, self)
             or parameter_place(module, self)
             or self._head_place(module)
         )
@@ -288,12 +298,12 @@ class Model:
         """Return where the weight of ``module`` is.
 
         Raises:
-            BaseModelError: It is nowhere; the message names the nearest modules.
+            MissingModuleError: It is nowhere; the nearest modules are told.
         """
         found = self.find(module)
         if found is None:
             nearest = self.nearest(module)
-            raise BaseModelError(
+            raise MissingModuleError(
                 f"{self.path}: {module}",
                 "the base has no such module",
                 hint=f"nearest: {', '.join(nearest)}" if nearest else None,
@@ -360,27 +370,6 @@ class Model:
         names = (self.tensor(module, leaf) for leaf in WEIGHT_LEAVES)
         return next((name for name in names if name is not None), None)
 
-    def _fused_place(self, module: str) -> Place | None:
-        """Return the place of rows of a fused projection, or of one that is several here."""
-        fused = self.layout.fused(module, self.config)
-        if fused is None:
-            return None
-        if module == fused.whole:
-            places = [self.own_place(part) for part in fused.parts]
-            return _joined(module, [place for place in places if place], len(places))
-        whole = self.own_place(fused.whole)
-        if whole is None:
-            return None
-        sizes = fused.sizes(whole.shape[0])
-        if sizes is None:
-            raise BaseModelError(
-                f"{self.path}: {fused.whole}",
-                f"has {whole.shape[0]} rows, which are not those of {', '.join(fused.parts)}",
-                hint="is config.json that of this model?",
-            )
-        index = fused.parts.index(module)
-        return _rows(module, whole, sum(sizes[:index]), sizes[index])
-
     def _head_place(self, module: str) -> Place | None:
         """Return the place of a head that is tied to the embedding and not stored."""
         tie = self.hidden_head
@@ -391,57 +380,6 @@ class Model:
         piece = Piece(tie.head, stored, region)
         path = tie.head.removesuffix(".weight")
         return Place(path, stored.spec.shape, stored.spec.dtype, (piece,), tie=tie)
-
-
-def _by_name(checkpoints: Mapping[str, Checkpoint]) -> Mapping[str, Weight]:
-    """Return all tensors; those of a component with its name before theirs."""
-    if "" in checkpoints:
-        return _decoded(checkpoints[""])
-    return {
-        f"{component}.{name}": stored
-        for component, checkpoint in checkpoints.items()
-        for name, stored in _decoded(checkpoint).items()
-    }
-
-
-def _decoded(checkpoint: Checkpoint) -> Mapping[str, Weight]:
-    """Return the tensors of a checkpoint, with one weight where it has codes and scales."""
-    coded = recognise(checkpoint.tensors, read_config(checkpoint.folder).raw)
-    if not coded:
-        return checkpoint.tensors
-    owners = {part.spec.name: one for one in coded.values() for part in one.parts.values()}
-    found: dict[str, Weight] = {}
-    for name, stored in checkpoint.tensors.items():
-        owner = owners.get(name)
-        if owner is None:
-            found[name] = stored
-        elif name == next(iter(owner.parts.values())).spec.name:
-            found[owner.spec.name] = owner
-    return found
-
-
-def _joined(module: str, parts: list[Place], count: int) -> Place | None:
-    """Return what ``parts`` are in one; ``None`` where some of them are missing."""
-    if not parts or len(parts) != count or len({part.shape[1:] for part in parts}) != 1:
-        return None
-    pieces: list[Piece] = []
-    first = 0
-    for part in parts:
-        (piece,) = part.pieces
-        pieces.append(Piece(piece.name, piece.tensor, piece.region, first))
-        first += part.shape[0]
-    return Place(module, (first, *parts[0].shape[1:]), parts[0].dtype, tuple(pieces))
-
-
-def _rows(module: str, whole: Place, first: int, count: int) -> Place:
-    """Return the place of ``count`` outputs of a fused projection."""
-    (piece,) = whole.pieces
-    return Place(
-        module,
-        (count, *whole.shape[1:]),
-        whole.dtype,
-        (Piece(piece.name, piece.tensor, piece.region.outputs(first, count)),),
-    )
 
 
 def open_model(path: Path) -> Model:

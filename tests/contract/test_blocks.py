@@ -21,11 +21,11 @@ from loratool.files.safetensors import read_header
 from loratool.math.deltas import Additive, Interpolated, Offset, Placed, Rows, WeightDecomposed
 from loratool.math.deltas import column_norms as norms_of_columns
 from loratool.math.lowrank import LowRank
-from loratool.plan.blas import single_threaded_blas
 from loratool.ops.blocks import Arithmetic, Bench, arithmetic_on, bench_on
 from loratool.ops.host import HostArithmetic, HostBench
 from loratool.ops.tensors import Arithmetic as TorchArithmetic
 from loratool.ops.tensors import TorchBench
+from loratool.plan.blas import single_threaded_blas
 
 Make = Callable[..., Path]
 ROWS, COLUMNS = 23, 17

@@ -137,6 +137,21 @@ def test_shards_lose_their_scales_and_the_index_says_so(
     assert_rounded(merged[name], truth[name] + delta)
 
 
+def test_scales_of_inputs_go_with_the_codes(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, truth, config = model("fp8")
+    scales = {f"{MODULES[0]}.input_scale": torch.ones(1), "model.layers.0.k_scale": torch.ones(())}
+    adapter, _ = adapter_of(make_adapter)
+    report = loratool.merge(make_base(stored | scales, config), [adapter], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(merged) == sorted((*truth, NORM))
+    assert any("2 scales of inputs were dropped" in note for note in report.notes)
+    plain = {f"{MODULES[0]}.weight": torch.zeros(OUT, INTO), **scales}
+    loratool.merge(make_base(plain, None, "plain"), [adapter], tmp_path / "kept")
+    assert set(load_file(tmp_path / "kept" / "model.safetensors")) == set(plain)
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [

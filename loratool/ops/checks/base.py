@@ -12,7 +12,7 @@ from loratool.base.fitting import fit
 from loratool.base.model import open_model
 from loratool.base.refusals import CODE, check_base
 from loratool.base.replication import layer_ranges
-from loratool.errors import BaseModelError, LoratoolError
+from loratool.errors import BaseModelError, LoratoolError, MissingModuleError
 from loratool.ops.merging.context import Share
 from loratool.ops.merging.extras import plan_extra
 from loratool.ops.merging.mergeable import site_problems
@@ -51,6 +51,7 @@ def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
             continue
         try:
             fit(site, adapter, view, assigned, resized=replaced_shapes(share))
+        except MissingModuleError as error:
+            yield finding("LT021", site.label, error.what, error.hint)
         except LoratoolError as error:
-            code = "LT021" if "no such module" in error.what else "LT022"
-            yield finding(code, site.label, error.what, error.hint)
+            yield finding("LT022", site.label, error.what, error.hint)

@@ -112,6 +112,8 @@ def plan_merge(
     if model.quantization is not None:
         found = model.quantization
         notes.append(f"{found.modules} weights in {found.format} were written as plain numbers")
+        if dropped := model.activation_scales:
+            notes.append(f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}")
     if untied:
         notes.append(f"embedding and head are no longer tied: {untied.head!r} is written apart")
     steps = _steps(view, shares, dtype, untied)

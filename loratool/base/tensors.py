@@ -1,0 +1,45 @@
+"""The tensors of a model: one for each weight, however many its codes and scales are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from loratool.base.config import read_config
+from loratool.codecs.codec import recognise
+from loratool.codecs.weights import Weight
+from loratool.files.checkpoint import Checkpoint
+
+__all__ = ["ACTIVATION_SCALES", "logical_tensors"]
+
+ACTIVATION_SCALES: Final = frozenset(("input_scale", "k_scale", "v_scale", "output_scale"))
+"""What coded models hold of numbers that are no weights: plain ones have no use for it."""
+
+
+def logical_tensors(checkpoints: Mapping[str, Checkpoint]) -> Mapping[str, Weight]:
+    """Return all tensors; those of a component with its name before theirs."""
+    if "" in checkpoints:
+        return _decoded(checkpoints[""])
+    return {
+        f"{component}.{name}": stored
+        for component, checkpoint in checkpoints.items()
+        for name, stored in _decoded(checkpoint).items()
+    }
+
+
+def _decoded(checkpoint: Checkpoint) -> Mapping[str, Weight]:
+    """Return the tensors of a checkpoint, with one weight where it has codes and scales."""
+    coded = recognise(checkpoint.tensors, read_config(checkpoint.folder).raw)
+    if not coded:
+        return checkpoint.tensors
+    owners = {part.spec.name: one for one in coded.values() for part in one.parts.values()}
+    found: dict[str, Weight] = {}
+    for name, stored in checkpoint.tensors.items():
+        owner = owners.get(name)
+        if owner is None:
+            # What only computing with codes needs goes where the codes do.
+            if name.rpartition(".")[2] not in ACTIVATION_SCALES:
+                found[name] = stored
+        elif name == next(iter(owner.parts.values())).spec.name:
+            found[owner.spec.name] = owner
+    return found
