@@ -39,10 +39,10 @@ from loratool.files.transfer import write_all
 from loratool.ops.blas import single_threaded_blas
 from loratool.ops.host import HostBench
 from loratool.ops.kernels import Kernel, compile_step
-from loratool.ops.merge import plan_merge
+from loratool.ops.merge import plan_merge, write_plan
 from loratool.ops.plan import Plan, Step
-from loratool.ops.run import write_plan
-from loratool.ops.worker import compute_block
+from loratool.ops.merge import write_plan
+from loratool.plan.patching import compute_block
 
 READ: Final = "pread"
 WIDEN: Final = "bf16 -> f32"

@@ -19,7 +19,7 @@ from typing import Final
 from loratool.errors import OutputError
 from loratool.files.transfer import describe_write_error
 
-__all__ = ["check_output", "kept", "scratch", "staged"]
+__all__ = ["check_output", "kept", "scratch", "staged", "sync_file"]
 
 MARK: Final = "loratool-partial"
 KEPT_MARK: Final = "loratool-unfinished"
@@ -98,7 +98,7 @@ def staged(path: Path, *, folder: bool, force: bool, sync: bool) -> Iterator[Pat
                 raise OutputError(path, "has appeared meanwhile", hint="choose another name")
             _replace(place, path)
             if sync:
-                _sync_folder(path.parent)
+                sync_file(path.parent)
         except OSError as error:
             raise describe_write_error(path, error) from None
 
@@ -171,8 +171,9 @@ def _replace(source: Path, path: Path) -> None:
         source.replace(path)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_file(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -8,10 +8,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Final
 
-from loratool.files.atomic import check_output, staged
+from loratool.errors import MergeError
+from loratool.files.atomic import check_output, staged, sync_file
 from loratool.ops.merging.planning import plan_merge
+from loratool.ops.plan import Plan
+from loratool.plan.run import RunResult, write_files
+from loratool.plan.sidecar import write_sidecar
 
-__all__ = ["MergeReport", "merge", "plan_merge"]
+__all__ = ["MergeReport", "merge", "plan_merge", "write_plan"]
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
@@ -90,8 +94,6 @@ def merge(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    from loratool.ops.run import write_plan
-
     output = Path(output)
     plan = plan_merge(
         base,
@@ -133,3 +135,42 @@ def merge(
         retention=result.retention,
         notes=tuple(notes),
     )
+
+
+def write_plan(
+    plan: Plan,
+    place: Path,
+    *,
+    allow_nonfinite: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    sync: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Carry out ``plan`` at ``place``, a folder or a file that nothing else uses.
+
+    Raises:
+        LoratoolError: An input changed or ended, or a result is not finite.
+        OSError: Writing failed, such as for want of space.
+    """
+    for sidecar in plan.sidecars:
+        write_sidecar(sidecar, place)
+    paths = [place / file.name if plan.is_folder else place for file in plan.files]
+    result = write_files(
+        plan.works(),
+        paths,
+        plan.stamps,
+        allow_nonfinite=allow_nonfinite,
+        device=device,
+        threads=threads,
+        progress=progress,
+    )
+    for path in paths if sync else ():
+        sync_file(path)
+    if result.is_empty and not any(step.added or step.replaced for step in plan.steps()):
+        raise MergeError(
+            ", ".join(str(adapter.path) for adapter, _ in plan.adapters),
+            "every delta is exactly zero (an untrained adapter, or alpha 0), so the merge would "
+            "change nothing",
+        )
+    return result

@@ -13,6 +13,8 @@ from loratool.codecs.weights import Weight
 from loratool.files.inputs import Stamp
 from loratool.files.safetensors import SafetensorsFile, canonical_order, format_header
 from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.plan.lanes import Spot
+from loratool.plan.run import FileWork
 from loratool.plan.sidecar import Sidecar
 
 __all__ = [
@@ -203,6 +205,21 @@ class OutputFile:
             yield step, offset
             offset += step.spec.nbytes
 
+    def work(self, number: int) -> FileWork:
+        """Return what is to be done for it, as the output file of this number."""
+        from loratool.plan.patching import Patch
+
+        moves: list[tuple[Spot, StoredTensor]] = []
+        tasks: list[Patch] = []
+        for step, offset in self.placed():
+            spot = Spot(step.spec, number, offset)
+            if step.copied is not None:
+                moves.append((spot, step.copied))
+            elif step.spec.nbytes:
+                tasks.append(Patch(step, spot))
+        original = self.original.path if self.original is not None else None
+        return FileWork(self.name, self.size, self.header, moves, tasks, original)
+
     @staticmethod
     def lay_out(
         name: str,
@@ -267,6 +284,10 @@ class Plan:
         """Yield every step of every file."""
         for file in self.files:
             yield from file.steps
+
+    def works(self) -> list[FileWork]:
+        """Return what is to be done for each of the files."""
+        return [file.work(number) for number, file in enumerate(self.files)]
 
     def inputs(self) -> Iterator[Path]:
         """Yield every file that is read."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -29,10 +29,10 @@ from loratool.files.inputs import InputFiles
 from loratool.files.json import read_json_object
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import read_into
-from loratool.ops.lanes import ByteRange, TensorInWork
 from loratool.ops.merging.planning import plan_merge
 from loratool.ops.plan import Plan, Step
-from loratool.ops.run import run_plan
+from loratool.plan.lanes import ByteRange, Spot
+from loratool.plan.run import run_files
 
 __all__ = ["verify"]
 
@@ -92,8 +92,16 @@ def verify(
         skip=skip,
     )
     found = [*_check_layout(plan, checkpoint), *_check_config(plan, checkpoint)]
-    sink = _CompareSink(checkpoint)
-    run_plan(plan, sink, allow_nonfinite=True, device=device, threads=threads, progress=progress)
+    sink = _CompareSink(checkpoint, {step.spec.name: step for step in plan.steps()})
+    run_files(
+        plan.works(),
+        sink,
+        plan.stamps,
+        allow_nonfinite=True,
+        device=device,
+        threads=threads,
+        progress=progress,
+    )
     found += sink.findings()
     return tuple(sorted(found, key=lambda item: (item.severity != "error", item.code, item.where)))
 
@@ -197,6 +205,7 @@ class _CompareSink:
     """Compares instead of writing."""
 
     merged: Checkpoint
+    steps: Mapping[str, Step]
     joins: bool = False
     files: InputFiles = field(default_factory=lambda: InputFiles({}))
     differences: dict[str, _Difference] = field(default_factory=lambda: defaultdict(_Difference))
@@ -206,36 +215,33 @@ class _CompareSink:
         return False
 
     def copy(self, piece: ByteRange, files: InputFiles) -> None:
-        actual = self._read(piece.step, piece.position, piece.size)
+        actual = self._read(piece.spot.spec, piece.position, piece.size)
         if actual is None:
             return
         expected = memoryview(bytearray(piece.size))
         with files.using(piece.source) as descriptor:
             read_into(descriptor, expected, piece.source_offset, path=piece.source)
         if expected != actual:
-            self._note(piece.step, expected, actual, None, is_copy=True)
+            self._note(piece.spot.spec, expected, actual, None, is_copy=True)
 
-    def write(self, tensor: TensorInWork, position: int, data: memoryview) -> None:
-        actual = self._read(tensor.step, position, len(data))
+    def write(self, spot: Spot, position: int, data: memoryview) -> None:
+        actual = self._read(spot.spec, position, len(data))
         if actual is not None and data != actual:
-            before = self._before(tensor.step, position, len(data))
-            self._note(tensor.step, data, actual, before, is_copy=False)
+            before = self._before(spot.spec, position, len(data))
+            self._note(spot.spec, data, actual, before, is_copy=False)
 
-    def _before(self, step: Step, position: int, size: int) -> memoryview | None:
+    def _before(self, spec: TensorSpec, position: int, size: int) -> memoryview | None:
         """Return the source's values, where they lie as the result does."""
-        source = step.source
+        source = self.steps[spec.name].source
         if isinstance(source, CodedTensor):
             return None
-        if (source.spec.dtype, source.spec.shape) != (step.spec.dtype, step.spec.shape):
+        if (source.spec.dtype, source.spec.shape) != (spec.dtype, spec.shape):
             return None
         return self._bytes(source, position, size)
 
-    def _read(self, step: Step, position: int, size: int) -> memoryview | None:
-        stored = self.merged.tensors.get(step.spec.name)
-        if stored is None or (stored.spec.dtype, stored.spec.shape) != (
-            step.spec.dtype,
-            step.spec.shape,
-        ):
+    def _read(self, spec: TensorSpec, position: int, size: int) -> memoryview | None:
+        stored = self.merged.tensors.get(spec.name)
+        if stored is None or (stored.spec.dtype, stored.spec.shape) != (spec.dtype, spec.shape):
             return None
         return self._bytes(stored, position, size)
 
@@ -249,7 +255,7 @@ class _CompareSink:
 
     def _note(
         self,
-        step: Step,
+        spec: TensorSpec,
         expected: memoryview,
         actual: memoryview,
         before: memoryview | None,
@@ -259,13 +265,13 @@ class _CompareSink:
         for start in range(0, len(expected), COMPARED_BYTES):
             part = slice(start, start + COMPARED_BYTES)
             elements, far, largest = _differing(
-                step.spec.dtype,
+                spec.dtype,
                 expected[part],
                 actual[part],
                 None if before is None else before[part],
             )
             with self.lock:
-                difference = self.differences[step.spec.name]
+                difference = self.differences[spec.name]
                 difference.elements += elements
                 difference.far += far
                 difference.largest = max(difference.largest, largest)

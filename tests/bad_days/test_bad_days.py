@@ -18,7 +18,8 @@ from samples import lora
 
 import loratool
 from loratool.errors import FileFormatError, OutputError
-from loratool.ops.run import Run, write_plan
+from loratool.ops.merge import write_plan
+from loratool.plan.run import Run
 
 Make = Callable[..., Path]
 LAYERS, SIZE = 12, 1024

@@ -11,14 +11,29 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from loratool.ops.plan import Step
+from loratool.files.spec import TensorSpec
 
 if TYPE_CHECKING:
-    from loratool.ops.kernels import Kernel
+    from loratool.plan.run import Run
 
-__all__ = ["ByteRange", "Lane", "Lanes", "TensorInWork"]
+__all__ = ["ByteRange", "Lane", "Lanes", "Spot", "Task", "Unit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a tensor goes.
+
+    Attributes:
+        spec: The tensor.
+        file: Index of the output file.
+        offset: Where it begins there.
+    """
+
+    spec: TensorSpec
+    file: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,49 +43,39 @@ class ByteRange:
     Attributes:
         source: The input file.
         source_offset: Where they begin in it.
-        file: Index of the output file.
-        offset: Where they go in it.
+        spot: The tensor that they belong to; the first of them, where several are joined.
         size: How many.
-        step: The tensor they belong to; the first of them, where several are joined.
         position: Where in that tensor they begin.
     """
 
     source: Path
     source_offset: int
-    file: int
-    offset: int
+    spot: Spot
     size: int
-    step: Step
     position: int = 0
 
+    @property
+    def offset(self) -> int:
+        """Where they go in the output file."""
+        return self.spot.offset + self.position
 
-@dataclass
-class TensorInWork:
-    """One tensor to compute: its kernel, made by whichever thread comes first.
+
+Unit = Callable[[], None]
+"""A piece of a task that one thread carries out."""
+
+
+class Task(Protocol):
+    """Something that is computed, in units of which no two depend on each other.
 
     Attributes:
-        step: How it comes about.
-        file: Index of the output file.
-        offset: Where it begins there.
-        kernel: Its arithmetic, once there is one.
+        nbytes: Bytes of output.
     """
 
-    step: Step
-    file: int
-    offset: int
-    kernel: Kernel | None = None
-    next_block: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def take(self, compile_step: Callable[[Step], Kernel]) -> int | None:
-        """Return the index of a block that nobody else does, or ``None`` if all are taken."""
-        with self.lock:
-            if self.kernel is None:
-                self.kernel = compile_step(self.step)
-            if self.next_block == self.kernel.blocks:
-                return None
-            self.next_block += 1
-            return self.next_block - 1
+    @property
+    def nbytes(self) -> int: ...
+    def take(self, run: Run) -> Unit | None:
+        """Return a unit that nobody else does, or ``None`` if all are taken."""
+        ...
 
 
 @dataclass
@@ -79,12 +84,12 @@ class Lane:
 
     Attributes:
         pieces: Ranges of bytes to copy.
-        tensors: Tensors to compute; the first is the one in work.
+        tasks: What is computed; the first is the one in work.
         workers: How many threads are at it.
     """
 
     pieces: deque[ByteRange] = field(default_factory=deque)
-    tensors: deque[TensorInWork] = field(default_factory=deque)
+    tasks: deque[Task] = field(default_factory=deque)
     workers: int = 0
 
 
@@ -94,16 +99,15 @@ class Lanes:
     def __init__(self, lanes: list[Lane]) -> None:
         self.lanes = lanes
         self.total = sum(
-            sum(piece.size for piece in lane.pieces)
-            + sum(tensor.step.spec.nbytes for tensor in lane.tensors)
+            sum(piece.size for piece in lane.pieces) + sum(task.nbytes for task in lane.tasks)
             for lane in lanes
         )
         self._lock = threading.Lock()
 
     @property
-    def has_tensors(self) -> bool:
+    def has_tasks(self) -> bool:
         """Whether anything is left to compute."""
-        return any(lane.tensors for lane in self.lanes)
+        return any(lane.tasks for lane in self.lanes)
 
     def copies(self) -> Iterator[ByteRange]:
         """Yield ranges to copy until none are left; for one thread."""
@@ -115,21 +119,21 @@ class Lanes:
                     break
                 yield piece
 
-    def blocks(self, compile_step: Callable[[Step], Kernel]) -> Iterator[tuple[TensorInWork, int]]:
-        """Yield tensors and indices of their blocks until none are left; for one thread."""
-        for lane in self._turns(lambda lane: bool(lane.tensors)):
-            while lane.tensors:
+    def units(self, run: Run) -> Iterator[Unit]:
+        """Yield units of tasks until none are left; for one thread."""
+        for lane in self._turns(lambda lane: bool(lane.tasks)):
+            while lane.tasks:
                 try:
-                    tensor = lane.tensors[0]
+                    task = lane.tasks[0]
                 except IndexError:
                     break
-                index = tensor.take(compile_step)
-                if index is not None:
-                    yield tensor, index
+                unit = task.take(run)
+                if unit is not None:
+                    yield unit
                     continue
                 with self._lock:
-                    if lane.tensors and lane.tensors[0] is tensor:
-                        lane.tensors.popleft()
+                    if lane.tasks and lane.tasks[0] is task:
+                        lane.tasks.popleft()
 
     def _turns(self, has_work: Callable[[Lane], bool]) -> Iterator[Lane]:
         """Yield the lane with work that has fewest threads at it, until there is none."""

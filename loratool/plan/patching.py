@@ -1,60 +1,81 @@
-"""What one thread does with the tensors of a run: block in, deltas, one rounding, block out."""
+"""Weights that are patched: block in, deltas, one rounding, block out."""
 
 from __future__ import annotations
 
-from typing import Final
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from loratool.codecs import numbers
 from loratool.errors import MergeError
 from loratool.files.dtypes import DTYPES
-from loratool.ops.blocks import Bench, bench_on
 from loratool.ops.kernels import Kernel, compile_step
 from loratool.ops.plan import Step
-from loratool.ops.run import Run
-from loratool.plan.blas import single_threaded_blas
+from loratool.plan.lanes import Spot, Unit
 
-__all__ = ["compute_block", "work"]
+if TYPE_CHECKING:
+    from loratool.ops.blocks import Bench
+    from loratool.plan.run import Run
+
+__all__ = ["Patch", "compute_block"]
 
 MEASURED_BLOCKS: Final = 2
 """Blocks of each tensor, evenly spread, in which the surviving share of the update is measured."""
 
 
-def work(run: Run) -> None:
-    """Take blocks from ``run`` until there are none."""
-    with single_threaded_blas(), np.errstate(all="ignore"):
-        bench = bench_on(run.device)
-        for tensor, index in run.lanes.blocks(
-            lambda step: compile_step(step, run.files, run.device, bench.products)
-        ):
-            if run.stopped:
-                return
-            kernel = tensor.kernel
-            assert kernel is not None
-            start = index * kernel.block_rows
-            rows = min(kernel.block_rows, kernel.rows - start)
-            data, sums = compute_block(
-                kernel,
-                tensor.step,
-                start,
-                rows,
-                bench,
-                measure=_is_measured(kernel, index),
-                allow_nonfinite=run.allow_nonfinite,
-            )
-            row_bytes = kernel.width * DTYPES[kernel.output].bits // 8
-            run.sink.write(tensor, start * row_bytes, data)
-            run.count(len(data))
-            run.note(*sums, is_empty=kernel.is_empty)
+@dataclass
+class Patch:
+    """One weight to compute, block by block; its kernel is made by whichever thread comes first.
+
+    Attributes:
+        step: How it comes about.
+        spot: Where it goes.
+    """
+
+    step: Step
+    spot: Spot
+    _kernel: Kernel | None = None
+    _next_block: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of output."""
+        return self.spot.spec.nbytes
+
+    def take(self, run: Run) -> Unit | None:
+        """Return the work on a block that nobody else does, or ``None`` if all are taken."""
+        with self._lock:
+            if self._kernel is None:
+                products = run.bench.products
+                self._kernel = compile_step(self.step, run.files, run.device, products)
+            kernel, index = self._kernel, self._next_block
+            if index == kernel.blocks:
+                return None
+            self._next_block += 1
+        return lambda: self._compute(run, kernel, index)
+
+    def _compute(self, run: Run, kernel: Kernel, index: int) -> None:
+        start = index * kernel.block_rows
+        data, sums = compute_block(
+            kernel,
+            self.step,
+            start,
+            min(kernel.block_rows, kernel.rows - start),
+            run.bench,
+            measure=index % _stride(kernel) == 0,
+            allow_nonfinite=run.allow_nonfinite,
+        )
+        row_bytes = kernel.width * DTYPES[kernel.output].bits // 8
+        run.sink.write(self.spot, start * row_bytes, data)
+        run.count(len(data))
+        run.note(*sums, is_empty=kernel.is_empty)
 
 
 def _stride(kernel: Kernel) -> int:
     return max(1, kernel.blocks // MEASURED_BLOCKS)
-
-
-def _is_measured(kernel: Kernel, index: int) -> bool:
-    return index % _stride(kernel) == 0
 
 
 def compute_block(

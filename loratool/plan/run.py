@@ -1,9 +1,9 @@
 """The only loop that moves tensor data.
 
-A plan becomes units of work: ranges of bytes to copy, and tensors to compute. Copies come first;
-then the worker threads take the tensors apart into blocks of rows that fit the cache. Where the
-result goes is a sink's business: files when a plan is carried out, a comparison when it is
-verified.
+A plan becomes units of work: ranges of bytes to copy, and tasks to compute. Copies come first;
+then the worker threads take the tasks apart: weights that are patched into blocks of rows that fit
+the cache, modules of an adapter one by one. Where the result goes is a sink's business: files when
+a plan is carried out, a comparison when it is verified, nowhere when only errors are asked for.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from loratool.errors import MergeError
 from loratool.files.descriptors import Descriptors
-from loratool.files.inputs import InputFiles
-from loratool.files.transfer import clone_file, copy_range, write_all
-from loratool.ops.lanes import ByteRange, Lane, Lanes, TensorInWork
-from loratool.ops.plan import OutputFile, Plan
-from loratool.plan.sidecar import write_sidecar
+from loratool.files.inputs import InputFiles, Stamp
+from loratool.files.spec import StoredTensor
+from loratool.files.transfer import clone_file, copy_range, read_into, write_all
+from loratool.plan.lanes import ByteRange, Lane, Lanes, Spot, Task
+from loratool.plan.threads import MAX_THREADS, Progress
 
-__all__ = ["Run", "RunResult", "Sink", "run_plan", "write_plan"]
+if TYPE_CHECKING:
+    from loratool.ops.blocks import Bench
+
+__all__ = ["FileWork", "NullSink", "Run", "RunResult", "Sink", "run_files", "write_files"]
 
 COPY_BYTES: Final = 32 << 20
-MAX_THREADS: Final = 8
-Progress = Callable[[int, int], None]
+SHORT: Final = 1 << 20
+"""Ranges up to this size go through a buffer, which is quicker than copying inside the kernel."""
 
 
 class Sink(Protocol):
@@ -44,13 +46,34 @@ class Sink(Protocol):
         """Take bytes of an input as they are."""
         ...
 
-    def write(self, tensor: TensorInWork, position: int, data: memoryview) -> None:
+    def write(self, spot: Spot, position: int, data: memoryview) -> None:
         """Take the computed bytes at ``position`` of a tensor."""
         ...
 
     def clone(self, file: int, original: Path, files: InputFiles) -> bool:
         """Take a whole file at once, where that is free; return whether it was."""
         ...
+
+
+@dataclass(frozen=True)
+class FileWork:
+    """What is to be done for one output file.
+
+    Attributes:
+        name: Its name in the output folder.
+        size: Its size in bytes.
+        header: The bytes that it begins with, as far as they are known before the data.
+        moves: Tensors that are stored bytes, and where they go; in the order of the file.
+        tasks: What is computed.
+        original: An input that it equals but for what is computed.
+    """
+
+    name: str
+    size: int
+    header: bytes = b""
+    moves: Sequence[tuple[Spot, StoredTensor]] = ()
+    tasks: Sequence[Task] = field(default=())
+    original: Path | None = None
 
 
 @dataclass
@@ -74,57 +97,45 @@ class RunResult:
         return self.kept / self.total if has_meaning else None
 
 
-def write_plan(
-    plan: Plan,
-    place: Path,
+def write_files(
+    works: Sequence[FileWork],
+    paths: Sequence[Path],
+    stamps: Mapping[Path, Stamp],
     *,
     allow_nonfinite: bool = False,
     device: str = "auto",
     threads: int | None = None,
-    sync: bool = False,
     progress: Progress | None = None,
 ) -> RunResult:
-    """Carry out ``plan`` at ``place``, a folder or a file that nothing else uses.
+    """Carry out ``works`` at ``paths``, where nothing is yet.
 
     Raises:
         LoratoolError: An input changed or ended, or a result is not finite.
         OSError: Writing failed, such as for want of space.
     """
-    for sidecar in plan.sidecars:
-        write_sidecar(sidecar, place)
-    paths = tuple(place / file.name if plan.is_folder else place for file in plan.files)
-    for path, file in zip(paths, plan.files, strict=True):
-        _begin(path, file)
+    for path, work in zip(paths, works, strict=True):
+        _begin(path, work)
     outputs = Descriptors(lambda path: os.open(path, os.O_RDWR | os.O_CLOEXEC))
     try:
-        result = run_plan(
-            plan,
-            _FileSink(paths, outputs),
+        return run_files(
+            works,
+            _FileSink(tuple(paths), outputs),
+            stamps,
             allow_nonfinite=allow_nonfinite,
             device=device,
             threads=threads,
             progress=progress,
         )
-        for path in paths if sync else ():
-            with outputs.using(path) as descriptor:
-                os.fsync(descriptor)
     finally:
         outputs.close()
-    if result.is_empty and not any(step.added or step.replaced for step in plan.steps()):
-        raise MergeError(
-            ", ".join(str(adapter.path) for adapter, _ in plan.adapters),
-            "every delta is exactly zero (an untrained adapter, or alpha 0), so the merge would "
-            "change nothing",
-        )
-    return result
 
 
-def _begin(path: Path, file: OutputFile) -> None:
+def _begin(path: Path, work: FileWork) -> None:
     """Create an output file as long as it will be, its header in it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        os.ftruncate(descriptor, file.size)
-        write_all(descriptor, memoryview(file.header), 0)
+        os.ftruncate(descriptor, work.size)
+        write_all(descriptor, memoryview(work.header), 0)
     finally:
         os.close(descriptor)
 
@@ -137,19 +148,31 @@ class _FileSink:
     def __init__(self, paths: tuple[Path, ...], outputs: Descriptors) -> None:
         self.paths = paths
         self.outputs = outputs
+        self._local = threading.local()
 
     def copy(self, piece: ByteRange, files: InputFiles) -> None:
+        path = piece.source
         with (
-            files.using(piece.source) as source,
-            self.outputs.using(self.paths[piece.file]) as target,
+            files.using(path) as source,
+            self.outputs.using(self.paths[piece.spot.file]) as target,
         ):
-            copy_range(
-                source, target, piece.source_offset, piece.offset, piece.size, path=piece.source
-            )
+            if piece.size <= SHORT:
+                view = self._buffer()[: piece.size]
+                read_into(source, view, piece.source_offset, path=path)
+                write_all(target, view, piece.offset)
+            else:
+                copy_range(source, target, piece.source_offset, piece.offset, piece.size, path=path)
 
-    def write(self, tensor: TensorInWork, position: int, data: memoryview) -> None:
-        with self.outputs.using(self.paths[tensor.file]) as target:
-            write_all(target, data, tensor.offset + position)
+    def _buffer(self) -> memoryview:
+        """Return memory of this thread's own."""
+        found: memoryview | None = getattr(self._local, "buffer", None)
+        if found is None:
+            found = self._local.buffer = memoryview(bytearray(SHORT))
+        return found
+
+    def write(self, spot: Spot, position: int, data: memoryview) -> None:
+        with self.outputs.using(self.paths[spot.file]) as target:
+            write_all(target, data, spot.offset + position)
 
     def clone(self, file: int, original: Path, files: InputFiles) -> bool:
         """Share the extents of a whole file, where the file system can."""
@@ -160,26 +183,42 @@ class _FileSink:
             return clone_file(source, target)
 
 
-def run_plan(
-    plan: Plan,
+class NullSink:
+    """Takes everything and keeps nothing: a run that only measures."""
+
+    joins = True
+
+    def copy(self, piece: ByteRange, files: InputFiles) -> None:
+        """Leave the bytes where they are."""
+
+    def write(self, spot: Spot, position: int, data: memoryview) -> None:
+        """Drop the bytes."""
+
+    def clone(self, file: int, original: Path, files: InputFiles) -> bool:
+        return True
+
+
+def run_files(
+    works: Sequence[FileWork],
     sink: Sink,
+    stamps: Mapping[Path, Stamp],
     *,
     allow_nonfinite: bool = False,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
-    """Compute every tensor of ``plan`` and hand it to ``sink``.
+    """Do all of ``works`` and hand the results to ``sink``.
 
     Raises:
         LoratoolError: The first failure of any thread.
     """
-    files = InputFiles(plan.stamps)
+    files = InputFiles(stamps)
     try:
-        for path in plan.stamps:
+        for path in stamps:
             with files.using(path):
                 pass  # before any work is done: it is still what was planned with
-        lanes = Lanes([_lane(file, i, sink, files) for i, file in enumerate(plan.files)])
+        lanes = Lanes([_lane(work, number, sink, files) for number, work in enumerate(works)])
         run = Run(lanes, sink, files, allow_nonfinite=allow_nonfinite, device=device)
         run.start(threads or min(MAX_THREADS, len(os.sched_getaffinity(0))), progress)
         files.check_unchanged()
@@ -188,48 +227,43 @@ def run_plan(
     return run.result()
 
 
-def _lane(file: OutputFile, number: int, sink: Sink, files: InputFiles) -> Lane:
-    """Return the work on one file: ranges to copy, long ones cut, and tensors to compute."""
+def _lane(work: FileWork, number: int, sink: Sink, files: InputFiles) -> Lane:
+    """Return the work on one file: ranges to copy, long ones cut, and tasks."""
     lane = Lane()
-    cloned = file.original is not None and sink.clone(number, file.original.path, files)
-    for piece in () if cloned else _ranges(file, number, joins=sink.joins):
+    cloned = work.original is not None and sink.clone(number, work.original, files)
+    for piece in () if cloned else _ranges(work.moves, joins=sink.joins):
         for done in range(0, piece.size, COPY_BYTES):
             lane.pieces.append(
                 replace(
                     piece,
                     source_offset=piece.source_offset + done,
-                    offset=piece.offset + done,
                     size=min(COPY_BYTES, piece.size - done),
                     position=done,
                 )
             )
-    lane.tensors.extend(
-        TensorInWork(step, number, offset)
-        for step, offset in file.placed()
-        if not step.is_copy and step.spec.nbytes
-    )
+    lane.tasks.extend(work.tasks)
     return lane
 
 
-def _ranges(file: OutputFile, number: int, *, joins: bool) -> Iterator[ByteRange]:
+def _ranges(moves: Iterable[tuple[Spot, StoredTensor]], *, joins: bool) -> Iterator[ByteRange]:
     """Yield the bytes that are copied, tensor by tensor, or neighbours as one range."""
     current: ByteRange | None = None
-    for step, offset in file.placed():
-        source, size = step.copied, step.spec.nbytes
-        if source is None or not size:
+    for spot, source in moves:
+        size = spot.spec.nbytes
+        if not size:
             continue
         if (
             joins
             and current is not None
             and current.source == source.path
             and current.source_offset + current.size == source.offset
-            and current.offset + current.size == offset
+            and current.offset + current.size == spot.offset
         ):
             current = replace(current, size=current.size + size)
             continue
         if current is not None:
             yield current
-        current = ByteRange(source.path, source.offset, number, offset, size, step)
+        current = ByteRange(source.path, source.offset, spot, size)
     if current is not None:
         yield current
 
@@ -252,6 +286,7 @@ class Run:
         self.failure: BaseException | None = None
         self.stopped = False
         self.lock = threading.Lock()
+        self._local = threading.local()
 
     def start(self, threads: int, progress: Progress | None) -> None:
         """Do all the work on ``threads`` threads and wait for them."""
@@ -284,14 +319,33 @@ class Run:
                     return
                 self.sink.copy(piece, self.files)
                 self.count(piece.size)
-            if self.lanes.has_tensors:
-                from loratool.ops.worker import work
-
-                work(self)
+            if self.lanes.has_tasks:
+                self._compute()
         except BaseException as error:
             self.stopped = True
             with self.lock:
                 self.failure = self.failure or error
+
+    def _compute(self) -> None:
+        import numpy as np
+
+        from loratool.plan.blas import single_threaded_blas
+
+        with single_threaded_blas(), np.errstate(all="ignore"):
+            for unit in self.lanes.units(self):
+                if self.stopped:
+                    return
+                unit()
+
+    @property
+    def bench(self) -> Bench:
+        """What this thread computes blocks with, kept from one to the next."""
+        found: Bench | None = getattr(self._local, "bench", None)
+        if found is None:
+            from loratool.ops.blocks import bench_on
+
+            found = self._local.bench = bench_on(self.device)
+        return found
 
     def count(self, size: int) -> None:
         """Note that ``size`` bytes of output are done."""
