@@ -125,7 +125,8 @@ def finish(
     if truncation.max_size is not None:
         draft = draft.with_one_rank()
     joints = draft.joints
-    draft.plan(full_ranks(joints, truncation))  # what cannot be written fails before the work
+    ranks = full_ranks(joints, truncation)
+    plan = draft.plan(ranks)  # what cannot be written fails before the work
     spectra: Spectra = {}
     if truncation.needs_spectra or dry_run:
         found = in_parallel(
@@ -136,7 +137,6 @@ def finish(
             sizes=[joint.nbytes for joint in joints],
         )
         spectra = {joint.name: values for joint, values in zip(joints, found, strict=True)}
-    ranks = full_ranks(joints, truncation)
     if truncation.needs_spectra:
         is_met = None
         if truncation.max_error is not None and not rests:
@@ -151,7 +151,7 @@ def finish(
             is_met=is_met,
             rests=rests,
         )
-    plan = draft.plan(ranks)
+        plan = draft.plan(ranks)
     if dry_run:
         reports = [expected_report(j, ranks[j.rank_group], spectra[j.name]) for j in joints]
         return AdapterReport(tuple(reports), plan, False, plan.notes)

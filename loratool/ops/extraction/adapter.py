@@ -108,8 +108,7 @@ class Difference:
             rank = ranks[joint.rank_group]
             if not rank:
                 continue
-            module = self.modules.get(joint.name)
-            factors = LeadingPart(module, joint.name, rank, joint.shape.dtype, self.clamp)
+            factors = LeadingPart(self.modules, joint.name, rank, joint.shape.dtype, self.clamp)
             parts.append(joint.shape.part(factors, rank))
             if tie is not None and f"{joint.shape.module}.weight" == tie.embedding:
                 parts.append(_twin(joint, tie, factors, rank))

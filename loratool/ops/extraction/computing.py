@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -336,14 +336,14 @@ class LeadingPart:
     """The factors of an extracted module at a rank: A and B.
 
     Attributes:
-        module: Its decomposition; ``None`` where that is still to be computed.
+        modules: All decompositions by name, this one too once it is computed.
         name: The module's name.
         rank: The rank that is written.
         dtype: The dtype that is written.
         clamp: The quantile to clamp the factors at, if any.
     """
 
-    module: Extracted | None
+    modules: Mapping[str, Extracted]
     name: str
     rank: int
     dtype: str
@@ -361,10 +361,10 @@ class LeadingPart:
         Raises:
             MergeError: The dtype cannot hold the factors.
         """
-        assert self.module is not None
+        module = self.modules[self.name]
         ups, downs = [], []
         lost = 0.0
-        for part in self.module.parts:
+        for part in module.parts:
             rows, columns = part.up.shape[0], part.down.shape[1]
             up = padded(part.up[:, : self.rank], rows, self.rank)
             down = padded(part.down[: self.rank], self.rank, columns)
@@ -384,15 +384,15 @@ class LeadingPart:
             downs.append(written.down)
         down = np.concatenate(downs) if len(downs) > 1 else downs[0]
         up = np.stack(ups, axis=2).reshape(ups[0].shape[0], -1) if len(ups) > 1 else ups[0]
-        values = self.module.values
+        values = module.values
         result = ModuleResult(
             self.name,
             self.rank,
-            self.module.squared_norm,
-            self.module.tail(self.rank) + lost,
+            module.squared_norm,
+            module.tail(self.rank) + lost,
             _descending(one[: self.rank] for one in values),
             _descending(values),
-            self.module.floor,
+            module.floor,
         )
         return (down, up), result
 

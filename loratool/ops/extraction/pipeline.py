@@ -105,7 +105,10 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
     """
     truncation, output = how.settings.truncation, draft.options.output
     # What the scheme cannot express is refused before the work.
-    draft.plan(largest_ranks(draft.joints, truncation))
+    largest = largest_ranks(draft.joints, truncation)
+    modules: dict[str, Extracted] = {}
+    draft = replace(draft, modules=modules)
+    plan = draft.plan(largest)
     stamps = {s.path: s.stamp for model in (draft.base, draft.tuned) for s in model.shards}
     with ExitStack() as stack:
         files = InputFiles(stamps)
@@ -119,7 +122,7 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
         items = [*pairing.leftovers, *pairing.saved]
         changes = leftover_changes(items, files, threads=how.threads)
         leftovers, carried = _settle(pairing, changes, draft.tuned.tensors, carry=how.carries)
-        modules = {module.name: module for module in found if module.parts}
+        modules |= {module.name: module for module in found if module.parts}
         if not modules and not carried:
             raise BaseModelError(
                 draft.tuned.path,
@@ -130,7 +133,6 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
             draft,
             carried=carried,
             targets=[target for target in pairing.targets if target.name in modules],
-            modules=modules,
         )
         ranks = _ranks(draft, truncation)
         while short := _cut_short(draft, truncation, ranks):
@@ -146,7 +148,8 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
             modules |= {module.name: module for module in more}
             ranks = _ranks(draft, truncation)
         files.check_unchanged()
-        plan = draft.plan(ranks)
+        if ranks != largest or len(modules) < len(found) or carried != pairing.saved:
+            plan = draft.plan(ranks)
         inputs = [draft.base.path, draft.tuned.path]
         outcome = write_adapter(plan, output, inputs=inputs, force=how.force, threads=how.threads)
         results = [
