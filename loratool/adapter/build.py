@@ -14,8 +14,8 @@ from loratool.adapter.model import HEAD_LEAVES, Extra, ExtraKind, Kind, Site, in
 from loratool.adapter.patterns import matches_target
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import KeyScheme
-from loratool.adapter.slots import FACTOR_SLOTS, AdapterKey, Slot
-from loratool.adapter.variants import UNSCALED, variant_of
+from loratool.adapter.slots import AdapterKey, Slot
+from loratool.adapter.variant import Choice
 from loratool.errors import AdapterError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
@@ -36,8 +36,6 @@ INNER_WRAPPERS: Final = tuple(
 )
 
 MAX_RANK: Final = 1 << 20
-KERNEL_SLOTS: Final = frozenset((Slot.DOWN, Slot.MID, Slot.HADA_T1, Slot.LOKR_T2, Slot.DIFF))
-"""Slots whose further dimensions are those of a convolution's kernel."""
 SCALARS: Final = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
 SAVED_COPY: Final = re.compile(r"\.(modules_to_save|original_module)(\.[^.]+)?(?=\.)")
 
@@ -65,6 +63,7 @@ def build_sites(
     tensors: Mapping[str, StoredTensor],
     scheme: KeyScheme,
     config: LoraConfig | None,
+    choose: Choice,
     enabled: tuple[bool, ...] = (),
 ) -> Parts:
     """Sort ``tensors`` into sites and extras.
@@ -73,6 +72,7 @@ def build_sites(
         tensors: The tensors of one adapter by key.
         scheme: How the keys are to be read.
         config: What the configuration says, or ``None``.
+        choose: Tells variants apart.
         enabled: Which parts of merged projections stacked factors are for.
 
     Raises:
@@ -103,10 +103,14 @@ def build_sites(
     for place in orphans:
         (alpha,) = groups.pop(place).values()
         extras.append(Extra(alpha.spec.name, f"{place[0]}.alpha", ExtraKind.STATE, alpha))
-    sites = tuple(
-        _site(module, nesting, slots, config, enabled)
-        for (module, nesting), slots in groups.items()
-    )
+    sites = []
+    for (module, nesting), slots in groups.items():
+        _check_shapes(module, slots, scheme.factor_slots)
+        variant = choose(module, slots, config, enabled)
+        settings = variant.settings(module, slots, config, tensors)
+        site = _site(Site(module, Kind.LINEAR, variant, slots, Scaling(None, 0), nesting), config)
+        site = replace(site, enabled=enabled if variant.is_stacked else (), settings=settings)
+        sites.append(replace(site, scaling=_scaling(site, config)))
     adapted = {site.module for site in sites}
     extras = [_with_base_copies(extra, adapted) for extra in extras]
     notes = (
@@ -116,7 +120,7 @@ def build_sites(
     )
     if orphans:
         notes = (*notes, f"{len(orphans)} alphas belong to no factors, such as {orphans[0][0]!r}")
-    return Parts(sites, tuple(extras), notes)
+    return Parts(tuple(sites), tuple(extras), notes)
 
 
 def _extra(key: str, tensor: StoredTensor, scheme: KeyScheme) -> Extra:
@@ -136,64 +140,24 @@ def _with_base_copies(extra: Extra, adapted: set[str]) -> Extra:
     return Extra(extra.key, name, ExtraKind.BASE_COPY if is_copy else extra.kind, extra.tensor)
 
 
-def _site(
-    module: str,
-    nesting: int,
-    slots: dict[Slot, StoredTensor],
-    config: LoraConfig | None,
-    enabled: tuple[bool, ...],
-) -> Site:
-    _check_shapes(module, slots)
-    kind = Kind.LINEAR
+def _site(site: Site, config: LoraConfig | None) -> Site:
+    """Return ``site`` with the kind of weight that it adapts."""
+    slots = site.slots
     if Slot.EMBEDDING_DOWN in slots or Slot.EMBEDDING_UP in slots:
-        kind = Kind.EMBEDDING
-    elif any(len(slots[slot].spec.shape) > 2 for slot in KERNEL_SLOTS & slots.keys()):
-        kind = Kind.CONV
-    stacked = enabled if _is_stacked(slots, enabled) else ()
-    site = Site(
-        module=module,
-        kind=kind,
-        variant="stacked" if stacked else _variant(slots, config),
-        slots=slots,
-        scaling=Scaling(None, 0),
-        nesting=nesting,
-        parameters=in_registered_order(_parameters(module, config)) if kind is Kind.LINEAR else (),
-        enabled=stacked,
-    )
-    return replace(site, scaling=_scaling(site, config))
+        return replace(site, kind=Kind.EMBEDDING)
+    kernels = site.variant.kernel_slots & slots.keys()
+    if any(len(slots[slot].spec.shape) > 2 for slot in kernels):
+        return replace(site, kind=Kind.CONV)
+    return replace(site, parameters=in_registered_order(_parameters(site.module, config)))
 
 
-def _is_stacked(slots: Mapping[Slot, StoredTensor], enabled: tuple[bool, ...]) -> bool:
-    """Whether A stacks the factors of several parts of a merged projection."""
-    if not any(enabled) or not {Slot.DOWN, Slot.UP} <= slots.keys():
-        return False
-    down, up = slots[Slot.DOWN].spec.shape, slots[Slot.UP].spec.shape
-    parts = sum(enabled)
-    return len(down) == len(up) == 2 and down[0] == parts * up[1] and up[0] % parts == 0
-
-
-def _check_shapes(module: str, slots: Mapping[Slot, StoredTensor]) -> None:
-    for slot in FACTOR_SLOTS & slots.keys():
+def _check_shapes(
+    module: str, slots: Mapping[Slot, StoredTensor], factors: frozenset[Slot]
+) -> None:
+    for slot in factors & slots.keys():
         shape = slots[slot].spec.shape
         if len(shape) > 1 and min(shape[:2]) > MAX_RANK:
             raise AdapterError(module, f"a factor of shape {list(shape)} has no plausible rank")
-
-
-def _variant(slots: Mapping[Slot, StoredTensor], config: LoraConfig | None) -> str:
-    special = variant_of(slots)
-    if special is not None:
-        return special
-    if Slot.SINGULAR in slots:
-        return "adalora"
-    if Slot.DIAGONAL in slots:
-        return "kasa"
-    if Slot.MAGNITUDE in slots:
-        return "dora"
-    if config is not None and config.flag("use_bdlora"):
-        return "bdlora"
-    if config is not None and config.flag("use_qalora"):
-        return "qalora"
-    return "lora"
 
 
 def _parameters(module: str, config: LoraConfig | None) -> Iterator[str]:
@@ -214,18 +178,15 @@ def _parameters(module: str, config: LoraConfig | None) -> Iterator[str]:
 
 def _scaling(site: Site, config: LoraConfig | None) -> Scaling:
     rank = site.slots[Slot.UP].spec.shape[1] if site.enabled else site.rows
-    if site.variant in UNSCALED or (config is None and _is_whole_product(site)):
+    if not site.variant.is_scaled:
         return Scaling(None, rank)
+    own = site.variant.scaling(site, config)
+    if own is not None:
+        return own
     if Slot.ALPHA in site.slots:
         return Scaling(read_scalar(site.slots[Slot.ALPHA]), rank)
     if config is None:
         return Scaling(None, rank)
-    if site.variant == "lokr":
-        return config.scaling_for(site.pattern_path)
-    if config.peft_type == "ADALORA":
-        initial = config.initial_rank or rank
-        alpha = config.alpha if config.alpha > 0 else float(initial)
-        return Scaling(alpha, initial, epsilon=1e-5)
     if site.parameters:
         # Innermost is the parameter registered first. Where the names do not tell which that
         # is, only the base's shapes can; until then the order of the configuration serves.
@@ -234,11 +195,6 @@ def _scaling(site: Site, config: LoraConfig | None) -> Scaling:
     if is_scaled_by_name(site, config):
         return config.scaling_for(site.pattern_path)
     return config.scaling_for(site.pattern_path, rank)
-
-
-def _is_whole_product(site: Site) -> bool:
-    """Whether both parts of a LoKr are whole matrices, for which LyCORIS ignores alpha."""
-    return Slot.LOKR_W1 in site.slots and Slot.LOKR_W2 in site.slots
 
 
 def is_scaled_by_name(site: Site, config: LoraConfig) -> bool:

@@ -11,12 +11,11 @@ from typing import Any, Final
 from loratool.adapter.config import LoraConfig
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.slots import Slot
-from loratool.adapter.variants import Geometry, geometry, variant_of
+from loratool.adapter.variant import NO_GEOMETRY, Geometry, Variant
 from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 
 __all__ = [
-    "BASE_DEPENDENT",
     "FUSED_PARAMETERS",
     "HEAD_LEAVES",
     "HISTORY_KEY",
@@ -35,9 +34,6 @@ HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "pr
 
 HISTORY_KEY: Final = "loratool"
 """Metadata of what loratool has written: where it records no alpha, the scale is 1."""
-
-BASE_DEPENDENT: Final = frozenset(("dora", "kasa", "qalora"))
-"""Variants whose delta is not ``scale · B @ A`` of the stored factors but depends on the base."""
 
 FUSED_PARAMETERS: Final = ("gate_up_proj", "down_proj")
 """The parameters of fused experts, in the order in which transformers registers them."""
@@ -67,7 +63,7 @@ class Site:
     Attributes:
         module: Its dotted path, as the adapter spells it.
         kind: Linear, conv or embedding.
-        variant: ``lora``, ``dora``, ``adalora``, ``kasa``, ``bdlora``, …
+        variant: What its tensors make of its weight.
         slots: Its tensors by role.
         scaling: Alpha and rank.
         nesting: How many ``base_layer`` steps the key had; adapters on several parameters of
@@ -76,26 +72,37 @@ class Site:
             adapt (``target_parameters``); empty for ordinary modules.
         enabled: Which of the parts of a merged projection stacked factors are for
             (``enable_lora``); empty for ordinary factors.
+        settings: What else its variant knows about it.
     """
 
     module: str
     kind: Kind
-    variant: str
+    variant: Variant
     slots: Mapping[Slot, StoredTensor]
     scaling: Scaling
     nesting: int = 0
     parameters: tuple[str, ...] = ()
     enabled: tuple[bool, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def geometry(self) -> Geometry:
-        """Shapes of the delta of a variant that has no A and B."""
-        return geometry(self.slots, variant_of(self.slots))
+        """Shapes of the delta; zeros where the tensors do not tell."""
+        try:
+            return self.variant.geometry({s: t.spec.shape for s, t in self.slots.items()})
+        except (KeyError, IndexError, ValueError):
+            return NO_GEOMETRY
 
     @property
     def is_plain(self) -> bool:
         """Whether it has A and B, whatever lies beside or between them."""
-        return variant_of(self.slots) is None
+        return self.variant.is_plain
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """All that its delta is computed from: its own tensors, and those that it shares."""
+        shared = (item for item in self.settings.values() if isinstance(item, StoredTensor))
+        return (*self.slots.values(), *shared)
 
     @property
     def down(self) -> StoredTensor | None:

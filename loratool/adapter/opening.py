@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from loratool.adapter.recognise import PEFT_TYPES, describe_keys
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import KeyScheme, ScaleRule, are_transposed
 from loratool.adapter.slots import Slot
-from loratool.adapter.variants import UNSCALED
+from loratool.adapter.variant import Choice
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.container import WEIGHT_SUFFIXES, WeightsFile, open_weights
 from loratool.files.json import read_json_object
@@ -33,13 +33,14 @@ PREFERRED: Final = (
     "pytorch_lora_weights.bin",
     "adapters.safetensors",
 )
-READ_TYPES: Final = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA")
 
 
 def open_adapter_file(
     path: Path,
     schemes: Sequence[KeyScheme],
+    choose: Choice,
     *,
+    types: Collection[str],
     adapter_name: str | None = None,
     alpha: float | None = None,
     skip: Sequence[str] = (),
@@ -50,6 +51,8 @@ def open_adapter_file(
     Args:
         path: File or folder.
         schemes: The key schemes to try.
+        choose: Tells variants apart.
+        types: The values of ``peft_type`` that are read.
         adapter_name: Which of several adapters in the folder or in the file.
         alpha: Alpha for all sites where the file and its sidecars record none.
         skip: Regular expressions; keys that match anywhere are left out.
@@ -70,14 +73,14 @@ def open_adapter_file(
     config = None
     if raw is not None and not is_foreign:
         config = parse_config(raw, where=config_path)
-        _check_type(config, config_path)
+        _check_type(config, types, config_path)
     file = open_weights(weights)
     scheme = detect_scheme(file, schemes)
     tensors, name, more = _select(file, scheme, adapter_name, weights)
     skipped = _skipped(tensors, skip)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
     other = other_contents(file) if isinstance(file, TorchPickle) else ()
-    parts = build_sites(tensors, scheme, config, _enabled(config, enabled))
+    parts = build_sites(tensors, scheme, config, choose, _enabled(config, enabled))
     sites = parts.sites
     if is_foreign and raw is not None and scheme.scale is ScaleRule.MULTIPLIER:
         sites = _multiplied(sites, raw, config_path)
@@ -164,7 +167,7 @@ def _with_alpha(site: Site, alpha: float) -> Site:
     """Return ``site`` with ``alpha`` where it records none, or 0, which trainers read as none."""
     own = site.scaling.alpha
     is_missing = own is None or (own == 0 and Slot.ALPHA in site.slots)
-    if not is_missing or site.variant in UNSCALED:
+    if not is_missing or not site.variant.is_scaled:
         return site
     return replace(site, scaling=Scaling(alpha, site.scaling.rank or site.rank))
 
@@ -276,8 +279,8 @@ def _written_as(metadata: Mapping[str, str]) -> str | None:
     return said if isinstance(said, str) else None
 
 
-def _check_type(config: LoraConfig, path: Path) -> None:
-    if config.peft_type in READ_TYPES:
+def _check_type(config: LoraConfig, types: Collection[str], path: Path) -> None:
+    if config.peft_type in types:
         return
     words = PEFT_TYPES.get(config.peft_type, "a PEFT type that is not read yet")
     raise UnsupportedError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from loratool.adapter.model import Kind, Site
 from loratool.adapter.slots import Slot
+from loratool.adapter.variant import Variant
 from loratool.files.spec import StoredTensor
 from loratool.values.expr import Expr
 
@@ -22,7 +23,7 @@ class Part:
     Attributes:
         module: Its dotted path, with its component where it is part of a pipeline.
         kind: Linear, conv or embedding.
-        variant: ``lora``, ``dora``, or another that no A and B express.
+        variant: LoRA or DoRA where A and B express it, else what it is.
         values: Its tensors by role; A is ``(r, in, *kernel)`` and B ``(out, r, *ones)``.
         rank: What alpha is divided by.
         scale: What multiplies the delta.
@@ -37,7 +38,7 @@ class Part:
 
     module: str
     kind: Kind
-    variant: str
+    variant: Variant
     values: Mapping[Slot, Expr]
     rank: int
     scale: float

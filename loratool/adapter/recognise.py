@@ -9,7 +9,6 @@ from typing import Final
 __all__ = ["PEFT_TYPES", "describe_keys", "looks_like_adapter"]
 
 PEFT_TYPES: Final = {
-    "IA3": "(IA)³ rescales activations; it has no delta to add",
     "PROMPT_TUNING": "a trained prompt, not a change of weights",
     "MULTITASK_PROMPT_TUNING": "a trained prompt, not a change of weights",
     "P_TUNING": "a trained prompt, not a change of weights",
@@ -26,7 +25,7 @@ PEFT_TYPES: Final = {
 
 FORMS: Final = (
     (r"lora_unet_|lora_te\d?_|lora_transformer_", "flattened names without factors"),
-    (r"ia3_l", "(IA)³ vectors: they rescale activations; there is no delta"),
+    (r"ia3_l", "(IA)³ vectors, but not behind PEFT's base_model.model"),
     (r"^prompt_embeddings$|prefix", "a trained prompt: there is no delta"),
     (r"\.oft_[rR]|boft_", "PEFT's OFT rotations: they multiply the base's weights"),
     (r"internal_xlora_classifier", "an X-LoRA router: no fixed weights equal it"),

@@ -58,10 +58,17 @@ class Embeddings(Enum):
 
 @dataclass(frozen=True)
 class Template:
-    """A key with ``{module}`` and perhaps ``{adapter}`` in it, and the slot that it names."""
+    """A key with ``{module}`` and perhaps ``{adapter}`` in it, and the slot that it names.
+
+    Attributes:
+        text: The key.
+        slot: Its slot.
+        is_factor: Whether such a key makes a file an adapter's, as A and B always do.
+    """
 
     text: str
     slot: Slot
+    is_factor: bool = False
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -186,6 +193,11 @@ class KeyScheme:
                 return template.text.format(module=key.module, adapter=key.adapter)
         raise KeyError(f"{self.name} has no name for {key.slot.value}")
 
+    @cached_property
+    def factor_slots(self) -> frozenset[Slot]:
+        """The roles that make a key recognisable as an adapter's."""
+        return FACTOR_SLOTS | {t.slot for t in self.templates if t.is_factor}
+
     def accepts(self, module: str) -> bool:
         """Whether a module may be spelled so."""
         return self._module.fullmatch(module) is not None
@@ -202,7 +214,7 @@ class KeyScheme:
     def factor_keys(self, keys: Iterable[str]) -> int:
         """Return how many of ``keys`` are factors in this scheme."""
         parsed = (self.parse(key) for key in keys)
-        return sum(1 for key in parsed if key is not None and key.slot in FACTOR_SLOTS)
+        return sum(1 for key in parsed if key is not None and key.slot in self.factor_slots)
 
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
         """Return how many of ``tensors`` are factors in this scheme, shapes considered."""

@@ -3,123 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
-from typing import Final
+from typing import ClassVar, Final
 
-__all__ = ["FACTOR_SLOTS", "VARIANT_SUFFIXES", "AdapterKey", "Slot"]
+__all__ = ["FACTOR_SLOTS", "AdapterKey", "Slot"]
 
 
-class Slot(Enum):
-    """The role of a tensor. ``DOWN`` is A of shape ``(r, in)``, ``UP`` is B of ``(out, r)``."""
+class Slot(str):
+    """The role of a tensor. ``DOWN`` is A of shape ``(r, in)``, ``UP`` is B of ``(out, r)``.
 
-    DOWN = "down"
-    UP = "up"
-    EMBEDDING_DOWN = "embedding down"
+    Roles are open: those that several variants share have names here, any other belongs to the
+    variant that has it. Two of one name are one object.
+    """
+
+    __slots__ = ()
+    _known: ClassVar[dict[str, Slot]] = {}
+
+    DOWN: ClassVar[Slot]
+    UP: ClassVar[Slot]
+    EMBEDDING_DOWN: ClassVar[Slot]
     """A of an embedding, ``(r, num_embeddings)``."""
-    EMBEDDING_UP = "embedding up"
+    EMBEDDING_UP: ClassVar[Slot]
     """B of an embedding, ``(dim, r)``."""
-    MID = "mid"
+    MID: ClassVar[Slot]
     """The core of a convolution in three parts (CP), ``(r, r, *kernel)``."""
-    UP_BIAS = "up bias"
+    UP_BIAS: ClassVar[Slot]
     """An additive bias ``(out,)``, scaled like the delta."""
-    BIAS = "bias"
+    BIAS: ClassVar[Slot]
     """An additive bias ``(out,)`` that no scale multiplies."""
-    MAGNITUDE = "magnitude"
+    MAGNITUDE: ClassVar[Slot]
     """DoRA's norms, one for each output (or each embedding dimension)."""
-    ALPHA = "alpha"
+    ALPHA: ClassVar[Slot]
     """A scalar; the scale is ``alpha / rank``."""
-    SINGULAR = "singular"
+    SINGULAR: ClassVar[Slot]
     """AdaLoRA's ``(r, 1)`` diagonal between the factors."""
-    DIAGONAL = "diagonal"
+    DIAGONAL: ClassVar[Slot]
     """KaSA's ``(r,)`` diagonal between the factors."""
-    ROWS = "rows"
+    ROWS: ClassVar[Slot]
     """New values of some rows of an embedding, ``(len(indices), dim)``."""
-    STATE = "state"
+    STATE: ClassVar[Slot]
     """Something that only training needs; the delta does not depend on it."""
-    HADA_W1_A = "hada_w1_a"
-    HADA_W1_B = "hada_w1_b"
-    HADA_W2_A = "hada_w2_a"
-    HADA_W2_B = "hada_w2_b"
-    HADA_T1 = "hada_t1"
-    HADA_T2 = "hada_t2"
-    LOKR_W1 = "lokr_w1"
-    LOKR_W1_A = "lokr_w1_a"
-    LOKR_W1_B = "lokr_w1_b"
-    LOKR_W2 = "lokr_w2"
-    LOKR_W2_A = "lokr_w2_a"
-    LOKR_W2_B = "lokr_w2_b"
-    LOKR_T2 = "lokr_t2"
-    DIFF = "diff"
-    """The whole difference of a weight."""
-    NORM = "w_norm"
-    """The whole difference of a norm's weight."""
-    NORM_BIAS = "b_norm"
-    """The whole difference of a norm's bias."""
-    OFT_BLOCKS = "oft_blocks"
-    """Rotations, ``(n, b, b)``; of BOFT ``(m, n, b, b)``."""
-    OFT_RESCALE = "rescale"
-    GLORA_A1 = "a1"
-    GLORA_A2 = "a2"
-    GLORA_B1 = "b1"
-    GLORA_B2 = "b2"
-    GLORA_BM = "bm"
-    IA3 = "ia3"
-    """(IA)³'s factors of rows or columns."""
-    IA3_ON_INPUT = "on_input"
-    VERA_B = "vera_lambda_b"
-    VERA_D = "vera_lambda_d"
+    IA3: ClassVar[Slot]
+    """LyCORIS' (IA)³: factors of rows or columns, which kohya's files call ``weight``."""
+
+    def __new__(cls, name: str) -> Slot:
+        """Return the role called ``name``."""
+        known = cls._known.get(name)
+        if known is None:
+            known = cls._known.setdefault(str(name), super().__new__(cls, name))
+        return known
+
+    @property
+    def value(self) -> str:
+        """The name as a plain text."""
+        return str(self)
 
 
-FACTOR_SLOTS: Final = frozenset(
-    (
-        Slot.DOWN,
-        Slot.UP,
-        Slot.EMBEDDING_DOWN,
-        Slot.EMBEDDING_UP,
-        Slot.HADA_W1_A,
-        Slot.HADA_W2_A,
-        Slot.LOKR_W1,
-        Slot.LOKR_W1_A,
-        Slot.LOKR_W2,
-        Slot.LOKR_W2_A,
-        Slot.OFT_BLOCKS,
-        Slot.GLORA_A1,
-        Slot.GLORA_B1,
-        Slot.DIFF,
-        Slot.VERA_B,
-        Slot.IA3,
-    )
-)
-"""The slots that make a key recognisable as an adapter's."""
+Slot.DOWN = Slot("down")
+Slot.UP = Slot("up")
+Slot.EMBEDDING_DOWN = Slot("embedding down")
+Slot.EMBEDDING_UP = Slot("embedding up")
+Slot.MID = Slot("mid")
+Slot.UP_BIAS = Slot("up bias")
+Slot.BIAS = Slot("bias")
+Slot.MAGNITUDE = Slot("magnitude")
+Slot.ALPHA = Slot("alpha")
+Slot.SINGULAR = Slot("singular")
+Slot.DIAGONAL = Slot("diagonal")
+Slot.ROWS = Slot("rows")
+Slot.STATE = Slot("state")
+Slot.IA3 = Slot("ia3")
 
-VARIANT_SUFFIXES: Final = {
-    ".hada_w1_a": Slot.HADA_W1_A,
-    ".hada_w1_b": Slot.HADA_W1_B,
-    ".hada_w2_a": Slot.HADA_W2_A,
-    ".hada_w2_b": Slot.HADA_W2_B,
-    ".hada_t1": Slot.HADA_T1,
-    ".hada_t2": Slot.HADA_T2,
-    ".lokr_w1": Slot.LOKR_W1,
-    ".lokr_w1_a": Slot.LOKR_W1_A,
-    ".lokr_w1_b": Slot.LOKR_W1_B,
-    ".lokr_w2": Slot.LOKR_W2,
-    ".lokr_w2_a": Slot.LOKR_W2_A,
-    ".lokr_w2_b": Slot.LOKR_W2_B,
-    ".lokr_t2": Slot.LOKR_T2,
-    ".diff": Slot.DIFF,
-    ".diff_b": Slot.BIAS,
-    ".w_norm": Slot.NORM,
-    ".b_norm": Slot.NORM_BIAS,
-    ".oft_blocks": Slot.OFT_BLOCKS,
-    ".rescale": Slot.OFT_RESCALE,
-    ".a1.weight": Slot.GLORA_A1,
-    ".a2.weight": Slot.GLORA_A2,
-    ".b1.weight": Slot.GLORA_B1,
-    ".b2.weight": Slot.GLORA_B2,
-    ".bm.weight": Slot.GLORA_BM,
-    ".on_input": Slot.IA3_ON_INPUT,
-}
-"""How LyCORIS and ComfyUI name what is not a plain LoRA, whatever comes before it."""
+FACTOR_SLOTS: Final = frozenset((Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP))
+"""A and B, which make a key recognisable as an adapter's; variants have more of their own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ def _fits(site: Site, size: int, found: int) -> bool:
 
     BD-LoRA stores only the blocks on its diagonal; QALoRA's A sees sums over groups of inputs.
     """
-    is_compact = site.variant in ("bdlora", "qalora")
+    is_compact = site.variant.is_narrow
     return found == size or (is_compact and found > 0 and size % found == 0)
 
 

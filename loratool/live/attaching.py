@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratool.adapter.model import BASE_DEPENDENT, HEAD_LEAVES, Adapter, ExtraKind, Site
+from loratool.adapter.model import HEAD_LEAVES, Adapter, ExtraKind, Site
 from loratool.adapter.slots import Slot
 from loratool.base.modules import ModuleIndex
 from loratool.errors import AdapterError, OptionError, UnsupportedError
@@ -258,7 +258,8 @@ def _check(adapter: Adapter) -> None:
     for site in adapter.sites:
         for code, problem in site_problems(site, adapter):
             raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
-        if site.parameters or site.nesting or site.variant in BASE_DEPENDENT - {"dora"}:
+        is_bound = bool(site.variant.undetermined) and not site.variant.is_decomposed
+        if site.parameters or site.nesting or is_bound:
             raise UnsupportedError(
                 f"{adapter.path}: {site.label}",
                 "adapts raw parameters, an attention's inner projection, or depends on the base "

@@ -19,6 +19,7 @@ from loratool.ops.naming.spelling import from_paths
 from loratool.plan.history import History
 from loratool.plan.writing import write_adapter
 from loratool.values.expr import Expr, Held
+from loratool.variants import variant_named
 from loratool.write.adapter import NewAdapter
 from loratool.write.options import WriteOptions
 from loratool.write.write import write
@@ -83,7 +84,7 @@ def _part(path: str, kind: LayerKind, factors: Factors) -> Part:
     return Part(
         module=path,
         kind=kind.kind,
-        variant="dora" if factors.magnitude is not None else "lora",
+        variant=variant_named("dora" if factors.magnitude is not None else "lora"),
         values=values,
         rank=delta.rank,
         scale=delta.scale,

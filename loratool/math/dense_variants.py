@@ -21,6 +21,8 @@ __all__ = [
     "glora_delta",
     "ia3_delta",
     "is_old_glora",
+    "rotation_delta",
+    "rotations",
 ]
 
 TINY = 1e-8
@@ -95,9 +97,29 @@ def diag_oft_delta(
         alpha: The norm of all of Q is at most alpha times the number of rows; 0 is no limit.
         rescale: ``(out, 1)`` or ``(out, 1, 1, 1)``.
     """
-    count, size, _ = oft_blocks.shape
-    rotation = _cayley(_skew(oft_blocks, alpha * weight.shape[0]))
-    rotated = rotation.mT @ weight.reshape((count, size, -1))
+    return rotation_delta(weight, rotations(oft_blocks, alpha * weight.shape[0]), rescale)
+
+
+def rotations(oft_blocks: Array, limit: float = 0.0) -> Array:
+    """Return ``(I + Q)(I - Q)⁻¹`` of each block, ``(…, b, b)``; see :func:`diag_oft_delta`.
+
+    Args:
+        oft_blocks: ``(…, b, b)``.
+        limit: The norm of all of Q is at most this; 0 is no limit.
+    """
+    return _cayley(_skew(oft_blocks, limit))
+
+
+def rotation_delta(weight: Array, blocks: Array, rescale: Array | None = None) -> Array:
+    """Return ``rescale · Rᵀ W - W`` of blocks of rows.
+
+    Args:
+        weight: W, or whole blocks of its rows.
+        blocks: R of each, ``(n, b, b)``.
+        rescale: A factor for each row.
+    """
+    count, size, _ = blocks.shape
+    rotated = blocks.mT @ weight.reshape((count, size, -1))
     return _rescaled(rotated.reshape(weight.shape), rescale) - weight
 
 
@@ -116,13 +138,13 @@ def boft_delta(
     """
     xp = array_namespace(weight, oft_blocks, rescale)
     stages, count, size, _ = oft_blocks.shape
-    rotations = _cayley(_skew(oft_blocks, alpha * weight.shape[0]))
+    turns = rotations(oft_blocks, alpha * weight.shape[0])
     rotated = flat(weight)
     columns = rotated.shape[1]
     for stage in range(stages):
         distance = 2**stage * size // 2
         rows = xp.moveaxis(rotated.reshape((-1, 2, distance, columns)), 1, 2)
-        turned = rotations[stage, ...] @ rows.reshape((count, size, columns))
+        turned = turns[stage, ...] @ rows.reshape((count, size, columns))
         rows = xp.moveaxis(turned.reshape((-1, distance, 2, columns)), 1, 2)
         rotated = rows.reshape((-1, columns))
     return _rescaled(rotated.reshape(weight.shape), rescale) - weight

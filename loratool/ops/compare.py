@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-from loratool.adapter.model import BASE_DEPENDENT, Adapter, unknown_scale
+from loratool.adapter.model import Adapter, unknown_scale
 from loratool.errors import AdapterError, OptionError
 from loratool.math.factored import Factored, factor, inner
 from loratool.math.lowrank import LowRank
@@ -286,7 +286,7 @@ def _cosine(product: float, one: float, other: float) -> float | None:
 def _notes(adapters: Sequence[Adapter]) -> list[str]:
     notes = []
     for adapter in adapters:
-        variants = {site.variant for site in adapter.sites} & BASE_DEPENDENT
+        variants = {s.variant.name for s in adapter.sites if s.variant.undetermined}
         if variants:
             notes.append(
                 f"{adapter.path}: {', '.join(sorted(variants))}: only B @ A is compared, for the "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.adapter.config import CONFIG_NAME
-from loratool.adapter.model import BASE_DEPENDENT, Adapter, Site
+from loratool.adapter.model import Adapter, Site
 from loratool.adapter.opening import PREFERRED
 from loratool.adapter.recognise import looks_like_adapter
 from loratool.base.config import is_model_folder
@@ -53,7 +53,7 @@ class ModuleInfo:
         return ModuleInfo(
             module=site.label,
             kind=site.kind.value,
-            variant=site.variant,
+            variant=site.variant.name,
             rank=site.rank,
             alpha=site.scaling.alpha,
             scale=site.scaling.factor,
@@ -86,7 +86,7 @@ class AdapterInfo:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is worth knowing, one sentence each."""
-        partial = {site.variant for site in self.adapter.sites} & BASE_DEPENDENT
+        partial = {s.variant.name for s in self.adapter.sites if s.variant.undetermined}
         if not self.spectra or not partial:
             return self.adapter.notes
         words = f"{', '.join(sorted(partial))}: the spectra are those of scale · B @ A alone"

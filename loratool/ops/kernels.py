@@ -251,7 +251,7 @@ def _expert(down: Array, up: Array, expert: int, region: Region, scale: float) -
 
 def _factors(site: Site, region: Region, kind: Arithmetic) -> tuple[Array, Array]:
     down, up = read_factors(site, kind, region.columns)
-    if site.variant == "bdlora" and (up.shape[0], down.shape[1]) != (region.rows, region.columns):
+    if site.variant.is_blocked and (up.shape[0], down.shape[1]) != (region.rows, region.columns):
         raise MergeError(site.label, "has block-diagonal factors of an unknown form")
     return down, up
 

@@ -9,14 +9,12 @@ from pathlib import Path
 
 from loratool.adapter.model import Adapter, ExtraKind
 from loratool.adapter.opening import open_adapter_file
-from loratool.adapter.slots import FACTOR_SLOTS, Slot
 from loratool.errors import OptionError
 from loratool.ops.naming.spelling import spell_out
 from loratool.schemes import builtin_schemes, scheme_named
+from loratool.variants import evident_slots, peft_types, variant_of
 
 __all__ = ["open_adapter"]
-
-FOREIGN = FACTOR_SLOTS - {Slot.IA3, Slot.DIFF}
 
 
 def open_adapter(
@@ -54,7 +52,14 @@ def open_adapter(
             raise OptionError("--from", f"{scheme!r} is none of {', '.join(known)}")
         schemes = (known[scheme],)
     opened = open_adapter_file(
-        Path(path), schemes, adapter_name=adapter_name, alpha=alpha, skip=skip, enabled=enabled
+        Path(path),
+        schemes,
+        variant_of,
+        types=peft_types(),
+        adapter_name=adapter_name,
+        alpha=alpha,
+        skip=skip,
+        enabled=enabled,
     )
     found = spell_out(opened, scheme_named(opened.scheme), base_modules)
     return replace(found, mixed=tuple(_foreign_factors(found)))
@@ -62,9 +67,10 @@ def open_adapter(
 
 def _foreign_factors(adapter: Adapter) -> Iterator[str]:
     """Yield the keys that mean nothing in the adapter's scheme, and are factors in another."""
+    foreign = evident_slots()
     others = [scheme for scheme in builtin_schemes() if scheme.name != adapter.scheme]
     for extra in adapter.extras:
         if extra.kind is ExtraKind.FULL:
             meanings = (scheme.parse(extra.key) for scheme in others)
-            if any(key is not None and key.slot in FOREIGN for key in meanings):
+            if any(key is not None and key.slot in foreign for key in meanings):
                 yield extra.key

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.model import BASE_DEPENDENT, Adapter
+from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
@@ -35,6 +35,7 @@ from loratool.plan.history import History, Source
 from loratool.plan.threads import in_parallel
 from loratool.plan.writing import measure_adapter, write_adapter
 from loratool.schemes import scheme_named
+from loratool.variants import variant_named
 from loratool.write.adapter import NewAdapter
 from loratool.write.metadata import kept_metadata
 from loratool.write.options import WriteOptions
@@ -155,10 +156,10 @@ def rescale(
         for joint in joints
     ]
     for change in changes:
-        if change.site.variant in BASE_DEPENDENT - {"qalora"} and change.ratio != 1:
+        if not change.site.variant.is_linear and change.ratio != 1:
             raise UnsupportedError(
                 f"{opened.path}: {change.joint.name}",
-                f"is a {change.site.variant}: its delta depends on the base's weight, and no "
+                f"is a {change.site.variant.name}: its delta depends on the base's weight, and no "
                 "scale multiplies it",
                 hint="only --fold and the two rslora options leave such a delta as it is",
             )
@@ -275,9 +276,7 @@ def _check_kinds(adapter: Adapter, *, fold: bool, stabilised: bool) -> None:
     plain = replace(
         adapter,
         sites=tuple(
-            site
-            if site.variant not in ("dora", "kasa", "qalora")
-            else replace(site, variant="lora")
+            replace(site, variant=variant_named("lora")) if site.variant.undetermined else site
             for site in adapter.sites
         ),
     )
@@ -287,7 +286,7 @@ def _check_kinds(adapter: Adapter, *, fold: bool, stabilised: bool) -> None:
             adapter.path,
             "has no configuration that could say how its scale is to be read",
         )
-    if fold and any(site.variant == "adalora" for site in adapter.sites):
+    if fold and any(site.scaling.epsilon for site in adapter.sites):
         raise UnsupportedError(
             adapter.path,
             "an AdaLoRA: its scale is alpha / (init_r + 1e-5), and has no other form",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loratool.adapter.scheme import Embeddings, KeyScheme, ScaleRule, Spelling, Template
-from loratool.adapter.slots import VARIANT_SUFFIXES, Slot
+from loratool.adapter.slots import Slot
+from loratool.variants import variant_templates
 
 __all__ = ["SCHEME"]
 
@@ -23,7 +24,7 @@ SCHEME = KeyScheme(
         Template("{module}.lora_mid.weight", Slot.MID),
         Template("{module}.alpha", Slot.ALPHA),
         Template("{module}.dora_scale", Slot.MAGNITUDE),
-        *(Template("{module}" + end, slot) for end, slot in VARIANT_SUFFIXES.items()),
+        *variant_templates("{module}"),
         # Also read.
         Template("{module}.lora_A.weight", Slot.DOWN),
         Template("{module}.lora_B.weight", Slot.UP),

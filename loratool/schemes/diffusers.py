@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from loratool.adapter.scheme import Embeddings, KeyScheme, Spelling, Template
-from loratool.adapter.slots import VARIANT_SUFFIXES, Slot
+from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError
+from loratool.variants import variant_templates
 
 __all__ = ["METADATA_KEY", "SCHEME"]
 
@@ -68,6 +69,6 @@ SCHEME = DiffusersScheme(
         Template("{module}.lora_up.weight", Slot.UP),
         Template("{module}.lora_mid.weight", Slot.MID),
         Template("{module}.dora_scale", Slot.MAGNITUDE),
-        *(Template("{module}" + end, slot) for end, slot in VARIANT_SUFFIXES.items()),
+        *variant_templates("{module}"),
     ),
 )

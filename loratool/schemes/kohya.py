@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loratool.adapter.scheme import Embeddings, KeyScheme, ScaleRule, Spelling, Template
-from loratool.adapter.slots import VARIANT_SUFFIXES, Slot
+from loratool.adapter.slots import Slot
+from loratool.variants import variant_templates
 
 __all__ = ["SCHEME"]
 
@@ -22,8 +23,8 @@ SCHEME = KeyScheme(
         Template("{module}.lora_mid.weight", Slot.MID),
         Template("{module}.alpha", Slot.ALPHA),
         Template("{module}.dora_scale", Slot.MAGNITUDE),
-        *(Template("{module}" + end, slot) for end, slot in VARIANT_SUFFIXES.items()),
-        Template("{module}.weight", Slot.IA3),
+        *variant_templates("{module}"),
+        Template("{module}.weight", Slot.IA3, is_factor=True),
         # Also read.
         Template("{module}.lora_A.weight", Slot.DOWN),
         Template("{module}.lora_B.weight", Slot.UP),

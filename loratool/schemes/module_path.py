@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loratool.adapter.scheme import Embeddings, KeyScheme, Template
-from loratool.adapter.slots import VARIANT_SUFFIXES, Slot
+from loratool.adapter.slots import Slot
+from loratool.variants import variant_templates
 
 __all__ = ["SCHEME"]
 
@@ -38,6 +39,6 @@ SCHEME = KeyScheme(
         Template("{module}.lora_up.weight", Slot.UP),
         Template("{module}.lora_mid.weight", Slot.MID),
         Template("{module}.dora_scale", Slot.MAGNITUDE),
-        *(Template("{module}" + end, slot) for end, slot in VARIANT_SUFFIXES.items()),
+        *variant_templates("{module}"),
     ),
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loratool.adapter.scheme import Embeddings, KeyScheme, ScaleRule, Template
-from loratool.adapter.slots import VARIANT_SUFFIXES, Slot
+from loratool.adapter.slots import Slot
+from loratool.variants import variant_templates
 
 __all__ = ["SCHEME"]
 
@@ -58,8 +59,6 @@ SCHEME = KeyScheme(
             )
         ),
         Template(PREFIX + "{module}.ranknum", Slot.STATE),
-        Template(PREFIX + "{module}.vera_lambda_b", Slot.VERA_B),
-        Template(PREFIX + "{module}.vera_lambda_d", Slot.VERA_D),
-        *(Template(PREFIX + "{module}" + end, slot) for end, slot in VARIANT_SUFFIXES.items()),
+        *variant_templates(PREFIX + "{module}", tool="peft"),
     ),
 )

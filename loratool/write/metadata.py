@@ -55,7 +55,7 @@ def kohya_metadata(
     linear = [part for part in parts if part.kind is not Kind.CONV] or list(parts)
     convolutions = [part for part in parts if part.kind is Kind.CONV and part.is_plain]
     kernels = [part for part in convolutions if set(part.down.shape[2:]) != {1}]
-    is_lycoris = any(part.variant not in ("lora", "dora") for part in parts)
+    is_lycoris = not all(part.variant.is_plain for part in parts)
     arguments = {}
     if kernels:
         arguments = {

@@ -10,7 +10,6 @@ from loratool.adapter.model import Kind
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import Embeddings, KeyScheme, ScaleRule
 from loratool.adapter.slots import Slot
-from loratool.adapter.variants import VARIANT_WORDS
 from loratool.base.model import Model
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.ops.conversion.plain import shaped_like
@@ -55,7 +54,7 @@ def padded(parts: Sequence[Part], rank: int | None, scheme: KeyScheme) -> list[P
     for part in parts:
         if not part.is_plain:
             raise UnsupportedError(
-                part.module, f"is a {part.variant} and has no ranks", hint="add --to-lora"
+                part.module, f"is a {part.variant.name} and has no ranks", hint="add --to-lora"
             )
         if part.rank > rank:
             raise OptionError(
@@ -103,14 +102,14 @@ def slotted(part: Part, scheme: KeyScheme) -> Part:
                 values[slot] = values[slot].turned()
     for slot in values:
         if not scheme.has_name_for(slot):
-            words = VARIANT_WORDS.get(part.variant) if not part.is_plain else None
+            words = part.variant.words if not part.is_plain else None
             raise no_place(part, scheme, words or f"its {slot.value}", slot)
     if not part.is_plain and scheme.scale is not ScaleRule.ALPHA:
-        raise no_place(part, scheme, VARIANT_WORDS.get(part.variant, part.variant))
-    if {Slot.LOKR_W1, Slot.LOKR_W2} <= values.keys() and part.scale != 1:
-        # LyCORIS reads the product of two whole matrices without any scale.
-        values[Slot.LOKR_W1] = values[Slot.LOKR_W1].scaled(part.scale)
-        note = f"its scale {part.scale:g} was multiplied into w1"
+        raise no_place(part, scheme, part.variant.words)
+    carrier = part.variant.scale_slot(values)
+    if carrier is not None and part.scale != 1:
+        values[carrier] = values[carrier].scaled(part.scale)
+        note = f"its scale {part.scale:g} was multiplied into {carrier}"
         part = replace(part, scale=1.0, alpha=None, notes=(*part.notes, note))
     return replace(part, values=values)
 
@@ -132,7 +131,7 @@ def no_place(
         slot: The one tensor that it is, where the rest of the module has a place.
     """
     stored = part.stored(slot) if slot is not None else None
-    if not part.is_plain and part.variant not in ("norm", "bias"):
+    if not part.is_plain and part.variant.has_matrix:
         hint = "make it a plain LoRA with --to-lora"
     elif slot is Slot.MAGNITUDE:
         hint = "make it a plain LoRA with --to-lora, --base and --rank"

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import ScaleRule
-from loratool.adapter.shapes import width_of
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
-from loratool.ops.factors import read_factors
-from loratool.ops.host import DOUBLE
 from loratool.ops.merging.mergeable import site_problems
 from loratool.schemes import scheme_named
+from loratool.values.arrays import decode
 from loratool.values.expr import Expr, Function, Placed, Result, Stored, widest
+from loratool.variants import variant_named
 
 if TYPE_CHECKING:
     from loratool.values.expr import Array
 
 __all__ = ["parameter_of", "part_of"]
-
-BETWEEN: Final = frozenset((Slot.SINGULAR, Slot.DIAGONAL))
 
 
 def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
@@ -44,7 +41,7 @@ def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
     values: dict[Slot, Expr] = {
         slot: Stored(tensor)
         for slot, tensor in site.slots.items()
-        if slot is not Slot.ALPHA and slot not in BETWEEN
+        if slot is not Slot.ALPHA and slot not in site.variant.between
     }
     if Slot.MAGNITUDE in values:
         values[Slot.MAGNITUDE] = _magnitude(values[Slot.MAGNITUDE], adapter.scheme)
@@ -63,19 +60,18 @@ def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
         experts=site.experts,
         parameter=parameter_of(site),
     )
-    if site.variant == "stacked":
+    if site.variant.is_stacked:
         return _unstacked(part, site)
-    if site.variant in ("adalora", "bdlora"):
-        return _expanded(part, site, width_of(site, adapter))
-    if site.variant == "qalora" and width is not None:
-        return _expanded(part, site, width)
-    if site.variant in ("qalora", "kasa"):
-        why = "A may see groups of inputs" if site.variant == "qalora" else "it truncates the base"
+    if site.variant.is_compact or (site.variant.needs_shape and site.is_plain and width):
+        return _expanded(part, site, width or site.variant.width(site))
+    if site.variant.undetermined and not site.variant.has_change:
+        needs = site.variant.needs_shape
+        why = "A may see groups of inputs" if needs else "it truncates the base"
         raise UnsupportedError(
             f"{adapter.path}: {site.label}",
-            f"is a {site.variant}: {why}, and only the base tells what its delta is",
+            f"is a {site.variant.name}: {why}, and only the base tells what its delta is",
             hint="give --base"
-            if site.variant == "qalora"
+            if needs
             else "merge it into its base, and extract the difference of the two",
         )
     return part
@@ -118,7 +114,7 @@ def _unstacked(part: Part, site: Site) -> Part:
             done += 1
     whole = Placed(tuple(pieces), (len(enabled) * height, part.down.shape[0]), up.dtype)
     made = part.factored(part.down, whole, note="stacked factors laid out side by side")
-    return replace(made, variant="lora")
+    return replace(made, variant=variant_named("lora"))
 
 
 def _expanded(part: Part, site: Site, width: int) -> Part:
@@ -126,11 +122,11 @@ def _expanded(part: Part, site: Site, width: int) -> Part:
     dtype = widest([part.down.dtype, part.up.dtype])
 
     def factors(*_: Array) -> tuple[Array, ...]:
-        return read_factors(site, DOUBLE, width)
+        return site.variant.factors(site, decode, width)
 
     rank = part.down.shape[0]
-    both = Function(f"{site.variant} written out", tuple(site.slots.values()), factors)
+    note = f"{site.variant.name} written out as plain factors"
+    both = Function(note, site.tensors, factors)
     down = Result(both, 0, (rank, width), dtype)
     up = Result(both, 1, (part.up.shape[0], rank), dtype)
-    made = part.factored(down, up, note=f"{site.variant} written out as plain factors")
-    return replace(made, variant="lora")
+    return replace(part.factored(down, up, note=note), variant=variant_named("lora"))

@@ -63,11 +63,11 @@ def alpha_output(spelling: str, part: Part, scheme: KeyScheme, rule: ScaleRule) 
     """Return a module's alpha tensor, where it has one."""
     if rule is not ScaleRule.ALPHA:
         return None
-    if part.is_plain or part.variant in ("loha", "lokr", "glora", "cp"):
+    if part.variant.is_scaled:
         number = part.written_alpha
     else:
         stored = part.stored(Slot.ALPHA)
-        if stored is None or part.variant not in ("oft", "boft"):
+        if stored is None or not part.variant.keeps_alpha:
             return None
         number = read_scalar(stored)
     spec = TensorSpec(scheme.format(AdapterKey(spelling, Slot.ALPHA)), "F32", ())

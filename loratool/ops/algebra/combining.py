@@ -258,7 +258,8 @@ class Combination:
         dtypes = {site.slots[slot].spec.dtype for slot in site.slots if slot in PLAIN}
         return (
             rank == site.rank
-            and site.variant == "lora"
+            and not site.variant.is_compact
+            and not site.variant.undetermined
             and site.slots.keys() <= PLAIN | {Slot.ALPHA}
             and dtypes == {joint.shape.dtype}
         )

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loratool.adapter.model import HEAD_LEAVES, Adapter, Kind, Site, in_registered_order
-from loratool.adapter.shapes import width_of
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.container import read_bytes
@@ -108,24 +107,11 @@ def check_computable(adapter: Adapter, *, verb: str) -> None:
         for code, problem in site_problems(site, adapter):
             raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
     for site in adapter.sites:
-        if site.variant == "dora":
+        if site.variant.undetermined:
             raise UnsupportedError(
                 f"{adapter.path}: {site.label}",
-                "is a DoRA: its delta is not B @ A but depends on the base's weight, so it "
-                f"cannot {verb} without a base",
-                hint="merge it into its base; what the two differ in is the delta",
-            )
-        if site.variant == "kasa":
-            raise UnsupportedError(
-                f"{adapter.path}: {site.label}",
-                "is a KaSA: it also drops singular parts of the base, so its delta needs a base",
-                hint="merge it into its base; what the two differ in is the delta",
-            )
-        if site.variant == "qalora":
-            raise UnsupportedError(
-                f"{adapter.path}: {site.label}",
-                "may be a QA-LoRA whose A sees groups of inputs; only the base's shape can tell",
-                hint="merge it into its base, or set use_qalora to false if A is (r, in)",
+                site.variant.undetermined.format(verb=verb),
+                hint=site.variant.remedy,
             )
     if config is None:
         return
@@ -301,7 +287,7 @@ def _shape(term: Term) -> tuple[int, tuple[int, ...], int]:
     assert site.down is not None and site.up is not None
     into = site.down.spec.shape[1:]
     if len(into) == 1:
-        into = (width_of(site, term.adapter),)
+        into = (site.variant.width(site),)
     return site.out_features, into, site.experts
 
 

@@ -110,7 +110,7 @@ def change_of(
                 down_factor=new / joint.twin_scale if joint.twin_scale else 1.0,
             )
         return Change(joint, ratio, divisor, 1.0, up_factor=new)
-    if site.variant == "adalora" or (is_alone and joint.shape.parameter is not None):
+    if site.scaling.epsilon or (is_alone and joint.shape.parameter is not None):
         alpha_now = site.scaling.alpha or 0.0
         return Change(joint, ratio, alpha_now, old, up_factor=ratio)
     if alpha is None:

@@ -11,6 +11,7 @@ from loratool.adapter.slots import Slot
 from loratool.files.dtypes import DTYPES
 from loratool.names.experts import is_fusible_expert
 from loratool.values.expr import Expr, Result, Together
+from loratool.variants import variant_named
 
 __all__ = ["DeltaShape"]
 
@@ -90,7 +91,7 @@ class DeltaShape:
         return Part(
             module=self.module,
             kind=self.kind,
-            variant="lora",
+            variant=variant_named("lora"),
             values=values,
             rank=rank,
             scale=1.0,

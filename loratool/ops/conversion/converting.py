@@ -122,7 +122,7 @@ def converted(
 
 def _width(site: Site, base: Model | None) -> int | None:
     """Return how many inputs a site's module has in the base, where that is not in the file."""
-    if base is None or site.variant != "qalora":
+    if base is None or not (site.is_plain and site.variant.needs_shape):
         return None
     return base.place(site.module).shape[-1]
 

@@ -15,6 +15,7 @@ from loratool.adapter.model import Adapter
 from loratool.adapter.part import Part
 from loratool.errors import AdapterError
 from loratool.values.expr import Placed, concatenated, widest
+from loratool.variants import variant_named
 from loratool.write.stored import part_of
 
 __all__ = ["without_initial"]
@@ -64,4 +65,4 @@ def _difference(part: Part, start: Part | None, initial: Adapter) -> Part:
     )
     down = concatenated([part.down, start.down])
     made = part.factored(down, up, note="its initial factors were subtracted, at twice the rank")
-    return replace(made, variant="lora")
+    return replace(made, variant=variant_named("lora"))

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
-from loratool.adapter.variants import VARIANT_WORDS
 from loratool.base.model import Model
 from loratool.base.place import Place
 from loratool.base.values import read_place
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
-from loratool.math import dense_variants as dense
 from loratool.math.extraction import leading_part
 from loratool.math.randomness import generator_for
 from loratool.plan.rounding import Approximated
 from loratool.values.arrays import decode
 from loratool.values.expr import Expr, Result, evaluated, widest
+from loratool.variants import variant_named
 
 if TYPE_CHECKING:
     from loratool.values.expr import Array
 
 __all__ = ["nearest"]
 
-NEED_BASE: Final = frozenset(("dora", "oft", "boft", "ia3", "glora", "vera"))
 FACTOR_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 
 
@@ -75,14 +73,16 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
         UnsupportedError: A base or a rank is missing, or there is no matrix to approximate.
     """
     where = f"{adapter.path}: {part.module}"
-    words = VARIANT_WORDS.get(part.variant, f"a {part.variant}")
-    if part.variant in ("kasa", "qalora") or part.kind is Kind.EMBEDDING:
+    variant = part.variant
+    words = variant.words
+    dense = variant.difference_shape(part.site) if part.site is not None else ()
+    if not (variant.has_change or dense) or part.kind is Kind.EMBEDDING:
         raise UnsupportedError(
             where,
             f"is {words}: its delta depends on the base",
             hint="merge it into its base, and extract the difference of the two",
         )
-    if base is None and part.variant in NEED_BASE:
+    if base is None and variant.needs_base:
         raise UnsupportedError(
             where,
             f"is {words}; its delta depends on the base's weight",
@@ -92,16 +92,16 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
         raise UnsupportedError(
             where, f"is {words}; a plain LoRA can only come near it", hint="give --rank"
         )
-    place = base.place(part.module) if base is not None and part.variant in NEED_BASE else None
-    shape = place.stored_shape if place is not None else _shape_of(part)
+    place = base.place(part.module) if base is not None and variant.needs_base else None
+    shape = place.stored_shape if place is not None else dense
     if len(shape) < 2:
         raise UnsupportedError(where, f"has the shape {list(shape)}, which has no rank")
     kernel = shape[2:]
     most = min(rank, shape[0], math.prod(shape[1:]))
     assert part.site is not None
-    used = [*part.site.slots.values(), *(place.tensors if place is not None else ())]
+    used = [*part.site.tensors, *(place.tensors if place is not None else ())]
     is_turned = place is not None and base is not None and _is_turned(part, shape, base)
-    _check_fit(part, shape, is_turned=is_turned)
+    _check_fit(part, shape[::-1] if is_turned else shape)
     made = Approximation(
         words, used, lambda: _dense(part, place, is_turned=is_turned), most, seed=0
     )
@@ -121,43 +121,45 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
         rank=most,
         scale=1.0,
         alpha=None,
-        variant="lora",
+        variant=variant_named("lora"),
         kind=Kind.CONV if kernel else Kind.LINEAR,
         notes=(*part.notes, f"{words}: the best plain LoRA of rank {most}"),
     )
 
 
-def _check_fit(part: Part, shape: tuple[int, ...], *, is_turned: bool) -> None:
-    """Make sure that a DoRA has the shape of the base's weight.
+def _check_fit(part: Part, shape: tuple[int, ...]) -> None:
+    """Make sure that a module fits the base's weight.
+
+    Args:
+        part: The module.
+        shape: That of the weight, ``(out, in, *kernel)``.
 
     Raises:
-        AdapterError: It has another.
+        AdapterError: It does not.
     """
-    if part.variant != "dora":
-        return
-    delta = (part.up.shape[0], math.prod(part.down.shape[1:]))
-    wanted = (shape[1], shape[0]) if is_turned else (shape[0], math.prod(shape[1:]))
-    if delta != wanted:
+    assert part.site is not None
+    wanted = (shape[0], math.prod(shape[1:]))
+    found = (part.site.out_features, part.site.in_features)
+    if part.is_plain:
+        found = (part.up.shape[0], math.prod(part.down.shape[1:]))
+    fits = found == wanted if part.is_plain else part.variant.places(part.site, shape)
+    if not fits:
         raise AdapterError(
             part.module,
-            f"its delta has the shape {list(delta)}, the base's weight {list(wanted)}",
+            f"its delta has the shape {list(found)}, the base's weight {list(wanted)}",
             hint="is this the base that it was trained on?",
         )
 
 
 def _is_turned(part: Part, shape: tuple[int, ...], base: Model) -> bool:
     """Whether the base stores the weight as ``(in, out)``, as GPT-2's Conv1D does."""
-    if len(shape) != 2:
+    site = part.site
+    if len(shape) != 2 or site is None:
         return False
-    if shape[0] == shape[1] or part.variant == "ia3":  # one number for each input or output
+    is_as_stored = site.variant.places(site, shape)
+    if is_as_stored == site.variant.places(site, shape[::-1]):
         return bool(base.is_conv1d(part.module))
-    assert part.site is not None
-    return bool(part.site.out_features) and part.site.out_features == shape[1]
-
-
-def _shape_of(part: Part) -> tuple[int, ...]:
-    value = part.values.get(Slot.DIFF)
-    return value.shape if value is not None else ()
+    return not is_as_stored
 
 
 def _dtype(part: Part) -> str:
@@ -168,39 +170,14 @@ def _dtype(part: Part) -> str:
 def _dense(part: Part, place: Place | None, *, is_turned: bool) -> Array:
     """Return ΔW, ``(out, in, *kernel)`` in float64."""
     values = dict(zip(part.values, evaluated(list(part.values.values())), strict=True))
-    if part.variant == "full":
-        return values[Slot.DIFF]
-    assert place is not None
+    if place is None:
+        return np.asarray(part.variant.difference(values))
+    assert part.site is not None
+    alpha = part.stored(Slot.ALPHA)
+    if alpha is not None:
+        values[Slot.ALPHA] = decode(alpha)
     weight = read_place(place)
     if is_turned:
         weight = weight.T
-    alpha = part.stored(Slot.ALPHA)
-    limit = float(decode(alpha).reshape(())) if alpha is not None else 0.0
-    rescale = values.get(Slot.OFT_RESCALE)
-    made: Any = None
-    match part.variant:
-        case "oft":
-            made = dense.diag_oft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
-        case "boft":
-            made = dense.boft_delta(weight, values[Slot.OFT_BLOCKS], limit, rescale)
-        case "ia3":
-            flag = values.get(Slot.IA3_ON_INPUT)
-            is_on_input = bool(flag is not None and flag.any())
-            made = dense.ia3_delta(weight, values[Slot.IA3], is_on_input)
-        case "glora":
-            names = (Slot.GLORA_A1, Slot.GLORA_A2, Slot.GLORA_B1, Slot.GLORA_B2)
-            a1, a2, b1, b2 = (values[slot] for slot in names)
-            delta = dense.glora_delta(weight, a1, a2, b1, b2, values.get(Slot.GLORA_BM))
-            made = delta * part.scale
-        case _:
-            made = _decomposed(part, values, weight)
-    return np.asarray(made)
-
-
-def _decomposed(part: Part, values: Mapping[Slot, Array], weight: Array) -> Any:
-    """Return the change that a DoRA makes of the base's weight."""
-    down, up = (values[slot].reshape(values[slot].shape[0], -1) for slot in part.slots)
-    delta = part.scale * (up @ down)
-    magnitude = values[Slot.MAGNITUDE]
-    is_rows = not part.has_input_magnitudes
-    return dense.dora_delta(weight, delta.reshape(weight.shape), magnitude, out_axis=is_rows)
+    change = part.variant.change(part.site, values, weight.shape, part.scale)
+    return np.asarray(change.difference(weight, 0, 0))

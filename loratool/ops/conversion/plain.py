@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Final
 
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
-from loratool.adapter.variants import EXACT_VARIANTS, VARIANT_WORDS
 from loratool.base.model import Model
 from loratool.errors import UnsupportedError
 from loratool.ops.conversion.exact import exactly
 from loratool.ops.conversion.nearest import nearest
 from loratool.values.expr import Expr, block_diagonal
+from loratool.variants import variant_named
 
 __all__ = ["shaped_like", "to_plain"]
-
-NO_MATRIX: Final = frozenset(("norm", "bias"))
 
 
 def to_plain(part: Part, adapter: Adapter, base: Model | None, rank: int | None) -> Part:
@@ -38,24 +35,25 @@ def to_plain(part: Part, adapter: Adapter, base: Model | None, rank: int | None)
     Raises:
         UnsupportedError: It needs a base or a rank, or has no matrix at all.
     """
-    if part.variant in ("lora", "stacked") and part.is_plain:
+    variant = part.variant
+    if variant.is_plain and not variant.undetermined and part.is_plain:
         return part
-    if part.variant in NO_MATRIX:
+    if not variant.has_matrix:
         raise UnsupportedError(
             f"{adapter.path}: {part.module}",
-            f"is {VARIANT_WORDS[part.variant]}, which no A and B express",
+            f"is {variant.words}, which no A and B express",
             hint="leave it out with --drop, which says so in the report",
         )
-    if part.variant in EXACT_VARIANTS:
+    if variant.has_factors and not variant.is_plain:
         magnitude = part.values.get(Slot.MAGNITUDE)
         bare: dict[Slot, Expr] = {
             slot: v for slot, v in part.values.items() if slot is not Slot.MAGNITUDE
         }
-        made = exactly(replace(part, values=bare), adapter, base)
+        made = exactly(replace(part, values=bare), base)
         if magnitude is None:
             return made
         values = {**made.values, Slot.MAGNITUDE: magnitude}
-        part = replace(made, values=values, variant="dora")
+        part = replace(made, values=values, variant=variant_named("dora"))
     return nearest(part, adapter, base, rank)
 
 

@@ -8,7 +8,6 @@ from typing import Final
 from loratool.adapter.build import is_scaled_by_name
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variants import VARIANT_WORDS
 from loratool.errors import AdapterError, UnsupportedError
 
 __all__ = [
@@ -97,7 +96,7 @@ def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
     if not site.is_plain:
         raise UnsupportedError(
             where,
-            f"is {VARIANT_WORDS[site.variant]}",
+            f"is {site.variant.words}",
             hint="make it a plain LoRA first: loratool convert ADAPTER --to-lora --to peft -o OUT",
         )
     magnitude = site.slots.get(Slot.MAGNITUDE)
@@ -124,9 +123,11 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     """Yield ``(code, problem)`` for everything that makes ``site`` unusable."""
     config = adapter.config
     down, up = site.down, site.up
-    if not site.is_plain and (down is None or up is None) and site.variant != "cp":
+    if not site.is_plain and Slot.MID not in site.slots:
         if not site.in_features and not site.out_features:
-            yield "LT001", f"is {VARIANT_WORDS[site.variant]}, but lacks some of its tensors"
+            yield "LT001", f"is {site.variant.words}, but lacks some of its tensors"
+        else:
+            yield from site.variant.problems(site)
         return
     if down is None or up is None:
         have, lack = ("A", "B") if up is None else ("B", "A")
@@ -144,7 +145,7 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     if 0 in (*down.spec.shape, *up.spec.shape):
         yield "LT002", f"has an empty factor: {list(down.spec.shape)} and {list(up.spec.shape)}"
         return
-    if site.variant == "bdlora" and down.spec.shape[0] % up.spec.shape[1] == 0:
+    if site.variant.is_blocked and down.spec.shape[0] % up.spec.shape[1] == 0:
         pass  # B holds the blocks of its diagonal beside each other
     elif site.enabled:
         pass  # A stacks the factors of several parts

@@ -77,8 +77,7 @@ def _add_edits(share: Share, place: Fit, scale: float) -> None:
     adapter, site, name, region = share.adapter, place.site, place.name, place.region
     edits = share.changes[name].edits
     kind = adapter.config.init.residual if adapter.config else None
-    if site.variant == "kasa":
-        kind = "kasa"
+    kind = site.variant.residual or kind
     # A stored copy of the base weight is the one that the initialisation has already changed.
     has_copy = any(isinstance(e, Blend) for e in edits) or share.changes[name].base is not None
     is_plain = not site.parameters and site.kind.value == "linear"
@@ -87,7 +86,7 @@ def _add_edits(share: Share, place: Fit, scale: float) -> None:
         if kind == "olora" and region.transposed:
             raise BaseModelError(share.where(site.label), "OLoRA on a Conv1D layer is not defined")
         edits.append(Residual(kind, site.rank, scale, share.weight))
-    if site.variant == "dora":
+    if site.variant.is_decomposed:
         _check_whole(share, place, "a DoRA")
         edits.append(Decompose(site, scale, share.weight, region))
     else:

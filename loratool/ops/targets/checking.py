@@ -222,7 +222,7 @@ def _scales(adapter: Adapter, target: Target) -> Iterator[Finding]:
     alphas = common_alphas(adapter) if target.scale is ScaleReading.DIFFUSERS else {}
     wrong: dict[tuple[float, float], list[str]] = defaultdict(list)
     for site in adapter.sites:
-        if site.variant not in ("lora", "dora"):
+        if not site.is_plain or site.variant.is_compact:
             continue
         applied, own = applied_factor(site, adapter, target.scale, alphas), site.scaling.factor
         if applied is not None and not math.isclose(applied, own, rel_tol=1e-9, abs_tol=1e-30):

@@ -14,9 +14,6 @@ from loratool.ops.targets.target import Feature
 
 __all__ = ["Found", "features_of"]
 
-COMPACT: Final = frozenset(("adalora", "bdlora", "stacked"))
-BASE_DEPENDENT: Final = frozenset(("kasa", "qalora"))
-NAMED: Final = {"loha": Feature.LOHA, "lokr": Feature.LOKR, "cp": Feature.CP}
 NORM: Final = re.compile(r"_layernorm|\.norm")
 """What llama.cpp's converter takes a norm's weight by."""
 LANGUAGE_HEADS: Final = HEAD_LEAVES - {"proj_out"}
@@ -73,14 +70,13 @@ def _of_site(site: Site) -> Iterator[Feature]:
         yield Feature.HEAD
     if site.parameters:
         yield Feature.PARAMETERS
-    if site.variant in COMPACT:
+    variant = site.variant
+    if variant.is_compact:
         yield Feature.COMPACT
-    elif site.variant in BASE_DEPENDENT:
+    elif not site.is_plain:  # loaders know some by name
+        yield Feature.__members__.get(variant.name.upper(), Feature.UNFACTORED)
+    elif variant.undetermined and not variant.is_decomposed:
         yield Feature.BASE_DEPENDENT
-    elif site.variant in NAMED:
-        yield NAMED[site.variant]
-    elif not site.is_plain:
-        yield Feature.UNFACTORED
 
 
 def _of_config(config: LoraConfig) -> Iterator[tuple[Feature, str]]:

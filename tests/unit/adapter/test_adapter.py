@@ -109,7 +109,7 @@ def test_sites_of_every_kind(make_adapter: Make) -> None:
     assert (sites["a.q"].in_features, sites["a.q"].out_features) == (5, 6)
     assert sites["a.conv"].kind is Kind.CONV
     assert sites["a.emb"].kind is Kind.EMBEDDING
-    assert sites["a.d"].variant == "dora"
+    assert sites["a.d"].variant.name == "dora"
     extras = {extra.name: extra.kind for extra in adapter.extras}
     assert extras == {
         "score.weight": ExtraKind.FULL,

@@ -1,0 +1,48 @@
+"""Whole differences of weights (LyCORIS' ``diff``, and extractions of ComfyUI)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+from loratool.adapter.model import Site
+from loratool.adapter.slots import Slot
+from loratool.adapter.variant import Array, Geometry, Shapes, Variant
+
+__all__ = ["VARIANT"]
+
+CLAIM = {
+    "signs": ["diff"],
+    "suffixes": {".diff": "diff", ".diff_b": "bias"},
+    "evidence": 1,
+    "priority": 8,
+}
+
+DIFF: Final = Slot("diff")
+
+
+class Full(Variant):
+    """What is added to the weight, as it is."""
+
+    name = "full"
+    words = "a whole difference"
+    is_scaled = False
+    kernel_slots = frozenset((DIFF,))
+
+    def geometry(self, shapes: Shapes) -> Geometry:
+        """See :class:`Variant`."""
+        shape = shapes[DIFF]
+        columns = math.prod(shape[1:])
+        return Geometry(min(shape[0], columns), shape[0], columns)
+
+    def difference_shape(self, site: Site) -> tuple[int, ...]:
+        """See :class:`Variant`."""
+        return site.slots[DIFF].spec.shape
+
+    def difference(self, values: Mapping[Slot, Array]) -> Array:
+        """See :class:`Variant`."""
+        return values[DIFF]
+
+
+VARIANT = Full()

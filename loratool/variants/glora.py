@@ -1,0 +1,77 @@
+"""GLoRA (arXiv 2306.07967) as LyCORIS stores it: ``W·a1·a2 + b1·b2``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+from loratool.adapter.model import Site
+from loratool.adapter.slots import Slot
+from loratool.adapter.variant import Array, Change, Geometry, Shapes, Variant
+
+__all__ = ["VARIANT"]
+
+CLAIM = {
+    "signs": ["a1", "b1"],
+    "suffixes": {
+        ".a1.weight": "a1",
+        ".a2.weight": "a2",
+        ".b1.weight": "b1",
+        ".b2.weight": "b2",
+        ".bm.weight": "bm",
+    },
+    "evidence": 2,
+    "priority": 10,
+}
+
+A1, A2, B1, B2 = PARTS = tuple(Slot(name) for name in ("a1", "a2", "b1", "b2"))
+CORE: Final = Slot("bm")
+
+
+class Moved(Change):
+    """``W + scale · (W·a1·a2 + b1·b2)``."""
+
+    grain = (0, 0)
+
+    def __init__(self, factors: tuple[Array, ...], core: Array | None, scale: float) -> None:
+        self.factors = factors
+        self.core = core
+        self.scale = scale
+
+    def difference(self, part: Array, row: int, column: int) -> Array:
+        """See :class:`Change`."""
+        from loratool.math.dense_variants import glora_delta
+
+        a1, a2, b1, b2 = self.factors
+        return glora_delta(part, a1, a2, b1, b2, self.core) * self.scale
+
+
+class Glora(Variant):
+    """A delta that depends on the base's weight, and one that does not."""
+
+    name = "glora"
+    words = "GLoRA, a delta that depends on the base's weight"
+    needs_base = True
+    has_change = True
+
+    def geometry(self, shapes: Shapes) -> Geometry:
+        """Read either layout: LyCORIS before 2.0 stores ``(r, in)`` and ``(out, r)`` in b1, b2.
+
+        Where the shapes fit both, the smaller rank is meant.
+        """
+        a1, a2, b1, b2 = (shapes[slot] for slot in PARTS)
+        is_new = a1[1] == a2[0] == b1[1] == b2[0]
+        is_old = a1[0] == a2[1] == b1[0] == b2[1]
+        if is_old and (not is_new or a1[0] < a1[1]):
+            return Geometry(a1[0], b2[0], math.prod(b1[1:]))
+        return Geometry(b2[0], b1[0], math.prod(b2[1:]))
+
+    def change(
+        self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
+    ) -> Change:
+        """See :class:`Variant`."""
+        return Moved(tuple(values[slot] for slot in PARTS), values.get(CORE), scale)
+
+
+VARIANT = Glora()

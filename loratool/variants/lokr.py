@@ -1,0 +1,123 @@
+"""LoKr (LyCORIS; PEFT): a Kronecker product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from loratool.adapter.config import LoraConfig
+from loratool.adapter.model import Site
+from loratool.adapter.scaling import Scaling
+from loratool.adapter.slots import Slot
+from loratool.adapter.variant import Array, Geometry, Read, Shapes, Slots, Variant
+from loratool.errors import AdapterError, UnsupportedError
+
+__all__ = ["VARIANT"]
+
+CLAIM = {
+    "signs": ["lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"],
+    "suffixes": {
+        ".lokr_w1": "lokr_w1",
+        ".lokr_w1_a": "lokr_w1_a",
+        ".lokr_w1_b": "lokr_w1_b",
+        ".lokr_w2": "lokr_w2",
+        ".lokr_w2_a": "lokr_w2_a",
+        ".lokr_w2_b": "lokr_w2_b",
+        ".lokr_t2": "lokr_t2",
+    },
+    "peft_types": ["LOKR"],
+    "evidence": 2,
+    "priority": 10,
+}
+
+W1, W1_A, W1_B = (Slot(name) for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b"))
+W2, W2_A, W2_B = (Slot(name) for name in ("lokr_w2", "lokr_w2_a", "lokr_w2_b"))
+CORE: Final = Slot("lokr_t2")
+
+
+class Lokr(Variant):
+    """``w1 ⊗ w2``, either of them whole or in factors."""
+
+    name = "lokr"
+    words = "LoKr, a Kronecker product"
+    has_factors = True
+    kernel_slots = frozenset((CORE,))
+
+    def geometry(self, shapes: Shapes) -> Geometry:
+        """See :class:`Variant`."""
+        if W1 in shapes:
+            left, rank = shapes[W1], None
+        else:
+            left, rank = (shapes[W1_A][0], shapes[W1_B][1]), shapes[W1_B][0]
+        if W2 in shapes:
+            right = (shapes[W2][0], math.prod(shapes[W2][1:]))
+        elif CORE in shapes:
+            rank = shapes[CORE][0]
+            kernel = math.prod(shapes[CORE][2:])
+            right = (shapes[W2_A][1], shapes[W2_B][1] * kernel)
+        else:
+            rank = shapes[W2_B][0]
+            right = (shapes[W2_A][0], math.prod(shapes[W2_B][1:]))
+        whole = min(left) * min(right)
+        return Geometry(rank or whole, left[0] * right[0], left[1] * right[1])
+
+    def scaling(self, site: Site, config: LoraConfig | None) -> Scaling | None:
+        """PEFT divides by the configured rank; LyCORIS ignores alpha where both are whole."""
+        if config is None:
+            return Scaling(None, site.rows) if {W1, W2} <= site.slots.keys() else None
+        return None if Slot.ALPHA in site.slots else config.scaling_for(site.pattern_path)
+
+    def scale_slot(self, slots: Mapping[Slot, Any]) -> Slot | None:
+        """LyCORIS reads the product of two whole matrices without any scale."""
+        return W1 if {W1, W2} <= slots.keys() else None
+
+    def kernel(self, site: Site) -> tuple[int, ...] | None:
+        """See :class:`Variant`."""
+        if CORE in site.slots:
+            return site.slots[CORE].spec.shape[2:]
+        return site.slots[W2].spec.shape[2:] if W2 in site.slots else None
+
+    def check(self, site: Site, shape: tuple[int, ...] | None) -> None:
+        """See :class:`Variant`."""
+        for whole, halves in ((W1, (W1_A, W1_B)), (W2, (W2_A, W2_B))):
+            present = sum(slot in site.slots for slot in halves)
+            if present != (0 if whole in site.slots else 2):
+                raise AdapterError(site.module, "lacks a factor of its LoKr, or has one too many")
+        full = site.slots.get(W2)
+        if full is not None and len(full.spec.shape) == 3 and site.scaling.alpha is not None:
+            raise UnsupportedError(
+                site.module,
+                "is a LoKr of a one-dimensional convolution, which PEFT lays out otherwise",
+            )
+
+    def factor_rank(self, site: Site) -> int:
+        """See :class:`Variant`."""
+        from loratool.math.exact_variants import kronecker_rank
+
+        def shapes(whole: Slot, halves: tuple[Slot, Slot]) -> Any:
+            found = [site.slots[slot].spec.shape for slot in _half(site.slots, whole, halves)]
+            return found[0] if len(found) == 1 else tuple(found)
+
+        core = site.slots[CORE].spec.shape if CORE in site.slots else None
+        return kronecker_rank(shapes(W1, (W1_A, W1_B)), shapes(W2, (W2_A, W2_B)), core)
+
+    def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
+        """See :class:`Variant`."""
+        from loratool.math.exact_variants import kronecker_factors
+
+        def half(whole: Slot, halves: tuple[Slot, Slot]) -> Any:
+            found = [read(site.slots[slot]) for slot in _half(site.slots, whole, halves)]
+            return found[0] if len(found) == 1 else tuple(found)
+
+        core = read(site.slots[CORE]) if CORE in site.slots else None
+        up, down = kronecker_factors(half(W1, (W1_A, W1_B)), half(W2, (W2_A, W2_B)), core)
+        return down, up
+
+
+def _half(slots: Slots, whole: Slot, halves: tuple[Slot, Slot]) -> tuple[Slot, ...]:
+    """Return the roles that one side of the product has."""
+    return (whole,) if whole in slots else halves
+
+
+VARIANT = Lokr()
