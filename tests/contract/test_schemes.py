@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from loratool.ops.opening import open_adapter
 from loratool.adapter.scheme import KeyScheme, Spelling
 from loratool.adapter.slots import AdapterKey, Slot
+from loratool.ops.opening import open_adapter
 from loratool.schemes import builtin_schemes
 
 dotted = st.lists(
