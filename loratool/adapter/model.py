@@ -89,7 +89,8 @@ class Site:
     def geometry(self) -> Geometry:
         """Shapes of the delta; zeros where the tensors do not tell."""
         try:
-            return self.variant.geometry({s: t.spec.shape for s, t in self.slots.items()})
+            shapes = {slot: tensor.spec.shape for slot, tensor in self.slots.items()}
+            return self.variant.geometry(shapes, self.settings)
         except (KeyError, IndexError, ValueError):
             return NO_GEOMETRY
 

@@ -6,7 +6,7 @@ import math
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Geometry, Read, Shapes, Variant
+from loratool.adapter.variant import Array, Geometry, Read, Settings, Shapes, Variant
 
 __all__ = ["Plain", "matrix"]
 
@@ -18,7 +18,7 @@ class Plain(Variant):
     is_plain = True
     has_factors = True
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         down = shapes.get(Slot.DOWN) or shapes.get(Slot.EMBEDDING_DOWN) or ()
         up = shapes.get(Slot.UP) or shapes.get(Slot.EMBEDDING_UP) or ()

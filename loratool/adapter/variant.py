@@ -26,6 +26,7 @@ __all__ = [
     "Choice",
     "Geometry",
     "Read",
+    "Settings",
     "Shapes",
     "Slots",
     "Variant",
@@ -35,6 +36,7 @@ Array: TypeAlias = Any
 """An array of any library."""
 Slots: TypeAlias = Mapping[Slot, StoredTensor]
 Shapes: TypeAlias = Mapping[Slot, tuple[int, ...]]
+Settings: TypeAlias = Mapping[str, Any]
 Read: TypeAlias = Callable[[StoredTensor], Array]
 
 
@@ -104,6 +106,7 @@ class Variant:
             what is added to any.
         needs_base: Whether its delta depends on the numbers of the weight.
         needs_shape: Whether only the weight's shape tells what its factors are.
+        needs_whole: Whether a change looks at the whole weight at once.
         residual: What has to be taken out of the base first, if anything.
         undetermined: Why A and B alone are not its delta, as ``is …``, with a place for
             ``{verb}``; empty where they are.
@@ -129,6 +132,7 @@ class Variant:
     has_change: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
     needs_shape: ClassVar[bool] = False
+    needs_whole: ClassVar[bool] = False
     residual: ClassVar[str | None] = None
     undetermined: ClassVar[str] = ""
     remedy: ClassVar[str] = "merge it into its base; what the two differ in is the delta"
@@ -170,7 +174,7 @@ class Variant:
         """
         return {}
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """Return the shapes of the delta; a KeyError, IndexError or ValueError is no geometry."""
         return NO_GEOMETRY
 

@@ -36,7 +36,8 @@ INTERLEAVED: Final = frozenset(("gpt_oss",))
 
 def locate_in_fused(site: Site, base: Model) -> tuple[str, Region] | None:
     """Return where a site on one expert's projection goes in a base with fused experts."""
-    return _in_fused(site.module, (site.out_features, site.in_features), base, site.label)
+    delta = (site.out_features, site.in_features)
+    return _in_fused(site.module, delta if all(delta) else None, base, site.label)
 
 
 def expert_place(module: str, base: Model) -> Place | None:

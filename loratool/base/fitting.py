@@ -94,12 +94,13 @@ def _cut(site: Site, place: Place) -> list[Fit]:
         BaseModelError: The shapes do not fit.
         UnsupportedError: The site cannot be cut.
     """
-    if (site.out_features, site.in_features) != place.shape:
+    fits = site.variant.places(site, place.shape)
+    if (site.out_features, site.in_features) != place.shape if site.is_plain else not fits:
         raise mismatch(site, place.shape, (site.out_features, site.in_features))
     if len(place.pieces) == 1:
         (piece,) = place.pieces
         return [Fit(piece.name, piece.region, site, is_whole=False)]
-    if site.enabled or site.variant == "bdlora" or site.nesting:
+    if site.enabled or site.variant.is_blocked or site.nesting or not site.is_plain:
         raise UnsupportedError(
             site.label, f"the base has it in {len(place.pieces)} parts, into which it cannot be cut"
         )

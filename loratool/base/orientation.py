@@ -70,7 +70,7 @@ def region_for(
     """Return where the delta of an ordinary site goes in a weight of ``shape``.
 
     Args:
-        site: Complete, with factors of two dimensions or more.
+        site: Complete; its factors, if it has such, of two dimensions or more.
         module: The base's module, for its layer kind.
         shape: Shape of the base's weight.
         base: The base.
@@ -80,10 +80,11 @@ def region_for(
     Raises:
         BaseModelError: The shapes do not fit, or nothing tells how the layer stores its weight.
     """
-    assert site.down is not None and site.up is not None
     rows, columns = matrix_shape(shape)
+    if not site.is_plain:
+        return _changed(site, module, shape, base, is_flagged=is_flagged)
     out = site.out_features
-    into = math.prod(site.down.spec.shape[1:])
+    into = site.variant.width(site) if site.down is None else math.prod(site.down.spec.shape[1:])
     if site.kind is Kind.EMBEDDING:
         if (rows, columns) == (into, out):
             return Region(rows, columns, transposed=True)
@@ -98,8 +99,35 @@ def region_for(
         return Region(rows, columns, transposed=True)
     if not normal:
         raise mismatch(site, shape, (out, into))
+    turned = _is_turned(site, module, shape, base, is_flagged=is_flagged)
+    return Region(rows, columns, transposed=turned)
+
+
+def _changed(
+    site: Site, module: str, shape: tuple[int, ...], base: Model, *, is_flagged: bool
+) -> Region:
+    """Return where a variant without A and B changes a weight of ``shape``."""
+    rows, columns = matrix_shape(shape)
+    normal = len(shape) > 1 and site.variant.places(site, shape)
+    flipped = len(shape) == 2 and site.variant.places(site, shape[::-1])
+    if not normal and not flipped:
+        raise mismatch(site, shape, (site.out_features, site.in_features))
+    turned = flipped
+    if normal and flipped:
+        turned = _is_turned(site, module, shape, base, is_flagged=is_flagged)
+    return Region(rows, columns, transposed=turned)
+
+
+def _is_turned(
+    site: Site, module: str, shape: tuple[int, ...], base: Model, *, is_flagged: bool
+) -> bool:
+    """Whether the layer stores its weight as ``(in, out)``, where its shape does not tell.
+
+    Raises:
+        BaseModelError: Nothing tells.
+    """
     if module.rpartition(".")[2] in EMBEDDING_LEAVES:
-        return Region(rows, columns, transposed=True)
+        return True
     conv1d = base.is_conv1d(module)
     if conv1d is None and not is_flagged and module.rpartition(".")[2] not in CONV1D_LEAVES:
         conv1d = False
@@ -109,7 +137,7 @@ def region_for(
             f"a square weight {list(shape)}, and nothing tells whether it is stored as (in, out)",
             hint="give the folder with the base's config.json, which names the model type",
         )
-    return Region(rows, columns, transposed=conv1d)
+    return conv1d
 
 
 def _fits(site: Site, size: int, found: int) -> bool:
@@ -137,9 +165,16 @@ def _convolution(site: Site, shape: tuple[int, ...], out: int, into: int) -> Reg
 
 
 def mismatch(site: Site, shape: tuple[int, ...], expected: tuple[int, int]) -> BaseModelError:
-    """Return the error that a delta has another shape than the base's weight."""
+    """Return the error that a delta has another shape than the base's weight.
+
+    Args:
+        site: The delta's.
+        shape: The weight's.
+        expected: The delta's; 0 where it does not tell.
+    """
+    sizes = ", ".join(str(size) if size else "any" for size in expected)
     return BaseModelError(
         site.label,
-        f"the base's weight has shape {list(shape)}, the adapter's delta {list(expected)}",
+        f"the base's weight has shape {list(shape)}, the adapter's delta [{sizes}]",
         hint="is this the base that the adapter was trained on?",
     )

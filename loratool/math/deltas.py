@@ -21,6 +21,7 @@ from loratool.math.products import Products, products_of
 
 __all__ = [
     "Additive",
+    "Changed",
     "Delta",
     "Interpolated",
     "Offset",
@@ -209,6 +210,56 @@ class Interpolated:
         base = original if self.base is None else self.base(start, block.shape[0])
         rows = self.target(start, base)
         _move(block, base, rows, self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A region becomes a function of itself, ``W += weight · (f(W) - W)``, in float64.
+
+    Unlike others it looks at the weight as those before it have left it: several such changes are
+    made in turn, as PEFT does.
+
+    Attributes:
+        function: f: given a part of the region as a delta sees it, ``(out, in, *kernel)``, and its
+            first row and column, what it becomes.
+        rows: Rows of the region.
+        columns: Its columns.
+        first_row: Where it begins.
+        first_column: Where it begins.
+        kernel: The kernel of a convolution.
+        is_transposed: Whether it is stored as ``(in, out)``.
+        weight: How much of the change to make.
+    """
+
+    function: Callable[[Array, int, int], Array]
+    rows: int
+    columns: int
+    first_row: int = 0
+    first_column: int = 0
+    kernel: tuple[int, ...] = ()
+    is_transposed: bool = False
+    weight: float = 1.0
+
+    def apply(
+        self, block: Array, original: Array, start: int, products: Products | None = None
+    ) -> None:
+        begin = max(start, self.first_row)
+        end = min(start + block.shape[0], self.first_row + self.rows)
+        if begin >= end:
+            return
+        columns = slice(self.first_column, self.first_column + self.columns)
+        region = double(block[begin - start : end - start, columns])
+        row = begin - self.first_row
+        if self.is_transposed:
+            moved = self.function(region.T, 0, row).T
+        else:
+            part = region.reshape((end - begin, -1, *self.kernel))
+            moved = self.function(part, row, 0).reshape(region.shape)
+        if self.weight != 1:
+            moved = region + (moved - region) * self.weight
+        block[begin - start : end - start, columns] = array_namespace(block).astype(
+            moved, block.dtype
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from loratool.errors import MergeError
 from loratool.files.inputs import InputFiles
 from loratool.math.deltas import (
     Additive,
+    Changed,
     Delta,
     Interpolated,
     Offset,
@@ -34,6 +35,7 @@ from loratool.ops.plan import (
     AddBias,
     AddDelta,
     Blend,
+    ChangeWeight,
     Decompose,
     Edit,
     Residual,
@@ -59,6 +61,7 @@ class Kernel:
         reader: Reads the source.
         deltas: What changes it, in order.
         is_empty: Whether all of the deltas are exactly zero.
+        grain: Rows that only change together: blocks begin at multiples of these.
     """
 
     rows: int
@@ -68,6 +71,7 @@ class Kernel:
     reader: RowSource
     deltas: tuple[Delta, ...]
     is_empty: bool
+    grain: int = 1
 
     @property
     def is_move(self) -> bool:
@@ -84,7 +88,8 @@ class Kernel:
     @property
     def block_rows(self) -> int:
         """Rows of one block."""
-        return max(1, min(self.rows, BLOCK_ELEMENTS // max(1, self.width)))
+        count = max(1, min(self.rows, BLOCK_ELEMENTS // max(1, self.width)))
+        return min(self.rows, -(-count // self.grain) * self.grain) or 1
 
     @property
     def blocks(self) -> int:
@@ -111,6 +116,7 @@ def compile_step(step: Step, files: InputFiles, device: str, products: Products)
     deltas: list[Delta] = []
     plain: list[LowRank] = []
     nonzero = False
+    grain = 1
     taken: Interpolated | None = None  # what the adapter whose turn it is sees as W₀
     for edit in step.edits:
         if isinstance(edit, AddDelta) and _covers(edit.region, matrix.rows, width):
@@ -121,6 +127,12 @@ def compile_step(step: Step, files: InputFiles, device: str, products: Products)
         if plain:
             deltas.append(Additive(_stacked(plain)))
             plain.clear()
+        if isinstance(edit, ChangeWeight):
+            change, rows = _change(edit, matrix)
+            grain = math.lcm(grain, rows) if grain * rows else 0
+            deltas.append(change)
+            nonzero = True
+            continue
         for made in _deltas(edit, matrix, taken):
             nonzero |= not isinstance(made, Placed) or not _is_zero(made.delta)
             deltas.append(made)
@@ -136,6 +148,7 @@ def compile_step(step: Step, files: InputFiles, device: str, products: Products)
         reader=matrix.reader,
         deltas=tuple(deltas),
         is_empty=not nonzero,
+        grain=grain or max(1, matrix.rows),
     )
 
 
@@ -166,7 +179,8 @@ class _Matrix:
 
 
 def _width(step: Step) -> int:
-    widths = {edit.region.width for edit in step.edits if isinstance(edit, AddDelta | Decompose)}
+    placed = AddDelta | Decompose | ChangeWeight
+    widths = {edit.region.width for edit in step.edits if isinstance(edit, placed)}
     if len(widths) > 1:
         raise MergeError(step.spec.name, "two adapters see this weight as different matrices")
     if widths:
@@ -254,6 +268,33 @@ def _factors(site: Site, region: Region, kind: Arithmetic) -> tuple[Array, Array
     if site.variant.is_blocked and (up.shape[0], down.shape[1]) != (region.rows, region.columns):
         raise MergeError(site.label, "has block-diagonal factors of an unknown form")
     return down, up
+
+
+def _change(edit: ChangeWeight, matrix: _Matrix) -> tuple[Changed, int]:
+    """Return a change by a variant, and how many rows have to change together; 0 means all."""
+    site, region, kind = edit.site, edit.region, matrix.kind.double()
+    values = {slot: kind.read(stored) for slot, stored in site.slots.items()}
+    shape: tuple[int, ...]
+    shape = (region.columns, region.rows) if region.transposed else (region.rows, region.columns)
+    kernel = matrix.step.spec.shape[2:] if not edit.is_bias and region.experts == 1 else ()
+    if kernel:
+        shape = (region.rows, region.columns // math.prod(kernel), *kernel)
+    if edit.is_bias:
+        change = site.variant.bias_change(site, values)
+    else:
+        change = site.variant.change(site, values, shape, edit.scale)
+    rows = change.grain[1] if region.transposed else change.grain[0]
+    function = Changed(
+        change.changed,
+        region.rows,
+        region.columns,
+        region.first_row,
+        region.first_column,
+        kernel,
+        region.transposed,
+        edit.weight,
+    )
+    return function, rows if rows and region.first_row % rows == 0 else 0
 
 
 def _decompose(edit: Decompose, matrix: _Matrix, taken: Interpolated | None) -> WeightDecomposed:

@@ -22,6 +22,7 @@ __all__ = [
     "AddBias",
     "AddDelta",
     "Blend",
+    "ChangeWeight",
     "Decompose",
     "Edit",
     "OutputFile",
@@ -57,6 +58,22 @@ class Decompose:
     @property
     def words(self) -> str:
         return f"DoRA, scale {self.scale:g}, rank {self.site.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeWeight:
+    """Make of a weight, or of its bias, what the site's variant makes of it."""
+
+    site: Site
+    scale: float
+    weight: float
+    region: Region
+    is_bias: bool = False
+
+    @property
+    def words(self) -> str:
+        share = "" if self.weight == 1 else f", {self.weight:g} of the way"
+        return f"{self.site.variant.name}{share}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +140,7 @@ class AddBias:
 PROCESS_BYTES: Final = 90_000_000
 """What an interpreter with numpy takes, with the blocks of eight threads."""
 
-Edit = AddDelta | Decompose | Residual | Blend | SetRows | AddBias
+Edit = AddDelta | Decompose | ChangeWeight | Residual | Blend | SetRows | AddBias
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +185,9 @@ class Step:
     @property
     def has_delta(self) -> bool:
         """Whether something is added that rounding can eat."""
-        return any(isinstance(edit, AddDelta | Decompose | AddBias) for edit in self.edits)
+        return any(
+            isinstance(edit, AddDelta | Decompose | ChangeWeight | AddBias) for edit in self.edits
+        )
 
     @property
     def words(self) -> str:
@@ -247,6 +266,10 @@ def _working_bytes(step: Step) -> int:
         match edit:
             case AddDelta() | Decompose():
                 total += sum(2 * 4 * stored.spec.elements for stored in edit.site.slots.values())
+            case ChangeWeight():
+                total += sum(8 * stored.spec.elements for stored in edit.site.tensors)
+                if edit.site.variant.needs_whole:
+                    total += 4 * 8 * step.spec.elements
             case Residual():
                 total += 5 * 8 * step.spec.elements
             case SetRows() | AddBias():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Geometry, Shapes, Slots, Variant
+from loratool.adapter.variant import Geometry, Settings, Shapes, Slots, Variant
 
 __all__ = ["VARIANT"]
 
@@ -24,7 +24,7 @@ class Bias(Variant):
         """See :class:`Variant`."""
         return slots.keys() == {Slot.BIAS}
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         return Geometry(1, math.prod(shapes[Slot.BIAS]), 1)
 

@@ -6,7 +6,7 @@ import math
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Geometry, Read, Shapes, Variant
+from loratool.adapter.variant import Array, Geometry, Read, Settings, Shapes, Variant
 
 __all__ = ["VARIANT"]
 
@@ -21,7 +21,7 @@ class Cp(Variant):
     has_factors = True
     kernel_slots = frozenset((Slot.DOWN, Slot.MID))
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         down, up = shapes[Slot.DOWN], shapes[Slot.UP]
         return Geometry(down[0], up[0], down[1])

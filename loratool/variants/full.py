@@ -8,7 +8,7 @@ from typing import Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Geometry, Shapes, Variant
+from loratool.adapter.variant import Array, Geometry, Settings, Shapes, Variant
 
 __all__ = ["VARIANT"]
 
@@ -30,7 +30,7 @@ class Full(Variant):
     is_scaled = False
     kernel_slots = frozenset((DIFF,))
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         shape = shapes[DIFF]
         columns = math.prod(shape[1:])

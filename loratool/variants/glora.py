@@ -8,7 +8,7 @@ from typing import Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Change, Geometry, Shapes, Variant
+from loratool.adapter.variant import Array, Change, Geometry, Settings, Shapes, Variant
 
 __all__ = ["VARIANT"]
 
@@ -54,8 +54,9 @@ class Glora(Variant):
     words = "GLoRA, a delta that depends on the base's weight"
     needs_base = True
     has_change = True
+    needs_whole = True
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """Read either layout: LyCORIS before 2.0 stores ``(r, in)`` and ``(out, r)`` in b1, b2.
 
         Where the shapes fit both, the smaller rank is meant.

@@ -8,7 +8,7 @@ from typing import Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Change, Geometry, Shapes, Variant
+from loratool.adapter.variant import Array, Change, Geometry, Settings, Shapes, Variant
 
 __all__ = ["VARIANT"]
 
@@ -47,7 +47,7 @@ class Ia3(Variant):
     needs_base = True
     has_change = True
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         return Geometry(1, math.prod(shapes[Slot.IA3]), 0)
 

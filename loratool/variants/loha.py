@@ -7,7 +7,7 @@ from typing import Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Geometry, Read, Shapes, Variant
+from loratool.adapter.variant import Array, Geometry, Read, Settings, Shapes, Variant
 from loratool.errors import AdapterError
 
 __all__ = ["VARIANT"]
@@ -41,7 +41,7 @@ class Loha(Variant):
     has_factors = True
     kernel_slots = frozenset((CORE,))
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         first, second = shapes[W1_A], shapes[W1_B]
         if CORE in shapes:  # cores (r, r, *kernel) between factors (r, out) and (r, in)

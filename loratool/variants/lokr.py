@@ -10,7 +10,7 @@ from loratool.adapter.config import LoraConfig
 from loratool.adapter.model import Site
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Geometry, Read, Shapes, Slots, Variant
+from loratool.adapter.variant import Array, Geometry, Read, Settings, Shapes, Slots, Variant
 from loratool.errors import AdapterError, UnsupportedError
 
 __all__ = ["VARIANT"]
@@ -44,7 +44,7 @@ class Lokr(Variant):
     has_factors = True
     kernel_slots = frozenset((CORE,))
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         if W1 in shapes:
             left, rank = shapes[W1], None

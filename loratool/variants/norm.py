@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from loratool.adapter.variant import Geometry, Shapes, Variant
+from loratool.adapter.variant import Geometry, Settings, Shapes, Variant
 
 __all__ = ["VARIANT"]
 
@@ -23,7 +23,7 @@ class Norm(Variant):
     is_scaled = False
     has_matrix = False
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         return Geometry(1, math.prod(next(iter(shapes.values()))), 1)
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Change, Geometry, Shapes, Slots, Variant
+from loratool.adapter.variant import Array, Change, Geometry, Settings, Shapes, Slots, Variant
 
 __all__ = ["VARIANT"]
 
@@ -54,7 +54,7 @@ class Oft(Variant):
         """See :class:`Variant`."""
         return len(slots[BLOCKS].spec.shape) != 4
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         count, size, _ = shapes[BLOCKS]
         return Geometry(size, count * size, 0)

@@ -8,7 +8,7 @@ from typing import Any, Final
 from loratool.adapter.config import LoraConfig
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Geometry, Read, Shapes, Slots, Variant
+from loratool.adapter.variant import Array, Geometry, Read, Settings, Shapes, Slots, Variant
 from loratool.errors import UnsupportedError
 from loratool.files.spec import StoredTensor
 
@@ -46,7 +46,7 @@ class Vera(Variant):
         found = {key.rpartition(".")[2]: t for key, t in tensors.items() if ".vera_" in key}
         return {name: found[name] for name in SHARED if name in found}
 
-    def geometry(self, shapes: Shapes) -> Geometry:
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         return Geometry(shapes[RANKS][0], shapes[ROWS][0], 0)
 

@@ -35,7 +35,7 @@ def check_config(adapter: Adapter) -> Iterator[Finding]:
             )
         return
     where = adapter.folder / "adapter_config.json"
-    yield from _fields(config, where)
+    yield from _fields(config, adapter, where)
     for name in () if config.peft_type == "ADALORA" else ("rank_pattern", "alpha_pattern"):
         yield from _patterns(name, getattr(config, name), adapter.sites, where)
     if adapter.scheme == "peft":
@@ -56,15 +56,18 @@ def _broken(adapter: Adapter) -> Iterator[str]:
         yield from (code for code, _ in site_problems(site, adapter))
 
 
-def _fields(config: LoraConfig, where: object) -> Iterator[Finding]:
+def _fields(config: LoraConfig, adapter: Adapter, where: object) -> Iterator[Finding]:
     for _, problem in wrong_fields(config.raw):
         yield finding("LT015", where, problem)
+    variants = {site.variant for site in adapter.sites}
+    known = KNOWN_FIELDS.union(*(variant.fields for variant in variants))
     for name, value in config.raw.items():
-        if name not in KNOWN_FIELDS and value not in (None, False, 0, "", [], {}):
+        if name not in known and value not in (None, False, 0, "", [], {}):
             yield finding(
                 "LT014", where, f"the field {name!r} is not known, and is set to {value!r:.60}"
             )
-    for name in ("r", "lora_alpha", "peft_type"):
+    is_scaled = any(variant.is_scaled for variant in variants)
+    for name in ("r", "lora_alpha", "peft_type") if is_scaled else ("peft_type",):
         if config.raw.get(name) is None:
             yield finding("LT031", where, f"{name!r} is not said; PEFT's default applies")
     task = config.raw.get("task_type")

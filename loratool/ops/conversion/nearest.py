@@ -21,7 +21,7 @@ from loratool.math.extraction import leading_part
 from loratool.math.randomness import generator_for
 from loratool.plan.rounding import Approximated
 from loratool.values.arrays import decode
-from loratool.values.expr import Expr, Result, evaluated, widest
+from loratool.values.expr import Expr, Function, Result, evaluated, widest
 from loratool.variants import variant_named
 
 if TYPE_CHECKING:
@@ -113,7 +113,10 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
     others: dict[Slot, Expr] = {
         s: v for s, v in part.values.items() if s in (Slot.BIAS, Slot.UP_BIAS)
     }
-    if Slot.UP_BIAS in others:
+    bias = _bias(part, place, base, dtype)
+    if bias is not None:
+        others[Slot.UP_BIAS] = bias
+    elif Slot.UP_BIAS in others:
         others[Slot.UP_BIAS] = others[Slot.UP_BIAS].scaled(part.scale)
     return replace(
         part,
@@ -125,6 +128,27 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
         kind=Kind.CONV if kernel else Kind.LINEAR,
         notes=(*part.notes, f"{words}: the best plain LoRA of rank {most}"),
     )
+
+
+def _bias(part: Part, place: Place | None, base: Model | None, dtype: str) -> Expr | None:
+    """Return what is added to the layer's bias, where the variant changes that too."""
+    site, variant = part.site, part.variant
+    if site is None or place is None or base is None or not variant.changes_bias(site):
+        return None
+    (piece,) = place.pieces
+    stored = base.tensors.get(piece.name.removesuffix("weight") + "bias")
+    if not isinstance(stored, StoredTensor):
+        return None
+    region = piece.region
+    first = region.first_column if region.transposed else region.first_row
+
+    def difference(bias: Array, *_: Array) -> tuple[Array, ...]:
+        values = {slot: decode(tensor) for slot, tensor in site.slots.items()}
+        rows = bias[first : first + piece.outputs, None]
+        return (np.asarray(variant.bias_change(site, values).difference(rows, 0, 0)),)
+
+    made = Function("the change of its bias", (stored, *site.tensors), difference)
+    return Result(made, 0, (piece.outputs,), dtype)
 
 
 def _check_fit(part: Part, shape: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from loratool.errors import AdapterError, UnsupportedError
 __all__ = [
     "CONVERT_HINT",
     "check_adapter",
+    "check_change",
     "check_plain",
     "check_unmixed",
     "site_problems",
@@ -55,7 +56,7 @@ def check_adapter(adapter: Adapter) -> None:
     if not adapter.sites and not adapter.extras:
         raise AdapterError(adapter.path, "holds nothing to merge")
     for site in adapter.sites:
-        check_plain(site, adapter)
+        check_change(site, adapter)
         for code, problem in site_problems(site, adapter):
             raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
 
@@ -75,6 +76,39 @@ def check_unmixed(adapter: Adapter) -> None:
         )
 
 
+def check_change(site: Site, adapter: Adapter) -> None:
+    """Refuse a site that is neither made of A and B nor changes a weight by itself.
+
+    Raises:
+        UnsupportedError: It has to be converted first.
+    """
+    if site.is_plain or not site.variant.has_change:
+        check_plain(site, adapter)
+        return
+    _check_name(site, adapter)
+    beside = [slot for slot in (Slot.MAGNITUDE, Slot.BIAS) if slot in site.slots]
+    if beside:
+        raise UnsupportedError(
+            f"{adapter.path}: {site.label}",
+            f"is {site.variant.words}, and has a {beside[0]} of its own beside it",
+            hint="leave out one of the two with --skip, which changes the model",
+        )
+
+
+def _check_name(site: Site, adapter: Adapter) -> None:
+    """Refuse a site whose module is not known.
+
+    Raises:
+        UnsupportedError: Its names have to be restored first.
+    """
+    if site.module in adapter.unresolved:
+        raise UnsupportedError(
+            f"{adapter.path}: {site.label}",
+            "is a flattened name, and nothing tells which module it is",
+            hint="restore the names first: loratool convert ADAPTER --to peft --base BASE -o OUT",
+        )
+
+
 def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
     """Refuse a site that is not made of A and B, or whose module is not known.
 
@@ -87,17 +121,15 @@ def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
         UnsupportedError: It has to be converted first.
     """
     where = f"{adapter.path}: {site.label}"
-    if is_named and site.module in adapter.unresolved:
-        raise UnsupportedError(
-            where,
-            "is a flattened name, and nothing tells which module it is",
-            hint="restore the names first: loratool convert ADAPTER --to peft --base BASE -o OUT",
-        )
+    if is_named:
+        _check_name(site, adapter)
     if not site.is_plain:
+        options = "--base BASE --rank R " if site.variant.needs_base else ""
         raise UnsupportedError(
             where,
             f"is {site.variant.words}",
-            hint="make it a plain LoRA first: loratool convert ADAPTER --to-lora --to peft -o OUT",
+            hint="make it a plain LoRA first: "
+            f"loratool convert ADAPTER --to-lora {options}--to peft -o OUT",
         )
     magnitude = site.slots.get(Slot.MAGNITUDE)
     if magnitude is not None and _is_input_wise(site, magnitude.spec.shape):

@@ -10,7 +10,7 @@ from loratool.base.model import Model
 from loratool.base.region import Region
 from loratool.errors import BaseModelError, UnsupportedError
 from loratool.ops.merging.context import Share
-from loratool.ops.plan import AddBias, AddDelta, Blend, Decompose, Residual
+from loratool.ops.plan import AddBias, AddDelta, Blend, ChangeWeight, Decompose, Residual
 
 __all__ = ["plan_sites", "replaced_shapes"]
 
@@ -38,7 +38,7 @@ def plan_sites(share: Share, base: Model) -> None:
                     share.where(site.label), f"means the same tensor {place.name!r} as {other!r}"
                 )
             scale = _scale(site, share.adapter, assigned.get(site.label), place.region)
-            _add_edits(share, place, 2 * scale if is_doubled else scale)
+            _add_edits(share, place, base, 2 * scale if is_doubled else scale)
             if Slot.UP_BIAS in site.slots:
                 _add_bias(share, place, base)
 
@@ -73,7 +73,7 @@ def _scale(site: Site, adapter: Adapter, parameter: str | None, region: Region) 
     return adapter.config.scaling_for(parameter, site.rows // region.experts).factor
 
 
-def _add_edits(share: Share, place: Fit, scale: float) -> None:
+def _add_edits(share: Share, place: Fit, base: Model, scale: float) -> None:
     adapter, site, name, region = share.adapter, place.site, place.name, place.region
     edits = share.changes[name].edits
     kind = adapter.config.init.residual if adapter.config else None
@@ -89,8 +89,23 @@ def _add_edits(share: Share, place: Fit, scale: float) -> None:
     if site.variant.is_decomposed:
         _check_whole(share, place, "a DoRA")
         edits.append(Decompose(site, scale, share.weight, region))
-    else:
+    elif site.is_plain:
         edits.append(AddDelta(site, share.weight * scale, region))
+    else:
+        _add_change(share, place, base, scale)
+
+
+def _add_change(share: Share, place: Fit, base: Model, scale: float) -> None:
+    """Let a site's variant change a weight, and the bias beside it where that changes too."""
+    site, region = place.site, place.region
+    share.changes[place.name].edits.append(ChangeWeight(site, scale, share.weight, region))
+    bias = place.name.removesuffix("weight") + "bias"
+    if site.variant.changes_bias(site) and bias in base.tensors:
+        first = region.first_column if region.transposed else region.first_row
+        count = region.columns if region.transposed else region.rows
+        rows = Region(count, 1, first_row=first)
+        edit = ChangeWeight(site, scale, share.weight, rows, is_bias=True)
+        share.changes[bias].edits.append(edit)
 
 
 def _check_whole(share: Share, place: Fit, words: str, *, is_cut: bool = False) -> None:
