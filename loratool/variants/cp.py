@@ -26,6 +26,11 @@ class Cp(Variant):
         down, up = shapes[Slot.DOWN], shapes[Slot.UP]
         return Geometry(down[0], up[0], down[1])
 
+    def places(self, site: Site, shape: tuple[int, ...]) -> bool:
+        """See :class:`Variant`."""
+        sides = (site.out_features, site.in_features)
+        return sides == shape[:2] and self.kernel(site) in (shape[2:], ())
+
     def kernel(self, site: Site) -> tuple[int, ...] | None:
         """See :class:`Variant`."""
         return site.slots[Slot.MID].spec.shape[2:]

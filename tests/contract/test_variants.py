@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pytest
+import torch
 from corpus import (
     EXACT,
     MERGEABLE,
@@ -19,11 +22,15 @@ from corpus import (
     exact,
     sample,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from samples import SCHEMES, place
 
 import loratool
-from loratool.errors import UnsupportedError
+from loratool import variants
+from loratool.errors import AdapterError, UnsupportedError
+from loratool.ops import kernels
+from loratool.ops.opening import open_adapter
+from loratool.values.arrays import decode
 
 CLOSE: Final = 1e-12
 """All samples are float64: nothing but its rounding may differ."""
@@ -45,6 +52,7 @@ WITHOUT_PLACE: Final = {
     "pissa": EVERY,
     "olora": EVERY,
     "kasa": EVERY,
+    "peft-ia3": EVERY,
 }
 """What cannot be written, and is refused by name."""
 UNET: Final = {
@@ -135,16 +143,95 @@ def test_its_factors_merge_as_its_dense_form(variant: str, tmp_path: Path) -> No
     assert distance(merged(base, tmp_path / "plain", tmp_path / "merged"), wanted) <= CLOSE
 
 
-@pytest.mark.parametrize("variant", NEAREST)
+CHANGES: Final = (*NEAREST, "peft-ia3")
+"""Variants that make something else of a weight."""
+
+
+def as_merged(variant: str) -> tuple[Sample, dict[str, Any]]:
+    """Return a sample with the tensors of its base, and what a merge makes of them."""
+    made = sample(variant, "F64")
+    if made.merged:
+        changed = {name: change.value for name, change in made.merged.items()}
+        return made, {name: exact(value) for name, value in made.base.items()} | changed
+    return with_base(made)
+
+
+@pytest.mark.parametrize("variant", CHANGES)
 def test_at_full_rank_the_nearest_is_its_dense_form(variant: str, tmp_path: Path) -> None:
-    made, wanted = with_base(sample(variant, "F64"))
+    made, wanted = as_merged(variant)
     base, adapter = made.write_base(tmp_path), made.write(tmp_path)
-    rank = min(next(iter(wanted.values())).shape)
+    rank = max(min(value.shape) for value in wanted.values() if value.ndim > 1)
     loratool.convert(adapter, "peft", tmp_path / "plain", base=base, to_lora=True, rank=rank)
     assert distance(merged(base, tmp_path / "plain", tmp_path / "merged"), wanted) <= CLOSE
 
 
-@pytest.mark.parametrize("variant", [*EXACT, *NEAREST])
+@pytest.mark.parametrize("variant", CHANGES)
+@pytest.mark.parametrize("weight", [1.0, 0.25, -1.0])
+@pytest.mark.parametrize("elements", [kernels.BLOCK_ELEMENTS, 100])
+def test_it_merges_without_a_detour(
+    variant: str, weight: float, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", elements)  # 100: several blocks of each
+    made, whole = as_merged(variant)
+    base, adapter = made.write_base(tmp_path), made.write(tmp_path)
+    wanted = {
+        name: exact(made.base[name]) + weight * (value - exact(made.base[name]))
+        for name, value in whole.items()
+    }
+    output = tmp_path / "out"
+    loratool.merge(base, [adapter], output, weights=[weight])
+    found = {key: exact(value) for key, value in load_file(output / "model.safetensors").items()}
+    assert distance(found, wanted) <= CLOSE
+    assert loratool.verify(output, base=base, adapters=[adapter], weights=[weight]) == ()
+
+
+@pytest.mark.parametrize("variant", CHANGES)
+def test_several_change_a_weight_in_turn(variant: str, tmp_path: Path) -> None:
+    made, _ = as_merged(variant)
+    base, adapter = made.write_base(tmp_path), made.write(tmp_path)
+    loratool.merge(base, [adapter], tmp_path / "once")
+    loratool.merge(tmp_path / "once", [adapter], tmp_path / "twice", weights=[0.5])
+    found = tmp_path / "both"
+    loratool.merge(base, [adapter, adapter], found, weights=[1.0, 0.5])
+    one, other = (load_file(path / "model.safetensors") for path in (found, tmp_path / "twice"))
+    assert distance(*({k: exact(v) for k, v in each.items()} for each in (one, other))) <= CLOSE
+
+
+@pytest.mark.parametrize("variant", CHANGES)
+def test_a_part_changes_as_the_whole_does(variant: str, tmp_path: Path) -> None:
+    made, _ = as_merged(variant)
+    for site in open_adapter(made.write(tmp_path)).sites:
+        name = site.module if made.merged else UNET[next(iter(made.deltas))][0]
+        weight = exact(made.base[f"{name}.weight"])
+        values = {slot: decode(stored) for slot, stored in site.slots.items()}
+        change = site.variant.change(site, values, weight.shape, site.scaling.factor)
+        whole = change.changed(weight, 0, 0)
+        assert whole.shape == weight.shape
+        assert np.allclose(whole - weight, change.difference(weight, 0, 0), atol=1e-14)
+        steps = [grain or side for grain, side in zip(change.grain, weight.shape, strict=True)]
+        for row in range(0, weight.shape[0], steps[0]):
+            for column in range(0, weight.shape[1], steps[1]):
+                cut = slice(row, row + steps[0]), slice(column, column + steps[1])
+                part = change.changed(weight[cut], row, column)
+                assert np.allclose(part, whole[cut], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("variant", [*EXACT, *CHANGES])
+def test_its_geometry_is_the_shape_of_its_delta(variant: str, tmp_path: Path) -> None:
+    made, wanted = as_merged(variant)
+    for site in open_adapter(made.write(tmp_path)).sites:
+        name = site.module.removeprefix("unet.")
+        shape = wanted[f"{name}.weight"].shape
+        assert site.variant.places(site, shape)
+        assert not site.variant.places(site, tuple(2 * size for size in shape))
+        if site.variant.has_factors:
+            width = site.variant.width(site, shape)
+            down, up = site.variant.factors(site, decode, width)
+            assert (up.shape[0], down.shape[1]) == (shape[0], np.prod(shape[1:]))
+            assert up.shape[1] == down.shape[0] == site.variant.factor_rank(site)
+
+
+@pytest.mark.parametrize("variant", EXACT)
 def test_what_merge_does_not_take_it_refuses_by_name(variant: str, tmp_path: Path) -> None:
     made, _ = with_base(sample(variant, "F64"))
     base, adapter = made.write_base(tmp_path), made.write(tmp_path)
@@ -152,6 +239,35 @@ def test_what_merge_does_not_take_it_refuses_by_name(variant: str, tmp_path: Pat
         loratool.merge(base, [adapter], tmp_path / "out")
     assert "loratool convert" in (failure.value.hint or "")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_file_claims_something() -> None:
+    files = {path.stem for path in Path(variants.__file__).parent.glob("*.py")} - {"__init__"}
+    claims = variants.claims()
+    assert {claim.variant for claim in claims} == files
+    assert [claim.variant for claim in claims if claim.is_default] == ["lora"]
+    suffixes = [suffix for claim in claims for suffix in (*claim.suffixes, *claim.peft)]
+    assert len(suffixes) == len(set(suffixes))
+    for claim in claims:
+        assert variants.variant_named(claim.variant).name
+
+
+def test_signs_of_two_variants_are_an_error(tmp_path: Path) -> None:
+    both = {name: torch.ones(2, 2) for name in ("a.lokr_w1", "a.hada_w1_a")}
+    save_file({f"lora_unet_{k}": v for k, v in both.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="loha and lokr at once"):
+        open_adapter(tmp_path / "a.safetensors")
+
+
+def test_only_the_variants_of_a_file_are_imported(tmp_path: Path) -> None:
+    path = sample("lora").write(tmp_path)
+    code = (
+        "import sys, loratool; loratool.inspect(sys.argv[1]);"
+        "print(*sorted(m for m in sys.modules if m.startswith('loratool.variants.')));"
+        "print('numpy' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["loratool.variants.lora", "False False"], done.stderr
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

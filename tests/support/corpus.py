@@ -392,6 +392,24 @@ def kasa(draw: Draw, weights: Draw) -> Sample:
     return replace(plain, tensors=tensors, deltas={}, merged=merged)
 
 
+def peft_ia3(draw: Draw, weights: Draw) -> Sample:
+    """``l ∘ W`` of outputs, the bias with them, or ``W ∘ l`` of the inputs of a feed-forward."""
+    tensors, base, merged = {}, {}, {}
+    for module, (out, into) in SHAPES.items():
+        is_on_input = module == DOWN
+        shape = (1, into) if is_on_input else (out, 1)
+        factors = tensors[f"{PREFIX}{module}.ia3_l"] = draw(*shape, size=0.3, mean=1.0)
+        weight, bias = weights(out, into), weights(out)
+        base |= {f"{module}.weight": weight, f"{module}.bias": bias}
+        value = exact(weight) * exact(factors)
+        merged[f"{module}.weight"] = Change(value, np.abs(value))
+        if not is_on_input:
+            value = exact(bias) * exact(factors).reshape(-1)
+            merged[f"{module}.bias"] = Change(value, np.abs(value))
+    config = {"peft_type": "IA3", "target_modules": [Q, DOWN], "feedforward_modules": [DOWN]}
+    return Sample("peft-ia3", tensors, base, config, None, {}, merged)
+
+
 UNET = "lora_unet_mid_block_attentions_0_proj_in"
 UNET_CONV = "lora_unet_mid_block_resnets_0_conv1"
 ALPHA: Final = 3.0
@@ -493,6 +511,29 @@ def oft(draw: Draw, weights: Draw) -> Sample:
     return _on_base("oft", {"oft_blocks": blocks}, weight, np.concatenate(turned) - stored)
 
 
+def boft(draw: Draw, weights: Draw) -> Sample:
+    """Rotations of blocks of rows that lie apart, twice as far in each stage; ``R`` as in OFT."""
+    stages, count, size = 2, 8, 4
+    blocks, weight = draw(stages, count, size, size, size=0.1), weights(32, 32)
+    stored = exact(weight)
+    rows, eye = stored, np.eye(size)
+    for stage, values in enumerate(exact(blocks)):
+        distance = 2**stage * size // 2
+        # Row i and the row a distance away are neighbours before they are cut into blocks.
+        order = np.arange(32).reshape(-1, 2, distance).swapaxes(1, 2).reshape(-1)
+        turned = [
+            np.linalg.inv(eye - q) @ (eye + q) @ part
+            for q, part in zip(
+                values - values.transpose(0, 2, 1),
+                rows[order].reshape(count, size, 32),
+                strict=True,
+            )
+        ]
+        rows = np.empty_like(rows)
+        rows[order] = np.concatenate(turned)
+    return _on_base("boft", {"oft_blocks": blocks}, weight, rows - stored)
+
+
 def ia3(draw: Draw, weights: Draw) -> Sample:
     scale, weight = draw(32, 1, size=0.2), weights(32, 32)
     tensors = {"weight": scale, "on_input": torch.tensor(False)}
@@ -531,6 +572,7 @@ MERGEABLE: Final[dict[str, Builder]] = {
     "pissa": pissa,
     "olora": olora,
     "kasa": kasa,
+    "peft-ia3": peft_ia3,
 }
 """What ``merge`` takes."""
 EXACT: Final[dict[str, Builder]] = {
@@ -542,7 +584,7 @@ EXACT: Final[dict[str, Builder]] = {
     "vera": vera,
 }
 """What equals a plain LoRA of some rank."""
-NEAREST: Final[dict[str, Builder]] = {"oft": oft, "ia3": ia3, "glora": glora}
+NEAREST: Final[dict[str, Builder]] = {"oft": oft, "boft": boft, "ia3": ia3, "glora": glora}
 """What depends on the base's weight."""
 VARIANTS: Final = MERGEABLE | EXACT | NEAREST | {"kohya": kohya}
 
