@@ -112,6 +112,8 @@ def build_sites(
         site = replace(site, enabled=enabled if variant.is_stacked else (), settings=settings)
         sites.append(replace(site, scaling=_scaling(site, config)))
     adapted = {site.module for site in sites}
+    shared = {t.spec.name for site in sites if site.settings for t in site.tensors}
+    extras = [replace(e, kind=ExtraKind.SHARED) if e.key in shared else e for e in extras]
     extras = [_with_base_copies(extra, adapted) for extra in extras]
     notes = (
         (f"{wrapped} keys carry the prefix of a wrapper twice; PEFT would not apply them",)

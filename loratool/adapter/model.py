@@ -102,8 +102,8 @@ class Site:
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
         """All that its delta is computed from: its own tensors, and those that it shares."""
-        shared = (item for item in self.settings.values() if isinstance(item, StoredTensor))
-        return (*self.slots.values(), *shared)
+        shared = {i.spec.name: i for i in self.settings.values() if isinstance(i, StoredTensor)}
+        return (*self.slots.values(), *shared.values())
 
     @property
     def down(self) -> StoredTensor | None:
@@ -173,6 +173,8 @@ class ExtraKind(Enum):
     """An unmerged copy of the weight that a site adapts."""
     ROWS = "rows"
     """New values for some rows of an embedding."""
+    SHARED = "shared"
+    """Something that the deltas of several sites are made of."""
     STATE = "state"
     """Something that only training needs."""
 

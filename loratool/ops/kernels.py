@@ -264,8 +264,14 @@ def _expert(down: Array, up: Array, expert: int, region: Region, scale: float) -
 
 
 def _factors(site: Site, region: Region, kind: Arithmetic) -> tuple[Array, Array]:
-    down, up = read_factors(site, kind, region.columns)
-    if site.variant.is_blocked and (up.shape[0], down.shape[1]) != (region.rows, region.columns):
+    out, width = region.rows, region.columns
+    if region.transposed:
+        out, width = width, out
+    if not site.is_plain:  # factors that are products of what is stored
+        factors = read_factors(site, kind.double(), width)
+        return kind.converted(factors[0]), kind.converted(factors[1])
+    down, up = read_factors(site, kind, width)
+    if site.variant.is_blocked and (up.shape[0], down.shape[1]) != (out, width):
         raise MergeError(site.label, "has block-diagonal factors of an unknown form")
     return down, up
 

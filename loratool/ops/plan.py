@@ -265,7 +265,7 @@ def _working_bytes(step: Step) -> int:
     for edit in step.edits:
         match edit:
             case AddDelta() | Decompose():
-                total += sum(2 * 4 * stored.spec.elements for stored in edit.site.slots.values())
+                total += sum(2 * 4 * stored.spec.elements for stored in edit.site.tensors)
             case ChangeWeight():
                 total += sum(8 * stored.spec.elements for stored in edit.site.tensors)
                 if edit.site.variant.needs_whole:

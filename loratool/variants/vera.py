@@ -42,9 +42,9 @@ class Vera(Variant):
         config: LoraConfig | None,
         tensors: Mapping[str, StoredTensor],
     ) -> Mapping[str, Any]:
-        """Return the shared projections, where the file has them."""
-        found = {key.rpartition(".")[2]: t for key, t in tensors.items() if ".vera_" in key}
-        return {name: found[name] for name in SHARED if name in found}
+        """Return the shared projections, where the file has them, once or for every module."""
+        found = {key: t for key, t in tensors.items() if key.rpartition(".")[2] in SHARED}
+        return found | {key.rpartition(".")[2]: tensor for key, tensor in found.items()}
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
@@ -52,7 +52,7 @@ class Vera(Variant):
 
     def check(self, site: Site, shape: tuple[int, ...] | None) -> None:
         """See :class:`Variant`."""
-        if len(site.settings) < len(SHARED):
+        if not all(name in site.settings for name in SHARED):
             raise UnsupportedError(
                 site.module,
                 "is a VeRA without its shared projections (save_projection was false); only "

@@ -165,7 +165,7 @@ def test_at_full_rank_the_nearest_is_its_dense_form(variant: str, tmp_path: Path
     assert distance(merged(base, tmp_path / "plain", tmp_path / "merged"), wanted) <= CLOSE
 
 
-@pytest.mark.parametrize("variant", CHANGES)
+@pytest.mark.parametrize("variant", [*EXACT, *CHANGES])
 @pytest.mark.parametrize("weight", [1.0, 0.25, -1.0])
 @pytest.mark.parametrize("elements", [kernels.BLOCK_ELEMENTS, 100])
 def test_it_merges_without_a_detour(
@@ -231,14 +231,26 @@ def test_its_geometry_is_the_shape_of_its_delta(variant: str, tmp_path: Path) ->
             assert up.shape[1] == down.shape[0] == site.variant.factor_rank(site)
 
 
-@pytest.mark.parametrize("variant", EXACT)
-def test_what_merge_does_not_take_it_refuses_by_name(variant: str, tmp_path: Path) -> None:
-    made, _ = with_base(sample(variant, "F64"))
-    base, adapter = made.write_base(tmp_path), made.write(tmp_path)
+def test_what_merge_does_not_take_it_refuses_by_name(tmp_path: Path) -> None:
+    key = "lora_unet_mid_block_attentions_0_proj_in.diff"
+    save_file({key: torch.ones(4, 4)}, tmp_path / "a.safetensors")
+    made = replace(sample("oft"), tensors={})
     with pytest.raises(UnsupportedError) as failure:
-        loratool.merge(base, [adapter], tmp_path / "out")
+        loratool.merge(made.write_base(tmp_path), [tmp_path / "a.safetensors"], tmp_path / "out")
     assert "loratool convert" in (failure.value.hint or "")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("beside", ["dora_scale", "diff_b"])
+@pytest.mark.parametrize("variant", ["loha", "oft"])
+def test_what_lies_beside_is_not_left_out(variant: str, beside: str, tmp_path: Path) -> None:
+    made, _ = with_base(sample(variant))
+    (module,) = made.deltas
+    made = replace(made, tensors={**made.tensors, f"{module}.{beside}": torch.ones(32)})
+    base, adapter = made.write_base(tmp_path), made.write(tmp_path)
+    with pytest.raises(UnsupportedError, match=f"(?i){made.name}") as failure:
+        loratool.merge(base, [adapter], tmp_path / "out")
+    assert "--to-lora" in (failure.value.hint or "")
 
 
 def test_every_file_claims_something() -> None:

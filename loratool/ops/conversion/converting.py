@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.model import Adapter, Site, unknown_scale
+from loratool.adapter.model import Adapter, ExtraKind, Site, unknown_scale
 from loratool.adapter.scheme import KeyScheme
 from loratool.base.model import Model
 from loratool.errors import AdapterError
@@ -30,7 +30,6 @@ __all__ = ["Conversion", "converted"]
 
 CONFIGURED: Final = ("peft", "module-path")
 """Schemes beside which PEFT's configuration says what is saved as a whole."""
-SHARED_PROJECTIONS: Final = ".vera_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,7 @@ def _extras(adapter: Adapter, dropping: Dropping) -> Extras:
     kept = tuple(
         extra
         for extra in adapter.extras
-        if not dropping.takes(extra.key) and SHARED_PROJECTIONS not in extra.key
+        if not dropping.takes(extra.key) and extra.kind is not ExtraKind.SHARED
     )
     config = adapter.config if adapter.scheme in CONFIGURED else None
     return gather_extras([replace(adapter, extras=kept, config=config)])

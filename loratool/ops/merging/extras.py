@@ -38,8 +38,8 @@ def plan_extras(share: Share, base: Model) -> None:
         share.notes.append(
             f"{len(state)} tensors that only training needs were not used, such as {state[0]!r}"
         )
-    in_turn = {ExtraKind.FULL: 0, ExtraKind.BASE_COPY: 1, ExtraKind.STATE: 2, ExtraKind.ROWS: 3}
-    for extra in sorted(share.adapter.extras, key=lambda extra: in_turn[extra.kind]):
+    in_turn = {ExtraKind.FULL: 0, ExtraKind.BASE_COPY: 1}
+    for extra in sorted(share.adapter.extras, key=lambda extra: in_turn.get(extra.kind, 2)):
         plan_extra(share, extra, base)
 
 
@@ -52,7 +52,7 @@ def plan_extra(share: Share, extra: Extra, base: Model) -> None:
             _plan_base_copy(share, extra, base)
         case ExtraKind.ROWS:
             _plan_rows(share, extra, base)
-        case ExtraKind.STATE:
+        case ExtraKind.STATE | ExtraKind.SHARED:
             pass
 
 

@@ -77,22 +77,24 @@ def check_unmixed(adapter: Adapter) -> None:
 
 
 def check_change(site: Site, adapter: Adapter) -> None:
-    """Refuse a site that is neither made of A and B nor changes a weight by itself.
+    """Refuse a site whose variant does not say what becomes of a weight.
 
     Raises:
         UnsupportedError: It has to be converted first.
     """
-    if site.is_plain or not site.variant.has_change:
+    variant = site.variant
+    if site.is_plain or not (variant.has_factors or variant.has_change):
         check_plain(site, adapter)
         return
     _check_name(site, adapter)
-    beside = [slot for slot in (Slot.MAGNITUDE, Slot.BIAS) if slot in site.slots]
-    if beside:
-        raise UnsupportedError(
-            f"{adapter.path}: {site.label}",
-            f"is {site.variant.words}, and has a {beside[0]} of its own beside it",
-            hint="leave out one of the two with --skip, which changes the model",
-        )
+    for slot, options in ((Slot.MAGNITUDE, " --base BASE --rank R"), (Slot.BIAS, " --base BASE")):
+        if slot in site.slots:
+            raise UnsupportedError(
+                f"{adapter.path}: {site.label}",
+                f"is {variant.words}, with a {slot} of its own beside it",
+                hint=f"convert it first: loratool convert ADAPTER --to-lora{options} --to peft "
+                "-o OUT",
+            )
 
 
 def _check_name(site: Site, adapter: Adapter) -> None:

@@ -89,7 +89,9 @@ def _add_edits(share: Share, place: Fit, base: Model, scale: float) -> None:
     if site.variant.is_decomposed:
         _check_whole(share, place, "a DoRA")
         edits.append(Decompose(site, scale, share.weight, region))
-    elif site.is_plain:
+    elif site.variant.has_factors:
+        if not site.is_plain:
+            site.variant.check(site, base.shape(name))
         edits.append(AddDelta(site, share.weight * scale, region))
     else:
         _add_change(share, place, base, scale)

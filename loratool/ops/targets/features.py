@@ -43,7 +43,7 @@ def features_of(adapter: Adapter) -> dict[Feature, Found]:
         name = extra.name
         if extra.kind is ExtraKind.ROWS:
             found.setdefault(Feature.TOKEN_ROWS, Found()).names.append(extra.key)
-        elif extra.kind is ExtraKind.FULL and ".vera_" not in extra.key:
+        elif extra.kind is ExtraKind.FULL:
             feature = Feature.SAVED
             if name.endswith(".bias"):
                 feature = Feature.BIASES
