@@ -68,6 +68,19 @@ class Glora(Variant):
             return Geometry(a1[0], b2[0], math.prod(b1[1:]))
         return Geometry(b2[0], b1[0], math.prod(b2[1:]))
 
+    def places(self, site: Site, shape: tuple[int, ...]) -> bool:
+        """See :class:`Variant`."""
+        from loratool.math.dense_variants import is_old_glora
+
+        a1, a2, b1, b2 = (site.slots[slot].spec.shape for slot in PARTS)
+        columns = math.prod(shape[1:])
+        if is_old_glora(shape, a1, a2, b1, b2):
+            return a1[1] == a2[0] == math.prod(b1[1:]) == columns
+        core = site.slots.get(CORE)
+        kernel = math.prod(core.spec.shape[2:]) if core is not None else 1
+        is_moved = a1[0] == a2[1] == shape[1]
+        return is_moved and b1[0] == shape[0] and math.prod(b2[1:]) * kernel == columns
+
     def change(
         self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
     ) -> Change:

@@ -9,6 +9,7 @@ from typing import Final
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import Array, Change, Geometry, Settings, Shapes, Variant
+from loratool.errors import AdapterError
 
 __all__ = ["VARIANT"]
 
@@ -61,6 +62,13 @@ class Ia3(Variant):
         """See :class:`Variant`."""
         flag = values.get(ON_INPUT)
         is_on_input = bool(flag is not None and flag.any())
+        size, side = site.out_features, shape[1 if is_on_input else 0]
+        if size != side:
+            raise AdapterError(
+                site.label,
+                f"scales {size} {'inputs' if is_on_input else 'outputs'} of a weight that has "
+                f"{side}",
+            )
         return Scaled(values[Slot.IA3], is_on_input=is_on_input)
 
 

@@ -56,8 +56,10 @@ class Loha(Variant):
 
     def check(self, site: Site, shape: tuple[int, ...] | None) -> None:
         """See :class:`Variant`."""
-        if len([slot for slot in PARTS if slot in site.slots]) < 4:
+        if not all(slot in site.slots for slot in PARTS[:4]):
             raise AdapterError(site.module, "lacks one of the four factors of a LoHa")
+        if (CORE in site.slots) != (PARTS[-1] in site.slots):
+            raise AdapterError(site.module, "lacks one of the two cores of a LoHa")
 
     def factor_rank(self, site: Site) -> int:
         """See :class:`Variant`."""

@@ -85,6 +85,8 @@ class Lokr(Variant):
             if present != (0 if whole in site.slots else 2):
                 raise AdapterError(site.module, "lacks a factor of its LoKr, or has one too many")
         full = site.slots.get(W2)
+        if full is not None and CORE in site.slots:
+            raise AdapterError(site.module, "has a core beside a whole half of its LoKr")
         if full is not None and len(full.spec.shape) == 3 and site.scaling.alpha is not None:
             raise UnsupportedError(
                 site.module,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from loratool.adapter.model import Site
@@ -58,6 +58,13 @@ class Oft(Variant):
         """See :class:`Variant`."""
         count, size, _ = shapes[BLOCKS]
         return Geometry(size, count * size, 0)
+
+    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
+        """See :class:`Variant`."""
+        rescale = site.slots.get(RESCALE)
+        if rescale is not None and rescale.spec.elements != site.out_features:
+            shape = list(rescale.spec.shape)
+            yield "LT003", f"rescales {shape} rows, and rotates {site.out_features}"
 
     def change(
         self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float

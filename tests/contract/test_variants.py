@@ -27,7 +27,7 @@ from samples import SCHEMES, place
 
 import loratool
 from loratool import variants
-from loratool.errors import AdapterError, UnsupportedError
+from loratool.errors import AdapterError, LoratoolError, UnsupportedError
 from loratool.ops import kernels
 from loratool.ops.opening import open_adapter
 from loratool.values.arrays import decode
@@ -262,6 +262,40 @@ def test_every_file_claims_something() -> None:
     assert len(suffixes) == len(set(suffixes))
     for claim in claims:
         assert variants.variant_named(claim.variant).name
+
+
+BROKEN: Final = {
+    "loha": ("hada_w1_b", None, "lacks some"),
+    "loha-conv": ("hada_t2", None, "two cores"),
+    "lokr": ("lokr_w2_b", None, "lacks"),
+    "oft": ("rescale", torch.ones(3, 1), "LT003"),
+    "ia3": ("on_input", torch.tensor(True), "inputs of a weight that has 16"),
+    "glora": ("a2.weight", torch.ones(4, 31), "another|shape"),
+}
+"""A tensor to leave out or to put in, and what is then said."""
+
+
+@pytest.mark.parametrize("variant", BROKEN)
+def test_a_broken_one_is_an_error_before_anything_is_written(variant: str, tmp_path: Path) -> None:
+    name, value, words = BROKEN[variant]
+    made, _ = with_base(sample(variant))
+    (module,) = made.deltas
+    tensors = {k: v for k, v in made.tensors.items() if k != f"{module}.{name}"}
+    if value is not None:
+        tensors[f"{module}.{name}"] = value
+    if variant == "ia3":
+        made = replace(made, base={k: v[:, :16].clone() for k, v in made.base.items()})
+    made = replace(made, tensors=tensors)
+    base, adapter = made.write_base(tmp_path), made.write(tmp_path)
+    for call in (
+        lambda: loratool.merge(base, [adapter], tmp_path / "out"),
+        lambda: loratool.convert(
+            adapter, "peft", tmp_path / "out", base=base, to_lora=True, rank=2
+        ),
+    ):
+        with pytest.raises(LoratoolError, match=words):
+            call()
+        assert not (tmp_path / "out").exists()
 
 
 def test_signs_of_two_variants_are_an_error(tmp_path: Path) -> None:

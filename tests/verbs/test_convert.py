@@ -428,12 +428,10 @@ class TestVariants:
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
 
-    @pytest.mark.parametrize("verb", ["merge", "compose", "truncate", "rescale", "spectrum"])
-    def test_other_verbs_say_what_to_do(self, verb: str, make_base: Make, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("verb", ["compose", "truncate", "rescale", "spectrum"])
+    def test_other_verbs_say_what_to_do(self, verb: str, tmp_path: Path) -> None:
         first = self._loha(tmp_path / "a.safetensors")
-        base = make_base({"mid_block.attentions.0.x.weight": torch.ones(8, 8)})
         run = {
-            "merge": lambda: loratool.merge(base, [first], tmp_path / "o"),
             "compose": lambda: loratool.compose([first], tmp_path / "o"),
             "truncate": lambda: loratool.truncate(first, tmp_path / "o", rank=1),
             "rescale": lambda: loratool.rescale(first, tmp_path / "o", scale=2),
