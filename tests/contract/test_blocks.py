@@ -18,7 +18,15 @@ from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import InputFiles
 from loratool.files.rows import RowBytes
 from loratool.files.safetensors import read_header
-from loratool.math.deltas import Additive, Interpolated, Offset, Placed, Rows, WeightDecomposed
+from loratool.math.deltas import (
+    Additive,
+    Changed,
+    Interpolated,
+    Offset,
+    Placed,
+    Rows,
+    WeightDecomposed,
+)
 from loratool.math.deltas import column_norms as norms_of_columns
 from loratool.math.lowrank import LowRank
 from loratool.ops.blocks import Arithmetic, Bench, arithmetic_on, bench_on
@@ -257,3 +265,47 @@ def test_blas_is_held_to_one_thread_while_anybody_needs_it() -> None:
     with single_threaded_blas():
         assert threads() == {1}
     assert threads() == before
+
+
+@both
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("height", [1, 5, ROWS])
+def test_a_region_becomes_a_function_of_itself(
+    library: str, turned: bool, weight: float, height: int
+) -> None:
+    """Here ``W ∘ l`` with an l for each place, so that no part can be taken for another."""
+    rows, columns, first_row, first_column = 11, 9, 4, 6
+    values = random(ROWS, COLUMNS).astype(np.float32)
+    factors = array(library, random(*((columns, rows) if turned else (rows, columns))))
+
+    def function(part: Any, row: int, column: int) -> Any:
+        assert part.dtype == factors.dtype  # float64
+        count, width = part.shape[:2]
+        return part * factors[row : row + count, column : column + width]
+
+    change = Changed(
+        function, rows, columns, first_row, first_column, is_transposed=turned, weight=weight
+    )
+    found = []
+    for start in range(0, ROWS, height):
+        block = array(library, values[start : start + height])
+        change.apply(block, block, start)
+        found.append(host(block))
+    wanted = values.astype(np.float64)
+    region = wanted[first_row : first_row + rows, first_column : first_column + columns]
+    moved = region * (host(factors).T if turned else host(factors))
+    region += weight * (moved - region)
+    assert np.abs(np.concatenate(found) - wanted).max() <= 2.0**-24 * np.abs(wanted).max()
+
+
+@both
+def test_a_kernel_is_no_column(library: str) -> None:
+    values = random(ROWS, 5 * 6).astype(np.float32)
+    factors = array(library, random(1, 5, 1, 1))
+    block = array(library, values)
+    Changed(lambda part, row, column: part * factors, ROWS, 30, kernel=(2, 3)).apply(
+        block, block, 0
+    )
+    wanted = values.reshape(ROWS, 5, 2, 3) * host(factors)
+    assert np.allclose(host(block), wanted.reshape(ROWS, 30), rtol=1e-6)

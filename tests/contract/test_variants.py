@@ -30,6 +30,7 @@ from loratool import variants
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError
 from loratool.ops import kernels
 from loratool.ops.opening import open_adapter
+from loratool.ops.tensors import read_tensor
 from loratool.values.arrays import decode
 
 CLOSE: Final = 1e-12
@@ -214,6 +215,27 @@ def test_a_part_changes_as_the_whole_does(variant: str, tmp_path: Path) -> None:
                 cut = slice(row, row + steps[0]), slice(column, column + steps[1])
                 part = change.changed(weight[cut], row, column)
                 assert np.allclose(part, whole[cut], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("variant", [*EXACT, *CHANGES])
+def test_it_computes_with_tensors_as_with_arrays(variant: str, tmp_path: Path) -> None:
+    made, wanted = as_merged(variant)
+    for site in open_adapter(made.write(tmp_path)).sites:
+        shape = wanted[f"{site.module.removeprefix('unet.')}.weight"].shape
+        if site.variant.has_factors:
+            width = site.variant.width(site, shape)
+            arrays = site.variant.factors(site, decode, width)
+            tensors = site.variant.factors(site, read_tensor, width)
+        else:
+            values = {slot: decode(stored) for slot, stored in site.slots.items()}
+            weight = np.random.default_rng(1).standard_normal(shape)
+            change = site.variant.change(site, values, shape, 1.5)
+            arrays = (change.changed(weight, 0, 0),)
+            turned = {slot: torch.from_numpy(value) for slot, value in values.items()}
+            other = site.variant.change(site, turned, shape, 1.5)
+            tensors = (other.changed(torch.from_numpy(weight), 0, 0),)
+        for one, two in zip(arrays, tensors, strict=True):
+            assert np.allclose(one, two.numpy(), atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", [*EXACT, *CHANGES])
