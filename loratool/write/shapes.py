@@ -54,7 +54,7 @@ def padded(parts: Sequence[Part], rank: int | None, scheme: KeyScheme) -> list[P
     for part in parts:
         if not part.is_plain:
             raise UnsupportedError(
-                part.module, f"is a {part.variant.name} and has no ranks", hint="add --to-lora"
+                part.module, f"is {part.variant.words}, which has no ranks", hint="add --to-lora"
             )
         if part.rank > rank:
             raise OptionError(
@@ -132,7 +132,8 @@ def no_place(
     """
     stored = part.stored(slot) if slot is not None else None
     if not part.is_plain and part.variant.has_matrix:
-        hint = "make it a plain LoRA with --to-lora"
+        more = ", --base and --rank" if part.variant.needs_base else ""
+        hint = f"make it a plain LoRA with --to-lora{more}"
     elif slot is Slot.MAGNITUDE:
         hint = "make it a plain LoRA with --to-lora, --base and --rank"
     elif stored is not None:

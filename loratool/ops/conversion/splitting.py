@@ -80,7 +80,7 @@ def check_splittable(part: Part, verb: str) -> None:
     if not part.is_plain:
         raise UnsupportedError(
             part.module,
-            f"is a {part.variant.name}, and cannot be {verb} as a fused projection",
+            f"is {part.variant.words}, and cannot be {verb} as a fused projection",
             hint="make it a plain LoRA with --to-lora",
         )
 

@@ -120,7 +120,7 @@ def _apart(part: Part, target: Target, base: Model | None) -> Iterator[Part]:
     if not part.is_plain or part.kind is not Kind.LINEAR:
         raise UnsupportedError(
             part.module,
-            f"is a {part.variant.name} and cannot be split into {', '.join(fusion.parts)}",
+            f"is {part.variant.words}, and cannot be split into {', '.join(fusion.parts)}",
             hint="make it a plain LoRA with --to-lora",
         )
     names = [f"{parent}.{name}" if parent else name for name in fusion.parts]
