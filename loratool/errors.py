@@ -16,6 +16,7 @@ __all__ = [
     "MissingModuleError",
     "OptionError",
     "OutputError",
+    "PluginError",
     "UnsupportedError",
     "printable",
 ]
@@ -70,6 +71,10 @@ class OptionError(LoratoolError):
 
 class OutputError(LoratoolError):
     """The output cannot be written: it exists, there is no space, or the folder is not there."""
+
+
+class PluginError(LoratoolError):
+    """A plug-in that cannot be imported, or that claims what another one does."""
 
 
 def printable(text: object) -> str:
