@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Final
 
@@ -83,7 +84,7 @@ class Plugins:
 def _listed(package: str, folders: str) -> tuple[str, ...]:
     module = importlib.import_module(package)
     kind = package.rpartition(".")[2]
-    more = [os.path.join(folder, kind) for folder in folders.split(os.pathsep) if folder]
+    more = [str(Path(folder, kind)) for folder in folders.split(os.pathsep) if folder]
     places = [*_own_places(package), *more]
     if list(module.__path__) != places:
         module.__path__[:] = places
@@ -93,7 +94,7 @@ def _listed(package: str, folders: str) -> tuple[str, ...]:
         for info in iter_modules([place]):
             if info.name in found:
                 raise PluginError(
-                    os.path.join(place, info.name),
+                    Path(place, info.name),
                     f"is a second plug-in {info.name!r} beside that of {found[info.name]}",
                     hint="give its file another name",
                 )
@@ -115,8 +116,8 @@ def _claims(package: str, folders: str) -> Mapping[str, Any]:
 def _claim(path: str) -> Any:
     """Return the literal ``CLAIM`` of a module; that of one without a text is taken from it."""
     spec = find_spec(path)
-    loader = spec.loader if spec is not None else None
-    text = loader.get_source(path) if hasattr(loader, "get_source") else None
+    source = getattr(spec.loader, "get_source", None) if spec is not None else None
+    text = source(path) if source is not None else None
     if text is None:
         return getattr(importlib.import_module(path), "CLAIM", None)
     match = CLAIM.search(text)

@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from loratool.names.diffusion import FAMILIES, Family, family_named, unflatten
+from loratool.names.families import claiming, family_named, unrefined
+from loratool.names.family import Family
+from loratool.names.flattening import unflatten
 from loratool.names.pipelines import ENCODERS, component_of, family_of_encoders
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "is_native",
     "other_names",
     "plausible_families",
+    "with_several_encoders",
 ]
 
 
@@ -46,10 +49,7 @@ def is_fused(family: str | None) -> bool:
 
     The paths of such a file stay native: one module there is several in diffusers.
     """
-    if family is None:
-        return False
-    rows = family_named(family).rows
-    return any(len(row.hub.modules) > 1 or row.hub.swapped for row in rows)
+    return family is not None and family_named(family).is_fused
 
 
 def plausible_families(backbone: Collection[str], encoders: Collection[str] = ()) -> list[Family]:
@@ -57,18 +57,22 @@ def plausible_families(backbone: Collection[str], encoders: Collection[str] = ()
 
     Args:
         backbone: Paths without component, in either naming.
-        encoders: Components of text encoders beside it; Stable Diffusion 1 has only one.
+        encoders: Components of text encoders beside it.
     """
-    counts = {family.name: sum(map(family.has, backbone)) for family in FAMILIES}
-    best = max(counts.values(), default=0)
+    asked = claiming(backbone)
+    counts = [sum(map(family.has, backbone)) for family in asked]
+    best = max(counts, default=0)
     if not best or 2 * best < len(backbone):
         return []
-    found = [f for f in FAMILIES if counts[f.name] == best]
+    found = [family for family, count in zip(asked, counts, strict=True) if count == best]
     if any(encoder != "text_encoder" for encoder in encoders):
-        found = [f for f in found if f.name != "sd1"] or found
-    if [family.name for family in found] == ["sd3", "sd3-large"]:
-        return found[:1]
-    return found
+        found = with_several_encoders(found)
+    return unrefined(found)
+
+
+def with_several_encoders(found: Sequence[Family]) -> list[Family]:
+    """Return those that have more than one text encoder; all, if that leaves none."""
+    return [family for family in found if len(family.encoders) != 1] or list(found)
 
 
 def families_of_modules(modules: Iterable[str]) -> list[Family]:
@@ -88,8 +92,9 @@ def family_name(modules: Collection[str]) -> str | None:
 
 def is_native(local: str) -> bool:
     """Whether a path is one of original checkpoints only."""
-    return any(f.from_native(local) is not None for f in FAMILIES) and not any(
-        f.to_native(local) is not None for f in FAMILIES
+    asked = claiming([local])
+    return any(f.from_native(local) is not None for f in asked) and not any(
+        f.to_native(local) is not None for f in asked
     )
 
 
@@ -117,9 +122,10 @@ def candidates(flat: str, kinds: Iterable[str]) -> tuple[str, ...]:
 def other_names(module: str, family: str | None) -> list[str]:
     """Return what a module of a pipeline's backbone is called in the other naming, if it is one."""
     component, local = component_of(module)
-    families = [family_named(family)] if family else [f for f in FAMILIES if f.has(local)]
+    if component is None:
+        return []
     found: dict[str, None] = {}
-    for item in families if component is not None else ():
+    for item in [family_named(family)] if family else claiming([local]):
         native = item.to_native(local)
         if native is not None and len(native[1].modules) == 1 and not native[1].swapped:
             found[native[0]] = None

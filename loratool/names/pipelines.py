@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Final
 
-from loratool.names.diffusion import FAMILIES, unflatten
-from loratool.names.diffusion.flattening import flatten
+from loratool.names.families import FILES, claiming, families, family_named
+from loratool.names.family import CLIP_G, CLIP_L, T5, Family
+from loratool.names.flattening import BACKBONE, ENCODER_KINDS, unflatten
+from loratool.names.vocabulary import flatten
 
 __all__ = [
     "BACKBONES",
-    "BACKBONE_KINDS",
     "COMFY_ENCODERS",
     "COMPONENT",
     "COMPONENTS",
     "ENCODERS",
     "KOHYA_ENCODERS",
+    "EncoderNames",
     "component_of",
     "encoder_component",
     "encoder_kinds",
@@ -47,48 +49,46 @@ COMPONENTS: Final = (
 )
 """The folders of a pipeline that hold models which adapters are for."""
 
-BACKBONE_KINDS: Final = (
-    "unet",
-    "ldm-unet",
-    "flux",
-    "bfl-flux",
-    "flux2",
-    "bfl-flux2",
-    "sd3",
-    "mmdit-sd3",
-    "wan",
-    "native-wan",
-    "qwen-image",
-)
-"""The vocabularies of backbones."""
-ENCODER_KINDS: Final = ("clip", "t5", "language-model")
-"""The vocabularies of text encoders."""
 
-KOHYA_ENCODERS: Final[Mapping[str | None, Mapping[str, str]]] = MappingProxyType(
-    {
-        "sd1": {"text_encoder": "te"},
-        "sdxl": {"text_encoder": "te1", "text_encoder_2": "te2"},
-        "flux": {"text_encoder": "te1", "text_encoder_2": "te3"},
-        "sd3": {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},
-        None: {"text_encoder": "te", "text_encoder_2": "te2", "text_encoder_3": "te3"},
-    }
-)
-"""Family to component to the part of kohya's prefix that means it."""
+@dataclass(frozen=True, slots=True)
+class EncoderNames:
+    """What a scheme calls the text encoders of a pipeline.
 
-COMFY_ENCODERS: Final[Mapping[str | None, Mapping[str, str]]] = MappingProxyType(
-    {
-        "sd1": {"text_encoder": "clip_l"},
-        "sdxl": {"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
-        "flux": {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
-        "sd3": {
-            "text_encoder": "clip_l",
-            "text_encoder_2": "clip_g",
-            "text_encoder_3": "t5xxl",
-        },
-        None: {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
-    }
+    Attributes:
+        roles: By the role that the encoder has in its family.
+        unknown: By component, where the family is not known.
+        alone: The only encoder of a family; empty where it is called by its role.
+    """
+
+    roles: Mapping[str, str]
+    unknown: Mapping[str, str]
+    alone: str = ""
+
+    def of(self, family: str | None) -> Mapping[str, str]:
+        """Return the name of each component that is a text encoder of ``family``."""
+        roles = family_named(family).encoders if family else {}
+        if self.alone and len(roles) == 1:
+            return dict.fromkeys(roles, self.alone)
+        found = {name: self.roles[role] for name, role in roles.items() if role in self.roles}
+        return found if roles else self.unknown
+
+    def family(self, parts: Collection[str]) -> str | None:
+        """Return the family that the names of its encoders tell, without any backbone."""
+        return _family_of_roles({role for role, name in self.roles.items() if name in parts})
+
+
+KOHYA_ENCODERS: Final = EncoderNames(
+    {CLIP_L: "te1", CLIP_G: "te2", T5: "te3"},
+    {"text_encoder": "te", "text_encoder_2": "te2", "text_encoder_3": "te3"},
+    alone="te",
 )
-"""Family to component to ComfyUI's name of that text encoder."""
+"""The parts of kohya's prefix."""
+
+COMFY_ENCODERS: Final = EncoderNames(
+    {CLIP_L: "clip_l", CLIP_G: "clip_g", T5: "t5xxl"},
+    {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
+)
+"""ComfyUI's names."""
 
 FLAT: Final = re.compile(
     r"(?:lora|oft|boft)_(?:(?P<part>unet|transformer|te\d?|prior_unet|prior_te)_)?_?"
@@ -104,7 +104,6 @@ ENCODERS: Final = ("text_encoder", "text_encoder_2", "text_encoder_3")
 BACKBONES: Final = ("unet", "transformer")
 
 
-@lru_cache(maxsize=1 << 17)
 def component_of(module: str, known: frozenset[str] = frozenset()) -> tuple[str | None, str]:
     """Return the component of a pipeline that a path begins with, and the path inside it.
 
@@ -113,6 +112,13 @@ def component_of(module: str, known: frozenset[str] = frozenset()) -> tuple[str 
         known: What is a component for certain, whatever is inside; others are where a
             vocabulary has the rest of the path.
     """
+    return _component_of(module, known, FILES.names())
+
+
+@lru_cache(maxsize=1 << 17)
+def _component_of(
+    module: str, known: frozenset[str], families: tuple[str, ...]
+) -> tuple[str | None, str]:
     match = COMPONENT.fullmatch(module)
     if match is None:
         return None, module
@@ -123,12 +129,11 @@ def component_of(module: str, known: frozenset[str] = frozenset()) -> tuple[str 
 
 
 def _is_inside(component: str, local: str) -> bool:
+    kinds: tuple[str, ...] = (BACKBONE,)
     if component.startswith("text_encoder"):
-        kinds: tuple[str, ...] = ENCODER_KINDS
-    elif any(family.has(local) for family in FAMILIES):
+        kinds = ENCODER_KINDS
+    elif any(family.has(local) for family in claiming([local])):
         return True
-    else:
-        kinds = BACKBONE_KINDS
     return any(local in unflatten(flatten(local), kind) for kind in kinds)
 
 
@@ -155,15 +160,7 @@ def flat_prefix(component: str | None, family: str | None) -> str:
         return "lora_unet_"
     if component == "prior":
         return "lora_prior_unet_"
-    return f"lora_{encoders_of(KOHYA_ENCODERS, family)[component]}_"
-
-
-def encoders_of(
-    table: Mapping[str | None, Mapping[str, str]], family: str | None
-) -> Mapping[str, str]:
-    """Return what ``table`` calls the text encoders of a family; ``sd3-large`` is an ``sd3``."""
-    name = family.partition("-")[0] if family else None
-    return table.get(name, table[None])
+    return f"lora_{KOHYA_ENCODERS.of(family)[component]}_"
 
 
 def encoder_kinds(part: str) -> tuple[str, ...]:
@@ -171,11 +168,9 @@ def encoder_kinds(part: str) -> tuple[str, ...]:
     return ENCODER_KINDS if part.startswith(("te", "prior_te")) else ()
 
 
-def encoder_component(
-    part: str, family: str | None, table: Mapping[str | None, Mapping[str, str]]
-) -> str | None:
-    """Return the component that ``part`` of one of the tables above means."""
-    found = {value: key for key, value in encoders_of(table, family).items()}
+def encoder_component(part: str, family: str | None, names: EncoderNames) -> str | None:
+    """Return the component that ``part``, a name that a scheme has for it, means."""
+    found = {value: key for key, value in names.of(family).items()}
     if part in found:
         return found[part]
     # OneTrainer calls Flux's T5 te2, and some tools SD 1.5's encoder te1.
@@ -198,7 +193,7 @@ def native_prefix(component: str | None, family: str | None) -> str:
     """
     if component is None or component in BACKBONES:
         return "diffusion_model."
-    return f"text_encoders.{encoders_of(COMFY_ENCODERS, family)[component]}.transformer."
+    return f"text_encoders.{COMFY_ENCODERS.of(family)[component]}.transformer."
 
 
 def sole_component(modules: Collection[str], known: frozenset[str] = frozenset()) -> str | None:
@@ -210,12 +205,31 @@ def sole_component(modules: Collection[str], known: frozenset[str] = frozenset()
 def family_of_encoders(modules: Collection[str]) -> str | None:
     """Return the family that the components of text encoders tell, without any backbone.
 
-    Only SD3 has a third one; a second one that is a T5 is Flux's, another one SDXL's.
+    The last of them tells it, where it is not the only one that a family has: a third one is
+    Stable Diffusion 3's, a second one that is a T5 is Flux's, another one SDXL's.
     """
-    encoders = {c: local for c, local in map(component_of, modules) if c in ENCODERS}
-    if "text_encoder_3" in encoders:
-        return "sd3"
-    if "text_encoder_2" in encoders:
-        is_t5 = encoders["text_encoder_2"].startswith(("encoder.block.", "shared"))
-        return "flux" if is_t5 else "sdxl"
-    return None
+    encoders = {c: local for c, local in map(component_of, modules) if c in ENCODERS[1:]}
+    if not encoders:
+        return None
+    last = max(encoders)
+    is_t5 = encoders[last].startswith(("encoder.block.", "shared"))
+    found = [family for family in families() if not family.refines and last in family.encoders]
+    if len(found) > 1:
+        found = [family for family in found if (family.encoders[last] == T5) == is_t5]
+    return _smallest(found)
+
+
+def _family_of_roles(roles: Collection[str]) -> str | None:
+    """Return the family whose text encoders have these roles, and fewest others."""
+    if set(roles) <= {CLIP_L}:  # which nearly all have
+        return None
+    return _smallest(
+        [f for f in families() if not f.refines and set(roles) <= set(f.encoders.values())]
+    )
+
+
+def _smallest(found: Collection[Family]) -> str | None:
+    """Return the one family that has fewest text encoders, or ``None``."""
+    least = min((len(family.encoders) for family in found), default=0)
+    smallest = [family.name for family in found if len(family.encoders) == least]
+    return smallest[0] if len(smallest) == 1 else None

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final
 
 from loratool.adapter.model import Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
 from loratool.files.container import read_bytes
-from loratool.names.diffusion import Fusion
+from loratool.names.family import Fusion
 from loratool.ops.conversion.splitting import (
     ROW_SLOTS,
     check_magnitude,
@@ -33,16 +32,12 @@ from loratool.values.expr import (
 
 __all__ = ["fused"]
 
-MLP_RATIO: Final = {"flux": 4}
-"""Rows of the last part of an ``input``-sized fusion over its inputs, where not known."""
-
 
 def fused(
     name: str,
     fusion: Fusion,
     members: Mapping[str, Part],
     shapes: Mapping[str, tuple[int, ...]],
-    family: str,
 ) -> Part:
     """Return the native module ``name`` that ``members`` are parts of.
 
@@ -51,7 +46,6 @@ def fused(
         fusion: What it is made of.
         members: The parts that are adapted, by their local paths.
         shapes: Shapes of the base's weights by module path, where it is at hand.
-        family: What model it is of.
 
     Raises:
         UnsupportedError: They cannot be fused.
@@ -66,7 +60,7 @@ def fused(
         check_magnitude(part, "fused")
         if part.kind is not Kind.LINEAR:
             raise UnsupportedError(part.module, f"is a {part.kind.value} layer, and is not fused")
-    heights = _heights(name, fusion, members, shapes, family)
+    heights = _heights(name, fusion, members, shapes)
     ordered = [members.get(module) for module in fusion.modules]
     present = [part for part in ordered if part is not None]
     if _share_down(present):
@@ -110,7 +104,6 @@ def _heights(
     fusion: Fusion,
     members: Mapping[str, Part],
     shapes: Mapping[str, tuple[int, ...]],
-    family: str,
 ) -> list[int]:
     """Return how many rows each part of a fused module has, absent ones included."""
     known = {module: part.up.shape[0] for module, part in members.items()}
@@ -123,8 +116,8 @@ def _heights(
     last = known.get(fusion.modules[-1])
     if last is None and total is not None:
         last = total - sum(heights)
-    elif last is None and family in MLP_RATIO:
-        last = MLP_RATIO[family] * into
+    elif last is None and fusion.ratio is not None:
+        last = fusion.ratio * into
     if last is None or last <= 0:
         raise UnsupportedError(
             name, "fuses a projection whose size the adapter does not tell", hint="give --base"

@@ -11,6 +11,8 @@ from typing import Final
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import KeyScheme, Spelling
+from loratool.names.families import family_named
+from loratool.names.family import Release
 from loratool.names.paths import other_names
 from loratool.ops.naming.flat import MODULES_KEY
 from loratool.ops.naming.spelling import paths_of
@@ -30,17 +32,6 @@ STALE: Final = re.compile(
     r"|unet|text_encoder|(unet|text_encoder):\d+:rank|<.+>|alpha|ss_output_name"
 )
 """Keys that describe the form of a file, which is what a conversion changes."""
-
-BASE_VERSIONS: Final = {"sdxl": "sdxl_base_v1-0", "flux": "flux1", "sd3": "sd3m"}
-ARCHITECTURES: Final = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2",
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "flux": "flux-1-dev",
-    "sd3": "stable-diffusion-3",
-}
-SD2_WIDTH: Final = 1024
-"""Inputs of the cross-attention of Stable Diffusion 2; the first has 768."""
 
 
 def kept_metadata(adapter: Adapter) -> dict[str, str]:
@@ -62,42 +53,40 @@ def kohya_metadata(
             "conv_dim": _common([str(part.rank) for part in kernels]),
             "conv_alpha": _common([_number(part.written_alpha) for part in kernels]),
         }
+    release = _release(parts, family)
     found = {
-        "ss_v2": "True" if _version(parts, family) == "sd2" else "False",
+        "ss_v2": str(release is not None and release.is_v2),
         "ss_network_module": "lycoris.kohya" if is_lycoris else "networks.lora",
         "ss_network_dim": _common([str(part.rank) for part in linear]),
         "ss_network_alpha": _common([_number(part.written_alpha) for part in linear]),
         "ss_network_args": json.dumps(arguments) if arguments else "null",
         "ss_output_name": title,
     }
-    version = _version(parts, family)
-    known = {"sd1": "sd_v1", "sd2": "sd_v2", **BASE_VERSIONS}.get(version or "")
-    if known and "ss_base_model_version" not in new.metadata:
-        found["ss_base_model_version"] = known
-    if version in ARCHITECTURES:
-        found |= {
-            "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": f"{ARCHITECTURES[version]}/lora",
-            "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
-            if version == "sdxl"
-            else "diffusers",
-        }
-        if new.metadata.get("modelspec.title", new.stem) == new.stem:
-            found["modelspec.title"] = title
+    if release is None:
+        return found
+    if "ss_base_model_version" not in new.metadata:
+        found["ss_base_model_version"] = release.base_version
+    found |= {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{release.architecture}/lora",
+        "modelspec.implementation": release.implementation,
+    }
+    if new.metadata.get("modelspec.title", new.stem) == new.stem:
+        found["modelspec.title"] = title
     return found
 
 
-def _version(parts: Sequence[Part], family: str | None) -> str | None:
-    if family is not None and family.startswith("sd3"):
-        return "sd3"
-    if family != "sd1":
-        return family
+def _release(parts: Sequence[Part], name: str | None) -> Release | None:
+    """Return what metadata call the model that the modules are of."""
+    if name is None:
+        return None
+    family = family_named(name)
     widths = {
         part.down.shape[1]
         for part in parts
-        if part.is_plain and part.module.endswith(("attn2.to_k", "attn2.to_v"))
+        if part.is_plain and part.module.endswith(family.told_by)
     }
-    return "sd2" if widths == {SD2_WIDTH} else "sd1"
+    return family.release(widths)
 
 
 def _common(values: Sequence[str]) -> str:

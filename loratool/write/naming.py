@@ -14,7 +14,7 @@ from loratool.errors import AdapterError, OptionError
 from loratool.names.pipelines import COMPONENTS, component_of
 from loratool.schemes import scheme_named
 from loratool.write.options import WriteOptions
-from loratool.write.renaming import Naming, names_native
+from loratool.write.renaming import Naming
 
 __all__ = ["as_in_base", "is_same_spelling", "is_written_native", "of_component"]
 
@@ -105,7 +105,7 @@ def is_written_native(
         return wish == "native"
     if scheme.spelling is Spelling.NATIVE:
         return True
-    usual = {names_native(family.name) for family in naming.families}
+    usual = {family.is_trained_native for family in naming.families}
     if len(usual) == 1:
         return usual.pop()
     # Stable Diffusion 1 or XL: what was read is what is written.

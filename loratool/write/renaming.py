@@ -8,13 +8,14 @@ from typing import Final, TypeVar
 
 from loratool.adapter.part import Part
 from loratool.errors import OptionError, UnsupportedError
-from loratool.names.diffusion import FAMILIES, Family, Fusion, family_named
+from loratool.names.families import claiming, family_named
+from loratool.names.family import Family, Fusion
 from loratool.names.paths import families_of_modules
 from loratool.names.pipelines import BACKBONES, component_of
 from loratool.ops.conversion.splitting import split_fused, swapped
 from loratool.write.fusing import fused
 
-__all__ = ["Naming", "families_of", "names_native", "to_hub", "to_native"]
+__all__ = ["Naming", "families_of", "to_hub", "to_native"]
 
 Found = TypeVar("Found")
 PLACES: Final = (None, *BACKBONES)
@@ -65,7 +66,7 @@ def families_of(modules: Collection[str], name: str | None) -> Naming:
     if name is None:
         return Naming(tuple(families_of_modules(modules)))
     family = family_named(name)
-    is_empty = any(f.has(local) for f in FAMILIES for local in locals_)
+    is_empty = any(f.has(local) for f in claiming(locals_) for local in locals_)
     if is_empty and not any(map(family.has, locals_)):
         raise OptionError("--family", f"{name} has none of the modules, such as {locals_[0]!r}")
     return Naming((family,))
@@ -123,11 +124,5 @@ def to_native(
             made.append(item)
         else:
             fusion, members = groups[item]
-            family = naming.families[0].name
-            made.append(fused(item, fusion, members, shapes, family))
+            made.append(fused(item, fusion, members, shapes))
     return made
-
-
-def names_native(family: str | None) -> bool:
-    """Whether kohya's files use the native names of a family: all but Stable Diffusion 1 and 2."""
-    return family is not None and family != "sd1"

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import KeyScheme, Spelling
 from loratool.errors import UnsupportedError
-from loratool.names.diffusion.flattening import flatten
 from loratool.names.pipelines import (
     BACKBONES,
     component_of,
@@ -18,6 +17,7 @@ from loratool.names.pipelines import (
     native_prefix,
 )
 from loratool.names.positions import UNET_MODULES, text_paths, unet_paths
+from loratool.names.vocabulary import flatten
 
 __all__ = ["Spelled", "spelled", "with_components"]
 

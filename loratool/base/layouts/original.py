@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from loratool.base.layout import Headers, Layout
-from loratool.names.diffusion import FAMILIES
+from loratool.names.families import claiming
 
 __all__ = ["LAYOUT"]
 
@@ -24,7 +24,9 @@ class Original(Layout):
 
     def paths(self, headers: Headers) -> Mapping[str, str]:
         locals_ = [m.removeprefix(BACKBONE) for m in headers.modules if m.startswith(BACKBONE)]
-        family = next((f for f in FAMILIES if sum(map(f.has, locals_)) > len(locals_) // 2), None)
+        family = next(
+            (f for f in claiming(locals_) if sum(map(f.has, locals_)) > len(locals_) // 2), None
+        )
         component = family.backbone if family else "unet"
         found = {}
         for local in locals_:

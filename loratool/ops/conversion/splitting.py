@@ -15,7 +15,7 @@ from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
 from loratool.files.container import read_bytes
-from loratool.names.diffusion import Fusion
+from loratool.names.family import Fusion
 from loratool.values.expr import Expr, Stored, concatenated
 
 __all__ = ["ROW_SLOTS", "check_magnitude", "check_splittable", "split_fused", "swapped"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from loratool.adapter.build import strip_wrappers
 from loratool.adapter.model import Site
@@ -62,7 +62,7 @@ def from_native(modules: Sequence[str]) -> Names:
     split = {module: split_native(module) for module in modules}
     backbone = [local for part, local in split.values() if part == "diffusion_model"]
     parts = {part for part, _ in split.values()} - {"diffusion_model", ""}
-    name = _family_of_encoders(parts)
+    name = COMFY_ENCODERS.family(parts)
     guessed = {encoder_component(part, name, COMFY_ENCODERS) or "" for part in parts} - {""}
     families = plausible_families(backbone, guessed)
     name = families[0].name if len(families) == 1 else name
@@ -77,13 +77,6 @@ def from_native(modules: Sequence[str]) -> Names:
             paths[module] = (f"{component}.{local}",) if component else ()
             known |= {component} if component else set()
     return Names(paths, name, frozenset(known), any(map(is_native, backbone)))
-
-
-def _family_of_encoders(encoders: Collection[str]) -> str | None:
-    """Return the family that text encoders alone tell, by ComfyUI's names."""
-    if "t5xxl" in encoders:
-        return "sd3" if "clip_g" in encoders else "flux"
-    return "sdxl" if "clip_g" in encoders else None
 
 
 def from_positions(sites: Sequence[Site]) -> Names:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
-from loratool.names.diffusion import FAMILIES, Family, family_named
-from loratool.names.diffusion.flattening import flatten
-from loratool.names.paths import Names, candidates, family_name, hub_path, is_native
+from loratool.names.families import claiming, family_named, unrefined
+from loratool.names.family import Family
+from loratool.names.flattening import BACKBONE
+from loratool.names.paths import (
+    Names,
+    candidates,
+    family_name,
+    hub_path,
+    is_native,
+    with_several_encoders,
+)
 from loratool.names.pipelines import (
-    BACKBONE_KINDS,
     BACKBONES,
     COMPONENT,
     KOHYA_ENCODERS,
@@ -20,6 +27,7 @@ from loratool.names.pipelines import (
     encoder_kinds,
     split_flat,
 )
+from loratool.names.vocabulary import flatten
 
 __all__ = ["MODULES_KEY", "from_bare_flat", "from_flat"]
 
@@ -33,13 +41,13 @@ def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collect
     split = {module: split_flat(module) for module in modules}
     known = _recorded(metadata)
     found = {
-        module: candidates(flat, BACKBONE_KINDS)
+        module: candidates(flat, (BACKBONE,))
         for module, (part, flat) in split.items()
         if module not in known and part in BACKBONE_PARTS
     }
     parts = {part for part, _ in split.values()}
     families = _families_of(found, has_more_encoders=bool(parts & {"te1", "te2", "te3"}))
-    name = families[0].name if len(families) == 1 else _family_of_parts(parts)
+    name = families[0].name if len(families) == 1 else KOHYA_ENCODERS.family(parts)
     of_base = _by_flat(base)
     paths: dict[str, tuple[str, ...]] = {}
     components = set()
@@ -94,33 +102,21 @@ def _is_of_part(path: str, part: str, family: str | None) -> bool:
 def _families_of(found: Mapping[str, tuple[str, ...]], *, has_more_encoders: bool) -> list[Family]:
     """Return the families that most of the names that any family has could belong to."""
     named = [paths for paths in found.values() if paths]
-    counts = {f.name: sum(any(map(f.has, paths)) for paths in named) for f in FAMILIES}
-    best = max(counts.values())
+    asked = claiming(path for paths in named for path in paths)
+    counts = [sum(any(map(family.has, paths)) for paths in named) for family in asked]
+    best = max(counts, default=0)
     if not best or 2 * best < len(named):
         return []
-    families = [family for family in FAMILIES if counts[family.name] == best]
+    families = [family for family, count in zip(asked, counts, strict=True) if count == best]
     if has_more_encoders:
-        families = [family for family in families if family.name != "sd1"] or families
-    if [family.name for family in families] == ["sd3", "sd3-large"]:
-        return families[:1]
-    return families
+        families = with_several_encoders(families)
+    return unrefined(families)
 
 
 def _encoder_paths(part: str, flat: str, family: str | None) -> tuple[str, ...]:
     found = candidates(flat, encoder_kinds(part))
-    if family == "flux" and part == "te2":  # OneTrainer's name of Flux's T5
-        component: str | None = "text_encoder_2"
-    else:
-        component = encoder_component(part, family, KOHYA_ENCODERS)
+    component = encoder_component(part, family, KOHYA_ENCODERS)
     return tuple(f"{component}.{path}" for path in found) if component else ()
-
-
-def _family_of_parts(parts: Iterable[str]) -> str | None:
-    """Return the family that text encoders alone tell, by kohya's names."""
-    found = set(parts)
-    if "te3" in found:
-        return "sd3" if "te2" in found else "flux"
-    return "sdxl" if "te2" in found else None
 
 
 def _with_component(path: str, part: str, family: str | None) -> str:
@@ -169,7 +165,7 @@ def _bare_candidates(flat: str) -> tuple[str, ...]:
         if flat.startswith(f"{component}_"):
             rest = flat.removeprefix(f"{component}_")
             is_text = component.startswith("text")
-            kinds = ("clip", "t5") if is_text else BACKBONE_KINDS
+            kinds = ("clip", "t5") if is_text else (BACKBONE,)
             found = candidates(rest, kinds)
             if found:
                 return tuple(f"{component}.{path}" for path in found)

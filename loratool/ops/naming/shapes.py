@@ -11,39 +11,31 @@ from loratool.adapter.scheme import Embeddings, KeyScheme, Spelling, transposed
 from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
 from loratool.names.embeddings import is_embedding
+from loratool.names.families import claiming
 from loratool.names.pipelines import component_of
 from loratool.names.switched import expert_path
 
 __all__ = ["family_by_shape", "one_site_an_expert", "shaped"]
 
-PROPORTIONS: Final = (
-    (".linear1", True, {"flux": 7.0, "flux2": 9.0}),
-    (".linear2", False, {"flux": 5.0, "flux2": 4.0}),
-    ("_mlp.0", True, {"flux": 4.0, "flux2": 6.0}),
-    ("_mlp.2", False, {"flux": 4.0, "flux2": 3.0}),
-)
-"""Native layers, whether outputs are counted in inputs or the other way, and the ratios."""
 PIPELINES: Final = frozenset((Spelling.FLAT, Spelling.NATIVE, Spelling.PIPELINE))
 
 
 def family_by_shape(sites: Sequence[Site], paths: Mapping[str, tuple[str, ...]]) -> str | None:
-    """Return which of two models with the same native names has layers of these proportions.
-
-    The feed-forward layers of Flux.1 have four times their width, those of Flux.2 three times,
-    twice for the gate.
-    """
+    """Return which of two models with the same native names has layers of these proportions."""
     votes = set()
     for site in sites:
         found = paths.get(site.module, ())
         name = found[0] if len(found) == 1 else ""
-        if component_of(name)[0] != "transformer" or not site.in_features:
+        component, local = component_of(name)
+        if component is None or not site.in_features:
             continue
-        for ending, of_inputs, proportions in PROPORTIONS:
-            if name.endswith(ending):
-                pair = (site.out_features, site.in_features)
-                large, small = pair if of_inputs else pair[::-1]
-                ratio = large / small if small else 0
-                votes |= {family for family, value in proportions.items() if value == ratio}
+        votes |= {
+            family.name
+            for family in claiming([local])
+            for proportion in family.proportions
+            if family.backbone == component
+            and proportion.fits(local, site.out_features, site.in_features)
+        }
     return votes.pop() if len(votes) == 1 else None
 
 

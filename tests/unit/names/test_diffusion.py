@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from itertools import product
 from types import SimpleNamespace
@@ -15,29 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.errors import OptionError
-from loratool.names.diffusion import (
-    FAMILIES,
-    KINDS,
-    Family,
-    Fusion,
-    family_named,
-    family_of,
-    unflatten,
-)
-from loratool.names.diffusion.family import NUMBER, Row, single
-from loratool.names.diffusion.flattening import TEMPLATES, Vocabulary, filled, flatten
-from loratool.names.diffusion.templates import expand
+from loratool.names.families import claiming, families, family_named, unrefined
+from loratool.names.family import Family, Fusion, Row, single
+from loratool.names.flattening import BACKBONE, ENCODER_KINDS, KINDS, unflatten, vocabulary
+from loratool.names.templates import expand
+from loratool.names.vocabulary import NUMBER, Vocabulary, filled, flatten
 
-WRITTEN_KINDS = [kind for kind in KINDS if kind != "any"]
-
-NAMES = {  # family to the kinds of its hub and native names
-    "sd1": ("unet", "ldm-unet"),
-    "sdxl": ("unet", "ldm-unet"),
-    "flux": ("flux", "bfl-flux"),
-    "flux2": ("flux2", "bfl-flux2"),
-    "wan": ("wan", "native-wan"),
-    "sd3": ("sd3", "mmdit-sd3"),
-    "sd3-large": ("sd3", "mmdit-sd3"),
+FAMILIES = [family for family in families() if family.rows]
+TEMPLATES = {
+    BACKBONE: tuple(
+        dict.fromkeys(
+            name
+            for family in families()
+            for name in (*family.hub_names.templates, *family.native_names.templates)
+        )
+    ),
+    **{kind: vocabulary(kind).templates for kind in ENCODER_KINDS},
 }
 
 OPTIONAL = {"sd1": {"class_embedding.linear_1", "class_embedding.linear_2"}}
@@ -134,13 +127,13 @@ def table(family: Family) -> Iterator[tuple[str, Fusion]]:
             yield native, fusion
 
 
-families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
 # The tables
 
 
-@families
+@each_family
 def test_the_tables_are_bijective(family: Family) -> None:
     natives: set[str] = set()
     hubs: set[str] = set()
@@ -154,13 +147,13 @@ def test_the_tables_are_bijective(family: Family) -> None:
 
 
 @pytest.mark.slow
-@families
+@each_family
 def test_the_tables_are_those_of_the_real_models(family: Family) -> None:
     hubs = {module for _, fusion in table(family) for module in fusion.modules}
     assert hubs - OPTIONAL.get(family.name, set()) == set(modules(family.name))
 
 
-@families
+@each_family
 def test_what_a_family_does_not_have(family: Family) -> None:
     for module in (
         "",
@@ -210,6 +203,7 @@ def test_a_table_with_a_module_twice_is_refused() -> None:
             Fusion(
                 expand("single_transformer_blocks.37.{attn.to_q,attn.to_k,attn.to_v,proj_mlp}"),
                 "input",
+                ratio=4,
             ),
         ),
         (
@@ -384,7 +378,14 @@ def test_flattened_sdxl_names_are_read_as_diffusers_reads_them() -> None:
 # Which family
 
 
-@families
+def family_of(names: Collection[str]) -> Family | None:
+    """The only family that has every one of the modules."""
+    fitting = [f for f in claiming(names) if names and all(map(f.has, names))]
+    found = unrefined(fitting)
+    return found[0] if len(found) == 1 else None
+
+
+@each_family
 def test_a_family_is_known_by_all_of_its_modules(family: Family) -> None:
     assert family_of([native for native, _ in table(family)]) is family
     assert family_of({module for _, fusion in table(family) for module in fusion.modules}) is family
@@ -430,7 +431,7 @@ def test_no_modules_are_of_no_family() -> None:
     assert family_of([]) is None
 
 
-@families
+@each_family
 def test_families_have_names(family: Family) -> None:
     assert family_named(family.name) is family
     assert family.backbone in ("unet", "transformer")
@@ -450,18 +451,21 @@ def assert_restored(names: list[str], *kinds: str) -> None:
             assert unflatten(flatten(name), kind) == (name,)
 
 
-@families
+@each_family
 def test_flattened_names_of_backbones_are_restored(family: Family) -> None:
-    hub, native = NAMES[family.name]
-    assert_restored(list(modules(family.name)), hub)
-    assert_restored([name for name, _ in table(family)], native)
+    for written, names in (
+        (family.hub_names, list(modules(family.name))),
+        (family.native_names, [name for name, _ in table(family)]),
+    ):
+        assert all(written.parse(flatten(name)) == (name,) for name in names)
+        assert_restored(names, BACKBONE)
 
 
 def test_flattened_names_of_qwen_image_are_restored() -> None:
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         names = weights(diffusers.QwenImageTransformer2DModel(num_layers=2))
-    assert_restored(list(names), "qwen-image")
+    assert_restored(list(names), BACKBONE)
 
 
 def test_flattened_names_of_clip_are_restored() -> None:
@@ -544,7 +548,7 @@ def test_flattened_names_of_other_versions_are_restored(name: str) -> None:
     assert_restored([name], "language-model")
 
 
-@pytest.mark.parametrize("kind", WRITTEN_KINDS)
+@pytest.mark.parametrize("kind", TEMPLATES)
 def test_no_name_of_a_vocabulary_is_ambiguous(kind: str) -> None:
     """Numbers are chosen so that a literal one may be taken for the number of a block."""
     for template in TEMPLATES[kind]:
@@ -567,7 +571,7 @@ def test_there_is_no_such_kind() -> None:
 
 
 @given(
-    case=st.sampled_from([(kind, each) for kind in WRITTEN_KINDS for each in TEMPLATES[kind]]),
+    case=st.sampled_from([(kind, each) for kind in TEMPLATES for each in TEMPLATES[kind]]),
     numbers=st.lists(st.integers(0, 999_999).map(str), min_size=4, max_size=4),
 )
 def test_what_is_flattened_comes_back(case: tuple[str, str], numbers: list[str]) -> None:

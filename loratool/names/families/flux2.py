@@ -9,9 +9,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from loratool.names.diffusion.family import Family, Fusion, Row, single
+from loratool.names.family import Family, Fusion, Proportion, Row, single
 
-__all__ = ["FLUX2", "HUB_TEMPLATES", "NATIVE_TEMPLATES"]
+__all__ = ["CLAIM", "FAMILIES"]
+
+CLAIM: Final = {
+    "families": ["flux2"],
+    "segments": [
+        "context_embedder",
+        "double_blocks",
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "final_layer",
+        "guidance_in",
+        "img_in",
+        "norm_out",
+        "proj_out",
+        "single_blocks",
+        "single_stream_modulation",
+        "single_transformer_blocks",
+        "time_guidance_embed",
+        "time_in",
+        "transformer_blocks",
+        "txt_in",
+        "x_embedder",
+    ],
+}
+"""How paths begin, in either naming."""
 
 DOUBLE_BLOCKS: Final = 8
 SINGLE_BLOCKS: Final = 48
@@ -74,11 +98,18 @@ def rows() -> Iterator[Row]:
         yield single(f"{block}.{native}", f"{hub_block}.{hub}", SINGLE_BLOCKS)
 
 
-FLUX2: Final = Family("flux2", "transformer", tuple(rows()))
+FLUX2: Final = Family(
+    "flux2",
+    "transformer",
+    tuple(rows()),
+    # The feed-forward layers have three times the width of the model, twice for the gate.
+    proportions=(
+        Proportion(".linear1", 9.0, widens=True),
+        Proportion(".linear2", 4.0, widens=False),
+        Proportion("_mlp.0", 6.0, widens=True),
+        Proportion("_mlp.2", 3.0, widens=False),
+    ),
+)
 """Flux.2 dev, and the smaller klein, which has fewer of the same blocks."""
 
-HUB_TEMPLATES: Final = tuple(module for row in FLUX2.rows for module in row.hub.modules)
-"""Names of diffusers' Flux.2 of any depth."""
-
-NATIVE_TEMPLATES: Final = tuple(row.native for row in FLUX2.rows)
-"""The same in the original naming."""
+FAMILIES: Final = (FLUX2,)

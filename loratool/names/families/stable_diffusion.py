@@ -10,10 +10,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from loratool.names.diffusion.family import Family, Row, single
-from loratool.names.diffusion.templates import expand
+from loratool.names.family import CLIP_G, CLIP_L, Family, Release, Row, single
+from loratool.names.templates import expand
+from loratool.names.vocabulary import Vocabulary
 
-__all__ = ["HUB_TEMPLATES", "NATIVE_TEMPLATES", "SD1", "SDXL"]
+__all__ = ["CLAIM", "FAMILIES"]
+
+CLAIM: Final = {
+    "families": ["sd1", "sdxl"],
+    "segments": [
+        "add_embedding",
+        "class_embedding",
+        "conv_in",
+        "conv_norm_out",
+        "conv_out",
+        "down_blocks",
+        "encoder_hid_proj",
+        "input_blocks",
+        "label_emb",
+        "mid_block",
+        "middle_block",
+        "out",
+        "output_blocks",
+        "time_embed",
+        "time_embedding",
+        "up_blocks",
+    ],
+}
+"""How paths begin, in either naming."""
 
 RESNETS: Final = 2
 """Resnets of each level on the way down; on the way up there is one more."""
@@ -110,6 +134,47 @@ def attention(native: str, hub: str, depth: int) -> Iterator[Row]:
             yield single(f"{native}.{inner}", f"{hub}.{inner}", depth)
 
 
+HUB_NAMES: Final = Vocabulary(
+    (
+        *ENDS.values(),
+        *expand(
+            "time_embedding.cond_proj",
+            "class_embedding",
+            "{class_embedding,add_embedding}.linear_{1,2}",
+            "encoder_hid_proj",
+            "down_blocks.*.downsamplers.*.conv",
+            "up_blocks.*.upsamplers.*.conv",
+        ),
+        *(
+            f"{block}.resnets.*.{inner}"
+            for block in ("down_blocks.*", "mid_block", "up_blocks.*")
+            for inner in (*RESNET.values(), SHORTCUT[1])
+        ),
+        *(
+            f"{block}.{kind}.*.{inner}"
+            for block in ("down_blocks.*", "mid_block", "up_blocks.*")
+            for kind in ("attentions", "motion_modules")
+            for inner in (*ATTENTION, *ATTENTION_BLOCK)
+        ),
+    )
+)
+"""Names of diffusers' UNets of any number of levels and blocks."""
+
+NATIVE_NAMES: Final = Vocabulary(
+    (
+        *ENDS,
+        *LABELS,
+        "input_blocks.*.*.op",
+        "output_blocks.*.*.conv",
+        *(
+            f"{block}.{inner}"
+            for block in ("input_blocks.*.*", "middle_block.*", "output_blocks.*.*")
+            for inner in (*RESNET, SHORTCUT[0], *ATTENTION, *ATTENTION_BLOCK)
+        ),
+    )
+)
+"""Names of LDM's UNets of any number of levels and blocks."""
+
 SD1: Final = Family(
     "sd1",
     "unet",
@@ -120,8 +185,20 @@ SD1: Final = Family(
             label="class_embedding",  # of the variants of SD 2 that take one
         )
     ),
+    HUB_NAMES,
+    NATIVE_NAMES,
+    encoders={"text_encoder": CLIP_L},
+    is_trained_native=False,
+    releases=(
+        Release("sd_v1", "stable-diffusion-v1"),
+        Release("sd_v2", "stable-diffusion-v2", is_v2=True, width=1024),
+    ),
+    told_by=("attn2.to_k", "attn2.to_v"),
 )
-"""Stable Diffusion 1 and 2, whose modules have the same names."""
+"""Stable Diffusion 1 and 2, whose modules have the same names.
+
+The first has 768 inputs of the cross-attention.
+"""
 
 SDXL: Final = Family(
     "sdxl",
@@ -133,42 +210,17 @@ SDXL: Final = Family(
             label="add_embedding",
         )
     ),
+    HUB_NAMES,
+    NATIVE_NAMES,
+    encoders={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
+    releases=(
+        Release(
+            "sdxl_base_v1-0",
+            "stable-diffusion-xl-v1-base",
+            "https://github.com/Stability-AI/generative-models",
+        ),
+    ),
 )
 """Stable Diffusion XL's base model."""
 
-HUB_TEMPLATES: Final = (
-    *ENDS.values(),
-    *expand(
-        "time_embedding.cond_proj",
-        "class_embedding",
-        "{class_embedding,add_embedding}.linear_{1,2}",
-        "encoder_hid_proj",
-        "down_blocks.*.downsamplers.*.conv",
-        "up_blocks.*.upsamplers.*.conv",
-    ),
-    *(
-        f"{block}.resnets.*.{inner}"
-        for block in ("down_blocks.*", "mid_block", "up_blocks.*")
-        for inner in (*RESNET.values(), SHORTCUT[1])
-    ),
-    *(
-        f"{block}.{kind}.*.{inner}"
-        for block in ("down_blocks.*", "mid_block", "up_blocks.*")
-        for kind in ("attentions", "motion_modules")
-        for inner in (*ATTENTION, *ATTENTION_BLOCK)
-    ),
-)
-"""Names of diffusers' UNets of any number of levels and blocks."""
-
-NATIVE_TEMPLATES: Final = (
-    *ENDS,
-    *LABELS,
-    "input_blocks.*.*.op",
-    "output_blocks.*.*.conv",
-    *(
-        f"{block}.{inner}"
-        for block in ("input_blocks.*.*", "middle_block.*", "output_blocks.*.*")
-        for inner in (*RESNET, SHORTCUT[0], *ATTENTION, *ATTENTION_BLOCK)
-    ),
-)
-"""Names of LDM's UNets of any number of levels and blocks."""
+FAMILIES: Final = (SD1, SDXL)

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from typing import Final
 
-from loratool.names.diffusion.templates import expand
+from loratool.names.family import Family
+from loratool.names.templates import expand
+from loratool.names.vocabulary import Vocabulary
 
-__all__ = ["TEMPLATES"]
+__all__ = ["CLAIM", "FAMILIES"]
 
-TEMPLATES: Final = expand(
+CLAIM: Final = {
+    "families": [],
+    "segments": [
+        "img_in",
+        "norm_out",
+        "proj_out",
+        "time_text_embed",
+        "transformer_blocks",
+        "txt_in",
+        "txt_norm",
+    ],
+}
+"""How paths begin, in either naming."""
+
+NAMES: Final = expand(
     "{img_in,txt_in,txt_norm,norm_out.linear,proj_out}",
     "time_text_embed.timestep_embedder.linear_{1,2}",
     "transformer_blocks.*.attn.{to_q,to_k,to_v,to_out.0}",
@@ -17,3 +33,5 @@ TEMPLATES: Final = expand(
     "transformer_blocks.*.{img_mlp,txt_mlp}.{net.0.proj,net.2}",
     "transformer_blocks.*.{img_mod,txt_mod}.1",
 )
+
+FAMILIES: Final = (Family("qwen-image", "transformer", hub_names=Vocabulary(NAMES)),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from loratool.names.diffusion.templates import expand
+from loratool.names.templates import expand
 
 __all__ = ["CLIP_TEMPLATES", "T5_TEMPLATES"]
 

@@ -5,9 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from loratool.names.diffusion.family import Family, Row, single
+from loratool.names.family import Family, Row, single
 
-__all__ = ["HUB_TEMPLATES", "NATIVE_TEMPLATES", "WAN"]
+__all__ = ["CLAIM", "FAMILIES"]
+
+CLAIM: Final = {
+    "families": ["wan"],
+    "segments": [
+        "blocks",
+        "condition_embedder",
+        "head",
+        "img_emb",
+        "patch_embedding",
+        "proj_out",
+        "text_embedding",
+        "time_embedding",
+        "time_projection",
+    ],
+}
+"""How paths begin, in either naming."""
 
 BLOCKS: Final = 40
 
@@ -62,8 +78,4 @@ def rows() -> Iterator[Row]:
 WAN: Final = Family("wan", "transformer", tuple(rows()))
 """Wan 2.1 and 2.2, from text and from images; the smaller models have fewer of the same blocks."""
 
-HUB_TEMPLATES: Final = tuple(module for row in WAN.rows for module in row.hub.modules)
-"""Names of diffusers' Wan of any depth."""
-
-NATIVE_TEMPLATES: Final = tuple(row.native for row in WAN.rows)
-"""The same in the original naming."""
+FAMILIES: Final = (WAN,)

@@ -10,9 +10,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from loratool.names.diffusion.family import Family, Fusion, Row, single
+from loratool.names.family import CLIP_G, CLIP_L, T5, Family, Fusion, Release, Row, single
 
-__all__ = ["HUB_TEMPLATES", "NATIVE_TEMPLATES", "SD3", "SD3_LARGE"]
+__all__ = ["CLAIM", "FAMILIES"]
+
+CLAIM: Final = {
+    "families": ["sd3", "sd3-large"],
+    "segments": [
+        "context_embedder",
+        "final_layer",
+        "joint_blocks",
+        "norm_out",
+        "pos_embed",
+        "proj_out",
+        "t_embedder",
+        "time_text_embed",
+        "transformer_blocks",
+        "x_embedder",
+        "y_embedder",
+    ],
+}
+"""How paths begin, in either naming."""
 
 ENDS: Final = {
     "x_embedder.proj": "pos_embed.proj",
@@ -81,14 +99,24 @@ def rows(depth: int, dual: int) -> Iterator[Row]:
         yield Row(f"{BLOCK}.{native}", Fusion(parts), count)
 
 
-SD3: Final = Family("sd3", "transformer", tuple(rows(depth=24, dual=13)))
+ENCODERS: Final = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5}
+RELEASES: Final = (Release("sd3m", "stable-diffusion-3"),)
+
+SD3: Final = Family(
+    "sd3", "transformer", tuple(rows(depth=24, dual=13)), encoders=ENCODERS, releases=RELEASES
+)
 """Stable Diffusion 3 medium and 3.5 medium."""
 
-SD3_LARGE: Final = Family("sd3-large", "transformer", tuple(rows(depth=38, dual=0)))
+SD3_LARGE: Final = Family(
+    "sd3-large",
+    "transformer",
+    tuple(rows(depth=38, dual=0)),
+    hub_names=SD3.hub_names,
+    native_names=SD3.native_names,
+    encoders=ENCODERS,
+    refines="sd3",
+    releases=RELEASES,
+)
 """Stable Diffusion 3.5 large."""
 
-HUB_TEMPLATES: Final = tuple(module for row in SD3.rows for module in row.hub.modules)
-"""Names of diffusers' SD 3 of any depth."""
-
-NATIVE_TEMPLATES: Final = tuple(row.native for row in SD3.rows)
-"""The same in the original naming."""
+FAMILIES: Final = (SD3, SD3_LARGE)

@@ -5,10 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from loratool.names.diffusion.family import Family, Fusion, Row, single
-from loratool.names.diffusion.templates import expand
+from loratool.names.family import CLIP_L, T5, Family, Fusion, Proportion, Release, Row, single
+from loratool.names.templates import expand
+from loratool.names.vocabulary import Vocabulary
 
-__all__ = ["FLUX", "HUB_TEMPLATES", "NATIVE_TEMPLATES"]
+__all__ = ["CLAIM", "FAMILIES"]
+
+CLAIM: Final = {
+    "families": ["flux"],
+    "segments": [
+        "context_embedder",
+        "distilled_guidance_layer",
+        "double_blocks",
+        "final_layer",
+        "guidance_in",
+        "img_in",
+        "norm_out",
+        "proj_out",
+        "single_blocks",
+        "single_transformer_blocks",
+        "time_in",
+        "time_text_embed",
+        "transformer_blocks",
+        "txt_in",
+        "vector_in",
+        "x_embedder",
+    ],
+}
+"""How paths begin, in either naming."""
 
 DOUBLE_BLOCKS: Final = 19
 SINGLE_BLOCKS: Final = 38
@@ -69,28 +93,51 @@ def rows() -> Iterator[Row]:
     for native, hub in MERGED.items():
         yield single(f"{block}.{native}", f"{hub_block}.{hub}", SINGLE_BLOCKS)
     merged = expand(f"{hub_block}.{{attn.to_q,attn.to_k,attn.to_v,proj_mlp}}")
-    yield Row(f"{block}.linear1", Fusion(merged, sizes="input"), SINGLE_BLOCKS)
+    yield Row(f"{block}.linear1", Fusion(merged, sizes="input", ratio=4), SINGLE_BLOCKS)
 
 
-FLUX: Final = Family("flux", "transformer", tuple(rows()))
-"""Flux.1, dev and schnell, and what is built on it without new modules (Fill, Kontext)."""
+ROWS: Final = tuple(rows())
 
-HUB_TEMPLATES: Final = (
-    *(module for row in FLUX.rows for module in row.hub.modules),
-    *expand(
-        "distilled_guidance_layer.{in_proj,out_proj}",
-        "distilled_guidance_layer.layers.*.linear_{1,2}",
-        "distilled_guidance_layer.norms.*",
-    ),
+HUB_NAMES: Final = Vocabulary(
+    (
+        *(module for row in ROWS for module in row.hub.modules),
+        *expand(
+            "distilled_guidance_layer.{in_proj,out_proj}",
+            "distilled_guidance_layer.layers.*.linear_{1,2}",
+            "distilled_guidance_layer.norms.*",
+        ),
+    )
 )
 """Names of diffusers' Flux of any depth, and of Chroma, which is built on it."""
 
-NATIVE_TEMPLATES: Final = (
-    *(row.native for row in FLUX.rows),
-    *expand(
-        "distilled_guidance_layer.{in_proj,out_proj}",
-        "distilled_guidance_layer.layers.*.{in_layer,out_layer}",
-        "distilled_guidance_layer.norms.*",
-    ),
+NATIVE_NAMES: Final = Vocabulary(
+    (
+        *(row.native for row in ROWS),
+        *expand(
+            "distilled_guidance_layer.{in_proj,out_proj}",
+            "distilled_guidance_layer.layers.*.{in_layer,out_layer}",
+            "distilled_guidance_layer.norms.*",
+        ),
+    )
 )
 """The same in the original naming."""
+
+FLUX: Final = Family(
+    "flux",
+    "transformer",
+    ROWS,
+    HUB_NAMES,
+    NATIVE_NAMES,
+    encoders={"text_encoder": CLIP_L, "text_encoder_2": T5},
+    releases=(Release("flux1", "flux-1-dev"),),
+    # The feed-forward layers have four times the width of the model.
+    proportions=(
+        Proportion(".linear1", 7.0, widens=True),
+        Proportion(".linear2", 5.0, widens=False),
+        Proportion("_mlp.0", 4.0, widens=True),
+        Proportion("_mlp.2", 4.0, widens=False),
+    ),
+)
+"""Flux.1, dev and schnell, and what is built on it without new modules (Fill, Kontext)."""
+
+FAMILIES: Final = (FLUX,)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from loratool.names.diffusion.templates import expand
-from loratool.names.diffusion.text_encoders import CLIP_TEMPLATES, T5_TEMPLATES
+from loratool.names.templates import expand
+from loratool.names.text_encoders import CLIP_TEMPLATES, T5_TEMPLATES
 
 __all__ = ["LANGUAGE_MODEL_TEMPLATES"]
 

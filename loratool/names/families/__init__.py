@@ -1,0 +1,122 @@
+"""Families of diffusion models, one file each. A new file with ``FAMILIES`` in it is found.
+
+"Hub" names are module paths of diffusers without the component's prefix; "native" names are those
+of the checkpoints that the models were published in.
+
+A file says with its ``CLAIM`` which families it holds and what the paths of their modules begin
+with. It is imported where a path begins so, or a family is named: never for a language model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from typing import Final
+
+from loratool.discovery import Plugins
+from loratool.errors import OptionError, PluginError
+from loratool.names.family import Family
+
+__all__ = [
+    "FILES",
+    "claiming",
+    "claiming_flat",
+    "families",
+    "family_named",
+    "known_families",
+    "unrefined",
+]
+
+FILES: Final = Plugins(__name__, "FAMILIES")
+"""The files of this folder; what follows from their names may be kept as long as they are these."""
+
+
+def families() -> tuple[Family, ...]:
+    """Return every family; all their files are imported."""
+    return tuple(family for name in FILES.names() for family in _held(FILES.names(), name))
+
+
+def known_families() -> tuple[str, ...]:
+    """Return the names of the families whose modules have two names; no file is imported."""
+    return tuple(sorted(_files_by_family(FILES.names())))
+
+
+def family_named(name: str) -> Family:
+    """Return the family called ``name``.
+
+    Raises:
+        OptionError: There is none.
+    """
+    file = _files_by_family(FILES.names()).get(name)
+    for family in _held(FILES.names(), file) if file is not None else ():
+        if family.name == name:
+            return family
+    known = ", ".join(known_families())
+    raise OptionError(name, "no such family of models", hint=f"known are {known}")
+
+
+def claiming(modules: Iterable[str]) -> tuple[Family, ...]:
+    """Return the families that may have some of these modules, told by how their paths begin.
+
+    Args:
+        modules: Paths without component, in either naming.
+    """
+    names = FILES.names()
+    table = _files_by_segment(names)
+    files = {file for module in modules for file in table.get(module.partition(".")[0], ())}
+    return tuple(family for file in sorted(files) for family in _held(names, file))
+
+
+def claiming_flat(flat: str) -> tuple[Family, ...]:
+    """Return the same for a flattened path."""
+    names = FILES.names()
+    table = _files_by_segment(names)
+    longest = _most_words(names)
+    words = flat.split("_", longest)[:longest]
+    files = {
+        file
+        for count in range(1, len(words) + 1)
+        for file in table.get("_".join(words[:count]), ())
+    }
+    return tuple(family for file in sorted(files) for family in _held(names, file))
+
+
+def unrefined(found: Collection[Family]) -> list[Family]:
+    """Return families without those that refine another one of them.
+
+    What fits both depths of Stable Diffusion 3 is the smaller one's, since adapters seldom leave
+    out every block from the 25th on.
+    """
+    names = {family.name for family in found}
+    return [family for family in found if family.refines not in names]
+
+
+@cache
+def _held(names: tuple[str, ...], file: str) -> tuple[Family, ...]:
+    held: tuple[Family, ...] = FILES.load(file)
+    return held
+
+
+@cache
+def _files_by_family(names: tuple[str, ...]) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for file, claim in FILES.claims().items():
+        for name in claim["families"]:
+            if found.setdefault(name, file) != file:
+                raise PluginError(file, f"has a family {name!r}, which {found[name]} has too")
+    return found
+
+
+@cache
+def _files_by_segment(names: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for file, claim in FILES.claims().items():
+        for segment in claim["segments"]:
+            found[segment].append(file)
+    return {segment: tuple(files) for segment, files in found.items()}
+
+
+@cache
+def _most_words(names: tuple[str, ...]) -> int:
+    return max((each.count("_") + 1 for each in _files_by_segment(names)), default=0)

@@ -1,0 +1,216 @@
+"""What a family of models is: one table of rows, read in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Final
+
+from loratool.names.vocabulary import NUMBER, Vocabulary, is_number
+
+__all__ = ["CLIP_G", "CLIP_L", "T5", "Family", "Fusion", "Proportion", "Release", "Row", "single"]
+
+CLIP_L, CLIP_G, T5 = "clip-l", "clip-g", "t5"
+"""The roles of text encoders; what a scheme calls them is its own business."""
+NONE: Final = Vocabulary(())
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What one native module is, in hub modules.
+
+    Attributes:
+        modules: Hub modules, in the order of their rows in the native module's output.
+        sizes: ``"equal"``: each one has as many rows as the others. ``"input"``: all but the last
+            have as many rows as they have inputs, and the last one has the rest.
+        swapped: Whether the two halves of the output rows are exchanged: the native module gives
+            (shift, scale) where the hub's gives (scale, shift).
+        ratio: Rows of the last one over its inputs, where its size cannot be told otherwise.
+    """
+
+    modules: tuple[str, ...]
+    sizes: str = "equal"
+    swapped: bool = False
+    ratio: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One native module and what it is in the hub's naming.
+
+    Attributes:
+        native: The native module; ``*`` where the number of the block stands, if it has one.
+        hub: What it is, with ``*`` in the same place of each of its modules.
+        count: In how many blocks it occurs, counted from 0.
+    """
+
+    native: str
+    hub: Fusion
+    count: int = 1
+
+
+def single(native: str, hub: str, count: int = 1, *, swapped: bool = False) -> Row:
+    """Return the row of a native module that is one hub module."""
+    return Row(native, Fusion((hub,), swapped=swapped), count)
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What the metadata of files call a model of the family.
+
+    Attributes:
+        base_version: The value of ``ss_base_model_version``.
+        architecture: The value of ``modelspec.architecture``, without ``/lora``.
+        implementation: The value of ``modelspec.implementation``.
+        is_v2: The value of ``ss_v2``.
+        width: Inputs of the modules that tell it from another release; ``None`` for the usual one.
+    """
+
+    base_version: str
+    architecture: str
+    implementation: str = "diffusers"
+    is_v2: bool = False
+    width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Proportion:
+    """The shape of a layer that tells a family from another with the same names.
+
+    Attributes:
+        ending: How the path ends, in either naming.
+        ratio: The larger side over the smaller one, as the two are meant.
+        widens: Whether outputs are counted in inputs, else inputs in outputs.
+    """
+
+    ending: str
+    ratio: float
+    widens: bool
+
+    def fits(self, module: str, outputs: int, inputs: int) -> bool:
+        """Whether a module is such a layer."""
+        large, small = (outputs, inputs) if self.widens else (inputs, outputs)
+        return module.endswith(self.ending) and bool(small) and large / small == self.ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of models whose modules correspond one to one.
+
+    Args:
+        name: ``"sd1"``, ``"sdxl"``, ``"flux"``, …
+        backbone: The name that diffusers gives the component: ``"unet"`` or ``"transformer"``.
+        rows: The table. No module may occur twice in the same naming. Empty for models that were
+            published in the naming of diffusers.
+        hub_names: Names of diffusers' models of any depth; those of the table if not given.
+        native_names: The same in the original naming.
+        encoders: The components that are text encoders, with their roles; empty if not known.
+        refines: The family that is meant where names fit both.
+        is_trained_native: Whether kohya's trainers use the native names.
+        releases: What metadata call its models.
+        told_by: How the paths of the modules end whose inputs tell the releases apart.
+        proportions: Layers by whose shape it is told from families with the same native names.
+
+    Raises:
+        ValueError: A module occurs twice, so that the table would not be bijective.
+    """
+
+    name: str
+    backbone: str
+    rows: tuple[Row, ...] = field(default=(), repr=False, compare=False)
+    hub_names: Vocabulary = field(default=NONE, repr=False, compare=False)
+    native_names: Vocabulary = field(default=NONE, repr=False, compare=False)
+    encoders: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    refines: str | None = field(default=None, compare=False)
+    is_trained_native: bool = field(default=True, repr=False, compare=False)
+    releases: tuple[Release, ...] = field(default=(), repr=False, compare=False)
+    told_by: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    proportions: tuple[Proportion, ...] = field(default=(), repr=False, compare=False)
+    _by_native: Mapping[str, Row] = field(init=False, repr=False, compare=False)
+    _by_hub: Mapping[str, Row] = field(init=False, repr=False, compare=False)
+    _repeated: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_native = {row.native: row for row in self.rows}
+        by_hub = {module: row for row in self.rows for module in row.hub.modules}
+        if len(by_native) != len(self.rows) or len(by_hub) != sum(
+            len(row.hub.modules) for row in self.rows
+        ):
+            raise ValueError(f"{self.name}: a module occurs twice in the table")
+        pairs = (pair for name in (*by_native, *by_hub) for pair in pairwise(name.split(".")))
+        repeated = frozenset(parent for parent, number in pairs if number == NUMBER)
+        for name, value in {
+            "_by_native": by_native,
+            "_by_hub": by_hub,
+            "_repeated": repeated,
+            "hub_names": Vocabulary(by_hub) if self.hub_names is NONE else self.hub_names,
+            "native_names": Vocabulary(by_native)
+            if self.native_names is NONE
+            else self.native_names,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a native module is several of diffusers, or has its halves exchanged.
+
+        The paths of such a file stay native: one module there is several in diffusers.
+        """
+        return any(len(row.hub.modules) > 1 or row.hub.swapped for row in self.rows)
+
+    def release(self, widths: Collection[int] = ()) -> Release | None:
+        """Return what metadata call the model.
+
+        Args:
+            widths: Inputs of the modules that :attr:`told_by` names.
+        """
+        usual = next((each for each in self.releases if each.width is None), None)
+        return next((each for each in self.releases if {each.width} == set(widths)), usual)
+
+    def from_native(self, module: str) -> Fusion | None:
+        """Return what a native module is; ``None`` if the family has no such native module."""
+        found = self._row(module, self._by_native)
+        return None if found is None else numbered(found[0].hub, found[1])
+
+    def to_native(self, module: str) -> tuple[str, Fusion] | None:
+        """Return the native module that contains a hub module, and all that it is made of.
+
+        Returns:
+            The native module's name and its fusion, of which ``module`` is one part; ``None`` if
+            the family has no such hub module.
+        """
+        found = self._row(module, self._by_hub)
+        if found is None:
+            return None
+        row, number = found
+        return row.native.replace(NUMBER, number), numbered(row.hub, number)
+
+    def has(self, module: str) -> bool:
+        """Whether the family has a module of this name, hub or native."""
+        return any(self._row(module, table) for table in (self._by_hub, self._by_native))
+
+    def _row(self, module: str, table: Mapping[str, Row]) -> tuple[Row, str] | None:
+        """Return the row of a module and the number of its block, as written."""
+        if NUMBER in module:
+            return None
+        exact = table.get(module)
+        if exact is not None:
+            return exact, ""
+        segments = module.split(".")
+        for index, (parent, number) in enumerate(pairwise(segments), 1):
+            if parent in self._repeated:
+                row = table.get(".".join((*segments[:index], NUMBER, *segments[index + 1 :])))
+                return (row, number) if row is not None and is_below(number, row.count) else None
+        return None
+
+
+def is_below(number: str, count: int) -> bool:
+    """Whether a segment is a number, as models write it, that is less than ``count``."""
+    return is_number(number) and int(number) < count
+
+
+def numbered(fusion: Fusion, number: str) -> Fusion:
+    """Return a fusion with the number of a block in its place."""
+    modules = tuple(module.replace(NUMBER, number) for module in fusion.modules)
+    return replace(fusion, modules=modules)
