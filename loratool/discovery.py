@@ -55,10 +55,20 @@ class Plugins:
     def claims(self) -> Mapping[str, Any]:
         """Return what each says that it is for, by name; none is imported.
 
+        A file without a claim is no plug-in, but what some have in common.
+
         Raises:
             PluginError: A claim is no literal.
         """
         return _claims(self.package, os.environ.get(PLUGINS, ""))
+
+    def claimed(self, key: str) -> Mapping[str, str]:
+        """Return the names of the files by what they claim under ``key``, one or several values.
+
+        Raises:
+            PluginError: Two claim the same.
+        """
+        return _claimed(self.package, os.environ.get(PLUGINS, ""), key)
 
     def load(self, name: str) -> Any:
         """Import one and return what it holds.
@@ -110,7 +120,21 @@ def _own_places(package: str) -> tuple[str, ...]:
 
 @cache
 def _claims(package: str, folders: str) -> Mapping[str, Any]:
-    return {name: _claim(f"{package}.{name}") for name in _listed(package, folders)}
+    found = {name: _claim(f"{package}.{name}") for name in _listed(package, folders)}
+    return {name: claim for name, claim in found.items() if claim is not None}
+
+
+@cache
+def _claimed(package: str, folders: str, key: str) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for name, claim in _claims(package, folders).items():
+        value = claim.get(key, ())
+        for each in [value] if isinstance(value, str) else value:
+            if found.setdefault(each, name) != name:
+                raise PluginError(
+                    f"{package}.{name}", f"claims {each!r}, which {found[each]} claims too"
+                )
+    return found
 
 
 def _claim(path: str) -> Any:

@@ -48,9 +48,9 @@ def to(help_text: str, *, required: bool = False) -> Decorator:
 
 def target(help_text: str) -> Decorator:
     """Return ``--for``, which takes every loader that is known."""
-    from loratool.ops.targets import builtin_targets
+    from loratool.loaders import loader_names
 
-    names = [item.name for item in builtin_targets()]
+    names = loader_names()
     return click.option("--for", "target", type=click.Choice(names), help=help_text)
 
 

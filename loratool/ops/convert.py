@@ -13,11 +13,11 @@ from loratool.base.model import open_model
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.loaders import loader_named
+from loratool.loaders.loader import Loader
 from loratool.ops.conversion.converting import Conversion, converted
 from loratool.ops.conversion.refusing import check_options
 from loratool.ops.opening import open_adapter
-from loratool.ops.targets import target_named
-from loratool.ops.targets.target import Target
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
 from loratool.plan.rounding import Outcome
@@ -168,7 +168,7 @@ def convert(
     """
     place, origin = Path(output), Path(adapter)
     inputs = [Path(path) for path in (adapter, base, initial) if path is not None]
-    loader = target_named(target) if target is not None else None
+    loader = loader_named(target) if target is not None else None
     scheme = _written_scheme(_scheme_name(to, loader))
     if naming is not None and naming not in NAMINGS:
         raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
@@ -209,7 +209,7 @@ def convert(
         drop=tuple(drop),
         to_lora=to_lora,
         rank=rank,
-        target=loader,
+        loader=loader,
     )
     options = WriteOptions(
         output=place,
@@ -239,14 +239,14 @@ def convert(
     )
 
 
-def _scheme_name(to: str | None, target: Target | None) -> str:
-    if target is None:
+def _scheme_name(to: str | None, loader: Loader | None) -> str:
+    if loader is None:
         if to is None:
             raise OptionError("convert", "say which scheme to write: --to, or --for a loader")
         return to
-    if to is not None and to != target.scheme:
-        raise OptionError("--to", f"{target.name} reads {target.scheme}, not {to}")
-    return target.scheme
+    if to is not None and to != loader.scheme:
+        raise OptionError("--to", f"{loader.name} reads {loader.scheme}, not {to}")
+    return loader.scheme
 
 
 def _written_scheme(name: str) -> KeyScheme:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from loratool.adapter.findings import Finding, finding
 from loratool.errors import AdapterError, LoratoolError
+from loratool.loaders import loader_named
+from loratool.loaders.checking import check_for
 from loratool.ops.checks.base import check_against_base
 from loratool.ops.checks.config import check_config
 from loratool.ops.checks.tensors import check_tensors
 from loratool.ops.opening import open_adapter
-from loratool.ops.targets import target_named
-from loratool.ops.targets.checking import check_for
 
 __all__ = ["validate"]
 
@@ -41,7 +41,7 @@ def validate(
         LoratoolError: There is nothing at one of the paths, or the base cannot be read.
         OptionError: There is no such loader.
     """
-    loader = target_named(target) if target is not None else None
+    loader = loader_named(target) if target is not None else None
     path = Path(adapter)
     if not path.exists():
         raise AdapterError(path, "no such file or folder")

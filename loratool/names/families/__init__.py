@@ -15,7 +15,7 @@ from functools import cache
 from typing import Final
 
 from loratool.discovery import Plugins
-from loratool.errors import OptionError, PluginError
+from loratool.errors import OptionError
 from loratool.names.family import Family
 
 __all__ = [
@@ -39,7 +39,7 @@ def families() -> tuple[Family, ...]:
 
 def known_families() -> tuple[str, ...]:
     """Return the names of the families whose modules have two names; no file is imported."""
-    return tuple(sorted(_files_by_family(FILES.names())))
+    return tuple(sorted(FILES.claimed("families")))
 
 
 def family_named(name: str) -> Family:
@@ -48,7 +48,7 @@ def family_named(name: str) -> Family:
     Raises:
         OptionError: There is none.
     """
-    file = _files_by_family(FILES.names()).get(name)
+    file = FILES.claimed("families").get(name)
     for family in _held(FILES.names(), file) if file is not None else ():
         if family.name == name:
             return family
@@ -96,16 +96,6 @@ def unrefined(found: Collection[Family]) -> list[Family]:
 def _held(names: tuple[str, ...], file: str) -> tuple[Family, ...]:
     held: tuple[Family, ...] = FILES.load(file)
     return held
-
-
-@cache
-def _files_by_family(names: tuple[str, ...]) -> Mapping[str, str]:
-    found: dict[str, str] = {}
-    for file, claim in FILES.claims().items():
-        for name in claim["families"]:
-            if found.setdefault(name, file) != file:
-                raise PluginError(file, f"has a family {name!r}, which {found[name]} has too")
-    return found
 
 
 @cache

@@ -11,13 +11,13 @@ from loratool.adapter.model import Adapter, ExtraKind, Site, unknown_scale
 from loratool.adapter.scheme import KeyScheme
 from loratool.base.model import Model
 from loratool.errors import AdapterError
+from loratool.loaders.loader import Loader
+from loratool.loaders.preparing import prepare, refusals, uniform_rank
 from loratool.ops.algebra.extras import gather_extras
 from loratool.ops.algebra.sidecars import carried_files
 from loratool.ops.conversion.initial import without_initial
 from loratool.ops.conversion.plain import to_plain
 from loratool.ops.conversion.refusing import Dropping, check_config, check_names, check_nesting
-from loratool.ops.targets.preparing import prepare, refusals, uniform_rank
-from loratool.ops.targets.target import Target
 from loratool.plan.history import History
 from loratool.write.adapter import NewAdapter
 from loratool.write.extras import Extras
@@ -41,14 +41,14 @@ class Conversion:
         drop: Regular expressions of what may be left out.
         to_lora: Whether to write plain LoRA whatever the variant.
         rank: Rank of what has to be approximated for that.
-        target: The loader that it is for, where one was named.
+        loader: The loader that it is for, where one was named.
     """
 
     initial: Adapter | None = None
     drop: tuple[str, ...] = ()
     to_lora: bool = False
     rank: int | None = None
-    target: Target | None = None
+    loader: Loader | None = None
 
 
 def converted(
@@ -67,9 +67,9 @@ def converted(
     is_renamed = options.naming is not None or options.component is not None
     check_names(adapter, None if is_renamed else scheme)
     check_config(adapter, has_initial=conversion.initial is not None)
-    target = conversion.target
-    if target is not None:
-        refusals(adapter, target, drop=conversion.drop, to_lora=conversion.to_lora)
+    loader = conversion.loader
+    if loader is not None:
+        refusals(adapter, loader, drop=conversion.drop, to_lora=conversion.to_lora)
     dropping = Dropping(conversion.drop)
     sites = [site for site in adapter.sites if not dropping.takes(site.label)]
     check_nesting(sites, adapter, scheme)
@@ -85,11 +85,11 @@ def converted(
         parts = as_in_base(parts, base, adapter, scheme)
     if conversion.to_lora:
         parts = [to_plain(part, adapter, base, conversion.rank) for part in parts]
-    if target is not None:
-        parts = prepare(parts, target, base)
-        pad = options.pad or uniform_rank(parts, target)
-        fold = options.fold or target.fold
-        options = replace(options, pad=pad, fold=fold, config=target.config)
+    if loader is not None:
+        parts = prepare(parts, loader, base)
+        pad = options.pad or uniform_rank(parts, loader)
+        fold = options.fold or loader.fold
+        options = replace(options, pad=pad, fold=fold, config=loader.config)
     extras = _extras(adapter, dropping)
     sidecars, left, file_notes = carried_files([adapter])
     notes = [*adapter.notes, *_alpha_notes(adapter), *file_notes, *dropping.unused()]

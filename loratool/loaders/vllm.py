@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from loratool.ops.targets.target import Fate, Feature, Fusion, Mend, Rule, ScaleReading, Target
+from typing import Final
 
-__all__ = ["TARGET"]
+from loratool.loaders.loader import Fate, Feature, Fusion, Loader, Mend, Rule
+from loratool.loaders.scales import GLOBAL_STABILISED
 
-TARGET = Target(
+__all__ = ["CLAIM", "LOADER"]
+
+CLAIM: Final = {"for": "vllm"}
+
+LOADER = Loader(
     name="vllm",
     title="vLLM",
     summary="PEFT's files with the scale in B, one rank, and no patterns",
@@ -17,7 +22,7 @@ TARGET = Target(
         "module-path": "keys without 'base_model.model.', which older releases refuse and newer "
         "ones take as they are"
     },
-    scale=ScaleReading.GLOBAL_STABILISED,
+    scale=GLOBAL_STABILISED,
     fold=True,
     uniform_rank=True,
     ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),

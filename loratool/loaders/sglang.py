@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from loratool.ops.targets.target import Fate, Feature, Fusion, Mend, Rule, ScaleReading, Target
+from typing import Final
 
-__all__ = ["TARGET"]
+from loratool.loaders.loader import Fate, Feature, Fusion, Loader, Mend, Rule
+from loratool.loaders.scales import GLOBAL
 
-TARGET = Target(
+__all__ = ["CLAIM", "LOADER"]
+
+CLAIM: Final = {"for": "sglang"}
+
+LOADER = Loader(
     name="sglang",
     title="SGLang",
     summary="PEFT's files with the scale in B, one rank, and no patterns",
@@ -17,7 +22,7 @@ TARGET = Target(
         "module-path": "keys without 'base_model.model.', which SGLang takes by their layer's "
         "number; PEFT would apply nothing"
     },
-    scale=ScaleReading.GLOBAL,
+    scale=GLOBAL,
     fold=True,
     uniform_rank=True,
     mixed_ranks=Rule(

@@ -1,4 +1,4 @@
-"""Targets: what each loader refuses or misreads, and what is done to make it right."""
+"""What each loader refuses or misreads, and what is done to make it right."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from loratool.adapter.model import Adapter
 from loratool.adapter.part import Part
 from loratool.base.model import open_model
 from loratool.errors import OptionError, UnsupportedError
+from loratool.loaders import builtin_loaders, loader_named
+from loratool.loaders.checking import check_for
+from loratool.loaders.loader import Fate, Feature, Mend
+from loratool.loaders.preparing import prepare, refusals, uniform_rank
 from loratool.ops.opening import open_adapter
-from loratool.ops.targets import builtin_targets, target_named
-from loratool.ops.targets.checking import check_for
-from loratool.ops.targets.preparing import prepare, refusals, uniform_rank
-from loratool.ops.targets.target import Fate, Feature, Mend
 from loratool.schemes import scheme_named
 from loratool.values.expr import Stored
 from loratool.write.stored import part_of
@@ -43,7 +43,7 @@ GOOD: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 
 
 def check(path: Path, name: str) -> list[Finding]:
-    return list(check_for(open_adapter(path), target_named(name)))
+    return list(check_for(open_adapter(path), loader_named(name)))
 
 
 def codes(path: Path, name: str) -> list[str]:
@@ -102,18 +102,18 @@ def make_mlx(tmp_path: Path) -> Make:
 
 
 def test_targets_are_found_by_their_files_and_write_schemes_that_are_written() -> None:
-    names = [target.name for target in builtin_targets()]
+    names = [loader.name for loader in builtin_loaders()]
     assert names == ["comfy", "diffusers", "llamacpp", "mlx", "sglang", "vllm"]
-    for target in builtin_targets():
-        assert scheme_named(target.scheme).writes
-        assert target.scheme in target.reads
-        assert target.source and target.title and target.summary
-        for name in (*target.reads, *target.tolerates):
+    for loader in builtin_loaders():
+        assert scheme_named(loader.scheme).writes
+        assert loader.scheme in loader.reads
+        assert loader.source and loader.title and loader.summary
+        for name in (*loader.reads, *loader.tolerates):
             scheme_named(name)
-        for feature, rule in target.rules.items():
+        for feature, rule in loader.rules.items():
             assert rule.words[0].isalpha() and not rule.words.endswith("."), feature
     with pytest.raises(OptionError, match="none of comfy"):
-        target_named("exllama")
+        loader_named("exllama")
 
 
 def test_every_code_of_a_finding_says_how_bad_it_is(make_adapter: Make) -> None:
@@ -240,7 +240,7 @@ def test_ranks_that_vllm_refuses(make_adapter: Make) -> None:
     found = only(path, "vllm", "LT201")
     assert "rank 513" in found.message and "--rank 512" in str(found.hint)
     with pytest.raises(UnsupportedError, match="at most 512") as caught:
-        uniform_rank(parts_of(open_adapter(path)), target_named("vllm"))
+        uniform_rank(parts_of(open_adapter(path)), loader_named("vllm"))
     assert "--rank 512" in str(caught.value.hint)
 
 
@@ -260,7 +260,7 @@ def test_the_rank_that_all_modules_get(
     path = make_adapter(tensors, r=ranks[1], rank_pattern={"q_proj": ranks[0]}, **GOOD)
     parts = parts_of(open_adapter(path))
     for name, rank in expected.items():
-        assert uniform_rank(parts, target_named(name)) == rank
+        assert uniform_rank(parts, loader_named(name)) == rank
 
 
 def test_stacked_experts_are_not_filled_up(make_adapter: Make) -> None:
@@ -271,8 +271,8 @@ def test_stacked_experts_are_not_filled_up(make_adapter: Make) -> None:
     adapter = open_adapter(path)
     assert adapter.sites[0].experts == 2
     with pytest.raises(UnsupportedError, match="stacks 2 experts of rank 3"):
-        uniform_rank(parts_of(adapter), target_named("vllm"))
-    assert uniform_rank(parts_of(adapter), target_named("sglang")) is None
+        uniform_rank(parts_of(adapter), loader_named("vllm"))
+    assert uniform_rank(parts_of(adapter), loader_named("sglang")) is None
 
 
 # Names and files
@@ -433,7 +433,7 @@ def test_what_loaders_have_no_place_for(case: str, make_adapter: Make) -> None:
     path = make_adapter(tensors, **(GOOD | config))
     for name, code in fates.items():
         found = codes(path, name)
-        is_read = "peft" in target_named(name).reads
+        is_read = "peft" in loader_named(name).reads
         expected = ([] if is_read else ["LT201"]) + ([code] if code else [])
         assert found == sorted(expected), (name, check(path, name))
 
@@ -444,9 +444,9 @@ def test_what_no_conversion_mends_is_refused_with_what_does(case: str, make_adap
     adapter = open_adapter(make_adapter(tensors, **(GOOD | config)))
     for name in LLM:
         with pytest.raises(UnsupportedError) as caught:
-            refusals(adapter, target_named(name))
+            refusals(adapter, loader_named(name))
         assert "loratool merge" in str(caught.value.hint)
-        refusals(adapter, target_named(name), drop=["."])
+        refusals(adapter, loader_named(name), drop=["."])
 
 
 @pytest.mark.parametrize("case", ["embedding", "head", "adalora"])
@@ -456,25 +456,25 @@ def test_what_conversion_mends_or_a_base_may_take_is_not_refused(
     tensors, config, _ = CASES[case]
     adapter = open_adapter(make_adapter(tensors, **(GOOD | config)))
     for name in LLM:
-        refusals(adapter, target_named(name))
+        refusals(adapter, loader_named(name))
 
 
 def test_what_is_dropped_is_not_refused(make_adapter: Make) -> None:
     tensors, config, _ = CASES["saved head"]
     adapter = open_adapter(make_adapter(tensors, **(GOOD | config)))
-    refusals(adapter, target_named("vllm"), drop=["lm_head"])
+    refusals(adapter, loader_named("vllm"), drop=["lm_head"])
     with pytest.raises(UnsupportedError, match=r"lm_head\.weight"):
-        refusals(adapter, target_named("vllm"), drop=["q_proj"])
+        refusals(adapter, loader_named("vllm"), drop=["q_proj"])
     with pytest.raises(OptionError, match="regular expression"):
-        refusals(adapter, target_named("vllm"), drop=["("])
+        refusals(adapter, loader_named("vllm"), drop=["("])
 
 
 def test_dora_may_be_approximated(make_adapter: Make) -> None:
     tensors, config, _ = CASES["dora"]
     adapter = open_adapter(make_adapter(tensors, **(GOOD | config)))
-    refusals(adapter, target_named("vllm"), to_lora=True)
-    refusals(adapter, target_named("mlx"))
-    refusals(adapter, target_named("comfy"))
+    refusals(adapter, loader_named("vllm"), to_lora=True)
+    refusals(adapter, loader_named("mlx"))
+    refusals(adapter, loader_named("comfy"))
 
 
 # Diffusion
@@ -541,7 +541,7 @@ def test_what_diffusers_drops_of_flux(make_kohya: Make) -> None:
 def test_sd3_has_no_converter_in_diffusers(make_kohya: Make) -> None:
     adapter = open_adapter(make_kohya({"lora_unet_joint_blocks_0_x_block_attn_proj": (4, 2.0)}))
     named = replace(adapter, family="sd3-medium")
-    found = list(check_for(named, target_named("diffusers")))
+    found = list(check_for(named, loader_named("diffusers")))
     assert any("Stable Diffusion 3" in item.message for item in found)
 
 
@@ -560,9 +560,9 @@ def test_lycoris_in_diffusers_and_comfy(make_kohya: Make) -> None:
     assert codes(path, "comfy") == []
     adapter = open_adapter(path)
     with pytest.raises(UnsupportedError, match="LoHa"):
-        refusals(adapter, target_named("diffusers"))
-    refusals(adapter, target_named("diffusers"), to_lora=True)
-    refusals(adapter, target_named("comfy"))
+        refusals(adapter, loader_named("diffusers"))
+    refusals(adapter, loader_named("diffusers"), to_lora=True)
+    refusals(adapter, loader_named("comfy"))
 
 
 def test_lokr_lora_mid_and_dora_in_diffusers(make_kohya: Make) -> None:
@@ -666,7 +666,7 @@ def _check_rows(parts: list[Part], whole: torch.Tensor, names: list[str], sizes:
 def test_equal_thirds_need_no_base(name: str, make_adapter: Make) -> None:
     adapter = _fused(24, 8, QKV, make_adapter)
     (part,) = parts_of(adapter)
-    parts = prepare([part], target_named(name), None)
+    parts = prepare([part], loader_named(name), None)
     _check_rows(parts, dense(part), ["q_proj", "k_proj", "v_proj"], [8, 8, 8])
     assert all(made.alpha == 3 and made.scale == 3 / 4 for made in parts)
     assert all("split from qkv_proj" in made.notes[-1] for made in parts)
@@ -686,7 +686,7 @@ def test_grouped_queries_take_their_sizes_from_the_base(
     adapter = _fused(16, 8, QKV, make_adapter)
     base = open_model(make_base({"model.norm.weight": torch.ones(8)}, config))
     (part,) = parts_of(adapter)
-    parts = prepare([part], target_named("vllm"), base)
+    parts = prepare([part], loader_named("vllm"), base)
     _check_rows(parts, dense(part), ["q_proj", "k_proj", "v_proj"], [8, 4, 4])
 
 
@@ -696,7 +696,7 @@ def test_shapes_of_the_base_say_it_too(make_adapter: Make, make_base: Make) -> N
     sizes = {"q_proj": 16, "k_proj": 4, "v_proj": 4}
     tensors = {f"{parent}.{leaf}.weight": torch.ones(size, 8) for leaf, size in sizes.items()}
     (part,) = parts_of(adapter)
-    parts = prepare([part], target_named("vllm"), open_model(make_base(tensors)))
+    parts = prepare([part], loader_named("vllm"), open_model(make_base(tensors)))
     _check_rows(parts, dense(part), list(sizes), list(sizes.values()))
 
 
@@ -704,22 +704,22 @@ def test_what_the_base_has_in_one_stays_in_one(make_adapter: Make, make_base: Ma
     adapter = _fused(24, 8, QKV, make_adapter)
     base = open_model(make_base({f"{QKV}.weight": torch.ones(24, 8)}))
     (part,) = parts_of(adapter)
-    (made,) = prepare([part], target_named("vllm"), base)
+    (made,) = prepare([part], loader_named("vllm"), base)
     assert made.module == QKV and torch.equal(dense(made), dense(part))
 
 
 def test_sizes_that_nothing_tells(make_adapter: Make, make_base: Make) -> None:
     parts = parts_of(_fused(16, 8, QKV, make_adapter))
     with pytest.raises(UnsupportedError, match="sizes") as caught:
-        prepare(parts, target_named("vllm"), None)
+        prepare(parts, loader_named("vllm"), None)
     assert "--base" in str(caught.value.hint)
     silent = open_model(make_base({"model.norm.weight": torch.ones(8)}))
     with pytest.raises(UnsupportedError, match="tells no sizes"):
-        prepare(parts, target_named("vllm"), silent)
+        prepare(parts, loader_named("vllm"), silent)
     config = {"num_attention_heads": 4, "hidden_size": 8}
     other = open_model(make_base({"model.norm.weight": torch.ones(8)}, config, name="other"))
     with pytest.raises(UnsupportedError, match=r"16 outputs, but .* have 8, 8, 8"):
-        prepare(parts, target_named("vllm"), other)
+        prepare(parts, loader_named("vllm"), other)
 
 
 def test_gates_are_halves_and_take_their_magnitudes_and_biases_along(make_adapter: Make) -> None:
@@ -734,7 +734,7 @@ def test_gates_are_halves_and_take_their_magnitudes_and_biases_along(make_adapte
         target_modules=["gate_up_proj"],
     )
     (part,) = parts_of(open_adapter(path))
-    parts = prepare([part], target_named("sglang"), None)
+    parts = prepare([part], loader_named("sglang"), None)
     _check_rows(parts, dense(part), ["gate_proj", "up_proj"], [6, 6])
     for slot, value in part.values.items():
         if slot not in part.slots:
@@ -742,7 +742,7 @@ def test_gates_are_halves_and_take_their_magnitudes_and_biases_along(make_adapte
             assert np.array_equal(both, value.evaluate())
     odd = parts_of(_fused(7, 8, GATE_UP, make_adapter, name="odd"))
     with pytest.raises(UnsupportedError, match="7 outputs"):
-        prepare(odd, target_named("vllm"), None)
+        prepare(odd, loader_named("vllm"), None)
 
 
 def test_other_modules_and_experts_are_left_alone(make_adapter: Make) -> None:
@@ -753,10 +753,10 @@ def test_other_modules_and_experts_are_left_alone(make_adapter: Make) -> None:
         target_parameters=["mlp.experts.gate_up_proj"],
     )
     parts = parts_of(open_adapter(path))
-    assert prepare(parts, target_named("vllm"), None) == parts
+    assert prepare(parts, loader_named("vllm"), None) == parts
     fused = parts_of(_fused(24, 8, QKV, make_adapter, name="fused"))
     for name in ("comfy", "diffusers", "mlx"):
-        assert prepare(fused, target_named(name), None) == fused
+        assert prepare(fused, loader_named(name), None) == fused
 
 
 def test_fused_modules_are_noted(make_adapter: Make) -> None:
@@ -777,7 +777,7 @@ def test_one_rank_and_a_folded_scale_are_right(
         **GOOD,
     )
     before = open_adapter(path)
-    rank = uniform_rank(parts_of(before), target_named(name))
+    rank = uniform_rank(parts_of(before), loader_named(name))
     loratool.convert(path, "peft", tmp_path / "out", fold=True, pad=rank)
     assert codes(tmp_path / "out", name) == []
     after = open_adapter(tmp_path / "out")
@@ -790,14 +790,14 @@ def test_one_rank_and_a_folded_scale_are_right(
 # Commands
 
 
-RULES = [(target.name, feature) for target in builtin_targets() for feature in target.rules]
+RULES = [(loader.name, feature) for loader in builtin_loaders() for feature in loader.rules]
 
 
 @pytest.mark.parametrize(("name", "feature"), RULES)
 def test_only_what_is_read_otherwise_is_mended_by_conversion_alone(
     name: str, feature: Feature
 ) -> None:
-    rule = target_named(name).rules[feature]
+    rule = loader_named(name).rules[feature]
     if rule.mend is Mend.CONVERT:
         assert feature in (Feature.PATTERNS, Feature.COMPACT)
     if rule.fate is Fate.NOTED:

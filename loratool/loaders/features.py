@@ -10,7 +10,7 @@ from typing import Any, Final
 from loratool.adapter.config import LoraConfig
 from loratool.adapter.model import HEAD_LEAVES, Adapter, ExtraKind, Kind, Site
 from loratool.adapter.slots import Slot
-from loratool.ops.targets.target import Feature
+from loratool.loaders.loader import Feature
 
 __all__ = ["Found", "features_of"]
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from loratool.ops.targets.target import Fate, Feature, Rule, ScaleReading, Target
+from typing import Final
 
-__all__ = ["TARGET"]
+from loratool.loaders.loader import Fate, Feature, Loader, Rule
+from loratool.loaders.scales import MODULE_ALPHA
 
-TARGET = Target(
+__all__ = ["CLAIM", "LOADER"]
+
+CLAIM: Final = {"for": "comfy"}
+
+LOADER = Loader(
     name="comfy",
     title="ComfyUI",
     summary="paths of the original checkpoint, with an alpha for each module",
     source="ComfyUI: comfy/lora.py, comfy/weight_adapter/",
     scheme="comfy",
     reads=frozenset(("comfy", "kohya", "diffusers", "diffusers-legacy")),
-    scale=ScaleReading.MODULE_ALPHA,
+    scale=MODULE_ALPHA,
     fold=False,
     rules={
         Feature.SAVED: Rule(Fate.MISREAD, "ComfyUI has no key for them and leaves them out"),

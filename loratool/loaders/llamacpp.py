@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from loratool.ops.targets.target import Fate, Feature, Fusion, Mend, Rule, ScaleReading, Target
+from typing import Final
 
-__all__ = ["TARGET"]
+from loratool.loaders.loader import Fate, Feature, Fusion, Loader, Mend, Rule
+from loratool.loaders.scales import GLOBAL_ALPHA
 
-TARGET = Target(
+__all__ = ["CLAIM", "LOADER"]
+
+CLAIM: Final = {"for": "llamacpp"}
+
+LOADER = Loader(
     name="llamacpp",
     title="llama.cpp",
     summary="PEFT's files for convert_lora_to_gguf.py, with the scale in B and one rank",
@@ -17,7 +22,7 @@ TARGET = Target(
         "module-path": "keys without 'base_model.model.', which llama.cpp's converter takes as "
         "they are; PEFT would apply nothing"
     },
-    scale=ScaleReading.GLOBAL_ALPHA,
+    scale=GLOBAL_ALPHA,
     fold=True,
     uniform_rank=True,
     file_names=("adapter_model.safetensors", "adapter_model.bin"),

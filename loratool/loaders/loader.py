@@ -1,13 +1,16 @@
-"""What a loader accepts, as data: one ``Target`` for each, in a file of its own."""
+"""What a loader accepts: one ``Loader`` for each, in a file of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-__all__ = ["Fate", "Feature", "Fusion", "Mend", "Rule", "ScaleReading", "Target"]
+from loratool.adapter.findings import Finding
+from loratool.adapter.model import Adapter, Site
+
+__all__ = ["Fate", "Feature", "Fusion", "Loader", "Mend", "Rule", "ScaleReading"]
 
 
 class Fate(Enum):
@@ -57,20 +60,18 @@ class Feature(Enum):
     CONDITIONAL = "activation by tokens (aLoRA)"
 
 
-class ScaleReading(Enum):
-    """How a loader finds the number that multiplies ``B @ A``."""
+@dataclass(frozen=True, slots=True)
+class ScaleReading:
+    """How a loader finds the number that multiplies ``B @ A``.
 
-    GLOBAL = "lora_alpha / r of adapter_config.json, the same for every module"
-    GLOBAL_STABILISED = (
-        "lora_alpha / r of adapter_config.json, or lora_alpha / sqrt(r) with use_rslora, the same "
-        "for every module"
-    )
-    GLOBAL_ALPHA = (
-        "one lora_alpha over the rank of each module's tensors; an alpha of 0 counts as 1"
-    )
-    MODULE_ALPHA = "each module's alpha tensor over its rank, or 1 where it has none"
-    DIFFUSERS = "what diffusers' converters make of alphas"
-    MULTIPLIER = "lora_parameters.scale of adapter_config.json, as it is"
+    Attributes:
+        words: Where it takes it from, as the end of a sentence.
+        of: Returns, for an adapter, what gives the factor that is applied to a module with A and
+            B; ``None`` where the loader finds none.
+    """
+
+    words: str
+    of: Callable[[Adapter], Callable[[Site], float | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Fusion:
 
 
 @dataclass(frozen=True)
-class Target:
+class Loader:
     """The rules of one loader.
 
     Attributes:
@@ -128,6 +129,7 @@ class Target:
         required: Fields that the configuration must have.
         regex_targets: What it does with a regular expression as ``target_modules``.
         config: Fields of the written configuration, whatever the input says.
+        checks: What else it refuses or misreads, of an adapter in a scheme that it reads.
         source: Where the rules come from.
     """
 
@@ -153,6 +155,7 @@ class Target:
     required: tuple[str, ...] = ()
     regex_targets: Rule | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    checks: tuple[Callable[[Adapter, Loader], Iterator[Finding]], ...] = ()
     source: str = ""
 
     @property

@@ -12,9 +12,9 @@ from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.base.model import Model
 from loratool.errors import OptionError, UnsupportedError
-from loratool.ops.targets.checking import listed, mending
-from loratool.ops.targets.features import features_of
-from loratool.ops.targets.target import Fate, Fusion, Mend, Target
+from loratool.loaders.checking import listed, mending
+from loratool.loaders.features import features_of
+from loratool.loaders.loader import Fate, Fusion, Loader, Mend
 
 __all__ = ["prepare", "refusals", "uniform_rank"]
 
@@ -22,7 +22,7 @@ ROW_SLOTS: Final[tuple[Slot, ...]] = (Slot.UP_BIAS, Slot.BIAS, Slot.MAGNITUDE)
 """What else has one number for each output."""
 
 
-def prepare(parts: Sequence[Part], target: Target, base: Model | None) -> list[Part]:
+def prepare(parts: Sequence[Part], loader: Loader, base: Model | None) -> list[Part]:
     """Return ``parts`` with the modules apart that the loader wants apart.
 
     Each gets its rows of B as a view, and all of A. A module that the base itself has in one
@@ -31,16 +31,16 @@ def prepare(parts: Sequence[Part], target: Target, base: Model | None) -> list[P
 
     Args:
         parts: The modules.
-        target: The loader.
+        loader: The loader.
         base: The base, whose shapes or ``config.json`` give the sizes.
 
     Raises:
         UnsupportedError: The sizes are not known, or it is no plain LoRA.
     """
-    return [made for part in parts for made in _apart(part, target, base)]
+    return [made for part in parts for made in _apart(part, loader, base)]
 
 
-def uniform_rank(parts: Sequence[Part], target: Target) -> int | None:
+def uniform_rank(parts: Sequence[Part], loader: Loader) -> int | None:
     """Return the rank that all modules have to be filled up to; ``None`` if they have it.
 
     Where a loader is set up for certain ranks only, it is the next of these.
@@ -50,16 +50,16 @@ def uniform_rank(parts: Sequence[Part], target: Target) -> int | None:
             filled up.
     """
     ranks = {part.rank for part in parts if part.is_plain}
-    if not ranks or not (target.uniform_rank or target.ranks):
+    if not ranks or not (loader.uniform_rank or loader.ranks):
         return None
     highest = max(ranks)
-    wanted = target.next_rank(highest)
+    wanted = loader.next_rank(highest)
     if wanted is None:
         name = next(part.module for part in parts if part.is_plain and part.rank == highest)
         raise UnsupportedError(
             name,
-            f"has rank {highest}; {target.title} accepts at most {target.largest_rank}",
-            hint=f"shrink it first: loratool truncate ADAPTER --rank {target.largest_rank} -o OUT",
+            f"has rank {highest}; {loader.title} accepts at most {loader.largest_rank}",
+            hint=f"shrink it first: loratool truncate ADAPTER --rank {loader.largest_rank} -o OUT",
         )
     if ranks == {wanted}:
         return None
@@ -74,13 +74,13 @@ def uniform_rank(parts: Sequence[Part], target: Target) -> int | None:
 
 
 def refusals(
-    adapter: Adapter, target: Target, *, drop: Sequence[str] = (), to_lora: bool = False
+    adapter: Adapter, loader: Loader, *, drop: Sequence[str] = (), to_lora: bool = False
 ) -> None:
     """Refuse what no conversion can make the loader apply.
 
     Args:
         adapter: What would be converted.
-        target: The loader.
+        loader: The loader.
         drop: Regular expressions of modules and tensors that are left out.
         to_lora: Whether every variant is written as plain LoRA.
 
@@ -93,7 +93,7 @@ def refusals(
     except re.error as error:
         raise OptionError("--drop", f"not a regular expression: {error}") from None
     for feature, found in features_of(adapter).items():
-        rule = target.rules.get(feature)
+        rule = loader.rules.get(feature)
         if rule is None or rule.fate is Fate.NOTED or rule.mend is Mend.CONVERT:
             continue
         if to_lora and rule.mend in (Mend.TO_LORA, Mend.APPROXIMATE):
@@ -103,13 +103,13 @@ def refusals(
             raise UnsupportedError(
                 f"{adapter.path}: {names[0]}",
                 f"has {feature.value}, in {listed(names)}: {rule.words}",
-                hint=mending(rule.mend, target),
+                hint=mending(rule.mend, loader),
             )
 
 
-def _apart(part: Part, target: Target, base: Model | None) -> Iterator[Part]:
+def _apart(part: Part, loader: Loader, base: Model | None) -> Iterator[Part]:
     parent, _, leaf = part.module.rpartition(".")
-    fusion = target.fusions.get(leaf)
+    fusion = loader.fusions.get(leaf)
     if fusion is None or part.parameter or ".experts" in part.module:
         yield part
         return
