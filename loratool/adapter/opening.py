@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,20 +19,14 @@ from loratool.adapter.scheme import KeyScheme, ScaleRule, are_transposed
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import Choice
 from loratool.errors import AdapterError, OptionError, UnsupportedError
-from loratool.files.container import WEIGHT_SUFFIXES, WeightsFile, open_weights
+from loratool.files.container import WeightsFile
+from loratool.files.containers import is_weights, model_suffixes, open_weights
 from loratool.files.json import read_json_object
-from loratool.files.pickles import TorchPickle, other_contents
 from loratool.files.spec import StoredTensor
 
-__all__ = ["detect_scheme", "find_weights", "is_mlx_config", "open_adapter_file"]
+__all__ = ["detect_scheme", "find_weights", "is_mlx_config", "open_adapter_file", "usual_names"]
 
-PREFERRED: Final = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-    "adapters.safetensors",
-)
+USUAL_STEMS: Final = ("adapter_model", "pytorch_lora_weights", "adapters")
 
 
 def open_adapter_file(
@@ -79,7 +73,6 @@ def open_adapter_file(
     tensors, name, more = _select(file, scheme, adapter_name, weights)
     skipped = _skipped(tensors, skip)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
-    other = other_contents(file) if isinstance(file, TorchPickle) else ()
     parts = build_sites(tensors, scheme, config, choose, _enabled(config, enabled))
     sites = parts.sites
     if is_foreign and raw is not None and scheme.scale is ScaleRule.MULTIPLIER:
@@ -102,7 +95,7 @@ def open_adapter_file(
         stamp=file.stamp,
         name=name,
         skipped=tuple(skipped),
-        notes=(*notes, *parts.notes, *more, *other),
+        notes=(*notes, *parts.notes, *more, *file.notes),
         sidecar=raw if is_foreign else None,
     )
 
@@ -181,6 +174,11 @@ def _enabled(config: LoraConfig | None, given: Sequence[bool]) -> tuple[bool, ..
     return ()
 
 
+def usual_names() -> Iterator[str]:
+    """Yield what a weights file in a folder may be called, the first ones first."""
+    yield from (f"{stem}{suffix}" for stem in USUAL_STEMS for suffix in model_suffixes())
+
+
 def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tuple[str, ...]]:
     """Return the weights file that ``path`` means, and what was found beside it."""
     if not path.exists():
@@ -194,13 +192,9 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
     if adapter_name and "/" not in adapter_name and (path / adapter_name / CONFIG_NAME).is_file():
         return find_weights(path / adapter_name)
     others = sorted(config.parent.name for config in path.glob(f"*/{CONFIG_NAME}"))
-    found = [path / name for name in PREFERRED if (path / name).is_file()]
+    found = [path / name for name in usual_names() if (path / name).is_file()]
     if not found:
-        found = sorted(
-            file
-            for file in path.iterdir()
-            if file.suffix.lower() in WEIGHT_SUFFIXES and file.is_file()
-        )
+        found = sorted(file for file in path.iterdir() if is_weights(file) and file.is_file())
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:6])
             raise AdapterError(path, f"several weights files: {names}", hint="name one of them")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.errors import OutputError
+from loratool.files.containers import is_weights
 from loratool.files.transfer import describe_write_error
 
 __all__ = ["check_output", "kept", "scratch", "staged", "sync_file"]
@@ -74,8 +75,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _holds_weights(folder: Path) -> bool:
-    suffixes = (".safetensors", ".bin", ".pt", ".pth")
-    return any(path.suffix in suffixes for path in folder.iterdir())
+    return any(map(is_weights, folder.iterdir()))
 
 
 @contextmanager

@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.errors import BaseModelError, FileFormatError
-from loratool.files.container import (
-    WEIGHT_SUFFIXES,
-    WeightsFile,
-    open_weights,
-)
+from loratool.files.container import WeightsFile
+from loratool.files.containers import is_weights, model_suffixes, open_weights
 from loratool.files.json import read_json_object
-from loratool.files.pickles import TorchPickle, other_contents
 from loratool.files.spec import StoredTensor
 
 __all__ = ["Checkpoint", "is_weight_like", "open_checkpoint"]
@@ -29,7 +25,7 @@ PREFERRED: Final = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.\w+")
 IGNORED_STEMS: Final = ("consolidated", "adapter_model", "training_args", "optimizer", "scheduler")
 FOREIGN_SUFFIXES: Final = (".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz", ".ckpt")
 
@@ -90,17 +86,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
             return _open_indexed(path.parent, path)
         shards = (open_weights(path),)
         return Checkpoint(path, shards, None, _other(shards))
-    for kind in ("safetensors", "bin"):
+    for suffix in model_suffixes():
         indexes = sorted(
             index
-            for index in path.glob(f"*.{kind}{INDEX_SUFFIX}")
+            for index in path.glob(f"*{suffix}{INDEX_SUFFIX}")
             if not index.name.startswith(IGNORED_STEMS)
         )
         if len(indexes) > 1:
             raise BaseModelError(path, f"several indexes: {', '.join(i.name for i in indexes)}")
         if indexes:
             return _open_indexed(path, indexes[0])
-        files = _weights_in(path, kind)
+        files = _weights_in(path, suffix)
         if files:
             return _open_files(path, files)
     raise BaseModelError(
@@ -114,7 +110,8 @@ def is_weight_like(path: Path) -> bool:
     """Whether a file in a model folder holds weights in any format, or points to such."""
     name = path.name
     return (
-        path.suffix.lower() in (*WEIGHT_SUFFIXES, *FOREIGN_SUFFIXES)
+        is_weights(path)
+        or path.suffix.lower() in FOREIGN_SUFFIXES
         or name.endswith(INDEX_SUFFIX)
         or name.startswith("consolidated.")
     )
@@ -124,13 +121,13 @@ def _holds_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").exists()
 
 
-def _weights_in(folder: Path, kind: str) -> list[Path]:
+def _weights_in(folder: Path, suffix: str) -> list[Path]:
     files = sorted(
         file
-        for file in folder.glob(f"*.{kind}")
+        for file in folder.glob(f"*{suffix}")
         if not file.name.startswith(IGNORED_STEMS) and file.is_file()
     )
-    for name in PREFERRED:
+    for name in (*PREFERRED, f"model{suffix}"):
         if folder / name in files:
             return [folder / name]
     shards = [file for file in files if SHARD.fullmatch(file.name)]
@@ -141,7 +138,7 @@ def _weights_in(folder: Path, kind: str) -> list[Path]:
         raise BaseModelError(
             folder, f"several weights files and no index: {names}", hint="name one of the files"
         )
-    return files or sorted(folder.glob(f"consolidated.{kind}"))
+    return files or sorted(folder.glob(f"consolidated{suffix}"))
 
 
 def _open_files(folder: Path, files: list[Path]) -> Checkpoint:
@@ -206,14 +203,13 @@ def _check_shard_name(index: Path, name: str, file: Any) -> None:
             f"sends tensor {reprlib.repr(name)} to {reprlib.repr(file)}: expected the plain "
             "name of a file beside it",
         )
-    if Path(file).suffix.lower() not in WEIGHT_SUFFIXES:
+    if not is_weights(Path(file)):
         raise FileFormatError(index, f"sends tensor {name!r} to {file!r}, not a weights file")
 
 
 def _other(shards: tuple[WeightsFile, ...]) -> tuple[str, ...]:
-    """Return notes on what pickled shards hold beside tensors."""
-    pickled = (shard for shard in shards if isinstance(shard, TorchPickle))
-    return tuple(note for shard in pickled for note in other_contents(shard))
+    """Return notes on what shards hold beside tensors."""
+    return tuple(note for shard in shards for note in shard.notes)
 
 
 def _check_unique(folder: Path, shards: tuple[WeightsFile, ...]) -> None:

@@ -1,48 +1,111 @@
-"""One weights file, whichever of the two containers it is."""
+"""One weights file, whatever its container; how a container is read and written."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from loratool.errors import FileFormatError
-from loratool.files.pickles import TorchPickle, read_pickle
-from loratool.files.safetensors import SafetensorsFile, read_header
-from loratool.files.spec import StoredTensor
+from loratool.files.inputs import Stamp
+from loratool.files.spec import StoredTensor, TensorSpec
 
-__all__ = [
-    "PICKLE_SUFFIXES",
-    "WEIGHT_SUFFIXES",
-    "WeightsFile",
-    "open_weights",
-    "read_bytes",
-    "read_view",
-]
-
-PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth")
-WEIGHT_SUFFIXES: Final = (".safetensors", *PICKLE_SUFFIXES)
+__all__ = ["Container", "Layout", "WeightsFile", "read_bytes", "read_view"]
 
 WORDS: Final = {1: "u1", 2: "u2", 4: "u4", 8: "u8"}
 """Bytes of an element to a numpy dtype that moves as one word."""
 
-WeightsFile = SafetensorsFile | TorchPickle
 
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """One file whose description has been read and checked; no tensor data has.
 
-def open_weights(path: Path) -> WeightsFile:
-    """Read the description of a weights file; its container is told by its ending.
-
-    Raises:
-        FileFormatError: The ending is unknown, or the file breaks its format's rules.
+    Attributes:
+        path: The file.
+        tensors: By name, in the order of their data.
+        metadata: What the file says of itself; empty where it has none.
+        size: Size of the whole file in bytes.
+        stamp: What the file was when it was read.
+        header: The raw bytes before the data, of a file that may be copied and keeps its layout.
+        notes: What else it holds and was not read, one sentence each.
     """
-    if not path.exists():
-        raise FileFormatError(path, "no such file")
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        return read_header(path)
-    if suffix in PICKLE_SUFFIXES:
-        return read_pickle(path)
-    raise FileFormatError(path, f"not a weights file: expected one of {', '.join(WEIGHT_SUFFIXES)}")
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+    size: int
+    stamp: Stamp
+    header: bytes | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Layout(Protocol):
+    """Where everything lies in a file that will be written."""
+
+    @property
+    def size(self) -> int:
+        """Size of the whole file in bytes."""
+        ...
+
+    @property
+    def offsets(self) -> Mapping[str, int]:
+        """Where the data of each tensor begin, by name; contiguous, little-endian."""
+        ...
+
+    @property
+    def header(self) -> bytes:
+        """The bytes before the data where nothing else surrounds them, else none."""
+        ...
+
+    def seal(self, descriptor: int, metadata: Mapping[str, str], *, path: Path) -> None:
+        """Write what surrounds the data, which stand at their places.
+
+        Args:
+            descriptor: The file, open for reading and writing, as long as it will be.
+            metadata: As long as those of the layout; what had to be known of the data is in them.
+            path: The file's name, for messages.
+        """
+        ...
+
+
+class Container(Protocol):
+    """A format of weights files.
+
+    Attributes:
+        name: What it is called in messages.
+        has_metadata: Whether a file has a place for metadata.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def has_metadata(self) -> bool: ...
+
+    def open(self, path: Path) -> WeightsFile:
+        """Read the description of a file, and no tensor data.
+
+        Raises:
+            FileFormatError: The file breaks a rule of the format; the message says which.
+        """
+        ...
+
+    def lay_out(
+        self, specs: Sequence[TensorSpec], metadata: Mapping[str, str], name: str
+    ) -> Layout:
+        """Find out where everything lies in a file of these tensors.
+
+        Args:
+            specs: The tensors, in the order of their data.
+            metadata: As long as what will be written.
+            name: The name of the file.
+
+        Raises:
+            UnsupportedError: The format is only read, or has no such dtype.
+        """
+        ...
 
 
 def read_bytes(stored: StoredTensor) -> bytes:

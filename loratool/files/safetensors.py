@@ -13,17 +13,17 @@ import math
 import reprlib
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.errors import FileFormatError
+from loratool.files.container import WeightsFile
 from loratool.files.dtypes import DTYPES
-from loratool.files.inputs import Stamp, stamp_of
+from loratool.files.inputs import stamp_of
 from loratool.files.json import LFS_PREFIX, parse_json
 from loratool.files.spec import StoredTensor, TensorSpec
 
-__all__ = ["MAX_HEADER_BYTES", "SafetensorsFile", "canonical_order", "format_header", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "canonical_order", "format_header", "read_header"]
 
 MAX_HEADER_BYTES: Final = 100_000_000
 MAX_SIZE: Final = 1 << 62
@@ -33,28 +33,7 @@ MAX_TENSORS: Final = 200_000
 METADATA_KEY: Final = "__metadata__"
 
 
-@dataclass(frozen=True, slots=True)
-class SafetensorsFile:
-    """One file whose header has been read and checked; no tensor data has.
-
-    Attributes:
-        path: The file.
-        tensors: By name, in the order of their data.
-        metadata: The header's ``__metadata__``; empty where it has none.
-        header: The raw bytes before the data, length prefix included.
-        size: Size of the whole file in bytes.
-        stamp: What the file was when it was read.
-    """
-
-    path: Path
-    tensors: Mapping[str, StoredTensor]
-    metadata: Mapping[str, str]
-    header: bytes
-    size: int
-    stamp: Stamp
-
-
-def read_header(path: Path) -> SafetensorsFile:
+def read_header(path: Path) -> WeightsFile:
     """Read and check the header of ``path``.
 
     Raises:
@@ -81,7 +60,7 @@ def read_header(path: Path) -> SafetensorsFile:
     fields = parse_json(text, where=f"{path}: header")
     metadata = _check_metadata(path, fields.pop(METADATA_KEY, None))
     tensors = _check_tensors(path, fields, data_start=8 + length, file_size=size)
-    return SafetensorsFile(path, tensors, metadata, prefix + text, size, stamp)
+    return WeightsFile(path, tensors, metadata, size, stamp, prefix + text)
 
 
 def canonical_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
-from loratool.adapter.opening import PREFERRED
+from loratool.adapter.opening import usual_names
 from loratool.adapter.recognise import looks_like_adapter
 from loratool.base.config import is_model_folder
 from loratool.base.model import Model, open_model
 from loratool.errors import AdapterError, BaseModelError, OptionError
 from loratool.files.checkpoint import open_checkpoint
-from loratool.files.container import open_weights
+from loratool.files.containers import open_weights
 from loratool.ops.opening import open_adapter
 from loratool.schemes import builtin_schemes
 
@@ -206,7 +206,7 @@ def _is_adapter(path: Path) -> bool:
         return path.name == CONFIG_NAME or (
             not path.name.endswith(".index.json") and _holds_factors(path)
         )
-    if (path / CONFIG_NAME).exists() or any((path / name).exists() for name in PREFERRED):
+    if (path / CONFIG_NAME).exists() or any((path / name).exists() for name in usual_names()):
         return True
     if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None and not is_model_folder(path):
         return True

@@ -10,8 +10,9 @@ from typing import Final
 from loratool.adapter.model import Adapter, Site
 from loratool.base.region import Region
 from loratool.codecs.weights import Weight
+from loratool.files.container import WeightsFile
 from loratool.files.inputs import Stamp
-from loratool.files.safetensors import SafetensorsFile, canonical_order, format_header
+from loratool.files.safetensors import canonical_order, format_header
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.lanes import Spot
 from loratool.plan.run import FileWork
@@ -210,7 +211,7 @@ class OutputFile:
     name: str
     header: bytes
     steps: tuple[Step, ...]
-    original: SafetensorsFile | None = None
+    original: WeightsFile | None = None
 
     @property
     def size(self) -> int:
@@ -244,11 +245,12 @@ class OutputFile:
         name: str,
         steps: list[Step],
         metadata: Mapping[str, str],
-        original: SafetensorsFile | None,
+        original: WeightsFile | None,
     ) -> OutputFile:
         """Return the file that holds ``steps``: as the base lays it out where nothing moves."""
         if (
             original is not None
+            and original.header is not None
             and original.metadata.get("format") == "pt"
             and [step.spec for step in steps]
             == [stored.spec for stored in original.tensors.values()]

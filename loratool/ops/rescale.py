@@ -13,7 +13,7 @@ from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
-from loratool.files.container import PICKLE_SUFFIXES
+from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.math.factored import norm
 from loratool.ops.algebra.combining import input_notes, write_or_refuse
@@ -175,8 +175,8 @@ def rescale(
         "skip": tuple(skip),
     }
     written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
-    is_torch = place.suffix.lower() in PICKLE_SUFFIXES
-    is_in_place = scheme.spelling is Spelling.PATH and not scheme.is_transposed and not is_torch
+    is_usual = not is_weights(place) or place.suffix.lower() == USUAL
+    is_in_place = scheme.spelling is Spelling.PATH and not scheme.is_transposed and is_usual
     if is_in_place and scheme.scale is not ScaleRule.MULTIPLIER:
         plan = plan_in_place(opened, changes, place, asked, written_dtype)
         error = rounding_of(changes, plan, threads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -13,10 +13,11 @@ from typing import Any, Final
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
+from loratool.files.container import Container, Layout
+from loratool.files.containers import USUAL, container_of
 from loratool.files.inputs import Stamp
 from loratool.files.safetensors import canonical_order, format_header
 from loratool.files.spec import StoredTensor, TensorSpec
-from loratool.files.torch_zip import TorchLayout, lay_out
 from loratool.plan.history import History
 from loratool.plan.sidecar import Sidecar
 from loratool.values.expr import Expr, Stored, Together, sources, togethers
@@ -109,8 +110,8 @@ class AdapterPlan:
         weights_name: Name of the weights file in the output folder; empty where the output is
             that file itself.
         stamps: What the inputs were when their headers were read.
-        is_torch: Whether the weights are in torch's zip format, which has no metadata.
-        stem: What the archive of such a file is called in itself.
+        container: The format of the weights file.
+        file_name: The name of the weights file.
         is_hashed: Whether kohya's hashes belong into the metadata.
         scheme: Name of the scheme.
         family: What pipeline it is for, where known.
@@ -127,8 +128,8 @@ class AdapterPlan:
     sidecars: tuple[Sidecar, ...] = ()
     weights_name: str
     stamps: Mapping[Path, Stamp]
-    is_torch: bool = False
-    stem: str = "archive"
+    container: Container = field(default_factory=lambda: container_of(USUAL))
+    file_name: str = ""
     is_hashed: bool = False
     scheme: str
     family: str | None = None
@@ -142,22 +143,26 @@ class AdapterPlan:
         return tuple(canonical_order([*modules, *(item.spec for item in self.carried)]))
 
     @cached_property
-    def header(self) -> bytes:
-        """The bytes before the data, with room for the hashes."""
-        room = {HASH_KEY: "0" * 64, LEGACY_HASH_KEY: "0" * 8} if self.is_hashed else {}
-        return self.header_with(room)
+    def layout(self) -> Layout:
+        """Where everything lies in the weights file, with room for the hashes."""
+        return self.layout_of(self.specs)
 
-    def header_with(self, hashes: Mapping[str, str], digests: Sequence[str | None] = ()) -> bytes:
-        """Return the bytes before the data, no longer than :attr:`header`.
+    def layout_of(self, specs: Sequence[TensorSpec]) -> Layout:
+        """Return the same for other tensors."""
+        room = {HASH_KEY: "0" * 64, LEGACY_HASH_KEY: "0" * 8} if self.is_hashed else {}
+        return self.container.lay_out(specs, self.metadata_with(room), self.file_name)
+
+    def metadata_with(
+        self, hashes: Mapping[str, str], digests: Sequence[str | None] = ()
+    ) -> dict[str, str]:
+        """Return the metadata of the weights file, of the same length whatever the arguments.
 
         Args:
             hashes: Kohya's hashes.
             digests: SHA-256 of the inputs, for the history; zeros where there are none.
         """
-        if self.is_torch:
-            return b""
         history = self.history.metadata(digests) if self.history is not None else {}
-        return format_header(self.specs, {**self.metadata, **history, **hashes})
+        return {**self.metadata, **history, **hashes}
 
     @property
     def legacy_header(self) -> bytes:
@@ -168,9 +173,7 @@ class AdapterPlan:
     @property
     def nbytes(self) -> int:
         """Size of the weights file in bytes."""
-        if self.is_torch:
-            return self.torch_layout.size
-        return len(self.header) + sum(spec.nbytes for spec in self.specs)
+        return self.layout.size
 
     @property
     def is_folder(self) -> bool:
@@ -181,19 +184,6 @@ class AdapterPlan:
     def config_text(self) -> bytes:
         """``adapter_config.json`` as it is written."""
         return (json.dumps(self.config, indent=2) + "\n").encode()
-
-    @cached_property
-    def torch_layout(self) -> TorchLayout:
-        """Where everything lies in a file of torch's."""
-        return lay_out(self.specs, self.stem)
-
-    def offsets(self) -> dict[str, int]:
-        """Return where in the file each tensor begins, by name."""
-        places, offset = {}, len(self.header)
-        for spec in self.specs:
-            places[spec.name] = offset
-            offset += spec.nbytes
-        return places
 
     def described_files(self) -> list[dict[str, Any]]:
         """Return name and size of every file of the output."""

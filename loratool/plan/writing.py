@@ -16,8 +16,7 @@ from typing import Final
 from loratool.adapter.config import CONFIG_NAME
 from loratool.files.atomic import check_output, staged, sync_file
 from loratool.files.spec import StoredTensor
-from loratool.files.torch_zip import seal
-from loratool.files.transfer import read_into, write_all
+from loratool.files.transfer import read_into
 from loratool.plan.adapter import HASH_KEY, LEGACY_HASH_KEY, AdapterPlan
 from loratool.plan.history import digest_of
 from loratool.plan.lanes import Spot, Task
@@ -89,7 +88,7 @@ def measure_adapter(
 
 def _work(plan: AdapterPlan, outcome: Outcome) -> FileWork:
     """Return what is to be done for the weights file."""
-    places = plan.torch_layout.offsets if plan.is_torch else plan.offsets()
+    places = plan.layout.offsets
     spots = {spec.name: Spot(spec, 0, places[spec.name]) for spec in plan.specs}
     moves: dict[str, StoredTensor] = {}
     tasks: list[Task] = []
@@ -123,21 +122,19 @@ def _result(digest: Future[str] | None) -> str | None:
 
 
 def _seal(plan: AdapterPlan, weights: Path, digests: Sequence[str | None]) -> None:
-    """Write what can be said only once all data is there: the header, with hashes in it."""
+    """Write what can be said only once all data is there: what surrounds it, hashes in it."""
     descriptor = os.open(weights, os.O_RDWR | os.O_CLOEXEC)
     try:
-        if plan.is_torch:
-            seal(descriptor, plan.torch_layout, path=weights)
-        else:
-            hashes = _hashes(plan, descriptor, weights) if plan.is_hashed else {}
-            write_all(descriptor, memoryview(plan.header_with(hashes, digests)), 0)
+        hashes = _hashes(plan, descriptor, weights) if plan.is_hashed else {}
+        plan.layout.seal(descriptor, plan.metadata_with(hashes, digests), path=weights)
     finally:
         os.close(descriptor)
 
 
 def _hashes(plan: AdapterPlan, descriptor: int, path: Path) -> dict[str, str]:
     """Return kohya's hashes: of all data, and of 64 kB at a fixed place with training metadata."""
-    start, size = len(plan.header), plan.nbytes
+    size = plan.layout.size
+    start = min(plan.layout.offsets.values(), default=size)
     whole = hashlib.sha256()
     buffer = memoryview(bytearray(BLOCK))
     for offset in range(start, size, BLOCK):

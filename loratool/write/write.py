@@ -12,8 +12,8 @@ from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
 from loratool.errors import OutputError, UnsupportedError
-from loratool.files.container import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
-from loratool.files.torch_zip import archive_stem
+from loratool.files.container import Container
+from loratool.files.containers import container_of, is_weights
 from loratool.names.pipelines import family_of_encoders, sole_component
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
 from loratool.write.adapter import NewAdapter
@@ -74,9 +74,9 @@ def write(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterP
     if has_config:
         config = written_config(new, scheme, _alone(written, named.alone), multiplier)
         config |= options.config
-    is_torch = _is_torch_file(options.output, scheme)
+    container = _container(options.output, scheme)
     metadata: dict[str, str] = {}
-    if not is_torch:
+    if container.has_metadata:
         metadata = {**new.metadata, **_own_metadata(new, scheme, names, carried, named, options)}
     sidecars, left = _files(new, options.output)
     notes = [
@@ -90,14 +90,14 @@ def write(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterP
         carried=tuple(carried),
         measured=new.measured,
         metadata=metadata,
-        history=new.history if not is_torch else None,
+        history=new.history if container.has_metadata else None,
         config=config,
         sidecars=tuple(sidecars),
         weights_name=_weights_name(options.output, scheme),
         stamps=new.stamps,
-        is_torch=is_torch,
-        stem=archive_stem(Path(_weights_name(options.output, scheme) or options.output.name)),
-        is_hashed=scheme.spelling is Spelling.FLAT and not is_torch,
+        container=container,
+        file_name=_weights_name(options.output, scheme) or options.output.name,
+        is_hashed=scheme.spelling is Spelling.FLAT and container.has_metadata,
         scheme=scheme.name,
         family=named.family,
         notes=tuple(dict.fromkeys(notes)),
@@ -111,7 +111,7 @@ def check_place(output: Path, scheme: str, *, has_config: bool) -> None:
     Raises:
         OutputError: It is one.
     """
-    if has_config and output.suffix.lower() in WEIGHT_SUFFIXES:
+    if has_config and is_weights(output):
         raise OutputError(
             output,
             f"the scheme {scheme!r} keeps its scale in {CONFIG_NAME}, which a single file has "
@@ -216,19 +216,16 @@ def _check_unique(modules: Sequence[ModuleOutput], carried: Sequence[Output]) ->
 
 
 def _files(new: NewAdapter, output: Path) -> tuple[Sequence[Any], list[tuple[str, str]]]:
-    if output.suffix.lower() in WEIGHT_SUFFIXES:
+    if is_weights(output):
         return (), [(sidecar.name, "the output is a single file") for sidecar in new.sidecars]
     return new.sidecars, []
 
 
-def _is_torch_file(output: Path, scheme: KeyScheme) -> bool:
-    suffix = output.suffix.lower()
-    if suffix in PICKLE_SUFFIXES:
-        return True
-    return suffix != ".safetensors" and scheme.written_suffix in PICKLE_SUFFIXES
+def _container(output: Path, scheme: KeyScheme) -> Container:
+    return container_of(output if is_weights(output) else scheme.written_suffix)
 
 
 def _weights_name(output: Path, scheme: KeyScheme) -> str:
-    if output.suffix.lower() in WEIGHT_SUFFIXES:
+    if is_weights(output):
         return ""
     return scheme.weights_name or f"{output.name}{scheme.written_suffix}"

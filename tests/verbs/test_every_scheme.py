@@ -13,7 +13,7 @@ from samples import lora
 import loratool
 from loratool.adapter.scheme import Spelling
 from loratool.errors import LoratoolError, UnsupportedError
-from loratool.files.container import open_weights
+from loratool.files.containers import open_weights
 from loratool.names.positions import unet_paths
 from loratool.schemes import builtin_schemes, scheme_named
 

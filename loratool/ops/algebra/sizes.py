@@ -11,7 +11,6 @@ from typing import Final
 from loratool.errors import LoratoolError
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import TensorSpec
-from loratool.files.torch_zip import lay_out
 from loratool.plan.adapter import AdapterPlan, ModuleOutput
 
 __all__ = ["FileSize"]
@@ -83,10 +82,11 @@ class FileSize:
         self._tensors = [
             _tensor(spec, larger[spec.name], members.get(spec.name, ())) for spec in one.specs
         ]
-        self._is_torch, self._stem = one.is_torch, one.stem
+        self._has_header = bool(one.layout.header)
+        self._plan = one
         self._fixed = 0
         _, entries = self._lengths([1] * len(groups))
-        self._fixed = len(one.header.rstrip(b" ")) - entries
+        self._fixed = len(one.layout.header.rstrip(b" ")) - entries
 
     def costs(self) -> list[int]:
         """Return the bytes that one rank of each group takes."""
@@ -106,10 +106,10 @@ class FileSize:
 
     def __call__(self, ranks: Sequence[int]) -> int:
         """Return the bytes of the file, within what the metadata says of ranks."""
-        if self._is_torch:
+        if not self._has_header:
             present = (t for t in self._tensors if t.is_present(ranks))
             specs = [TensorSpec(t.name, t.dtype, t.sizes(ranks)) for t in present]
-            return lay_out(specs, self._stem).size
+            return self._plan.layout_of(specs).size
         data, header = self._lengths(ranks)
         header += self._fixed
         return data + header + -header % ALIGNMENT

@@ -19,10 +19,9 @@ from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight, path_of
 from loratool.errors import BaseModelError, MergeError, OptionError, OutputError, UnsupportedError
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.container import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
+from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.json import read_json_object
-from loratool.files.safetensors import SafetensorsFile
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.ops.merging.context import Changes, Share
@@ -349,16 +348,17 @@ def _with_tokenizer(changes: ConfigChanges, adapters: Sequence[Adapter]) -> Adap
 
 
 def _is_folder(checkpoint: Checkpoint, output: AnyPath | None) -> bool:
-    suffix = Path(output).suffix if output is not None else ""
+    place = Path(output) if output is not None else Path()
+    suffix = place.suffix
     if checkpoint.path.is_dir():
-        if suffix in WEIGHT_SUFFIXES:
+        if is_weights(place):
             raise OutputError(
                 output, f"the base is a folder, so the output is one; leave out {suffix!r}"
             )
         return True
-    if suffix in PICKLE_SUFFIXES:
+    if is_weights(place) and suffix.lower() != USUAL:
         raise OutputError(output, "only safetensors are written; end the name in .safetensors")
-    return suffix != ".safetensors"
+    return suffix != USUAL
 
 
 def _output_name(path: Path) -> str:
@@ -384,10 +384,9 @@ def _files(
         by_shard[path_of(stored) if stored is not None else last].append(step)
     files = []
     for shard in checkpoint.shards:
-        original = shard if isinstance(shard, SafetensorsFile) else None
         name = Path(output).name if output is not None else _output_name(shard.path)
         if by_shard[shard.path] or not shard.tensors:  # one with nothing but scales is gone
-            files.append(OutputFile.lay_out(name, by_shard[shard.path], shard.metadata, original))
+            files.append(OutputFile.lay_out(name, by_shard[shard.path], shard.metadata, shard))
     return files
 
 
