@@ -7,15 +7,11 @@ the files, and a file is imported only once its claim matches. No list is edited
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import import_module
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from loratool.discovery import Plugins
 from loratool.errors import UnsupportedError
 from loratool.files.dtypes import DTYPES, dtype_named
 from loratool.files.spec import StoredTensor, TensorSpec
@@ -42,7 +38,7 @@ Read = Callable[[StoredTensor, int, int], Any]
 
 Rows run along the first axis; a scalar has one.
 """
-CLAIM: Final = re.compile(r"^CLAIM[^=\n]*= (\{.*?^\}|\{.*?\})$", re.MULTILINE | re.DOTALL)
+FILES: Final = Plugins(__package__ or "", "CODEC")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,21 +141,12 @@ class Claim:
     methods: tuple[str, ...]
 
 
-@cache
 def claims() -> tuple[Claim, ...]:
     """Return the claims of all codecs, in the order of their names; none is imported."""
-    found = []
-    for file in files(__package__).iterdir():
-        if file.name.endswith(".py") and (match := CLAIM.search(file.read_text("utf-8"))):
-            fields = ast.literal_eval(match[1])
-            found.append(
-                Claim(
-                    file.name.removesuffix(".py"),
-                    tuple(fields.get("suffixes", ())),
-                    tuple(fields.get("methods", ())),
-                )
-            )
-    return tuple(sorted(found, key=lambda claim: claim.codec))
+    return tuple(
+        Claim(name, tuple(claim.get("suffixes", ())), tuple(claim.get("methods", ())))
+        for name, claim in FILES.claims().items()
+    )
 
 
 def codec_named(name: str) -> Codec:
@@ -168,9 +155,9 @@ def codec_named(name: str) -> Codec:
     Raises:
         KeyError: There is none.
     """
-    if name not in {claim.codec for claim in claims()}:
+    if name not in FILES.claims():
         raise KeyError(name)
-    codec: Codec = import_module(f"{__package__}.{name}").CODEC
+    codec: Codec = FILES.load(name)
     return codec
 
 

@@ -14,19 +14,16 @@ is imported only once a module has one of its signs. No list is edited. A claim 
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
-from typing import Any, Final
+from typing import Final
 
 from loratool.adapter.config import LoraConfig
 from loratool.adapter.scheme import Template
 from loratool.adapter.slots import FACTOR_SLOTS, Slot
 from loratool.adapter.variant import Slots, Variant
+from loratool.discovery import Plugins
 from loratool.errors import AdapterError
 
 __all__ = [
@@ -39,7 +36,7 @@ __all__ = [
     "variant_templates",
 ]
 
-CLAIM: Final = re.compile(r"^CLAIM[^=\n]*= (\{.*?^\}|\{.*?\})$", re.MULTILINE | re.DOTALL)
+FILES: Final = Plugins(__name__, "VARIANT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +65,15 @@ def claims() -> tuple[Claim, ...]:
 
 
 def _read() -> Iterator[Claim]:
-    for info in iter_modules(__path__):
-        spec = info.module_finder.find_spec(f"{__name__}.{info.name}", None)
-        loader: Any = spec.loader if spec is not None else None
-        match = CLAIM.search(loader.get_source(f"{__name__}.{info.name}"))
-        if match is not None:
-            fields: dict[str, Any] = ast.literal_eval(match[1])
-            yield Claim(info.name, frozenset(fields.pop("signs", ())), **fields)
+    for name, claim in FILES.claims().items():
+        fields = dict(claim)
+        yield Claim(name, frozenset(fields.pop("signs", ())), **fields)
 
 
 @cache
 def variant_named(name: str) -> Variant:
     """Return the variant in the file ``name``, which is imported."""
-    made: Variant = import_module(f"{__name__}.{name}").VARIANT
+    made: Variant = FILES.load(name)
     return made
 
 

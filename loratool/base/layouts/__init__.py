@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pkgutil import iter_modules
+from typing import Final
 
 from loratool.base.layout import Headers, Layout
+from loratool.discovery import Plugins
 from loratool.errors import BaseModelError
 
 __all__ = ["layout_of", "layouts"]
 
+FILES: Final = Plugins(__name__, "LAYOUT")
+
 
 def layouts() -> tuple[Layout, ...]:
     """Return every layout in this package, in the order of their names."""
-    names = (info.name for info in iter_modules(__path__))
-    found = (import_module(f"{__name__}.{name}").LAYOUT for name in names)
-    return tuple(sorted(found, key=lambda layout: layout.name))
+    return tuple(sorted(FILES.all().values(), key=lambda layout: layout.name))
 
 
 def layout_of(headers: Headers, where: object) -> Layout:
