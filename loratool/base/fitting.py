@@ -75,7 +75,7 @@ def fit(
         in_fused = locate_in_fused(site, base)
     if in_fused is not None:
         return [Fit(*in_fused, site, is_whole=False)]
-    place = place or base.find(site.module)
+    place = place or base.find(site.module, family=adapter.family)
     if place is None:
         raise _missing(site, adapter, base)
     if not place.is_whole:

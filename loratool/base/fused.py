@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.base.layout import Fused
 from loratool.base.place import Piece, Place
 from loratool.errors import BaseModelError
+from loratool.names.paths import fusions
 
 if TYPE_CHECKING:
     from loratool.base.model import Model
@@ -13,18 +15,30 @@ if TYPE_CHECKING:
 __all__ = ["fused_place"]
 
 
-def fused_place(module: str, base: Model) -> Place | None:
-    """Return the place of rows of a fused projection, or of one that is several here."""
+def fused_place(module: str, base: Model, family: str | None = None) -> Place | None:
+    """Return the place of rows of a fused projection, or of one that is several here.
+
+    The layout knows of such projections, or the family of diffusion models, whose original
+    checkpoints fuse what diffusers has apart.
+    """
     fused = base.layout.fused(module, base.config)
-    if fused is None:
-        return None
+    known = [fused] if fused is not None else []
+    known += [
+        Fused(name, fusion.modules, are_inputs=fusion.sizes == "input")
+        for name, fusion in fusions(module, family)
+    ]
+    return next(filter(None, (_place_in(each, module, base) for each in known)), None)
+
+
+def _place_in(fused: Fused, module: str, base: Model) -> Place | None:
+    """Return the place of ``module``, which is all or a part of ``fused``."""
     if module == fused.whole:
         places = [base.own_place(part) for part in fused.parts]
         return _joined(module, [place for place in places if place], len(places))
     whole = base.own_place(fused.whole)
     if whole is None:
         return None
-    sizes = fused.sizes(whole.shape[0])
+    sizes = fused.sizes(*whole.shape[:2])
     if sizes is None:
         raise BaseModelError(
             f"{base.path}: {fused.whole}",

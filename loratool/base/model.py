@@ -289,7 +289,7 @@ class Model:
         return (
             self.own_place(module, family)
             or expert_place(module, self)
-            or fused_place(module, self)
+            or fused_place(module, self, family)
             or parameter_place(module, self)
             or self._head_place(module)
         )

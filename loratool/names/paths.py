@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from loratool.names.families import claiming, family_named, unrefined
-from loratool.names.family import Family
+from loratool.names.family import Family, Fusion
 from loratool.names.flattening import unflatten
 from loratool.names.pipelines import ENCODERS, component_of, family_of_encoders
 
@@ -16,6 +16,7 @@ __all__ = [
     "candidates",
     "families_of_modules",
     "family_name",
+    "fusions",
     "hub_path",
     "hub_paths",
     "is_fused",
@@ -132,4 +133,25 @@ def other_names(module: str, family: str | None) -> list[str]:
         hub = item.from_native(local)
         if hub is not None and len(hub.modules) == 1 and not hub.swapped:
             found[hub.modules[0]] = None
+    return list(found)
+
+
+def fusions(module: str, family: str | None) -> list[tuple[str, Fusion]]:
+    """Return the projections that a module of a backbone is in one naming, or is part of.
+
+    Returns:
+        The native path and what it is made of, both with the component; none where the two
+        namings have the module alike.
+    """
+    component, local = component_of(module)
+    if component is None:
+        return []
+    found: dict[tuple[str, Fusion], None] = {}
+    for item in [family_named(family)] if family else claiming([local]):
+        native = item.to_native(local)
+        fusion = item.from_native(local)
+        name, made = native or (local, fusion)
+        if made is not None and len(made.modules) > 1:
+            parts = tuple(f"{component}.{part}" for part in made.modules)
+            found[f"{component}.{name}", replace(made, modules=parts)] = None
     return list(found)
