@@ -80,6 +80,7 @@ class Plugins:
         if name not in self.names():
             raise KeyError(name)
         path = f"{self.package}.{name}"
+        _enter(self.package, os.environ.get(PLUGINS, ""))
         try:
             return getattr(importlib.import_module(path), self.attribute)
         except (ImportError, AttributeError, SyntaxError) as error:
@@ -92,15 +93,8 @@ class Plugins:
 
 @cache
 def _listed(package: str, folders: str) -> tuple[str, ...]:
-    module = importlib.import_module(package)
-    kind = package.rpartition(".")[2]
-    more = [str(Path(folder, kind)) for folder in folders.split(os.pathsep) if folder]
-    places = [*_own_places(package), *more]
-    if list(module.__path__) != places:
-        module.__path__[:] = places
-        importlib.invalidate_caches()
     found: dict[str, str] = {}
-    for place in places:
+    for place in _places(package, folders):
         for info in iter_modules([place]):
             if info.name in found:
                 raise PluginError(
@@ -113,13 +107,31 @@ def _listed(package: str, folders: str) -> tuple[str, ...]:
 
 
 @cache
+def _places(package: str, folders: str) -> tuple[str, ...]:
+    """Return where plug-ins lie: those of the package, then those of others."""
+    kind = package.rpartition(".")[2]
+    others = (str(Path(folder, kind)) for folder in folders.split(os.pathsep) if folder)
+    return (*_own_places(package), *others)
+
+
+@cache
 def _own_places(package: str) -> tuple[str, ...]:
     """Return where the package itself lies, whatever else has been added to it since."""
     return tuple(importlib.import_module(package).__path__)
 
 
+def _enter(package: str, folders: str) -> None:
+    """Let the import system look where the plug-ins lie."""
+    places = list(_places(package, folders))
+    module = importlib.import_module(package)
+    if list(module.__path__) != places:
+        module.__path__[:] = places
+        importlib.invalidate_caches()
+
+
 @cache
 def _claims(package: str, folders: str) -> Mapping[str, Any]:
+    _enter(package, folders)
     found = {name: _claim(f"{package}.{name}") for name in _listed(package, folders)}
     return {name: claim for name, claim in found.items() if claim is not None}
 

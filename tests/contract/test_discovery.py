@@ -92,6 +92,20 @@ def test_two_of_one_name_are_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
         codec.FILES.names()
 
 
+def test_folders_may_be_named_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        made(tmp_path / name, f'CLAIM = {{}}\nCODEC = "{name}"\n', f"of_the_{name}")
+    for name in ("first", "second", "first"):
+        monkeypatch.setenv(PLUGINS, str(tmp_path / name))
+        assert f"of_the_{name}" in codec.FILES.names()
+    assert codec.FILES.load("of_the_first") == "first"
+    monkeypatch.setenv(PLUGINS, str(tmp_path / "second"))
+    assert "of_the_second" in codec.FILES.claims()
+    with pytest.raises(KeyError):
+        codec.FILES.load("of_the_first")
+
+
 def test_a_claim_is_read_without_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = 'CLAIM: Final = {\n    "suffixes": [".x"],\n}\nOTHER = {"a": 1}\nraise SystemExit\n'
     made(tmp_path, text, "loud")
