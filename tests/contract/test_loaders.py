@@ -14,6 +14,15 @@ from loratool.loaders.checking import mending
 from loratool.loaders.loader import Fate, Loader, Mend, Rule
 from loratool.schemes import scheme_named
 
+
+def options_of(name: str) -> list[str]:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    return [option for parameter in command.params for option in parameter.opts]
+
+
+OPTIONS = {name: options_of(name) for name in ("convert", "merge", "truncate")}
+
 with pytest.MonkeyPatch.context() as patch:
     find_fakes(patch)
     LOADERS = builtin_loaders()
@@ -67,9 +76,7 @@ def test_every_rule_names_a_next_step_that_exists_or_none(loader: Loader) -> Non
         assert commands
         for text in commands:
             words = shlex.split(text[text.index("loratool") :])
-            command = cli.get_command(click.Context(cli), words[1])
-            assert command is not None
-            known = [option for parameter in command.params for option in parameter.opts]
+            known = OPTIONS[words[1]]
             for word in words[2:]:
                 assert not word.startswith("-") or word in known, (word, text)
             if "--for" in words:
