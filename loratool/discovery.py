@@ -29,6 +29,7 @@ __all__ = ["PLUGINS", "Plugins"]
 
 PLUGINS: Final = "LORATOOL_PLUGINS"
 """The environment variable that names folders with plug-ins of others."""
+SAID: Final = re.compile(r"^CLAIM\b", re.MULTILINE)
 CLAIM: Final = re.compile(r"^CLAIM\b[^=\n]*= (\{[^\n]*\}$|\{.*?^\}$)", re.MULTILINE | re.DOTALL)
 
 
@@ -156,10 +157,10 @@ def _claim(path: str) -> Any:
     text = source(path) if source is not None else None
     if text is None:
         return getattr(importlib.import_module(path), "CLAIM", None)
-    match = CLAIM.search(text)
-    if match is None:
+    if SAID.search(text) is None:
         return None
+    match = CLAIM.search(text)
     try:
-        return ast.literal_eval(match[1])
+        return ast.literal_eval(match[1] if match is not None else "")
     except (ValueError, SyntaxError) as error:
         raise PluginError(path, f"has a CLAIM that is no literal: {error}") from None

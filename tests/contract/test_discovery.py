@@ -74,6 +74,7 @@ def made(folder: Path, text: str, name: str = "x") -> None:
         ('CLAIM = {"suffixes": [".x"]}\n', "no plug-in with CODEC"),
         ('CLAIM = {"suffixes": [".x"]}\nCODEC = (\n', "no plug-in"),
         ('CLAIM = {"suffixes": [open]}\n', "no literal"),
+        ('CLAIM = dict(suffixes=[".x"])\n', "no literal"),
     ],
 )
 def test_a_broken_one_is_refused_by_name(
