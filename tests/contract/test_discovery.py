@@ -15,6 +15,7 @@ from fakes.finding import FAKES
 from samples import FIXTURES, ROOT
 
 import loratool
+from loratool import variants
 from loratool.base import layouts
 from loratool.codecs import codec
 from loratool.discovery import PLUGINS, Plugins
@@ -29,6 +30,7 @@ KINDS = {
     "families": (families.FILES, "braid"),
     "layouts": (layouts.FILES, "trifold"),
     "loaders": (LOADERS, "picky"),
+    "variants": (variants.FILES, "mirror"),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
