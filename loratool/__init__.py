@@ -100,6 +100,8 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
+    if name == "live":  # a folder, which needs torch
+        return import_module("loratool.live")
     if name not in _PLACES:
         raise AttributeError(f"module 'loratool' has no attribute {name!r}")
     return getattr(import_module(_PLACES[name]), name)

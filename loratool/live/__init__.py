@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"loratool.live needs PyTorch, which cannot be imported: {error}; pip install torch"
+    ) from None
+
 from loratool.live.attaching import attach
 from loratool.live.control import Live
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from loratool.codecs.weights import RowSource
-from loratool.errors import UnsupportedError
 from loratool.files.spec import StoredTensor
 from loratool.math.namespace import Array
 from loratool.math.products import Products
+from loratool.ops.devices import check_torch
 
 __all__ = ["Arithmetic", "Bench", "arithmetic_on", "bench_on"]
 
@@ -88,7 +88,7 @@ def arithmetic_on(device: str, *, is_double: bool) -> Arithmetic:
         from loratool.ops.host import HostArithmetic
 
         return HostArithmetic("float64" if is_double else "float32")
-    _import_torch(device)
+    check_torch(device)
     import torch
 
     from loratool.ops.tensors import Arithmetic as TorchArithmetic
@@ -108,18 +108,7 @@ def bench_on(device: str) -> Bench:
         from loratool.ops.host import HostBench
 
         return HostBench()
-    _import_torch(device)
+    check_torch(device)
     from loratool.ops.tensors import TorchBench, resolve_device
 
     return TorchBench(resolve_device(device))
-
-
-def _import_torch(device: str) -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise UnsupportedError(
-            f"--device {device}",
-            f"computing on a GPU needs PyTorch, which cannot be imported: {error}",
-            hint="leave out --device to compute on the processor, which needs none",
-        ) from None

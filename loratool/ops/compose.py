@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import Adapter, ExtraKind
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.math.combining import Settings
@@ -142,7 +142,7 @@ def compose(
         asked=options,
         method=Method(method, Settings(density, epsilon), seed, mover_to(device)),
         policy=extras,
-        notes=notes,
+        notes=(*notes, *_unweighted(opened, amounts)),
     )
     return finish(
         draft,
@@ -153,6 +153,17 @@ def compose(
         threads=threads,
         progress=progress,
     )
+
+
+def _unweighted(adapters: Sequence[Adapter], weights: Sequence[float]) -> Iterator[str]:
+    """Say where a weight does not reach: saved heads and rows, whose base is not at hand."""
+    for adapter, weight in zip(adapters, weights, strict=True):
+        names = [extra.name for extra in adapter.extras if extra.kind is not ExtraKind.STATE]
+        if weight != 1 and names:
+            yield (
+                f"{adapter.path}: the weight {weight:g} is that of the deltas; what is no delta "
+                f"stays as it is, such as {names[0]!r}"
+            )
 
 
 def _check_methods(method: str, density: float | None, epsilon: float | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from loratool.errors import UnsupportedError
 
-__all__ = ["mover_to"]
+__all__ = ["check_torch", "mover_to"]
 
 PROCESSOR = ("auto", "cpu")
 
@@ -22,16 +22,29 @@ def mover_to(name: str) -> Callable[[Any], Any]:
     """
     if name in PROCESSOR:
         return _same
-    try:
-        import torch
-    except ImportError:
-        raise UnsupportedError(
-            f"--device {name}", "needs torch, which is not installed", hint="pip install torch"
-        ) from None
+    check_torch(name)
+    import torch
+
     from loratool.ops.tensors import resolve_device
 
     device = resolve_device(name)
     return lambda array: torch.from_numpy(array.copy()).to(device)
+
+
+def check_torch(device: str) -> None:
+    """Refuse a device that only torch reaches, where there is no torch.
+
+    Raises:
+        UnsupportedError: It cannot be imported.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(
+            f"--device {device}",
+            f"computing on a GPU needs PyTorch, which cannot be imported: {error}",
+            hint="leave out --device to compute on the processor, which needs none",
+        ) from None
 
 
 def _same(array: Any) -> Any:

@@ -70,7 +70,9 @@ def wait_until_writing(process: subprocess.Popen[str], folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name
+)
 def test_a_run_that_is_ended_leaves_nothing_finished(
     number: signal.Signals, large: tuple[Path, Path], tmp_path: Path
 ) -> None:

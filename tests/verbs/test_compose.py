@@ -178,6 +178,20 @@ def test_extras_that_agree_or_come_once_are_carried(make_adapter: Make, tmp_path
         loratool.compose([one, same], tmp_path / "differ")
 
 
+def test_a_weight_that_does_not_reach_a_saved_head_is_said(
+    make_adapter: Make, tmp_path: Path
+) -> None:
+    tensors = {**lora(Q, 12, 10), "lm_head.weight": torch.ones(5, 10)}
+    one = make_adapter(tensors, target_modules=[Q], modules_to_save=["lm_head"])
+    report = loratool.compose([one], tmp_path / "half", weights=[0.5])
+    assert torch.equal(
+        load_tensors(tmp_path / "half")["base_model.model.lm_head.weight"], torch.ones(5, 10)
+    )
+    assert any("stays as it is, such as 'lm_head.weight'" in note for note in report.notes)
+    report = loratool.compose([one], tmp_path / "whole")
+    assert not any("stays as it is" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(("policy", "value"), [("first", 1.0), ("last", 4.0), ("average", 2.5)])
 def test_policies(make_adapter: Make, tmp_path: Path, policy: str, value: float) -> None:
     adapters = heads(make_adapter, 1.0, 4.0)

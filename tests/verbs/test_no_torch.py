@@ -128,3 +128,33 @@ def test_the_environment_is_the_command_lines_business_alone(tmp_path: Path) -> 
         "assert dict(os.environ) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("verb", ["truncate", "compare"])
+def test_all_verbs_say_alike_that_a_gpu_needs_torch(
+    verb: str, without_torch: Path, tmp_path: Path
+) -> None:
+    adapter = FIXTURES / "adapters" / "lora-linear"
+    more = ("--rank", 2, "-o", tmp_path / "out") if verb == "truncate" else (adapter,)
+    made = run(verb, adapter, *more, "--device", "cuda", path=without_torch)
+    assert made.returncode == 2
+    assert made.stderr.startswith("error: --device cuda: computing on a GPU needs PyTorch, ")
+    assert "hint: leave out --device" in made.stderr
+
+
+@pytest.mark.parametrize("code", ["import loratool; loratool.live", "import loratool.live"])
+def test_live_layers_without_torch_say_that_they_need_it(code: str, without_torch: Path) -> None:
+    path = os.pathsep.join([str(without_torch), os.environ.get("PYTHONPATH", "")])
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert found.stderr.splitlines()[-1].startswith("ImportError: loratool.live needs PyTorch")
+
+
+def test_live_is_reached_through_the_package() -> None:
+    code = "import sys, loratool; assert 'torch' not in sys.modules; loratool.live.attach"
+    subprocess.run([sys.executable, "-c", code], check=True)
