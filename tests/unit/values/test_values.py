@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from loratool.files.gathering import BLOCK, WORTH_A_THREAD, Piece, gather
 from loratool.files.safetensors import read_header
 from loratool.values.arrays import Rounded, decode, encode
 from loratool.values.expr import Constant, Placed, Stored, block_diagonal, concatenated
@@ -103,57 +99,3 @@ class TestViews:
         assert np.array_equal(diagonal.rows(4, 11).evaluate(), expected[4:11])
         assert np.array_equal(Constant(2.0, (2, 3), "F32").turned().evaluate(), np.full((3, 2), 2))
         assert not Placed((), (2, 2), "F32").evaluate().any()
-
-
-@given(
-    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12),
-    order=st.randoms(use_true_random=False),
-    shift=st.integers(0, 5),
-)
-def test_gathered_bytes_are_where_they_belong(
-    sizes: list[int], order: object, shift: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("gather")
-    data = os.urandom(sum(sizes) + 10)
-    (folder / "source").write_bytes(data)
-    pieces, expected, offset, taken = [], bytearray(), 0, 0
-    for number, size in enumerate(sizes):
-        gap = shift * (number % 2)
-        expected += bytes(gap)
-        offset += gap
-        if number % 3 == 2:
-            pieces.append(Piece(offset, size, data=data[taken : taken + size]))
-        else:
-            pieces.append(Piece(offset, size, folder / "source", taken))
-        expected += data[taken : taken + size]
-        offset += size
-        taken += size
-    order.shuffle(pieces)  # type: ignore[attr-defined]
-    source = os.open(folder / "source", os.O_RDONLY)
-    target = os.open(folder / "target", os.O_RDWR | os.O_CREAT)
-    try:
-        os.ftruncate(target, offset)
-        gather(pieces, target, lambda path: source)
-    finally:
-        os.close(source)
-        os.close(target)
-    assert (folder / "target").read_bytes() == bytes(expected)
-
-
-def test_large_pieces_are_moved_by_several_threads(tmp_path: Path) -> None:
-    size = WORTH_A_THREAD + BLOCK // 2 + 3
-    data = os.urandom(size)
-    (tmp_path / "source").write_bytes(data)
-    source = os.open(tmp_path / "source", os.O_RDONLY)
-    target = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
-    half = size // 2
-    pieces = [
-        Piece(half, size - half, tmp_path / "source", 0),
-        Piece(0, half, tmp_path / "source", size - half),
-    ]
-    try:
-        gather(pieces, target, lambda path: source)
-    finally:
-        os.close(source)
-        os.close(target)
-    assert (tmp_path / "target").read_bytes() == data[size - half :] + data[: size - half]
