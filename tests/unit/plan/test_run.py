@@ -1,4 +1,4 @@
-"""The one loop: bytes that only move end where they belong, tasks are done once, failures stop it."""
+"""The one loop: bytes that only move end where they belong, tasks are done once, failures stop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def moved(sizes: list[int], source: Path, order: list[int]) -> tuple[FileWork, b
     return FileWork("out", len(expected), b"head", moves), bytes(expected)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12))
 def test_moved_bytes_are_where_they_belong(
     data: st.DataObject, sizes: list[int], tmp_path_factory: pytest.TempPathFactory
