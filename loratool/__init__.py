@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from loratool.ops.extraction.result import ExtractReport
     from loratool.ops.inspect import inspect
     from loratool.ops.merge import MergeReport, merge, plan_merge
-    from loratool.ops.opening import open_adapter
     from loratool.ops.rescale import RescaleReport, rescale
     from loratool.ops.schemes import schemes
     from loratool.ops.truncate import truncate
     from loratool.ops.validate import validate
     from loratool.ops.verify import verify
+    from loratool.schemes.opening import open_adapter
 
 __all__ = [
     "AdapterReport",
@@ -70,7 +70,7 @@ _PLACES: Final = {
     "extract": "loratool.ops.extract",
     "inspect": "loratool.ops.inspect",
     "merge": "loratool.ops.merge",
-    "open_adapter": "loratool.ops.opening",
+    "open_adapter": "loratool.schemes.opening",
     "plan_merge": "loratool.ops.merge",
     "rescale": "loratool.ops.rescale",
     "schemes": "loratool.ops.schemes",

@@ -13,7 +13,7 @@ from loratool.adapter.config import LoraConfig
 from loratool.adapter.model import HEAD_LEAVES, Extra, ExtraKind, Kind, Site, in_registered_order
 from loratool.adapter.patterns import matches_target
 from loratool.adapter.scaling import Scaling
-from loratool.adapter.scheme import KeyScheme
+from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.adapter.variant import Choice
 from loratool.errors import AdapterError
@@ -61,7 +61,7 @@ def strip_wrappers(module: str) -> str:
 
 def build_sites(
     tensors: Mapping[str, StoredTensor],
-    scheme: KeyScheme,
+    scheme: Scheme,
     config: LoraConfig | None,
     choose: Choice,
     enabled: tuple[bool, ...] = (),
@@ -82,7 +82,7 @@ def build_sites(
     extras: list[Extra] = []
     wrapped = 0
     for key, tensor in tensors.items():
-        parsed = scheme.parse(key)
+        parsed = scheme.keys.parse(key)
         if parsed is None:
             extras.append(_extra(key, tensor, scheme))
             continue
@@ -98,14 +98,14 @@ def build_sites(
         slots = groups.setdefault((path, nesting), {})
         if parsed.slot in slots:
             raise AdapterError(key, f"{path!r} has two tensors for {parsed.slot.value!r}")
-        slots[parsed.slot] = scheme.view(parsed.slot, tensor)
+        slots[parsed.slot] = scheme.roles.view(parsed.slot, tensor)
     orphans = [place for place, slots in groups.items() if slots.keys() == {Slot.ALPHA}]
     for place in orphans:
         (alpha,) = groups.pop(place).values()
         extras.append(Extra(alpha.spec.name, f"{place[0]}.alpha", ExtraKind.STATE, alpha))
     sites = []
     for (module, nesting), slots in groups.items():
-        _check_shapes(module, slots, scheme.factor_slots)
+        _check_shapes(module, slots, scheme.keys.factor_slots)
         variant = choose(module, slots, config, enabled)
         settings = variant.settings(module, slots, config, tensors)
         site = _site(Site(module, Kind.LINEAR, variant, slots, Scaling(None, 0), nesting), config)
@@ -117,7 +117,7 @@ def build_sites(
     extras = [_with_base_copies(extra, adapted) for extra in extras]
     notes = (
         (f"{wrapped} keys carry the prefix of a wrapper twice; PEFT would not apply them",)
-        if wrapped and scheme.prefix
+        if wrapped and scheme.keys.prefix
         else ()
     )
     if orphans:
@@ -125,8 +125,8 @@ def build_sites(
     return Parts(tuple(sites), tuple(extras), notes)
 
 
-def _extra(key: str, tensor: StoredTensor, scheme: KeyScheme) -> Extra:
-    name = strip_wrappers(key.removeprefix(scheme.prefix))
+def _extra(key: str, tensor: StoredTensor, scheme: Scheme) -> Extra:
+    name = strip_wrappers(key.removeprefix(scheme.keys.prefix))
     if ".original_module." in name:
         return Extra(key, SAVED_COPY.sub("", name), ExtraKind.STATE, tensor)
     return Extra(key, SAVED_COPY.sub("", name), ExtraKind.FULL, tensor)

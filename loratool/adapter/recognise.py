@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Final
 
 __all__ = ["PEFT_TYPES", "describe_keys", "looks_like_adapter"]
@@ -23,12 +23,7 @@ PEFT_TYPES: Final = {
 }
 """What the commonest types are; the others are named as they are."""
 
-FORMS: Final = (
-    (r"lora_unet_|lora_te\d?_|lora_transformer_", "flattened names without factors"),
-    (r"ia3_l", "(IA)³ vectors, but not behind PEFT's base_model.model"),
-    (r"^prompt_embeddings$|prefix", "a trained prompt: there is no delta"),
-    (r"\.oft_[rR]|boft_", "PEFT's OFT rotations: they multiply the base's weights"),
-    (r"internal_xlora_classifier", "an X-LoRA router: no fixed weights equal it"),
+FORMS: Final[tuple[tuple[str, str], ...]] = (
     (r"\.linear_(in|out)\.weight$", "Megatron's adapters (linear_in, linear_out), not read yet"),
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
     (r"^w_[ab]_\d+$", "numbered factors without module names"),
@@ -38,16 +33,27 @@ FORMS: Final = (
 )
 
 
-def looks_like_adapter(keys: Collection[str]) -> bool:
-    """Whether most of ``keys`` are of some kind of adapter that no scheme reads yet."""
+def looks_like_adapter(keys: Collection[str], forms: Sequence[tuple[str, str]] = ()) -> bool:
+    """Whether most of ``keys`` are of some kind of adapter that no scheme reads yet.
+
+    Args:
+        keys: The keys of a file.
+        forms: What keys look like that schemes know, with what they are.
+    """
     return any(
-        2 * sum(1 for key in keys if re.search(pattern, key)) >= len(keys) for pattern, _ in FORMS
+        2 * sum(1 for key in keys if re.search(pattern, key)) >= len(keys)
+        for pattern, _ in (*forms, *FORMS)
     )
 
 
-def describe_keys(keys: Collection[str]) -> str:
-    """Return one phrase on what ``keys`` look like, with examples."""
-    for pattern, words in FORMS:
+def describe_keys(keys: Collection[str], forms: Sequence[tuple[str, str]] = ()) -> str:
+    """Return one phrase on what ``keys`` look like, with examples.
+
+    Args:
+        keys: The keys of a file.
+        forms: What keys look like that schemes know, with what they are.
+    """
+    for pattern, words in (*forms, *FORMS):
         hits = [key for key in keys if re.search(pattern, key)]
         if hits:
             return f"{len(hits)} of {len(keys)} keys are {words}; such as {hits[0]!r}"

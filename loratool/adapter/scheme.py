@@ -1,275 +1,417 @@
-"""Key schemes: one table of templates, used both to parse names and to format them."""
+"""A key scheme as an object with parts: what each part answers, and nobody else knows."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from functools import cached_property
-from typing import Any, Final
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
-from loratool.adapter.slots import FACTOR_SLOTS, AdapterKey, Slot
+from loratool.adapter.findings import Finding
+from loratool.adapter.keys import KeyTable
+from loratool.adapter.model import Adapter, Site
+from loratool.adapter.part import Part
+from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.values.expr import Constant, Expr
 
 __all__ = [
-    "Embeddings",
-    "KeyScheme",
-    "ScaleRule",
-    "Spelling",
-    "Template",
-    "are_transposed",
-    "transposed",
+    "Context",
+    "Home",
+    "Names",
+    "NoPlaceError",
+    "Paths",
+    "Roles",
+    "Scale",
+    "Scheme",
+    "Seal",
+    "Settings",
+    "Spelled",
+    "Tokens",
+    "Written",
 ]
 
-FIELDS: Final = {"module": r"(?P<module>.+)", "adapter": r"(?P<adapter>(?!weight$|bias$).+)"}
-LONGEST_SUFFIX: Final = 3
-"""How many dots the part of a key behind its module has at most."""
 
-
-class ScaleRule(Enum):
-    """Where a scheme keeps the number that multiplies ``B @ A``."""
-
-    CONFIG = "in adapter_config.json, as alpha"
-    ALPHA = "in an alpha tensor of each module"
-    MULTIPLIER = "in adapter_config.json, as the multiplier itself"
-    FOLDED = "nowhere: it has to be in the factors"
-
-
-class Spelling(Enum):
-    """How a scheme spells module paths."""
-
-    PATH = "dotted paths inside one model"
-    PIPELINE = "dotted paths behind the name of a pipeline's component"
-    FLAT = "paths with underscores for dots, behind a prefix for the component"
-    BARE_FLAT = "paths with underscores for dots"
-    NATIVE = "dotted paths of the original checkpoint, behind a prefix for the component"
-    POSITION = "the place of the module in its model"
-
-
-class Embeddings(Enum):
-    """How a scheme stores the factors of an embedding's delta."""
-
-    SLOTS = "under names of their own, A (r, vocabulary) and B (dim, r)"
-    FACTORS = "as A (r, vocabulary) and B (dim, r), under the names of a linear layer's"
-    WEIGHT = "as factors of the weight as it is stored, (vocabulary, dim)"
-    NONE = "not at all"
-
-
-@dataclass(frozen=True)
-class Template:
-    """A key with ``{module}`` and perhaps ``{adapter}`` in it, and the slot that it names.
+class NoPlaceError(Exception):
+    """A scheme has no place for something.
 
     Attributes:
-        text: The key.
-        slot: Its slot.
-        is_factor: Whether such a key makes a file an adapter's, as A and B always do.
+        what: What it is, in words.
+        slot: The one tensor that it is, where the rest of its module has a place.
     """
 
-    text: str
-    slot: Slot
-    is_factor: bool = False
-
-    @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """The regular expression that recognises such keys."""
-        parts = re.split(r"\{(\w+)\}", self.text)
-        return re.compile(
-            "".join(FIELDS[part] if i % 2 else re.escape(part) for i, part in enumerate(parts)),
-            re.DOTALL,
-        )
-
-    @property
-    def names_adapter(self) -> bool:
-        """Whether keys of this form carry the name of the adapter."""
-        return "{adapter}" in self.text
-
-    @cached_property
-    def marker(self) -> str:
-        """The text between module and adapter name: a key without it is none of these."""
-        return self.text.partition("{module}")[2].partition("{adapter}")[0]
+    def __init__(self, what: str, slot: Slot | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.slot = slot
 
 
 @dataclass(frozen=True)
-class KeyScheme:
-    """One way to name the tensors of an adapter.
+class Names:
+    """What the modules of a file are.
 
-    The first template of a slot is how it is written; the others are also read. A scheme that
-    templates cannot express may override ``parse`` and ``format``.
+    Attributes:
+        paths: Module to its paths: one where it is known, several where it is ambiguous.
+        family: The pipeline that they belong to, where known.
+        components: What is a component of a pipeline for certain.
+        is_native: Whether the backbone's paths were those of original checkpoints.
+    """
+
+    paths: Mapping[str, tuple[str, ...]]
+    family: str | None = None
+    components: frozenset[str] = frozenset()
+    is_native: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the spelling of modules depends on.
+
+    Attributes:
+        scheme: The scheme's name, for messages.
+        accepts: Whether a module may be spelled so in its keys.
+        family: The pipeline that the modules belong to, where known.
+        known: What is a component for certain.
+        alone: The component whose modules go by their own names, if there is one.
+    """
+
+    scheme: str
+    accepts: Callable[[str], bool]
+    family: str | None = None
+    known: frozenset[str] = frozenset()
+    alone: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """A module and what a scheme calls it."""
+
+    name: str
+    part: Part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a scheme is told about an adapter that is written in it.
+
+    Attributes:
+        modules: What it is made of, as the scheme calls and stores it.
+        parts: The same modules under the paths that they have inside what is written.
+        extras: Names of the tensors beside the deltas.
+        source: The scheme that it comes in; empty for none, or for several.
+        scheme: The scheme that is written.
+        config: PEFT's configuration to start from; ``None`` where nothing has one.
+        changes: Fields that it gets.
+        keeps_targets: Whether its fields that choose modules mean exactly these modules.
+        sidecar: The configuration that it came with, where that is another tool's.
+        metadata: What it says about its training.
+        family: The pipeline that its modules belong to, where known.
+        stem: What the file was called that it comes from.
+        title: What the output is called.
+    """
+
+    modules: tuple[Spelled, ...]
+    parts: tuple[Part, ...]
+    extras: tuple[str, ...]
+    source: str
+    scheme: str
+    config: Mapping[str, Any] | None
+    changes: Mapping[str, Any]
+    keeps_targets: bool
+    sidecar: Mapping[str, Any] | None
+    metadata: Mapping[str, str]
+    family: str | None
+    stem: str
+    title: str
+
+
+class Paths(Protocol):
+    """How modules are spelled.
+
+    Attributes:
+        has_components: Whether paths say which model of a pipeline they are in.
+        is_dotted: Whether they are those of one model, as it has them.
+        is_whole: Whether all modules of a model have a place, or none.
+        keeps_unknown: Whether modules whose path is not known can be written as they were read.
+        follows_base: Whether paths are those that the base itself has.
+    """
+
+    @property
+    def has_components(self) -> bool: ...
+    @property
+    def is_dotted(self) -> bool: ...
+    @property
+    def is_whole(self) -> bool: ...
+    @property
+    def keeps_unknown(self) -> bool: ...
+    @property
+    def follows_base(self) -> bool: ...
+
+    def spell(self, modules: Sequence[str], context: Context) -> list[str]:
+        """Return what modules are called, given their paths.
+
+        Raises:
+            UnsupportedError: One has no name.
+        """
+        ...
+
+    def unspell(
+        self, sites: Sequence[Site], metadata: Mapping[str, str], base: Collection[str]
+    ) -> Names:
+        """Return what the modules of ``sites`` are.
+
+        Args:
+            sites: As a file has them.
+            metadata: Of the file.
+            base: Module paths of the base, if it is at hand.
+        """
+        ...
+
+    def record(self, paths: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the metadata that a reader needs, given names and the paths that they are of."""
+        ...
+
+    def writes_native(
+        self, wish: str | None, families: Sequence[str], *, is_native: bool
+    ) -> bool | None:
+        """Return whether backbones go by the names of original checkpoints; ``None``: never.
+
+        Args:
+            wish: ``native`` or ``diffusers``, where somebody said so.
+            families: What the modules may belong to.
+            is_native: Whether that is how they were read.
+        """
+        ...
+
+    def refusal(self, count: int) -> str | None:
+        """Return why ``count`` modules are not known, where the scheme itself can tell."""
+        ...
+
+
+class Scale(Protocol):
+    """Where the number that multiplies ``B @ A`` goes.
+
+    Attributes:
+        has_one_rank: Whether all modules have to have the same rank.
+    """
+
+    @property
+    def has_one_rank(self) -> bool: ...
+
+    def place(self, parts: Sequence[Part], *, fold: bool) -> list[Part]:
+        """Return ``parts`` with the scale where it belongs.
+
+        Args:
+            parts: The modules.
+            fold: Put it into the factors in any case.
+        """
+        ...
+
+    def record(self, part: Part) -> Constant | None:
+        """Return what is stored as the alpha of a module, if anything is."""
+        ...
+
+
+class Settings(Protocol):
+    """What lies beside the tensors: in a file of its own, or in the metadata.
+
+    Attributes:
+        file: The name of the configuration; empty where there is none.
+        names_targets: Whether it says which modules it is for, nested ones and raw parameters too.
+        names_saved: Whether it says which modules are saved as a whole.
+        stale: A regular expression for metadata that describes the form of such a file.
+    """
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def names_targets(self) -> bool: ...
+    @property
+    def names_saved(self) -> bool: ...
+    @property
+    def stale(self) -> str: ...
+
+    def claims(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a configuration is this scheme's, and not PEFT's."""
+        ...
+
+    def read(
+        self,
+        sites: tuple[Site, ...],
+        metadata: Mapping[str, str],
+        sidecar: Mapping[str, Any] | None,
+        where: Path,
+    ) -> tuple[Site, ...]:
+        """Return ``sites`` with the alphas and ranks that are recorded.
+
+        Args:
+            sites: As the tensors have them.
+            metadata: Of the file.
+            sidecar: The configuration, where it is this scheme's.
+            where: Where that is.
+
+        Raises:
+            AdapterError: What is recorded cannot be understood.
+            UnsupportedError: It says that the delta is no sum.
+        """
+        ...
+
+    def config(self, written: Written) -> dict[str, Any] | None:
+        """Return the configuration, or ``None`` where there is none."""
+        ...
+
+    def metadata(self, written: Written) -> dict[str, str]:
+        """Return what goes into the metadata."""
+        ...
+
+    def notes(self, written: Written) -> Iterator[str]:
+        """Yield what a user should know about what is written."""
+        ...
+
+    def findings(self, adapter: Adapter) -> Iterator[Finding]:
+        """Yield what is wrong with a stored adapter of this scheme, or missing beside it."""
+        ...
+
+
+class Roles(Protocol):
+    """In which roles, shapes and orientation the tensors of a module are stored.
+
+    Attributes:
+        is_transposed: Whether A is stored as ``(in, r)`` and B as ``(r, out)``.
+        has_variants: Whether modules without A and B have a place.
+    """
+
+    @property
+    def is_transposed(self) -> bool: ...
+    @property
+    def has_variants(self) -> bool: ...
+
+    def view(self, slot: Slot, tensor: StoredTensor) -> StoredTensor:
+        """Return a stored tensor as the model of an adapter sees it: A as ``(r, in)``."""
+        ...
+
+    def apart(self, site: Site) -> list[Site]:
+        """Return the modules that a stored one stands for: one for each expert that it stacks."""
+        ...
+
+    def read(self, site: Site) -> Site:
+        """Return ``site`` in the roles that its path calls for."""
+        ...
+
+    def magnitude(self, value: Expr) -> Expr:
+        """Return stored magnitudes as ``(out,)``, or as they are where they are of the inputs."""
+        ...
+
+    def together(self, parts: Sequence[Part]) -> list[Part]:
+        """Return ``parts`` with those as one that are stored as one.
+
+        Raises:
+            UnsupportedError: Some of them are missing, or differ.
+        """
+        ...
+
+    def stored(self, part: Part) -> Part:
+        """Return ``part`` with its tensors as they are stored.
+
+        Raises:
+            NoPlaceError: One of them is not.
+        """
+        ...
+
+
+class Tokens(Protocol):
+    """What trained tokens are called, and how they are stored."""
+
+    def key(self, name: str) -> str | None:
+        """Return the name of a tensor, ``None`` where it is no token's embedding."""
+        ...
+
+    def stored(self, value: Expr) -> Expr:
+        """Return its values in the shape that they are stored in."""
+        ...
+
+
+class Seal(Protocol):
+    """Metadata that only the finished file tells: hashes of its data."""
+
+    @property
+    def room(self) -> Mapping[str, str]:
+        """The keys, with values of the right length."""
+        ...
+
+    def close(
+        self,
+        read: Callable[[int, memoryview], None],
+        size: int,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str],
+    ) -> Mapping[str, str]:
+        """Return the values.
+
+        Args:
+            read: Fills a buffer with data from an offset behind the header on.
+            size: Bytes of data.
+            specs: The tensors in their order.
+            metadata: What else the header says.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """What a file of a scheme is called, and what else has a place in it.
+
+    Attributes:
+        weights_name: The weights file in a folder; empty for ``<folder>``'s name.
+        suffix: The ending of its weights file.
+        is_open: Whether tensors that are no deltas may lie beside the factors.
+        tokens: How trained tokens are stored; ``None`` where they are not.
+    """
+
+    weights_name: str = ""
+    suffix: str = ".safetensors"
+    is_open: bool = False
+    tokens: Tokens | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """One way to store an adapter.
 
     Attributes:
         name: What the command line calls it.
         summary: One line on who writes it.
         example: A key, as people see it.
-        templates: The table.
-        prefix: What every key of the scheme begins with, full tensors included; may be empty.
-        foreign: Prefixes that mark a key as another scheme's.
-        modules: What a module looks like in its keys, as a regular expression.
-        writes: Whether loratool also writes it.
-        scale: Where the scale is kept.
-        spelling: How modules are spelled.
-        embeddings: How embeddings are stored.
-        is_transposed: Whether A is stored as ``(in, r)`` and B as ``(r, out)``.
-        has_convolutions: Whether factors with kernels, ``(r, in, *kernel)``, have a place in it.
-        is_open: Whether tensors that are no deltas may lie beside the factors.
-        weights_name: What its weights file is called in a folder; empty for ``<folder>``'s name.
-        has_config: Whether ``adapter_config.json`` belongs to it.
+        keys: How tensors are named.
+        paths: How modules are spelled.
+        scale: Where the scale goes.
+        roles: In which roles and shapes tensors are stored.
+        settings: What lies beside them.
+        home: What the file is called.
+        seal: Metadata that only the finished file tells.
+        beside: What is used instead where PEFT's configuration, or alphas, lie beside the input.
+        resembles: Patterns of keys that are of its tool and no factors, with what they are.
         priority: Which scheme is meant where two recognise as many keys: the higher.
-        written_suffix: The ending of its weights file.
     """
 
     name: str
     summary: str
     example: str
-    templates: tuple[Template, ...]
-    prefix: str = ""
-    foreign: tuple[str, ...] = field(default=())
-    modules: str = ".+"
-    writes: bool = False
-    scale: ScaleRule = ScaleRule.FOLDED
-    spelling: Spelling = Spelling.PATH
-    embeddings: Embeddings = Embeddings.NONE
-    is_transposed: bool = False
-    has_convolutions: bool = True
-    is_open: bool = False
-    weights_name: str = ""
-    has_config: bool = False
+    keys: KeyTable
+    paths: Paths
+    scale: Scale
+    roles: Roles
+    settings: Settings
+    home: Home = field(default_factory=Home)
+    seal: Seal | None = None
+    beside: Mapping[str, tuple[Scale, Settings]] = field(default_factory=dict)
+    resembles: tuple[tuple[str, str], ...] = ()
     priority: int = 0
-    written_suffix: str = ".safetensors"
 
-    @cached_property
-    def _plain(self) -> Mapping[str, tuple[str, Slot]]:
-        """What comes before and what each suffix means, for templates without adapter name."""
-        found: dict[str, tuple[str, Slot]] = {}
-        for template in self.templates:
-            before, _, after = template.text.partition("{module}")
-            if not template.names_adapter:
-                found.setdefault(after, (before, template.slot))
-        return found
-
-    @cached_property
-    def _named(self) -> tuple[Template, ...]:
-        return tuple(template for template in self.templates if template.names_adapter)
-
-    @cached_property
-    def _module(self) -> re.Pattern[str]:
-        return re.compile(self.modules, re.DOTALL)
-
-    def parse(self, key: str) -> AdapterKey | None:
-        """Return what ``key`` means in this scheme, or ``None`` where it is not one of its."""
-        if self.foreign and key.startswith(self.foreign):
-            return None
-        found = self._parse_plain(key) or self._parse_named(key)
-        return found if found is not None and self._module.fullmatch(found.module) else None
-
-    def _parse_plain(self, key: str) -> AdapterKey | None:
-        best = None
-        end = len(key)
-        for _ in range(LONGEST_SUFFIX):
-            end = key.rfind(".", 0, end)
-            if end < 0:
-                break
-            before, slot = self._plain.get(key[end:], ("", None))
-            if slot is not None and key.startswith(before) and end > len(before):
-                best = AdapterKey(key[len(before) : end], slot)
-        return best
-
-    def _parse_named(self, key: str) -> AdapterKey | None:
-        for template in self._named:
-            match = template.pattern.fullmatch(key) if template.marker in key else None
-            if match:
-                groups = match.groupdict()
-                return AdapterKey(groups["module"], template.slot, groups.get("adapter"))
-        return None
-
-    def format(self, key: AdapterKey) -> str:
-        """Return the name of ``key``, whose module is spelled as the scheme does.
-
-        Raises:
-            KeyError: The scheme has no name for this slot.
-        """
-        for template in self.templates:
-            if template.slot is key.slot and template.names_adapter == (key.adapter is not None):
-                return template.text.format(module=key.module, adapter=key.adapter)
-        raise KeyError(f"{self.name} has no name for {key.slot.value}")
-
-    @cached_property
-    def factor_slots(self) -> frozenset[Slot]:
-        """The roles that make a key recognisable as an adapter's."""
-        return FACTOR_SLOTS | {t.slot for t in self.templates if t.is_factor}
-
-    def accepts(self, module: str) -> bool:
-        """Whether a module may be spelled so."""
-        return self._module.fullmatch(module) is not None
-
-    def has_name_for(self, slot: Slot) -> bool:
-        """Whether there is a key for ``slot``."""
-        return any(template.slot is slot for template in self.templates)
-
-    def view(self, slot: Slot, tensor: StoredTensor) -> StoredTensor:
-        """Return a stored tensor as the model of an adapter sees it: A as ``(r, in)``."""
-        is_factor = slot in (Slot.DOWN, Slot.UP) and len(tensor.spec.shape) == 2
-        return transposed(tensor) if self.is_transposed and is_factor else tensor
-
-    def factor_keys(self, keys: Iterable[str]) -> int:
-        """Return how many of ``keys`` are factors in this scheme."""
-        parsed = (self.parse(key) for key in keys)
-        return sum(1 for key in parsed if key is not None and key.slot in self.factor_slots)
-
-    def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
-        """Return how many of ``tensors`` are factors in this scheme, shapes considered."""
-        return self.factor_keys(tensors)
-
-    def pairs(self, tensors: Mapping[str, StoredTensor]) -> list[tuple[StoredTensor, StoredTensor]]:
-        """Return the stored A and B of every module that has both as matrices."""
-        found: dict[tuple[str, str | None], dict[Slot, StoredTensor]] = {}
-        for key, tensor in tensors.items():
-            parsed = self.parse(key)
-            if parsed is not None and parsed.slot in (Slot.DOWN, Slot.UP):
-                found.setdefault((parsed.module, parsed.adapter), {})[parsed.slot] = tensor
-        return [
-            (slots[Slot.DOWN], slots[Slot.UP])
-            for slots in found.values()
-            if len(slots) == 2 and all(len(item.spec.shape) == 2 for item in slots.values())
-        ]
-
-    def settings(self, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
-        """Return what the file's metadata says about ranks and alphas, by component.
-
-        Raises:
-            AdapterError: It cannot be understood.
-        """
-        return None
-
-
-def are_transposed(pairs: Sequence[tuple[StoredTensor, StoredTensor]]) -> bool | None:
-    """Return whether factors are stored transposed, or ``None`` where their shapes do not tell.
-
-    A pair fits as ``(r, in), (out, r)``, as ``(in, r), (r, out)``, or both ways where inputs are as
-    many as outputs. Then the rank is the smaller side; of square factors either is.
-
-    Args:
-        pairs: A and B of each module, as they are stored, both matrices.
-    """
-    shapes = [(down.spec.shape, up.spec.shape) for down, up in pairs]
-    if not all(down[1] == up[0] for down, up in shapes):
-        return False
-    if not all(down[0] == up[1] for down, up in shapes):
-        return True
-    tall = any(down[0] > down[1] for down, _ in shapes)
-    wide = any(down[0] < down[1] for down, _ in shapes)
-    return None if tall == wide else tall
-
-
-def transposed(tensor: StoredTensor) -> StoredTensor:
-    """Return a stored matrix with rows and columns exchanged; its bytes stay where they are."""
-    spec = tensor.spec
-    rows, columns = spec.shape
-    strides = tensor.strides or (columns, 1)
-    return StoredTensor(
-        TensorSpec(spec.name, spec.dtype, (columns, rows)),
-        tensor.path,
-        tensor.offset,
-        (strides[1], strides[0]),
-        tensor.alias_of,
-    )
+    def recorded(self, *, has_config: bool, has_alphas: bool) -> Scheme:
+        """Return the scheme with the scale kept where the input has it, if it leaves that open."""
+        key = "config" if has_config else "alpha" if has_alphas else ""
+        if key not in self.beside:
+            return self
+        scale, settings = self.beside[key]
+        return replace(self, scale=scale, settings=settings)

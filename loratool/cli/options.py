@@ -40,10 +40,11 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def to(help_text: str, *, required: bool = False) -> Decorator:
     """Return ``--to``, which takes every scheme that is written."""
-    from loratool.schemes import builtin_schemes
+    from loratool.schemes import scheme_names
 
-    written = [scheme.name for scheme in builtin_schemes() if scheme.writes]
-    return click.option("--to", type=click.Choice(written), required=required, help=help_text)
+    return click.option(
+        "--to", type=click.Choice(scheme_names()), required=required, help=help_text
+    )
 
 
 def target(help_text: str) -> Decorator:

@@ -23,8 +23,8 @@ from loratool.live.kinds import LayerKind, float_dtype, kind_of
 from loratool.names.embeddings import is_embedding
 from loratool.ops.factors import site_deltas
 from loratool.ops.merging.mergeable import CONVERT_HINT, site_problems
-from loratool.ops.opening import open_adapter
 from loratool.ops.tensors import Arithmetic, read_tensor, torch_dtype
+from loratool.schemes.opening import open_adapter
 
 __all__ = ["attach"]
 

@@ -14,8 +14,8 @@ from loratool.errors import UnsupportedError
 from loratool.files.dtypes import dtype_named
 from loratool.live.factors import Factors
 from loratool.live.kinds import LayerKind
+from loratool.names.paths.dotted import from_paths
 from loratool.ops.algebra.combining import output_scheme
-from loratool.ops.naming.spelling import from_paths
 from loratool.plan.history import History
 from loratool.plan.writing import write_adapter
 from loratool.values.expr import Expr, Held

@@ -182,7 +182,7 @@ def _names(adapter: Adapter, loader: Loader) -> Iterator[Finding]:
         )
     if loader.wrapped is not None:
         scheme = scheme_named(adapter.scheme)
-        parsed = {key.module for key in map(scheme.parse, adapter.tensors) if key is not None}
+        parsed = {key.module for key in map(scheme.keys.parse, adapter.tensors) if key is not None}
         bare = {name: name.replace("base_model.model.", "") for name in parsed}
         wrapped = sorted(name for name, rest in bare.items() if strip_wrappers(rest) != rest)
         if wrapped:

@@ -21,8 +21,8 @@ from loratool.ops.devices import mover_to
 from loratool.ops.factors import site_deltas
 from loratool.ops.host import DOUBLE
 from loratool.ops.merging.mergeable import site_problems
-from loratool.ops.opening import open_adapter
 from loratool.plan.threads import in_parallel
+from loratool.schemes.opening import open_adapter
 
 __all__ = ["Comparison", "ModuleComparison", "compare"]
 

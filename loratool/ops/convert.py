@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.scheme import KeyScheme
+from loratool.adapter.scheme import Scheme
 from loratool.base.model import open_model
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
@@ -17,12 +17,12 @@ from loratool.loaders import loader_named
 from loratool.loaders.loader import Loader
 from loratool.ops.conversion.converting import Conversion, converted
 from loratool.ops.conversion.refusing import check_options
-from loratool.ops.opening import open_adapter
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
 from loratool.plan.rounding import Outcome
 from loratool.plan.writing import measure_adapter, write_adapter
-from loratool.schemes import builtin_schemes
+from loratool.schemes import scheme_named, scheme_names
+from loratool.schemes.opening import open_adapter
 from loratool.write.options import WriteOptions
 from loratool.write.write import write
 
@@ -249,13 +249,12 @@ def _scheme_name(to: str | None, loader: Loader | None) -> str:
     return loader.scheme
 
 
-def _written_scheme(name: str) -> KeyScheme:
-    known = {scheme.name: scheme for scheme in builtin_schemes() if scheme.writes}
-    if name not in known:
+def _written_scheme(name: str) -> Scheme:
+    if name not in scheme_names():
         raise UnsupportedError(
-            f"scheme {name}", "is not written", hint=f"written are: {', '.join(sorted(known))}"
+            f"scheme {name}", "is not written", hint=f"written are: {', '.join(scheme_names())}"
         )
-    return known[name]
+    return scheme_named(name)
 
 
 def _found(outcome: Outcome) -> list[str]:

@@ -7,7 +7,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.scheme import ScaleRule
 from loratool.base.model import open_model
 from loratool.base.refusals import check_base
 from loratool.errors import BaseModelError, OptionError
@@ -142,7 +141,7 @@ def extract(
         "clamp_quantile": clamp_quantile,
         "dtype": dtype,
     }
-    scheme = output_scheme((), to or "peft")
+    scheme = output_scheme((), to)
     draft = Difference(
         base=models[0],
         tuned=models[1],
@@ -153,7 +152,7 @@ def extract(
         asked=asked,
         modules={},
         clamp=clamp_quantile,
-        group=ONE_RANK if size is not None and scheme.scale is ScaleRule.MULTIPLIER else None,
+        group=ONE_RANK if size is not None and scheme.scale.has_one_rank else None,
     )
     if dry_run:
         return dry_run_of(draft, pairing, truncation, threads)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
-from loratool.adapter.opening import usual_names
 from loratool.adapter.recognise import looks_like_adapter
 from loratool.base.config import is_model_folder
 from loratool.base.model import Model, open_model
 from loratool.errors import AdapterError, BaseModelError, OptionError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.containers import open_weights
-from loratool.ops.opening import open_adapter
-from loratool.schemes import builtin_schemes
+from loratool.schemes import claimed, sidecar_names, weights_names
+from loratool.schemes.detection import forms
+from loratool.schemes.opening import open_adapter
 
 if TYPE_CHECKING:
     from loratool.ops.spectrum import Spectrum
@@ -203,10 +203,10 @@ def inspect(
 
 def _is_adapter(path: Path) -> bool:
     if path.is_file():
-        return path.name == CONFIG_NAME or (
+        return path.name in sidecar_names() or (
             not path.name.endswith(".index.json") and _holds_factors(path)
         )
-    if (path / CONFIG_NAME).exists() or any((path / name).exists() for name in usual_names()):
+    if any((path / name).exists() for name in (*sidecar_names(), *weights_names())):
         return True
     if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None and not is_model_folder(path):
         return True
@@ -220,7 +220,7 @@ def _is_adapter(path: Path) -> bool:
 def _holds_factors(path: Path) -> bool:
     """Whether most of a file's keys are an adapter's, of a scheme that is read or not."""
     keys = open_weights(path).tensors
-    best = max((scheme.factor_keys(keys) for scheme in builtin_schemes()), default=0)
+    best = max((scheme.keys.factor_keys(keys) for scheme in claimed(keys)), default=0)
     if best > 0 and best >= ADAPTER_SHARE * len(keys):
         return True
-    return bool(keys) and looks_like_adapter(keys)
+    return bool(keys) and looks_like_adapter(keys, forms())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.model import Adapter
-from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
+from loratool.adapter.scheme import Scheme
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.containers import USUAL, is_weights
@@ -29,12 +29,12 @@ from loratool.ops.algebra.rescaling import (
 )
 from loratool.ops.algebra.sidecars import carried_files
 from loratool.ops.conversion.refusing import check_names
-from loratool.ops.opening import open_adapter
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
 from loratool.plan.threads import in_parallel
 from loratool.plan.writing import measure_adapter, write_adapter
 from loratool.schemes import scheme_named
+from loratool.schemes.opening import open_adapter
 from loratool.variants import variant_named
 from loratool.write.adapter import NewAdapter
 from loratool.write.metadata import kept_metadata
@@ -176,8 +176,8 @@ def rescale(
     }
     written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
     is_usual = not is_weights(place) or place.suffix.lower() == USUAL
-    is_in_place = scheme.spelling is Spelling.PATH and not scheme.is_transposed and is_usual
-    if is_in_place and scheme.scale is not ScaleRule.MULTIPLIER:
+    is_in_place = scheme.home.is_open and not scheme.roles.is_transposed and is_usual
+    if is_in_place:
         plan = plan_in_place(opened, changes, place, asked, written_dtype)
         error = rounding_of(changes, plan, threads)
         is_measured = True
@@ -205,7 +205,7 @@ def rescale(
 def _rewritten(
     adapter: Adapter,
     changes: Sequence[Change],
-    scheme: KeyScheme,
+    scheme: Scheme,
     options: WriteOptions,
     asked: Mapping[str, Any],
 ) -> AdapterPlan:

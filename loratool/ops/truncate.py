@@ -16,7 +16,7 @@ from loratool.ops.algebra.joining import check_computable, join
 from loratool.ops.algebra.ranks import Truncation, parse_size
 from loratool.ops.algebra.result import AdapterReport, finish
 from loratool.ops.devices import mover_to
-from loratool.ops.opening import open_adapter
+from loratool.schemes.opening import open_adapter
 from loratool.write.options import WriteOptions
 
 __all__ = ["truncate"]

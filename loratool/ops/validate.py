@@ -12,7 +12,8 @@ from loratool.loaders.checking import check_for
 from loratool.ops.checks.base import check_against_base
 from loratool.ops.checks.config import check_config
 from loratool.ops.checks.tensors import check_tensors
-from loratool.ops.opening import open_adapter
+from loratool.schemes import scheme_named
+from loratool.schemes.opening import open_adapter
 
 __all__ = ["validate"]
 
@@ -53,6 +54,7 @@ def validate(
     try:
         found += check_tensors(opened, deep=deep)
         found += check_config(opened)
+        found += scheme_named(opened.scheme).settings.findings(opened)
         if loader is not None:
             found += check_for(opened, loader)
     except AdapterError as error:

@@ -12,14 +12,16 @@ from typing import Any, Final
 
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.part import Part
+from loratool.adapter.scheme import Seal
 from loratool.adapter.slots import Slot
 from loratool.files.container import Container, Layout
 from loratool.files.containers import USUAL, container_of
 from loratool.files.inputs import Stamp
-from loratool.files.safetensors import canonical_order, format_header
+from loratool.files.safetensors import canonical_order
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.history import History
 from loratool.plan.sidecar import Sidecar
+from loratool.schemes import sidecar_names
 from loratool.values.expr import Expr, Stored, Together, sources, togethers
 
 __all__ = ["AdapterPlan", "ModuleOutput", "Output"]
@@ -28,8 +30,6 @@ PYTHON_BYTES: Final = 60 << 20
 """What an interpreter with numpy takes."""
 COPIES: Final = 6
 """How many float64 copies of its tensors a module takes while it is computed."""
-HASH_KEY: Final = "sshs_model_hash"
-LEGACY_HASH_KEY: Final = "sshs_legacy_hash"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +105,15 @@ class AdapterPlan:
         measured: What is computed for its report alone.
         metadata: Of the weights file, but for its history.
         history: How it came to be, for the metadata; ``None`` where that is not recorded.
-        config: ``adapter_config.json``, or ``None``.
+        config: The configuration beside the weights, or ``None``.
+        config_name: What it is called.
         sidecars: Other files of the output.
         weights_name: Name of the weights file in the output folder; empty where the output is
             that file itself.
         stamps: What the inputs were when their headers were read.
         container: The format of the weights file.
         file_name: The name of the weights file.
-        is_hashed: Whether kohya's hashes belong into the metadata.
+        seal: What adds to the metadata when the data is written, if anything does.
         scheme: Name of the scheme.
         family: What pipeline it is for, where known.
         notes: What a user should know.
@@ -125,12 +126,13 @@ class AdapterPlan:
     metadata: Mapping[str, str]
     history: History | None = None
     config: Mapping[str, Any] | None
+    config_name: str = CONFIG_NAME
     sidecars: tuple[Sidecar, ...] = ()
     weights_name: str
     stamps: Mapping[Path, Stamp]
     container: Container = field(default_factory=lambda: container_of(USUAL))
     file_name: str = ""
-    is_hashed: bool = False
+    seal: Seal | None = None
     scheme: str
     family: str | None = None
     notes: tuple[str, ...] = ()
@@ -144,31 +146,25 @@ class AdapterPlan:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where everything lies in the weights file, with room for the hashes."""
+        """Where everything lies in the weights file, with room for what the seal adds."""
         return self.layout_of(self.specs)
 
     def layout_of(self, specs: Sequence[TensorSpec]) -> Layout:
         """Return the same for other tensors."""
-        room = {HASH_KEY: "0" * 64, LEGACY_HASH_KEY: "0" * 8} if self.is_hashed else {}
+        room = self.seal.room if self.seal is not None else {}
         return self.container.lay_out(specs, self.metadata_with(room), self.file_name)
 
     def metadata_with(
-        self, hashes: Mapping[str, str], digests: Sequence[str | None] = ()
+        self, sealed: Mapping[str, str], digests: Sequence[str | None] = ()
     ) -> dict[str, str]:
         """Return the metadata of the weights file, of the same length whatever the arguments.
 
         Args:
-            hashes: Kohya's hashes.
+            sealed: What the seal adds.
             digests: SHA-256 of the inputs, for the history; zeros where there are none.
         """
         history = self.history.metadata(digests) if self.history is not None else {}
-        return {**self.metadata, **history, **hashes}
-
-    @property
-    def legacy_header(self) -> bytes:
-        """The header of the file that kohya's older hash is taken of: training metadata only."""
-        kept = {key: text for key, text in self.metadata.items() if key.startswith("ss_")}
-        return format_header(self.specs, kept)
+        return {**self.metadata, **history, **sealed}
 
     @property
     def nbytes(self) -> int:
@@ -182,14 +178,14 @@ class AdapterPlan:
 
     @property
     def config_text(self) -> bytes:
-        """``adapter_config.json`` as it is written."""
+        """The configuration as it is written."""
         return (json.dumps(self.config, indent=2) + "\n").encode()
 
     def described_files(self) -> list[dict[str, Any]]:
         """Return name and size of every file of the output."""
         found = [{"name": self.weights_name or "(the output)", "bytes": self.nbytes}]
         if self.config is not None:
-            found.append({"name": CONFIG_NAME, "bytes": len(self.config_text)})
+            found.append({"name": self.config_name, "bytes": len(self.config_text)})
         found += [
             {"name": sidecar.name, "bytes": sidecar.source.stat().st_size}
             for sidecar in self.sidecars
@@ -201,8 +197,8 @@ class AdapterPlan:
         """Yield every file that is read, which no output may replace."""
         for weights in self.stamps:
             yield weights
-            if (weights.parent / CONFIG_NAME).is_file():
-                yield weights.parent / CONFIG_NAME
+            beside = (weights.parent / name for name in sorted(sidecar_names()))
+            yield from (path for path in beside if path.is_file())
         yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
 
     @property

@@ -6,18 +6,16 @@ the bytes are still in the system's cache.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.config import CONFIG_NAME
 from loratool.files.atomic import check_output, staged, sync_file
 from loratool.files.spec import StoredTensor
 from loratool.files.transfer import read_into
-from loratool.plan.adapter import HASH_KEY, LEGACY_HASH_KEY, AdapterPlan
+from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import digest_of
 from loratool.plan.lanes import Spot, Task
 from loratool.plan.rounding import Outcome
@@ -29,8 +27,6 @@ __all__ = ["measure_adapter", "write_adapter"]
 
 Progress = Callable[[int, int], None]
 SYNC_BELOW: Final = 64 << 20
-BLOCK: Final = 4 << 20
-LEGACY_SPAN: Final = (0x100000, 0x110000)
 
 
 def write_adapter(
@@ -72,7 +68,7 @@ def write_adapter(
             for sidecar in plan.sidecars:
                 write_sidecar(sidecar, place)
             if plan.config is not None:
-                (place / CONFIG_NAME).write_bytes(plan.config_text)
+                (place / plan.config_name).write_bytes(plan.config_text)
     return outcome
 
 
@@ -125,32 +121,20 @@ def _seal(plan: AdapterPlan, weights: Path, digests: Sequence[str | None]) -> No
     """Write what can be said only once all data is there: what surrounds it, hashes in it."""
     descriptor = os.open(weights, os.O_RDWR | os.O_CLOEXEC)
     try:
-        hashes = _hashes(plan, descriptor, weights) if plan.is_hashed else {}
-        plan.layout.seal(descriptor, plan.metadata_with(hashes, digests), path=weights)
+        sealed = _sealed(plan, descriptor, weights)
+        plan.layout.seal(descriptor, plan.metadata_with(sealed, digests), path=weights)
     finally:
         os.close(descriptor)
 
 
-def _hashes(plan: AdapterPlan, descriptor: int, path: Path) -> dict[str, str]:
-    """Return kohya's hashes: of all data, and of 64 kB at a fixed place with training metadata."""
+def _sealed(plan: AdapterPlan, descriptor: int, path: Path) -> Mapping[str, str]:
+    """Return the metadata that only the data tells, now that it is written."""
+    if plan.seal is None:
+        return {}
     size = plan.layout.size
     start = min(plan.layout.offsets.values(), default=size)
-    whole = hashlib.sha256()
-    buffer = memoryview(bytearray(BLOCK))
-    for offset in range(start, size, BLOCK):
-        view = buffer[: min(BLOCK, size - offset)]
-        read_into(descriptor, view, offset, path=path)
-        whole.update(view)
-    header = plan.legacy_header
-    first, last = LEGACY_SPAN
-    piece = header[first:last]
-    begin = max(first, len(header)) - len(header)
-    end = min(last - len(header), size - start)
-    if begin < end:
-        view = memoryview(bytearray(end - begin))
-        read_into(descriptor, view, start + begin, path=path)
-        piece += bytes(view)
-    return {
-        HASH_KEY: whole.hexdigest(),
-        LEGACY_HASH_KEY: hashlib.sha256(piece).hexdigest()[:8],
-    }
+
+    def read(offset: int, into: memoryview) -> None:
+        read_into(descriptor, into, start + offset, path=path)
+
+    return plan.seal.close(read, size - start, plan.specs, plan.metadata)

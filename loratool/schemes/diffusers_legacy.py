@@ -5,10 +5,20 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from loratool.adapter.scheme import KeyScheme, Spelling, Template
+from loratool.adapter.keys import KeyTable, Template
+from loratool.adapter.scheme import Home, Scheme
 from loratool.adapter.slots import AdapterKey, Slot
+from loratool.names.paths.pipeline import PipelinePaths
+from loratool.schemes.parts.roles import Roles
+from loratool.schemes.parts.scales import FoldedScale
+from loratool.schemes.parts.settings import Settings
 
-__all__ = ["SCHEME"]
+__all__ = ["CLAIM", "SCHEME"]
+
+CLAIM: Final = {
+    "keys": r"(_lora|\.lora|\.lora_linear_layer)\.(down|up)\.weight$",
+    "weights": ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
+}
 
 SIDES: Final = {"down": Slot.DOWN, "up": Slot.UP}
 PROCESSOR: Final = re.compile(
@@ -26,8 +36,8 @@ ATTENTION: Final = re.compile(
 OUTPUT: Final = {"to_out": "to_out.0", "to_add_out": "to_add_out"}
 
 
-class LegacyScheme(KeyScheme):
-    """Where the factors lie depends on the layer that they adapt."""
+class LegacyKeys(KeyTable):
+    """Keys that depend on the kind of layer that the factors adapt."""
 
     def parse(self, key: str) -> AdapterKey | None:
         if match := PROCESSOR.fullmatch(key):
@@ -41,7 +51,7 @@ class LegacyScheme(KeyScheme):
 
     def format(self, key: AdapterKey) -> str:
         if key.slot not in SIDES.values():
-            raise KeyError(f"{self.name} has no name for {key.slot.value}")
+            raise KeyError(f"there is no name for {key.slot.value}")
         if key.module.startswith("text_encoder"):
             return f"{key.module}.lora_linear_layer.{key.slot.value}.weight"
         if match := ATTENTION.fullmatch(key.module):
@@ -50,16 +60,20 @@ class LegacyScheme(KeyScheme):
         return f"{key.module}.lora.{key.slot.value}.weight"
 
 
-SCHEME = LegacyScheme(
+SCHEME = Scheme(
     name="diffusers-legacy",
     summary="diffusers before 0.22: processor.to_q_lora, lora.down, lora_linear_layer",
     example="unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
-    writes=True,
-    spelling=Spelling.PIPELINE,
-    weights_name="pytorch_lora_weights.safetensors",
-    templates=(
-        Template("{module}.lora.down.weight", Slot.DOWN),
-        Template("{module}.lora.up.weight", Slot.UP),
-        Template("{module}.alpha", Slot.ALPHA),
+    keys=LegacyKeys(
+        templates=(
+            Template("{module}.lora.down.weight", Slot.DOWN),
+            Template("{module}.lora.up.weight", Slot.UP),
+            Template("{module}.alpha", Slot.ALPHA),
+        ),
     ),
+    paths=PipelinePaths(),
+    scale=FoldedScale(),
+    roles=Roles(drops_kernels=True),
+    settings=Settings(),
+    home=Home(weights_name="pytorch_lora_weights.safetensors"),
 )

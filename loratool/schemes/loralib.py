@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Final
 
-from loratool.adapter.scheme import Embeddings, KeyScheme, Template
+from loratool.adapter.keys import KeyTable, Template
+from loratool.adapter.scheme import Home, Scheme, Written
 from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
+from loratool.names.paths.dotted import PathPaths
+from loratool.schemes.parts.peft_config import PeftSettings
+from loratool.schemes.parts.roles import FactorsOfTable, Roles
+from loratool.schemes.parts.scales import AlphaScale, ConfiguredScale, FoldedScale
+from loratool.schemes.parts.settings import Settings
+from loratool.values.expr import Scaled
 
-__all__ = ["SCHEME"]
+__all__ = ["CLAIM", "SCHEME"]
+
+CLAIM: Final = {
+    "keys": r"^(?!base_model\.model\.).*\.lora_[AB]$",
+    "weights": ("adapter_model.safetensors", "adapter_model.bin"),
+}
 
 
-class LoralibScheme(KeyScheme):
+class LoralibKeys(KeyTable):
     """The same keys may hold transposed factors; the ranks of each pair tell."""
 
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
@@ -24,19 +37,36 @@ class LoralibScheme(KeyScheme):
         return max(1, count - 2 * wrong) if count else 0
 
 
-SCHEME = LoralibScheme(
+class LoralibSettings(Settings):
+    """Nothing is recorded: the scale is in the code that makes the layers."""
+
+    def notes(self, written: Written) -> Iterator[str]:
+        """Yield what the code has to say, where the input said it."""
+        parts = [item.part for item in written.modules]
+        is_folded = any(isinstance(part.values.get(part.slots[1]), Scaled) for part in parts)
+        if is_folded or written.config is not None:
+            yield "loralib keeps its scale in the code: make the layers with lora_alpha = r"
+
+
+SCHEME = Scheme(
     name="loralib",
     summary="microsoft/LoRA, bare parameters",
     example="transformer.h.0.attn.c_attn.lora_A",
-    writes=True,
-    embeddings=Embeddings.FACTORS,
-    has_convolutions=False,
-    is_open=True,
-    weights_name="adapter_model.safetensors",
-    foreign=("base_model.model.",),
-    templates=(
-        Template("{module}.lora_A", Slot.DOWN),
-        Template("{module}.lora_B", Slot.UP),
-        Template("{module}.alpha", Slot.ALPHA),
+    keys=LoralibKeys(
+        foreign=("base_model.model.",),
+        templates=(
+            Template("{module}.lora_A", Slot.DOWN),
+            Template("{module}.lora_B", Slot.UP),
+            Template("{module}.alpha", Slot.ALPHA),
+        ),
     ),
+    paths=PathPaths(),
+    scale=FoldedScale(),
+    roles=Roles(embeddings=FactorsOfTable(), has_convolutions=False),
+    settings=LoralibSettings(),
+    home=Home(weights_name="adapter_model.safetensors", is_open=True),
+    beside={
+        "config": (ConfiguredScale(), PeftSettings()),
+        "alpha": (AlphaScale(), LoralibSettings()),
+    },
 )

@@ -2,26 +2,168 @@
 
 from __future__ import annotations
 
-from loratool.adapter.scheme import Embeddings, KeyScheme, ScaleRule, Template
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.keys import KeyTable, Template
+from loratool.adapter.model import Site
+from loratool.adapter.part import Part
+from loratool.adapter.scaling import Scaling
+from loratool.adapter.scheme import Home, Scheme, Written
 from loratool.adapter.slots import Slot
+from loratool.errors import AdapterError, UnsupportedError
+from loratool.names.paths.dotted import PathPaths
+from loratool.names.switched import stacked_path
+from loratool.schemes.parts.roles import FactorsOfTable, Roles
+from loratool.schemes.parts.scales import MultiplierScale
+from loratool.schemes.parts.settings import Settings
+from loratool.values.expr import Piled
 
-__all__ = ["SCHEME"]
+__all__ = ["CLAIM", "SCHEME"]
 
-SCHEME = KeyScheme(
+CLAIM: Final = {
+    "keys": r"^(?!base_model\.model\.).*\.lora_[ab]$",
+    "weights": ("adapters.safetensors",),
+    "sidecar": "adapter_config.json",
+}
+
+BLOCK: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(.+)$", re.DOTALL)
+
+
+class MlxRoles(Roles):
+    """The factors of all experts of a layer in one tensor, and not transposed."""
+
+    def together(self, parts: Sequence[Part]) -> list[Part]:
+        """Return ``parts`` with the projections of all experts of a layer as one.
+
+        Raises:
+            UnsupportedError: An expert is missing, or has another rank than the rest.
+        """
+        groups: dict[str, dict[int, Part]] = defaultdict(dict)
+        made: list[Part] = []
+        for part in parts:
+            place = stacked_path(part.module)
+            if place is None:
+                made.append(part)
+            else:
+                groups[place[0]][place[1]] = part
+        return [*made, *(_stacked(name, members) for name, members in groups.items())]
+
+
+def _stacked(name: str, members: dict[int, Part]) -> Part:
+    ordered = [members[index] for index in sorted(members)]
+    first = ordered[0]
+    if sorted(members) != list(range(len(members))):
+        missing = next(index for index in range(len(members)) if index not in members)
+        raise UnsupportedError(
+            name, f"stacks the experts of a layer, and expert {missing} is not adapted"
+        )
+    shapes = {(part.down.shape, part.up.shape) for part in ordered}
+    if len(shapes) > 1 or not all(part.is_plain for part in ordered):
+        raise UnsupportedError(name, "stacks experts, which have different shapes or kinds")
+    scales = {part.scale for part in ordered}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    ups = [part.up if part.scale == scale else part.up.scaled(part.scale) for part in ordered]
+    down = Piled(tuple(part.down for part in ordered))
+    joint = first.factored(down, Piled(tuple(ups)), scale=scale, note="experts stacked")
+    return replace(joint, module=name, rank=first.rank)
+
+
+class MlxSettings(Settings):
+    """``adapter_config.json`` with a multiplier for all modules."""
+
+    def claims(self, raw: Mapping[str, Any]) -> bool:
+        """Whether it is mlx-lm's, not PEFT's."""
+        return raw.get("peft_type") is None and (
+            "fine_tune_type" in raw or "lora_parameters" in raw
+        )
+
+    def read(
+        self,
+        sites: tuple[Site, ...],
+        metadata: Mapping[str, str],
+        sidecar: Mapping[str, Any] | None,
+        where: Path,
+    ) -> tuple[Site, ...]:
+        """Return ``sites`` with the scale, which is the multiplier itself.
+
+        Raises:
+            AdapterError: It is no number.
+        """
+        parameters = (sidecar or {}).get("lora_parameters")
+        if parameters is None:
+            return sites
+        if not isinstance(parameters, dict):
+            raise AdapterError(where, f"lora_parameters is {parameters!r:.40}, expected an object")
+        scale = parameters.get("scale")
+        if scale is None:
+            return sites
+        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if not is_number or not math.isfinite(scale):
+            raise AdapterError(where, f"lora_parameters.scale is {scale!r:.40}, expected a number")
+        return tuple(
+            replace(
+                site,
+                scaling=Scaling(scale * site.rank, site.rank, multiplier=float(scale)),
+            )
+            for site in sites
+        )
+
+    def config(self, written: Written) -> dict[str, Any] | None:
+        """Return mlx-lm's ``adapter_config.json``."""
+        parts = written.parts
+        old = dict(written.sidecar or {})
+        config = written.config or {}
+        layers = {int(match[1]) for part in parts if (match := BLOCK.search(part.module))}
+        has_magnitude = any(Slot.MAGNITUDE in part.values for part in parts)
+        parameters = {
+            "rank": max({part.rank for part in parts}),
+            "scale": parts[0].scale,
+            "dropout": float(config.get("lora_dropout") or 0.0),
+            "keys": sorted({_block_path(part.module) for part in parts}),
+        }
+        known = {k: v for k, v in old.items() if k not in ("lora_parameters", "fine_tune_type")}
+        model = config.get("base_model_name_or_path")
+        return {
+            **known,
+            **({"model": model} if model and "model" not in known else {}),
+            "fine_tune_type": "dora" if has_magnitude else "lora",
+            "num_layers": known.get("num_layers", _depth(layers)),
+            "lora_parameters": parameters,
+        }
+
+
+def _depth(layers: set[int]) -> int:
+    """Return how many of the last blocks mlx-lm has to adapt; -1 for all of them."""
+    return max(layers) - min(layers) + 1 if layers and min(layers) > 0 else -1
+
+
+def _block_path(module: str) -> str:
+    """Return the path of a module inside its block, as mlx-lm's ``keys`` have it."""
+    match = BLOCK.search(module)
+    return match[2] if match else module
+
+
+SCHEME = Scheme(
     name="mlx",
     summary="mlx-lm: transposed factors, a scale in adapter_config.json",
     example="model.layers.0.self_attn.q_proj.lora_a",
-    writes=True,
-    scale=ScaleRule.MULTIPLIER,
-    embeddings=Embeddings.FACTORS,
-    is_transposed=True,
-    has_convolutions=False,
-    weights_name="adapters.safetensors",
-    has_config=True,
-    foreign=("base_model.model.",),
-    templates=(
-        Template("{module}.lora_a", Slot.DOWN),
-        Template("{module}.lora_b", Slot.UP),
-        Template("{module}.m", Slot.MAGNITUDE),
+    keys=KeyTable(
+        foreign=("base_model.model.",),
+        templates=(
+            Template("{module}.lora_a", Slot.DOWN),
+            Template("{module}.lora_b", Slot.UP),
+            Template("{module}.m", Slot.MAGNITUDE),
+        ),
     ),
+    paths=PathPaths(),
+    scale=MultiplierScale(),
+    roles=MlxRoles(embeddings=FactorsOfTable(), is_transposed=True, has_convolutions=False),
+    settings=MlxSettings(file="adapter_config.json"),
+    home=Home(weights_name="adapters.safetensors"),
 )

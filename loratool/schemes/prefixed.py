@@ -6,11 +6,21 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from loratool.adapter.scheme import Embeddings, KeyScheme, Spelling, Template, are_transposed
+from loratool.adapter.keys import KeyTable, Template, are_transposed
+from loratool.adapter.scheme import Home, Scheme
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.files.spec import StoredTensor
+from loratool.names.paths.flat import BareFlatPaths
+from loratool.schemes.parts.roles import FactorsOfTable, Roles
+from loratool.schemes.parts.scales import FoldedScale
+from loratool.schemes.parts.settings import Settings
 
-__all__ = ["SCHEME"]
+__all__ = ["CLAIM", "SCHEME"]
+
+CLAIM: Final = {
+    "keys": r"\.lora_[AB]$",
+    "weights": ("adapter_model.bin",),
+}
 
 FLAT: Final = re.compile(r"[^.]*_[^.]*\.[^.]+\.lora_[AB]", re.DOTALL)
 DEFAULT: Final = "default"
@@ -22,7 +32,7 @@ LAYER: Final = re.compile(
 """What the last component of a dotted path looks like, and the name of an adapter does not."""
 
 
-class PrefixedScheme(KeyScheme):
+class PrefixedKeys(KeyTable):
     """A key of loralib with a short path looks the same; all keys of a file together tell."""
 
     def parse(self, key: str) -> AdapterKey | None:
@@ -43,20 +53,21 @@ class PrefixedScheme(KeyScheme):
         return self.factor_keys(tensors)
 
 
-SCHEME = PrefixedScheme(
+SCHEME = Scheme(
     name="prefixed",
     summary="flattened paths, then the adapter's name; a torch.save dict",
     example="encoder_layer_0_attention_query.default.lora_A",
-    writes=True,
-    spelling=Spelling.BARE_FLAT,
-    embeddings=Embeddings.FACTORS,
-    has_convolutions=False,
-    weights_name="adapter_model.bin",
-    written_suffix=".bin",
-    priority=3,
-    templates=(
-        Template("{module}.{adapter}.lora_A", Slot.DOWN),
-        Template("{module}.{adapter}.lora_B", Slot.UP),
-        Template("{module}.{adapter}.alpha", Slot.ALPHA),
+    keys=PrefixedKeys(
+        templates=(
+            Template("{module}.{adapter}.lora_A", Slot.DOWN),
+            Template("{module}.{adapter}.lora_B", Slot.UP),
+            Template("{module}.{adapter}.alpha", Slot.ALPHA),
+        ),
     ),
+    paths=BareFlatPaths(),
+    scale=FoldedScale(),
+    roles=Roles(embeddings=FactorsOfTable(), has_convolutions=False),
+    settings=Settings(),
+    home=Home(weights_name="adapter_model.bin", suffix=".bin"),
+    priority=3,
 )

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
-from loratool.adapter.scheme import Embeddings, KeyScheme, Template, are_transposed
+from loratool.adapter.keys import KeyTable, Template, are_transposed
+from loratool.adapter.scheme import Home, Scheme
 from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
+from loratool.names.paths.dotted import PathPaths
+from loratool.schemes.parts.roles import FactorsOfTable, Roles
+from loratool.schemes.parts.scales import FoldedScale
+from loratool.schemes.parts.settings import Settings
 
-__all__ = ["SCHEME"]
+__all__ = ["CLAIM", "SCHEME"]
+
+CLAIM: Final = {
+    "keys": r"^(?!base_model\.model\.).*\.lora_[AB]$",
+    "weights": ("adapter_model.safetensors", "adapter_model.bin"),
+}
 
 
-class TransposedScheme(KeyScheme):
+class TransposedKeys(KeyTable):
     """loralib's keys; that the factors are transposed only their shapes tell."""
 
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
@@ -19,21 +30,22 @@ class TransposedScheme(KeyScheme):
         return self.factor_keys(tensors) if pairs and are_transposed(pairs) else 0
 
 
-SCHEME = TransposedScheme(
+SCHEME = Scheme(
     name="transposed",
     summary="research code: A is (in, r), B is (r, out)",
     example="blocks.0.attn.qkv.lora_A",
-    writes=True,
-    embeddings=Embeddings.FACTORS,
-    is_transposed=True,
-    has_convolutions=False,
-    is_open=True,
-    weights_name="adapter_model.safetensors",
-    priority=2,
-    foreign=("base_model.model.",),
-    templates=(
-        Template("{module}.lora_A", Slot.DOWN),
-        Template("{module}.lora_B", Slot.UP),
-        Template("{module}.alpha", Slot.ALPHA),
+    keys=TransposedKeys(
+        foreign=("base_model.model.",),
+        templates=(
+            Template("{module}.lora_A", Slot.DOWN),
+            Template("{module}.lora_B", Slot.UP),
+            Template("{module}.alpha", Slot.ALPHA),
+        ),
     ),
+    paths=PathPaths(),
+    scale=FoldedScale(),
+    roles=Roles(embeddings=FactorsOfTable(), is_transposed=True, has_convolutions=False),
+    settings=Settings(),
+    home=Home(weights_name="adapter_model.safetensors", is_open=True),
+    priority=2,
 )

@@ -20,7 +20,7 @@ from functools import cache
 from typing import Final
 
 from loratool.adapter.config import LoraConfig
-from loratool.adapter.scheme import Template
+from loratool.adapter.keys import Template
 from loratool.adapter.slots import FACTOR_SLOTS, Slot
 from loratool.adapter.variant import Slots, Variant
 from loratool.discovery import Plugins
@@ -124,15 +124,15 @@ def _claimed(roles: frozenset[Slot], flags: frozenset[str]) -> tuple[Claim, ...]
     return tuple(sorted(found, key=lambda claim: -claim.priority))
 
 
-def variant_templates(module: str, *, tool: str = "") -> Iterator[Template]:
+def variant_templates(module: str, *, has_peft: bool = False) -> Iterator[Template]:
     """Yield how the tensors of variants are called behind ``module``, a template's beginning.
 
     Args:
         module: Such as ``{module}``.
-        tool: ``peft`` for the names that only PEFT has, too.
+        has_peft: Whether to yield the names that only PEFT has, too.
     """
     for claim in claims():
-        names = {**claim.suffixes, **(claim.peft if tool == "peft" else {})}
+        names = {**claim.suffixes, **(claim.peft if has_peft else {})}
         for suffix, role in names.items():
             is_factor = claim.evidence > 0 and role in claim.signs
             yield Template(module + suffix, Slot(role), is_factor)

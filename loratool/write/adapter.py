@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter.part import Part
-from loratool.adapter.scheme import ScaleRule
 from loratool.files.inputs import Stamp
 from loratool.plan.history import History
 from loratool.plan.sidecar import Sidecar
@@ -29,8 +28,7 @@ class NewAdapter:
         config: PEFT's configuration to start from; ``None`` where nothing has one.
         config_changes: Fields that it gets.
         keeps_targets: Whether its fields that choose modules mean exactly these modules.
-        sidecar: mlx-lm's configuration, where it comes from there.
-        scale: Where the scale goes, for schemes that leave it open; ``None`` for what is usual.
+        sidecar: The configuration that it came with, where that is another tool's than PEFT.
         family: The pipeline that its modules belong to, where known.
         components: What begins their paths and is a component of a pipeline for certain.
         is_native: Whether its backbone is named as in original checkpoints.
@@ -52,7 +50,6 @@ class NewAdapter:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     keeps_targets: bool = False
     sidecar: Mapping[str, Any] | None = None
-    scale: ScaleRule | None = None
     family: str | None = None
     components: frozenset[str] = frozenset()
     is_native: bool = False

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from loratool.adapter.model import Kind
 from loratool.adapter.part import Part
-from loratool.adapter.scheme import Embeddings, KeyScheme, ScaleRule
+from loratool.adapter.scheme import NoPlaceError, Scheme
 from loratool.adapter.slots import Slot
 from loratool.base.model import Model
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.ops.conversion.plain import shaped_like
-from loratool.values.expr import Expr, Placed
+from loratool.values.expr import Placed
 
 __all__ = ["fitted", "padded", "slotted"]
 
@@ -40,13 +40,13 @@ def fitted(part: Part, base: Model) -> Part:
     return made
 
 
-def padded(parts: Sequence[Part], rank: int | None, scheme: KeyScheme) -> list[Part]:
+def padded(parts: Sequence[Part], rank: int | None, scheme: Scheme) -> list[Part]:
     """Return parts of one rank where that is asked for, or needed by the scheme.
 
     Raises:
         OptionError: A module has a higher rank.
     """
-    if scheme.scale is ScaleRule.MULTIPLIER and rank is None:
+    if scheme.scale.has_one_rank and rank is None:
         rank = max(part.rank for part in parts)
     if rank is None:
         return list(parts)
@@ -73,55 +73,31 @@ def _widened(part: Part, rank: int) -> Part:
     return part.factored(wide_down, wide_up, note=f"filled with zeros up to rank {rank}")
 
 
-def slotted(part: Part, scheme: KeyScheme) -> Part:
+def slotted(part: Part, scheme: Scheme) -> Part:
     """Return ``part`` with its tensors in the roles that ``scheme`` has.
 
     Raises:
         UnsupportedError: It has no place for one of them.
     """
-    values = dict(part.values)
-    if part.kind is Kind.EMBEDDING and part.is_plain:
-        values = _embedding(part, scheme)
-    if part.is_plain and part.kind is Kind.CONV and not scheme.has_convolutions:
-        raise no_place(part, scheme, "the factors of a convolution")
-    if Slot.MAGNITUDE in values:
-        values[Slot.MAGNITUDE] = _magnitude(part, scheme)
-    bias = values.get(Slot.UP_BIAS)
-    if bias is not None and _writes_plain_bias(scheme):
-        del values[Slot.UP_BIAS]
-        values[Slot.BIAS] = bias.scaled(part.scale)
-    plain_bias = values.get(Slot.BIAS)
-    if plain_bias is not None and part.is_plain and not _writes_plain_bias(scheme):
-        if part.scale == 0:
-            raise no_place(part, scheme, "a bias beside a delta of scale 0")
-        del values[Slot.BIAS]
-        values[Slot.UP_BIAS] = plain_bias.scaled(1 / part.scale)
-    if scheme.is_transposed:
-        for slot in (Slot.DOWN, Slot.UP):
-            if slot in values and len(values[slot].shape) == 2:
-                values[slot] = values[slot].turned()
-    for slot in values:
-        if not scheme.has_name_for(slot):
+    try:
+        made = scheme.roles.stored(part)
+    except NoPlaceError as error:
+        raise _no_place(part, scheme, error.what, error.slot) from None
+    for slot in made.values:
+        if not scheme.keys.has_name_for(slot):
             words = part.variant.words if not part.is_plain else None
-            raise no_place(part, scheme, words or f"its {slot.value}", slot)
-    if not part.is_plain and scheme.scale is not ScaleRule.ALPHA:
-        raise no_place(part, scheme, part.variant.words)
-    carrier = part.variant.scale_slot(values)
+            raise _no_place(part, scheme, words or f"its {slot.value}", slot)
+    if not part.is_plain and not scheme.roles.has_variants:
+        raise _no_place(part, scheme, part.variant.words)
+    carrier = part.variant.scale_slot(made.values)
     if carrier is not None and part.scale != 1:
-        values[carrier] = values[carrier].scaled(part.scale)
+        values = {**made.values, carrier: made.values[carrier].scaled(part.scale)}
         note = f"its scale {part.scale:g} was multiplied into {carrier}"
-        part = replace(part, scale=1.0, alpha=None, notes=(*part.notes, note))
-    return replace(part, values=values)
+        made = replace(made, values=values, scale=1.0, alpha=None, notes=(*made.notes, note))
+    return made
 
 
-def _writes_plain_bias(scheme: KeyScheme) -> bool:
-    """Whether a scheme stores biases as they are added, not multiplied by the scale."""
-    return scheme.scale is ScaleRule.ALPHA
-
-
-def no_place(
-    part: Part, scheme: KeyScheme, what: str, slot: Slot | None = None
-) -> UnsupportedError:
+def _no_place(part: Part, scheme: Scheme, what: str, slot: Slot | None = None) -> UnsupportedError:
     """Return the error of a module that the scheme cannot express, with what can be done.
 
     Args:
@@ -145,40 +121,3 @@ def no_place(
     return UnsupportedError(
         part.module, f"the scheme {scheme.name!r} has no place for {what}", hint=hint
     )
-
-
-def _embedding(part: Part, scheme: KeyScheme) -> dict[Slot, Expr]:
-    down, up = part.down, part.up
-    others = {s: v for s, v in part.values.items() if s not in part.slots}
-    match scheme.embeddings:
-        case Embeddings.SLOTS:
-            return {Slot.EMBEDDING_DOWN: down, Slot.EMBEDDING_UP: up, **others}
-        case Embeddings.FACTORS:
-            return {Slot.DOWN: down, Slot.UP: up, **others}
-        case Embeddings.WEIGHT:
-            return {Slot.DOWN: up.turned(), Slot.UP: down.turned(), **others}
-    raise no_place(part, scheme, "the factors of an embedding")
-
-
-def _magnitude(part: Part, scheme: KeyScheme) -> Expr:
-    """Return DoRA's magnitudes in the shape that the scheme has for them.
-
-    Raises:
-        UnsupportedError: They are of the inputs, which only LyCORIS' files have.
-    """
-    value = part.values[Slot.MAGNITUDE]
-    if not part.is_plain:
-        (size,) = value.shape if len(value.shape) == 1 else (0,)
-        stored = part.stored(Slot.MAGNITUDE)
-        return value.reshaped(stored.spec.shape) if size and stored is not None else value
-    if scheme.scale is ScaleRule.ALPHA:
-        if part.kind is Kind.EMBEDDING:
-            raise no_place(part, scheme, "magnitudes of an embedding")
-        if part.has_input_magnitudes:
-            return value
-        return value.reshaped((*value.shape, *(1,) * (len(part.down.shape) - 1)))
-    if part.has_input_magnitudes:
-        raise no_place(part, scheme, "magnitudes of the inputs (LyCORIS, wd_on_out=False)")
-    if part.kind is Kind.CONV:
-        return value.reshaped((1, *value.shape, *(1,) * (len(part.down.shape) - 2)))
-    return value

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.part import Part
-from loratool.adapter.scheme import ScaleRule
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.ops.merging.mergeable import site_problems
@@ -44,7 +43,8 @@ def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
         if slot is not Slot.ALPHA and slot not in site.variant.between
     }
     if Slot.MAGNITUDE in values:
-        values[Slot.MAGNITUDE] = _magnitude(values[Slot.MAGNITUDE], adapter.scheme)
+        roles = scheme_named(adapter.scheme).roles
+        values[Slot.MAGNITUDE] = roles.magnitude(values[Slot.MAGNITUDE])
     scaling = site.scaling
     is_simple = not scaling.rank_stabilised and not scaling.epsilon and scaling.rank == site.rank
     part = Part(
@@ -83,18 +83,6 @@ def parameter_of(site: Site) -> str | None:
         return None
     last = len(site.parameters) - 1
     return site.parameters[max(0, last - site.nesting)]
-
-
-def _magnitude(value: Expr, scheme: str) -> Expr:
-    """Return magnitudes of the outputs as ``(out,)``, and those of the inputs as they are.
-
-    LyCORIS stores ``(out, 1, …)`` or ``(1, in, …)``, PEFT ``(out,)`` or ``(1, out, 1, …)``.
-    """
-    size = max(value.shape, default=1)
-    is_first = len(value.shape) < 2 or value.shape[0] == size
-    if is_first or scheme_named(scheme).scale is not ScaleRule.ALPHA:
-        return value.reshaped((size,))
-    return value
 
 
 def _unstacked(part: Part, site: Site) -> Part:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from loratool.adapter.build import read_scalar
 from loratool.adapter.part import Part
-from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
+from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.errors import UnsupportedError
 from loratool.files.spec import TensorSpec
 from loratool.plan.adapter import Output
-from loratool.values.expr import Constant, spec_of
+from loratool.values.expr import spec_of
 
 __all__ = ["alpha_output", "part_specs"]
 
 
 def part_specs(
-    spelling: str, part: Part, scheme: KeyScheme, name: str, dtype: str | None
+    spelling: str, part: Part, scheme: Scheme, name: str, dtype: str | None
 ) -> dict[Slot, TensorSpec]:
     """Return what the tensors of ``part`` are called and stored as.
 
@@ -29,7 +28,7 @@ def part_specs(
     Raises:
         UnsupportedError: The scheme has no name for one of them.
     """
-    adapter = name if scheme.spelling is Spelling.BARE_FLAT else None
+    adapter = name if scheme.keys.names_adapter else None
     path = _nested(spelling, part)
     return {
         slot: spec_of(_key(AdapterKey(path, slot, adapter), part, scheme), value, dtype)
@@ -48,9 +47,9 @@ def _nested(spelling: str, part: Part) -> str:
     return f"{parent}{steps}.{leaf}"
 
 
-def _key(key: AdapterKey, part: Part, scheme: KeyScheme) -> str:
+def _key(key: AdapterKey, part: Part, scheme: Scheme) -> str:
     try:
-        return scheme.format(key)
+        return scheme.keys.format(key)
     except KeyError:
         raise UnsupportedError(
             part.module,
@@ -59,16 +58,9 @@ def _key(key: AdapterKey, part: Part, scheme: KeyScheme) -> str:
         ) from None
 
 
-def alpha_output(spelling: str, part: Part, scheme: KeyScheme, rule: ScaleRule) -> Output | None:
+def alpha_output(spelling: str, part: Part, scheme: Scheme) -> Output | None:
     """Return a module's alpha tensor, where it has one."""
-    if rule is not ScaleRule.ALPHA:
+    value = scheme.scale.record(part)
+    if value is None:
         return None
-    if part.variant.is_scaled:
-        number = part.written_alpha
-    else:
-        stored = part.stored(Slot.ALPHA)
-        if stored is None or not part.variant.keeps_alpha:
-            return None
-        number = read_scalar(stored)
-    spec = TensorSpec(scheme.format(AdapterKey(spelling, Slot.ALPHA)), "F32", ())
-    return Output(spec, Constant(number, (), "F32"))
+    return Output(spec_of(scheme.keys.format(AdapterKey(spelling, Slot.ALPHA)), value), value)

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.part import Part
-from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
-from loratool.errors import OutputError, UnsupportedError
+from loratool.adapter.scheme import Context, Scheme, Spelled, Written
+from loratool.errors import OptionError, OutputError, UnsupportedError
 from loratool.files.container import Container
 from loratool.files.containers import container_of, is_weights
+from loratool.names.paths.component import with_component
 from loratool.names.pipelines import family_of_encoders, sole_component
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
+from loratool.schemes import scheme_named
 from loratool.write.adapter import NewAdapter
-from loratool.write.config import written_config
-from loratool.write.experts import stack_experts
-from loratool.write.extras import placed_extras, token_names
-from loratool.write.metadata import kohya_metadata, module_names, positional_metadata
-from loratool.write.naming import is_same_spelling, is_written_native
-from loratool.write.notes import output_notes, unknown_notes
+from loratool.write.extras import placed_extras
+from loratool.write.notes import dtype_notes, unknown_notes
 from loratool.write.options import WriteOptions
 from loratool.write.renaming import Naming, families_of, to_hub, to_native
-from loratool.write.scales import placed_scales
 from loratool.write.shapes import fitted, padded, slotted
-from loratool.write.spelling import Spelled, spelled, with_components
 from loratool.write.tensors import alpha_output, part_specs
 
 __all__ = ["check_place", "write"]
 
 
-def write(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterPlan:
+def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan:
     """Return the plan of ``new`` in ``scheme``.
 
     Raises:
@@ -41,47 +36,41 @@ def write(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterP
         OutputError: A single file has no place for the scheme's configuration.
         OptionError: An option means nothing here.
     """
-    rule = scheme.scale if new.scale is None else new.scale
-    has_config = scheme.has_config or rule is ScaleRule.CONFIG
-    check_place(options.output, scheme.name, has_config=has_config)
+    check_place(options.output, scheme.name, scheme.settings.file)
     named = _named(new, scheme, options)
     parts = padded(named.parts, options.pad, scheme)
-    if rule is ScaleRule.MULTIPLIER:
-        parts = stack_experts(parts)
-    parts, multiplier = placed_scales(parts, rule, fold=options.fold)
+    parts = scheme.roles.together(parts)
+    parts = scheme.scale.place(parts, fold=options.fold)
     parts = [slotted(part, scheme) for part in parts]
-    names = spelled(parts, scheme, named.family, known=named.known, alone=named.alone)
+    names = _spelled(parts, scheme, named)
     name = options.name or new.name or "default"
     modules = [
         ModuleOutput(
             item.part,
             part_specs(item.name, item.part, scheme, name, options.dtype),
-            scheme.is_transposed,
-            alpha_output(item.name, item.part, scheme, rule),
+            scheme.roles.is_transposed,
+            alpha_output(item.name, item.part, scheme),
         )
         for item in names
     ]
-    written = [item.part for item in names]
-    carried = placed_extras(
-        new.extras.items,
-        scheme,
-        {part.module for part in written},
-        has_config=has_config,
-        dtype=options.dtype,
-    )
+    adapted = {item.part.module for item in names}
+    carried = placed_extras(new.extras.items, scheme, adapted, dtype=options.dtype)
     _check_unique(modules, carried)
-    config = None
-    if has_config:
-        config = written_config(new, scheme, _alone(written, named.alone), multiplier)
+    written = _written(new, scheme, options, names, carried, named)
+    config = scheme.settings.config(written)
+    if config is not None:
         config |= options.config
     container = _container(options.output, scheme)
     metadata: dict[str, str] = {}
     if container.has_metadata:
-        metadata = {**new.metadata, **_own_metadata(new, scheme, names, carried, named, options)}
+        paths = {item.name: item.part.module for item in names}
+        own = scheme.settings.metadata(written)
+        metadata = {**new.metadata, **own, **scheme.paths.record(paths)}
     sidecars, left = _files(new, options.output)
     notes = [
         *new.notes,
-        *output_notes(written, scheme, is_configured=new.config is not None),
+        *scheme.settings.notes(written),
+        *dtype_notes([item.part for item in names]),
         *unknown_notes(named.parts, named.naming),
         *new.extras.notes,
     ]
@@ -92,12 +81,13 @@ def write(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterP
         metadata=metadata,
         history=new.history if container.has_metadata else None,
         config=config,
+        config_name=scheme.settings.file,
         sidecars=tuple(sidecars),
         weights_name=_weights_name(options.output, scheme),
         stamps=new.stamps,
         container=container,
         file_name=_weights_name(options.output, scheme) or options.output.name,
-        is_hashed=scheme.spelling is Spelling.FLAT and container.has_metadata,
+        seal=scheme.seal if container.has_metadata else None,
         scheme=scheme.name,
         family=named.family,
         notes=tuple(dict.fromkeys(notes)),
@@ -105,16 +95,21 @@ def write(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterP
     )
 
 
-def check_place(output: Path, scheme: str, *, has_config: bool) -> None:
+def check_place(output: Path, scheme: str, config_name: str) -> None:
     """Refuse a single file as the output where a configuration has to lie beside it.
+
+    Args:
+        output: Where it goes.
+        scheme: What is written.
+        config_name: What the configuration is called; empty where there is none.
 
     Raises:
         OutputError: It is one.
     """
-    if has_config and is_weights(output):
+    if config_name and is_weights(output):
         raise OutputError(
             output,
-            f"the scheme {scheme!r} keeps its scale in {CONFIG_NAME}, which a single file has "
+            f"the scheme {scheme!r} keeps its scale in {config_name}, which a single file has "
             "no place for",
             hint=f"name a folder, such as {output.with_suffix('')}",
         )
@@ -139,7 +134,7 @@ class _Named:
     alone: str | None
 
 
-def _named(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> _Named:
+def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
     """Return the modules under the names of the component and the convention of the scheme."""
     parts = list(new.parts)
     paths = [part.module for part in parts]
@@ -149,17 +144,17 @@ def _named(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> _Named:
         family = naming.families[0].name
     family = family or family_of_encoders(paths)
     known = new.components | ({options.component} if options.component else set())
-    if scheme.spelling not in (Spelling.PATH, Spelling.BARE_FLAT):
+    if scheme.paths.has_components:
         backbone = naming.families[0].backbone if naming.families else None
-        parts = with_components(parts, backbone, known)
+        parts = [replace(p, module=with_component(p.module, backbone, known)) for p in parts]
         known |= {backbone} if backbone else set()
     base = options.base
     if base is not None:
         parts = [fitted(part, base) for part in parts]
-    is_kept = is_same_spelling(new.scheme, scheme, options)
+    is_kept = _keeps_paths(new.scheme, scheme, options)
     if is_kept:
         pass
-    elif is_written_native(scheme, naming, options.naming, is_native=new.is_native):
+    elif _is_written_native(new, scheme, naming, options.naming):
         shapes = base.shapes if base else {}
         parts = to_native(parts, naming, shapes)
     else:
@@ -168,6 +163,80 @@ def _named(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> _Named:
     if alone is None and not is_kept:
         alone = sole_component([part.module for part in parts], known)
     return _Named(parts, naming, family, known, alone)
+
+
+def _keeps_paths(source: str, scheme: Scheme, options: WriteOptions) -> bool:
+    """Whether paths stay what they are: both schemes have those of one model.
+
+    Args:
+        source: The scheme that they come in; empty for none.
+        scheme: The scheme that is written.
+        options: What was asked for.
+    """
+    is_asked = options.component is not None or options.naming is not None
+    if is_asked or not source or not scheme.paths.is_dotted:
+        return False
+    return scheme_named(source).paths.is_dotted
+
+
+def _is_written_native(new: NewAdapter, scheme: Scheme, naming: Naming, wish: str | None) -> bool:
+    """Whether the names of original checkpoints are written.
+
+    Raises:
+        OptionError: They are asked for, and the scheme never has them.
+    """
+    families = [family.name for family in naming.families]
+    found = scheme.paths.writes_native(wish, families, is_native=new.is_native)
+    if found is None and wish == "native":
+        raise OptionError("--naming", f"the scheme {scheme.name!r} has diffusers' names only")
+    return bool(found)
+
+
+def _spelled(parts: Sequence[Part], scheme: Scheme, named: _Named) -> list[Spelled]:
+    """Return ``parts`` with what ``scheme`` calls their modules, in the order of their paths.
+
+    Raises:
+        UnsupportedError: The scheme cannot name one of them, or two by one name.
+    """
+    context = Context(scheme.name, scheme.keys.accepts, named.family, named.known, named.alone)
+    names = scheme.paths.spell([part.module for part in parts], context)
+    found: dict[str, list[Part]] = defaultdict(list)
+    for name, part in zip(names, parts, strict=True):
+        found[name].append(part)
+    for name, same in found.items():
+        if len({part.nesting for part in same}) < len(same):
+            raise UnsupportedError(
+                f"scheme {scheme.name}",
+                f"{same[0].module!r} and {same[1].module!r} would both be {name!r}",
+            )
+    made = [Spelled(name, part) for name, same in found.items() for part in same]
+    return sorted(made, key=lambda item: (item.part.module, item.name, item.part.nesting))
+
+
+def _written(
+    new: NewAdapter,
+    scheme: Scheme,
+    options: WriteOptions,
+    names: Sequence[Spelled],
+    extras: Sequence[Output],
+    named: _Named,
+) -> Written:
+    """Return what the scheme is told for its configuration and its metadata."""
+    return Written(
+        modules=tuple(names),
+        parts=tuple(_alone([item.part for item in names], named.alone)),
+        extras=tuple(output.spec.name for output in extras),
+        source=new.scheme,
+        scheme=scheme.name,
+        config=new.config,
+        changes={**new.extras.config, **new.config_changes},
+        keeps_targets=new.keeps_targets,
+        sidecar=new.sidecar,
+        metadata=new.metadata,
+        family=named.family,
+        stem=new.stem,
+        title=options.output.stem,
+    )
 
 
 def _alone(parts: Sequence[Part], alone: str | None) -> list[Part]:
@@ -182,25 +251,6 @@ def _alone(parts: Sequence[Part], alone: str | None) -> list[Part]:
         )
         for part in parts
     ]
-
-
-def _own_metadata(
-    new: NewAdapter,
-    scheme: KeyScheme,
-    names: Sequence[Spelled],
-    extras: Sequence[Output],
-    named: _Named,
-    options: WriteOptions,
-) -> dict[str, str]:
-    """Return the metadata that the scheme itself asks for."""
-    found: dict[str, str] = {}
-    if scheme.spelling is Spelling.FLAT:
-        parts = [item.part for item in names]
-        found |= kohya_metadata(new, parts, named.family, options.output.stem)
-    if scheme.spelling is Spelling.POSITION:
-        found |= positional_metadata(names)
-        found |= dict.fromkeys(token_names(extras), "<embed>")
-    return found | module_names(names, scheme)
 
 
 def _check_unique(modules: Sequence[ModuleOutput], carried: Sequence[Output]) -> None:
@@ -221,11 +271,11 @@ def _files(new: NewAdapter, output: Path) -> tuple[Sequence[Any], list[tuple[str
     return new.sidecars, []
 
 
-def _container(output: Path, scheme: KeyScheme) -> Container:
-    return container_of(output if is_weights(output) else scheme.written_suffix)
+def _container(output: Path, scheme: Scheme) -> Container:
+    return container_of(output if is_weights(output) else scheme.home.suffix)
 
 
-def _weights_name(output: Path, scheme: KeyScheme) -> str:
+def _weights_name(output: Path, scheme: Scheme) -> str:
     if is_weights(output):
         return ""
-    return scheme.weights_name or f"{output.name}{scheme.written_suffix}"
+    return scheme.home.weights_name or f"{output.name}{scheme.home.suffix}"

@@ -49,12 +49,12 @@ def test_it_is_found_by_its_name(loader: Loader) -> None:
 @each_loader
 def test_it_reads_what_is_written_for_it(loader: Loader) -> None:
     scheme = scheme_named(loader.scheme)
-    assert scheme.writes and loader.scheme in loader.reads
+    assert loader.scheme in loader.reads
     for name in (*loader.reads, *loader.tolerates):
         scheme_named(name)
     assert not set(loader.reads) & set(loader.tolerates)
-    if loader.file_names and scheme.weights_name:
-        assert scheme.weights_name in loader.file_names
+    if loader.file_names and scheme.home.weights_name:
+        assert scheme.home.weights_name in loader.file_names
     assert loader.title and loader.summary and loader.source
 
 

@@ -2,89 +2,197 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from fakes.finding import FAKES, find_fakes
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from loratool.adapter.scheme import KeyScheme, Spelling
+import loratool
+from loratool.adapter.scheme import Context, Scheme
 from loratool.adapter.slots import AdapterKey, Slot
-from loratool.ops.opening import open_adapter
-from loratool.schemes import builtin_schemes
+from loratool.errors import AdapterError
+from loratool.files.containers import open_weights
+from loratool.schemes import builtin_schemes, claims, scheme_named, scheme_names, weights_names
+from loratool.schemes.detection import detect_scheme
+from loratool.schemes.opening import open_adapter, open_as_spelled
+
+NAMES = (*scheme_names(), "turned")
 
 dotted = st.lists(
     st.text(
-        st.characters(codec="utf-8", exclude_characters=".{}", exclude_categories=["C"]), min_size=1
+        st.characters(codec="utf-8", exclude_characters=".{}:", exclude_categories=["C"]),
+        min_size=1,
     ),
     min_size=1,
     max_size=6,
 ).map(".".join)
 
 
-def spell(scheme: KeyScheme, dotted: str) -> str:
+@pytest.fixture(params=NAMES)
+def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Scheme:
+    """Every scheme, beside one in a single file that no list has."""
+    find_fakes(monkeypatch)
+    return scheme_named(request.param)
+
+
+def spell(scheme: Scheme, dotted: str) -> str:
     """Return a module path as the keys of ``scheme`` have it."""
-    match scheme.spelling:
-        case Spelling.FLAT:
-            return f"lora_{dotted.replace('.', '_')}"
-        case Spelling.BARE_FLAT:
-            return dotted.replace(".", "_")
-        case Spelling.NATIVE:
-            return f"diffusion_model.{dotted}"
-        case Spelling.PIPELINE:
-            return f"unet.{dotted}"
-        case Spelling.POSITION:
-            return f"unet:{len(dotted)}"
-    return dotted
+    if scheme.paths.is_whole:
+        return f"unet:{len(dotted)}"
+    context = Context(scheme.name, scheme.keys.accepts, known=frozenset({"unet"}))
+    path = f"unet.{dotted}" if scheme.paths.has_components else dotted
+    (name,) = scheme.paths.spell([path], context)
+    return name
 
 
-@pytest.mark.parametrize("scheme", builtin_schemes(), ids=lambda scheme: scheme.name)
 class TestKeySchemeContract:
     """What every key scheme promises, whoever wrote it."""
 
-    def test_its_example_is_its_own(self, scheme: KeyScheme) -> None:
-        parsed = scheme.parse(scheme.example)
+    def test_its_file_has_its_name_and_its_claim_what_it_writes(self, scheme: Scheme) -> None:
+        (claim,) = [claim for claim in claims() if claim.name == scheme.name]
+        assert claim.sidecar == scheme.settings.file
+        if scheme.home.weights_name:
+            assert scheme.home.weights_name in claim.weights
+            assert scheme.home.weights_name in weights_names()
+
+    def test_its_example_is_its_own(self, scheme: Scheme) -> None:
+        parsed = scheme.keys.parse(scheme.example)
         assert parsed is not None
-        assert scheme.format(parsed) == scheme.example
+        assert scheme.keys.format(parsed) == scheme.example
 
     def test_a_file_of_its_keys_is_told_from_all_others(
-        self, scheme: KeyScheme, tmp_path: Path
+        self, scheme: Scheme, tmp_path: Path
     ) -> None:
-        example = scheme.parse(scheme.example)
+        example = scheme.keys.parse(scheme.example)
         assert example is not None
         sides = {Slot.DOWN: (2, 7), Slot.UP: (5, 2)}
         tensors = {
-            scheme.format(replace(example, slot=slot)): torch.ones(
-                tuple(reversed(shape)) if scheme.is_transposed else shape
+            scheme.keys.format(replace(example, slot=slot)): torch.ones(
+                tuple(reversed(shape)) if scheme.roles.is_transposed else shape
             )
             for slot, shape in sides.items()
         }
         save_file(tensors, tmp_path / "a.safetensors")
-        adapter = open_adapter(tmp_path / "a.safetensors")
+        assert detect_scheme(open_weights(tmp_path / "a.safetensors")) is scheme
+        if scheme.name == "turned":
+            (tmp_path / "turned.json").write_text(f'{{"strengths": {{"{example.module}": 2.0}}}}')
+        adapter = open_as_spelled(tmp_path / "a.safetensors")
         assert adapter.scheme == scheme.name
         (site,) = adapter.sites
         assert (site.rank, site.in_features, site.out_features) == (2, 7, 5)
 
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(path=dotted)
-    def test_parse_inverts_format(self, scheme: KeyScheme, path: str) -> None:
+    def test_parse_inverts_format_and_the_claim_matches(self, scheme: Scheme, path: str) -> None:
         module = spell(scheme, path)
-        adapter = "style" if scheme.spelling is Spelling.BARE_FLAT else None
-        for slot in {template.slot for template in scheme.templates}:
+        adapter = "style" if scheme.keys.names_adapter else None
+        (claim,) = [claim for claim in claims() if claim.name == scheme.name]
+        for slot in {template.slot for template in scheme.keys.templates}:
             key = AdapterKey(module, slot, adapter)
             try:
-                text = scheme.format(key)
+                text = scheme.keys.format(key)
             except KeyError:
                 continue
-            if not text.startswith(scheme.foreign or "\0"):
-                assert scheme.parse(text) == key
+            if not text.startswith(scheme.keys.foreign or "\0"):
+                assert scheme.keys.parse(text) == key
+                is_factor = slot in (Slot.DOWN, Slot.UP)
+                assert not is_factor or claim.pattern.search(text)
 
-    def test_slots_without_a_name_are_an_error(self, scheme: KeyScheme) -> None:
-        named = {template.slot for template in scheme.templates}
-        known = {template.slot for other in builtin_schemes() for template in other.templates}
+    def test_every_key_that_it_reads_is_claimed(self, scheme: Scheme) -> None:
+        (claim,) = [claim for claim in claims() if claim.name == scheme.name]
+        module = spell(scheme, "blocks.0.attn.to_q")
+        for template in scheme.keys.templates:
+            text = template.text.format(module=module, adapter="style")
+            parsed = scheme.keys.parse(text)
+            if parsed is not None and parsed.slot in (Slot.DOWN, Slot.UP):
+                assert claim.pattern.search(f"other.weight\n{text}\nanother"), text
+
+    def test_slots_without_a_name_are_an_error(self, scheme: Scheme) -> None:
+        named = {template.slot for template in scheme.keys.templates}
+        known = {t.slot for other in builtin_schemes() for t in other.keys.templates}
         for slot in (known | {Slot("of no scheme")}) - named:
             with pytest.raises(KeyError):
-                scheme.format(AdapterKey("m", slot))
-            assert not scheme.has_name_for(slot)
+                scheme.keys.format(AdapterKey("m", slot))
+            assert not scheme.keys.has_name_for(slot)
+
+    def test_what_is_written_again_is_the_same(self, scheme: Scheme, tmp_path: Path) -> None:
+        if scheme.paths.is_whole:
+            pytest.skip("has a place for all modules of a model, or for none")
+        module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+        name = module if scheme.paths.has_components else "model.layers.0.self_attn.q_proj"
+        source = tmp_path / "source.safetensors"
+        save_file(
+            {f"{name}.lora_A.weight": torch.randn(4, 8), f"{name}.lora_B.weight": torch.ones(8, 4)},
+            source,
+        )
+        suffix = "" if scheme.settings.file else scheme.home.suffix
+        one, other = (tmp_path / number / f"a{suffix}" for number in ("1", "2"))
+        for folder in (one.parent, other.parent):
+            folder.mkdir()
+        loratool.convert(source, scheme.name, one)
+        loratool.convert(one, scheme.name, other)
+        (module_of_one,) = open_adapter(one).sites
+        (module_of_other,) = open_adapter(other).sites
+        assert module_of_one.module == module_of_other.module == name
+        assert _tensors(one) == _tensors(other)
+
+
+def _tensors(path: Path) -> dict[str, list[float]]:
+    weights = path if path.is_file() else open_adapter(path).weights
+    if weights.suffix == ".bin":
+        tensors = torch.load(weights, weights_only=True)
+    else:
+        tensors = load_file(weights)
+    return {key: value.flatten().tolist() for key, value in tensors.items()}
+
+
+def test_only_what_is_claimed_is_imported(tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.0.q_proj"
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)},
+        tmp_path / "a.safetensors",
+    )
+    code = (
+        "import sys, loratool; loratool.open_adapter(sys.argv[1]);"
+        "print(*sorted(m for m in sys.modules if m.startswith('loratool.schemes.')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.safetensors")],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert "loratool.schemes.peft" in found
+    assert "loratool.schemes.kohya" not in found
+
+
+def test_plugins_are_found_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "loratool", "schemes"]
+    assert "turned" not in subprocess.run(command, capture_output=True, text=True).stdout
+    monkeypatch.setenv("LORATOOL_PLUGINS", str(FAKES))
+    assert "turned" in subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def test_two_schemes_that_claim_the_same_keys_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find_fakes(monkeypatch)
+    turned = scheme_named("turned")
+    name = "model:layers:0:q_proj"
+    save_file(
+        {f"{name}.turned_in": torch.ones(4, 2), f"{name}.turned_out": torch.ones(2, 4)},
+        tmp_path / "a.safetensors",
+    )
+    file = open_weights(tmp_path / "a.safetensors")
+    twin = replace(turned, name="twin")
+    with pytest.raises(AdapterError, match=r"may be 'turned' or 'twin'"):
+        detect_scheme(file, [turned, twin])
+    assert detect_scheme(file, [turned, replace(twin, priority=1)]).name == "twin"
+    assert len(builtin_schemes()) == len(NAMES)

@@ -29,8 +29,8 @@ import loratool
 from loratool import variants
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError
 from loratool.ops import kernels
-from loratool.ops.opening import open_adapter
 from loratool.ops.tensors import read_tensor
+from loratool.schemes.opening import open_adapter
 from loratool.values.arrays import decode
 
 CLOSE: Final = 1e-12

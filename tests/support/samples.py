@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from loratool.names.positions import text_paths, unet_paths
-from loratool.schemes import builtin_schemes
+from loratool.schemes import scheme_names
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "fixtures"
-SCHEMES = tuple(scheme.name for scheme in builtin_schemes() if scheme.writes)
+SCHEMES = scheme_names()
 FOLDERS = ("peft", "mlx")
 
 

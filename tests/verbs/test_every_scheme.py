@@ -11,14 +11,13 @@ from safetensors.torch import load_file, save_file
 from samples import lora
 
 import loratool
-from loratool.adapter.scheme import Spelling
 from loratool.errors import LoratoolError, UnsupportedError
 from loratool.files.containers import open_weights
 from loratool.names.positions import unet_paths
 from loratool.schemes import builtin_schemes, scheme_named
 
 SCHEMES = [scheme.name for scheme in builtin_schemes()]
-PLAIN = [s.name for s in builtin_schemes() if s.spelling in (Spelling.PATH, Spelling.BARE_FLAT)]
+PLAIN = [s.name for s in builtin_schemes() if not s.paths.has_components]
 """Schemes of one model; the others are of a pipeline."""
 
 
@@ -42,7 +41,7 @@ def shapes_for(scheme: str) -> dict[str, tuple[int, int]]:
 
 def place(tmp_path: Path, name: str, scheme: str) -> Path:
     found = scheme_named(scheme)
-    return tmp_path / (name if found.has_config else f"{name}{found.written_suffix}")
+    return tmp_path / (name if found.settings.file else f"{name}{found.home.suffix}")
 
 
 def weights_of(path: Path) -> Path:

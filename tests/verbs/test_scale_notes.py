@@ -11,16 +11,11 @@ from safetensors.torch import save_file
 from samples import lora
 
 import loratool
-from loratool.adapter.scheme import ScaleRule
-from loratool.ops.opening import open_adapter
-from loratool.schemes import builtin_schemes
+from loratool.schemes.opening import open_adapter
 
 MODULE = "model.layers.0.self_attn.q_proj"
-FOLDED = [
-    scheme.name
-    for scheme in builtin_schemes()
-    if scheme.scale is ScaleRule.FOLDED and scheme.name in ("module-path", "loralib", "transposed")
-]
+FOLDED = ("loralib", "module-path", "transposed")
+"""Schemes of dotted paths that have no place for a scale."""
 
 
 @pytest.fixture

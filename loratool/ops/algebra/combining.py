@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from loratool.adapter.model import HEAD_LEAVES, Adapter, Kind, unknown_scale
 from loratool.adapter.part import Part
-from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
+from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
 from loratool.ops.algebra.computing import Method, Spectrum, SumOfDeltas
@@ -20,7 +20,7 @@ from loratool.ops.algebra.sidecars import carried_files
 from loratool.ops.conversion.refusing import check_names
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
-from loratool.schemes import builtin_schemes, scheme_named
+from loratool.schemes import DEFAULT_SCHEME, scheme_named, scheme_names
 from loratool.values.expr import Result, Together
 from loratool.write.adapter import NewAdapter
 from loratool.write.extras import Extras
@@ -35,7 +35,7 @@ __all__ = [
     "common_family",
     "input_notes",
     "output_scheme",
-    "recorded_scale",
+    "recorded",
     "twin_part",
     "write_or_refuse",
 ]
@@ -44,18 +44,17 @@ PLAIN: Final = frozenset((Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDIN
 ONE_RANK: Final = "all modules"
 
 
-def output_scheme(adapters: Sequence[Adapter], wanted: str | None) -> KeyScheme:
-    """Return the scheme to write: the one asked for, else that of the inputs, else ``peft``.
+def output_scheme(adapters: Sequence[Adapter], wanted: str | None) -> Scheme:
+    """Return the scheme to write: the one asked for, else that of the inputs, else the usual one.
 
     Raises:
-        UnsupportedError: There is no such scheme, or it is not written.
+        UnsupportedError: There is no such scheme.
     """
     names = {adapter.scheme for adapter in adapters}
-    name = wanted or (names.pop() if len(names) == 1 else "peft")
-    known = {scheme.name: scheme for scheme in builtin_schemes() if scheme.writes}
-    if name not in known:
+    name = wanted or (names.pop() if len(names) == 1 else DEFAULT_SCHEME)
+    if name not in scheme_names():
         raise UnsupportedError(
-            f"scheme {name}", "is not written", hint=f"written are: {', '.join(sorted(known))}"
+            f"scheme {name}", "is not written", hint=f"written are: {', '.join(scheme_names())}"
         )
     return scheme_named(name)
 
@@ -66,17 +65,16 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def recorded_scale(adapters: Sequence[Adapter], scheme: KeyScheme) -> ScaleRule | None:
-    """Return where the scale goes in a scheme that leaves it open, or ``None`` for its own way.
+def recorded(adapters: Sequence[Adapter], scheme: Scheme) -> Scheme:
+    """Return ``scheme`` with the scale where the inputs have it, if it leaves that open.
 
     Beside dotted paths lies a configuration, or alphas, where the inputs have it so.
     """
-    if scheme.scale is not ScaleRule.FOLDED or not scheme.is_open or scheme.is_transposed:
-        return None
-    if any(adapter.config is not None for adapter in adapters):
-        return ScaleRule.CONFIG
     slots = (slot for a in adapters for site in a.sites for slot in site.slots)
-    return ScaleRule.ALPHA if Slot.ALPHA in slots and scheme.has_name_for(Slot.ALPHA) else None
+    return scheme.recorded(
+        has_config=any(adapter.config is not None for adapter in adapters),
+        has_alphas=Slot.ALPHA in slots,
+    )
 
 
 def input_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
@@ -110,7 +108,7 @@ class Combination:
     verb: str
     adapters: Sequence[Adapter]
     joints: Sequence[Joint]
-    scheme: KeyScheme
+    scheme: Scheme
     options: WriteOptions
     asked: Mapping[str, Any]
     method: Method = field(default_factory=Method)
@@ -124,7 +122,7 @@ class Combination:
 
     def with_one_rank(self) -> Combination:
         """Return the same with one rank for all modules, if the scheme has only one."""
-        if self.scheme.scale is not ScaleRule.MULTIPLIER:
+        if not self.scheme.scale.has_one_rank:
             return self
         joints = tuple(replace(joint, group=ONE_RANK) for joint in self.joints)
         return replace(self, joints=joints)
@@ -132,7 +130,11 @@ class Combination:
     @property
     def is_whole(self) -> bool:
         """Whether the scheme has no place for some of the modules without the others."""
-        return self.scheme.spelling is Spelling.POSITION
+        return self.scheme.paths.is_whole
+
+    @cached_property
+    def _written(self) -> Scheme:
+        return recorded(self.adapters, self.scheme)
 
     def plan(self, ranks: Mapping[str, int], *, keep: bool = True) -> AdapterPlan:
         """Return the plan for ``ranks``, by rank group; rank 0 leaves a module out.
@@ -145,7 +147,7 @@ class Combination:
             UnsupportedError: The scheme cannot express it.
             AdapterError: Extras disagree.
         """
-        return write_or_refuse(self._adapter(ranks, keep=keep), self.scheme, self.options)
+        return write_or_refuse(self._adapter(ranks, keep=keep), self._written, self.options)
 
     def _adapter(self, ranks: Mapping[str, int], *, keep: bool) -> NewAdapter:
         kept = self._kept_groups(ranks) if keep else set()
@@ -162,7 +164,6 @@ class Combination:
             config_changes=self._changes,
             keeps_targets=not gone and _same_targets(self.adapters, self.joints),
             sidecar=alone.sidecar if alone is not None else None,
-            scale=recorded_scale(self.adapters, self.scheme),
             family=common_family(self.adapters),
             components=frozenset().union(*(adapter.components for adapter in self.adapters)),
             is_native=all(adapter.is_native for adapter in self.adapters),
@@ -265,7 +266,7 @@ class Combination:
         )
 
 
-def write_or_refuse(new: NewAdapter, scheme: KeyScheme, options: WriteOptions) -> AdapterPlan:
+def write_or_refuse(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan:
     """Return the plan of an adapter; what is refused comes with what every verb can do about it.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
@@ -26,9 +27,9 @@ from loratool.ops.host import DOUBLE
 from loratool.plan.adapter import AdapterPlan, Output
 from loratool.plan.history import History, Source
 from loratool.plan.threads import in_parallel
+from loratool.schemes.parts.peft_config import exact_number, scale_fields, target_fields
 from loratool.values.arrays import Rounded
 from loratool.values.expr import Constant, Expr, Stored, is_power_of_two, spec_of
-from loratool.write.peft import exact_number, scale_fields, target_fields
 from loratool.write.stored import part_of
 from loratool.write.write import check_place
 
@@ -154,7 +155,7 @@ def plan_in_place(
     Raises:
         OutputError: A single file has no place for the configuration.
     """
-    check_place(output, adapter.scheme, has_config=adapter.config is not None)
+    check_place(output, adapter.scheme, CONFIG_NAME if adapter.config is not None else "")
     special = dict(_special(changes))
     carried = []
     for key, stored in adapter.tensors.items():

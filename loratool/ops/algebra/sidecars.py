@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter
 from loratool.files.checkpoint import is_weight_like
 from loratool.ops.merging.sidecars import (
@@ -16,6 +15,7 @@ from loratool.ops.merging.sidecars import (
     stays_inside,
 )
 from loratool.plan.sidecar import Sidecar
+from loratool.schemes import sidecar_names
 
 __all__ = ["carried_files"]
 
@@ -40,7 +40,7 @@ def carried_files(
         for path, reason in _files(adapter):
             name = path.name
             is_wanted = name in TOKENIZER_FILES or (len(adapters) == 1 and name in DESCRIPTIONS)
-            if path == adapter.weights or name == CONFIG_NAME:
+            if path == adapter.weights or name in sidecar_names():
                 continue
             if reason or not is_wanted:
                 shown = name if len(adapters) == 1 else str(path)

@@ -14,6 +14,7 @@ from loratool.adapter.patterns import matches_target, pattern_matches, pattern_v
 from loratool.errors import LoratoolError
 from loratool.names.tied import HEAD_LEAVES
 from loratool.ops.merging.mergeable import check_adapter
+from loratool.schemes import scheme_named
 
 __all__ = ["check_config"]
 
@@ -26,19 +27,12 @@ def check_config(adapter: Adapter) -> Iterator[Finding]:
     """Yield findings on fields, patterns, targets and saved modules."""
     config = adapter.config
     if config is None:
-        if adapter.scheme == "peft":
-            yield finding(
-                "LT015",
-                adapter.folder,
-                "there is no adapter_config.json, which PEFT needs",
-                "write one with peft_type, r, lora_alpha and target_modules",
-            )
         return
     where = adapter.folder / "adapter_config.json"
     yield from _fields(config, adapter, where)
     for name in () if config.peft_type == "ADALORA" else ("rank_pattern", "alpha_pattern"):
         yield from _patterns(name, getattr(config, name), adapter.sites, where)
-    if adapter.scheme == "peft":
+    if scheme_named(adapter.scheme).settings.names_targets:
         yield from _targets(config, adapter, where)
         yield from _saved(config, adapter, where)
     yield from _tokens(adapter, where)

@@ -70,12 +70,6 @@ def _notes(adapter: Adapter) -> Iterator[Finding]:
             yield finding("LT026", adapter.path, note)
         else:
             yield finding("LT031", adapter.path, note)
-    if adapter.scheme == "module-path" and adapter.config is not None:
-        yield finding(
-            "LT026",
-            adapter.weights,
-            "its keys lack 'base_model.model.'; PEFT would load it and apply nothing",
-        )
 
 
 def _scales(adapter: Adapter) -> Iterator[Finding]:

@@ -5,31 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from loratool.adapter.model import Adapter, ExtraKind, Site, unknown_scale
-from loratool.adapter.scheme import KeyScheme
+from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
 from loratool.errors import AdapterError
 from loratool.loaders.loader import Loader
 from loratool.loaders.preparing import prepare, refusals, uniform_rank
 from loratool.ops.algebra.extras import gather_extras
 from loratool.ops.algebra.sidecars import carried_files
+from loratool.ops.conversion.components import as_in_base, of_component
 from loratool.ops.conversion.initial import without_initial
 from loratool.ops.conversion.plain import to_plain
 from loratool.ops.conversion.refusing import Dropping, check_config, check_names, check_nesting
 from loratool.plan.history import History
+from loratool.schemes import scheme_named
 from loratool.write.adapter import NewAdapter
 from loratool.write.extras import Extras
 from loratool.write.metadata import kept_metadata
-from loratool.write.naming import as_in_base, of_component
 from loratool.write.options import WriteOptions
 from loratool.write.stored import part_of
 
 __all__ = ["Conversion", "converted"]
-
-CONFIGURED: Final = ("peft", "module-path")
-"""Schemes beside which PEFT's configuration says what is saved as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ class Conversion:
 
 def converted(
     adapter: Adapter,
-    scheme: KeyScheme,
+    scheme: Scheme,
     conversion: Conversion,
     options: WriteOptions,
     history: History,
@@ -132,7 +130,7 @@ def _extras(adapter: Adapter, dropping: Dropping) -> Extras:
         for extra in adapter.extras
         if not dropping.takes(extra.key) and extra.kind is not ExtraKind.SHARED
     )
-    config = adapter.config if adapter.scheme in CONFIGURED else None
+    config = adapter.config if scheme_named(adapter.scheme).settings.names_saved else None
     return gather_extras([replace(adapter, extras=kept, config=config)])
 
 

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from loratool.adapter.model import Adapter, Site
-from loratool.adapter.scheme import KeyScheme, ScaleRule, Spelling
+from loratool.adapter.scheme import Scheme
 from loratool.errors import AdapterError, OptionError, UnsupportedError
-from loratool.names.positions import UNET_MODULES
 from loratool.schemes import scheme_named
 
 __all__ = ["Dropping", "check_config", "check_names", "check_nesting", "check_options"]
@@ -40,7 +39,7 @@ class Dropping:
                 yield f"--drop {pattern.pattern!r} means no module, and no tensor that is no delta"
 
 
-def check_options(scheme: KeyScheme, *, rank: int | None, to_lora: bool, name: str | None) -> None:
+def check_options(scheme: Scheme, *, rank: int | None, to_lora: bool, name: str | None) -> None:
     """Refuse options that mean nothing without another, or cannot be written.
 
     Raises:
@@ -48,12 +47,15 @@ def check_options(scheme: KeyScheme, *, rank: int | None, to_lora: bool, name: s
     """
     if rank is not None and not to_lora:
         raise OptionError("--rank", "is that of what --to-lora approximates, and needs it")
-    is_written = scheme.spelling is Spelling.BARE_FLAT
-    if is_written and name is not None and (not name or any(char in name for char in "./\\")):
+    if (
+        scheme.keys.names_adapter
+        and name is not None
+        and (not name or any(char in name for char in "./\\"))
+    ):
         raise OptionError("--name", f"{name!r} is no name of an adapter: no dots, no slashes")
 
 
-def check_names(adapter: Adapter, scheme: KeyScheme | None = None) -> None:
+def check_names(adapter: Adapter, scheme: Scheme | None = None) -> None:
     """Refuse to go on with modules whose names are not known, where they have to be.
 
     Args:
@@ -72,7 +74,7 @@ def check_names(adapter: Adapter, scheme: KeyScheme | None = None) -> None:
             hint="convert one part at a time, leaving out the other with --skip",
         )
     own = scheme_named(adapter.scheme)
-    is_kept = scheme is not None and scheme.name == own.name and own.spelling is Spelling.FLAT
+    is_kept = scheme is not None and scheme.name == own.name and own.paths.keeps_unknown
     if not adapter.unresolved or is_kept:
         return
     name, paths = next(iter(adapter.unresolved.items()))
@@ -92,12 +94,9 @@ def check_names(adapter: Adapter, scheme: KeyScheme | None = None) -> None:
             f"{' or '.join(map(repr, paths[:4]))}",
             hint="give --base, whose names settle it (only its headers are read)",
         )
-    if own.spelling is Spelling.POSITION:
-        raise AdapterError(
-            adapter.path,
-            f"numbers {count} modules in a way that fits no Stable Diffusion: expected "
-            f"{UNET_MODULES} of the U-Net, all of them, in one of two orders",
-        )
+    reason = own.paths.refusal(count)
+    if reason is not None:
+        raise AdapterError(adapter.path, reason)
     raise AdapterError(
         adapter.path,
         f"{count} module names are not known: {listed}{more}",
@@ -130,13 +129,13 @@ def check_config(adapter: Adapter, *, has_initial: bool) -> None:
         )
 
 
-def check_nesting(sites: Sequence[Site], adapter: Adapter, scheme: KeyScheme) -> None:
+def check_nesting(sites: Sequence[Site], adapter: Adapter, scheme: Scheme) -> None:
     """Refuse what only PEFT's configuration can say about a module.
 
     Raises:
         UnsupportedError: There is such a module, and the scheme has no configuration of PEFT.
     """
-    if scheme.scale is ScaleRule.CONFIG:
+    if scheme.settings.names_targets:
         return
     for site in sites:
         if site.parameters or site.nesting:

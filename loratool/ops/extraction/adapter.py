@@ -8,18 +8,18 @@ from typing import Any, Final
 
 from loratool.adapter.model import ExtraKind, Kind
 from loratool.adapter.part import Part
-from loratool.adapter.scheme import KeyScheme
+from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
 from loratool.base.ties import Tie
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
 from loratool.errors import UnsupportedError
+from loratool.names.paths.dotted import from_paths
 from loratool.ops.algebra.combining import twin_part
 from loratool.ops.algebra.joining import Joint
 from loratool.ops.algebra.shape import DeltaShape
 from loratool.ops.extraction.computing import Extracted, LeadingPart
 from loratool.ops.extraction.pairing import Leftover, Target
-from loratool.ops.naming.spelling import from_paths
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
 from loratool.values.expr import Stored
@@ -67,7 +67,7 @@ class Difference:
     tuned: Model
     targets: Sequence[Target]
     carried: Sequence[Leftover]
-    scheme: KeyScheme
+    scheme: Scheme
     options: WriteOptions
     asked: Mapping[str, Any]
     modules: Mapping[str, Extracted]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.model import FUSED_PARAMETERS, Kind
-from loratool.adapter.scheme import Spelling
 from loratool.errors import BaseModelError
 from loratool.files.atomic import kept, staged
 from loratool.files.inputs import InputFiles, Stamp
@@ -245,7 +244,7 @@ def _ranks(draft: Difference, truncation: Truncation) -> dict[str, int]:
             most = truncation.fitted(len(modules[joint.name].profile))
             limits[joint.rank_group] = max(limits.get(joint.rank_group, 1), most)
         profiles = {joint.name: modules[joint.name].profile for joint in joints}
-        is_whole = draft.scheme.spelling is Spelling.POSITION
+        is_whole = draft.scheme.paths.is_whole
         return within_budget(
             joints, truncation, profiles, limits, plan_for=draft.plan, is_whole=is_whole
         )

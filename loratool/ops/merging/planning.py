@@ -30,9 +30,9 @@ from loratool.ops.merging.mergeable import check_adapter
 from loratool.ops.merging.sidecars import STRAY_LINK, collect_sidecars
 from loratool.ops.merging.sites import plan_sites
 from loratool.ops.merging.tied import settle_tie
-from loratool.ops.opening import open_adapter
 from loratool.ops.plan import Blend, Edit, OutputFile, Plan, SetRows, Step
 from loratool.plan.sidecar import Sidecar
+from loratool.schemes.opening import open_adapter
 
 __all__ = ["QUANTIZED", "plan_merge"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from loratool import variants
 from loratool.discovery import PLUGINS
-from loratool.schemes import builtin_schemes
+from loratool.schemes import claims
 
 FAKES = Path(__file__).parent
 
@@ -28,13 +28,11 @@ def find_fake_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     find_fakes(monkeypatch)
     for name in ("claims", "_flags", "_claimed"):
         monkeypatch.setattr(variants, name, cache(getattr(variants, name).__wrapped__))
-    for name in [name for name in sys.modules if name.startswith("loratool.schemes.")]:
-        monkeypatch.delitem(sys.modules, name)
-    builtin_schemes.cache_clear()
+    for claim in claims():
+        monkeypatch.delitem(sys.modules, f"loratool.schemes.{claim.module}", raising=False)
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the fake variants."""
     monkeypatch.undo()
     variants.variant_named.cache_clear()
-    builtin_schemes.cache_clear()

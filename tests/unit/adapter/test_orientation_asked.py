@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.errors import AdapterError
-from loratool.ops.opening import open_adapter
 from loratool.schemes import builtin_schemes, scheme_named
+from loratool.schemes.opening import open_adapter
 
 PAIRS = [
     (one, other)
     for one, other in itertools.permutations(builtin_schemes(), 2)
-    if one.templates == other.templates and one.is_transposed != other.is_transposed
+    if one.keys.templates == other.keys.templates
+    and one.roles.is_transposed != other.roles.is_transposed
 ]
 """Schemes that write the same keys and mean other matrices."""
 
@@ -81,8 +82,8 @@ def test_what_fits_both_ways_is_asked(
 @pytest.mark.parametrize("one", PAIRS, ids=lambda pair: f"{pair[0].name}-{pair[1].name}")
 def test_the_hint_works_for_every_such_pair(one: tuple, tmp_path: Path) -> None:
     scheme, _ = one
-    down = scheme.format(AdapterKey("layers.0.a", Slot.DOWN))
-    up = scheme.format(AdapterKey("layers.0.a", Slot.UP))
+    down = scheme.keys.format(AdapterKey("layers.0.a", Slot.DOWN))
+    up = scheme.keys.format(AdapterKey("layers.0.a", Slot.UP))
     factors = {down: torch.randn(4, 4), up: torch.randn(4, 4)}
     save_file(factors, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match=scheme.name):
@@ -90,7 +91,7 @@ def test_the_hint_works_for_every_such_pair(one: tuple, tmp_path: Path) -> None:
     loratool.convert(tmp_path / "a.safetensors", "peft", tmp_path / "p", source=scheme.name)
     made = load_file(tmp_path / "p" / "adapter_model.safetensors")
     expected = factors[up] @ factors[down]
-    if scheme.is_transposed:
+    if scheme.roles.is_transposed:
         expected = (factors[down] @ factors[up]).T
     a, b = (made[f"base_model.model.layers.0.a.lora_{side}.weight"] for side in "AB")
     assert torch.allclose(b @ a, expected, atol=1e-6)
@@ -114,4 +115,4 @@ def test_names_with_an_adapter_in_them_are_not_turned(tmp_path: Path) -> None:
     """Factors that only fit transposed are not read as another scheme of such keys."""
     path = write(tmp_path / "a.safetensors", {"enc_0.mixer": ((6, 2), (2, 5))})
     assert open_adapter(path).scheme == "transposed"
-    assert scheme_named("prefixed").recognise(open_adapter(path).tensors) == 0
+    assert scheme_named("prefixed").keys.recognise(open_adapter(path).tensors) == 0

@@ -13,7 +13,7 @@ from loratool.base.model import Model, open_model
 from loratool.base.orientation import matrix_shape, region_for
 from loratool.base.region import Region
 from loratool.errors import BaseModelError
-from loratool.ops.opening import open_adapter
+from loratool.schemes.opening import open_adapter
 
 SQUARE = Region(8, 8)
 TURNED = Region(8, 8, transposed=True)

@@ -27,8 +27,8 @@ from loratool.loaders import builtin_loaders, loader_named
 from loratool.loaders.checking import check_for
 from loratool.loaders.loader import Fate, Feature, Mend
 from loratool.loaders.preparing import prepare, refusals, uniform_rank
-from loratool.ops.opening import open_adapter
-from loratool.schemes import scheme_named
+from loratool.schemes import scheme_named, scheme_names
+from loratool.schemes.opening import open_adapter
 from loratool.values.expr import Stored
 from loratool.write.stored import part_of
 
@@ -105,7 +105,7 @@ def test_targets_are_found_by_their_files_and_write_schemes_that_are_written() -
     names = [loader.name for loader in builtin_loaders()]
     assert names == ["comfy", "diffusers", "llamacpp", "mlx", "sglang", "vllm"]
     for loader in builtin_loaders():
-        assert scheme_named(loader.scheme).writes
+        assert loader.scheme in scheme_names()
         assert loader.scheme in loader.reads
         assert loader.source and loader.title and loader.summary
         for name in (*loader.reads, *loader.tolerates):

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from loratool.adapter.config import KNOWN_FIELDS
+from loratool.adapter.config import CONFIG_NAME, KNOWN_FIELDS
+from loratool.adapter.findings import Finding, finding
+from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.patterns import matches_target
+from loratool.adapter.scheme import Written
 from loratool.adapter.slots import Slot
+from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.names.experts import is_fusible_expert
+from loratool.names.pipelines import component_of
+from loratool.schemes.parts.settings import Settings
 
-__all__ = ["exact_number", "lora_config", "needs_default", "scale_fields", "target_fields"]
+__all__ = [
+    "PeftSettings",
+    "exact_number",
+    "lora_config",
+    "needs_default",
+    "scale_fields",
+    "target_fields",
+]
 
 FIRST_RELEASE_FIELDS: Final = ("enable_lora", "merge_weights")
 """Fields of PEFT's first releases, which later ones warn about."""
@@ -44,6 +58,65 @@ ADALORA_FIELDS: Final = (
     "tinit",
     "total_step",
 )
+
+
+@dataclass(frozen=True)
+class PeftSettings(Settings):
+    """PEFT's ``adapter_config.json``.
+
+    Attributes:
+        is_own: Whether PEFT itself reads what lies beside it; else a script does.
+    """
+
+    file: str = CONFIG_NAME
+    names_targets: bool = True
+    names_saved: bool = True
+    is_own: bool = False
+
+    def config(self, written: Written) -> dict[str, Any] | None:
+        """Return the configuration, as far as it can be what it was before."""
+        raw = dict(written.config or {})
+        changes = dict(written.changes)
+        parts = written.parts
+        if raw.get("fan_in_fan_out") or _looks_like_conv1d(parts):
+            changes.setdefault("fan_in_fan_out", True)
+        is_dora = any(Slot.MAGNITUDE in part.values for part in parts)
+        changes |= {"use_dora": is_dora, "use_rslora": False}
+        model = (written.sidecar or {}).get("model")
+        if isinstance(model, str) and not raw.get("base_model_name_or_path"):
+            changes.setdefault("base_model_name_or_path", model)
+        keeps_targets = written.keeps_targets and written.source == written.scheme
+        return lora_config(raw, parts, keep_targets=keeps_targets, changes=changes)
+
+    def notes(self, written: Written) -> Iterator[str]:
+        """Yield that PEFT loads what holds several models on one that has them all."""
+        components = {component_of(item.part.module)[0] for item in written.modules}
+        if self.is_own and len(components) > 1:
+            listed = ", ".join(sorted(c or "no component" for c in components))
+            yield (
+                f"holds modules of {listed}; PEFT loads it on a module that has all of them, or "
+                "one of them alone with --component"
+            )
+
+    def findings(self, adapter: Adapter) -> Iterator[Finding]:
+        """Yield that there is none."""
+        if adapter.config is None:
+            yield finding(
+                "LT015",
+                adapter.folder,
+                "there is no adapter_config.json, which PEFT needs",
+                "write one with peft_type, r, lora_alpha and target_modules",
+            )
+
+
+def _looks_like_conv1d(parts: Sequence[Part]) -> bool:
+    """Whether all linear modules are of GPT-2's kind: by their names, and a q, k, v in one."""
+    linear = [part for part in parts if part.kind is Kind.LINEAR and part.is_plain]
+    leaves = {part.module.rpartition(".")[2] for part in linear}
+    return leaves <= CONV1D_LEAVES and any(
+        part.module.endswith("c_attn") and part.up.shape[0] == 3 * part.down.shape[1]
+        for part in linear
+    )
 
 
 def lora_config(

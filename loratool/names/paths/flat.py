@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
+from loratool.adapter.model import Site
+from loratool.adapter.scheme import Context, Names
 from loratool.names.families import claiming, family_named, unrefined
 from loratool.names.family import Family
 from loratool.names.flattening import BACKBONE
 from loratool.names.paths import (
-    Names,
     candidates,
     family_name,
     hub_path,
     is_native,
+    other_names,
     with_several_encoders,
 )
+from loratool.names.paths.component import EachAlone, text_path
 from loratool.names.pipelines import (
     BACKBONES,
     COMPONENT,
@@ -25,11 +29,12 @@ from loratool.names.pipelines import (
     component_of,
     encoder_component,
     encoder_kinds,
+    flat_prefix,
     split_flat,
 )
 from loratool.names.vocabulary import flatten
 
-__all__ = ["MODULES_KEY", "from_bare_flat", "from_flat"]
+__all__ = ["BareFlatPaths", "FlatPaths"]
 
 MODULES_KEY: Final = "loratool_modules"
 """Metadata: flattened names and the paths that they stand for, where no vocabulary has them."""
@@ -190,3 +195,77 @@ def _may_be(name: str, path: str) -> bool:
     match = COMPONENT.fullmatch(path)
     inside = match["local"] if match else path
     return name.endswith((flatten(path), flatten(inside)))
+
+
+def _unsaid(paths: Mapping[str, str], tell: Callable[[Sequence[str]], Names]) -> Mapping[str, str]:
+    """Return the metadata that records the paths which names do not tell by themselves."""
+    told = tell(list(paths)).paths
+    unknown = {
+        name: path
+        for name, path in paths.items()
+        if told.get(name) not in {(same,) for same in _equal_paths(path)}
+    }
+    return {MODULES_KEY: json.dumps(unknown, sort_keys=True)} if unknown else {}
+
+
+def _equal_paths(path: str) -> list[str]:
+    """Return a path, and what the same module is called in the other naming."""
+    component = path.partition(".")[0]
+    return [path, *(f"{component}.{name}" for name in other_names(path, None))]
+
+
+@dataclass(frozen=True)
+class FlatPaths(EachAlone):
+    """Underscores for dots, behind a prefix for the component: kohya's way."""
+
+    has_components: bool = True
+    keeps_unknown: bool = True
+
+    def name(self, module: str, component: str | None, local: str, context: Context) -> str:
+        """Return the flattened path behind its prefix."""
+        if component is None and context.accepts(module):
+            return module  # a name that was flat before, and is not known otherwise
+        prefix = flat_prefix(component, context.family)
+        return prefix + flatten(text_path(component, local))
+
+    def unspell(
+        self, sites: Sequence[Site], metadata: Mapping[str, str], base: Collection[str]
+    ) -> Names:
+        """Return what kohya's names stand for."""
+        return from_flat(tuple(dict.fromkeys(site.module for site in sites)), metadata, base)
+
+    def record(self, paths: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the paths that their names do not tell."""
+        return _unsaid(paths, lambda names: from_flat(names, {}, ()))
+
+    def writes_native(
+        self, wish: str | None, families: Sequence[str], *, is_native: bool
+    ) -> bool | None:
+        """Return whether the native names are used: for all but Stable Diffusion 1 and 2."""
+        if wish is not None:
+            return wish == "native"
+        usual = {family_named(family).is_trained_native for family in families}
+        # Stable Diffusion 1 or XL: what was read is what is written.
+        return usual.pop() if len(usual) == 1 else bool(usual) and is_native
+
+
+@dataclass(frozen=True)
+class BareFlatPaths(EachAlone):
+    """Underscores for dots, and no prefix."""
+
+    follows_base: bool = True
+
+    def name(self, module: str, component: str | None, local: str, context: Context) -> str:
+        """Return the flattened path."""
+        is_alone = component is not None and component == context.alone
+        return flatten(local if is_alone else module)
+
+    def unspell(
+        self, sites: Sequence[Site], metadata: Mapping[str, str], base: Collection[str]
+    ) -> Names:
+        """Return what flattened names stand for."""
+        return from_bare_flat(tuple(dict.fromkeys(site.module for site in sites)), metadata, base)
+
+    def record(self, paths: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the paths that their names do not tell."""
+        return _unsaid(paths, lambda names: from_bare_flat(names, {}, ()))

@@ -1,4 +1,4 @@
-"""Which modules are written, and in which of the namings that they have."""
+"""Which components of a pipeline are written, and under which paths of the base."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Final
 
 from loratool.adapter.model import Adapter
 from loratool.adapter.part import Part
-from loratool.adapter.scheme import KeyScheme, Spelling
+from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
 from loratool.errors import AdapterError, OptionError
 from loratool.names.pipelines import COMPONENTS, component_of
-from loratool.schemes import scheme_named
-from loratool.write.options import WriteOptions
-from loratool.write.renaming import Naming
 
-__all__ = ["as_in_base", "is_same_spelling", "is_written_native", "of_component"]
+__all__ = ["as_in_base", "of_component"]
 
 TEXT_MODEL: Final = "text_model."
 
@@ -50,9 +47,7 @@ def of_component(
     return kept, others
 
 
-def as_in_base(
-    parts: Sequence[Part], base: Model, adapter: Adapter, scheme: KeyScheme
-) -> list[Part]:
+def as_in_base(parts: Sequence[Part], base: Model, adapter: Adapter, scheme: Scheme) -> list[Part]:
     """Return ``parts`` with the paths that the base has for text encoders.
 
     Since transformers 5 they have no ``text_model.`` any more.
@@ -67,7 +62,7 @@ def as_in_base(
             f"has none of the adapter's modules, such as {parts[0].module!r}",
             hint="is this the base that it was trained on?",
         )
-    if scheme.spelling not in (Spelling.PATH, Spelling.BARE_FLAT, Spelling.PIPELINE):
+    if not scheme.paths.follows_base:
         return list(parts)
     made = []
     for part, place in zip(parts, found, strict=True):
@@ -78,35 +73,3 @@ def as_in_base(
                 part = replace(part, module=f"{component}.{short}" if component else short)
         made.append(part)
     return made
-
-
-def is_same_spelling(source: str, scheme: KeyScheme, options: WriteOptions) -> bool:
-    """Whether paths stay what they are: both schemes have those of one model.
-
-    Args:
-        source: The scheme that they come in; empty for none.
-        scheme: The scheme that is written.
-        options: What was asked for.
-    """
-    is_path = bool(source) and scheme_named(source).spelling is Spelling.PATH
-    is_asked = options.component is not None or options.naming is not None
-    return is_path and scheme.spelling is Spelling.PATH and not is_asked
-
-
-def is_written_native(
-    scheme: KeyScheme, naming: Naming, wish: str | None, *, is_native: bool
-) -> bool:
-    """Whether the scheme is written with the names of original checkpoints."""
-    if scheme.spelling not in (Spelling.FLAT, Spelling.NATIVE):
-        if wish == "native":
-            raise OptionError("--naming", f"the scheme {scheme.name!r} has diffusers' names only")
-        return False
-    if wish is not None:
-        return wish == "native"
-    if scheme.spelling is Spelling.NATIVE:
-        return True
-    usual = {family.is_trained_native for family in naming.families}
-    if len(usual) == 1:
-        return usual.pop()
-    # Stable Diffusion 1 or XL: what was read is what is written.
-    return bool(usual) and is_native

@@ -1,23 +1,18 @@
-"""What shapes tell: experts stacked in one tensor, embeddings, idle kernels, families."""
+"""What shapes tell: experts stacked in one tensor, idle kernels, families."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final
 
 from loratool.adapter.model import Kind, Site
-from loratool.adapter.scheme import Embeddings, KeyScheme, Spelling, transposed
 from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
-from loratool.names.embeddings import is_embedding
 from loratool.names.families import claiming
 from loratool.names.pipelines import component_of
 from loratool.names.switched import expert_path
 
-__all__ = ["family_by_shape", "one_site_an_expert", "shaped"]
-
-PIPELINES: Final = frozenset((Spelling.FLAT, Spelling.NATIVE, Spelling.PIPELINE))
+__all__ = ["family_by_shape", "one_site_an_expert", "without_idle_kernels"]
 
 
 def family_by_shape(sites: Sequence[Site], paths: Mapping[str, tuple[str, ...]]) -> str | None:
@@ -37,15 +32,6 @@ def family_by_shape(sites: Sequence[Site], paths: Mapping[str, tuple[str, ...]])
             and proportion.fits(local, site.out_features, site.in_features)
         }
     return votes.pop() if len(votes) == 1 else None
-
-
-def shaped(site: Site, scheme: KeyScheme) -> Site:
-    """Return ``site`` with the factors of an embedding as such, and none with idle kernels."""
-    if site.kind is Kind.LINEAR and is_embedding(site.module) and site.is_plain:
-        return _embedded(site, scheme)
-    if site.kind is Kind.CONV and scheme.spelling in PIPELINES and _is_attention(site.module):
-        return _flattened(site)
-    return site
 
 
 def one_site_an_expert(site: Site) -> list[Site]:
@@ -81,17 +67,6 @@ def _part(stored: StoredTensor, index: int) -> StoredTensor:
     )
 
 
-def _embedded(site: Site, scheme: KeyScheme) -> Site:
-    slots = dict(site.slots)
-    down, up = slots.pop(Slot.DOWN, None), slots.pop(Slot.UP, None)
-    if down is None or up is None or scheme.embeddings in (Embeddings.SLOTS, Embeddings.NONE):
-        return site
-    if scheme.embeddings is Embeddings.WEIGHT:
-        down, up = transposed(up), transposed(down)
-    slots |= {Slot.EMBEDDING_DOWN: down, Slot.EMBEDDING_UP: up}
-    return replace(site, slots=slots, kind=Kind.EMBEDDING)
-
-
 def _is_attention(module: str) -> bool:
     leaf = module.rpartition(".")[2]
     return leaf in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj") or module.endswith(
@@ -99,8 +74,10 @@ def _is_attention(module: str) -> bool:
     )
 
 
-def _flattened(site: Site) -> Site:
-    """Return a site on a linear layer whose factors are stored with kernels of 1 × 1."""
+def without_idle_kernels(site: Site) -> Site:
+    """Return a linear layer of attention as such where its factors have kernels of 1 × 1."""
+    if not _is_attention(site.module):
+        return site
     slots = dict(site.slots)
     for slot in (Slot.DOWN, Slot.UP):
         stored = slots.get(slot)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 
 from loratool.names.families import claiming, family_named, unrefined
@@ -12,7 +12,6 @@ from loratool.names.flattening import unflatten
 from loratool.names.pipelines import ENCODERS, component_of, family_of_encoders
 
 __all__ = [
-    "Names",
     "candidates",
     "families_of_modules",
     "family_name",
@@ -25,23 +24,6 @@ __all__ = [
     "plausible_families",
     "with_several_encoders",
 ]
-
-
-@dataclass(frozen=True)
-class Names:
-    """What the modules of a file are.
-
-    Attributes:
-        paths: Module to its paths: one where it is known, several where it is ambiguous.
-        family: The pipeline that they belong to, where known.
-        components: What is a component of a pipeline for certain.
-        is_native: Whether the backbone's paths were those of original checkpoints.
-    """
-
-    paths: Mapping[str, tuple[str, ...]]
-    family: str | None = None
-    components: frozenset[str] = frozenset()
-    is_native: bool = False
 
 
 @cache

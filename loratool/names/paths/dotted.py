@@ -1,0 +1,40 @@
+"""Dotted paths inside one model, as it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from loratool.adapter.model import Site
+from loratool.adapter.scheme import Context, Names
+from loratool.names.paths import family_name, is_native
+from loratool.names.paths.component import EachAlone
+from loratool.names.pipelines import ENCODERS, component_of
+
+__all__ = ["PathPaths", "from_paths"]
+
+
+@dataclass(frozen=True)
+class PathPaths(EachAlone):
+    """Dotted paths, with their component where several are written."""
+
+    is_dotted: bool = True
+    follows_base: bool = True
+
+    def name(self, module: str, component: str | None, local: str, context: Context) -> str:
+        """Return the path."""
+        return local if component is not None and component == context.alone else module
+
+    def unspell(
+        self, sites: Sequence[Site], metadata: Mapping[str, str], base: Collection[str]
+    ) -> Names:
+        """Return what the paths tell by themselves."""
+        return from_paths(tuple(dict.fromkeys(site.module for site in sites)))
+
+
+def from_paths(modules: Sequence[str]) -> Names:
+    """Return what dotted paths tell by themselves."""
+    split = [component_of(module) for module in modules]
+    known = frozenset(component for component, _ in split if component)
+    native = any(is_native(local) for c, local in split if c not in ENCODERS)
+    return Names({m: (m,) for m in modules}, family_name(modules), known, native)

@@ -1,1 +1,0 @@
-"""From the spelling of a file to dotted module paths, and never by guessing."""

@@ -1,0 +1,177 @@
+"""Which files an adapter is in, which scheme it is in, and which of its tensors belong to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from loratool.adapter.build import adapter_names
+from loratool.adapter.config import CONFIG_NAME
+from loratool.adapter.keys import are_transposed
+from loratool.adapter.model import HISTORY_KEY
+from loratool.adapter.recognise import describe_keys
+from loratool.adapter.scheme import Scheme
+from loratool.errors import AdapterError
+from loratool.files.container import WeightsFile
+from loratool.files.containers import is_weights
+from loratool.files.spec import StoredTensor
+from loratool.schemes import builtin_schemes, claimed, sidecar_names, weights_names
+
+__all__ = ["detect_scheme", "find_weights", "forms", "selected"]
+
+
+def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tuple[str, ...]]:
+    """Return the weights file that ``path`` means, and what was found beside it."""
+    if not path.exists():
+        raise AdapterError(path, "no such file or folder")
+    if not path.is_file() and not path.is_dir():
+        raise AdapterError(path, "neither a file nor a folder")
+    if path.is_file():
+        if path.name in sidecar_names():
+            return find_weights(path.parent, adapter_name)
+        return path, ()
+    if adapter_name and "/" not in adapter_name and (path / adapter_name / CONFIG_NAME).is_file():
+        return find_weights(path / adapter_name)
+    others = sorted(config.parent.name for config in path.glob(f"*/{CONFIG_NAME}"))
+    found = [path / name for name in weights_names() if (path / name).is_file()]
+    if not found:
+        found = sorted(file for file in path.iterdir() if is_weights(file) and file.is_file())
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found[:6])
+            raise AdapterError(path, f"several weights files: {names}", hint="name one of them")
+    if not found:
+        what = "holds no adapter: expected adapter_model.safetensors or adapter_model.bin"
+        if others:
+            raise AdapterError(
+                path,
+                f"holds several adapters, each in a folder: {', '.join(others)}",
+                hint=f"name one, such as {path / others[0]}",
+            )
+        raise AdapterError(path, what)
+    notes = []
+    if len(found) > 1:
+        notes.append(f"{found[1].name} lies beside {found[0].name} and was not read")
+    if others:
+        notes.append(f"more adapters in sub-folders, not read: {', '.join(others)}")
+    return found[0], tuple(notes)
+
+
+def detect_scheme(file: WeightsFile, schemes: Sequence[Scheme] = ()) -> Scheme:
+    """Return the scheme that recognises most factors in ``file``.
+
+    Args:
+        file: The weights.
+        schemes: The schemes to try; by default all whose claim matches.
+
+    Raises:
+        AdapterError: None recognises any; the message shows what the keys look like.
+    """
+    if len(schemes) == 1:
+        if schemes[0].keys.factor_keys(file.tensors):
+            return schemes[0]  # as somebody said
+        raise AdapterError(
+            file.path,
+            f"none of its {len(file.tensors)} keys is a factor in the scheme {schemes[0].name!r}",
+            hint="leave --from out, and the scheme is detected",
+        )
+    tried = schemes or tuple(claimed(file.tensors))
+    scores = [(scheme.keys.recognise(file.tensors), scheme.priority, scheme) for scheme in tried]
+    best, _, scheme = max(scores, key=lambda item: item[:2], default=(0, 0, None))
+    if scheme is None or best == 0:
+        what = describe_keys(list(file.tensors), forms())
+        raise AdapterError(file.path, f"no known scheme: {what}")
+    _check_rivals(file, [item[2] for item in scores if item[:2] == (best, scheme.priority)])
+    return _settled(file, scheme, tried)
+
+
+def _check_rivals(file: WeightsFile, schemes: Sequence[Scheme]) -> None:
+    """Refuse to choose between schemes that read the very same keys as factors.
+
+    Of those that read different ones, a file mixes some, which is said later.
+
+    Raises:
+        AdapterError: There are such schemes.
+    """
+    seen: dict[frozenset[str], str] = {}
+    for scheme in schemes if len(schemes) > 1 else ():
+        factors = frozenset(key for key in file.tensors if scheme.keys.factor_keys((key,)))
+        other = seen.setdefault(factors, scheme.name)
+        if other != scheme.name:
+            raise AdapterError(
+                file.path,
+                f"may be {other!r} or {scheme.name!r}: both read its keys, and neither more of "
+                "them",
+                hint="say which with --from",
+            )
+
+
+def forms() -> tuple[tuple[str, str], ...]:
+    """Return what keys look like that are of a scheme's tool and no factors, with what they are."""
+    return tuple(form for scheme in builtin_schemes() for form in scheme.resembles)
+
+
+def _settled(file: WeightsFile, scheme: Scheme, schemes: Sequence[Scheme]) -> Scheme:
+    """Return ``scheme``, or the one of the same keys and turned factors that the file names.
+
+    Raises:
+        AdapterError: The factors fit both, and the file does not say which it is.
+    """
+    rivals = {
+        other.name: other
+        for other in schemes
+        if other.keys.templates == scheme.keys.templates
+        and (other is scheme or other.roles.is_transposed != scheme.roles.is_transposed)
+    }
+    if len(rivals) == 1:
+        return scheme
+    pairs = scheme.keys.pairs(file.tensors)
+    if not pairs or are_transposed(pairs) is not None:
+        return scheme
+    said = _written_as(file.metadata)
+    if said in rivals:
+        return rivals[said]
+    names = sorted(rivals)
+    raise AdapterError(
+        file.path,
+        f"may be {' or '.join(map(repr, names))}: its factors fit both ways round, and the keys "
+        "are the same",
+        hint=f"say which: loratool convert ADAPTER --from {names[0]} --to peft -o OUT (or --from "
+        f"{' or '.join(names[1:])})",
+    )
+
+
+def _written_as(metadata: Mapping[str, str]) -> str | None:
+    """Return the scheme that loratool's own history says the file was written in."""
+    try:
+        said = json.loads(metadata.get(HISTORY_KEY, "{}"))["options"]["to"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return said if isinstance(said, str) else None
+
+
+def selected(
+    file: WeightsFile, scheme: Scheme, adapter_name: str | None, where: Path
+) -> tuple[Mapping[str, StoredTensor], str | None, tuple[str, ...]]:
+    """Return the tensors of one adapter, where a file holds several; its name, and notes."""
+    parsed = {key: scheme.keys.parse(key) for key in file.tensors}
+    names = adapter_names(parsed)
+    if not names:
+        return file.tensors, None, ()
+    if adapter_name is not None and adapter_name not in names:
+        raise AdapterError(where, f"no adapter {adapter_name!r}: it holds {', '.join(names)}")
+    if adapter_name is None and len(names) > 1:
+        raise AdapterError(
+            where,
+            f"holds several adapters: {', '.join(names)}",
+            hint="choose one with --adapter-name",
+        )
+    name = adapter_name or names[0]
+    tensors = {
+        key: file.tensors[key]
+        for key, meaning in parsed.items()
+        if meaning is None or meaning.adapter in (None, name)
+    }
+    left = len(file.tensors) - len(tensors)
+    notes = (f"{left} tensors of other adapters in the file were not read",) if left else ()
+    return tensors, name, notes

@@ -1,0 +1,190 @@
+"""Open an adapter: find its files, detect its scheme, sort its tensors. Headers only."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter.build import build_sites
+from loratool.adapter.config import CONFIG_NAME, LoraConfig, parse_config
+from loratool.adapter.model import Adapter, ExtraKind, Site
+from loratool.adapter.recognise import PEFT_TYPES
+from loratool.adapter.scaling import Scaling
+from loratool.adapter.scheme import Scheme
+from loratool.adapter.slots import Slot
+from loratool.errors import AdapterError, OptionError, UnsupportedError
+from loratool.files.containers import open_weights
+from loratool.files.json import read_json_object
+from loratool.schemes import claimed, claims, scheme_named, scheme_names
+from loratool.schemes.detection import detect_scheme, find_weights, selected
+from loratool.schemes.spelled_out import spell_out
+from loratool.variants import evident_slots, peft_types, variant_of
+
+__all__ = ["open_adapter", "open_as_spelled"]
+
+
+def open_adapter(
+    path: str | PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    alpha: float | None = None,
+    skip: Sequence[str] = (),
+    scheme: str | None = None,
+    base_modules: Collection[str] = (),
+    enabled: Sequence[bool] = (),
+) -> Adapter:
+    """Open the adapter at ``path``: headers only, no tensor data.
+
+    Args:
+        path: The weights file, or the folder that holds it and its sidecars.
+        adapter_name: Which adapter, where a folder or a file holds several.
+        alpha: Alpha for all modules, where nothing records it.
+        skip: Regular expressions; keys that match anywhere are left out.
+        scheme: The key scheme to read it in; by default the one that recognises most of it.
+        base_modules: Module paths of the base, from which flattened names are restored.
+        enabled: Which parts of a merged projection stacked factors are for (``enable_lora``),
+            where no configuration says so.
+
+    Raises:
+        FileFormatError: A file breaks the rules of its format.
+        AdapterError: There is no adapter, or it contradicts itself.
+        UnsupportedError: It is of a kind that is not read.
+        OptionError: There is no such scheme.
+    """
+    if scheme is not None and scheme not in scheme_names():
+        raise OptionError("--from", f"{scheme!r} is none of {', '.join(scheme_names())}")
+    opened = open_as_spelled(
+        Path(path),
+        (scheme_named(scheme),) if scheme is not None else (),
+        adapter_name=adapter_name,
+        alpha=alpha,
+        skip=skip,
+        enabled=enabled,
+    )
+    found = spell_out(opened, scheme_named(opened.scheme), base_modules)
+    return replace(found, mixed=tuple(_foreign_factors(found)))
+
+
+def _foreign_factors(adapter: Adapter) -> Iterator[str]:
+    """Yield the keys that mean nothing in the adapter's scheme, and are factors in another."""
+    foreign = evident_slots()
+    whole = [extra.key for extra in adapter.extras if extra.kind is ExtraKind.FULL]
+    others = [scheme for scheme in claimed(whole) if scheme.name != adapter.scheme]
+    for name in whole:
+        meanings = (scheme.keys.parse(name) for scheme in others)
+        if any(key is not None and key.slot in foreign for key in meanings):
+            yield name
+
+
+def open_as_spelled(
+    path: Path,
+    schemes: Sequence[Scheme] = (),
+    *,
+    adapter_name: str | None = None,
+    alpha: float | None = None,
+    skip: Sequence[str] = (),
+    enabled: Sequence[bool] = (),
+) -> Adapter:
+    """Open the adapter at ``path``, with modules as the file spells them.
+
+    Args:
+        path: The weights file, or the folder that holds it.
+        schemes: The key schemes to try; by default all whose claim matches.
+        adapter_name: Which of several adapters in the folder or in the file.
+        alpha: Alpha for all sites where the file and its sidecars record none.
+        skip: Regular expressions; keys that match anywhere are left out.
+        enabled: Which parts of merged projections stacked factors are for (``enable_lora``),
+            where no configuration says so.
+
+    Raises:
+        FileFormatError: A file breaks the rules of its format.
+        AdapterError: There is no adapter, or it contradicts itself.
+        UnsupportedError: It is of a kind that has no delta or is not read yet.
+    """
+    if alpha is not None and not math.isfinite(alpha):
+        raise OptionError("--alpha", f"{alpha} is no finite number")
+    weights, notes = find_weights(path, adapter_name)
+    config_path = weights.parent / CONFIG_NAME
+    raw = read_json_object(config_path) if config_path.is_file() else None
+    is_foreign = raw is not None and _is_anothers(raw)
+    config = None
+    if raw is not None and not is_foreign:
+        config = parse_config(raw, where=config_path)
+        _check_type(config, config_path)
+    file = open_weights(weights)
+    scheme = detect_scheme(file, schemes)
+    tensors, name, more = selected(file, scheme, adapter_name, weights)
+    skipped = _skipped(tensors, skip)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
+    parts = build_sites(tensors, scheme, config, variant_of, _enabled(config, enabled))
+    sites = parts.sites
+    sidecar, sidecar_path = (raw if is_foreign else None), config_path
+    if scheme.settings.file not in ("", CONFIG_NAME):
+        sidecar_path = weights.parent / scheme.settings.file
+        sidecar = read_json_object(sidecar_path) if sidecar_path.is_file() else None
+    sites = scheme.settings.read(sites, file.metadata, sidecar, sidecar_path)
+    if alpha is not None:
+        sites = tuple(_with_alpha(site, alpha) for site in sites)
+    return Adapter(
+        path=path,
+        weights=weights,
+        scheme=scheme.name,
+        sites=sites,
+        extras=parts.extras,
+        config=config,
+        metadata=file.metadata,
+        tensors=tensors,
+        stamp=file.stamp,
+        name=name,
+        skipped=tuple(skipped),
+        notes=(*notes, *parts.notes, *more, *file.notes),
+        sidecar=sidecar,
+    )
+
+
+def _is_anothers(raw: Mapping[str, Any]) -> bool:
+    """Whether an ``adapter_config.json`` is of another tool than PEFT."""
+    named = (claim.name for claim in claims() if claim.sidecar == CONFIG_NAME)
+    return any(scheme_named(name).settings.claims(raw) for name in named)
+
+
+def _with_alpha(site: Site, alpha: float) -> Site:
+    """Return ``site`` with ``alpha`` where it records none, or 0, which trainers read as none."""
+    own = site.scaling.alpha
+    is_missing = own is None or (own == 0 and Slot.ALPHA in site.slots)
+    if not is_missing or not site.variant.is_scaled:
+        return site
+    return replace(site, scaling=Scaling(alpha, site.scaling.rank or site.rank))
+
+
+def _enabled(config: LoraConfig | None, given: Sequence[bool]) -> tuple[bool, ...]:
+    if given:
+        return tuple(given)
+    stacked = config.raw.get("enable_lora") if config is not None else None
+    if isinstance(stacked, list) and any(stacked):
+        return tuple(bool(item) for item in stacked)
+    return ()
+
+
+def _check_type(config: LoraConfig, path: Path) -> None:
+    if config.peft_type in peft_types():
+        return
+    words = PEFT_TYPES.get(config.peft_type, "a PEFT type that is not read yet")
+    raise UnsupportedError(
+        path,
+        f"peft_type is {config.peft_type}: {words}",
+        hint="if it has a merge of its own, do that with peft and save the model",
+    )
+
+
+def _skipped(keys: Iterable[str], skip: Sequence[str]) -> list[str]:
+    try:
+        patterns = [re.compile(text) for text in skip]
+    except re.error as error:
+        raise AdapterError("--skip", f"not a regular expression: {error}") from None
+    return [key for key in keys if any(pattern.search(key) for pattern in patterns)]

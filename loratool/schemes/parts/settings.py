@@ -1,0 +1,54 @@
+"""Nothing beside the tensors: what settings are where a scheme has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter.findings import Finding
+from loratool.adapter.model import Adapter, Site
+from loratool.adapter.scheme import Written
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """No configuration and no metadata; a scheme that has some overrides what it has."""
+
+    file: str = ""
+    names_targets: bool = False
+    names_saved: bool = False
+    stale: str = ""
+
+    def claims(self, raw: Mapping[str, Any]) -> bool:
+        """Claim no configuration."""
+        return False
+
+    def read(
+        self,
+        sites: tuple[Site, ...],
+        metadata: Mapping[str, str],
+        sidecar: Mapping[str, Any] | None,
+        where: Path,
+    ) -> tuple[Site, ...]:
+        """Return ``sites``: all is in the tensors."""
+        return sites
+
+    def config(self, written: Written) -> dict[str, Any] | None:
+        """Return ``None``."""
+        return None
+
+    def metadata(self, written: Written) -> dict[str, str]:
+        """Return nothing."""
+        return {}
+
+    def notes(self, written: Written) -> Iterator[str]:
+        """Yield nothing."""
+        yield from ()
+
+    def findings(self, adapter: Adapter) -> Iterator[Finding]:
+        """Yield nothing."""
+        yield from ()
