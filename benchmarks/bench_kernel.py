@@ -31,17 +31,17 @@ from harness import (
     say,
     work_folder,
 )
-from loratool.ops.blas import single_threaded_blas
+from loratool.verbs.blas import single_threaded_blas
 from rich.console import Console
 from rich.table import Table
 
 from loratool.files.inputs import InputFiles
 from loratool.files.transfer import write_all
-from loratool.ops.host import HostBench
-from loratool.ops.kernels import Kernel, compile_step
-from loratool.ops.merge import plan_merge, write_plan
-from loratool.ops.plan import Plan, Step
-from loratool.plan.patching import compute_block
+from loratool.plan.host import HostBench
+from loratool.plan.kernels import Kernel, compile_step
+from loratool.plan.patches import compute_block
+from loratool.plan.plan import Plan, Step
+from loratool.verbs.merge import plan_merge, write_plan
 
 READ: Final = "pread"
 WIDEN: Final = "bf16 -> f32"

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from loratool.adapter.findings import Finding
     from loratool.errors import LoratoolError
-    from loratool.ops.algebra.result import AdapterReport
-    from loratool.ops.compare import Comparison, compare
-    from loratool.ops.compose import compose
-    from loratool.ops.convert import ConvertReport, convert
-    from loratool.ops.extract import extract
-    from loratool.ops.extraction.result import ExtractReport
-    from loratool.ops.inspect import inspect
-    from loratool.ops.merge import MergeReport, merge, plan_merge
-    from loratool.ops.rescale import RescaleReport, rescale
-    from loratool.ops.schemes import schemes
-    from loratool.ops.truncate import truncate
-    from loratool.ops.validate import validate
-    from loratool.ops.verify import verify
     from loratool.schemes.opening import open_adapter
+    from loratool.verbs.algebra.result import AdapterReport
+    from loratool.verbs.compare import Comparison, compare
+    from loratool.verbs.compose import compose
+    from loratool.verbs.convert import ConvertReport, convert
+    from loratool.verbs.extract import extract
+    from loratool.verbs.extraction.result import ExtractReport
+    from loratool.verbs.inspect import inspect
+    from loratool.verbs.merge import MergeReport, merge, plan_merge
+    from loratool.verbs.rescale import RescaleReport, rescale
+    from loratool.verbs.schemes import schemes
+    from loratool.verbs.truncate import truncate
+    from loratool.verbs.validate import validate
+    from loratool.verbs.verify import verify
 
 __all__ = [
     "AdapterReport",
@@ -56,27 +56,27 @@ __all__ = [
 __version__ = "0.1.0"
 
 _PLACES: Final = {
-    "AdapterReport": "loratool.ops.algebra.result",
-    "Comparison": "loratool.ops.compare",
-    "ConvertReport": "loratool.ops.convert",
-    "ExtractReport": "loratool.ops.extraction.result",
+    "AdapterReport": "loratool.verbs.algebra.result",
+    "Comparison": "loratool.verbs.compare",
+    "ConvertReport": "loratool.verbs.convert",
+    "ExtractReport": "loratool.verbs.extraction.result",
     "Finding": "loratool.adapter.findings",
     "LoratoolError": "loratool.errors",
-    "MergeReport": "loratool.ops.merge",
-    "RescaleReport": "loratool.ops.rescale",
-    "compare": "loratool.ops.compare",
-    "compose": "loratool.ops.compose",
-    "convert": "loratool.ops.convert",
-    "extract": "loratool.ops.extract",
-    "inspect": "loratool.ops.inspect",
-    "merge": "loratool.ops.merge",
+    "MergeReport": "loratool.verbs.merge",
+    "RescaleReport": "loratool.verbs.rescale",
+    "compare": "loratool.verbs.compare",
+    "compose": "loratool.verbs.compose",
+    "convert": "loratool.verbs.convert",
+    "extract": "loratool.verbs.extract",
+    "inspect": "loratool.verbs.inspect",
+    "merge": "loratool.verbs.merge",
     "open_adapter": "loratool.schemes.opening",
-    "plan_merge": "loratool.ops.merge",
-    "rescale": "loratool.ops.rescale",
-    "schemes": "loratool.ops.schemes",
-    "truncate": "loratool.ops.truncate",
-    "validate": "loratool.ops.validate",
-    "verify": "loratool.ops.verify",
+    "plan_merge": "loratool.verbs.merge",
+    "rescale": "loratool.verbs.rescale",
+    "schemes": "loratool.verbs.schemes",
+    "truncate": "loratool.verbs.truncate",
+    "validate": "loratool.verbs.validate",
+    "verify": "loratool.verbs.verify",
 }
 
 
@@ -88,7 +88,7 @@ class _Package(ModuleType):
 
     @property
     def schemes(self) -> Any:
-        """The function :func:`loratool.ops.schemes.schemes`."""
+        """The function :func:`loratool.verbs.schemes.schemes`."""
         return import_module(_PLACES["schemes"]).schemes
 
     @schemes.setter

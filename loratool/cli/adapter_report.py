@@ -11,8 +11,8 @@ from loratool.cli import render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
-from loratool.ops.algebra.result import AdapterReport
 from loratool.plan.adapter import AdapterPlan
+from loratool.verbs.algebra.result import AdapterReport
 
 __all__ = ["print_left_out", "print_plan", "print_report"]
 

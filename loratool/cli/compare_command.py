@@ -10,7 +10,7 @@ from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
-from loratool.ops.compare import Comparison, compare
+from loratool.verbs.compare import Comparison, compare
 
 __all__ = ["command"]
 

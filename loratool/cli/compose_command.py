@@ -9,8 +9,8 @@ import click
 
 from loratool.cli import options, render
 from loratool.cli.adapter_report import print_report
-from loratool.ops.algebra.extras import POLICIES
-from loratool.ops.compose import METHODS, compose
+from loratool.verbs.algebra.extras import POLICIES
+from loratool.verbs.compose import METHODS, compose
 
 __all__ = ["command"]
 

@@ -11,7 +11,7 @@ from loratool.cli import options, render
 from loratool.cli.adapter_report import print_left_out
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
-from loratool.ops.convert import NAMINGS, ConvertReport, convert
+from loratool.verbs.convert import NAMINGS, ConvertReport, convert
 
 __all__ = ["command"]
 

@@ -11,8 +11,8 @@ from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
-from loratool.ops.extract import METHODS, RESIDUALS, extract
-from loratool.ops.extraction.result import ExtractReport
+from loratool.verbs.extract import METHODS, RESIDUALS, extract
+from loratool.verbs.extraction.result import ExtractReport
 
 __all__ = ["command"]
 

@@ -14,7 +14,7 @@ from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span, sparkline
 from loratool.errors import printable
-from loratool.ops.inspect import AdapterInfo, ModelInfo, ModuleInfo, inspect
+from loratool.verbs.inspect import AdapterInfo, ModelInfo, ModuleInfo, inspect
 
 __all__ = ["command"]
 

@@ -10,9 +10,9 @@ import click
 from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.errors import printable
-from loratool.ops.merge import MergeReport, merge, plan_merge
-from loratool.ops.merging.planning import QUANTIZED
-from loratool.ops.plan import Plan
+from loratool.plan.plan import Plan
+from loratool.verbs.merge import MergeReport, merge, plan_merge
+from loratool.verbs.merging.planning import QUANTIZED
 
 __all__ = ["command"]
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from loratool.ops.compare import Comparison
-    from loratool.ops.extraction.result import ExtractReport
-    from loratool.ops.spectrum import Spectrum
+    from loratool.verbs.compare import Comparison
+    from loratool.verbs.extraction.result import ExtractReport
+    from loratool.verbs.spectrum import Spectrum
 
 __all__ = ["check_plot", "plot_comparison", "plot_extraction", "plot_spectra"]
 

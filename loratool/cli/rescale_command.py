@@ -11,7 +11,7 @@ from loratool.cli import options, render
 from loratool.cli.adapter_report import print_plan
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
-from loratool.ops.rescale import KEEP, RescaleReport, rescale
+from loratool.verbs.rescale import KEEP, RescaleReport, rescale
 
 __all__ = ["command"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from loratool.cli import options, render
-from loratool.ops.schemes import schemes
+from loratool.verbs.schemes import schemes
 
 __all__ = ["command"]
 

@@ -9,7 +9,7 @@ import click
 
 from loratool.cli import options, render
 from loratool.cli.adapter_report import print_report
-from loratool.ops.truncate import truncate
+from loratool.verbs.truncate import truncate
 
 __all__ = ["command"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
-from loratool.ops.validate import validate
+from loratool.verbs.validate import validate
 
 __all__ = ["command"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
-from loratool.ops.verify import verify
+from loratool.verbs.verify import verify
 
 __all__ = ["command"]
 

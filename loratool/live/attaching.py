@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loratool.adapter.model import HEAD_LEAVES, Adapter, ExtraKind, Site
+from loratool.adapter.problems import CONVERT_HINT, site_problems
 from loratool.adapter.slots import Slot
 from loratool.base.modules import ModuleIndex
 from loratool.errors import AdapterError, OptionError, UnsupportedError
@@ -21,9 +22,8 @@ from loratool.live.control import Live
 from loratool.live.factors import Factors, NewAdapter, new_factors
 from loratool.live.kinds import LayerKind, float_dtype, kind_of
 from loratool.names.embeddings import is_embedding
-from loratool.ops.factors import site_deltas
-from loratool.ops.merging.mergeable import CONVERT_HINT, site_problems
-from loratool.ops.tensors import Arithmetic, read_tensor, torch_dtype
+from loratool.plan.factors import site_deltas
+from loratool.plan.gpu import Arithmetic, read_tensor, torch_dtype
 from loratool.schemes.opening import open_adapter
 
 __all__ = ["attach"]

@@ -15,11 +15,11 @@ from loratool.files.dtypes import dtype_named
 from loratool.live.factors import Factors
 from loratool.live.kinds import LayerKind
 from loratool.names.paths.dotted import from_paths
-from loratool.ops.algebra.combining import output_scheme
+from loratool.plan.adapter_files import write_adapter
 from loratool.plan.history import History
-from loratool.plan.writing import write_adapter
 from loratool.values.expr import Expr, Held
 from loratool.variants import variant_named
+from loratool.verbs.algebra.combination import output_scheme
 from loratool.write.adapter import NewAdapter
 from loratool.write.options import WriteOptions
 from loratool.write.write import write

@@ -12,7 +12,7 @@ from loratool.adapter.build import read_scalar
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.slots import Slot
-from loratool.loaders.checking import MISREADS, REFUSES, listed, mending
+from loratool.loaders.checks import MISREADS, REFUSES, listed, mending
 from loratool.loaders.loader import Fate, Feature, Loader, Mend, Rule, ScaleReading
 from loratool.loaders.scales import own_alpha
 from loratool.names.pipelines import component_of

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter
-from loratool.loaders.checking import MISREADS, NOTES, REFUSES, listed, mending, warning
+from loratool.loaders.checks import MISREADS, NOTES, REFUSES, listed, mending, warning
 from loratool.loaders.loader import Fate, Feature, Loader, Mend, Rule
 from loratool.loaders.scales import MULTIPLIER
 

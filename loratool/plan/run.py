@@ -24,7 +24,7 @@ from loratool.plan.lanes import ByteRange, Lane, Lanes, Spot, Task
 from loratool.plan.threads import MAX_THREADS, Progress
 
 if TYPE_CHECKING:
-    from loratool.ops.blocks import Bench
+    from loratool.plan.blocks import Bench
 
 __all__ = ["FileWork", "NullSink", "Run", "RunResult", "Sink", "run_files", "write_files"]
 
@@ -342,7 +342,7 @@ class Run:
         """What this thread computes blocks with, kept from one to the next."""
         found: Bench | None = getattr(self._local, "bench", None)
         if found is None:
-            from loratool.ops.blocks import bench_on
+            from loratool.plan.blocks import bench_on
 
             found = self._local.bench = bench_on(self.device)
         return found

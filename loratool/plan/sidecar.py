@@ -5,8 +5,26 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-__all__ = ["Sidecar", "write_sidecar"]
+__all__ = ["TOKENIZER_FILES", "Sidecar", "write_sidecar"]
+
+TOKENIZER_FILES: Final = frozenset(
+    (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "chat_template.jinja",
+        "chat_template.json",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)

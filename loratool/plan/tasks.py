@@ -12,7 +12,7 @@ from loratool.errors import AdapterError
 from loratool.files.container import read_view
 from loratool.plan.adapter import ModuleOutput, Output
 from loratool.plan.lanes import Spot, Unit
-from loratool.plan.rounding import Outcome, computed
+from loratool.plan.module_error import Outcome, computed
 from loratool.values.arrays import Rounded
 from loratool.values.expr import Mean, Together
 

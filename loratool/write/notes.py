@@ -8,7 +8,7 @@ from typing import Final
 from loratool.adapter.part import Part
 from loratool.files.dtypes import DTYPES
 from loratool.names.pipelines import BACKBONES, component_of
-from loratool.write.renaming import Naming
+from loratool.write.conventions import Naming
 
 __all__ = ["dtype_notes", "unknown_notes"]
 

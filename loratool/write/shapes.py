@@ -12,8 +12,8 @@ from loratool.adapter.scheme import NoPlaceError, Scheme
 from loratool.adapter.slots import Slot
 from loratool.base.model import Model
 from loratool.errors import AdapterError, OptionError, UnsupportedError
-from loratool.ops.conversion.plain import shaped_like
 from loratool.values.expr import Placed
+from loratool.write.kernels import shaped_like
 
 __all__ = ["fitted", "padded", "slotted"]
 

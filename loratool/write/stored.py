@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.part import Part
+from loratool.adapter.problems import site_problems
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
-from loratool.ops.merging.mergeable import site_problems
 from loratool.schemes import scheme_named
 from loratool.values.arrays import decode
 from loratool.values.expr import Expr, Function, Placed, Result, Stored, widest

@@ -18,10 +18,10 @@ from loratool.names.pipelines import family_of_encoders, sole_component
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
 from loratool.schemes import scheme_named
 from loratool.write.adapter import NewAdapter
+from loratool.write.conventions import Naming, families_of, to_hub, to_native
 from loratool.write.extras import placed_extras
 from loratool.write.notes import dtype_notes, unknown_notes
 from loratool.write.options import WriteOptions
-from loratool.write.renaming import Naming, families_of, to_hub, to_native
 from loratool.write.shapes import fitted, padded, slotted
 from loratool.write.tensors import alpha_output, part_specs
 

@@ -18,8 +18,8 @@ from samples import lora
 
 import loratool
 from loratool.errors import FileFormatError, OutputError
-from loratool.ops.merge import write_plan
 from loratool.plan.run import Run
+from loratool.verbs.merge import write_plan
 
 Make = Callable[..., Path]
 LAYERS, SIZE = 12, 1024

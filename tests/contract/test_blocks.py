@@ -29,11 +29,11 @@ from loratool.math.deltas import (
 )
 from loratool.math.deltas import column_norms as norms_of_columns
 from loratool.math.lowrank import LowRank
-from loratool.ops.blocks import Arithmetic, Bench, arithmetic_on, bench_on
-from loratool.ops.host import HostArithmetic, HostBench
-from loratool.ops.tensors import Arithmetic as TorchArithmetic
-from loratool.ops.tensors import TorchBench
 from loratool.plan.blas import single_threaded_blas
+from loratool.plan.blocks import Arithmetic, Bench, arithmetic_on, bench_on
+from loratool.plan.gpu import Arithmetic as TorchArithmetic
+from loratool.plan.gpu import TorchBench
+from loratool.plan.host import HostArithmetic, HostBench
 
 Make = Callable[..., Path]
 ROWS, COLUMNS = 23, 17

@@ -65,7 +65,7 @@ def test_the_function_schemes_is_not_hidden_by_the_folder() -> None:
     import loratool.schemes.peft
 
     assert {item.name for item in loratool.schemes()} >= {"peft", "kohya"}
-    assert loratool.schemes is importlib.import_module("loratool.ops.schemes").schemes
+    assert loratool.schemes is importlib.import_module("loratool.verbs.schemes").schemes
 
 
 def test_nothing_is_listed_twice_in_the_readme_and_every_command_is_there() -> None:

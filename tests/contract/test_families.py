@@ -126,7 +126,7 @@ def test_no_family_is_imported_for_a_language_model(adapter: str) -> None:
     """Nor any vocabulary, nor the reader of a container that is not there."""
     base = {"gpt2-conv1d": "gpt2", "llava": "llava"}.get(adapter, "llama-untied")
     code = (
-        "import sys, loratool; from loratool.ops.merging.planning import plan_merge; "
+        "import sys, loratool; from loratool.verbs.merging.planning import plan_merge; "
         f"loratool.inspect({str(FIXTURES / 'adapters' / adapter)!r}); "
         f"plan_merge({str(FIXTURES / 'bases' / base)!r}, "
         f"[{str(FIXTURES / 'adapters' / adapter)!r}]); "

@@ -10,7 +10,7 @@ from fakes.finding import find_fakes
 
 from loratool.cli.main import cli
 from loratool.loaders import builtin_loaders, loader_named, loader_names
-from loratool.loaders.checking import mending
+from loratool.loaders.checks import mending
 from loratool.loaders.loader import Fate, Loader, Mend, Rule
 from loratool.schemes import scheme_named
 

@@ -14,7 +14,7 @@ from samples import lora
 import loratool
 from loratool.adapter.initialisations import BaseEffect, initialisation
 from loratool.errors import LoratoolError, UnsupportedError
-from loratool.ops.validate import validate
+from loratool.verbs.validate import validate
 
 MODULE = "model.layers.0.self_attn.q_proj"
 UNET = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

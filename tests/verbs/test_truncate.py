@@ -14,7 +14,7 @@ from samples import FIXTURES, lora
 
 import loratool
 from loratool.errors import OptionError
-from loratool.ops.algebra.ranks import parse_size
+from loratool.verbs.algebra.ranks import parse_size
 
 Make = Callable[..., Path]
 NAMES = ("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj")

@@ -24,9 +24,9 @@ from loratool.adapter.part import Part
 from loratool.base.model import open_model
 from loratool.errors import OptionError, UnsupportedError
 from loratool.loaders import builtin_loaders, loader_named
-from loratool.loaders.checking import check_for
+from loratool.loaders.checks import check_for
 from loratool.loaders.loader import Fate, Feature, Mend
-from loratool.loaders.preparing import prepare, refusals, uniform_rank
+from loratool.loaders.preparation import prepare, refusals, uniform_rank
 from loratool.schemes import scheme_named, scheme_names
 from loratool.schemes.opening import open_adapter
 from loratool.values.expr import Stored

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter
-from loratool.loaders.checking import REFUSES
+from loratool.loaders.checks import REFUSES
 from loratool.loaders.loader import Fate, Feature, Loader, Mend, Rule, ScaleReading
 
 CLAIM = {"for": "picky"}

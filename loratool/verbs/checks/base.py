@@ -1,0 +1,57 @@
+"""Whether an adapter fits a base: every site and every extra has its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from loratool.adapter.findings import Finding, finding
+from loratool.adapter.model import Adapter
+from loratool.adapter.problems import site_problems
+from loratool.base.experts import assign_parameters
+from loratool.base.fitting import fit
+from loratool.base.model import open_model
+from loratool.base.refusals import CODE, check_base
+from loratool.base.replication import layer_ranges
+from loratool.errors import BaseModelError, LoratoolError, MissingModuleError
+from loratool.verbs.merging.context import Share
+from loratool.verbs.merging.extras import plan_extra
+from loratool.verbs.merging.sites import replaced_shapes
+
+__all__ = ["check_against_base"]
+
+
+def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
+    """Yield what does not fit the base at ``path``; only headers are read.
+
+    Raises:
+        LoratoolError: The base itself cannot be read.
+    """
+    base = open_model(path)
+    try:
+        check_base(base)
+    except BaseModelError as error:
+        yield finding(CODE, error.where, error.what, error.hint)
+        return
+    try:
+        layers = layer_ranges(adapter.field("layer_replication"), adapter.path)
+        view = base.as_trained(layers=layers)
+        assigned = assign_parameters(adapter, view)
+    except LoratoolError as error:
+        yield finding("LT022", error.where, error.what, error.hint)
+        return
+    share = Share(adapter, 1.0)
+    for extra in adapter.extras:
+        try:
+            plan_extra(share, extra, view)
+        except LoratoolError as error:
+            yield finding("LT024", error.where, error.what, error.hint)
+    for site in adapter.sites:
+        if any(True for _ in site_problems(site, adapter)):
+            continue
+        try:
+            fit(site, adapter, view, assigned, resized=replaced_shapes(share))
+        except MissingModuleError as error:
+            yield finding("LT021", site.label, error.what, error.hint)
+        except LoratoolError as error:
+            yield finding("LT022", site.label, error.what, error.hint)

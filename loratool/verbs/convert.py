@@ -1,0 +1,272 @@
+"""``convert``: the same deltas in another key scheme, or exactly what cannot be expressed there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.scheme import Scheme
+from loratool.base.model import open_model
+from loratool.errors import OptionError, UnsupportedError
+from loratool.files.atomic import check_output
+from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.loaders import loader_named
+from loratool.loaders.loader import Loader
+from loratool.plan.adapter import AdapterPlan
+from loratool.plan.adapter_files import measure_adapter, write_adapter
+from loratool.plan.history import History, Source
+from loratool.plan.module_error import Outcome
+from loratool.schemes import scheme_named, scheme_names
+from loratool.schemes.opening import open_adapter
+from loratool.verbs.conversion.contents import Conversion, converted
+from loratool.verbs.conversion.refusals import check_options
+from loratool.write.options import WriteOptions
+from loratool.write.write import write
+
+__all__ = ["NAMINGS", "ConvertReport", "convert"]
+
+AnyPath = str | PathLike[str]
+Progress = Callable[[int, int], None]
+NAMINGS: Final = ("native", "diffusers")
+HASHED_BELOW: Final = 64 << 20
+"""Larger inputs go by their size in the metadata: hashing takes longer than copying."""
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        source: Scheme that was read.
+        plan: What was decided.
+        outcome: The errors of what had to be computed.
+        is_written: Whether it was written.
+        notes: What a user should know, one sentence each.
+    """
+
+    source: str
+    plan: AdapterPlan
+    outcome: Outcome
+    is_written: bool
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def relative_error(self) -> float:
+        """``‖written - Δ‖ / ‖Δ‖`` over the modules that were computed; 0 where none was."""
+        return self.outcome.relative_error
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the delta of every module is what it was, bit for bit or to 1e-12."""
+        return self.relative_error < 1e-12
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a document for scripts."""
+        plan = self.plan
+        return {
+            "schema": 1,
+            "dry_run": not self.is_written,
+            "from": self.source,
+            "to": plan.scheme,
+            "family": plan.family,
+            "exact": self.is_exact,
+            "relative_error": self.relative_error,
+            "modules": [
+                {
+                    "module": item.part.module,
+                    "rank": item.part.rank,
+                    "scale": item.part.scale,
+                    "moved": item.is_moved,
+                    "relative_error": self.outcome.relative(item.part.module),
+                    "changes": list(item.part.notes),
+                }
+                for item in plan.parts
+            ],
+            "bytes_written" if self.is_written else "bytes_to_write": plan.nbytes,
+            "tensors": len(plan.specs),
+            "files": plan.described_files(),
+            "peak_memory": plan.peak_memory,
+            "sidecars": [sidecar.name for sidecar in plan.sidecars],
+            "carried": list(plan.extras),
+            "dropped": [{"name": name, "why": why} for name, why in plan.dropped],
+            "notes": list(self.notes),
+        }
+
+
+def convert(
+    adapter: AnyPath,
+    to: str | None,
+    output: AnyPath,
+    *,
+    target: str | None = None,
+    source: str | None = None,
+    base: AnyPath | None = None,
+    initial: AnyPath | None = None,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    name: str | None = None,
+    family: str | None = None,
+    naming: str | None = None,
+    component: str | None = None,
+    to_lora: bool = False,
+    rank: int | None = None,
+    fold: bool = False,
+    pad: int | None = None,
+    enable_lora: Sequence[bool] = (),
+    dtype: str | None = None,
+    drop: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Write the deltas of ``adapter`` in the scheme ``to``.
+
+    Names, orientation and the place of the scale change; the delta of every module does not.
+    Where the bytes of the factors only move, they are moved. Where the scheme has no place for
+    the scale it is multiplied into B, and the rounding that costs is reported.
+
+    Args:
+        adapter: File or folder.
+        to: Name of a scheme (``loratool schemes``); ``None`` for that of ``target``.
+        output: A folder, or a file (``.safetensors``, or ``.bin`` and ``.pt`` for
+            ``torch.save``) where the scheme has no configuration.
+        target: Name of a loader (``vllm``, ``sglang``, ``llamacpp``, ``comfy``, ``diffusers``,
+            ``mlx``) that is to apply the result rightly: ranks, scale and names are what it
+            expects, and what it cannot apply is refused.
+        source: The scheme to read it in; by default the one that recognises most of it.
+        base: The model that it is for. Its names settle flattened paths, its shapes kernels;
+            weights are read only for variants that depend on them.
+        initial: The adapter as it was before training, for PiSSA, OLoRA and others whose
+            initialisation changed the base: the result fits the original base.
+        alpha: Alpha for modules that record none.
+        adapter_name: Which adapter, where a path holds several; otherwise its name in the
+            output, for schemes that have one.
+        name: The adapter's name in the output, where that is to be another.
+        family: Which pipeline its names belong to (``sd1``, ``sdxl``, ``flux``, …), where they
+            do not tell.
+        naming: ``native`` or ``diffusers`` names of the backbone in ``kohya`` and ``comfy``.
+        component: Write one component of a pipeline alone, such as ``unet``.
+        to_lora: Write every variant as plain LoRA: LoHa, LoKr, CP and VeRA exactly, others as
+            the best approximation of ``rank``.
+        rank: Rank of what has to be approximated.
+        fold: Multiply every scale into B.
+        pad: Fill all modules up to this rank with zeros.
+        enable_lora: Which parts of a merged projection loralib's stacked factors are for.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; by default as the input.
+        drop: Regular expressions of modules and tensors that may be left out.
+        skip: Regular expressions; keys that match are not read at all, and reported.
+        force: Replace an existing output.
+        dry_run: Say what would be done, and write nothing.
+        progress: Called with bytes done and bytes in all.
+
+    Raises:
+        LoratoolError: Nothing was written; the message says why.
+    """
+    place, origin = Path(output), Path(adapter)
+    inputs = [Path(path) for path in (adapter, base, initial) if path is not None]
+    loader = loader_named(target) if target is not None else None
+    scheme = _written_scheme(_scheme_name(to, loader))
+    if naming is not None and naming not in NAMINGS:
+        raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
+    if not dry_run:
+        check_output(place, force=force, inputs=inputs)
+    opened_base = open_model(Path(base)) if base is not None else None
+    opened = open_adapter(
+        origin,
+        adapter_name=adapter_name,
+        alpha=alpha,
+        skip=skip,
+        scheme=source,
+        base_modules=opened_base.paths if opened_base is not None else (),
+        enabled=enable_lora,
+    )
+    asked = {
+        "to": scheme.name,
+        "for": target,
+        "from": source,
+        "base": Path(base).resolve().name if base is not None else None,
+        "initial": Path(initial).resolve().name if initial is not None else None,
+        "alpha": alpha,
+        "family": family,
+        "naming": naming,
+        "component": component,
+        "to_lora": to_lora or None,
+        "rank": rank,
+        "fold": fold or None,
+        "pad": pad,
+        "dtype": dtype,
+        "drop": tuple(drop),
+        "skip": tuple(skip),
+    }
+    written_name = name if name is not None else adapter_name
+    check_options(scheme, rank=rank, to_lora=to_lora, name=written_name)
+    conversion = Conversion(
+        initial=open_adapter(initial, scheme=source) if initial is not None else None,
+        drop=tuple(drop),
+        to_lora=to_lora,
+        rank=rank,
+        loader=loader,
+    )
+    options = WriteOptions(
+        output=place,
+        base=opened_base,
+        dtype=OUTPUT_DTYPES[dtype] if dtype else None,
+        family=family,
+        naming=naming,
+        component=component,
+        name=written_name,
+        fold=fold,
+        pad=pad,
+    )
+    hashed = opened.weights if opened.stamp.size < HASHED_BELOW else None
+    history = History("convert", (Source(opened.path.resolve().name, hashed),), asked)
+    new, options = converted(opened, scheme, conversion, options, history)
+    plan = write(new, scheme, options)
+    if dry_run:
+        outcome = measure_adapter(plan)
+    else:
+        outcome = write_adapter(plan, place, inputs=inputs, force=force, progress=progress)
+    return ConvertReport(
+        source=opened.scheme,
+        plan=plan,
+        outcome=outcome,
+        is_written=not dry_run,
+        notes=(*plan.notes, *_found(outcome)),
+    )
+
+
+def _scheme_name(to: str | None, loader: Loader | None) -> str:
+    if loader is None:
+        if to is None:
+            raise OptionError("convert", "say which scheme to write: --to, or --for a loader")
+        return to
+    if to is not None and to != loader.scheme:
+        raise OptionError("--to", f"{loader.name} reads {loader.scheme}, not {to}")
+    return loader.scheme
+
+
+def _written_scheme(name: str) -> Scheme:
+    if name not in scheme_names():
+        raise UnsupportedError(
+            f"scheme {name}", "is not written", hint=f"written are: {', '.join(scheme_names())}"
+        )
+    return scheme_named(name)
+
+
+def _found(outcome: Outcome) -> list[str]:
+    found = []
+    if outcome.shifted:
+        found.append(
+            f"{len(outcome.shifted)} modules had a power of two moved from B to A, for the range "
+            "of their dtype"
+        )
+    if outcome.nonfinite:
+        found.append(
+            f"{len(outcome.nonfinite)} modules hold NaN or infinity, such as "
+            f"{outcome.nonfinite[0]!r}"
+        )
+    return found

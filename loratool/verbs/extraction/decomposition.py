@@ -1,0 +1,152 @@
+"""Decompose every module, and keep what is done where it can be taken up again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from safetensors import SafetensorError
+
+from loratool.base.ties import have_same_values
+from loratool.errors import OptionError
+from loratool.files.inputs import InputFiles
+from loratool.math.extraction import Leading
+from loratool.plan.threads import in_parallel
+from loratool.verbs.extraction.difference import (
+    BUDGET_RANK,
+    Extracted,
+    Settings,
+    change_of,
+    decompose,
+    extracted,
+)
+from loratool.verbs.extraction.pairs import Leftover, Target
+
+__all__ = ["decompose_all", "leftover_changes", "open_spool"]
+
+Progress = Callable[[int, int], None]
+RUN_FILE: Final = "run.json"
+
+
+def open_spool(folder: Path, key: dict[str, Any]) -> None:
+    """Make sure that what ``folder`` holds, if anything, is of the same run.
+
+    Raises:
+        OptionError: It holds the modules of another run.
+    """
+    described = json.dumps(key, sort_keys=True)
+    known = folder / RUN_FILE
+    if known.is_file() and known.read_text() not in (described, ""):
+        raise OptionError(
+            "--resume",
+            f"{folder} holds modules of a run with other inputs or options",
+            hint="give the same options, or delete that folder",
+        )
+    partial = known.with_suffix(".partial")
+    partial.write_text(described)
+    partial.replace(known)
+
+
+def decompose_all(
+    targets: Sequence[Target],
+    settings: Settings,
+    files: InputFiles,
+    spool: Path | None,
+    *,
+    threads: int | None,
+    progress: Progress | None,
+    budget_ranks: Mapping[str, int] | None = None,
+) -> list[Extracted]:
+    """Decompose every target; those that ``spool`` has already are read from there.
+
+    Args:
+        targets: The modules.
+        settings: How.
+        files: Where to read.
+        spool: Where factors are kept, if they are.
+        threads: Number of modules in work at a time.
+        progress: Called with how much is done and how much there is.
+        budget_ranks: How many ranks to compute, by name; other targets are left out. By default
+            the first look at all that a budget takes.
+    """
+
+    def one(item: tuple[int, Target]) -> Extracted:
+        number, target = item
+        rank = (budget_ranks or {}).get(target.name, BUDGET_RANK)
+        if spool is None:
+            return decompose(target, settings, files, rank)
+        path = spool / f"{number}.safetensors"
+        if path.is_file():
+            try:
+                known = _load(target.name, path, settings)
+            except (SafetensorError, KeyError, ValueError, OSError):
+                path.unlink()  # a damaged file is computed again
+            else:
+                if budget_ranks is None or known.computed >= min(rank, target.smallest_side):
+                    return known
+        found = decompose(target, settings, files, rank)
+        _save(path, found)
+        return found
+
+    numbered = [
+        (number, target)
+        for number, target in enumerate(targets)
+        if budget_ranks is None or target.name in budget_ranks
+    ]
+    sizes = [target.nbytes for _, target in numbered]
+    return in_parallel(one, numbered, threads=threads, progress=progress, sizes=sizes)
+
+
+def _save(path: Path, module: Extracted) -> None:
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, Any] = {"floor": np.array([module.floor])}
+    for index, part in enumerate(module.parts):
+        tensors[f"up.{index}"] = np.ascontiguousarray(part.up)
+        tensors[f"down.{index}"] = np.ascontiguousarray(part.down)
+        tensors[f"values.{index}"] = np.ascontiguousarray(part.singular_values)
+        tensors[f"squares.{index}"] = np.array([part.squared_norm, part.squared_residual])
+        tensors[f"exact.{index}"] = np.array([part.is_exact])
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def _load(name: str, path: Path, settings: Settings) -> Extracted:
+    from safetensors.numpy import load_file
+
+    tensors = load_file(path)
+    parts = []
+    for index in range(sum(key.startswith("up.") for key in tensors)):
+        norm, residual = tensors[f"squares.{index}"].tolist()
+        up, down = tensors[f"up.{index}"], tensors[f"down.{index}"]
+        values = tensors[f"values.{index}"]
+        is_exact = bool(tensors[f"exact.{index}"][0])
+        parts.append(Leading(up, down, values, norm, residual, is_exact))
+    return extracted(name, parts, float(tensors["floor"][0]), settings)
+
+
+def leftover_changes(
+    leftovers: Sequence[Leftover], files: InputFiles, *, threads: int | None
+) -> dict[str, float]:
+    """Return ``‖tuned - base‖²`` of every leftover that has both, by name."""
+
+    def one(item: Leftover) -> float | None:
+        if item.base is None or item.tuned is None:
+            return None
+        if item.is_comparable:
+            change = change_of(item.base, item.tuned, files)
+            return change if math.isfinite(change) else None
+        specs = (item.base.spec, item.tuned.spec)
+        is_alike = len({(spec.dtype, spec.shape) for spec in specs}) == 1
+        is_same = is_alike and have_same_values(item.base, item.tuned)
+        return 0.0 if is_same else None
+
+    found = in_parallel(one, leftovers, threads=threads)
+    return {
+        item.name: value for item, value in zip(leftovers, found, strict=True) if value is not None
+    }

@@ -1,0 +1,413 @@
+"""The arithmetic of one module: read the difference, decompose it, write its leading part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loratool.codecs import numbers
+from loratool.codecs.weights import Weight
+from loratool.errors import BaseModelError, MergeError
+from loratool.files.inputs import InputFiles
+from loratool.files.spec import StoredTensor
+from loratool.math.extraction import Leading, leading_part, noise_floor, spacing_squares
+from loratool.math.factored import factor
+from loratool.math.lowrank import LowRank
+from loratool.math.namespace import on_host, padded
+from loratool.math.precision import Precision
+from loratool.math.randomness import generator_for
+from loratool.math.ranks import minimal_rank, numerical_rank, profile_of
+from loratool.values.arrays import Rounded
+from loratool.values.rows import StoredRows
+from loratool.verbs.algebra.ranks import Truncation
+from loratool.verbs.extraction.pairs import Target
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loratool.values.expr import Array
+
+__all__ = [
+    "BUDGET_RANK",
+    "Extracted",
+    "LeadingPart",
+    "ModuleResult",
+    "Settings",
+    "change_of",
+    "decompose",
+    "extracted",
+]
+
+FIRST_RANK: Final = 32
+"""Where the search for a rank that depends on the spectrum begins."""
+BUDGET_RANK: Final = 128
+"""How many ranks of a module are computed for a budget before it is known to deserve more."""
+MARGIN: Final = 1.05
+"""How far over the noise floor a singular value must be; of finite matrices it fluctuates."""
+COMPLETE: Final = 1e-12
+"""What is left of the energy when all singular values are known."""
+BLOCK_ELEMENTS: Final = 1 << 18
+PRECISIONS: Final = {
+    "F64": Precision(2.0**-52, 2.0**-1022),
+    "F32": Precision(2.0**-23, 2.0**-126),
+    "F16": Precision(2.0**-10, 2.0**-14),
+    "BF16": Precision(2.0**-7, 2.0**-126),
+}
+
+
+def on_processor(array: Any) -> Any:
+    """Return an array where it is."""
+    return array
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How modules are decomposed.
+
+    Attributes:
+        truncation: What was asked for.
+        auto: Whether ranks end where the spectrum meets the rounding noise.
+        method: ``auto``, ``exact`` or ``randomised``.
+        seed: Of the randomised route.
+        mover: Brings a difference to where it is computed with.
+    """
+
+    truncation: Truncation
+    auto: bool = False
+    method: str = "auto"
+    seed: int = 0
+    mover: Callable[[Any], Any] = on_processor
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """One module's decomposition.
+
+    Attributes:
+        name: Of the module.
+        parts: For each expert the leading part of its difference; none for a module that did
+            not change.
+        floor: The singular value that rounding alone can leave.
+        rank: The rank that the rules ask for; all computed for a budget.
+    """
+
+    name: str
+    parts: tuple[Leading, ...]
+    floor: float
+    rank: int
+
+    @property
+    def values(self) -> tuple[tuple[float, ...], ...]:
+        """Singular values for each expert, as many as were computed."""
+        return tuple(tuple(on_host(part.singular_values).tolist()) for part in self.parts)
+
+    @property
+    def squared_norm(self) -> float:
+        """``‖Δ‖_F²``, over all experts."""
+        return math.fsum(part.squared_norm for part in self.parts)
+
+    @property
+    def computed(self) -> int:
+        """How many ranks are known."""
+        return max((part.up.shape[1] for part in self.parts), default=0)
+
+    @property
+    def profile(self) -> list[float]:
+        """What each rank gains."""
+        return profile_of(self.values)
+
+    def tail(self, rank: int) -> float:
+        """Return ``‖Δ - Δ_rank‖²`` before rounding."""
+        residual = math.fsum(part.squared_residual for part in self.parts)
+        return residual + math.fsum(self.profile[rank:])
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleResult:
+    """What was written for one module, against the difference that it stands for.
+
+    Attributes:
+        module: Its name.
+        rank: Rank that was written; 0 for one that the budget leaves out.
+        squared_norm: ``‖Δ‖_F²`` of the difference.
+        squared_error: ``‖written - Δ‖_F²``, rounding to the dtype included.
+        singular_values: Those that were kept, descending.
+        computed: All that were computed.
+        floor: The singular value that rounding of the finetuned weight alone can leave.
+    """
+
+    module: str
+    rank: int
+    squared_norm: float
+    squared_error: float
+    singular_values: tuple[float, ...]
+    computed: tuple[float, ...]
+    floor: float
+
+    @property
+    def relative_error(self) -> float:
+        """``‖written - Δ‖ / ‖Δ‖``."""
+        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+
+
+def read_difference(target: Target, expert: int, files: InputFiles) -> tuple[NDArray[Any], float]:
+    """Return the delta ``(out, in)`` of a module or of one expert, and its noise floor.
+
+    Float32, or float64 where one of the two is.
+    """
+    shape = target.tuned.spec.shape
+    rows = shape[1] if target.is_parameter else shape[0]
+    width = target.tuned.spec.elements // (rows * target.experts)
+    first = expert * rows
+    is_double = "F64" in (target.base.spec.dtype, target.tuned.spec.dtype)
+    kind = np.float64 if is_double else np.float32
+    base, tuned = (StoredRows(stored, width, files) for stored in (target.base, target.tuned))
+    precision = PRECISIONS[target.tuned.spec.dtype]
+    delta = np.empty((rows, width), dtype=kind)
+    spacings = []
+    step = max(1, BLOCK_ELEMENTS // width)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        after = tuned.rows(first + start, count, kind)
+        before = base.rows(first + start, count, kind)
+        block = delta[start : start + count]
+        _subtract(after, before, block, base.dtype, tuned.dtype)
+        spacings.append(spacing_squares(after, precision))
+    floor = noise_floor(math.fsum(spacings), (rows, width))
+    return delta.T if target.is_transposed else delta, floor
+
+
+def _subtract(
+    after: NDArray[Any], before: NDArray[Any], out: NDArray[Any], base: str, tuned: str
+) -> None:
+    """Write ``after - before``; zero where both are the same but for a conversion of dtypes.
+
+    Infinities and NaN that are the same in both count as that too.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.subtract(after, before, out=out)
+        if base == tuned and np.isfinite(out).all():
+            return
+        stored = numbers.decode(numbers.encode(before, tuned), tuned, before.shape, after.dtype)
+        out[(stored == after) | (np.isnan(stored) & np.isnan(after))] = 0
+
+
+def change_of(base: Weight, tuned: Weight, files: InputFiles) -> float:
+    """Return ``‖tuned - base‖²`` of two tensors of one shape."""
+    width = max(1, base.spec.shape[-1] if base.spec.shape else 1)
+    rows = base.spec.elements // width
+    one, other = StoredRows(base, width, files), StoredRows(tuned, width, files)
+    parts = []
+    step = max(1, BLOCK_ELEMENTS // width)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        before = one.rows(start, count, np.float64)
+        after = other.rows(start, count, np.float64)
+        lost = np.empty_like(after)
+        _subtract(after, before, lost, one.dtype, other.dtype)
+        parts.append(float(np.vdot(lost, lost)))
+    return math.fsum(parts)
+
+
+def decompose(
+    target: Target, settings: Settings, files: InputFiles, budget_rank: int = BUDGET_RANK
+) -> Extracted:
+    """Decompose the difference of one module.
+
+    Args:
+        target: The module.
+        settings: How.
+        files: Where to read.
+        budget_rank: How many ranks to compute where a budget will tell how many are kept.
+
+    Raises:
+        BaseModelError: It holds NaN or infinity.
+    """
+    truncation = settings.truncation
+    most = min(truncation.rank or target.smallest_side, target.smallest_side)
+    if truncation.max_size is not None and truncation.rank is None:
+        most = min(most, budget_rank)
+    is_searched = settings.auto or truncation.rule is not None
+    rank = min(most, FIRST_RANK) if is_searched else most
+    parts: list[Leading] = []
+    floors: list[float] = []
+    for expert in range(target.experts):
+        delta, floor = read_difference(target, expert, files)
+        floors.append(floor)
+        part = _leading(target, expert, delta, rank, settings)
+        while is_searched and rank < most and not _is_enough([*parts, part], floors, settings):
+            rank = min(most, 2 * rank)
+            part = _leading(target, expert, delta, rank, settings)
+        parts.append(part)
+    for expert, part in enumerate(parts):
+        if part.singular_values.shape[0] < min(rank, target.smallest_side):
+            # Others needed more: all experts share one rank.
+            delta, _ = read_difference(target, expert, files)
+            parts[expert] = _leading(target, expert, delta, rank, settings)
+    return extracted(target.name, parts, max(floors), settings)
+
+
+def extracted(name: str, parts: Sequence[Leading], floor: float, settings: Settings) -> Extracted:
+    """Return what was decomposed, with the rank that the rules ask for."""
+    if not any(part.squared_norm for part in parts):
+        return Extracted(name, (), floor, 0)
+    described = [(on_host(p.singular_values).tolist(), p.squared_norm) for p in parts]
+    most = max(len(values) for values, _ in described)
+    rank = most
+    if settings.auto or settings.truncation.rule is not None:
+        wanted = _wanted(described, floor, settings)
+        rank = most if wanted is None else min(wanted, most)
+    elif settings.truncation.max_size is None:
+        rank = max(1, min(most, numerical_rank(profile_of([values for values, _ in described]))))
+    return Extracted(name, tuple(parts), floor, rank)
+
+
+def _leading(
+    target: Target, expert: int, delta: NDArray[Any], rank: int, settings: Settings
+) -> Leading:
+    def on(mover: Callable[[Any], Any]) -> Leading:
+        generator = generator_for(settings.seed, target.name, expert)
+        found = leading_part(mover(delta), rank, generator, method=settings.method)
+        return replace(
+            found,
+            up=on_host(found.up),
+            down=on_host(found.down),
+            singular_values=on_host(found.singular_values),
+        )
+
+    try:
+        try:
+            return on(settings.mover)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            return on(on_processor)
+    except ValueError:
+        raise BaseModelError(
+            target.name, "its difference is not finite: one of the two holds NaN or infinity"
+        ) from None
+
+
+def _wanted(
+    parts: Sequence[tuple[Sequence[float], float]], floor: float, settings: Settings
+) -> int | None:
+    """Return the rank that the rule asks for, or ``None`` where more values are needed.
+
+    ``parts`` are singular values and the whole squared norm, for each expert.
+    """
+    profile = profile_of([values for values, _ in parts])
+    total = math.fsum(norm for _, norm in parts)
+    rest = max(0.0, total - math.fsum(profile))
+    if settings.auto:
+        limit = len(parts) * (MARGIN * floor) ** 2
+        count = sum(1 for square in profile if square > limit)
+        return max(1, count) if count < len(profile) else None
+    rule = settings.truncation.rule
+    assert rule is not None
+    name, value = rule
+    if name == "sv_ratio":
+        found = minimal_rank(profile, name, value)
+        return found if found < len(profile) else None
+    if name == "sv_cumulative":
+        # Without all values the sum is unknown.
+        return minimal_rank(profile, name, value) if rest <= COMPLETE * total else None
+    allowed = {"energy": 1 - value, "max_error": value**2, "sv_fro": 1 - value**2}[name] * total
+    tail = rest
+    if tail > allowed * (1 + 1e-9) + 1e-13 * total:
+        return None
+    rank = min(len(profile), max(1, numerical_rank(profile)))
+    while rank > 1 and tail + profile[rank - 1] <= allowed * (1 + 1e-12):
+        rank -= 1
+        tail += profile[rank]
+    return rank
+
+
+def _is_enough(parts: Sequence[Leading], floors: Sequence[float], settings: Settings) -> bool:
+    described = [(on_host(p.singular_values).tolist(), p.squared_norm) for p in parts]
+    return _wanted(described, max(floors), settings) is not None
+
+
+@dataclass(frozen=True, eq=False)
+class LeadingPart:
+    """The factors of an extracted module at a rank: A and B.
+
+    Attributes:
+        modules: All decompositions by name, this one too once it is computed.
+        name: The module's name.
+        rank: The rank that is written.
+        dtype: The dtype that is written.
+        clamp: The quantile to clamp the factors at, if any.
+    """
+
+    modules: Mapping[str, Extracted]
+    name: str
+    rank: int
+    dtype: str
+    clamp: float | None = None
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Nothing is read any more."""
+        return ()
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def compute(self) -> tuple[tuple[Array, ...], ModuleResult]:
+        """Return A and B as they are after rounding, experts stacked, and what that costs.
+
+        Raises:
+            MergeError: The dtype cannot hold the factors.
+        """
+        module = self.modules[self.name]
+        ups, downs = [], []
+        lost = 0.0
+        for part in module.parts:
+            rows, columns = part.up.shape[0], part.down.shape[1]
+            up = padded(part.up[:, : self.rank], rows, self.rank)
+            down = padded(part.down[: self.rank], self.rank, columns)
+            exact = LowRank(up, down)
+            if self.clamp is not None:
+                up, down = _clamped(up, down, part.singular_values, self.clamp)
+            up, down = (Rounded.of(array, self.dtype).values for array in (up, down))
+            written = LowRank(up, down)
+            if not (np.isfinite(written.up).all() and np.isfinite(written.down).all()):
+                raise MergeError(
+                    self.name,
+                    f"its factors overflow in {self.dtype}",
+                    hint="write it with --dtype float32 (or bfloat16)",
+                )
+            lost += factor(exact).squared_distance(written)
+            ups.append(written.up)
+            downs.append(written.down)
+        down = np.concatenate(downs) if len(downs) > 1 else downs[0]
+        up = np.stack(ups, axis=2).reshape(ups[0].shape[0], -1) if len(ups) > 1 else ups[0]
+        values = module.values
+        result = ModuleResult(
+            self.name,
+            self.rank,
+            module.squared_norm,
+            module.tail(self.rank) + lost,
+            _descending(one[: self.rank] for one in values),
+            _descending(values),
+            module.floor,
+        )
+        return (down, up), result
+
+
+def _descending(values: Any) -> tuple[float, ...]:
+    return tuple(sorted((value for one in values for value in one), reverse=True))
+
+
+def _clamped(up: Any, down: Any, values: Any, quantile: float) -> tuple[Any, Any]:
+    """Clamp ``U S`` and ``Vᵀ`` as kohya's extraction does: at ± one quantile of both together."""
+    root = np.zeros(up.shape[1])
+    known = np.sqrt(on_host(values))[: up.shape[1]]
+    root[: known.shape[0]] = known
+    inverse = np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)
+    left, right = up * root, down * inverse[:, None]
+    both = np.concatenate([left.ravel(), right.ravel()])
+    limit = float(np.quantile(both.astype(np.float64), quantile))
+    return np.clip(left, -limit, limit), np.clip(right, -limit, limit)

@@ -1,0 +1,339 @@
+"""From a draft to an extracted adapter: decompose, choose ranks, write, report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.model import FUSED_PARAMETERS, Kind
+from loratool.errors import BaseModelError
+from loratool.files.atomic import kept, staged
+from loratool.files.inputs import InputFiles, Stamp
+from loratool.plan.adapter import AdapterPlan
+from loratool.plan.adapter_files import write_adapter
+from loratool.verbs.algebra.modules import Joint
+from loratool.verbs.algebra.ranks import Truncation, within_budget
+from loratool.verbs.extraction.adapter import Difference
+from loratool.verbs.extraction.decomposition import decompose_all, leftover_changes, open_spool
+from loratool.verbs.extraction.difference import Extracted, ModuleResult, Settings
+from loratool.verbs.extraction.pairs import Leftover, Pairing
+from loratool.verbs.extraction.result import ExtractReport, LeftoverChange
+
+__all__ = ["Extraction", "dry_run_of", "run"]
+
+Progress = Callable[[int, int], None]
+FLOPS: Final = 2e10
+"""Operations a second that one processor core does in float32, roughly."""
+PASSES: Final = 8
+"""Products with the whole difference that one decomposition takes, roughly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """How an extraction is carried out.
+
+    Attributes:
+        settings: How modules are decomposed.
+        carries: Whether changes that no factors express are written whole.
+        save_spectrum: A file for the spectra.
+        force: Replace an existing output.
+        resume: Keep finished modules, and take up those of an interrupted run.
+        threads: Number of modules in work at a time.
+        progress: Called with how much is done and how much there is.
+    """
+
+    settings: Settings
+    carries: bool = False
+    save_spectrum: Path | None = None
+    force: bool = False
+    resume: bool = False
+    threads: int | None = None
+    progress: Progress | None = None
+
+
+def dry_run_of(
+    draft: Difference, pairing: Pairing, truncation: Truncation, threads: int | None
+) -> ExtractReport:
+    """Say what headers tell: modules, the largest ranks, bytes, and roughly the time."""
+    ranks = largest_ranks(draft.joints, truncation)
+    plan = draft.plan(ranks)
+    work = math.fsum(
+        2.0 * PASSES * target.tuned.spec.elements * (min(ranks[joint.rank_group], 128) + 8)
+        for target, joint in zip(pairing.targets, draft.joints, strict=True)
+    )
+    read = math.fsum(target.nbytes for target in pairing.targets)
+    seconds = work / FLOPS / max(1, threads or 2) + read / 1e9
+    notes = [*pairing.notes, *plan.notes]
+    if truncation.rank is None:
+        notes.append("ranks depend on the values: those shown are the most there can be")
+    return ExtractReport(
+        modules=tuple(
+            ModuleResult(joint.name, ranks[joint.rank_group], 0.0, 0.0, (), (), 0.0)
+            for joint in draft.joints
+        ),
+        leftovers=tuple(LeftoverChange(i.name, i.why, None, False) for i in pairing.leftovers),
+        unchanged=0,
+        plan=plan,
+        shapes=tuple((joint.shape.out, joint.shape.columns) for joint in draft.joints),
+        is_written=False,
+        seconds=seconds,
+        notes=tuple(notes),
+    )
+
+
+def largest_ranks(joints: Sequence[Joint], truncation: Truncation) -> dict[str, int]:
+    """Return the largest rank that each module may get, by rank group."""
+    ranks: dict[str, int] = {}
+    for joint in joints:
+        side = joint.shape.smallest_side
+        most = truncation.fitted(min(truncation.rank or side, side))
+        ranks[joint.rank_group] = max(ranks.get(joint.rank_group, 1), most)
+    return ranks
+
+
+def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
+    """Decompose, choose ranks, write and report.
+
+    Raises:
+        LoratoolError: Nothing was written; the message says why.
+    """
+    truncation, output = how.settings.truncation, draft.options.output
+    # What the scheme cannot express is refused before the work.
+    largest = largest_ranks(draft.joints, truncation)
+    modules: dict[str, Extracted] = {}
+    draft = replace(draft, modules=modules)
+    plan = draft.plan(largest)
+    stamps = {s.path: s.stamp for model in (draft.base, draft.tuned) for s in model.shards}
+    with ExitStack() as stack:
+        files = InputFiles(stamps)
+        stack.callback(files.close)
+        spool = stack.enter_context(kept(output)) if how.resume else None
+        if spool is not None:
+            open_spool(spool, _run_key(draft, stamps))
+        found = decompose_all(
+            pairing.targets, how.settings, files, spool, threads=how.threads, progress=how.progress
+        )
+        items = [*pairing.leftovers, *pairing.saved]
+        changes = leftover_changes(items, files, threads=how.threads)
+        leftovers, carried = _settle(pairing, changes, draft.tuned.tensors, carry=how.carries)
+        modules |= {module.name: module for module in found if module.parts}
+        if not modules and not carried:
+            raise BaseModelError(
+                draft.tuned.path,
+                "differs from the base in nothing that was selected",
+                hint="--dry-run lists what is selected and what is left over",
+            )
+        draft = replace(
+            draft,
+            carried=carried,
+            targets=[target for target in pairing.targets if target.name in modules],
+        )
+        ranks = _ranks(draft, truncation)
+        while short := _cut_short(draft, truncation, ranks):
+            more = decompose_all(
+                pairing.targets,
+                how.settings,
+                files,
+                spool,
+                threads=how.threads,
+                progress=how.progress,
+                budget_ranks=short,
+            )
+            modules |= {module.name: module for module in more}
+            ranks = _ranks(draft, truncation)
+        files.check_unchanged()
+        if ranks != largest or len(modules) < len(found) or carried != pairing.saved:
+            plan = draft.plan(ranks)
+        inputs = [draft.base.path, draft.tuned.path]
+        outcome = write_adapter(plan, output, inputs=inputs, force=how.force, threads=how.threads)
+        results = [
+            outcome.reports[joint.name]
+            if ranks[joint.rank_group]
+            else _left_out(modules[joint.name])
+            for joint in draft.joints
+        ]
+        report = ExtractReport(
+            modules=tuple(results),
+            leftovers=tuple(leftovers),
+            unchanged=len(found) - len(modules),
+            plan=plan,
+            shapes=tuple((joint.shape.out, joint.shape.columns) for joint in draft.joints),
+            is_written=True,
+            notes=(
+                *pairing.notes,
+                *plan.notes,
+                *_tie_notes(plan),
+                *_notes(results, leftovers, how, draft.clamp),
+            ),
+        )
+        if how.save_spectrum is not None:
+            _write_spectrum(how.save_spectrum, report, force=how.force)
+    return report
+
+
+def _left_out(module: Extracted) -> ModuleResult:
+    """Return the result of a module that the budget leaves no rank for."""
+    norm = module.squared_norm
+    values = tuple(sorted((v for one in module.values for v in one), reverse=True))
+    return ModuleResult(module.name, 0, norm, norm, (), values, module.floor)
+
+
+def _tie_notes(plan: AdapterPlan) -> list[str]:
+    """Return a warning where PEFT is known not to tie embedding and head again."""
+    is_twin = any(not item.part.is_target for item in plan.parts)
+    tables = [item.part.module for item in plan.parts if item.part.kind is Kind.EMBEDDING]
+    if not is_twin or not tables or tables[0].endswith("embed_tokens"):
+        return []
+    return [
+        f"{tables[0]!r} is tied to the head; PEFT ties only embeddings called embed_tokens again, "
+        "so load the adapter merged (loratool merge), or save the module whole (--save-module)"
+    ]
+
+
+def _run_key(draft: Difference, stamps: Mapping[Path, Stamp]) -> dict[str, Any]:
+    """Return what tells one run from another, for modules that are taken up again."""
+    return {
+        "inputs": {str(path.resolve()): list(stamp) for path, stamp in stamps.items()},
+        "options": {name: value for name, value in draft.asked.items() if name != "dtype"},
+    }
+
+
+def _is_container(name: str, tensors: Collection[str]) -> bool:
+    """Whether the module of a tensor has modules inside, or its factors in the file."""
+    module = name.rpartition(".")[0]
+    if not module:
+        return True
+    beside = [other for other in tensors if other.startswith(f"{module}.")]
+    is_adapted = any(other.rpartition(".")[2] in FUSED_PARAMETERS for other in beside)
+    return is_adapted or any(other.count(".") > name.count(".") for other in beside)
+
+
+def _settle(
+    pairing: Pairing, changes: Mapping[str, float], tensors: Collection[str], *, carry: bool
+) -> tuple[list[LeftoverChange], list[Leftover]]:
+    """Return what is left over, and which of it is written whole."""
+    told: list[LeftoverChange] = []
+    carried: list[Leftover] = []
+    for item in (*pairing.saved, *pairing.leftovers):
+        change = changes.get(item.name)
+        if change == 0 and item not in pairing.saved:
+            continue
+        is_carried = item in pairing.saved or (carry and item.can_be_carried)
+        is_carried = is_carried and item.tuned is not None
+        why = item.why
+        if is_carried and not item.name.endswith(".bias") and _is_container(item.name, tensors):
+            is_carried = False
+            why += "; its module holds others, and PEFT saves modules whole"
+        if is_carried:
+            carried.append(item)
+        told.append(LeftoverChange(item.name, why, change, is_carried))
+    return told, carried
+
+
+def _ranks(draft: Difference, truncation: Truncation) -> dict[str, int]:
+    """Return the rank of each module, by rank group."""
+    modules, joints = draft.modules, draft.joints
+    if truncation.max_size is not None:
+        limits: dict[str, int] = {}
+        for joint in joints:
+            most = truncation.fitted(len(modules[joint.name].profile))
+            limits[joint.rank_group] = max(limits.get(joint.rank_group, 1), most)
+        profiles = {joint.name: modules[joint.name].profile for joint in joints}
+        is_whole = draft.scheme.paths.is_whole
+        return within_budget(
+            joints, truncation, profiles, limits, plan_for=draft.plan, is_whole=is_whole
+        )
+    ranks: dict[str, int] = {}
+    for joint in joints:
+        rank = truncation.fitted(modules[joint.name].rank)
+        ranks[joint.rank_group] = max(ranks.get(joint.rank_group, 1), rank)
+    return ranks
+
+
+def _cut_short(
+    draft: Difference, truncation: Truncation, ranks: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the modules that a budget gives all ranks that are known, and how many to look at.
+
+    Once none are left, the ranks are those that all singular values would lead to.
+    """
+    if truncation.max_size is None or truncation.rank is not None:
+        return {}
+    found: dict[str, int] = {}
+    for target, joint in zip(draft.targets, draft.joints, strict=True):
+        known = draft.modules[joint.name].computed
+        if target.smallest_side > known < ranks[joint.rank_group] + truncation.multiple:
+            found[joint.name] = 2 * known
+    return found
+
+
+def _notes(
+    results: Sequence[ModuleResult],
+    leftovers: Sequence[LeftoverChange],
+    how: Extraction,
+    clamp: float | None,
+) -> list[str]:
+    notes = []
+    truncation = how.settings.truncation
+    if how.settings.auto and results:
+        floor = max(result.floor for result in results)
+        notes.append(
+            "ranks end where singular values meet what rounding the finetuned weights to their "
+            f"dtype leaves by itself (up to {floor:.3g})"
+        )
+    if clamp is not None:
+        notes.append("the factors were clamped as asked; the errors include what that costs")
+    lost = [item for item in leftovers if not item.is_carried]
+    if lost:
+        notes.append(
+            f"{len(lost)} changed tensors are not in the adapter, such as {lost[0].name!r} "
+            f"({lost[0].why})"
+        )
+    wanted = {"max_error": truncation.max_error}
+    if truncation.energy is not None:
+        wanted["energy"] = math.sqrt(max(0.0, 1 - truncation.energy))
+    for name, limit in wanted.items():
+        if limit is None:
+            continue
+        missed = [r for r in results if r.relative_error > limit * (1 + 1e-6) + 1e-6]
+        if missed:
+            worst = max(r.relative_error for r in missed)
+            notes.append(
+                f"{len(missed)} modules miss --{name.replace('_', '-')} for the limit of ranks "
+                f"or the rounding to their dtype (error up to {worst:.3g})"
+            )
+    unknown = [item for item in lost if item.squared_change is None]
+    if unknown:
+        notes.append(
+            f"{len(unknown)} of them cannot be compared with the base and have no share in the "
+            "figures"
+        )
+    noisy = [r for r in results if r.computed and 0 < r.computed[0] < 2 * r.floor]
+    if noisy:
+        notes.append(
+            f"{len(noisy)} modules differ by hardly more than rounding, such as {noisy[0].module!r}"
+        )
+    return notes
+
+
+def _write_spectrum(path: Path, report: ExtractReport, *, force: bool) -> None:
+    """Write the spectra that were computed, for ranks that are chosen later."""
+    document = {
+        "schema": 1,
+        "modules": [
+            {
+                "module": module.module,
+                "squared_norm": module.squared_norm,
+                "noise_floor": module.floor,
+                "singular_values": list(module.computed),
+            }
+            for module in report.modules
+        ],
+    }
+    with staged(path, folder=False, force=force, sync=False) as place:
+        place.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,226 @@
+"""``inspect``: what an adapter or a model is, from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loratool.adapter.config import CONFIG_NAME
+from loratool.adapter.model import Adapter, Site
+from loratool.adapter.recognise import looks_like_adapter
+from loratool.base.config import is_model_folder
+from loratool.base.model import Model, open_model
+from loratool.errors import AdapterError, BaseModelError, OptionError
+from loratool.files.checkpoint import open_checkpoint
+from loratool.files.containers import open_weights
+from loratool.schemes import claimed, sidecar_names, weights_names
+from loratool.schemes.detection import forms
+from loratool.schemes.opening import open_adapter
+
+if TYPE_CHECKING:
+    from loratool.verbs.spectrum import Spectrum
+
+__all__ = ["AdapterInfo", "ModelInfo", "ModuleInfo", "inspect"]
+
+ADAPTER_SHARE: Final = 0.5
+"""A file whose keys are factors for at least this part is an adapter, not a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """One adapted module, as the command line shows it."""
+
+    module: str
+    kind: str
+    variant: str
+    rank: int
+    alpha: float | None
+    scale: float
+    in_features: int
+    out_features: int
+    dtype: str
+    experts: int = 1
+
+    @staticmethod
+    def of(site: Site) -> ModuleInfo:
+        """Describe ``site``."""
+        stored = site.down or site.up or next(iter(site.slots.values()))
+        return ModuleInfo(
+            module=site.label,
+            kind=site.kind.value,
+            variant=site.variant.name,
+            rank=site.rank,
+            alpha=site.scaling.alpha,
+            scale=site.scaling.factor,
+            in_features=site.in_features,
+            out_features=site.out_features,
+            dtype=stored.spec.dtype,
+            experts=site.experts,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises."""
+        fields = {name: getattr(self, name) for name in ModuleInfo.__slots__ if name != "experts"}
+        return fields | ({"experts": self.experts} if self.experts > 1 else {})
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What an adapter is.
+
+    Attributes:
+        adapter: The opened adapter.
+        modules: Its modules.
+        spectra: Their spectra, where those were asked for, in the same order.
+    """
+
+    adapter: Adapter
+    modules: tuple[ModuleInfo, ...]
+    spectra: tuple[Spectrum, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing, one sentence each."""
+        partial = {s.variant.name for s in self.adapter.sites if s.variant.undetermined}
+        if not self.spectra or not partial:
+            return self.adapter.notes
+        words = f"{', '.join(sorted(partial))}: the spectra are those of scale · B @ A alone"
+        return (*self.adapter.notes, words)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises."""
+        adapter = self.adapter
+        return {
+            "schema": 1,
+            "kind": "adapter",
+            "path": str(adapter.path),
+            "scheme": adapter.scheme,
+            "base_model": adapter.config.base_model if adapter.config else None,
+            "parameters": adapter.parameters,
+            "bytes": adapter.nbytes,
+            "modules": [
+                module.as_json() | (spectrum.as_json() if spectrum else {})
+                for module, spectrum in zip_longest(self.modules, self.spectra)
+            ],
+            "extras": [extra.key for extra in adapter.extras],
+            "metadata": dict(adapter.metadata),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a model is.
+
+    Attributes:
+        model: The opened model.
+        dtypes: Dtype to number of tensors.
+    """
+
+    model: Model
+    dtypes: Mapping[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its weights are."""
+        return self.model.parameters
+
+    @property
+    def model_type(self) -> str | None:
+        """What ``config.json`` calls the kind of model."""
+        return self.model.config.model_type
+
+    @property
+    def architectures(self) -> list[str]:
+        """The classes that ``config.json`` names."""
+        return list(self.model.config.architectures)
+
+    @property
+    def is_tied(self) -> bool | None:
+        """What ``config.json`` says about tied embeddings."""
+        return self.model.config.is_tied
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises."""
+        return {
+            "schema": 1,
+            "kind": "model",
+            "path": str(self.model.path),
+            "model_type": self.model_type,
+            "architectures": self.architectures,
+            "parameters": self.parameters,
+            "bytes": self.model.bytes,
+            "quantization": asdict(found) if (found := self.model.quantization) else None,
+            "tensors": len(self.model.stored),
+            "dtypes": dict(self.dtypes),
+            "shards": len(self.model.shards),
+            "notes": list(self.model.notes),
+        }
+
+
+def inspect(
+    path: str | PathLike[str],
+    *,
+    spectrum: bool = False,
+    adapter_name: str | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> AdapterInfo | ModelInfo:
+    """Say what is at ``path``, from headers alone; torch is not imported.
+
+    Args:
+        path: An adapter or a model, file or folder.
+        spectrum: Read the factors of an adapter too, and add the singular values of its deltas.
+        adapter_name: Which adapter, where there are several.
+        threads: With ``spectrum``: number of modules in work at a time.
+        progress: With ``spectrum``: called with how much is done and how much there is.
+
+    Raises:
+        LoratoolError: It is neither, or a file breaks the rules of its format.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise AdapterError(place, "no such file or folder")
+    if _is_adapter(place):
+        adapter = open_adapter(place, adapter_name=adapter_name)
+        found: tuple[Spectrum, ...] = ()
+        if spectrum:
+            from loratool.verbs.spectrum import spectra
+
+            found = spectra(adapter, threads=threads, progress=progress)
+        return AdapterInfo(adapter, tuple(ModuleInfo.of(site) for site in adapter.sites), found)
+    if spectrum:
+        raise OptionError(place, "a model; only adapters have deltas with a spectrum")
+    model = open_model(place)
+    dtypes = Counter(stored.spec.dtype for stored in model.stored)
+    return ModelInfo(model, dtypes=dict(dtypes.most_common()))
+
+
+def _is_adapter(path: Path) -> bool:
+    if path.is_file():
+        return path.name in sidecar_names() or (
+            not path.name.endswith(".index.json") and _holds_factors(path)
+        )
+    if any((path / name).exists() for name in (*sidecar_names(), *weights_names())):
+        return True
+    if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None and not is_model_folder(path):
+        return True
+    try:
+        shards = open_checkpoint(path).shards
+    except BaseModelError:
+        return False
+    return len(shards) == 1 and _holds_factors(shards[0].path)
+
+
+def _holds_factors(path: Path) -> bool:
+    """Whether most of a file's keys are an adapter's, of a scheme that is read or not."""
+    keys = open_weights(path).tensors
+    best = max((scheme.keys.factor_keys(keys) for scheme in claimed(keys)), default=0)
+    if best > 0 and best >= ADAPTER_SHARE * len(keys):
+        return True
+    return bool(keys) and looks_like_adapter(keys, forms())

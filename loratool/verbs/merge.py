@@ -1,0 +1,176 @@
+"""``merge``: base + Σ weight · delta, as a checkpoint like the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Final
+
+from loratool.errors import MergeError
+from loratool.files.atomic import check_output, staged, sync_file
+from loratool.plan.plan import Plan
+from loratool.plan.run import RunResult, write_files
+from loratool.plan.sidecar import write_sidecar
+from loratool.verbs.merging.planning import plan_merge
+
+__all__ = ["MergeReport", "merge", "plan_merge", "write_plan"]
+
+AnyPath = str | PathLike[str]
+Progress = Callable[[int, int], None]
+RETENTION_WARNING: Final = 0.9
+SYNC_BELOW: Final = 64 << 20
+"""Outputs smaller than this are always synced to the disk: it costs nothing that matters."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        tensors: Tensors in the output.
+        merged: Tensors of the base that changed.
+        copied: Tensors that did not.
+        added: Tensors that the base did not have.
+        unused: Adapter keys left out on request.
+        bytes_written: Bytes of the weights files.
+        retention: ``⟨W' - W, Δ⟩ / ‖Δ‖²``, the share of the update that survived rounding to
+            the output dtype; ``None`` where nothing was added to anything.
+        notes: What a user should know, one sentence each.
+    """
+
+    tensors: int
+    merged: int
+    copied: int
+    added: int
+    unused: tuple[str, ...]
+    bytes_written: int
+    retention: float | None
+    notes: tuple[str, ...] = field(default=())
+
+
+def merge(
+    base: AnyPath,
+    adapters: Sequence[AnyPath],
+    output: AnyPath,
+    *,
+    weights: Sequence[float] = (),
+    dtype: str | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    skip: Sequence[str] = (),
+    quantized: str = "dequantize",
+    device: str = "auto",
+    threads: int | None = None,
+    sync: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge adapters into a base, file to file.
+
+    The arithmetic is ``W' = round(W + Σ weight · scale · B @ A)`` with float32 sums (float64
+    for a float64 base) and one rounding, however many adapters there are.
+
+    Args:
+        base: Folder or file of the base model.
+        adapters: Adapters, each a file or a folder.
+        output: Where the merged model goes: a folder, or a file where the base is one.
+        weights: One number for each adapter; missing ones are 1.
+        dtype: ``float32``, ``float16`` or ``bfloat16`` for every floating-point tensor.
+        force: Replace an existing output.
+        allow_nonfinite: Write NaN and infinity where they come out.
+        alpha: Alpha for adapters that record none.
+        adapter_name: Which adapter, where a path holds several.
+        skip: Regular expressions; adapter keys that match are left out, and reported.
+        quantized: What becomes of quantised weights: ``dequantize`` writes them in the
+            configuration's 16-bit dtype, and drops scales and the configuration of them.
+        device: Where to compute: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: Number of worker threads; by default one for each processor, at most eight.
+        sync: Wait until the weights are on the disk, not only in the system's cache.
+        progress: Called with bytes done and bytes in all.
+
+    Raises:
+        LoratoolError: Nothing was written; the message says why.
+    """
+    output = Path(output)
+    plan = plan_merge(
+        base,
+        adapters,
+        weights=weights,
+        dtype=dtype,
+        alpha=alpha,
+        adapter_name=adapter_name,
+        skip=skip,
+        quantized=quantized,
+        output=output,
+    )
+    inputs = [Path(base), *(Path(adapter) for adapter in adapters), *plan.inputs()]
+    check_output(output, force=force, inputs=inputs, needed=plan.needed)
+    sync = sync or plan.nbytes < SYNC_BELOW
+    with staged(output, folder=plan.is_folder, force=force, sync=sync) as place:
+        result = write_plan(
+            plan,
+            place,
+            allow_nonfinite=allow_nonfinite,
+            device=device,
+            threads=threads,
+            sync=sync,
+            progress=progress,
+        )
+    notes = list(plan.notes)
+    if result.retention is not None and result.retention < RETENTION_WARNING:
+        notes.append(
+            f"only {result.retention:.1%} of the update survived rounding to the output's dtype; "
+            "write a wider one with --dtype float32"
+        )
+    return MergeReport(
+        tensors=sum(1 for _ in plan.steps()),
+        merged=plan.merged,
+        copied=plan.copied,
+        added=plan.added,
+        unused=plan.unused,
+        bytes_written=plan.nbytes,
+        retention=result.retention,
+        notes=tuple(notes),
+    )
+
+
+def write_plan(
+    plan: Plan,
+    place: Path,
+    *,
+    allow_nonfinite: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    sync: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Carry out ``plan`` at ``place``, a folder or a file that nothing else uses.
+
+    Raises:
+        LoratoolError: An input changed or ended, or a result is not finite.
+        OSError: Writing failed, such as for want of space.
+    """
+    for sidecar in plan.sidecars:
+        write_sidecar(sidecar, place)
+    paths = [place / file.name if plan.is_folder else place for file in plan.files]
+    result = write_files(
+        plan.works(),
+        paths,
+        plan.stamps,
+        allow_nonfinite=allow_nonfinite,
+        device=device,
+        threads=threads,
+        progress=progress,
+    )
+    for path in paths if sync else ():
+        sync_file(path)
+    if result.is_empty and not any(step.added or step.replaced for step in plan.steps()):
+        raise MergeError(
+            ", ".join(str(adapter.path) for adapter, _ in plan.adapters),
+            "every delta is exactly zero (an untrained adapter, or alpha 0), so the merge would "
+            "change nothing",
+        )
+    return result

@@ -1,0 +1,67 @@
+"""One adapter's share of a merge: what happens to each tensor of the base."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from loratool.adapter.model import Adapter
+from loratool.files.spec import StoredTensor
+from loratool.plan.plan import Blend, Edit, SetRows
+
+__all__ = ["Changes", "Share"]
+
+
+@dataclass
+class Changes:
+    """What happens to one tensor: the base's, or one that is added.
+
+    Attributes:
+        replacement: The adapter's tensor that takes its place, if any.
+        base: The adapter's copy of the base's tensor, where it has another shape (a resized
+            vocabulary): what the edits apply to.
+        edits: What is done to it, in order.
+    """
+
+    replacement: StoredTensor | None = None
+    base: StoredTensor | None = None
+    edits: list[Edit] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return self.replacement is not None or self.base is not None or bool(self.edits)
+
+    @property
+    def source(self) -> StoredTensor | None:
+        """What the adapter puts in the place of the base's tensor, if anything."""
+        return self.replacement or self.base
+
+    @property
+    def effects(self) -> list[Edit]:
+        """The edits without copies of the base weight, which change nothing by themselves."""
+        return [e for e in self.edits if not (isinstance(e, Blend) and e.only_if_different)]
+
+    @property
+    def is_rows_only(self) -> bool:
+        """Whether it gives some rows new values and nothing else."""
+        return self.replacement is None and all(isinstance(e, SetRows) for e in self.effects)
+
+
+@dataclass
+class Share:
+    """One adapter's part in a merge.
+
+    Attributes:
+        adapter: The adapter.
+        weight: What its delta is multiplied by.
+        changes: By the name of the output tensor.
+        notes: What a user should know.
+    """
+
+    adapter: Adapter
+    weight: float
+    changes: dict[str, Changes] = field(default_factory=lambda: defaultdict(Changes))
+    notes: list[str] = field(default_factory=list)
+
+    def where(self, what: str) -> str:
+        """Return ``what`` with the adapter's path before it, for error messages."""
+        return f"{self.adapter.path}: {what}"

@@ -1,0 +1,193 @@
+"""What travels with an adapter beside its deltas: saved modules, biases, token rows."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from loratool.adapter.model import Extra, ExtraKind
+from loratool.adapter.patterns import matches_target
+from loratool.base.model import Model
+from loratool.base.ties import Tie
+from loratool.errors import AdapterError, BaseModelError
+from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES, MASKED_HEADS
+from loratool.plan.plan import Blend, SetRows
+from loratool.verbs.merging.context import Share
+
+__all__ = ["plan_extra", "plan_extras"]
+
+IMPLICIT_HEADS: Final = frozenset(
+    ("classifier", "score", "qa_outputs", "pre_classifier", "classification_head")
+)
+"""Heads that PEFT saves for classification tasks without listing them."""
+
+
+def plan_extras(share: Share, base: Model) -> None:
+    """Add what the extras of an adapter change to ``share``.
+
+    Args:
+        share: The adapter's part; filled in.
+        base: The base.
+
+    Raises:
+        BaseModelError: A tensor has no place in the base.
+        AdapterError: A tensor contradicts the configuration.
+    """
+    state = [extra.key for extra in share.adapter.extras if extra.kind is ExtraKind.STATE]
+    if state:
+        share.notes.append(
+            f"{len(state)} tensors that only training needs were not used, such as {state[0]!r}"
+        )
+    in_turn = {ExtraKind.FULL: 0, ExtraKind.BASE_COPY: 1}
+    for extra in sorted(share.adapter.extras, key=lambda extra: in_turn.get(extra.kind, 2)):
+        plan_extra(share, extra, base)
+
+
+def plan_extra(share: Share, extra: Extra, base: Model) -> None:
+    """Add what one extra changes to ``share``; raises as :func:`plan_extras` does."""
+    match extra.kind:
+        case ExtraKind.FULL:
+            _plan_full(share, extra, base)
+        case ExtraKind.BASE_COPY:
+            _plan_base_copy(share, extra, base)
+        case ExtraKind.ROWS:
+            _plan_rows(share, extra, base)
+        case ExtraKind.STATE | ExtraKind.SHARED:
+            pass
+
+
+def _plan_full(share: Share, extra: Extra, base: Model) -> None:
+    module, _, leaf = extra.name.rpartition(".")
+    name = (base.tensor(module, leaf) if module else None) or extra.name
+    head = base.hidden_head
+    if name in base.tensors:
+        _replace(share, extra, name, base)
+    elif head is not None and extra.name.endswith(_tail(head)):
+        share.changes[head.head].replacement = extra.tensor
+    elif _is_saved(share, module):
+        if share.weight != 1:
+            raise AdapterError(
+                share.where(extra.name),
+                f"the base has no such tensor, so a weight of {share.weight:g} means nothing",
+            )
+        share.changes[extra.name].replacement = extra.tensor
+    else:
+        raise _no_place(share, extra, base)
+
+
+def _tail(tie: Tie) -> str:
+    """Return the last two components of a head's name: ``lm_head.weight``."""
+    return ".".join(tie.head.split(".")[-2:])
+
+
+def _is_saved(share: Share, module: str) -> bool:
+    config = share.adapter.config
+    names = config.modules_to_save if config else ()
+    listed = any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
+    listed |= module.endswith(tuple(MASKED_HEADS.values()))
+    return listed or any(part in IMPLICIT_HEADS for part in module.split("."))
+
+
+def _no_place(share: Share, extra: Extra, base: Model) -> BaseModelError:
+    module, _, leaf = extra.name.rpartition(".")
+    if leaf == "bias" and base.has(module):
+        return BaseModelError(
+            share.where(extra.key),
+            f"the base's {module!r} has no bias that it could replace",
+            hint="give --skip 'bias$' to merge without it",
+        )
+    nearest = base.nearest(module)
+    words = f" (nearest: {', '.join(nearest)})" if nearest else ""
+    return BaseModelError(
+        share.where(extra.key),
+        f"is neither part of a delta nor a tensor of the base{words}",
+        hint="list its module in modules_to_save to add it, or leave it out with --skip",
+    )
+
+
+def _replace(share: Share, extra: Extra, name: str, base: Model) -> None:
+    changes = share.changes[name]
+    shape, old = extra.tensor.spec.shape, base.shape(name)
+    if shape == old and share.weight != 1:
+        changes.edits.insert(0, Blend(extra.tensor, share.weight))
+        return
+    if shape != old:
+        _check_resize(share, extra, name, old)
+        if share.weight != 1:
+            raise AdapterError(
+                share.where(extra.name),
+                f"has shape {list(shape)}, the base's {list(old)}; only weight 1 can replace it",
+            )
+    changes.replacement = extra.tensor
+
+
+def _check_resize(share: Share, extra: Extra, name: str, old: tuple[int, ...]) -> None:
+    """Allow another shape for vocabularies and heads, where it is what was trained."""
+    module = name.rpartition(".")[0]
+    shape = extra.tensor.spec.shape
+    is_vocabulary = module.rpartition(".")[2] in EMBEDDING_LEAVES | HEAD_LEAVES
+    if (is_vocabulary or _is_saved(share, module)) and shape[1:] == old[1:]:
+        return
+    raise BaseModelError(
+        share.where(extra.name),
+        f"has shape {list(shape)}, the base's tensor {list(old)}",
+        hint="is this the base that the adapter was trained on?",
+    )
+
+
+def _plan_base_copy(share: Share, extra: Extra, base: Model) -> None:
+    module, _, leaf = extra.name.rpartition(".")
+    name, head = base.tensor(module, leaf), base.hidden_head
+    if name is None and head is not None and extra.name.endswith(_tail(head)):
+        # A tied head: its base weight is the embedding, which is there.
+        if extra.tensor.spec.shape != base.shape(head.head):
+            share.changes[head.head].base = extra.tensor
+        return
+    if name is None:
+        share.notes.append(f"{extra.key!r}, a copy of a weight that the base lacks, was not used")
+        return
+    if extra.tensor.spec.shape == base.shape(name):
+        share.changes[name].edits.insert(
+            0, Blend(extra.tensor, share.weight, only_if_different=True)
+        )
+    else:
+        _check_resize(share, extra, name, base.shape(name))
+        share.changes[name].base = extra.tensor
+
+
+def _plan_rows(share: Share, extra: Extra, base: Model) -> None:
+    name, head = base.tensor(extra.name, "weight"), base.hidden_head
+    if name is None and head is not None and f"{extra.name}.weight".endswith(_tail(head)):
+        name = head.head
+    if name is None:
+        raise _no_place(share, extra, base)
+    shape = base.shape(name)
+    indices = _token_indices(share, extra)
+    source = share.changes[name].source
+    shape = source.spec.shape if source else shape
+    if extra.tensor.spec.shape != (len(indices), *shape[1:]):
+        raise AdapterError(
+            share.where(extra.key),
+            f"has shape {list(extra.tensor.spec.shape)}, expected "
+            f"{[len(indices), *shape[1:]]}: one row for each of the trained tokens",
+        )
+    if indices and max(indices) >= shape[0]:
+        raise BaseModelError(
+            share.where(extra.name),
+            f"trains token {max(indices)}, but the base has only {shape[0]} rows",
+            hint="resize the base's vocabulary first, as the training did",
+        )
+    share.changes[name].edits.append(SetRows(indices, extra.tensor, share.weight))
+
+
+def _token_indices(share: Share, extra: Extra) -> tuple[int, ...]:
+    value = share.adapter.field("trainable_token_indices")
+    if isinstance(value, dict):
+        matching = [indices for key, indices in value.items() if matches_target((key,), extra.name)]
+        value = matching[0] if matching else None
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise AdapterError(
+            share.where(extra.key),
+            "holds trained token rows, but trainable_token_indices does not say which",
+        )
+    return tuple(value)

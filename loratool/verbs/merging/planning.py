@@ -1,0 +1,420 @@
+"""Plan a merge: open the inputs, decide what becomes of every tensor, lay out the output."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.model import Adapter, unknown_scale
+from loratool.adapter.problems import check_adapter
+from loratool.base.config_edits import ConfigChanges
+from loratool.base.model import Model, open_model
+from loratool.base.refusals import check_base
+from loratool.base.replication import layer_ranges
+from loratool.base.ties import Tie, have_same_values
+from loratool.codecs.codec import CodedTensor
+from loratool.codecs.weights import Weight, path_of
+from loratool.errors import BaseModelError, MergeError, OptionError, OutputError, UnsupportedError
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.containers import USUAL, is_weights
+from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
+from loratool.files.json import read_json_object
+from loratool.files.links import STRAY_LINK
+from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
+from loratool.plan.plan import Blend, Edit, OutputFile, Plan, SetRows, Step
+from loratool.plan.sidecar import Sidecar
+from loratool.schemes.opening import open_adapter
+from loratool.verbs.merging.context import Changes, Share
+from loratool.verbs.merging.extras import plan_extras
+from loratool.verbs.merging.sidecars import collect_sidecars
+from loratool.verbs.merging.sites import plan_sites
+from loratool.verbs.merging.tied import settle_tie
+
+__all__ = ["QUANTIZED", "plan_merge"]
+
+AnyPath = str | PathLike[str]
+LABEL_HEADS: Final = (
+    "classifier",
+    "score",
+    "qa_outputs",
+    "classifier.out_proj",
+    "classifier.linear_out",
+    "classification_head.out_proj",
+    "logits_proj",
+    "cls_classifier",
+    "distillation_classifier",
+)
+"""Modules with one output for each label; what feeds them (``pre_classifier``) has others."""
+QUANTIZED: Final = ("dequantize", "keep")
+"""What may become of quantised weights."""
+VOCABULARY_BIASES: Final = (
+    "final_logits_bias",
+    "lm_head.bias",
+    "predictions.bias",
+    "predictions.decoder.bias",
+)
+"""Tensors with one entry for each token, which have to be resized with the embedding."""
+
+
+def plan_merge(
+    base: AnyPath,
+    adapters: Sequence[AnyPath],
+    *,
+    weights: Sequence[float] = (),
+    dtype: str | None = None,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    skip: Sequence[str] = (),
+    quantized: str = "dequantize",
+    output: AnyPath | None = None,
+) -> Plan:
+    """Decide what a merge writes, from headers alone; the arguments are those of :func:`merge`.
+
+    Raises:
+        LoratoolError: The adapters do not fit, would leave a key unused, or change nothing.
+    """
+    if not adapters:
+        raise MergeError("merge", "no adapter was given")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise MergeError("merge", f"a weight is not a number: {list(weights)}")
+    if len(weights) > len(adapters):
+        raise MergeError("merge", f"{len(weights)} weights for {len(adapters)} adapters")
+    model = open_model(Path(base))
+    checkpoint = model.checkpoint
+    _check_quantized(model, quantized)
+    opened = [
+        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
+    ]
+    pairs = list(zip(opened, [*weights, *[1.0] * (len(adapters) - len(weights))], strict=True))
+    if not any(weight for _, weight in pairs):
+        raise MergeError("merge", "every weight is 0, so the merge would change nothing")
+    notes = [*checkpoint.notes, *check_base(model)]
+    for adapter in opened:
+        check_adapter(adapter)
+        notes += [f"{adapter.path}: {note}" for note in adapter.notes]
+        if unknown := unknown_scale(adapter):
+            notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
+    layers = _common_replication(opened)
+    tasks = [str(adapter.field("task_type")) for adapter in opened]
+    view = model.as_trained(tasks=tasks, layers=layers)
+    shares = [Share(adapter, weight) for adapter, weight in pairs]
+    for share in shares:
+        plan_extras(share, view)
+        plan_sites(share, view)
+    notes += [note for share in shares for note in share.notes]
+    tie = view.tie
+    untied = tie if tie and not settle_tie(tie, shares, view) else None
+    if model.quantization is not None:
+        found = model.quantization
+        notes.append(f"{found.modules} weights in {found.format} were written as plain numbers")
+        if dropped := model.activation_scales:
+            notes.append(f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}")
+    if untied:
+        notes.append(f"embedding and head are no longer tied: {untied.head!r} is written apart")
+    steps = _steps(view, shares, dtype, untied)
+    if not any(step.is_changed for step in steps.values()):
+        raise MergeError(opened[0].path, "the merge would change nothing")
+    is_folder = _is_folder(checkpoint, output)
+    changes = _config_changes(view, steps, opened, dtype, untied=bool(untied), layers=layers)
+    if not is_folder and (untied or changes.vocabulary):
+        raise UnsupportedError(
+            output or "OUT",
+            "the merge changes what config.json has to say (ties or vocabulary)",
+            hint="name a folder as the output",
+        )
+    files = _files(checkpoint, view, steps, output if not is_folder else None)
+    tokenizer = _with_tokenizer(changes, opened)
+    sidecars, left = collect_sidecars(model, changes, tokenizer) if is_folder else ([], [])
+    notes += [f"{name} was not carried over: {why}" for name, why in left if why == STRAY_LINK]
+    if is_folder and (len(files) > 1 or checkpoint.index):
+        sidecars.append(_index(checkpoint, files))
+    return Plan(
+        files=tuple(files),
+        sidecars=tuple(sidecars),
+        is_folder=is_folder,
+        adapters=tuple(pairs),
+        unused=tuple(key for adapter in opened for key in adapter.skipped),
+        notes=tuple(dict.fromkeys(notes)),
+        left_behind=tuple(left),
+        stamps={
+            **{shard.path: shard.stamp for shard in checkpoint.shards},
+            **{adapter.weights: adapter.stamp for adapter in opened},
+        },
+    )
+
+
+def _common_replication(adapters: Sequence[Adapter]) -> list[int] | None:
+    """Return the layers that all adapters agree to replicate, or ``None``."""
+    stacks = [layer_ranges(a.field("layer_replication"), a.path) for a in adapters]
+    if any(stack != stacks[0] for stack in stacks):
+        raise MergeError(adapters[0].path, "the adapters disagree on layer_replication")
+    return stacks[0]
+
+
+def _steps(
+    view: Model, shares: list[Share], dtype: str | None, untied: Tie | None
+) -> dict[str, Step]:
+    """Return how every output tensor comes about, those of the base first."""
+    names = dict.fromkeys(view.tensors)
+    names |= dict.fromkeys(name for share in shares for name in share.changes)
+    if untied:
+        names.setdefault(untied.head)
+    steps: dict[str, Step] = {}
+    for name in names:
+        changes = [share.changes[name] for share in shares if share.changes.get(name)]
+        stored = view.tensors.get(name)
+        source = stored
+        if stored is None and untied and name == untied.head:
+            source = view.tensors[untied.embedding]
+        steps[name] = _step(name, stored, source, changes, dtype)
+    return steps
+
+
+def _step(
+    name: str,
+    stored: Weight | None,
+    source: Weight | None,
+    changes: list[Changes],
+    dtype: str | None,
+) -> Step:
+    replacement = _only_one(name, [c.replacement for c in changes], "replace this tensor")
+    resized = _only_one(name, [c.base for c in changes], "come with a resized base tensor")
+    original = source
+    source = replacement or resized or source
+    assert source is not None
+    kept = original.spec.dtype if original is not None else source.spec.dtype
+    edits = tuple(edit for change in changes for edit in change.edits)
+    _check_edits(name, edits, source)
+    if edits and not DTYPES[kept].is_mergeable:
+        raise BaseModelError(name, f"is {kept}; a delta can only be added to floating point")
+    if dtype is not None and DTYPES[kept].is_mergeable:
+        kept = OUTPUT_DTYPES[dtype]
+    return Step(
+        spec=TensorSpec(name, kept, source.spec.shape),
+        source=source,
+        edits=edits,
+        base=resized or original,
+        added=stored is None,
+        replaced=stored is not None and source is not stored,
+    )
+
+
+def _only_one(name: str, tensors: Sequence[StoredTensor | None], words: str) -> StoredTensor | None:
+    """Return the one tensor that several adapters agree on, or ``None`` where there is none."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(not have_same_values(given[0], other) for other in given[1:]):
+        raise MergeError(name, f"two adapters each {words}, and differ", hint="merge only one")
+    return given[0] if given else None
+
+
+def _check_edits(name: str, edits: Sequence[Edit], source: Weight) -> None:
+    """Make sure that several adapters' edits of one tensor can be carried out together."""
+    rows: set[int] = set()
+    for edit in edits:
+        if isinstance(edit, Blend) and edit.tensor.spec.shape != source.spec.shape:
+            raise MergeError(
+                name,
+                f"the adapters disagree on its shape: {list(edit.tensor.spec.shape)} and "
+                f"{list(source.spec.shape)}",
+            )
+        if isinstance(edit, SetRows) and edit.weight == 1:
+            twice = rows & set(edit.indices)
+            if twice:
+                raise MergeError(name, f"two adapters each set row {min(twice)}")
+            rows |= set(edit.indices)
+
+
+def _config_changes(
+    view: Model,
+    steps: dict[str, Step],
+    adapters: Sequence[Adapter],
+    dtype: str | None,
+    *,
+    untied: bool,
+    layers: list[int] | None,
+) -> ConfigChanges:
+    vocabulary = None
+    labels = _labels(steps)
+    for name, step in steps.items():
+        leaf = name.rpartition(".")[0].rpartition(".")[2]
+        if leaf in EMBEDDING_LEAVES | HEAD_LEAVES and name in view.tensors:
+            old, new = view.shape(name), step.spec.shape
+            if old[:1] != new[:1]:
+                vocabulary = (old[0], new[0])
+    if vocabulary:
+        _check_vocabulary(steps, *vocabulary)
+    tasks = [a.field("task_type") for a in adapters]
+    return ConfigChanges(
+        untie=untied,
+        dtype=dtype,
+        vocabulary=vocabulary,
+        task=next((str(task) for task in tasks if task), None) if labels else None,
+        labels=labels,
+        layers=tuple(layers) if layers else None,
+        architecture=_architecture(adapters) if labels else None,
+        decoded=_decoded_dtype(steps),
+    )
+
+
+def _labels(steps: dict[str, Step]) -> int | None:
+    """Return how many outputs the head has that the adapters bring, or ``None`` without one.
+
+    Raises:
+        MergeError: There are several, and they differ.
+    """
+    heads = {
+        name: step.spec.shape[0]
+        for name, step in steps.items()
+        if (step.added or step.replaced) and len(step.spec.shape) == 2 and _is_label_head(name)
+    }
+    if len(set(heads.values())) > 1:
+        listed = ", ".join(f"{name!r} {count}" for name, count in heads.items())
+        raise MergeError(
+            next(iter(heads)),
+            f"is one of several heads with different numbers of outputs ({listed}), and "
+            "config.json has one number of labels",
+            hint="leave out all but one with --skip",
+        )
+    return next(iter(heads.values()), None)
+
+
+def _is_label_head(name: str) -> bool:
+    module = name.removesuffix(".weight")
+    return module != name and f".{module}".endswith(tuple(f".{head}" for head in LABEL_HEADS))
+
+
+def _check_quantized(model: Model, quantized: str) -> None:
+    """Refuse what is not done with a quantised base.
+
+    Raises:
+        OptionError: ``--quantized`` is neither of its values.
+        UnsupportedError: Its codes would have to be written again.
+    """
+    if quantized not in QUANTIZED:
+        raise OptionError("--quantized", f"{quantized!r} is none of {', '.join(QUANTIZED)}")
+    if quantized == "keep" and model.quantization is not None:
+        raise UnsupportedError(
+            model.path,
+            f"--quantized keep: {model.quantization.format} is not written again yet",
+            hint="leave it out to write plain numbers, and quantise the result",
+        )
+
+
+def _decoded_dtype(steps: Mapping[str, Step]) -> str | None:
+    """Return the dtype (``bfloat16``) that coded weights are written in; ``None`` without any."""
+    coded = (step.spec.dtype for step in steps.values() if isinstance(step.base, CodedTensor))
+    found = next(coded, None)
+    return DTYPES[found].torch_name if found is not None else None
+
+
+def _check_vocabulary(steps: dict[str, Step], old: int, new: int) -> None:
+    """Make sure that everything with a row for each token has the new number of rows.
+
+    Raises:
+        MergeError: The adapter resizes one of several; no file has the new rows of the other.
+    """
+    for name, step in steps.items():
+        leaf = name.rpartition(".")[0].rpartition(".")[2]
+        is_matrix = leaf in EMBEDDING_LEAVES | HEAD_LEAVES and len(step.spec.shape) == 2
+        shape = step.spec.shape if is_matrix else step.spec.shape[-1:]
+        if (is_matrix or name.endswith(VOCABULARY_BIASES)) and shape[:1] == (old,):
+            raise MergeError(
+                name,
+                f"has {old} tokens, but the adapter resizes the vocabulary to {new}, and no file "
+                "holds the new rows of this tensor",
+                hint="save the adapter with save_embedding_layers=True",
+            )
+
+
+def _architecture(adapters: Sequence[Adapter]) -> str | None:
+    """Return the class that the adapters were trained on, if they say so and it is a classifier."""
+    for adapter in adapters:
+        mapping = adapter.field("auto_mapping")
+        name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        if isinstance(name, str) and name.endswith("Classification"):
+            return name
+    return None
+
+
+def _with_tokenizer(changes: ConfigChanges, adapters: Sequence[Adapter]) -> Adapter | None:
+    """Return the adapter that comes with the tokenizer of a changed vocabulary."""
+    if changes.vocabulary is None:
+        return None
+    return next((a for a in adapters if (a.folder / "tokenizer_config.json").is_file()), None)
+
+
+def _is_folder(checkpoint: Checkpoint, output: AnyPath | None) -> bool:
+    place = Path(output) if output is not None else Path()
+    suffix = place.suffix
+    if checkpoint.path.is_dir():
+        if is_weights(place):
+            raise OutputError(
+                output, f"the base is a folder, so the output is one; leave out {suffix!r}"
+            )
+        return True
+    if is_weights(place) and suffix.lower() != USUAL:
+        raise OutputError(output, "only safetensors are written; end the name in .safetensors")
+    return suffix != USUAL
+
+
+def _output_name(path: Path) -> str:
+    """Return the name of the safetensors file that a weights file becomes."""
+    if path.suffix == ".safetensors":
+        return path.name
+    stem = path.stem.replace("pytorch_model", "model", 1) if _is_plain(path.stem) else path.stem
+    return f"{stem}.safetensors"
+
+
+def _is_plain(stem: str) -> bool:
+    return stem.startswith("pytorch_model")
+
+
+def _files(
+    checkpoint: Checkpoint, view: Model, steps: dict[str, Step], output: AnyPath | None
+) -> list[OutputFile]:
+    """Lay out the output: every tensor in the shard it came from, added ones in the last."""
+    by_shard: dict[Path, list[Step]] = {shard.path: [] for shard in checkpoint.shards}
+    last = checkpoint.shards[-1].path
+    for name, step in steps.items():
+        stored = view.tensors.get(name)
+        by_shard[path_of(stored) if stored is not None else last].append(step)
+    files = []
+    for shard in checkpoint.shards:
+        name = Path(output).name if output is not None else _output_name(shard.path)
+        if by_shard[shard.path] or not shard.tensors:  # one with nothing but scales is gone
+            files.append(OutputFile.lay_out(name, by_shard[shard.path], shard.metadata, shard))
+    return files
+
+
+def _index(checkpoint: Checkpoint, files: Sequence[OutputFile]) -> Sidecar:
+    """Return the index of the output: the base's own bytes where nothing in it changes."""
+    weight_map = {step.spec.name: file.name for file in files for step in file.steps}
+    total = sum(step.spec.nbytes for file in files for step in file.steps)
+    name = "model.safetensors.index.json"
+    metadata: dict[str, Any] = {}
+    if checkpoint.index is not None:
+        content = read_json_object(checkpoint.index)
+        name = _index_name(checkpoint.index)
+        found = content.get("metadata")
+        metadata = dict(found) if isinstance(found, dict) else {}
+        if weight_map == content["weight_map"] and metadata.get("total_size") == total:
+            return Sidecar(name, checkpoint.index)
+    metadata["total_size"] = total
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(
+            step.spec.elements for file in files for step in file.steps
+        )
+    content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return Sidecar(name, None, text.encode(), "describes the tensors as written")
+
+
+def _index_name(path: Path) -> str:
+    if ".safetensors." in path.name:
+        return path.name
+    return path.name.replace("pytorch_model", "model", 1).replace(".bin.", ".safetensors.")

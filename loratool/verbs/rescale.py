@@ -1,0 +1,364 @@
+"""``rescale``: multiply a delta, set alpha, or move the scale without changing the delta."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.model import Adapter
+from loratool.adapter.scheme import Scheme
+from loratool.errors import OptionError, UnsupportedError
+from loratool.files.atomic import check_output
+from loratool.files.containers import USUAL, is_weights
+from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.math.factored import norm
+from loratool.plan.adapter import AdapterPlan
+from loratool.plan.adapter_files import measure_adapter, write_adapter
+from loratool.plan.history import History, Source
+from loratool.plan.threads import in_parallel
+from loratool.schemes import scheme_named
+from loratool.schemes.opening import open_adapter
+from loratool.variants import variant_named
+from loratool.verbs.algebra.combination import input_notes, write_or_refuse
+from loratool.verbs.algebra.extras import gather_extras
+from loratool.verbs.algebra.modules import Joint, check_computable, join
+from loratool.verbs.algebra.scale_changes import (
+    Change,
+    change_of,
+    plan_in_place,
+    rescaled_parts,
+    rounding_of,
+)
+from loratool.verbs.algebra.sums import load_terms
+from loratool.write.adapter import NewAdapter
+from loratool.write.metadata import kept_metadata
+from loratool.write.options import WriteOptions
+from loratool.write.refusals import check_names
+from loratool.write.sidecars import carried_files
+
+__all__ = ["RescaleReport", "rescale"]
+
+AnyPath = str | PathLike[str]
+Progress = Callable[[int, int], None]
+KEEP: Final = ("factors", "delta")
+
+
+@dataclass(frozen=True)
+class RescaleReport:
+    """What a rescaling did.
+
+    Attributes:
+        scales: Old and new scale of every module, by name.
+        ratios: New over old norm of every module's delta; 1 where only the form changed.
+        relative_error: Of the deltas written against the exact ones.
+        plan: What was decided.
+        is_written: Whether it was written.
+        notes: What a user should know.
+    """
+
+    scales: Mapping[str, tuple[float, float]]
+    ratios: Mapping[str, float]
+    relative_error: float
+    plan: AdapterPlan
+    is_written: bool
+    notes: tuple[str, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a document for scripts."""
+        return {
+            "schema": 1,
+            "dry_run": not self.is_written,
+            "relative_error": self.relative_error,
+            "modules": [
+                {"module": name, "scale": new, "old_scale": old, "ratio": self.ratios[name]}
+                for name, (old, new) in self.scales.items()
+            ],
+            "bytes_written" if self.is_written else "bytes_to_write": self.plan.nbytes,
+            "tensors": len(self.plan.specs),
+            "files": self.plan.described_files(),
+            "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
+            "notes": list(self.notes),
+        }
+
+
+def rescale(
+    adapter: AnyPath,
+    output: AnyPath,
+    *,
+    scale: float | None = None,
+    alpha: float | None = None,
+    keep: str = "factors",
+    max_norm: float | None = None,
+    fold: bool = False,
+    to_rslora: bool = False,
+    from_rslora: bool = False,
+    dtype: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    adapter_name: str | None = None,
+    skip: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> RescaleReport:
+    """Multiply the delta of ``adapter``, set its alpha, or move its scale elsewhere.
+
+    One of ``scale``, ``alpha`` and ``max_norm`` changes how strong it is; ``fold``,
+    ``to_rslora`` and ``from_rslora`` change only where the strength is recorded. Where a
+    configuration (or an alpha tensor) records it, the factors are copied byte for byte.
+
+    Args:
+        adapter: File or folder.
+        output: Where the result goes: a folder, or a file for schemes without a configuration.
+        scale: Multiply every delta, and every bias that scales with it, by this.
+        alpha: Set alpha of every module to this.
+        keep: What ``alpha`` leaves alone: ``factors``, so that the delta becomes stronger or
+            weaker, or ``delta``, so that B makes up for the new alpha.
+        max_norm: Scale a module down wherever ``‖Δ‖_F`` is larger than this.
+        fold: Put the whole scale into B; alpha becomes the rank, so that the scale is 1.
+        to_rslora: Record the scale as ``alpha / √r``.
+        from_rslora: Record the scale as ``alpha / r``.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; by default that of the input.
+        force: Replace an existing output.
+        dry_run: Say what would be done, and write nothing.
+        adapter_name: Which adapter, where a path holds several.
+        skip: Regular expressions; keys that match are left out, and reported.
+        threads: Number of modules in work at a time.
+        progress: Called with how much is done and how much there is.
+
+    Raises:
+        LoratoolError: Nothing was written; the message says why.
+    """
+    _check_options(scale, alpha, keep, max_norm, fold=fold, to=to_rslora, back=from_rslora)
+    place = Path(output)
+    if not dry_run:
+        check_output(place, force=force, inputs=[Path(adapter)])
+    opened = open_adapter(adapter, adapter_name=adapter_name, skip=skip)
+    scheme = scheme_named(opened.scheme)
+    check_names(opened, scheme)
+    stabilised = to_rslora or from_rslora
+    _check_kinds(opened, fold=fold or stabilised or alpha is not None, stabilised=stabilised)
+    joints, _ = join([opened], [1.0])
+    norms = _norms(joints, threads) if max_norm is not None else {}
+    changes = [
+        change_of(
+            joint,
+            _ratio(joint, scale, alpha, keep, max_norm, norms, joints),
+            opened,
+            alpha=alpha,
+            fold=fold,
+            rank_stabilised=_is_stabilised(opened, to=to_rslora, back=from_rslora, fold=fold),
+            is_alone=max_norm is not None and not to_rslora and not from_rslora,
+        )
+        for joint in joints
+    ]
+    for change in changes:
+        if not change.site.variant.is_linear and change.ratio != 1:
+            raise UnsupportedError(
+                f"{opened.path}: {change.joint.name}",
+                f"is a {change.site.variant.name}: its delta depends on the base's weight, and no "
+                "scale multiplies it",
+                hint="only --fold and the two rslora options leave such a delta as it is",
+            )
+    asked = {
+        "scale": scale,
+        "alpha": alpha,
+        "keep": keep if alpha is not None else None,
+        "max_norm": max_norm,
+        "fold": fold or None,
+        "to_rslora": to_rslora or None,
+        "from_rslora": from_rslora or None,
+        "dtype": dtype,
+        "skip": tuple(skip),
+    }
+    written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
+    is_usual = not is_weights(place) or place.suffix.lower() == USUAL
+    is_in_place = scheme.home.is_open and not scheme.roles.is_transposed and is_usual
+    if is_in_place:
+        plan = plan_in_place(opened, changes, place, asked, written_dtype)
+        error = rounding_of(changes, plan, threads)
+        is_measured = True
+    else:
+        plan = _rewritten(opened, changes, scheme, WriteOptions(place, dtype=written_dtype), asked)
+        error, is_measured = 0.0, False
+    if not dry_run:
+        outcome = write_adapter(
+            plan, place, inputs=[Path(adapter)], force=force, threads=threads, progress=progress
+        )
+    elif not is_measured:
+        outcome = measure_adapter(plan, threads=threads, progress=progress)
+    if not is_measured:
+        error = outcome.relative_error
+    return RescaleReport(
+        scales={c.joint.name: (c.site.scaling.factor, c.scale) for c in changes},
+        ratios={c.joint.name: c.ratio for c in changes},
+        relative_error=error,
+        plan=plan,
+        is_written=not dry_run,
+        notes=(*plan.notes, *_notes(opened, changes, alpha, keep, max_norm)),
+    )
+
+
+def _rewritten(
+    adapter: Adapter,
+    changes: Sequence[Change],
+    scheme: Scheme,
+    options: WriteOptions,
+    asked: Mapping[str, Any],
+) -> AdapterPlan:
+    """Return the plan of the adapter in a scheme that keeps scales in a way of its own."""
+    sidecars, left, notes = carried_files([adapter])
+    new = NewAdapter(
+        parts=tuple(rescaled_parts(adapter, changes)),
+        extras=gather_extras([adapter]),
+        scheme=adapter.scheme,
+        config=dict(adapter.config.raw) if adapter.config is not None else None,
+        sidecar=adapter.sidecar,
+        family=adapter.family,
+        components=adapter.components,
+        is_native=adapter.is_native,
+        name=adapter.name,
+        stem=adapter.weights.stem,
+        metadata=kept_metadata(adapter),
+        history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
+        sidecars=tuple(sidecars),
+        stamps={adapter.weights: adapter.stamp},
+        notes=(*notes, *input_notes([adapter])),
+        dropped=(*((key, "skipped as asked") for key in adapter.skipped), *left),
+    )
+    return write_or_refuse(new, scheme, options)
+
+
+def _check_options(
+    scale: float | None,
+    alpha: float | None,
+    keep: str,
+    max_norm: float | None,
+    *,
+    fold: bool,
+    to: bool,
+    back: bool,
+) -> None:
+    strengths = {"--scale": scale, "--alpha": alpha, "--max-norm": max_norm}
+    given = [name for name, value in strengths.items() if value is not None]
+    forms = [n for n, v in (("--fold", fold), ("--to-rslora", to), ("--from-rslora", back)) if v]
+    if not given and not forms:
+        raise OptionError(
+            "rescale",
+            "say what to do: --scale, --alpha, --max-norm, --fold, --to-rslora or --from-rslora",
+        )
+    if len(given) > 1:
+        raise OptionError("rescale", f"give one of {' and '.join(given)}")
+    if len(forms) > 1:
+        raise OptionError("rescale", f"give one of {' and '.join(forms)}")
+    if alpha is not None and forms:
+        raise OptionError("rescale", f"--alpha and {forms[0]} both decide about alpha")
+    for name in given:
+        value = strengths[name]
+        assert value is not None
+        if not math.isfinite(value):
+            raise OptionError(name, f"{value} is no finite number")
+    if max_norm is not None and max_norm <= 0:
+        raise OptionError("--max-norm", f"{max_norm:g} is not positive")
+    if keep not in KEEP:
+        raise OptionError("--keep", f"{keep!r} is none of {', '.join(KEEP)}")
+    if keep == "delta" and alpha is None:
+        raise OptionError("--keep", "says what --alpha leaves alone, and needs it")
+    if keep == "delta" and alpha == 0:
+        raise OptionError("--alpha", "with alpha 0 no factors keep the delta")
+
+
+def _check_kinds(adapter: Adapter, *, fold: bool, stabilised: bool) -> None:
+    """Refuse what no scale multiplies, or whose scale has no other form."""
+    plain = replace(
+        adapter,
+        sites=tuple(
+            replace(site, variant=variant_named("lora")) if site.variant.undetermined else site
+            for site in adapter.sites
+        ),
+    )
+    check_computable(plain, verb="rescale")
+    if stabilised and adapter.config is None:
+        raise OptionError(
+            adapter.path,
+            "has no configuration that could say how its scale is to be read",
+        )
+    if fold and any(site.scaling.epsilon for site in adapter.sites):
+        raise UnsupportedError(
+            adapter.path,
+            "an AdaLoRA: its scale is alpha / (init_r + 1e-5), and has no other form",
+            hint="make it a plain LoRA first: loratool compose ADAPTER -o OUT",
+        )
+
+
+def _is_stabilised(adapter: Adapter, *, to: bool, back: bool, fold: bool) -> bool:
+    is_now = bool(adapter.config and adapter.config.use_rslora)
+    return to or (is_now and not back and not fold)
+
+
+def _norms(joints: Sequence[Joint], threads: int | None) -> dict[str, float]:
+    """Return ``‖Δ‖_F`` of every module."""
+
+    def one(joint: Joint) -> float:
+        return math.sqrt(math.fsum(norm(delta) ** 2 for (delta,) in load_terms(joint)))
+
+    found = in_parallel(one, joints, threads=threads)
+    return {joint.name: value for joint, value in zip(joints, found, strict=True)}
+
+
+def _ratio(
+    joint: Joint,
+    scale: float | None,
+    alpha: float | None,
+    keep: str,
+    max_norm: float | None,
+    norms: Mapping[str, float],
+    joints: Sequence[Joint],
+) -> float:
+    """Return what a module's delta is multiplied by."""
+    scaling = joint.terms[0].site.scaling
+    if scale is not None:
+        return scale
+    if alpha is not None and keep == "factors":
+        if scaling.alpha is None:
+            return alpha / scaling.rank
+        if scaling.alpha == 0:
+            raise (
+                OptionError(joint.name, "its alpha is 0, so that nothing tells what its delta was")
+                if alpha
+                else OptionError(joint.name, "its alpha is 0 already")
+            )
+        return alpha / scaling.alpha
+    if max_norm is not None:
+        # Modules that one pattern means share a scale: the largest of them decides.
+        path = joint.shape.pattern_path
+        largest = max(norms[other.name] for other in joints if other.shape.pattern_path == path)
+        return min(1.0, max_norm / largest) if largest else 1.0
+    return 1.0
+
+
+def _notes(
+    adapter: Adapter,
+    changes: Sequence[Change],
+    alpha: float | None,
+    keep: str,
+    max_norm: float | None,
+) -> Iterator[str]:
+    if alpha is not None:
+        ratios = sorted({change.ratio for change in changes})
+        if keep == "delta":
+            yield f"alpha is {alpha:g} now; the deltas are what they were, B makes up for it"
+        else:
+            words = ", ".join(f"{ratio:g}" for ratio in ratios[:4])
+            yield f"alpha is {alpha:g} now; the factors are what they were, the deltas × {words}"
+    if max_norm is not None:
+        count = sum(change.ratio != 1 for change in changes)
+        yield f"{count} of {len(changes)} modules had a larger norm than {max_norm:g}"
+    if any(change.ratio != 1 for change in changes) and adapter.extras:
+        yield (
+            f"{len(adapter.extras)} tensors are no deltas and stay as they are, such as "
+            f"{adapter.extras[0].name!r}"
+        )

@@ -1,0 +1,94 @@
+"""The singular values of every delta, and what they say about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from loratool.adapter.model import Adapter
+from loratool.adapter.problems import site_problems
+from loratool.errors import AdapterError
+from loratool.math.similarity import effective_rank, energy_rank, stable_rank
+from loratool.plan.threads import in_parallel
+from loratool.verbs.algebra.modules import Joint, join
+from loratool.verbs.algebra.sums import Method, exact_deltas, values_of
+
+__all__ = ["ENERGIES", "Spectrum", "spectra"]
+
+ENERGIES: Final = {"rank_90": 0.9, "rank_99": 0.99, "rank_99_9": 0.999}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """The spectrum of one module's delta, its scale included.
+
+    Attributes:
+        module: Its name.
+        singular_values: Descending; as many as the factors have ranks, of all experts together.
+        stable_rank: ``‖Δ‖_F² / ‖Δ‖₂²``.
+        effective_rank: ``exp`` of the entropy of the singular values' shares.
+        energy_ranks: The ranks that hold the shares in ``ENERGIES`` of ``‖Δ‖_F²``, by its keys.
+    """
+
+    module: str
+    singular_values: tuple[float, ...]
+    stable_rank: float
+    effective_rank: float
+    energy_ranks: Mapping[str, int]
+
+    @property
+    def frobenius_norm(self) -> float:
+        """``‖Δ‖_F``."""
+        return math.sqrt(math.fsum(value * value for value in self.singular_values))
+
+    @property
+    def spectral_norm(self) -> float:
+        """``‖Δ‖₂``."""
+        return self.singular_values[0] if self.singular_values else 0.0
+
+    @staticmethod
+    def of(module: str, values: list[float]) -> Spectrum:
+        """Describe singular values."""
+        return Spectrum(
+            module,
+            tuple(values),
+            stable_rank(values),
+            effective_rank(values),
+            {name: energy_rank(values, share) for name, share in ENERGIES.items()},
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises, and more."""
+        return {
+            "singular_values": list(self.singular_values),
+            "frobenius_norm": self.frobenius_norm,
+            "spectral_norm": self.spectral_norm,
+            "stable_rank": self.stable_rank,
+            "effective_rank": self.effective_rank,
+            **self.energy_ranks,
+        }
+
+
+def spectra(
+    adapter: Adapter, *, threads: int | None = None, progress: Progress | None = None
+) -> tuple[Spectrum, ...]:
+    """Return the spectrum of every site of ``adapter``, in their order.
+
+    Raises:
+        AdapterError: A site is broken, or holds NaN or infinity.
+    """
+    for site in adapter.sites:
+        for code, problem in site_problems(site, adapter):
+            raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+    joints, _ = join([adapter], [1.0], to_write=False)
+
+    def one(joint: Joint) -> Spectrum:
+        deltas = exact_deltas(joint, Method())
+        values = [value for delta in deltas for value in values_of(delta)]
+        return Spectrum.of(joint.name, sorted(values, reverse=True))
+
+    sizes = [joint.nbytes for joint in joints]
+    return tuple(in_parallel(one, joints, threads=threads, progress=progress, sizes=sizes))

@@ -1,0 +1,158 @@
+"""``truncate``: the best approximation of an adapter at lower ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+
+from loratool.adapter.model import Adapter
+from loratool.errors import AdapterError, FileFormatError, OptionError
+from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.json import read_json_object
+from loratool.plan.devices import mover_to
+from loratool.schemes.opening import open_adapter
+from loratool.verbs.algebra.combination import Combination, output_scheme
+from loratool.verbs.algebra.modules import check_computable, join
+from loratool.verbs.algebra.ranks import Truncation, parse_size
+from loratool.verbs.algebra.result import AdapterReport, finish
+from loratool.verbs.algebra.sums import Method
+from loratool.write.options import WriteOptions
+
+__all__ = ["truncate"]
+
+AnyPath = str | PathLike[str]
+Progress = Callable[[int, int], None]
+
+
+def truncate(
+    adapter: AnyPath,
+    output: AnyPath,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    max_size: int | str | None = None,
+    sv_ratio: float | None = None,
+    sv_fro: float | None = None,
+    sv_cumulative: float | None = None,
+    rank_multiple: int = 1,
+    base: AnyPath | None = None,
+    spectrum: AnyPath | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> AdapterReport:
+    """Write the best approximation of ``adapter`` at lower ranks (Eckart & Young 1936).
+
+    The deltas are decomposed through their factors, in float64, without ever being formed. The
+    singular values are split evenly between the factors, whose scale becomes 1 (alpha = rank).
+    A module whose rank does not change keeps its factors and its alpha, bit for bit.
+
+    Args:
+        adapter: File or folder.
+        output: Where the result goes: a folder, or a file for schemes without a configuration.
+        rank: At most this rank in every module; may limit any of the following.
+        energy: Smallest rank that keeps this share of ``‖Δ‖_F²`` in each module.
+        max_error: Smallest rank with at most this relative Frobenius error in each module.
+        max_size: Bytes of the weights file (or ``"8MB"``), spread over the modules so that the
+            total squared error is smallest; a module may lose all of its ranks.
+        sv_ratio: Keep the singular values above ``σ₁ / sv_ratio``.
+        sv_fro: Smallest rank that keeps this share of ``‖Δ‖_F``.
+        sv_cumulative: Smallest rank that keeps this share of the sum of the singular values.
+        rank_multiple: Make every rank a multiple of this.
+        base: With ``max_size``: weigh each error by the norm of the base's own weight.
+        spectrum: What ``extract(save_spectrum=...)`` wrote for this adapter: rules are then
+            about the whole difference that was extracted, not about what the adapter holds.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; by default that of the input.
+        force: Replace an existing output.
+        dry_run: Compute, report, and write nothing.
+        alpha: Alpha where none is recorded.
+        adapter_name: Which adapter, where a path holds several.
+        skip: Regular expressions; keys that match are left out, and reported.
+        device: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: Number of modules in work at a time.
+        progress: Called with how much is done and how much there is.
+
+    Raises:
+        LoratoolError: Nothing was written; the message says why.
+    """
+    size = parse_size(max_size) if max_size is not None else None
+    truncation = Truncation(
+        rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
+    )
+    if not truncation.is_given:
+        raise OptionError("truncation", "say how far: --rank, --energy, --max-error or --max-size")
+    if base is not None and truncation.max_size is None:
+        raise OptionError("--base", "weighs modules against each other, for --max-size only")
+    opened = open_adapter(adapter, adapter_name=adapter_name, alpha=alpha, skip=skip)
+    check_computable(opened, verb="truncate")
+    written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
+    joints, notes = join([opened], [1.0], dtype=written_dtype)
+    options = {
+        **truncation.recorded,
+        "base": Path(base).resolve().name if base is not None else None,
+        "spectrum": Path(spectrum).name if spectrum is not None else None,
+        "dtype": dtype,
+        "alpha": alpha,
+        "skip": tuple(skip),
+    }
+    inputs = [Path(adapter), *([Path(base)] if base is not None else [])]
+    base_norms = None
+    if base is not None:
+        from loratool.verbs.algebra.base_norms import weight_norms
+
+        base_norms = weight_norms(opened, Path(base))
+    draft = Combination(
+        verb="truncate",
+        adapters=[opened],
+        joints=joints,
+        scheme=output_scheme([opened], None),
+        options=WriteOptions(Path(output), dtype=written_dtype),
+        asked=options,
+        method=Method(mover=mover_to(device)),
+        keep_factors=True,
+        notes=notes,
+    )
+    return finish(
+        draft,
+        truncation,
+        inputs=inputs,
+        force=force,
+        dry_run=dry_run,
+        threads=threads,
+        progress=progress,
+        base_norms=base_norms,
+        rests=_rests(opened, Path(spectrum)) if spectrum is not None else None,
+    )
+
+
+def _rests(adapter: Adapter, path: Path) -> dict[str, float]:
+    """Return what each module lacks of the difference that it was extracted from.
+
+    Raises:
+        FileFormatError: The file is not one that an extraction wrote.
+        AdapterError: It is about other modules.
+    """
+    from loratool.verbs.spectrum import spectra
+
+    document = read_json_object(path)
+    try:
+        norms = {
+            str(entry["module"]): float(entry["squared_norm"]) for entry in document["modules"]
+        }
+    except (KeyError, TypeError, ValueError):
+        raise FileFormatError(
+            path, "is no spectrum file", hint="write one with extract --save-spectrum"
+        ) from None
+    found = spectra(adapter)
+    missing = [spectrum.module for spectrum in found if spectrum.module not in norms]
+    if missing:
+        raise AdapterError(path, f"has no spectrum of {missing[0]!r}")
+    return {s.module: max(0.0, norms[s.module] - s.frobenius_norm**2) for s in found}

@@ -1,0 +1,65 @@
+"""``validate``: everything wrong with an adapter, as coded findings."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from loratool.adapter.findings import Finding, finding
+from loratool.errors import AdapterError, LoratoolError
+from loratool.loaders import loader_named
+from loratool.loaders.checks import check_for
+from loratool.schemes import scheme_named
+from loratool.schemes.opening import open_adapter
+from loratool.verbs.checks.base import check_against_base
+from loratool.verbs.checks.config import check_config
+from loratool.verbs.checks.tensors import check_tensors
+
+__all__ = ["validate"]
+
+
+def validate(
+    adapter: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None = None,
+    deep: bool = False,
+    adapter_name: str | None = None,
+    target: str | None = None,
+) -> tuple[Finding, ...]:
+    """Check an adapter, alone or against the base that it is for.
+
+    Args:
+        adapter: File or folder.
+        base: The model that it should fit; only headers are read.
+        deep: Read the tensors too, for NaN, infinity and untrained factors.
+        adapter_name: Which adapter, where there are several.
+        target: A loader, such as ``vllm``: what it would refuse or misread is found too.
+
+    Returns:
+        Findings, errors first. An adapter that cannot be read is a finding like any other.
+
+    Raises:
+        LoratoolError: There is nothing at one of the paths, or the base cannot be read.
+        OptionError: There is no such loader.
+    """
+    loader = loader_named(target) if target is not None else None
+    path = Path(adapter)
+    if not path.exists():
+        raise AdapterError(path, "no such file or folder")
+    try:
+        opened = open_adapter(path, adapter_name=adapter_name)
+    except LoratoolError as error:
+        return (finding("LT000", error.where, error.what, error.hint),)
+    found: list[Finding] = []
+    try:
+        found += check_tensors(opened, deep=deep)
+        found += check_config(opened)
+        found += scheme_named(opened.scheme).settings.findings(opened)
+        if loader is not None:
+            found += check_for(opened, loader)
+    except AdapterError as error:
+        found.append(finding("LT015", error.where, error.what, error.hint))
+    if base is not None:
+        found += check_against_base(opened, Path(base))
+    order = {"error": 0, "warning": 1, "info": 2}
+    return tuple(sorted(dict.fromkeys(found), key=lambda item: (order[item.severity], item.code)))

@@ -1,0 +1,296 @@
+"""``verify``: prove that a merged model is what ``merge`` should have written.
+
+The merge is planned again, every tensor is computed again block by block, and compared with the
+file instead of being written. A model that another tool has merged passes too, if it holds the
+same values but for the last bit: other libraries add up in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.findings import Finding, finding
+from loratool.base.config import CONFIG_NAME, read_config
+from loratool.base.config_edits import config_differences
+from loratool.base.model import Model, open_model
+from loratool.codecs.codec import CodedTensor
+from loratool.errors import LoratoolError
+from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.container import read_bytes
+from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
+from loratool.files.inputs import InputFiles
+from loratool.files.json import read_json_object
+from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.files.transfer import read_into
+from loratool.plan.lanes import ByteRange, Spot
+from loratool.plan.plan import Plan, Step
+from loratool.plan.run import run_files
+from loratool.verbs.merging.planning import plan_merge
+
+__all__ = ["verify"]
+
+AnyPath = str | PathLike[str]
+COMPARED_BYTES: Final = 1 << 20
+"""What differs is looked at in parts of this size, which bounds the memory."""
+
+
+def verify(
+    merged: AnyPath,
+    *,
+    base: AnyPath,
+    adapters: Sequence[AnyPath],
+    weights: Sequence[float] = (),
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Finding, ...]:
+    """Compare a merged model with what base and adapters make.
+
+    Args:
+        merged: The model to check, file or folder.
+        base: The base it was made from.
+        adapters: The adapters, in the order of the merge.
+        weights: Their weights; missing ones are 1.
+        alpha: As in the merge.
+        adapter_name: As in the merge.
+        skip: As in the merge.
+        device: As in the merge.
+        threads: Number of worker threads.
+        progress: Called with bytes done and bytes in all.
+
+    Returns:
+        Findings, errors first; none means that every tensor is what it should be: the bytes
+            of this library on this kind of processor.
+
+    Raises:
+        LoratoolError: Base or adapters cannot be read, or the merge is not possible.
+    """
+    original = open_model(Path(base))
+    try:
+        checkpoint = open_checkpoint(Path(merged))
+    except LoratoolError as error:
+        if not Path(merged).exists():
+            raise
+        return (finding("LT109", error.where, error.what, error.hint),)
+    plan = plan_merge(
+        base,
+        adapters,
+        weights=weights,
+        dtype=_dtype_of(original, checkpoint),
+        alpha=alpha,
+        adapter_name=adapter_name,
+        skip=skip,
+    )
+    found = [*_check_layout(plan, checkpoint), *_check_config(plan, checkpoint)]
+    sink = _CompareSink(checkpoint, {step.spec.name: step for step in plan.steps()})
+    run_files(
+        plan.works(),
+        sink,
+        plan.stamps,
+        allow_nonfinite=True,
+        device=device,
+        threads=threads,
+        progress=progress,
+    )
+    found += sink.findings()
+    return tuple(sorted(found, key=lambda item: (item.severity != "error", item.code, item.where)))
+
+
+def _dtype_of(base: Model, merged: Checkpoint) -> str | None:
+    """Return the ``--dtype`` that the merge must have been given, or ``None``."""
+    pairs = {
+        (base.tensors[name].spec.dtype, stored.spec.dtype)
+        for name, stored in merged.tensors.items()
+        if name in base.tensors and DTYPES[stored.spec.dtype].is_mergeable
+    }
+    targets = {new for _, new in pairs}
+    if all(old == new for old, new in pairs) or len(targets) != 1:
+        return None
+    names = {header: name for name, header in OUTPUT_DTYPES.items()}
+    return names.get(targets.pop())
+
+
+def _check_layout(plan: Plan, merged: Checkpoint) -> Iterator[Finding]:
+    expected = {step.spec.name: step for step in plan.steps()}
+    for name, step in expected.items():
+        stored = merged.tensors.get(name)
+        if stored is None:
+            yield finding("LT101", name, f"is missing; expected {_words(step.spec)}")
+        elif (stored.spec.dtype, stored.spec.shape) != (step.spec.dtype, step.spec.shape):
+            yield finding("LT103", name, f"is {_words(stored.spec)}, expected {_words(step.spec)}")
+    for name in merged.tensors:
+        if name not in expected:
+            yield finding("LT102", name, "is neither in the base nor made by the adapters")
+    if merged.index is not None:
+        content = read_json_object(merged.index)
+        total = sum(stored.spec.nbytes for stored in merged.tensors.values())
+        claimed = _metadata(content).get("total_size")
+        if claimed is not None and claimed != total:
+            yield finding(
+                "LT108", merged.index, f"claims total_size {claimed}, the tensors have {total}"
+            )
+        for name in merged.tensors:
+            if name not in content["weight_map"]:
+                yield finding("LT108", merged.index, f"does not list {name!r}")
+
+
+def _metadata(index: dict[str, Any]) -> dict[str, Any]:
+    found = index.get("metadata")
+    return found if isinstance(found, dict) else {}
+
+
+def _words(spec: TensorSpec) -> str:
+    return f"{spec.dtype} {list(spec.shape)}"
+
+
+def _check_config(plan: Plan, merged: Checkpoint) -> Iterator[Finding]:
+    """Yield what ``config.json`` should say after the merge and does not."""
+    found = read_config(merged.folder).raw
+    if not plan.is_folder or not found:
+        return
+    sidecar = next((item for item in plan.sidecars if item.name == CONFIG_NAME), None)
+    if sidecar is None or sidecar.content is None:
+        return
+    for words in config_differences(json.loads(sidecar.content), found):
+        yield finding("LT107", CONFIG_NAME, words)
+
+
+@dataclass
+class _Difference:
+    """How one tensor differs."""
+
+    elements: int = 0
+    far: int = 0
+    largest: float = 0.0
+    is_copy: bool = False
+
+
+def _differing(
+    dtype: str, expected: memoryview, actual: memoryview, before: memoryview | None
+) -> tuple[int, int, float]:
+    """Compare stored numbers: how many differ, how many by more than rounding, and how far."""
+    import numpy as np
+
+    from loratool.codecs import numbers
+    from loratool.math.closeness import differing
+    from loratool.math.precision import Precision
+
+    kind = DTYPES[dtype]
+    if not kind.is_float or kind.bits < 8:
+        words = np.dtype(f"V{kind.bits // 8}") if kind.bits > 8 else np.dtype(np.uint8)
+        count = int(
+            np.count_nonzero(np.frombuffer(expected, words) != np.frombuffer(actual, words))
+        )
+        return count, count, float(count > 0)
+    shape = (len(expected) * 8 // kind.bits,)
+    wanted, found, old = (
+        None if data is None else numbers.decode(data, dtype, shape)
+        for data in (expected, actual, before)
+    )
+    return differing(wanted, found, old, precision=Precision(kind.eps, kind.smallest))
+
+
+@dataclass
+class _CompareSink:
+    """Compares instead of writing."""
+
+    merged: Checkpoint
+    steps: Mapping[str, Step]
+    joins: bool = False
+    files: InputFiles = field(default_factory=lambda: InputFiles({}))
+    differences: dict[str, _Difference] = field(default_factory=lambda: defaultdict(_Difference))
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def clone(self, file: int, original: Path, files: InputFiles) -> bool:
+        return False
+
+    def copy(self, piece: ByteRange, files: InputFiles) -> None:
+        actual = self._read(piece.spot.spec, piece.position, piece.size)
+        if actual is None:
+            return
+        expected = memoryview(bytearray(piece.size))
+        with files.using(piece.source) as descriptor:
+            read_into(descriptor, expected, piece.source_offset, path=piece.source)
+        if expected != actual:
+            self._note(piece.spot.spec, expected, actual, None, is_copy=True)
+
+    def write(self, spot: Spot, position: int, data: memoryview) -> None:
+        actual = self._read(spot.spec, position, len(data))
+        if actual is not None and data != actual:
+            before = self._before(spot.spec, position, len(data))
+            self._note(spot.spec, data, actual, before, is_copy=False)
+
+    def _before(self, spec: TensorSpec, position: int, size: int) -> memoryview | None:
+        """Return the source's values, where they lie as the result does."""
+        source = self.steps[spec.name].source
+        if isinstance(source, CodedTensor):
+            return None
+        if (source.spec.dtype, source.spec.shape) != (spec.dtype, spec.shape):
+            return None
+        return self._bytes(source, position, size)
+
+    def _read(self, spec: TensorSpec, position: int, size: int) -> memoryview | None:
+        stored = self.merged.tensors.get(spec.name)
+        if stored is None or (stored.spec.dtype, stored.spec.shape) != (spec.dtype, spec.shape):
+            return None
+        return self._bytes(stored, position, size)
+
+    def _bytes(self, stored: StoredTensor, position: int, size: int) -> memoryview:
+        if stored.strides is not None:
+            return memoryview(read_bytes(stored))[position : position + size]
+        view = memoryview(bytearray(size))
+        with self.files.using(stored.path) as descriptor:
+            read_into(descriptor, view, stored.offset + position, path=stored.path)
+        return view
+
+    def _note(
+        self,
+        spec: TensorSpec,
+        expected: memoryview,
+        actual: memoryview,
+        before: memoryview | None,
+        *,
+        is_copy: bool,
+    ) -> None:
+        for start in range(0, len(expected), COMPARED_BYTES):
+            part = slice(start, start + COMPARED_BYTES)
+            elements, far, largest = _differing(
+                spec.dtype,
+                expected[part],
+                actual[part],
+                None if before is None else before[part],
+            )
+            with self.lock:
+                difference = self.differences[spec.name]
+                difference.elements += elements
+                difference.far += far
+                difference.largest = max(difference.largest, largest)
+                difference.is_copy = is_copy
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield one finding for every tensor that differs."""
+        self.files.close()
+        for name, found in sorted(self.differences.items()):
+            total = self.merged.tensors[name].spec.elements
+            share = f"{found.elements} of {total} elements"
+            if found.is_copy:
+                yield finding("LT104", name, f"differs from the base in {share}")
+            elif found.far:
+                yield finding(
+                    "LT105",
+                    name,
+                    f"{share} differ, {found.far} by more than rounding; at most by "
+                    f"{found.largest:.3g}",
+                )
+            elif found.elements:
+                yield finding("LT106", name, f"{share} differ in the last bit")

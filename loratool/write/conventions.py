@@ -1,0 +1,128 @@
+"""From the naming of one convention to that of another, where one module may be several."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
+
+from loratool.adapter.part import Part
+from loratool.errors import OptionError, UnsupportedError
+from loratool.names.families import claiming, family_named
+from loratool.names.family import Family, Fusion
+from loratool.names.paths import families_of_modules
+from loratool.names.pipelines import BACKBONES, component_of
+from loratool.write.fused_projections import split_fused, swapped
+from loratool.write.fusion import fused
+
+__all__ = ["Naming", "families_of", "to_hub", "to_native"]
+
+Found = TypeVar("Found")
+PLACES: Final = (None, *BACKBONES)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The families that the modules of an adapter may belong to; all agree on what is asked."""
+
+    families: tuple[Family, ...]
+
+    def fusion(self, local: str) -> Fusion | None:
+        """Return what a native path is in diffusers, or ``None`` where it is no native path.
+
+        Raises:
+            UnsupportedError: The families disagree.
+        """
+        found = [f.from_native(local) for f in self.families if f.to_native(local) is None]
+        return self._one(local, [item for item in found if item is not None])
+
+    def native(self, local: str) -> tuple[str, Fusion] | None:
+        """Return the native module that holds a path of diffusers, or ``None``.
+
+        Raises:
+            UnsupportedError: The families disagree.
+        """
+        found = [f.to_native(local) for f in self.families]
+        return self._one(local, [item for item in found if item is not None])
+
+    def _one(self, local: str, found: Sequence[Found]) -> Found | None:
+        if len(set(found)) > 1:
+            names = ", ".join(family.name for family in self.families)
+            raise UnsupportedError(
+                local,
+                f"has different counterparts in {names}, and nothing tells which model this is",
+                hint="say it with --family, one of these",
+            )
+        return next(iter(found), None)
+
+
+def families_of(modules: Collection[str], name: str | None) -> Naming:
+    """Return the families that the backbone's ``modules`` may belong to.
+
+    Raises:
+        OptionError: ``name`` is a family that has none of them.
+    """
+    locals_ = [local for component, local in map(component_of, modules) if component in PLACES]
+    if name is None:
+        return Naming(tuple(families_of_modules(modules)))
+    family = family_named(name)
+    is_empty = any(f.has(local) for f in claiming(locals_) for local in locals_)
+    if is_empty and not any(map(family.has, locals_)):
+        raise OptionError("--family", f"{name} has none of the modules, such as {locals_[0]!r}")
+    return Naming((family,))
+
+
+def to_hub(parts: Sequence[Part], naming: Naming) -> list[Part]:
+    """Return ``parts`` under diffusers' names: fused modules are split."""
+    return [made for part in parts for made in _split(part, naming)]
+
+
+def _split(part: Part, naming: Naming) -> Iterator[Part]:
+    component, local = component_of(part.module)
+    fusion = naming.fusion(local) if component is None or component in BACKBONES else None
+    if fusion is None:
+        yield part
+        return
+    before = f"{component}." if component else ""
+    names = [before + module for module in fusion.modules]
+    if len(names) > 1:
+        yield from split_fused(part, names, fusion)
+    elif fusion.swapped:
+        yield replace(swapped(part), module=names[0])
+    else:
+        yield replace(part, module=names[0])
+
+
+def to_native(
+    parts: Sequence[Part], naming: Naming, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Part]:
+    """Return ``parts`` under the names of original checkpoints: projections are fused.
+
+    Args:
+        parts: Under either naming.
+        naming: The families that they may belong to.
+        shapes: Shapes of the base's weights by module path, where it is at hand.
+    """
+    groups: dict[str, tuple[Fusion, dict[str, Part]]] = {}
+    order: list[str | Part] = []
+    for part in parts:
+        component, local = component_of(part.module)
+        is_backbone = component is None or component in BACKBONES
+        native = naming.native(local) if is_backbone else None
+        if native is None:
+            order.append(part)
+            continue
+        before = f"{component}." if component else ""
+        name, fusion = before + native[0], native[1]
+        if name not in groups:
+            groups[name] = (fusion, {})
+            order.append(name)
+        groups[name][1][local] = part
+    made = []
+    for item in order:
+        if isinstance(item, Part):
+            made.append(item)
+        else:
+            fusion, members = groups[item]
+            made.append(fused(item, fusion, members, shapes))
+    return made
