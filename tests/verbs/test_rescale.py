@@ -192,3 +192,11 @@ def test_no_alpha_is_written_that_is_not_read(
     with pytest.raises(OptionError, match="alpha would be"):
         loratool.rescale(adapter, output, scale=scale)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("alpha", [1e31, -1e40, math.inf, math.nan])
+def test_no_alpha_is_taken_that_is_not_read(tmp_path: Path, alpha: float) -> None:
+    save_file(lora(Q, 12, 10), tmp_path / "bare.safetensors")
+    for scheme in ("peft", "kohya"):
+        with pytest.raises(OptionError, match="no number that an alpha may be"):
+            loratool.convert(tmp_path / "bare.safetensors", scheme, tmp_path / "out", alpha=alpha)
