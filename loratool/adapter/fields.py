@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["DECIDING", "FORMS", "Form", "is_number", "wrong_fields"]
+__all__ = ["DECIDING", "FORMS", "LARGEST_NUMBER", "Form", "is_number", "wrong_fields"]
 
 LARGEST_NUMBER: Final = 1e30
+"""What an alpha or a dropout may not reach."""
 
 
 @dataclass(frozen=True, slots=True)

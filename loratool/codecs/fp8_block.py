@@ -139,23 +139,51 @@ def _scale_dtype(scale: StoredTensor) -> str:
 def _block(name: str, shape: tuple[int, ...], grid: tuple[int, ...], given: Any) -> tuple[int, int]:
     """Return rows and columns of a block: the configured ones, else what the shapes tell.
 
+    Without a configuration blocks are the usual ones, else of a power of two that divides the
+    weight evenly: with ragged edges several sizes make the same grid.
+
     Raises:
-        FileFormatError: Blocks of that size do not make this grid.
+        FileFormatError: The configured size is none, blocks of it do not make this grid, or
+            nothing tells which size does.
     """
-    pairs = [USUAL_BLOCK, tuple(-(-size // max(1, n)) for size, n in zip(shape, grid, strict=True))]
-    is_given = isinstance(given, list) and len(given) == 2
-    if is_given and all(type(size) is int and size > 0 for size in given):
-        pairs = [tuple(given)]
-    for height, breadth in pairs:
-        if height and breadth and grid == (
-            math.ceil(shape[0] / height), math.ceil(shape[1] / breadth)
-        ):  # fmt: skip
-            return height, breadth
-    raise FileFormatError(
-        name,
-        f"has shape {list(grid)}, which is not one scale for each block of "
-        f"{' × '.join(map(str, pairs[0]))} of a weight {list(shape)}",
-    )
+    block = USUAL_BLOCK
+    if given is not None:
+        is_pair = isinstance(given, list | tuple) and len(given) == 2
+        if not is_pair or not all(type(size) is int and size > 0 for size in given):
+            raise FileFormatError(
+                "weight_block_size", f"is {given!r:.40}, expected the rows and columns of a block"
+            )
+        block = (given[0], given[1])
+    elif not _makes(shape, block, grid):
+        height, breadth = (_length(size, n) for size, n in zip(shape, grid, strict=True))
+        if not height or not breadth:
+            raise FileFormatError(
+                name,
+                f"has shape {list(grid)} for a weight {list(shape)}, which several sizes of blocks "
+                "would make",
+                hint="say which in config.json: quantization_config.weight_block_size",
+            )
+        block = (height, breadth)
+    if not _makes(shape, block, grid):
+        raise FileFormatError(
+            name,
+            f"has shape {list(grid)}, which is not one scale for each block of "
+            f"{' × '.join(map(str, block))} of a weight {list(shape)}",
+        )
+    return block
+
+
+def _length(size: int, count: int) -> int:
+    """Return how long ``count`` blocks of an axis are; 0 where that cannot be told."""
+    if count == 1:
+        return max(1, size)
+    length, rest = divmod(size, count) if count else (0, 1)
+    return length if not rest and length.bit_count() == 1 else 0
+
+
+def _makes(shape: tuple[int, ...], block: tuple[int, int], grid: tuple[int, ...]) -> bool:
+    """Whether a weight has this many blocks of this size."""
+    return grid == tuple(math.ceil(size / step) for size, step in zip(shape, block, strict=True))
 
 
 CODEC: Final[Codec] = _Fp8Block()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from loratool.adapter.build import build_sites
 from loratool.adapter.config import CONFIG_NAME, LoraConfig, parse_config
+from loratool.adapter.fields import is_number
 from loratool.adapter.model import Adapter, ExtraKind, Site
 from loratool.adapter.recognise import PEFT_TYPES
 from loratool.adapter.scaling import Scaling
@@ -106,8 +106,8 @@ def open_as_spelled(
         AdapterError: There is no adapter, or it contradicts itself.
         UnsupportedError: It is of a kind that has no delta or is not read yet.
     """
-    if alpha is not None and not math.isfinite(alpha):
-        raise OptionError("--alpha", f"{alpha} is no finite number")
+    if alpha is not None and not is_number(alpha):
+        raise OptionError("--alpha", f"{alpha:g} is no number that an alpha may be")
     weights, notes = find_weights(path, adapter_name)
     config_path = weights.parent / CONFIG_NAME
     raw = read_json_object(config_path) if config_path.is_file() else None

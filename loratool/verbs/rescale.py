@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.adapter.fields import LARGEST_NUMBER
 from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import Scheme
 from loratool.errors import OptionError, UnsupportedError
@@ -45,6 +46,8 @@ __all__ = ["RescaleReport", "rescale"]
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
 KEEP: Final = ("factors", "delta")
+SMALLEST_ALPHA: Final = 1.2e-38
+"""The smallest that float32, which alpha tensors have, holds to all its digits."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ def rescale(
                 "scale multiplies it",
                 hint="only --fold and the two rslora options leave such a delta as it is",
             )
+    for change in changes:
+        _check_alpha(change)
     asked = {
         "scale": scale,
         "alpha": alpha,
@@ -291,6 +296,21 @@ def _check_kinds(adapter: Adapter, *, fold: bool, stabilised: bool) -> None:
             adapter.path,
             "an AdaLoRA: its scale is alpha / (init_r + 1e-5), and has no other form",
             hint="make it a plain LoRA first: loratool compose ADAPTER -o OUT",
+        )
+
+
+def _check_alpha(change: Change) -> None:
+    """Refuse an alpha that configurations may not hold, or that float32 rounds to nothing.
+
+    Raises:
+        OptionError: It is too large or too small.
+    """
+    size = abs(change.alpha)
+    if size and not SMALLEST_ALPHA <= size < LARGEST_NUMBER:
+        raise OptionError(
+            change.joint.name,
+            f"alpha would be {change.alpha:g}, expected 0 or a number from {SMALLEST_ALPHA:g} "
+            f"to {LARGEST_NUMBER:g}",
         )
 
 

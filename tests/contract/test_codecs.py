@@ -219,6 +219,20 @@ def test_block_fp8_needs_a_grid_that_fits() -> None:
     assert found.spec.dtype == "F16"
 
 
+@pytest.mark.parametrize("given", ["16", 16, [16], [0, 16], [-16, 16], [16.0, 16], [16, 16, 16]])
+def test_block_fp8_refuses_a_size_that_is_none(given: object) -> None:
+    with pytest.raises(FileFormatError, match="weight_block_size: is"):
+        recognise(ALL[0].stored(), {"quantization_config": {"weight_block_size": given}})
+
+
+def test_block_fp8_does_not_guess_between_sizes_that_make_the_same_grid() -> None:
+    ragged = next(s for s in ALL if s.config["quantization_config"]["weight_block_size"] == [16, 8])
+    assert recognise(ragged.stored(), ragged.config)
+    with pytest.raises(FileFormatError, match="several sizes") as caught:
+        recognise(ragged.stored(), {})
+    assert "weight_block_size" in str(caught.value.hint)
+
+
 def test_block_fp8_scales_are_the_largest_number_over_448() -> None:
     sample = ALL[1]
     coded = sample.coded()

@@ -178,3 +178,25 @@ def test_options_that_make_no_sense(
     with pytest.raises(OptionError, match=words):
         loratool.rescale(patterned(make_adapter), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scheme", ["peft", "kohya"])
+@pytest.mark.parametrize("scale", [1e31, -1e300, 1e-46])
+def test_no_alpha_is_written_that_is_not_read(
+    make_adapter: Make, tmp_path: Path, scheme: str, scale: float
+) -> None:
+    adapter, output = make_adapter(lora(Q, 12, 10), target_modules=[Q]), tmp_path / "out"
+    if scheme == "kohya":
+        loratool.convert(adapter, "kohya", tmp_path / "k.safetensors")
+        adapter, output = tmp_path / "k.safetensors", tmp_path / "out.safetensors"
+    with pytest.raises(OptionError, match="alpha would be"):
+        loratool.rescale(adapter, output, scale=scale)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("alpha", [1e31, -1e40, math.inf, math.nan])
+def test_no_alpha_is_taken_that_is_not_read(tmp_path: Path, alpha: float) -> None:
+    save_file(lora(Q, 12, 10), tmp_path / "bare.safetensors")
+    for scheme in ("peft", "kohya"):
+        with pytest.raises(OptionError, match="no number that an alpha may be"):
+            loratool.convert(tmp_path / "bare.safetensors", scheme, tmp_path / "out", alpha=alpha)

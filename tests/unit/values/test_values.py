@@ -1,4 +1,4 @@
-"""What conversions are made of: views of stored tensors, rounding, gathered bytes."""
+"""What conversions are made of: views of stored tensors, rounding."""
 
 from __future__ import annotations
 
