@@ -28,10 +28,10 @@ from samples import SCHEMES, place
 import loratool
 from loratool import variants
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError
+from loratool.plan import kernels
 from loratool.plan.gpu import read_tensor
 from loratool.schemes.opening import open_adapter
 from loratool.values.arrays import decode
-from loratool.verbs import kernels
 
 CLOSE: Final = 1e-12
 """All samples are float64: nothing but its rounding may differ."""

@@ -16,7 +16,11 @@ FAKES = Path(__file__).parent
 
 
 def find_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the plug-ins of this folder be discovered for one test, in its processes too."""
+    """Let the plug-ins of this folder be discovered for one test, in its processes too.
+
+    Variants keep what they have found: the real ones, before there are others.
+    """
+    variants.claims()
     monkeypatch.setenv(PLUGINS, str(FAKES))
 
 
