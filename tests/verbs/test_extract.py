@@ -374,7 +374,7 @@ def test_clamping_costs_and_says_so(make_base: Make, tmp_path: Path) -> None:
 def test_an_interrupted_run_is_taken_up_again(
     make_base: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loratool.verbs.extraction import running
+    from loratool.verbs.extraction import decomposition as running
 
     base, tuned = pair(make_base, {f"{name}.q.weight": torch.randn(12, 9) for name in "abcd"})
     loratool.extract(base, tuned, tmp_path / "whole", rank=3)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.errors import AdapterError, UnsupportedError
-from loratool.verbs import kernels
+from loratool.plan import kernels
 
 CLOSE = 1e-12
 SHAPES = {"layers.0.q_proj": (24, 16), "layers.1.down_proj": (10, 40), "h.0.c_fc": (20, 12)}
