@@ -126,7 +126,8 @@ def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
     if is_named:
         _check_name(site, adapter)
     if not site.is_plain:
-        options = "--base BASE --rank R " if site.variant.needs_base else ""
+        options = "--base BASE " if site.variant.needs_base else ""
+        options += "" if site.variant.has_factors else "--rank R "
         raise UnsupportedError(
             where,
             f"is {site.variant.words}",
@@ -138,7 +139,8 @@ def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
         raise UnsupportedError(
             where,
             "is a DoRA with magnitudes of the inputs (LyCORIS, wd_on_out=False)",
-            hint="make it a plain LoRA: loratool convert ADAPTER --to-lora --base BASE --rank R",
+            hint="make it a plain LoRA: loratool convert ADAPTER --to-lora --base BASE --rank R "
+            "--to peft -o OUT",
         )
     if Slot.BIAS in site.slots:
         raise UnsupportedError(

@@ -210,7 +210,11 @@ def _products(
             if j >= i:
                 product = math.fsum(inner(a, b) for a, b in zip(first, second, strict=True))
                 if not math.isfinite(product):
-                    raise AdapterError(joint.name, "holds NaN or infinity")
+                    raise AdapterError(
+                        f"{adapters[i].path}: {joint.name}",
+                        "holds NaN or infinity" if i == j else "has a product that is not finite",
+                        hint="loratool validate --deep names the tensors",
+                    )
                 gram[i][j] = gram[j][i] = product
     one, other = by_adapter.get(0), by_adapter.get(1)
     if one is None or other is None:

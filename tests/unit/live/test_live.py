@@ -91,7 +91,19 @@ def is_live(case: Case) -> bool:
     )
 
 
-LIVE_CASES = [case for case in manifest() if is_live(case)]
+NO_FACTORS = ("ia3", "loha")
+"""What has no A and B, and is no live layer before it is converted."""
+LIVE_CASES = [c for c in manifest() if is_live(c) and c["case"] not in NO_FACTORS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NO_FACTORS)
+def test_what_has_no_factors_is_refused_with_a_way(name: str) -> None:
+    (case,) = [case for case in manifest() if case["case"] == name]
+    model = load_model(case, FIXTURES / case["base"])
+    with pytest.raises(UnsupportedError) as refused:
+        attach(model, FIXTURES / "adapters" / name)
+    assert "--to-lora" in str(refused.value.hint)
 
 
 @pytest.mark.slow
