@@ -121,7 +121,7 @@ def run(rows: Sequence[Row], against: Path | None, folder: Path) -> Iterator[Com
     for name, words, output in rows:
         for label, tree in (("", HERE), (" (before)", against)):
             if tree is not None:
-                environment = ["env", f"PYTHONPATH={tree}", PYTHON, "-m", "loratool"]
+                environment = ["env", f"PYTHONPATH={tree}", PYTHON, "-P", "-m", "loratool"]
                 yield Command(f"{name}{label}", [*environment, *words], output)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loratool.adapter.model import HEAD_LEAVES, Adapter, ExtraKind, Site
-from loratool.adapter.problems import CONVERT_HINT, site_problems
+from loratool.adapter.problems import CONVERT_HINT, check_plain, site_problems
 from loratool.adapter.slots import Slot
 from loratool.base.modules import ModuleIndex
 from loratool.errors import AdapterError, OptionError, UnsupportedError
@@ -266,6 +266,7 @@ def _check(adapter: Adapter) -> None:
                 "otherwise than a live layer can",
                 hint="merge it into the weights: loratool merge",
             )
+        check_plain(site, adapter, is_named=False)
     config = adapter.config
     if config is not None and config.init.changes_base:
         raise UnsupportedError(adapter.path, config.init.refusal, hint=CONVERT_HINT)
