@@ -29,6 +29,8 @@ MEASURED_BLOCKS: Final = 2
 class Patch:
     """One weight to compute, block by block; its kernel is made by whichever thread comes first.
 
+    Tasks are kept till the end of a run; the kernel, which holds factors, goes with the last block.
+
     Attributes:
         step: How it comes about.
         spot: Where it goes.
@@ -38,6 +40,7 @@ class Patch:
     spot: Spot
     _kernel: Kernel | None = None
     _next_block: int = 0
+    _is_taken: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -48,14 +51,23 @@ class Patch:
     def take(self, run: Run) -> Unit | None:
         """Return the work on a block that nobody else does, or ``None`` if all are taken."""
         with self._lock:
+            if self._is_taken:
+                return None
             if self._kernel is None:
                 products = run.bench.products
                 self._kernel = compile_step(self.step, run.files, run.device, products)
             kernel, index = self._kernel, self._next_block
-            if index == kernel.blocks:
+            if index == kernel.blocks:  # there may be none at all
+                self._finish()
                 return None
             self._next_block += 1
+            if self._next_block == kernel.blocks:
+                self._finish()
         return lambda: self._compute(run, kernel, index)
+
+    def _finish(self) -> None:
+        self._is_taken = True
+        self._kernel = None
 
     def _compute(self, run: Run, kernel: Kernel, index: int) -> None:
         start = index * kernel.block_rows

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import looks_like_adapter
-from loratool.base.config import is_model_folder
-from loratool.base.model import Model, open_model
 from loratool.errors import AdapterError, BaseModelError, OptionError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.containers import open_weights
@@ -23,6 +21,7 @@ from loratool.schemes.detection import forms
 from loratool.schemes.opening import open_adapter
 
 if TYPE_CHECKING:
+    from loratool.base.model import Model
     from loratool.verbs.spectrum import Spectrum
 
 __all__ = ["AdapterInfo", "ModelInfo", "ModuleInfo", "inspect"]
@@ -196,6 +195,8 @@ def inspect(
         return AdapterInfo(adapter, tuple(ModuleInfo.of(site) for site in adapter.sites), found)
     if spectrum:
         raise OptionError(place, "a model; only adapters have deltas with a spectrum")
+    from loratool.base.model import open_model  # no adapter needs it
+
     model = open_model(place)
     dtypes = Counter(stored.spec.dtype for stored in model.stored)
     return ModelInfo(model, dtypes=dict(dtypes.most_common()))
@@ -208,8 +209,11 @@ def _is_adapter(path: Path) -> bool:
         )
     if any((path / name).exists() for name in (*sidecar_names(), *weights_names())):
         return True
-    if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None and not is_model_folder(path):
-        return True
+    if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None:
+        from loratool.base.config import is_model_folder
+
+        if not is_model_folder(path):
+            return True
     try:
         shards = open_checkpoint(path).shards
     except BaseModelError:
