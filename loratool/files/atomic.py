@@ -7,6 +7,7 @@ once it has made sure (by a lock on it) that no living process is still writing 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -24,6 +25,9 @@ __all__ = ["check_output", "kept", "scratch", "staged", "sync_file"]
 
 MARK: Final = "loratool-partial"
 KEPT_MARK: Final = "loratool-unfinished"
+ATTEMPTS: Final = 100
+OVERTAKEN: Final = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
+"""What renaming fails with where another process has replaced or removed the destination."""
 
 
 def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int = 0) -> None:
@@ -111,19 +115,41 @@ def scratch(path: Path) -> Iterator[Path]:
     """
     path = path.absolute()
     _remove_stale(path)
-    folder = path.parent / f".{path.name}.{MARK}-{secrets.token_hex(4)}"
     try:
-        folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder, lock = _locked_folder(path)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         raise OutputError(path, f"cannot be written: {error.strerror}") from None
     try:
         yield folder
     finally:
         os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """Make a hidden folder beside ``path``, and return it with the descriptor that locks it.
+
+    Until it is locked, a run that starts at the same time may take it for a killed one's.
+    """
+    for _ in range(ATTEMPTS):
+        folder = path.parent / f".{path.name}.{MARK}-{secrets.token_hex(4)}"
+        folder.mkdir()
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+        except BlockingIOError:
+            os.close(lock)
+        except OSError:
+            os.close(lock)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    raise OSError(errno.EAGAIN, "too many runs begin at once")
 
 
 @contextmanager
@@ -154,6 +180,17 @@ def kept(path: Path) -> Iterator[Path]:
 
 
 def _replace(source: Path, path: Path) -> None:
+    """Rename ``source`` to ``path``, whatever is there; again where another run was quicker."""
+    for _ in range(ATTEMPTS):
+        try:
+            return _replace_once(source, path)
+        except OSError as error:
+            if error.errno not in OVERTAKEN:
+                raise
+    return _replace_once(source, path)
+
+
+def _replace_once(source: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         # A folder cannot be renamed over a full one: move the old one aside first.
         aside = path.parent / f".{path.name}.loratool-old-{secrets.token_hex(4)}"
@@ -161,7 +198,11 @@ def _replace(source: Path, path: Path) -> None:
         try:
             source.rename(path)
         except OSError:
-            aside.rename(path)
+            try:
+                aside.rename(path)
+            except OSError as error:
+                if error.errno in OVERTAKEN:  # another run's output is there: nothing to put back
+                    shutil.rmtree(aside, ignore_errors=True)
             raise
         shutil.rmtree(aside, ignore_errors=True)
     elif source.is_dir() and (path.exists() or path.is_symlink()):
