@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes.finding import FAKES, find_fakes
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -90,6 +91,8 @@ class TestKeySchemeContract:
 
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(path=dotted)
+    @example(path="lora_A")
+    @example(path="model.lora_down")
     def test_parse_inverts_format_and_the_claim_matches(self, scheme: Scheme, path: str) -> None:
         module = spell(scheme, path)
         adapter = "style" if scheme.keys.names_adapter else None
@@ -100,7 +103,9 @@ class TestKeySchemeContract:
                 text = scheme.keys.format(key)
             except KeyError:
                 continue
-            if not text.startswith(scheme.keys.foreign or "\0"):
+            if not re.fullmatch(scheme.keys.modules, module, re.DOTALL):
+                assert scheme.keys.parse(text) != key, "its keys say that this is no module"
+            elif not text.startswith(scheme.keys.foreign or "\0"):
                 assert scheme.keys.parse(text) == key
                 is_factor = slot in (Slot.DOWN, Slot.UP)
                 assert not is_factor or claim.pattern.search(text)
