@@ -31,15 +31,15 @@ from harness import (
     say,
     work_folder,
 )
-from loratool.verbs.blas import single_threaded_blas
 from rich.console import Console
 from rich.table import Table
 
 from loratool.files.inputs import InputFiles
 from loratool.files.transfer import write_all
+from loratool.plan.blas import single_threaded_blas
+from loratool.plan.block import compute_block
 from loratool.plan.host import HostBench
 from loratool.plan.kernels import Kernel, compile_step
-from loratool.plan.patches import compute_block
 from loratool.plan.plan import Plan, Step
 from loratool.verbs.merge import plan_merge, write_plan
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -132,7 +131,7 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
     Until it is locked, a run that starts at the same time may take it for a killed one's.
     """
     for _ in range(ATTEMPTS):
-        folder = path.parent / f".{path.name}.{MARK}-{secrets.token_hex(4)}"
+        folder = path.parent / f".{path.name}.{MARK}-{os.urandom(4).hex()}"
         folder.mkdir()
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -193,7 +192,7 @@ def _replace(source: Path, path: Path) -> None:
 def _replace_once(source: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         # A folder cannot be renamed over a full one: move the old one aside first.
-        aside = path.parent / f".{path.name}.loratool-old-{secrets.token_hex(4)}"
+        aside = path.parent / f".{path.name}.loratool-old-{os.urandom(4).hex()}"
         path.rename(aside)
         try:
             source.rename(path)

@@ -69,10 +69,13 @@ class Task(Protocol):
 
     Attributes:
         nbytes: Bytes of output.
+        effort: Bytes that it goes through, roughly.
     """
 
     @property
     def nbytes(self) -> int: ...
+    @property
+    def effort(self) -> int: ...
     def take(self, run: Run) -> Unit | None:
         """Return a unit that nobody else does, or ``None`` if all are taken."""
         ...
@@ -103,6 +106,12 @@ class Lanes:
             for lane in lanes
         )
         self._lock = threading.Lock()
+
+    def efforts(self) -> list[int]:
+        """Return sizes in bytes: of the tasks, or of the copies where these outweigh them."""
+        tasks = [task.effort for lane in self.lanes for task in lane.tasks]
+        copies = [piece.size for lane in self.lanes for piece in lane.pieces]
+        return tasks if sum(tasks) > sum(copies) else copies
 
     @property
     def has_tasks(self) -> bool:

@@ -21,7 +21,7 @@ from loratool.files.inputs import InputFiles, Stamp
 from loratool.files.spec import StoredTensor
 from loratool.files.transfer import clone_file, copy_range, read_into, write_all
 from loratool.plan.lanes import ByteRange, Lane, Lanes, Spot, Task
-from loratool.plan.threads import MAX_THREADS, Progress
+from loratool.plan.threads import Progress, usual_threads
 
 if TYPE_CHECKING:
     from loratool.plan.blocks import Bench
@@ -220,7 +220,7 @@ def run_files(
                 pass  # before any work is done: it is still what was planned with
         lanes = Lanes([_lane(work, number, sink, files) for number, work in enumerate(works)])
         run = Run(lanes, sink, files, allow_nonfinite=allow_nonfinite, device=device)
-        run.start(threads or min(MAX_THREADS, len(os.sched_getaffinity(0))), progress)
+        run.start(threads or usual_threads(lanes.efforts()), progress)
         files.check_unchanged()
     finally:
         files.close()
@@ -291,7 +291,7 @@ class Run:
     def start(self, threads: int, progress: Progress | None) -> None:
         """Do all the work on ``threads`` threads and wait for them."""
         workers = [
-            threading.Thread(target=self._work, name=f"loratool-{i}", daemon=True)
+            threading.Thread(target=self._work, args=(i,), name=f"loratool-{i}", daemon=True)
             for i in range(max(1, threads))
         ]
         for worker in workers:
@@ -312,8 +312,10 @@ class Run:
         if progress is not None:
             progress(self.lanes.total, self.lanes.total)
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         try:
+            if number == 0 and self.lanes.has_tasks:
+                import loratool.plan.kernels  # noqa: F401 - numpy, while other threads copy
             for piece in self.lanes.copies():
                 if self.stopped:
                     return

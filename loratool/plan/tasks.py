@@ -56,6 +56,7 @@ class ModuleTask(_Whole):
             for _, output in item.outputs()
             if output.moved is None or output.moved.strides is not None
         )
+        self.effort = max(self.nbytes, sum(each.nbytes for each in item.togethers))
 
     def do(self, run: Run) -> None:
         made = computed(self.item, self.outcome)
@@ -73,7 +74,7 @@ class OutputTask(_Whole):
         super().__init__()
         self.output = output
         self.spot = spot
-        self.nbytes = output.spec.nbytes
+        self.nbytes = self.effort = output.spec.nbytes
 
     def do(self, run: Run) -> None:
         made = None
@@ -100,6 +101,7 @@ class ReportTask(_Whole):
     def __init__(self, of: Together, outcome: Outcome) -> None:
         super().__init__()
         self.of = of
+        self.effort = of.nbytes
         self.outcome = outcome
 
     def do(self, run: Run) -> None:

@@ -9,16 +9,27 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Final, TypeVar
 
-import numpy as np
-
 from loratool.plan.blas import single_threaded_blas
 
-__all__ = ["MAX_THREADS", "Progress", "in_parallel"]
+__all__ = ["Progress", "in_parallel", "usual_threads"]
 
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 MAX_THREADS: Final = 8
+SMALL: Final = 256 << 10
+"""Bytes of work below which threads mostly wait for each other, for the interpreter does more of
+it than the processor."""
+
+
+def usual_threads(sizes: Sequence[int]) -> int:
+    """Return how many threads suit work of these sizes in bytes.
+
+    One for each processor, at most eight; but one alone where the pieces are small.
+    """
+    if sizes and sum(sizes) < SMALL * len(sizes):
+        return 1
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
 def in_parallel(
@@ -36,10 +47,12 @@ def in_parallel(
     Args:
         work: What to do.
         items: With what.
-        threads: How many at a time; by default one for each processor, at most eight.
+        threads: How many at a time; by default what suits ``sizes``.
         progress: Called with how much is done and how much there is.
-        sizes: How much each item is; by default all are alike.
+        sizes: How many bytes each item is about; by default all are alike.
     """
+    import numpy as np  # here, for a merge begins to copy before it is loaded
+
     if not items:
         return []
     amounts = list(sizes) if sizes is not None else [1] * len(items)
@@ -54,7 +67,7 @@ def in_parallel(
         with np.errstate(all="ignore"):
             return index, work(items[index])
 
-    count = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    count = threads or usual_threads(sizes or ())
     with single_threaded_blas(), ThreadPoolExecutor(count) as pool:
         try:
             waiting = iter(range(len(items)))

@@ -64,6 +64,11 @@ class Together(Protocol):
         """What they are computed from."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that computing them goes through, roughly: read, or of a matrix it forms."""
+        ...
+
     def compute(self) -> tuple[tuple[Array, ...], Any]:
         """Compute all of them, float64, and report how well they stand for what they should.
 
@@ -368,6 +373,11 @@ class Function:
     name: str
     tensors: tuple[StoredTensor, ...]
     function: Callable[..., tuple[Array, ...]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.spec.nbytes for tensor in self.tensors)
 
     def compute(self) -> tuple[tuple[Array, ...], None]:
         return self.function(*(Stored(tensor).evaluate() for tensor in self.tensors)), None

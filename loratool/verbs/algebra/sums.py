@@ -218,6 +218,11 @@ class Spectrum:
         """The stored factors."""
         return self.joint.tensors
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of them."""
+        return self.joint.nbytes
+
     def compute(self) -> tuple[tuple[Array, ...], ModuleReport]:
         """Return no tensors, and the report."""
         rank = self.joint.full_rank
@@ -253,6 +258,11 @@ class SumOfDeltas:
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The stored tensors of all terms."""
         return self.joint.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of them."""
+        return self.joint.nbytes
 
     @np.errstate(over="ignore", invalid="ignore")
     def compute(self) -> tuple[tuple[Array, ...], ModuleReport]:

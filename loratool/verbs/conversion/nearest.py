@@ -38,6 +38,7 @@ class Approximation:
     Attributes:
         name: What it is, for people.
         tensors: What it is computed from.
+        nbytes: Bytes of the dense delta.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class Approximation:
         name: str,
         tensors: Sequence[StoredTensor],
         delta: Callable[[], Array],
+        nbytes: int,
         rank: int,
         seed: int,
     ) -> None:
         self.name = name
         self.tensors = tuple(tensors)
+        self.nbytes = nbytes
         self._delta = delta
         self._rank = rank
         self._seed = seed
@@ -103,7 +106,12 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
     is_turned = place is not None and base is not None and _is_turned(part, shape, base)
     _check_fit(part, shape[::-1] if is_turned else shape)
     made = Approximation(
-        words, used, lambda: _dense(part, place, is_turned=is_turned), most, seed=0
+        words,
+        used,
+        lambda: _dense(part, place, is_turned=is_turned),
+        8 * math.prod(shape),
+        most,
+        seed=0,
     )
     dtype = _dtype(part)
     rows, width = (shape[1], shape[0]) if is_turned else (shape[0], shape[1])

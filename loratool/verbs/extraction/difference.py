@@ -354,6 +354,11 @@ class LeadingPart:
         """Nothing is read any more."""
         return ()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(part.up.nbytes + part.down.nbytes for part in self.modules[self.name].parts)
+
     @np.errstate(over="ignore", invalid="ignore")
     def compute(self) -> tuple[tuple[Array, ...], ModuleResult]:
         """Return A and B as they are after rounding, experts stacked, and what that costs.

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from loratool.files.spec import TensorSpec
-from loratool.plan import patches
+from loratool.plan import kernels
 from loratool.plan.lanes import Spot
 from loratool.plan.patches import Patch
 
@@ -30,7 +30,7 @@ def test_factors_go_with_the_last_block(blocks: int, monkeypatch: pytest.MonkeyP
         made.append(weakref.ref(factors))
         return factors
 
-    monkeypatch.setattr(patches, "compile_step", compiled)
+    monkeypatch.setattr(kernels, "compile_step", compiled)
     run = cast(
         "Any",
         SimpleNamespace(files=None, device="cpu", bench=SimpleNamespace(products=None)),

@@ -1,0 +1,69 @@
+"""One block of a weight: read, changed by every delta, rounded once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratool.codecs import numbers
+from loratool.errors import MergeError
+from loratool.files.dtypes import DTYPES
+from loratool.plan.blocks import Bench
+from loratool.plan.kernels import Kernel
+from loratool.plan.plan import Step
+
+__all__ = ["compute_block"]
+
+
+def compute_block(
+    kernel: Kernel,
+    step: Step,
+    start: int,
+    rows: int,
+    bench: Bench,
+    *,
+    measure: bool,
+    allow_nonfinite: bool,
+) -> tuple[memoryview, tuple[float, float]]:
+    """Return the bytes of some rows, and the two sums that measure what rounding kept.
+
+    Raises:
+        MergeError: A number in the result is not finite.
+    """
+    source = kernel.reader.read(start, rows, bench.input(rows * kernel.reader.row_bytes))
+    if kernel.is_move:
+        return source, (0.0, 0.0)
+    shape = (rows, kernel.width)
+    block = bench.load(source, kernel.reader.dtype, shape, is_double=kernel.is_double)
+    measure = measure and step.has_delta
+    original = bench.kept(block) if measure or kernel.needs_original else block
+    for delta in kernel.deltas:
+        delta.apply(block, original, start, bench.products)
+    data, is_finite = bench.store(block, kernel.output)
+    if not (is_finite or allow_nonfinite):
+        _check_finite(data, step, source, kernel.reader.dtype)
+    if not measure:
+        return data, (0.0, 0.0)
+    kept, total = bench.surviving(block, original, kernel.output)
+    scale = kernel.blocks / -(-kernel.blocks // kernel.stride)
+    return data, (scale * kept, scale * total)
+
+
+def _check_finite(data: memoryview, step: Step, source: memoryview, dtype: str) -> None:
+    """Refuse a block with NaN or infinity in it, unless it is merely a converted one that had them.
+
+    Raises:
+        MergeError: The block is not finite.
+    """
+    if not step.is_changed:
+        after, before = (
+            np.isfinite(numbers.decode(raw, kind, (raw.nbytes * 8 // DTYPES[kind].bits,)))
+            for raw, kind in ((data, step.spec.dtype), (source, dtype))
+        )
+        if np.array_equal(after, before):
+            return  # only converted: what was infinite before (a mask, say) may stay so
+    raise MergeError(
+        step.spec.name,
+        "the result is not finite (NaN or infinity in an input, or an overflow of "
+        f"{DTYPES[step.spec.dtype].torch_name})",
+        hint="see 'loratool validate --deep'; --allow-nonfinite writes it all the same",
+    )
