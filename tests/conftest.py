@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 from samples import FIXTURES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes, each with threads for all processors
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +75,22 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+def _is_short(config: pytest.Config) -> bool:
+    return bool(config.getoption("markexpr") == "not slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try a quarter of the examples of each law where nothing slow is wanted."""
+    settings.register_profile("short", max_examples=25)
+    if _is_short(config):
+        settings.load_profile("short")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the oracles alone where nothing slow is wanted: their libraries load for seconds."""
+    return True if _is_short(config) and collection_path.name == "oracles" else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

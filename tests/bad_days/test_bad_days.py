@@ -21,6 +21,8 @@ from loratool.errors import FileFormatError, OutputError
 from loratool.plan.run import Run
 from loratool.verbs.merge import write_plan
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Path]
 LAYERS, SIZE = 12, 1024
 

@@ -118,6 +118,7 @@ def test_a_claim_is_read_without_an_import(tmp_path: Path, monkeypatch: pytest.M
     assert Plugins("loratool.codecs", "CODEC").names() == codec.FILES.names()
 
 
+@pytest.mark.slow
 def test_the_package_works_from_a_zip_archive(tmp_path: Path) -> None:
     """With plug-ins of others in another one."""
     package = Path(loratool.__file__).parent

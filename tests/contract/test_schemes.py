@@ -178,6 +178,7 @@ def test_only_what_is_claimed_is_imported(tmp_path: Path) -> None:
     assert "loratool.schemes.kohya" not in found
 
 
+@pytest.mark.slow
 def test_plugins_are_found_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-m", "loratool", "schemes"]
     assert "turned" not in subprocess.run(command, capture_output=True, text=True).stdout

@@ -99,6 +99,7 @@ def with_base(made: Sample) -> tuple[Sample, dict[str, Any]]:
 
 @pytest.mark.parametrize("scheme", TO)
 @pytest.mark.parametrize("variant", MERGEABLE)
+@pytest.mark.slow
 def test_it_merges_alike_in_every_scheme(variant: str, scheme: str, tmp_path: Path) -> None:
     made = sample(variant, "F64")
     base, adapter = made.write_base(tmp_path), made.write(tmp_path)

@@ -163,6 +163,7 @@ def every_pair(verbs: tuple[str, ...]) -> pytest.MarkDecorator:
 
 
 @every_pair(BUDGETED)
+@pytest.mark.slow
 def test_a_budget_is_that_of_the_file(
     scheme: str, verb: str, inputs: Callable[[str], Inputs], tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def test_a_budget_is_that_of_the_file(
 
 
 @every_pair(("compose",))
+@pytest.mark.slow
 def test_no_budget_is_too_small_by_chance(
     scheme: str, verb: str, inputs: Callable[[str], Inputs], tmp_path: Path
 ) -> None:

@@ -14,7 +14,10 @@ from torch import nn
 import loratool
 from loratool.errors import MergeError
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 SMALL = {
     "hidden_size": 32,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 PREFIX = "base_model.model."
@@ -34,11 +34,19 @@ def load_config(folder: Path) -> dict:
 def scale_of(config: dict, module: str, rank: int) -> float:
     """Return what multiplies B @ A, as PEFT finds it."""
     patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
+    alpha = _first_match(patterns, module, config["lora_alpha"])
     ranks = config.get("rank_pattern") or {}
-    configured = ranks.get(get_pattern_key(ranks, module), config["r"])
+    configured = _first_match(ranks, module, config["r"])
     assert configured == rank, (module, configured, rank)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _first_match(patterns: dict, module: str, default: float) -> float:
+    """Return the value of the first pattern that ends the module's path, as PEFT takes it."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
 
 
 def dense_deltas(folder: Path) -> dict[str, torch.Tensor]:

@@ -217,6 +217,7 @@ def test_live(adapter: Path, tmp_path: Path) -> None:
     assert_equal(deltas(tmp_path / "saved"), deltas(adapter))
 
 
+@pytest.mark.slow
 def test_the_command_line(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORATOOL_PLUGINS", str(FAKES))
     command = [sys.executable, "-m", "loratool"]

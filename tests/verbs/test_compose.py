@@ -12,7 +12,6 @@ import torch
 from deltas import dense_deltas, load_config, load_tensors, relative_error, weighted_sum
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from samples import lora
 from torch import nn
@@ -377,6 +376,8 @@ class Toy(nn.Module):
 
 @pytest.mark.slow
 def test_peft_linear_is_what_peft_does(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
     model = get_peft_model(Toy(), LoraConfig(r=3, lora_alpha=6, target_modules=["q", "v"]))
     model.add_adapter("other", LoraConfig(r=3, lora_alpha=2, target_modules=["q", "v"]))
     for parameter in (p for n, p in model.named_parameters() if "lora_" in n):

@@ -62,6 +62,7 @@ class TestEveryPair:
             tensors, lora_alpha=3, target_modules=["q_proj", "down_proj"], alpha_pattern={Q: 5}
         )
 
+    @pytest.mark.slow
     def test_a_language_model(self, llama: Path, tmp_path: Path) -> None:
         truth = dense_deltas(llama)
         schemes = [name for name in SCHEMES if name != "cloneofsimo"]
@@ -816,6 +817,7 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(cli, [str(item) for item in arguments])
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     first = stable_diffusion(tmp_path / "sd.safetensors", alpha=3.0)
     result = run("convert", first, "--to", "diffusers", "-o", tmp_path / "x.safetensors")

@@ -16,6 +16,8 @@ from loratool.files.containers import open_weights
 from loratool.names.positions import unet_paths
 from loratool.schemes import builtin_schemes, scheme_named
 
+pytestmark = pytest.mark.slow
+
 SCHEMES = [scheme.name for scheme in builtin_schemes()]
 PLAIN = [s.name for s in builtin_schemes() if not s.paths.has_components]
 """Schemes of one model; the others are of a pipeline."""

@@ -95,6 +95,7 @@ def decaying(m: int, n: int, power: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["lora", "0.5", "0.1", "flat"])
 @pytest.mark.parametrize("rank", [4, 16, 64])
+@pytest.mark.slow
 def test_the_randomised_route_is_nearly_optimal(kind: str, rank: int) -> None:
     if kind == "lora":
         delta = torch.randn(600, 16) @ torch.randn(16, 480) / 20 + 0.02 * torch.randn(600, 480)
@@ -140,6 +141,7 @@ def sparse(kind: str) -> torch.Tensor:
     "kind", ["integers", "row", "column", "rows", "entries", "constant", "huge", "tiny"]
 )
 @pytest.mark.parametrize("rank", [1, 8, 16])
+@pytest.mark.slow
 def test_rank_deficient_differences_do_not_mislead_the_randomised_route(
     kind: str, rank: int
 ) -> None:
@@ -505,6 +507,7 @@ def test_ties_hold_in_peft(tmp_path: Path) -> None:
         assert float(error) < 1e-5
 
 
+@pytest.mark.slow
 def test_routers_are_left_over(tmp_path: Path) -> None:
     case = next(case for case in manifest() if case["case"] == "experts-gpt-oss")
     base, tuned = FIXTURES / case["base"], tmp_path / "tuned"

@@ -157,6 +157,7 @@ def test_it_is_merged_into_a_base_in_either_naming(
         assert_near(merged[module].double(), weight.double() + deltas[module])
 
 
+@pytest.mark.slow
 def test_it_can_be_named_on_the_command_line(braid: tuple[Path, Tensors], tmp_path: Path) -> None:
     path, _ = braid
     assert command("inspect", path)["scheme"] == "kohya"
@@ -203,6 +204,7 @@ def fake_base(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_adapter_in_a_container_is_read_by_every_verb(
     fake_adapter: Path, fake_base: Path, tmp_path: Path
 ) -> None:
@@ -266,6 +268,7 @@ def test_an_adapter_is_written_in_a_container(tmp_path: Path) -> None:
 # A loader
 
 
+@pytest.mark.slow
 def test_a_loader_refuses_what_its_file_says(make_adapter: Make, tmp_path: Path) -> None:
     q, o = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
     path = make_adapter(lora(q, 6, 5) | lora(o, 5, 6), target_modules=["q_proj", "o_proj"])

@@ -464,6 +464,7 @@ def test_missing_inputs_are_named(tmp_path: Path) -> None:
         loratool.merge(LLAMA, [], tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_many_shards_take_few_descriptors(make_adapter: Make, tmp_path: Path) -> None:
     count, base = 150, tmp_path / "base"
     base.mkdir()

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from samples import FIXTURES, lora
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Path]
 UNWANTED = ("torch", "array_api_compat", "numpy.f2py", "numpy.testing")
 ASK = """

@@ -39,6 +39,8 @@ from safetensors.torch import load_file
 
 import loratool
 
+pytestmark = pytest.mark.slow
+
 FIGURES: Final = Path(__file__).with_name("numerics.json")
 SLACK: Final = 1.05
 FLOATS: Final = ("F64", "F32", "F16", "BF16")

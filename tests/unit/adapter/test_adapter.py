@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from samples import lora
 
@@ -46,8 +45,11 @@ PATTERNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_patterns_match_as_in_peft(module: str) -> None:
+    from peft.utils.other import get_pattern_key
+
     for pattern in PATTERNS:
         is_hit = get_pattern_key([pattern], module) == pattern
         assert (pattern_value({pattern: 1}, module, 0) == 1) == is_hit, pattern

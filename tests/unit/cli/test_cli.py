@@ -39,6 +39,7 @@ def test_help_has_an_example(command: str, flag: str) -> None:
     assert f"loratool {command}" in example
 
 
+@pytest.mark.slow
 def test_no_command_shows_the_list() -> None:
     result = run("--help")
     assert result.returncode == 0
@@ -80,6 +81,7 @@ def test_inspect_json_on_a_model() -> None:
 
 
 @pytest.mark.parametrize("arguments", [("inspect", ADAPTER), ("inspect", BASE), ("schemes",)])
+@pytest.mark.slow
 def test_reading_commands_never_import_torch(arguments: tuple[object, ...]) -> None:
     code = (
         "import sys; from loratool.cli.main import _run; "
@@ -122,6 +124,7 @@ def test_merge_and_verify(tmp_path: Path) -> None:
     assert "LT105" in result.stdout
 
 
+@pytest.mark.slow
 def test_dry_run_as_json_and_as_tables(tmp_path: Path) -> None:
     result = run("merge", BASE, ADAPTER, "-o", tmp_path / "out", "--dry-run", "--json")
     document = json.loads(result.stdout)
@@ -151,6 +154,7 @@ def test_dry_run_as_json_and_as_tables(tmp_path: Path) -> None:
         ("verify", "/nonexistent", "--base", BASE, "--adapter", ADAPTER),
     ],
 )
+@pytest.mark.slow
 def test_failures_are_one_line_and_status_2(arguments: tuple[object, ...], tmp_path: Path) -> None:
     result = run(*arguments, cwd=tmp_path)
     assert result.returncode == 2
@@ -167,6 +171,7 @@ def test_debug_shows_a_traceback() -> None:
     assert "Traceback" not in run("inspect", "/nonexistent").stderr
 
 
+@pytest.mark.slow
 def test_validate_exits_with_1_on_errors(make_adapter: Make) -> None:
     bad = make_adapter(lora("a.q", 6, 5), r=7)
     result = run("validate", bad, "--json")
@@ -186,6 +191,7 @@ def test_schemes_as_json() -> None:
     assert all(set(s) == {"name", "reads", "writes", "example"} for s in document["schemes"])
 
 
+@pytest.mark.slow
 def test_names_are_shown_and_not_obeyed(make_adapter: Make) -> None:
     names = ["[bold]x[/bold]", "[/nope]", "a\x1b[31mred", "b\u202eevil", "line\nbreak"]
     tensors: dict[str, torch.Tensor] = {}
@@ -200,6 +206,7 @@ def test_names_are_shown_and_not_obeyed(make_adapter: Make) -> None:
         assert "\\x1b[31mred" in output
 
 
+@pytest.mark.slow
 def test_colour_only_on_terminals_and_never_with_no_color() -> None:
     def on_terminal(**environment: str) -> str:
         master, slave = pty.openpty()

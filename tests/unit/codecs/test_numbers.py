@@ -117,6 +117,7 @@ def test_float64_between_a_tie_and_its_float32() -> None:
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
 @pytest.mark.parametrize("name", SIXTEEN + EIGHT)
+@pytest.mark.slow
 def test_any_float32_is_rounded_as_in_torch(name: str, bits: list[int]) -> None:
     values = np.array(bits, dtype=np.uint32).view(np.float32)
     found, expected = encode(values, name), encoded_by_torch(values, name)

@@ -157,12 +157,14 @@ def test_names_that_mean_something_to_the_format(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 8, 9, 24, 25, 254, 255, 999, 1000, 1001, 2000, 5081])
+@pytest.mark.slow
 def test_any_number_of_tensors(count: int, tmp_path: Path) -> None:
     """Batches of a thousand, longer indices, and each size of the set that torch hashes."""
     tensors = {f"t{number}": torch.tensor(number) for number in range(count)}
     assert_reads_back(tensors, assert_as_torch(tensors, tmp_path))
 
 
+@pytest.mark.slow
 def test_more_records_than_the_first_zip_could_count(tmp_path: Path) -> None:
     tensors = {f"t{number}": torch.tensor(number % 100) for number in range(65_535)}
     path = assert_as_torch(tensors, tmp_path)
@@ -320,6 +322,7 @@ def test_a_file_that_is_too_short_is_not_sealed(tmp_path: Path) -> None:
             seal(file.fileno(), layout, path=tmp_path / "x.bin")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     """A quarter of a gigabyte of holes is sealed by a process that may hold 32 MB more."""
     program = f"""

@@ -15,15 +15,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from oracles import FIXTURES, Case, load_model, load_peft, manifest, outputs_of
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 import loratool
 from loratool.errors import AdapterError, LoratoolError, OptionError, UnsupportedError
 from loratool.live import Live, attach
 from loratool.live.layers import LiveLayer
+
+pytestmark = pytest.mark.slow  # the layers of transformers, the outputs of PEFT
 
 Make = Callable[..., Path]
 
@@ -32,6 +32,8 @@ class Toy(nn.Module):
     """One layer of every kind, one of them in two places."""
 
     def __init__(self) -> None:
+        from transformers.pytorch_utils import Conv1D
+
         super().__init__()
         self.embed = nn.Embedding(20, 12, padding_idx=0)
         self.conv = nn.Conv1d(12, 12, 3, padding=1)
@@ -96,7 +98,6 @@ NO_FACTORS = ("ia3", "loha")
 LIVE_CASES = [c for c in manifest() if is_live(c) and c["case"] not in NO_FACTORS]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NO_FACTORS)
 def test_what_has_no_factors_is_refused_with_a_way(name: str) -> None:
     (case,) = [case for case in manifest() if case["case"] == name]
@@ -106,7 +107,6 @@ def test_what_has_no_factors_is_refused_with_a_way(name: str) -> None:
     assert "--to-lora" in str(refused.value.hint)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", LIVE_CASES, ids=lambda case: case["case"])
 def test_files_compute_what_peft_computes(case: Case) -> None:
     model = load_model(case, FIXTURES / case["base"])
@@ -122,7 +122,6 @@ def test_files_compute_what_peft_computes(case: Case) -> None:
     assert torch.equal(outputs_of(case, model), before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "rslora", "dora", "bias"])
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv1d", "conv2d", "conv3d"])
 def test_gradients_are_those_of_peft(kind: str, variant: str) -> None:
@@ -135,6 +134,8 @@ def test_gradients_are_those_of_peft(kind: str, variant: str) -> None:
         "conv2d": (lambda: nn.Conv2d(3, 8, (3, 2), stride=2), torch.randn(2, 3, 9, 8)),
         "conv3d": (lambda: nn.Conv3d(2, 8, 2), torch.randn(2, 2, 4, 4, 4)),
     }
+    from peft import LoraConfig, get_peft_model
+
     make, x = layers[kind]
     base = nn.Sequential(make())
     mine, theirs = copy.deepcopy(base), copy.deepcopy(base)
@@ -392,9 +393,10 @@ def test_a_bias_that_nothing_can_take_leaves_all_unfolded() -> None:
 # ------------------------------------------------------------------------ storing
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "dora", "bias"])
 def test_saved_adapters_load_in_peft_and_back(variant: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
     model, x = single(), ids()
     targets = ALL if variant != "bias" else ["conv", "qkv"]
     live = attach(
@@ -488,7 +490,6 @@ def test_attributes_of_the_layer_are_still_there() -> None:
         _ = model.qkv.nonsense
 
 
-@pytest.mark.slow
 def test_autocast_checkpointing_and_compile() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -770,7 +771,7 @@ class Machine(RuleBasedStateMachine):
         assert torch.equal(self.model(self.x), self.base)
 
 
-TestMachine = pytest.mark.slow(Machine.TestCase)
+TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=100, stateful_step_count=12, deadline=None)
 
 

@@ -766,6 +766,7 @@ def test_fused_modules_are_noted(make_adapter: Make) -> None:
 
 
 @pytest.mark.parametrize("name", LLM)
+@pytest.mark.slow
 def test_one_rank_and_a_folded_scale_are_right(
     name: str, make_adapter: Make, tmp_path: Path
 ) -> None:
@@ -804,6 +805,7 @@ def test_only_what_is_read_otherwise_is_mended_by_conversion_alone(
         assert rule.mend is Mend.MERGE
 
 
+@pytest.mark.slow
 def test_validate_for_a_loader(make_adapter: Make, capsys: pytest.CaptureFixture[str]) -> None:
     path = make_adapter(lora(Q, 6, 5), use_rslora=True, target_modules=["q_proj"])
     assert loratool.validate(path) == ()

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from libraries import Library, on_libraries
-from peft.utils import merge_utils
 
 from loratool.math import combining
 from loratool.math.budget import Item, allocate, spend
@@ -231,8 +230,11 @@ def joint_bases(deltas: list[LowRank]) -> tuple[torch.Tensor, torch.Tensor]:
     return U[:, : int((S > 1e-9).sum())], Vh[: int((T > 1e-9).sum())].mT
 
 
+@pytest.mark.slow
 @on_libraries
 def test_ties_is_pefts_ties_on_the_cores(library: Library) -> None:
+    from peft.utils import merge_utils
+
     deltas, weights = three(), [1.0, 0.5, -0.7]
     U, V = joint_bases(deltas)
     cores = [U.mT @ dense(delta) @ V for delta in deltas]
@@ -241,8 +243,11 @@ def test_ties_is_pefts_ties_on_the_cores(library: Library) -> None:
     assert torch.allclose(found.dense(), expected, atol=1e-10)
 
 
+@pytest.mark.slow
 @on_libraries
 def test_knots_is_ties_on_the_right_factors_of_all_deltas_side_by_side(library: Library) -> None:
+    from peft.utils import merge_utils
+
     deltas, weights = three(), [1.0, 0.5, -0.7]
     U, S, Vh = torch.linalg.svd(torch.cat([dense(d) for d in deltas], dim=1), full_matrices=False)
     count = int((S > 1e-9).sum())
@@ -411,6 +416,7 @@ def test_fixed_prices_are_part_of_the_budget() -> None:
         assert value >= max(values) - 1e-12
 
 
+@pytest.mark.slow
 def test_a_header_that_grows_costs_no_more_than_it_takes() -> None:
     """Prices have a common divisor, so that a smaller budget may mean a much cheaper choice."""
     items = [
@@ -426,6 +432,7 @@ def test_a_header_that_grows_costs_no_more_than_it_takes() -> None:
         assert budget - 512 < size_of(found) <= budget
 
 
+@pytest.mark.slow
 def test_a_large_budget_is_spent_nearly_as_well_as_by_fractions_and_quickly() -> None:
     chance = random.Random(3)
     items = []

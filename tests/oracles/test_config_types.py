@@ -22,6 +22,8 @@ from loratool.adapter.config import parse_config
 from loratool.adapter.fields import DECIDING, FORMS, wrong_fields
 from loratool.errors import AdapterError
 
+pytestmark = pytest.mark.slow
+
 CLASSES = (
     peft.LoraConfig,
     peft.AdaLoraConfig,

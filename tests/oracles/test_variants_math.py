@@ -37,6 +37,8 @@ from loratool.math.exact_variants import (
     vera_factors,
 )
 
+pytestmark = pytest.mark.slow
+
 ALPHA = 2.5
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SINGLE = {"rtol": 1e-5, "atol": 1e-5}

@@ -21,6 +21,8 @@ from loratool.names.flattening import BACKBONE, ENCODER_KINDS, KINDS, unflatten,
 from loratool.names.templates import expand
 from loratool.names.vocabulary import NUMBER, Vocabulary, filled, flatten
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = [family for family in families() if family.rows]
 TEMPLATES = {
     BACKBONE: tuple(
@@ -146,7 +148,6 @@ def test_the_tables_are_bijective(family: Family) -> None:
             assert family.to_native(module) == (native, fusion)
 
 
-@pytest.mark.slow
 @each_family
 def test_the_tables_are_those_of_the_real_models(family: Family) -> None:
     hubs = {module for _, fusion in table(family) for module in fusion.modules}
