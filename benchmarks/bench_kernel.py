@@ -40,8 +40,9 @@ from loratool.plan.blas import single_threaded_blas
 from loratool.plan.block import compute_block
 from loratool.plan.host import HostBench
 from loratool.plan.kernels import Kernel, compile_step
-from loratool.plan.plan import Plan, Step
-from loratool.verbs.merge import plan_merge, write_plan
+from loratool.plan.model import ModelPlan, Step
+from loratool.plan.plan import write_at
+from loratool.verbs.merge import plan_merge
 
 READ: Final = "pread"
 WIDEN: Final = "bf16 -> f32"
@@ -161,7 +162,7 @@ class Subject:
         return start * self.kernel.reader.row_bytes
 
 
-def find_subject(plan: Plan, files: InputFiles) -> Subject:
+def find_subject(plan: ModelPlan, files: InputFiles) -> Subject:
     """Return the down projection of the first layer."""
     name = module_name(0, "down_proj") + ".weight"
     step = next(step for step in plan.steps() if step.spec.name == name)
@@ -171,7 +172,7 @@ def find_subject(plan: Plan, files: InputFiles) -> Subject:
     return Subject(step, kernel, bench)
 
 
-def measure_stages(plan: Plan, folder: Path, runs: int) -> Iterator[Row]:
+def measure_stages(plan: ModelPlan, folder: Path, runs: int) -> Iterator[Row]:
     """Yield a row for each stage, measured in one thread."""
     files = InputFiles({})
     with single_threaded_blas(), np.errstate(all="ignore"):
@@ -235,7 +236,7 @@ def whole_blocks(subject: Subject, clock: Clock) -> None:
 # ------------------------------------------------------------------------------------ whole runs
 
 
-def measure_runs(plan: Plan, folder: Path, runs: int) -> list[Row]:
+def measure_runs(plan: ModelPlan, folder: Path, runs: int) -> list[Row]:
     """Carry out the plan for the whole layer, with one thread and with two, in turn."""
     elements = sum(step.spec.elements for step in plan.steps())
     seconds: dict[int, list[float]] = {threads: [] for threads in THREADS}
@@ -244,7 +245,7 @@ def measure_runs(plan: Plan, folder: Path, runs: int) -> list[Row]:
             place = folder / "output"
             place.mkdir()
             begin = time.perf_counter()
-            write_plan(plan, place, threads=threads)
+            write_at(plan, place, threads=threads)
             seconds[threads].append(time.perf_counter() - begin)
             shutil.rmtree(place)
             os.sync()

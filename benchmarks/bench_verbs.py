@@ -12,7 +12,9 @@ import numpy as np
 from harness import (
     ALL_LINEAR,
     ATTENTION,
+    PLACES,
     PYTHON,
+    WIDTHS,
     Command,
     Figure,
     LlamaShape,
@@ -23,6 +25,7 @@ from harness import (
     measure,
     print_report,
     read_through,
+    sizes_of,
     work_folder,
 )
 from safetensors.numpy import save_file
@@ -34,26 +37,7 @@ HERE: Final = Path(__file__).resolve().parent.parent
 GIGABYTE: Final = LlamaShape(layers=10, hidden=2048, intermediate=5632, kv=256, vocabulary=32000)
 DEEP: Final = LlamaShape(layers=4, hidden=2048, intermediate=5632, kv=256, vocabulary=64)
 SQUARE: Final = LlamaShape(layers=8, hidden=4096, intermediate=64, kv=64, vocabulary=64)
-BLOCKS: Final = 16
-"""Transformer blocks of the U-Net of Stable Diffusion 1.5, with the widths below."""
-WIDTHS: Final = (
-    320,
-    320,
-    640,
-    640,
-    1280,
-    1280,
-    1280,
-    1280,
-    1280,
-    1280,
-    640,
-    640,
-    640,
-    320,
-    320,
-    320,
-)
+ONE: Final = LlamaShape(layers=1, hidden=64, intermediate=64, kv=64, vocabulary=64)
 SHARDS: Final = 1000
 TENSORS: Final = 60
 
@@ -96,6 +80,10 @@ def work(folder: Path) -> Iterator[Row]:
     yield "compare", ("compare", four[0], four[1], "--json"), None
     yield "inspect --spectrum", ("inspect", four[0], "--spectrum", "--json"), None
     yield "inspect, 1,000 tensors", ("inspect", many(folder / "many"), "--json"), None
+    one = make_adapter(folder / "one", ONE, ("q_proj",), rank=4)
+    yield "start-up: rescale", ("rescale", one, "--scale", "0.3", "-o", out), out
+    yield "start-up: compare", ("compare", one, one, "--json"), None
+    yield "start-up: inspect --spectrum", ("inspect", one, "--spectrum", "--json"), None
     unet = kohya_unet(folder / "unet.safetensors")
     tiny = kohya_unet(folder / "tiny.safetensors", blocks=1)
     file = folder / "out.safetensors"
@@ -153,21 +141,13 @@ def many(folder: Path) -> Path:
     return make_adapter(folder, shape, ATTENTION, rank=4)
 
 
-def kohya_unet(path: Path, *, blocks: int = BLOCKS) -> Path:
+def kohya_unet(path: Path, *, blocks: int = len(PLACES)) -> Path:
     """Write an adapter of the attention of Stable Diffusion 1.5's U-Net: 9 modules a block."""
     generator = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
-    places = [f"down_blocks_{i}_attentions_{j}" for i in range(3) for j in range(2)]
-    places += ["mid_block_attentions_0"]
-    places += [f"up_blocks_{i}_attentions_{j}" for i in range(1, 4) for j in range(3)]
-    for place, width in list(zip(places, WIDTHS, strict=True))[:blocks]:
-        block = f"lora_unet_{place}_transformer_blocks_0"
-        sizes = {f"attn1_to_{leaf}": (width, width) for leaf in ("q", "k", "v", "out_0")}
-        sizes |= {f"attn2_to_{leaf}": (width, width) for leaf in ("q", "out_0")}
-        sizes |= {f"attn2_to_{leaf}": (width, 768) for leaf in ("k", "v")}
-        sizes["ff_net_2"] = (width, 4 * width)
-        for leaf, (out, into) in sizes.items():
-            key = f"{block}_{leaf}"
+    for place, width in list(zip(PLACES, WIDTHS, strict=True))[:blocks]:
+        for leaf, (out, into) in sizes_of(width).items():
+            key = f"lora_unet_{place}.transformer_blocks.0.{leaf}".replace(".", "_")
             tensors[f"{key}.lora_down.weight"] = generator.standard_normal((8, into), np.float32)
             tensors[f"{key}.lora_up.weight"] = generator.standard_normal((out, 8), np.float32)
             tensors[f"{key}.alpha"] = np.array(8, np.float32)

@@ -530,3 +530,37 @@ def make_adapter(
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+PLACES: Final = (
+    *(f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)),
+    "mid_block.attentions.0",
+    *(f"up_blocks.{i}.attentions.{j}" for i in range(1, 4) for j in range(3)),
+)
+"""Transformer blocks of the U-Net of Stable Diffusion 1.5, with these widths."""
+WIDTHS: Final = (
+    320,
+    320,
+    640,
+    640,
+    1280,
+    1280,
+    1280,
+    1280,
+    1280,
+    1280,
+    640,
+    640,
+    640,
+    320,
+    320,
+    320,
+)
+
+
+def sizes_of(width: int) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the nine linear layers of such a block."""
+    sizes = {f"attn1.to_{leaf}": (width, width) for leaf in ("q", "k", "v", "out.0")}
+    sizes |= {f"attn2.to_{leaf}": (width, width) for leaf in ("q", "out.0")}
+    sizes |= {f"attn2.to_{leaf}": (width, 768) for leaf in ("k", "v")}
+    return sizes | {"ff.net.2": (width, 4 * width)}

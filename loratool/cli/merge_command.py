@@ -10,7 +10,7 @@ import click
 from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.errors import printable
-from loratool.plan.plan import Plan
+from loratool.plan.model import ModelPlan
 from loratool.verbs.merge import MergeReport, merge, plan_merge
 from loratool.verbs.merging.planning import QUANTIZED
 
@@ -131,7 +131,7 @@ def _report_json(report: MergeReport) -> dict[str, Any]:
     }
 
 
-def _plan_json(plan: Plan) -> dict[str, Any]:
+def _plan_json(plan: ModelPlan) -> dict[str, Any]:
     return {
         "schema": 1,
         "dry_run": True,
@@ -154,7 +154,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: ModelPlan) -> None:
     render.print_table(
         "would be written",
         ("file", "size", "tensors", "of these changed"),

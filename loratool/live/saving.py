@@ -15,8 +15,8 @@ from loratool.files.dtypes import dtype_named
 from loratool.live.factors import Factors
 from loratool.live.kinds import LayerKind
 from loratool.names.paths.dotted import from_paths
-from loratool.plan.adapter_files import write_adapter
 from loratool.plan.history import History
+from loratool.plan.plan import write as write_plan
 from loratool.values.expr import Expr, Held
 from loratool.variants import variant_named
 from loratool.verbs.algebra.combination import output_scheme
@@ -54,7 +54,7 @@ def save(
         history=History("live", (), {"name": name}),
     )
     plan = write(new, output_scheme((), to), WriteOptions(output))
-    write_adapter(plan, output, inputs=(), force=force)
+    write_plan(plan, output, inputs=(), force=force)
 
 
 def _targets(wanted: list[str], paths: list[str]) -> dict[str, Any]:

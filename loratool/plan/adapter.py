@@ -20,6 +20,8 @@ from loratool.files.inputs import Stamp
 from loratool.files.safetensors import canonical_order
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.history import History
+from loratool.plan.outcome import Outcome
+from loratool.plan.run import FileWork
 from loratool.plan.sidecar import Sidecar
 from loratool.schemes import sidecar_names
 from loratool.values.expr import Expr, Stored, Together, sources, togethers
@@ -180,6 +182,23 @@ class AdapterPlan:
     def config_text(self) -> bytes:
         """The configuration as it is written."""
         return (json.dumps(self.config, indent=2) + "\n").encode()
+
+    def beside(self) -> Iterator[Sidecar]:
+        """Yield the files beside the weights, the configuration last."""
+        if not self.is_folder:
+            return
+        yield from self.sidecars
+        if self.config is not None:
+            yield Sidecar(self.config_name, None, self.config_text)
+
+    def works(self, outcome: Outcome) -> list[FileWork]:
+        """Return what is to be done for the weights file."""
+        from loratool.plan.tasks import adapter_work
+
+        return [adapter_work(self, outcome)]
+
+    def check(self, outcome: Outcome) -> None:
+        """Accept what was written."""
 
     def described_files(self) -> list[dict[str, Any]]:
         """Return name and size of every file of the output."""

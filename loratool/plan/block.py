@@ -9,7 +9,7 @@ from loratool.errors import MergeError
 from loratool.files.dtypes import DTYPES
 from loratool.plan.blocks import Bench
 from loratool.plan.kernels import Kernel
-from loratool.plan.plan import Step
+from loratool.plan.model import Step
 
 __all__ = ["compute_block"]
 

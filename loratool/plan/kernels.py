@@ -31,7 +31,7 @@ from loratool.math.principal import kasa_residual, olora_residual, pissa_residua
 from loratool.math.products import Products, spaced
 from loratool.plan.blocks import Arithmetic, arithmetic_on
 from loratool.plan.factors import expert_delta, read_factors
-from loratool.plan.plan import (
+from loratool.plan.model import (
     AddBias,
     AddDelta,
     Blend,

@@ -4,64 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError
 from loratool.plan.adapter import ModuleOutput
+from loratool.plan.outcome import Approximated, Outcome
 from loratool.values.arrays import Rounded
 
 if TYPE_CHECKING:
     from loratool.values.arrays import Array
 
-__all__ = ["Approximated", "Outcome", "computed"]
+__all__ = ["computed"]
 
 LARGEST_NORM: Final = 1e100
 TOO_ROUGH: Final = 2e-3
 """A relative error beyond this is no longer the rounding of a 16-bit dtype alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Approximated:
-    """How well computed factors stand for what no factors equal.
-
-    Attributes:
-        squared_norm: ``‖Δ‖_F²``.
-        squared_error: ``‖Δ - up @ down‖_F²``.
-    """
-
-    squared_norm: float
-    squared_error: float
-
-
-@dataclass
-class Outcome:
-    """What was found while a plan was carried out.
-
-    Attributes:
-        errors: Module to the squared norm of its delta and of the error of what was written.
-        shifted: Modules of which part of the scale went into A, a power of two.
-        nonfinite: Modules whose delta holds NaN or infinity, and has no error that means anything.
-        reports: What the things that were computed as a whole say about themselves, by name.
-    """
-
-    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    shifted: list[str] = field(default_factory=list)
-    nonfinite: list[str] = field(default_factory=list)
-    reports: dict[str, Any] = field(default_factory=dict)
-
-    def relative(self, module: str) -> float:
-        """Return ``‖written - Δ‖ / ‖Δ‖`` of one module; 0 where it was moved."""
-        norm, error = self.errors.get(module, (0.0, 0.0))
-        return math.sqrt(error / norm) if norm else 0.0
-
-    @property
-    def relative_error(self) -> float:
-        """The same over all modules that were computed."""
-        norm = math.fsum(pair[0] for pair in self.errors.values())
-        error = math.fsum(pair[1] for pair in self.errors.values())
-        return math.sqrt(error / norm) if norm else 0.0
 
 
 def computed(item: ModuleOutput, outcome: Outcome) -> dict[Slot, Rounded]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratool.files.dtypes import DTYPES
 from loratool.plan.lanes import Spot, Unit
-from loratool.plan.plan import Step
+from loratool.plan.model import Step
 
 if TYPE_CHECKING:
     from loratool.plan.kernels import Kernel

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -66,6 +66,7 @@ class FileWork:
         moves: Tensors that are stored bytes, and where they go; in the order of the file.
         tasks: What is computed.
         original: An input that it equals but for what is computed.
+        seal: Called with the file once all of its data is there.
     """
 
     name: str
@@ -74,6 +75,7 @@ class FileWork:
     moves: Sequence[tuple[Spot, StoredTensor]] = ()
     tasks: Sequence[Task] = field(default=())
     original: Path | None = None
+    seal: Callable[[Path], None] | None = None
 
 
 @dataclass
@@ -117,7 +119,7 @@ def write_files(
         _begin(path, work)
     outputs = Descriptors(lambda path: os.open(path, os.O_RDWR | os.O_CLOEXEC))
     try:
-        return run_files(
+        result = run_files(
             works,
             _FileSink(tuple(paths), outputs),
             stamps,
@@ -128,6 +130,10 @@ def write_files(
         )
     finally:
         outputs.close()
+    for path, work in zip(paths, works, strict=True):
+        if work.seal is not None:
+            work.seal(path)
+    return result
 
 
 def _begin(path: Path, work: FileWork) -> None:

@@ -43,6 +43,11 @@ class Sidecar:
     content: bytes | None = None
     why: str = ""
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.source.stat().st_size if self.source else len(self.content or b"")
+
 
 def write_sidecar(sidecar: Sidecar, folder: Path) -> None:
     """Write a file into ``folder``, and the folders it lies in."""

@@ -1,25 +1,36 @@
-"""What is computed for an adapter: modules as a whole, single tensors, reports."""
+"""What is done for an adapter: modules computed as a whole, single tensors, reports, hashes.
+
+Hashes that go into metadata are taken while the bytes are still in the system's cache.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loratool.errors import AdapterError
 from loratool.files.container import read_view
-from loratool.plan.adapter import ModuleOutput, Output
-from loratool.plan.lanes import Spot, Unit
-from loratool.plan.module_error import Outcome, computed
+from loratool.files.spec import StoredTensor
+from loratool.files.transfer import read_into
+from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
+from loratool.plan.history import digest_of
+from loratool.plan.lanes import Spot, Task, Unit
+from loratool.plan.module_error import computed
+from loratool.plan.outcome import Outcome
+from loratool.plan.run import FileWork
 from loratool.values.arrays import Rounded
 from loratool.values.expr import Mean, Together
 
 if TYPE_CHECKING:
     from loratool.plan.run import Run
 
-__all__ = ["ModuleTask", "OutputTask", "ReportTask"]
+__all__ = ["adapter_work"]
 
 
 class _Whole:
@@ -108,6 +119,51 @@ class ReportTask(_Whole):
         self.outcome.reports[self.of.name] = self.of.compute()[1]
 
 
+class DigestTask(_Whole):
+    """The SHA-256 of an input, for the history."""
+
+    nbytes = 0
+
+    def __init__(self, path: Path, digests: dict[Path, str]) -> None:
+        super().__init__()
+        self.path = path
+        self.effort = path.stat().st_size
+        self.digests = digests
+
+    def do(self, run: Run) -> None:
+        self.digests[self.path] = digest_of(self.path)
+
+
+def adapter_work(plan: AdapterPlan, outcome: Outcome) -> FileWork:
+    """Return what is to be done for the weights file of an adapter."""
+    places = plan.layout.offsets
+    spots = {spec.name: Spot(spec, 0, places[spec.name]) for spec in plan.specs}
+    moves: dict[str, StoredTensor] = {}
+    tasks: list[Task] = []
+    for item in plan.parts:
+        outputs = [output for _, output in item.outputs()]
+        if not item.is_moved:
+            tasks.append(ModuleTask(item, spots, outcome))
+        for output in outputs:
+            if output.moved is not None and output.moved.strides is None:
+                moves[output.spec.name] = output.moved
+            elif item.is_moved:
+                tasks.append(OutputTask(output, spots[output.spec.name]))
+        if item.alpha is not None:
+            tasks.append(OutputTask(item.alpha, spots[item.alpha.spec.name]))
+    for output in plan.carried:
+        if output.moved is not None and output.moved.strides is None:
+            moves[output.spec.name] = output.moved
+        else:
+            tasks.append(OutputTask(output, spots[output.spec.name]))
+    tasks += [ReportTask(each, outcome) for each in plan.measured]
+    digests: dict[Path, str] = {}
+    tasks += [DigestTask(path, digests) for path in dict.fromkeys(_hashed(plan)) if path]
+    in_order = [(spots[spec.name], moves[spec.name]) for spec in plan.specs if spec.name in moves]
+    seal = partial(_seal, plan, digests)
+    return FileWork(plan.weights_name, plan.nbytes, b"", in_order, tasks, seal=seal)
+
+
 def _write(run: Run, output: Output, spot: Spot, made: Rounded | None) -> None:
     if not spot.spec.nbytes:
         return
@@ -116,3 +172,31 @@ def _write(run: Run, output: Output, spot: Spot, made: Rounded | None) -> None:
         run.sink.write(spot, 0, made.bits.data.cast("B"))
     elif stored is not None:
         run.sink.write(spot, 0, read_view(stored))
+
+
+def _hashed(plan: AdapterPlan) -> list[Path | None]:
+    return [source.weights for source in plan.history.inputs] if plan.history is not None else []
+
+
+def _seal(plan: AdapterPlan, digests: Mapping[Path, str], weights: Path) -> None:
+    """Write what can be said only once all data is there: what surrounds it, hashes in it."""
+    descriptor = os.open(weights, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        sealed = _sealed(plan, descriptor, weights)
+        hashes = [digests[path] if path else None for path in _hashed(plan)]
+        plan.layout.seal(descriptor, plan.metadata_with(sealed, hashes), path=weights)
+    finally:
+        os.close(descriptor)
+
+
+def _sealed(plan: AdapterPlan, descriptor: int, path: Path) -> Mapping[str, str]:
+    """Return the metadata that only the data tells, now that it is written."""
+    if plan.seal is None:
+        return {}
+    size = plan.layout.size
+    start = min(plan.layout.offsets.values(), default=size)
+
+    def read(offset: int, into: memoryview) -> None:
+        read_into(descriptor, into, start + offset, path=path)
+
+    return plan.seal.close(read, size - start, plan.specs, plan.metadata)

@@ -16,9 +16,10 @@ from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.loaders import loader_named
 from loratool.loaders.loader import Loader
 from loratool.plan.adapter import AdapterPlan
-from loratool.plan.adapter_files import measure_adapter, write_adapter
 from loratool.plan.history import History, Source
-from loratool.plan.module_error import Outcome
+from loratool.plan.outcome import Outcome
+from loratool.plan.plan import run as run_plan
+from loratool.plan.plan import write as write_plan
 from loratool.schemes import scheme_named, scheme_names
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.conversion.contents import Conversion, converted
@@ -227,9 +228,9 @@ def convert(
     new, options = converted(opened, scheme, conversion, options, history)
     plan = write(new, scheme, options)
     if dry_run:
-        outcome = measure_adapter(plan)
+        outcome = run_plan(plan)
     else:
-        outcome = write_adapter(plan, place, inputs=inputs, force=force, progress=progress)
+        outcome = write_plan(plan, place, inputs=inputs, force=force, progress=progress)
     return ConvertReport(
         source=opened.scheme,
         plan=plan,

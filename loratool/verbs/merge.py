@@ -8,20 +8,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import MergeError
-from loratool.files.atomic import check_output, staged, sync_file
-from loratool.plan.plan import Plan
-from loratool.plan.run import RunResult, write_files
-from loratool.plan.sidecar import write_sidecar
+from loratool.plan.plan import write
 from loratool.verbs.merging.planning import plan_merge
 
-__all__ = ["MergeReport", "merge", "plan_merge", "write_plan"]
+__all__ = ["MergeReport", "merge", "plan_merge"]
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
 RETENTION_WARNING: Final = 0.9
-SYNC_BELOW: Final = 64 << 20
-"""Outputs smaller than this are always synced to the disk: it costs nothing that matters."""
 
 
 @dataclass(frozen=True)
@@ -106,23 +100,22 @@ def merge(
         quantized=quantized,
         output=output,
     )
-    inputs = [Path(base), *(Path(adapter) for adapter in adapters), *plan.inputs()]
-    check_output(output, force=force, inputs=inputs, needed=plan.needed)
-    sync = sync or plan.nbytes < SYNC_BELOW
-    with staged(output, folder=plan.is_folder, force=force, sync=sync) as place:
-        result = write_plan(
-            plan,
-            place,
-            allow_nonfinite=allow_nonfinite,
-            device=device,
-            threads=threads,
-            sync=sync,
-            progress=progress,
-        )
+    outcome = write(
+        plan,
+        output,
+        inputs=[Path(base), *(Path(adapter) for adapter in adapters)],
+        force=force,
+        allow_nonfinite=allow_nonfinite,
+        device=device,
+        threads=threads,
+        sync=sync,
+        progress=progress,
+    )
+    retention = outcome.weights.retention
     notes = list(plan.notes)
-    if result.retention is not None and result.retention < RETENTION_WARNING:
+    if retention is not None and retention < RETENTION_WARNING:
         notes.append(
-            f"only {result.retention:.1%} of the update survived rounding to the output's dtype; "
+            f"only {retention:.1%} of the update survived rounding to the output's dtype; "
             "write a wider one with --dtype float32"
         )
     return MergeReport(
@@ -132,45 +125,6 @@ def merge(
         added=plan.added,
         unused=plan.unused,
         bytes_written=plan.nbytes,
-        retention=result.retention,
+        retention=retention,
         notes=tuple(notes),
     )
-
-
-def write_plan(
-    plan: Plan,
-    place: Path,
-    *,
-    allow_nonfinite: bool = False,
-    device: str = "auto",
-    threads: int | None = None,
-    sync: bool = False,
-    progress: Progress | None = None,
-) -> RunResult:
-    """Carry out ``plan`` at ``place``, a folder or a file that nothing else uses.
-
-    Raises:
-        LoratoolError: An input changed or ended, or a result is not finite.
-        OSError: Writing failed, such as for want of space.
-    """
-    for sidecar in plan.sidecars:
-        write_sidecar(sidecar, place)
-    paths = [place / file.name if plan.is_folder else place for file in plan.files]
-    result = write_files(
-        plan.works(),
-        paths,
-        plan.stamps,
-        allow_nonfinite=allow_nonfinite,
-        device=device,
-        threads=threads,
-        progress=progress,
-    )
-    for path in paths if sync else ():
-        sync_file(path)
-    if result.is_empty and not any(step.added or step.replaced for step in plan.steps()):
-        raise MergeError(
-            ", ".join(str(adapter.path) for adapter, _ in plan.adapters),
-            "every delta is exactly zero (an untrained adapter, or alpha 0), so the merge would "
-            "change nothing",
-        )
-    return result

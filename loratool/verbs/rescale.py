@@ -18,8 +18,9 @@ from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.math.factored import norm
 from loratool.plan.adapter import AdapterPlan
-from loratool.plan.adapter_files import measure_adapter, write_adapter
 from loratool.plan.history import History, Source
+from loratool.plan.plan import run as run_plan
+from loratool.plan.plan import write as write_plan
 from loratool.plan.threads import in_parallel
 from loratool.schemes import scheme_named
 from loratool.schemes.opening import open_adapter
@@ -190,11 +191,11 @@ def rescale(
         plan = _rewritten(opened, changes, scheme, WriteOptions(place, dtype=written_dtype), asked)
         error, is_measured = 0.0, False
     if not dry_run:
-        outcome = write_adapter(
+        outcome = write_plan(
             plan, place, inputs=[Path(adapter)], force=force, threads=threads, progress=progress
         )
     elif not is_measured:
-        outcome = measure_adapter(plan, threads=threads, progress=progress)
+        outcome = run_plan(plan, threads=threads, progress=progress)
     if not is_measured:
         error = outcome.relative_error
     return RescaleReport(

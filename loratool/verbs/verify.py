@@ -30,8 +30,8 @@ from loratool.files.json import read_json_object
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import read_into
 from loratool.plan.lanes import ByteRange, Spot
-from loratool.plan.plan import Plan, Step
-from loratool.plan.run import run_files
+from loratool.plan.model import ModelPlan, Step
+from loratool.plan.plan import run
 from loratool.verbs.merging.planning import plan_merge
 
 __all__ = ["verify"]
@@ -93,10 +93,9 @@ def verify(
     )
     found = [*_check_layout(plan, checkpoint), *_check_config(plan, checkpoint)]
     sink = _CompareSink(checkpoint, {step.spec.name: step for step in plan.steps()})
-    run_files(
-        plan.works(),
+    run(
+        plan,
         sink,
-        plan.stamps,
         allow_nonfinite=True,
         device=device,
         threads=threads,
@@ -120,7 +119,7 @@ def _dtype_of(base: Model, merged: Checkpoint) -> str | None:
     return names.get(targets.pop())
 
 
-def _check_layout(plan: Plan, merged: Checkpoint) -> Iterator[Finding]:
+def _check_layout(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:
     expected = {step.spec.name: step for step in plan.steps()}
     for name, step in expected.items():
         stored = merged.tensors.get(name)
@@ -153,7 +152,7 @@ def _words(spec: TensorSpec) -> str:
     return f"{spec.dtype} {list(spec.shape)}"
 
 
-def _check_config(plan: Plan, merged: Checkpoint) -> Iterator[Finding]:
+def _check_config(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:
     """Yield what ``config.json`` should say after the merge and does not."""
     found = read_config(merged.folder).raw
     if not plan.is_folder or not found:

@@ -18,8 +18,8 @@ from samples import lora
 
 import loratool
 from loratool.errors import FileFormatError, OutputError
+from loratool.plan.plan import write_at
 from loratool.plan.run import Run
-from loratool.verbs.merge import write_plan
 
 pytestmark = pytest.mark.slow
 
@@ -207,7 +207,7 @@ def test_inputs_that_vanish_after_planning(
     )
     (tmp_path / "place").mkdir()
     with pytest.raises(FileFormatError):
-        write_plan(plan, tmp_path / "place")
+        write_at(plan, tmp_path / "place")
 
 
 def test_a_base_that_is_written_to_during_the_run(
@@ -294,7 +294,7 @@ def test_a_shard_that_is_exchanged_after_planning(
         place = tmp_path / f"place-{name}"
         place.mkdir()
         with pytest.raises(FileFormatError, match="was changed"):
-            write_plan(plan, place)
+            write_at(plan, place)
 
 
 def test_an_output_that_appears_meanwhile_is_kept(

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from loratool.files.atomic import check_output
 from loratool.plan.adapter import AdapterPlan
-from loratool.plan.adapter_files import write_adapter
-from loratool.plan.module_error import Outcome
+from loratool.plan.outcome import Outcome
+from loratool.plan.plan import write as write_plan
 from loratool.plan.threads import Progress, in_parallel
 from loratool.verbs.algebra.combination import Combination
 from loratool.verbs.algebra.modules import Joint
@@ -155,7 +155,7 @@ def finish(
     if dry_run:
         reports = [expected_report(j, ranks[j.rank_group], spectra[j.name]) for j in joints]
         return AdapterReport(tuple(reports), plan, False, plan.notes)
-    outcome = write_adapter(
+    outcome = write_plan(
         plan,
         output,
         inputs=inputs,

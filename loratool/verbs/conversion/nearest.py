@@ -19,7 +19,7 @@ from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
 from loratool.math.extraction import leading_part
 from loratool.math.randomness import generator_for
-from loratool.plan.module_error import Approximated
+from loratool.plan.outcome import Approximated
 from loratool.values.arrays import decode
 from loratool.values.expr import Expr, Function, Result, evaluated, widest
 from loratool.variants import variant_named

@@ -15,7 +15,7 @@ from loratool.errors import BaseModelError
 from loratool.files.atomic import kept, staged
 from loratool.files.inputs import InputFiles, Stamp
 from loratool.plan.adapter import AdapterPlan
-from loratool.plan.adapter_files import write_adapter
+from loratool.plan.plan import write as write_plan
 from loratool.verbs.algebra.modules import Joint
 from loratool.verbs.algebra.ranks import Truncation, within_budget
 from loratool.verbs.extraction.adapter import Difference
@@ -150,7 +150,7 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
         if ranks != largest or len(modules) < len(found) or carried != pairing.saved:
             plan = draft.plan(ranks)
         inputs = [draft.base.path, draft.tuned.path]
-        outcome = write_adapter(plan, output, inputs=inputs, force=how.force, threads=how.threads)
+        outcome = write_plan(plan, output, inputs=inputs, force=how.force, threads=how.threads)
         results = [
             outcome.reports[joint.name]
             if ranks[joint.rank_group]

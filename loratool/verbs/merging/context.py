@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from loratool.adapter.model import Adapter
 from loratool.files.spec import StoredTensor
-from loratool.plan.plan import Blend, Edit, SetRows
+from loratool.plan.model import Blend, Edit, SetRows
 
 __all__ = ["Changes", "Share"]
 

@@ -11,7 +11,7 @@ from loratool.base.model import Model
 from loratool.base.ties import Tie
 from loratool.errors import AdapterError, BaseModelError
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES, MASKED_HEADS
-from loratool.plan.plan import Blend, SetRows
+from loratool.plan.model import Blend, SetRows
 from loratool.verbs.merging.context import Share
 
 __all__ = ["plan_extra", "plan_extras"]

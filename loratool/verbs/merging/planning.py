@@ -26,7 +26,7 @@ from loratool.files.json import read_json_object
 from loratool.files.links import STRAY_LINK
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
-from loratool.plan.plan import Blend, Edit, OutputFile, Plan, SetRows, Step
+from loratool.plan.model import Blend, Edit, ModelPlan, OutputFile, SetRows, Step
 from loratool.plan.sidecar import Sidecar
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.merging.context import Changes, Share
@@ -72,7 +72,7 @@ def plan_merge(
     skip: Sequence[str] = (),
     quantized: str = "dequantize",
     output: AnyPath | None = None,
-) -> Plan:
+) -> ModelPlan:
     """Decide what a merge writes, from headers alone; the arguments are those of :func:`merge`.
 
     Raises:
@@ -133,7 +133,7 @@ def plan_merge(
     notes += [f"{name} was not carried over: {why}" for name, why in left if why == STRAY_LINK]
     if is_folder and (len(files) > 1 or checkpoint.index):
         sidecars.append(_index(checkpoint, files))
-    return Plan(
+    return ModelPlan(
         files=tuple(files),
         sidecars=tuple(sidecars),
         is_folder=is_folder,

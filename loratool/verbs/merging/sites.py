@@ -9,7 +9,7 @@ from loratool.base.fitting import Fit, fit
 from loratool.base.model import Model
 from loratool.base.region import Region
 from loratool.errors import BaseModelError, UnsupportedError
-from loratool.plan.plan import AddBias, AddDelta, Blend, ChangeWeight, Decompose, Residual
+from loratool.plan.model import AddBias, AddDelta, Blend, ChangeWeight, Decompose, Residual
 from loratool.verbs.merging.context import Share
 
 __all__ = ["plan_sites", "replaced_shapes"]

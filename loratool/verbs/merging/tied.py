@@ -12,7 +12,7 @@ from loratool.base.ties import Tie, have_same_values
 from loratool.errors import UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
-from loratool.plan.plan import AddDelta, SetRows
+from loratool.plan.model import AddDelta, SetRows
 from loratool.verbs.merging.context import Changes, Share
 
 __all__ = ["settle_tie"]

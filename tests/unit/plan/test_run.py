@@ -54,7 +54,7 @@ def test_long_ranges_are_cut_and_copied(order: list[int], tmp_path: Path) -> Non
 class Steps:
     """A task of several units, which counts who has done which."""
 
-    nbytes = 10
+    nbytes = effort = 10
 
     def __init__(self, count: int, *, fails_at: int | None = None) -> None:
         self.left = list(range(count))

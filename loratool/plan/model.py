@@ -1,0 +1,369 @@
+"""The plan of a model: what every output tensor is made of, decided from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from loratool.adapter.model import Adapter, Site
+from loratool.base.region import Region
+from loratool.codecs.weights import Weight
+from loratool.errors import MergeError
+from loratool.files.container import WeightsFile
+from loratool.files.inputs import Stamp
+from loratool.files.safetensors import canonical_order, format_header
+from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.plan.lanes import Spot
+from loratool.plan.outcome import Outcome
+from loratool.plan.run import FileWork
+from loratool.plan.sidecar import Sidecar
+
+__all__ = [
+    "PROCESS_BYTES",
+    "AddBias",
+    "AddDelta",
+    "Blend",
+    "ChangeWeight",
+    "Decompose",
+    "Edit",
+    "ModelPlan",
+    "OutputFile",
+    "Residual",
+    "SetRows",
+    "Step",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class AddDelta:
+    """Add ``scale · B @ A`` of ``site``; the scale includes the adapter's weight."""
+
+    site: Site
+    scale: float
+    region: Region
+
+    @property
+    def words(self) -> str:
+        return f"+ {self.scale:g} · B @ A, rank {self.site.rows // self.region.experts}"
+
+
+@dataclass(frozen=True, slots=True)
+class Decompose:
+    """Apply the DoRA site: add its delta, then rescale rows (or columns) to its magnitudes."""
+
+    site: Site
+    scale: float
+    weight: float
+    region: Region
+
+    @property
+    def words(self) -> str:
+        return f"DoRA, scale {self.scale:g}, rank {self.site.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeWeight:
+    """Make of a weight, or of its bias, what the site's variant makes of it."""
+
+    site: Site
+    scale: float
+    weight: float
+    region: Region
+    is_bias: bool = False
+
+    @property
+    def words(self) -> str:
+        share = "" if self.weight == 1 else f", {self.weight:g} of the way"
+        return f"{self.site.variant.name}{share}"
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """Take out of the base what the adapter's initialisation took out of it.
+
+    The kind is ``pissa``, ``olora`` or ``kasa``.
+    """
+
+    kind: str
+    rank: int
+    scale: float
+    weight: float
+
+    @property
+    def words(self) -> str:
+        return f"{self.kind} residual of rank {self.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Put a saved tensor in place of the base's, or move ``weight`` of the way to it.
+
+    With ``only_if_different`` the saved tensor is a copy of the base's in its own dtype; the
+    base's values stay wherever they round to it.
+    """
+
+    tensor: StoredTensor
+    weight: float
+    only_if_different: bool = False
+
+    @property
+    def words(self) -> str:
+        if self.only_if_different:
+            return "on the adapter's copy of the base weight"
+        return "replaced" if self.weight == 1 else f"{self.weight:g} of the way to a saved tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class SetRows:
+    """Give some rows new values."""
+
+    indices: tuple[int, ...]
+    tensor: StoredTensor
+    weight: float
+
+    @property
+    def words(self) -> str:
+        return f"{len(self.indices)} rows replaced"
+
+
+@dataclass(frozen=True, slots=True)
+class AddBias:
+    """Add a scaled bias."""
+
+    tensor: StoredTensor
+    scale: float
+
+    @property
+    def words(self) -> str:
+        return f"+ {self.scale:g} · bias"
+
+
+PROCESS_BYTES: Final = 90_000_000
+"""What an interpreter with numpy takes, with the blocks of eight threads."""
+
+Edit = AddDelta | Decompose | ChangeWeight | Residual | Blend | SetRows | AddBias
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How one output tensor comes about.
+
+    Attributes:
+        spec: What is written.
+        source: What is read: the base's tensor, or an adapter's where it replaces or adds one.
+        edits: What is done to it, in order.
+        base: The base's tensor, where the source is another one that replaces it.
+        added: Whether the base has no tensor of this name.
+        replaced: Whether an adapter's tensor takes the place of the base's.
+    """
+
+    spec: TensorSpec
+    source: Weight
+    edits: tuple[Edit, ...] = ()
+    base: Weight | None = None
+    added: bool = False
+    replaced: bool = False
+
+    @property
+    def copied(self) -> StoredTensor | None:
+        """The source, where its bytes are written as they are."""
+        source = self.source
+        if self.edits or not isinstance(source, StoredTensor) or source.strides is not None:
+            return None
+        is_same = (self.spec.dtype, self.spec.shape) == (source.spec.dtype, source.spec.shape)
+        return source if is_same else None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes of the source are written as they are."""
+        return self.copied is not None
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the values differ from the base's for another reason than the dtype."""
+        return bool(self.edits) or self.added or self.replaced
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether something is added that rounding can eat."""
+        return any(
+            isinstance(edit, AddDelta | Decompose | ChangeWeight | AddBias) for edit in self.edits
+        )
+
+    @property
+    def words(self) -> str:
+        """What is done, in a few words."""
+        parts = ["added"] if self.added else ["replaced"] if self.replaced else []
+        return "; ".join([*parts, *(edit.words for edit in self.edits)]) or "copied"
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weights file of the output.
+
+    Attributes:
+        name: Its name in the output folder.
+        header: The bytes before the data.
+        steps: Its tensors in the order of their data.
+        original: The base's file, where header and layout are those of it.
+    """
+
+    name: str
+    header: bytes
+    steps: tuple[Step, ...]
+    original: WeightsFile | None = None
+
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        return len(self.header) + sum(step.spec.nbytes for step in self.steps)
+
+    def placed(self) -> Iterator[tuple[Step, int]]:
+        """Yield every step with the offset of its tensor in the file."""
+        offset = len(self.header)
+        for step in self.steps:
+            yield step, offset
+            offset += step.spec.nbytes
+
+    def work(self, number: int) -> FileWork:
+        """Return what is to be done for it, as the output file of this number."""
+        from loratool.plan.patches import Patch
+
+        moves: list[tuple[Spot, StoredTensor]] = []
+        tasks: list[Patch] = []
+        for step, offset in self.placed():
+            spot = Spot(step.spec, number, offset)
+            if step.copied is not None:
+                moves.append((spot, step.copied))
+            elif step.spec.nbytes:
+                tasks.append(Patch(step, spot))
+        original = self.original.path if self.original is not None else None
+        return FileWork(self.name, self.size, self.header, moves, tasks, original)
+
+    @staticmethod
+    def lay_out(
+        name: str,
+        steps: list[Step],
+        metadata: Mapping[str, str],
+        original: WeightsFile | None,
+    ) -> OutputFile:
+        """Return the file that holds ``steps``: as the base lays it out where nothing moves."""
+        if (
+            original is not None
+            and original.header is not None
+            and original.metadata.get("format") == "pt"
+            and [step.spec for step in steps]
+            == [stored.spec for stored in original.tensors.values()]
+        ):
+            return OutputFile(name, original.header, tuple(steps), original)
+        by_name = {step.spec.name: step for step in steps}
+        specs = canonical_order(step.spec for step in steps)
+        header = format_header(specs, {**metadata, "format": "pt"})
+        return OutputFile(name, header, tuple(by_name[spec.name] for spec in specs))
+
+
+def _working_bytes(step: Step) -> int:
+    total = 0
+    for edit in step.edits:
+        match edit:
+            case AddDelta() | Decompose():
+                total += sum(2 * 4 * stored.spec.elements for stored in edit.site.tensors)
+            case ChangeWeight():
+                total += sum(8 * stored.spec.elements for stored in edit.site.tensors)
+                if edit.site.variant.needs_whole:
+                    total += 4 * 8 * step.spec.elements
+            case Residual():
+                total += 5 * 8 * step.spec.elements
+            case SetRows() | AddBias():
+                total += 4 * edit.tensor.spec.elements
+            case Blend():
+                pass
+    return total
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Everything that a run will write, and everything that it will not use.
+
+    Attributes:
+        files: Weights files.
+        sidecars: Other files.
+        is_folder: Whether the output is a folder (else it is the one weights file).
+        adapters: The adapters with their weights.
+        unused: Adapter keys that were skipped on request.
+        notes: What a user should know, one sentence each.
+        left_behind: Files of the base that are not carried over, with the reason.
+        stamps: What the weights files were when their headers were read.
+    """
+
+    files: tuple[OutputFile, ...]
+    sidecars: tuple[Sidecar, ...]
+    is_folder: bool
+    adapters: tuple[tuple[Adapter, float], ...]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    left_behind: tuple[tuple[str, str], ...] = field(default=())
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+
+    def steps(self) -> Iterator[Step]:
+        """Yield every step of every file."""
+        for file in self.files:
+            yield from file.steps
+
+    def works(self, outcome: Outcome) -> list[FileWork]:
+        """Return what is to be done for each of the files."""
+        return [file.work(number) for number, file in enumerate(self.files)]
+
+    def beside(self) -> Iterator[Sidecar]:
+        """Yield the other files."""
+        yield from self.sidecars
+
+    def check(self, outcome: Outcome) -> None:
+        """Refuse a merge that has changed nothing.
+
+        Raises:
+            MergeError: Every delta is exactly zero.
+        """
+        is_changed = any(step.added or step.replaced for step in self.steps())
+        if outcome.weights.is_empty and not is_changed:
+            raise MergeError(
+                ", ".join(str(adapter.path) for adapter, _ in self.adapters),
+                "every delta is exactly zero (an untrained adapter, or alpha 0), so the merge "
+                "would change nothing",
+            )
+
+    def inputs(self) -> Iterator[Path]:
+        """Yield every file that is read."""
+        yield from self.stamps
+        yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory that carrying it out takes at most, roughly.
+
+        The interpreter, the blocks in work, and the largest set of factors (or the whole weight,
+        where one is decomposed).
+        """
+        return PROCESS_BYTES + max((_working_bytes(step) for step in self.steps()), default=0)
+
+    @property
+    def merged(self) -> int:
+        """Tensors of the base that change."""
+        return sum(step.is_changed and not step.added for step in self.steps())
+
+    @property
+    def added(self) -> int:
+        """Tensors that the base does not have."""
+        return sum(step.added for step in self.steps())
+
+    @property
+    def copied(self) -> int:
+        """Tensors whose values stay as they are."""
+        return sum(not step.is_changed for step in self.steps())
