@@ -27,6 +27,12 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def fuzz_seconds(request: pytest.FixtureRequest) -> float:
+    """How long to try damaged inputs."""
+    return float(request.config.getoption("--fuzz"))
+
+
+@pytest.fixture
 def fixtures() -> Path:
     """The folder with tiny bases and adapters."""
     return FIXTURES
@@ -94,4 +100,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz", type=float, default=3.0, metavar="SECONDS", help="how long each parser is fuzzed"
+    )
     parser.addoption("--write-docs", action="store_true", help="write docs/cli.md anew")

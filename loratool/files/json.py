@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.errors import FileFormatError
 
-__all__ = ["parse_json", "read_json_object"]
+__all__ = ["is_text", "parse_json", "read_json_object"]
 
 MAX_SIDECAR_BYTES: Final = 64 << 20
 """No config or index is larger; a hostile one is not read into memory."""
 
+SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 LFS_PREFIX: Final = b"version https://git-lfs"
 
 
@@ -29,6 +31,15 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written; halves of surrogate pairs, which JSON can spell, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_json(data: bytes, *, where: object, allow_constants: bool = False) -> Any:
     """Parse ``data``, refusing duplicate keys.
 
@@ -42,11 +53,14 @@ def parse_json(data: bytes, *, where: object, allow_constants: bool = False) -> 
     """
     try:
         text = data.decode("utf-8-sig")
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=_unique,
             parse_constant=None if allow_constants else _no_constant,
         )
+        if SURROGATE.search(text) and not is_text(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("half of a surrogate pair, which is not text")
+        return value
     except UnicodeDecodeError as error:
         raise FileFormatError(where, f"not UTF-8 text: {error.reason}") from None
     except RecursionError:

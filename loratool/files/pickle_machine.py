@@ -1,25 +1,50 @@
 """The pickle machine, on plain values: two dozen opcodes, and nothing that could run.
 
 The functions that torch's checkpoints name are recognised by name and stand for the record that
-they would build; any other name is refused.
+they would build; any other name is refused. What ``torch.load(weights_only=True)`` refuses, or
+reads otherwise than this machine could tell, is refused here too: the opcodes are those of torch's
+own machine, and a storage is one thing, whoever names it.
+
+Bounds: ``MAX_OPCODES`` steps; values moved in them at most ``MOVES`` times as many, so that the
+time is that of the steps; what a pickle names (functions, storages, keys) is text or a number
+where it arrives, so that nothing nested is ever hashed, compared or printed. Nothing here recurses.
 """
 
 from __future__ import annotations
 
 import math
-import pickletools
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
 from loratool.errors import FileFormatError
 from loratool.files.dtypes import DTYPES, dtype_named
+from loratool.files.json import is_text
 
 __all__ = ["STORAGE_DTYPES", "PickledDict", "PickledTensor", "Storage", "interpret"]
 
 MAX_OPCODES: Final = 4_000_000
+MOVES: Final = 4
+"""How often a value may be moved into containers, on average."""
+SOME: Final = 1000
 MAX_DIMENSIONS: Final = 64
+MAX_NAME: Final = 200
+STORAGE_MODULES: Final = ("torch", "torch.cuda", "torch.storage")
+ARGUMENTS: Final = {
+    "collections.OrderedDict": (0, 1),
+    "torch._utils._rebuild_tensor": (4, 4),
+    "torch._utils._rebuild_tensor_v2": (6, 7),
+    "torch._utils._rebuild_tensor_v3": (7, 8),
+    "torch._utils._rebuild_parameter": (3, 3),
+    "torch._utils._rebuild_parameter_with_state": (4, 4),
+    "torch.Size": (0, 1),
+    "builtins.set": (0, 1),
+    "torch.device": (1, 2),
+    "_codecs.encode": (1, 3),
+}
+"""How many arguments each function takes."""
 
 STORAGE_DTYPES: Final = {
     "DoubleStorage": "F64",
@@ -79,15 +104,21 @@ class PickledDict:
     items: dict[Any, Any] = field(default_factory=dict)
 
 
-class _Mark:
-    """The place on the stack where a MARK opcode stood."""
-
-
-_MARK: Final = _Mark()
+class _Set:
+    """An empty set; torch's machine has no opcode that fills one."""
 
 
 def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
     """What calling ``named`` would build, for the few names that torch's checkpoints use."""
+    if named.path == "torch._tensor._rebuild_from_type_v2":
+        # A function, the type that its result is given, its arguments, and what is set on it.
+        function, _, inner, state = arguments
+        if not isinstance(function, _Named) or not isinstance(inner, tuple) or state:
+            raise ValueError("a tensor of a type of its own")
+        named, arguments = function, inner
+    fewest, most = ARGUMENTS.get(named.path, (0, len(arguments)))
+    if not fewest <= len(arguments) <= most:
+        raise ValueError(f"{named.path} with {len(arguments)} arguments")
     match named.path:
         case "collections.OrderedDict":
             pairs = arguments[0] if arguments else ()
@@ -98,11 +129,14 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
             # A dtype that is younger than the format, beside a storage of plain bytes.
             return _tensor(path, (*arguments[:6], *arguments[7:]), arguments[6])
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
+            if not isinstance(arguments[0], PickledTensor):
+                raise ValueError("a parameter that is no tensor")
+            _check_gradient(arguments[1], arguments[2], arguments[0].dtype)
             return arguments[0]
-        case "torch._tensor._rebuild_from_type_v2" if isinstance(arguments[0], _Named):
-            return _rebuild(path, arguments[0], arguments[2])
-        case "torch.Size" | "builtins.set" | "__builtin__.set" | "builtins.list":
-            return arguments[0] if arguments else []
+        case "torch.Size":
+            return arguments[0] if arguments else ()
+        case "builtins.set":
+            return _Set()
         case "torch.device":
             return "device"
         case "_codecs.encode":
@@ -123,9 +157,10 @@ def _tensor(path: Path, arguments: tuple[Any, ...], dtype: Any = None) -> Pickle
     if not isinstance(shape, tuple | list) or not isinstance(strides, tuple | list):
         raise FileFormatError(path, "damaged: a tensor has an impossible shape")
     sizes = [offset, *shape[: MAX_DIMENSIONS + 1], *strides[: MAX_DIMENSIONS + 1]]
+    if not isinstance(storage, Storage):
+        raise FileFormatError(path, "damaged: a tensor without a storage")
     if (
-        not isinstance(storage, Storage)
-        or len(shape) != len(strides)
+        len(shape) != len(strides)
         or len(shape) > MAX_DIMENSIONS
         or not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes)
         or math.prod(shape) >= 1 << 62
@@ -135,44 +170,115 @@ def _tensor(path: Path, arguments: tuple[Any, ...], dtype: Any = None) -> Pickle
         dtype = storage.dtype
     elif not isinstance(dtype, str) or dtype not in DTYPES or storage.dtype != "U8":
         raise FileFormatError(path, "holds a tensor of an unknown type")
+    if len(arguments) > 4:
+        _check_gradient(arguments[4], arguments[5], dtype)
+    held = storage.elements * DTYPES[storage.dtype].bits
+    if math.prod(shape) * DTYPES[dtype].bits > held:
+        raise FileFormatError(
+            path,
+            f"holds a tensor larger than its storage, {math.prod(shape)} elements in "
+            f"{held // 8} bytes (an expanded one, which repeats itself)",
+            hint="save a copy of it: tensor.contiguous()",
+        )
     return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
-def _storage(path: Path, persistent: Any) -> Storage:
+def _check_gradient(is_wanted: Any, hooks: Any, dtype: str) -> None:
+    is_number = DTYPES[dtype].is_float or dtype.startswith("C")
+    if not isinstance(is_wanted, bool) or (is_wanted and not is_number):
+        raise ValueError(f"a gradient of {dtype}")
+    if not (hooks is None or isinstance(hooks, PickledDict)) or (hooks and hooks.items):
+        raise ValueError("a tensor with hooks")
+
+
+def _storage(path: Path, persistent: Any, *, has_view: bool) -> Storage:
     try:
-        kind, named, key, _, elements, *_ = persistent
+        view = None
+        if has_view:
+            *persistent, view = persistent
+        kind, named, key, location, elements = persistent
+        if not (isinstance(named, _Named) and named.module in STORAGE_MODULES):
+            raise TypeError
         dtype = STORAGE_DTYPES[named.name]
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError):
         raise FileFormatError(path, "damaged: it names a storage of an unknown type") from None
-    if kind != "storage" or type(elements) is not int or elements < 0:
+    if not (
+        isinstance(kind, str)
+        and kind == "storage"
+        and isinstance(key, str)
+        and isinstance(location, str)
+        and type(elements) is int
+        and 0 <= elements < 1 << 48
+    ):
         raise FileFormatError(path, "damaged: it names a storage of an unknown type")
-    return Storage(dtype, str(key), elements)
+    if view is not None:
+        raise FileFormatError(
+            path,
+            f"storage {key[:MAX_NAME]!r} is a view of another one",
+            hint="load and save it with torch, once",
+        )
+    return Storage(dtype, key, elements)
 
 
-def interpret(path: Path, data: IO[bytes]) -> Any:
-    """Interpret the pickle that begins where ``data`` stands, and leave ``data`` behind it."""
-    machine = _Machine(path)
+def interpret(
+    path: Path, data: IO[bytes], *, has_views: bool = False
+) -> tuple[Any, dict[str, Storage]]:
+    """Interpret the pickle that begins where ``data`` stands, and leave ``data`` behind it.
+
+    Args:
+        path: The file, for messages.
+        data: The pickle.
+        has_views: Whether storages say which part of another one they are, as in torch's older
+            format; only those that are none are taken.
+
+    Returns:
+        What it describes, and the storages that it names, by their keys.
+    """
+    machine = _Machine(path, has_views=has_views)
     begin = data.tell()
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if count > MAX_OPCODES:
-                raise FileFormatError(path, "its description is too long to be a checkpoint's")
-            if machine.step(opcode.name, argument):
-                return machine.stack[-1]
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        for count in range(1, MAX_OPCODES):
+            code = data.read(1)
+            if not code:
+                raise FileFormatError(path, "truncated: its pickle has no end")
+            if code not in OPCODES:
+                raise FileFormatError(
+                    path,
+                    f"its pickle uses the opcode {code!r}; torch's weights-only loader would not "
+                    "read it either",
+                    hint="save it again with torch.save, or as safetensors",
+                )
+            name, read = OPCODES[code]
+            if machine.step(name, read(data)):
+                return machine.stack[-1], machine.storages
+            if machine.moved > MOVES * count + SOME:
+                raise FileFormatError(path, "its description copies itself over and over")
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise FileFormatError(
-            path, f"damaged: its pickle breaks off {data.tell() - begin} bytes in: {error}"
+            path,
+            f"damaged: its pickle breaks off {data.tell() - begin} bytes in: "
+            + str(error)[:MAX_NAME],
         ) from None
-    raise FileFormatError(path, "truncated: its pickle has no end")
+    raise FileFormatError(path, "its description is too long to be a checkpoint's")
 
 
 class _Machine:
-    """The pickle machine, on values that cannot do anything."""
+    """The pickle machine, on values that cannot do anything.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        stack: What the next opcodes take; the stacks below a MARK wait in ``below``.
+        storages: Every storage that was named.
+        moved: How many values have gone into containers.
+    """
+
+    def __init__(self, path: Path, *, has_views: bool) -> None:
         self.path = path
+        self.has_views = has_views
         self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
+        self.moved = 0
 
     def step(self, name: str, argument: Any) -> bool:
         """Carry out one opcode; return whether it was the last."""
@@ -182,34 +288,29 @@ class _Machine:
             self.stack.append(argument)
         elif name in _TUPLES:
             count = _TUPLES[name]
+            if len(self.stack) < count:
+                raise IndexError("a tuple of more than there is")
             items = tuple(self.stack[len(self.stack) - count :])
             del self.stack[len(self.stack) - count :]
+            self.moved += count
             self.stack.append(items)
         elif name == "STOP":
             return True
         else:
-            handler = getattr(self, f"_{name.lower()}", None)
-            if handler is None:
-                raise FileFormatError(self.path, f"its pickle uses the opcode {name}")
-            handler(argument)
+            getattr(self, f"_{name.lower()}")(argument)
         return False
 
     def _since_mark(self) -> list[Any]:
-        index = len(self.stack) - 1
-        while self.stack[index] is not _MARK:
-            index -= 1
-            if index < 0:
-                raise ValueError("unbalanced mark")
-        items = self.stack[index + 1 :]
-        del self.stack[index:]
+        items = self.stack
+        self.stack = self.below.pop()
+        self.moved += len(items)
         return items
 
     def _proto(self, argument: Any) -> None: ...
 
-    def _frame(self, argument: Any) -> None: ...
-
     def _mark(self, argument: Any) -> None:
-        self.stack.append(_MARK)
+        self.below.append(self.stack)
+        self.stack = []
 
     def _empty_dict(self, argument: Any) -> None:
         self.stack.append(PickledDict())
@@ -218,33 +319,26 @@ class _Machine:
         self.stack.append([])
 
     def _empty_set(self, argument: Any) -> None:
-        self.stack.append([])
+        self.stack.append(_Set())
 
     def _tuple(self, argument: Any) -> None:
-        self.stack.append(tuple(self._since_mark()))
+        items = tuple(self._since_mark())
+        self.stack.append(items)
 
-    def _put(self, argument: int) -> None:
+    def _binput(self, argument: int) -> None:
         self.memo[argument] = self.stack[-1]
 
-    _binput = _long_binput = _put
+    _long_binput = _binput
 
-    def _memoize(self, argument: Any) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def _get(self, argument: int) -> None:
+    def _binget(self, argument: int) -> None:
         self.stack.append(self.memo[argument])
 
-    _binget = _long_binget = _get
+    _long_binget = _binget
 
     def _global(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self._push_named(module, name)
-
-    def _stack_global(self, argument: Any) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self._push_named(module, name)
-
-    def _push_named(self, module: str, name: str) -> None:
+        module, _, name = argument.partition("\n")
+        if len(argument) > MAX_NAME or not name.isprintable():
+            raise FileFormatError(self.path, "damaged: its pickle names something impossible")
         dtype = dtype_named(name) if module == "torch" else None
         self.stack.append(dtype.name if dtype else _Named(module, name))
 
@@ -252,13 +346,24 @@ class _Machine:
         arguments, named = self.stack.pop(), self.stack.pop()
         if not isinstance(named, _Named) or not isinstance(arguments, tuple):
             raise ValueError("REDUCE without a function")
+        if arguments and isinstance(arguments[0], list):
+            self.moved += len(arguments[0])
         self.stack.append(_rebuild(self.path, named, arguments))
 
     def _binpersid(self, argument: Any) -> None:
-        self.stack.append(_storage(self.path, self.stack.pop()))
+        named = self.stack.pop()
+        if not isinstance(named, tuple):
+            raise ValueError("a storage without a description")
+        storage = _storage(self.path, named, has_view=self.has_views)
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise FileFormatError(
+                self.path, f"damaged: storage {storage.key[:MAX_NAME]!r} is named in two ways"
+            )
+        self.stack.append(storage)
 
     def _setitem(self, argument: Any) -> None:
         value, key = self.stack.pop(), self.stack.pop()
+        self.moved += 1
         self._target(PickledDict).items[_plain_key(key)] = value
 
     def _setitems(self, argument: Any) -> None:
@@ -268,17 +373,18 @@ class _Machine:
 
     def _append(self, argument: Any) -> None:
         value = self.stack.pop()
+        self.moved += 1
         self._target(list).append(value)
 
     def _appends(self, argument: Any) -> None:
         items = self._since_mark()
         self._target(list).extend(items)
 
-    _additems = _appends
-
     def _build(self, argument: Any) -> None:
-        # The state of an OrderedDict (its _metadata) or of a parameter: not tensors.
+        # The state of an OrderedDict, such as its _metadata; that of a tensor would be another
+        # storage for it.
         self.stack.pop()
+        self._target(PickledDict)
 
     def _target(self, kind: type[Any]) -> Any:
         target = self.stack[-1]
@@ -289,6 +395,8 @@ class _Machine:
 
 def _plain_key(key: Any) -> Any:
     """Return a dictionary's key, if it is a plain value: hashing a nested one may not end."""
+    if isinstance(key, str) and not is_text(key):
+        raise ValueError("a key that is not text")
     if not isinstance(key, str | int | float | None):
         raise ValueError(f"a {type(key).__name__} as the key of a dictionary")
     return key
@@ -304,21 +412,92 @@ _TUPLES: Final[Mapping[str, int]] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _LITERALS: Final = frozenset(
     (
         "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE8",
-        "UNICODE",
         "SHORT_BINSTRING",
-        "BINSTRING",
-        "BINBYTES",
-        "SHORT_BINBYTES",
         "BININT",
         "BININT1",
         "BININT2",
-        "INT",
         "LONG1",
-        "LONG4",
-        "LONG",
         "BINFLOAT",
-        "FLOAT",
     )
 )
+
+
+def _exactly(data: IO[bytes], size: int) -> bytes:
+    found = data.read(size)
+    if len(found) < size:
+        raise ValueError("its end is missing")
+    return found
+
+
+def _none(data: IO[bytes]) -> None:
+    """Read no argument."""
+
+
+def _packed(form: str) -> Callable[[IO[bytes]], Any]:
+    kind = struct.Struct(form)
+    return lambda data: kind.unpack(data.read(kind.size))[0]
+
+
+_byte: Final = _packed("<B")
+_long: Final = _packed("<I")
+
+
+def _text(data: IO[bytes]) -> str:
+    return _exactly(data, _long(data)).decode("utf-8", "surrogatepass")
+
+
+def _ascii(data: IO[bytes]) -> str:
+    return _exactly(data, _byte(data)).decode("ascii")
+
+
+def _integer(data: IO[bytes]) -> int:
+    return int.from_bytes(_exactly(data, _byte(data)), "little", signed=True)
+
+
+def _names(data: IO[bytes]) -> str:
+    """Read a module and a name, a line each."""
+    lines = data.readline(), data.readline()
+    if not all(line.endswith(b"\n") for line in lines):
+        raise ValueError("its end is missing")
+    return "\n".join(line[:-1].decode("ascii") for line in lines)
+
+
+OPCODES: Final[Mapping[bytes, tuple[str, Callable[[IO[bytes]], Any]]]] = {
+    b"\x80": ("PROTO", _byte),
+    b".": ("STOP", _none),
+    b"c": ("GLOBAL", _names),
+    b"R": ("REDUCE", _none),
+    b"b": ("BUILD", _none),
+    b"Q": ("BINPERSID", _none),
+    b"(": ("MARK", _none),
+    b"t": ("TUPLE", _none),
+    b"\x85": ("TUPLE1", _none),
+    b"\x86": ("TUPLE2", _none),
+    b"\x87": ("TUPLE3", _none),
+    b")": ("EMPTY_TUPLE", _none),
+    b"]": ("EMPTY_LIST", _none),
+    b"}": ("EMPTY_DICT", _none),
+    b"\x8f": ("EMPTY_SET", _none),
+    b"a": ("APPEND", _none),
+    b"e": ("APPENDS", _none),
+    b"s": ("SETITEM", _none),
+    b"u": ("SETITEMS", _none),
+    b"N": ("NONE", _none),
+    b"\x88": ("NEWTRUE", _none),
+    b"\x89": ("NEWFALSE", _none),
+    b"X": ("BINUNICODE", _text),
+    b"U": ("SHORT_BINSTRING", _ascii),
+    b"J": ("BININT", _packed("<i")),
+    b"K": ("BININT1", _byte),
+    b"M": ("BININT2", _packed("<H")),
+    b"\x8a": ("LONG1", _integer),
+    b"G": ("BINFLOAT", _packed(">d")),
+    b"q": ("BINPUT", _byte),
+    b"r": ("LONG_BINPUT", _long),
+    b"h": ("BINGET", _byte),
+    b"j": ("LONG_BINGET", _long),
+}
+"""By their bytes: the name, as Python's ``pickletools`` has it, and what reads the argument.
+
+All that torch's weights-only loader knows, but for NEWOBJ, which no tensor needs.
+"""

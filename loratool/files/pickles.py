@@ -35,6 +35,22 @@ MAX_PICKLE_BYTES: Final = 16 << 20
 MAX_DEPTH: Final = 8
 MAX_ENTRIES: Final = 200_000
 LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
+LEGACY_VERSION: Final = 1001
+VERSIONS: Final = range(1, 11)
+FLAGS: Final = 0x808
+"""Bits that an entry may have: sizes follow the data, the name is UTF-8."""
+FOLDER: Final = 0x10
+END: Final = struct.Struct("<4sHHHHIIH")
+LONG_END: Final = struct.Struct("<4sQ4xIIQQQQ")
+LOCATOR: Final = struct.Struct("<4sIQI")
+LOCAL: Final = struct.Struct("<4s2xHH16xHH")
+"""Of the Zip File Format Specification (APPNOTE) 4.3: its records 4.3.16, 14, 15 and 7."""
+LONG: Final = 0xFFFF
+LONGER: Final = 0xFFFFFFFF
+"""Both stand for numbers that a longer record holds."""
+UTF8: Final = 0x800
+LONGEST: Final = 200
+"""How much of a name is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,80 +117,172 @@ def _not_a_pickle(start: bytes, size: int) -> str:
 
 
 def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
+    """Read an archive as torch finds things in it: below the folder of its first entry."""
     with zipfile.ZipFile(file) as archive:
-        entries = {info.filename: info for info in archive.infolist()}
-        root = next((name for name in entries if name.split("/", 1)[-1] == "data.pkl"), None)
-        if root is None:
+        entries = _directory(path, file, archive)
+        roots = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
+        first = _first_folder(entries)
+        if f"{first}/data.pkl" not in roots:
             raise FileFormatError(path, "a zip archive, but not one written by torch.save")
-        prefix = root.removesuffix("data.pkl")
-        order = entries.get(f"{prefix}byteorder")
-        if order is not None and _entry(path, archive, order, 16).strip() == b"big":
+        if len(roots) > 1:
+            raise FileFormatError(path, f"damaged: it holds {len(roots)} descriptions (data.pkl)")
+
+        def read(name: str, limit: int) -> bytes | None:
+            info = entries.get(f"{first}/{name}")
+            return _entry(path, archive, info, limit) if info is not None else None
+
+        _check_version(path, read("version", 16) or read(".data/version", 16))
+        for name in (".data/serialization_id", ".storage_alignment"):
+            if not (read(name, 64) or b"0").isdigit():
+                raise FileFormatError(path, f"damaged: its record {name} is no number")
+        order = read("byteorder", 16)
+        if order == b"big":
             raise FileFormatError(path, "its tensors are big-endian, which is not supported")
-        value = interpret(path, io.BytesIO(_entry(path, archive, entries[root], MAX_PICKLE_BYTES)))
+        if order not in (None, b"little"):
+            raise FileFormatError(path, f"has an unknown order of bytes, {order!r}")
+        value, storages = interpret(path, io.BytesIO(read("data.pkl", MAX_PICKLE_BYTES) or b""))
 
         def place(storage: Storage) -> int:
-            info = entries.get(f"{prefix}data/{storage.key}")
-            width = DTYPES[storage.dtype].bits // 8
-            if info is None or info.compress_type != zipfile.ZIP_STORED:
-                raise FileFormatError(path, f"storage {storage.key!r} is missing or compressed")
-            if info.file_size < storage.elements * width:
-                raise FileFormatError(path, f"storage {storage.key!r} is shorter than it claims")
-            # The local header repeats the name and has an extra field of its own length.
-            file.seek(info.header_offset + 26)
-            name_length, extra_length = struct.unpack("<HH", file.read(4))
-            return int(info.header_offset + 30 + name_length + extra_length)
+            info = entries.get(f"{first}/data/{storage.key}".lower())
+            if info is None:
+                raise FileFormatError(path, f"storage {_short(storage.key)} is missing")
+            _check_stored(path, info)
+            held = storage.elements * (DTYPES[storage.dtype].bits // 8)
+            if info.file_size != held:
+                word = "shorter" if info.file_size < held else "longer"
+                raise FileFormatError(path, f"storage {_short(storage.key)} is {word} than claimed")
+            return _begin(path, file, info)
 
-        return value, {storage.key: place(storage) for storage in _storages(value)}
+        return value, {key: place(storage) for key, storage in storages.items()}
+
+
+def _first_folder(entries: Mapping[str, zipfile.ZipInfo]) -> str:
+    return next(iter(entries), "").partition("/")[0]
+
+
+def _directory(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the entries by their names in lower case, as torch's reader looks them up.
+
+    Raises:
+        FileFormatError: Two readers could see two archives in it.
+    """
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        if entries.setdefault(info.filename.lower(), info) is not info:
+            raise FileFormatError(path, f"damaged: {_short(info.filename)} is in it twice")
+        if info.flag_bits & ~FLAGS or info.external_attr & FOLDER or info.volume:
+            raise FileFormatError(path, f"damaged: entry {_short(info.filename)} is no plain file")
+        _begin(path, file, info)
+    first = f"{_first_folder(entries)}/"
+    if not all(name.startswith(first) for name in entries):
+        raise FileFormatError(path, "a zip archive of several folders, not torch's")
+    if not _ends_well(file, len(entries)):
+        raise FileFormatError(path, "damaged: the end of the archive contradicts its directory")
+    return entries
+
+
+def _ends_well(file: IO[bytes], count: int) -> bool:
+    """Whether what follows the directory says of it what it is, the longer record too if any."""
+    size = file.seek(-END.size, io.SEEK_END)
+    signature, disk, start, here, total, length, offset, comment = END.unpack(file.read(END.size))
+    if signature != b"PK\x05\x06" or comment or disk != start or disk not in (0, LONG):
+        return False
+    short = (here, total, length, offset)
+    is_long = LONG in (here, total) or LONGER in (length, offset)
+    if not is_long and size == offset + length:
+        return bool(here == total == count)
+    if size < LONG_END.size + LOCATOR.size:
+        return False
+    begin = size - LONG_END.size - LOCATOR.size
+    file.seek(begin)
+    signature, rest, disk, start, here, total, length, offset = LONG_END.unpack(
+        file.read(LONG_END.size)
+    )
+    locator = LOCATOR.unpack(file.read(LOCATOR.size))
+    whole = (here, total, length, offset)
+    return bool(
+        (signature, rest, disk, start) == (b"PK\x06\x06", LONG_END.size - 12, 0, 0)
+        and locator == (b"PK\x06\x07", 0, begin, 1)
+        and here == total == count
+        and offset + length == begin
+        and all(a in (b, LONG, LONGER) for a, b in zip(short, whole, strict=True))
+    )
+
+
+def _begin(path: Path, file: IO[bytes], info: zipfile.ZipInfo) -> int:
+    """Return where an entry's data begins: its local header repeats the name, and has an extra."""
+    file.seek(info.header_offset)
+    signature, flags, method, name_length, extra_length = LOCAL.unpack(file.read(LOCAL.size))
+    if (signature, flags, method) != (
+        b"PK\x03\x04",
+        info.flag_bits,
+        info.compress_type,
+    ) or file.read(name_length) != _raw_name(info):
+        raise FileFormatError(path, f"damaged: {_short(info.filename)} is not where it is listed")
+    return int(info.header_offset + 30 + name_length + extra_length)
+
+
+def _check_version(path: Path, text: bytes | None) -> None:
+    if text is None or not text.strip().isdigit() or int(text) not in VERSIONS:
+        raise FileFormatError(path, f"its version of torch's format is unknown: {text!r}")
+
+
+def _check_stored(path: Path, info: zipfile.ZipInfo) -> None:
+    is_plain = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+    if not is_plain:
+        raise FileFormatError(path, f"entry {_short(info.filename)} is compressed")
+
+
+def _raw_name(info: zipfile.ZipInfo) -> bytes:
+    return info.orig_filename.encode("utf-8" if info.flag_bits & UTF8 else "cp437")
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= LONGEST else f"{name[:LONGEST]}…")
 
 
 def _entry(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
     """Read an entry that torch stores uncompressed, if it is not larger than ``limit``."""
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
-        raise FileFormatError(path, f"entry {info.filename!r} is compressed or too large")
+    _check_stored(path, info)
+    if info.file_size > limit:
+        raise FileFormatError(path, f"entry {_short(info.filename)} is too large")
     return archive.read(info)
 
 
 def _read_legacy(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
     data = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-    if interpret(path, data) != LEGACY_MAGIC:
+    magic, _ = interpret(path, data)
+    if type(magic) is not int or magic != LEGACY_MAGIC:
         raise FileFormatError(path, "a pickle, but not a checkpoint written by torch.save")
-    _version, system, value, keys = (interpret(path, data) for _ in range(4))
-    used = data.tell()
+    version, _ = interpret(path, data)
+    if type(version) is not int or version != LEGACY_VERSION:
+        raise FileFormatError(path, "its version of torch's older format is unknown")
+    system, _ = interpret(path, data)
     if isinstance(system, PickledDict) and system.items.get("little_endian") is False:
         raise FileFormatError(path, "its tensors are big-endian, which is not supported")
-    if not isinstance(keys, list):
+    value, storages = interpret(path, data, has_views=True)
+    keys, _ = interpret(path, data)
+    used = data.tell()
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise FileFormatError(path, "damaged: it has no list of storages")
-    storages = {storage.key: storage for storage in _storages(value)}
+    if len(set(keys)) != len(keys):
+        raise FileFormatError(path, "damaged: it lists a storage twice")
     places: dict[str, int] = {}
     for key in keys:
-        storage = storages.get(key) if isinstance(key, str) else None
+        storage = storages.get(key)
         if storage is None:
-            raise FileFormatError(path, f"damaged: storage {key!r} belongs to no tensor")
+            raise FileFormatError(path, f"damaged: storage {_short(key)} belongs to no tensor")
         file.seek(used)
         (elements,) = struct.unpack("<q", file.read(8))
-        if elements < storage.elements:
-            raise FileFormatError(path, f"storage {key!r} is shorter than it claims")
+        if elements != storage.elements:
+            word = "shorter" if elements < storage.elements else "longer"
+            raise FileFormatError(path, f"storage {_short(key)} is {word} than claimed")
         places[key] = used + 8
         used += 8 + elements * (DTYPES[storage.dtype].bits // 8)
-
+    missing = next((key for key in storages if key not in places), None)
+    if missing is not None:
+        raise FileFormatError(path, f"storage {_short(missing)} is missing")
     return value, places
-
-
-def _storages(value: Any) -> list[Storage]:
-    """Return every storage that occurs in ``value``, looking into each container once."""
-    found: dict[str, Storage] = {}
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, PickledTensor):
-            largest = found.get(item.storage.key, item.storage)
-            if item.storage.elements >= largest.elements:
-                found[item.storage.key] = item.storage
-        elif isinstance(item, PickledDict | list | tuple) and id(item) not in seen:
-            seen.add(id(item))
-            waiting += item.items.values() if isinstance(item, PickledDict) else item
-    return list(found.values())
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -202,6 +310,8 @@ class _Collector:
         self.other: dict[str, str] = {}
         self.owners: dict[tuple[Any, ...], str] = {}
         self.visited = 0
+        self.inside: set[int] = set()
+        self.with_tensors: dict[int, bool] = {}
 
     def collect(self, value: Any) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         """Return tensors and the rest by name; nested containers are joined with dots."""
@@ -233,13 +343,25 @@ class _Collector:
                     raise FileFormatError(self.path, f"two tensors are called {name!r}")
                 self.tensors[name] = self._stored(name, item)
             elif isinstance(item, PickledDict) and depth < MAX_DEPTH:
-                self._visit(f"{name}.", item.items, depth + 1)
-            elif isinstance(item, list | tuple) and any(
-                isinstance(part, PickledTensor) for part in item
-            ):
-                self._visit(f"{name}.", dict(enumerate(item)), depth + 1)
+                self._enter(name, item, item.items, depth)
+            elif isinstance(item, list | tuple) and self._has_tensors(item) and depth < MAX_DEPTH:
+                self._enter(name, item, dict(enumerate(item)), depth)
             else:
                 self.other[name] = _summary(item)[:200]
+
+    def _enter(self, name: str, container: Any, items: Mapping[Any, Any], depth: int) -> None:
+        if id(container) in self.inside:
+            raise FileFormatError(self.path, f"{_short(name)} holds itself")
+        self.inside.add(id(container))
+        self._visit(f"{name}.", items, depth + 1)
+        self.inside.remove(id(container))
+
+    def _has_tensors(self, items: list[Any] | tuple[Any, ...]) -> bool:
+        """Whether there are tensors among them; each container is looked through once."""
+        if id(items) not in self.with_tensors:
+            is_so = any(isinstance(part, PickledTensor) for part in items)
+            self.with_tensors[id(items)] = is_so
+        return self.with_tensors[id(items)]
 
     def _stored(self, name: str, tensor: PickledTensor) -> StoredTensor:
         spec = TensorSpec(name, tensor.dtype, tensor.shape)

@@ -155,30 +155,10 @@ def test_storage_shorter_than_claimed_is_refused(tmp_path: Path) -> None:
         read_pickle(path)
 
 
-def test_random_bytes_in_the_description_never_escape(tmp_path: Path) -> None:
-    path = tmp_path / "x.bin"
-    torch.save(
-        {"a": torch.randn(4), "b": torch.randn(2, 2)}, path, _use_new_zipfile_serialization=False
-    )
-    whole = bytearray(path.read_bytes())
-    generator = torch.Generator().manual_seed(1)
-    refused = 0
-    for _ in range(300):
-        damaged = bytearray(whole)
-        for position in torch.randint(0, len(whole), (3,), generator=generator).tolist():
-            damaged[position] = int(torch.randint(0, 256, (1,), generator=generator))
-        path.write_bytes(damaged)
-        try:
-            for stored in read_pickle(path).tensors.values():
-                read_bytes(stored)
-        except FileFormatError:
-            refused += 1
-    assert 100 < refused < 300
-
-
 def write_zip(path: Path, pickled: bytes, method: int = zipfile.ZIP_STORED, **more: bytes) -> Path:
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", b"3", zipfile.ZIP_STORED)
         for name, data in more.items():
             archive.writestr(f"archive/{name}", data)
     return path
