@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["DECIDING", "FORMS", "LARGEST_NUMBER", "Form", "is_number", "wrong_fields"]
+from loratool.errors import AdapterError
+
+__all__ = [
+    "DECIDING",
+    "FORMS",
+    "LARGEST_NUMBER",
+    "Form",
+    "is_number",
+    "number_in",
+    "wrong_fields",
+]
 
 LARGEST_NUMBER: Final = 1e30
 """What an alpha or a dropout may not reach."""
@@ -143,3 +154,20 @@ def wrong_fields(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         form = FORMS.get(name)
         if form is not None and value is not None and not form.accepts(value):
             yield name, f"{name} is {value!r:.60}, expected {form.words}"
+
+
+def number_in(config: Mapping[str, Any], name: str, *, where: object) -> float:
+    """Return a number of a configuration, 0 where there is none.
+
+    Raises:
+        AdapterError: There is something else.
+    """
+    value = config.get(name)
+    if value is None:
+        return 0.0
+    if not is_number(value):
+        shown = reprlib.repr(value)
+        raise AdapterError(
+            where, f"{name} is {shown}, expected a number", hint="correct it, or delete the field"
+        )
+    return float(value)

@@ -1,4 +1,9 @@
-"""PEFT's rules for which module a configuration entry means (``peft.utils.other``, 0.15 on)."""
+"""PEFT's rules for which module a configuration entry means (``peft.utils.other``, 0.15 on).
+
+Most patterns are names: all of them are looked up at once, from the end of a path backwards. Of
+the rest, those that backtracking can only make a little slower are left to Python's own ``re``,
+which is quick; all others are matched by an automaton, whose time is bounded.
+"""
 
 from __future__ import annotations
 
@@ -6,92 +11,190 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from re import _parser as parser  # type: ignore[attr-defined]
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
+from loratool.adapter.automaton import Automaton, EndlessError, UnsupportedExpressionError
 from loratool.errors import AdapterError
 
 __all__ = ["matches_target", "pattern_matches", "pattern_value", "pattern_values"]
 
 Value = TypeVar("Value")
 MAX_PATTERN_LENGTH: Final = 2000
-MAX_STEPS: Final = 2e9
-MAX_CHOICES: Final = 1e8
+FEW_STEPS: Final = 1e6
+LONGEST_NAME: Final = 200
+"""Of the usual ones; what is longer is matched by an automaton."""
+PLAIN: Final = re.compile(r"\^?[\w.\-/ ]+")
+"""A name, in which a dot stands for any character, as it does in every regular expression."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Pattern:
-    """A regular expression, and how much it can cost to match it.
+class _Matcher(Protocol):
+    """What a regular expression is matched with."""
 
-    Attributes:
-        expression: The compiled expression.
-        text: What it was compiled from.
-        repeats: How many of its parts repeat without a bound; each may try every length.
-    """
-
-    expression: re.Pattern[str]
-    text: str
-    repeats: int
-
-    def check(self, name: str) -> None:
-        """Make sure that matching ``name`` ends soon enough.
-
-        Raises:
-            AdapterError: It might not.
-        """
-        if float(len(name) + 1) ** self.repeats > MAX_STEPS:
-            raise _endless(self.text)
+    def match(self, text: str) -> object: ...
+    def fullmatch(self, text: str) -> object: ...
 
 
-def _endless(text: str) -> AdapterError:
-    return AdapterError(
-        "adapter_config.json", f"the pattern {reprlib.repr(text)} could take for ever to match"
-    )
-
-
-def _measure(tree: Any, *, inside: bool = False) -> tuple[int, float]:
-    """Return the number of unbounded repeats in a parsed pattern, and the choices it offers.
+def _tries(tree: Any, *, inside: bool = False) -> tuple[int, float]:
+    """Return how many parts of an expression repeat without a bound, and its other choices.
 
     A repeat of something that itself repeats or branches is the classic of exponential
-    backtracking; it counts as endless, for nobody needs it to name modules.
+    backtracking; it counts as endless.
     """
     repeats, choices = 0, 1.0
     for operation, argument in tree:
         name = str(operation)
-        inner: list[tuple[Any, bool]] = []
+        inner: list[Any] = []
+        is_loop = False
         if "REPEAT" in name:
             low, high, body = argument
-            is_loop = high > low + 1
-            repeats += is_loop
-            if inside and is_loop:
+            is_loop = high > 1
+            if str(high) == "MAXREPEAT":
+                repeats += 1
+            else:
+                choices *= high - low + 1
+            if inside and high > low:
                 choices = math.inf
-            inner = [(body, inside or is_loop)]
+            inner = [body]
         elif name == "BRANCH":
             choices *= math.inf if inside else len(argument[1])
-            inner = [(branch, inside) for branch in argument[1]]
+            inner = argument[1]
         elif name in ("SUBPATTERN", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
-            inner = [(argument[-1] if isinstance(argument, tuple) else argument, inside)]
-        for body, is_inside in inner:
-            more, times = _measure(body, inside=is_inside)
+            inner = [argument[-1] if isinstance(argument, tuple) else argument]
+        for body in inner:
+            more, times = _tries(body, inside=inside or is_loop)
             repeats, choices = repeats + more, choices * times
     return repeats, choices
 
 
-@lru_cache(maxsize=1 << 16)
-def _compile(text: str) -> _Pattern:
+@lru_cache(maxsize=1 << 12)
+def _compile(text: str) -> tuple[_Matcher, _Matcher]:
+    """Return what matches names of usual length, and what matches longer ones.
+
+    Raises:
+        AdapterError: It is no regular expression, or cannot be matched in bounded time.
+    """
     if len(text) > MAX_PATTERN_LENGTH:
         raise AdapterError("adapter_config.json", f"a pattern is {len(text)} characters long")
+    shown = reprlib.repr(text)
     try:
-        repeats, choices = _measure(parser.parse(text))
-        if choices > MAX_CHOICES:
-            raise _endless(text)
-        return _Pattern(re.compile(text), text, repeats)
+        repeats, choices = _tries(parser.parse(text))
+        is_quick = choices * float(LONGEST_NAME) ** repeats <= FEW_STEPS
+        quick = re.compile(text) if is_quick else None
+        try:
+            sure: _Matcher = Automaton(text)
+        except UnsupportedExpressionError:
+            if quick is None:
+                raise
+            sure = _Refusing(text)
+        return quick or sure, sure
+    except UnsupportedExpressionError as error:
+        raise AdapterError(
+            "adapter_config.json", f"the pattern {shown} has {error}, which might never end"
+        ) from None
+    except EndlessError as error:
+        raise _endless(text, error) from None
     except (re.error, RecursionError, OverflowError) as error:
         raise AdapterError(
-            "adapter_config.json", f"{reprlib.repr(text)} is not a regular expression: {error}"
+            "adapter_config.json", f"{shown} is not a regular expression: {error}"
         ) from None
+
+
+def _endless(text: str, error: EndlessError) -> AdapterError:
+    return AdapterError(
+        "adapter_config.json",
+        f"the pattern {reprlib.repr(text)} could take for ever to match: {error}",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusing:
+    """Stands where only backtracking could match."""
+
+    text: str
+
+    def match(self, text: str) -> object:
+        """Refuse."""
+        raise _endless(self.text, EndlessError("the name is too long"))
+
+    fullmatch = match
+
+
+def _matches(pattern: str, name: str, *, is_full: bool) -> bool:
+    usual, sure = _compile(pattern)
+    matcher = usual if len(name) <= LONGEST_NAME else sure
+    try:
+        return bool(matcher.fullmatch(name) if is_full else matcher.match(name))
+    except EndlessError as error:
+        raise _endless(pattern, error) from None
+
+
+@dataclass(slots=True)
+class _Node:
+    """A place in the tree of names, read from their ends.
+
+    Attributes:
+        next: By character; a dot leads on whatever the character is.
+        keys: The patterns that are complete here, by their place in the file.
+        whole: Those of them that mean a whole path.
+    """
+
+    next: dict[str, _Node] = field(default_factory=dict)
+    keys: list[int] = field(default_factory=list)
+    whole: list[int] = field(default_factory=list)
+
+
+class _Table:
+    """All patterns of one mapping."""
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        self.root = _Node()
+        self.patterns = patterns
+        self.others: list[tuple[int, str]] = []
+        for index, pattern in enumerate(patterns):
+            if PLAIN.fullmatch(pattern):
+                self._add(index, pattern)
+            else:
+                self.others.append((index, pattern))
+
+    def _add(self, index: int, pattern: str) -> None:
+        node = self.root
+        for char in reversed(pattern.removeprefix("^")):
+            node = node.next.setdefault(char, _Node())
+        (node.whole if pattern.startswith("^") else node.keys).append(index)
+
+    def hits(self, module: str) -> list[int]:
+        """Return the places of all patterns that mean ``module``, in order."""
+        if "\n" in module:
+            return [n for n, key in enumerate(self.patterns) if pattern_matches(key, module)]
+        found: list[int] = []
+        nodes = [self.root]
+        for place in range(len(module) - 1, -1, -1):
+            char = module[place]
+            nodes = [after for node in nodes for after in _after(node, char)]
+            if not nodes:
+                break
+            is_component = place == 0 or module[place - 1] == "."
+            for node in nodes if is_component else ():
+                found += node.keys
+                if place == 0:
+                    found += node.whole
+        found += [index for index, pattern in self.others if pattern_matches(pattern, module)]
+        return sorted(found)
+
+
+def _after(node: _Node, char: str) -> list[_Node]:
+    found = [node.next[char]] if char in node.next else []
+    if "." in node.next and char not in ".\n":
+        found.append(node.next["."])
+    return found
+
+
+@lru_cache(maxsize=64)
+def _table(patterns: tuple[str, ...]) -> _Table:
+    return _Table(patterns)
 
 
 def pattern_matches(pattern: str, module: str) -> bool:
@@ -100,22 +203,21 @@ def pattern_matches(pattern: str, module: str) -> bool:
     The key is a regular expression that must match whole trailing components of the path, or
     all of it where the key begins with ``^``.
     """
-    compiled = _compile(rf"(.*\.)?({pattern})$")
-    compiled.check(module)
-    return compiled.expression.match(module) is not None
+    return _matches(rf"(.*\.)?({pattern})$", module, is_full=False)
 
 
 def pattern_values(patterns: Mapping[str, Value], module: str) -> list[tuple[str, Value]]:
     """Return every entry that means ``module``, in the order of the file."""
-    return [(key, value) for key, value in patterns.items() if pattern_matches(key, module)]
+    if not patterns:
+        return []
+    keys = tuple(patterns)
+    return [(keys[index], patterns[keys[index]]) for index in _table(keys).hits(module)]
 
 
 def pattern_value(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
     """Return the value for ``module``: the first entry that means it, else ``default``."""
-    for key, value in patterns.items():
-        if pattern_matches(key, module):
-            return value
-    return default
+    found = pattern_values(patterns, module)
+    return found[0][1] if found else default
 
 
 def matches_target(targets: str | Iterable[str], name: str) -> bool:
@@ -124,7 +226,5 @@ def matches_target(targets: str | Iterable[str], name: str) -> bool:
     A string is a regular expression for the whole path; a list holds paths or dotted suffixes.
     """
     if isinstance(targets, str):
-        compiled = _compile(targets)
-        compiled.check(name)
-        return compiled.expression.fullmatch(name) is not None
+        return _matches(targets, name, is_full=True)
     return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -109,18 +109,23 @@ class _StoppedError(BaseException):
         self.number = number
 
 
+_stopped: list[_StoppedError] = []
+"""What was raised: Python's own code, such as that of imports, may wrap it in another error."""
+
+
 def _stop(number: int, frame: Any) -> NoReturn:
-    raise _StoppedError(number)
+    _stopped.append(_StoppedError(number))
+    raise _stopped[-1]
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:
+    _stopped.clear()
     try:
         status = cli.main(arguments, prog_name="loratool", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except _StoppedError as stopped:
-        word = "interrupted" if stopped.number == signal.SIGINT else "terminated"
-        return _fail(debug, f"{word}; nothing was written", None, 128 + stopped.number)
+        return _stopped_by(stopped.number, debug=debug)
     except click.Abort:
         return _fail(debug, "interrupted; nothing was written", None, 128 + signal.SIGINT)
     except LoratoolError as error:
@@ -145,8 +150,15 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except MemoryError:
         return _fail(debug, "loratool: out of memory", "close other programs, or use --threads 1")
     except Exception as error:  # the last resort of a command line
+        if _stopped:
+            return _stopped_by(_stopped[0].number, debug=debug)
         what = f"loratool: {type(error).__name__}: {error}".splitlines()[0]
         return _fail(debug, f"{what} (a bug)", "run again with --debug and report what it prints")
+
+
+def _stopped_by(number: int, *, debug: bool) -> int:
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    return _fail(debug, f"{word}; nothing was written", None, 128 + number)
 
 
 def _fail(debug: bool, message: str, hint: str | None, status: int = FAILURE) -> int:

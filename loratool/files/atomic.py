@@ -10,9 +10,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -23,13 +25,31 @@ from loratool.files.transfer import describe_write_error
 __all__ = ["check_output", "kept", "scratch", "staged", "sync_file"]
 
 MARK: Final = "loratool-partial"
+OLD_MARK: Final = "loratool-old"
 KEPT_MARK: Final = "loratool-unfinished"
 ATTEMPTS: Final = 100
+FOLDER_ONLY: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+SHOWN: Final = 3
+USUAL_NAMES: Final = re.compile(
+    r"""(?x)^(
+    .*\.(json|jinja|model|tiktoken|bpe|msgpack|gguf|npz|ckpt) | .*\.safetensors\..* | .*\.py
+    | README(\.md)? | LICEN[SC]E.* | NOTICE.* | USE_POLICY.* | \.gitattributes
+    | (vocab|merges|dict|source|target|special_tokens|requirements)\.txt
+    )$"""
+)
+"""What lies beside weights: configurations, tokenizers, cards, licences, code of the model."""
 OVERTAKEN: Final = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 """What renaming fails with where another process has replaced or removed the destination."""
 
 
-def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int = 0) -> None:
+def check_output(
+    path: Path,
+    *,
+    force: bool,
+    inputs: Iterable[Path],
+    needed: int = 0,
+    names: Iterable[str] = (),
+) -> None:
     """Make sure that ``path`` may be written, before any work is done.
 
     Args:
@@ -37,6 +57,7 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int
         force: Whether an existing destination may be replaced.
         inputs: Files and folders that the run reads; the destination may not touch them.
         needed: Bytes that will be written, to be compared with the free space.
+        names: Files that will be in the destination, where it is a folder.
 
     Raises:
         OutputError: It exists, its folder does not, it is an input, or the disk is full.
@@ -44,14 +65,19 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int
     parent = path.absolute().parent
     if not parent.is_dir():
         raise OutputError(path, "its folder does not exist", hint=f"mkdir -p {parent}")
+    _recover(path.absolute())
     target = path.resolve()
+    around = {_identity(each) for each in (target, *target.parents)} - {None}
     for source in dict.fromkeys(inputs):
         real = source.resolve()
-        if target == real or target in real.parents or (real.is_dir() and real in target.parents):
+        # The same file or folder may have several paths: bind mounts, letters of either case.
+        is_met = target == real or _identity(real) in around
+        is_met = is_met or _identity(target) in {_identity(each) for each in real.parents} - {None}
+        if is_met or target in real.parents:
             raise OutputError(path, f"would overwrite the input {source}", hint="choose another")
     if (path.exists() or path.is_symlink()) and not force:
         raise OutputError(path, "exists already", hint="choose another name, or give --force")
-    _check_replaceable(path)
+    _check_replaceable(path, frozenset(names))
     if not os.access(parent, os.W_OK):
         raise OutputError(path, "its folder is not writable")
     free = shutil.disk_usage(parent).free
@@ -61,24 +87,43 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path], needed: int
         )
 
 
-def _check_replaceable(path: Path) -> None:
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what a file or folder is, whatever it is called; ``None`` if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _check_replaceable(path: Path, names: frozenset[str]) -> None:
     """Refuse to replace what no run of this program, nor of its like, has written.
 
     Raises:
-        OutputError: A device, a pipe, or a folder that is somebody's work.
+        OutputError: A device, a pipe, or a folder with somebody's work in it.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OutputError(path, "is a device or a pipe, and is not replaced")
-    if path.is_dir() and (path / ".git").exists() and not _holds_weights(path):
+    if not path.is_dir() or path.is_symlink():
+        return
+    strange = list(islice(_strangers(path, names), SHOWN + 1))
+    if strange:
+        more = " and more" if len(strange) > SHOWN else ""
         raise OutputError(
             path,
-            "holds a repository without weights in it, and is not replaced",
-            hint="choose another name, or delete it yourself",
+            f"is not replaced: beside a model or an adapter it holds "
+            f"{', '.join(strange[:SHOWN])}{more}",
+            hint="choose another name, or move that away",
         )
 
 
-def _holds_weights(folder: Path) -> bool:
-    return any(map(is_weights, folder.iterdir()))
+def _strangers(folder: Path, names: frozenset[str]) -> Iterator[str]:
+    """Yield the files in ``folder`` that are no part of a model or an adapter."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not (is_folder or name in names or is_weights(path) or USUAL_NAMES.search(path.name)):
+            yield name
 
 
 @contextmanager
@@ -134,7 +179,7 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
         folder = path.parent / f".{path.name}.{MARK}-{os.urandom(4).hex()}"
         folder.mkdir()
         try:
-            lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            lock = os.open(folder, FOLDER_ONLY)
         except FileNotFoundError:
             continue
         try:
@@ -164,7 +209,7 @@ def kept(path: Path) -> Iterator[Path]:
     folder = path.parent / f".{path.name}.{KEPT_MARK}"
     try:
         folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        lock = os.open(folder, FOLDER_ONLY)
     except OSError as error:
         raise OutputError(path, f"cannot be written: {error.strerror}") from None
     try:
@@ -192,16 +237,17 @@ def _replace(source: Path, path: Path) -> None:
 def _replace_once(source: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         # A folder cannot be renamed over a full one: move the old one aside first.
-        aside = path.parent / f".{path.name}.loratool-old-{os.urandom(4).hex()}"
-        path.rename(aside)
+        aside = path.parent / f".{path.name}.{OLD_MARK}-{os.urandom(4).hex()}"
         try:
+            path.rename(aside)
             source.rename(path)
-        except OSError:
-            try:
-                aside.rename(path)
-            except OSError as error:
-                if error.errno in OVERTAKEN:  # another run's output is there: nothing to put back
-                    shutil.rmtree(aside, ignore_errors=True)
+        except BaseException:  # a signal, too: the old output comes back
+            if aside.exists():
+                try:
+                    aside.rename(path)
+                except OSError as error:
+                    if error.errno in OVERTAKEN:  # another run's output is there
+                        shutil.rmtree(aside, ignore_errors=True)
             raise
         shutil.rmtree(aside, ignore_errors=True)
     elif source.is_dir() and (path.exists() or path.is_symlink()):
@@ -220,11 +266,23 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def _recover(path: Path) -> None:
+    """Put back an output that a killed run has moved aside and not replaced."""
+    for aside in path.parent.glob(f".{_escape(path.name)}.{OLD_MARK}-*"):
+        if aside.is_symlink() or not aside.is_dir():
+            continue
+        if path.exists() or path.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                aside.rename(path)
+
+
 def _remove_stale(path: Path) -> None:
-    """Remove what killed runs for the same destination have left."""
+    """Remove what killed runs for the same destination have left; no more than folders."""
     for stage in path.parent.glob(f".{_escape(path.name)}.{MARK}-*"):
         try:
-            lock = os.open(stage, os.O_RDONLY | os.O_CLOEXEC)
+            lock = os.open(stage, FOLDER_ONLY)
         except OSError:
             continue
         try:

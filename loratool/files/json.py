@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from loratool.errors import FileFormatError
 
-__all__ = ["is_text", "parse_json", "read_json_object"]
+__all__ = ["as_text", "is_text", "parse_json", "read_json_object"]
 
 MAX_SIDECAR_BYTES: Final = 64 << 20
 """No config or index is larger; a hostile one is not read into memory."""
@@ -38,6 +38,11 @@ def is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def as_text(name: str) -> str:
+    """Return a name, such as that of a file, with marks in place of what is no text."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def parse_json(data: bytes, *, where: object, allow_constants: bool = False) -> Any:

@@ -6,9 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-__all__ = ["STRAY_LINK", "link_roots", "stays_inside"]
+__all__ = ["DANGLING_LINK", "NOT_FILES", "NO_FILE", "STRAY_LINK", "link_roots", "stays_inside"]
 
 STRAY_LINK: Final = "a link that leaves the folder"
+DANGLING_LINK: Final = "a link to nothing"
+NO_FILE: Final = "no regular file"
+NOT_FILES: Final = (STRAY_LINK, DANGLING_LINK, NO_FILE)
 
 
 def stays_inside(path: Path, roots: Sequence[Path]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loratool.adapter.fields import number_in
 from loratool.adapter.model import HEAD_LEAVES, Adapter, ExtraKind, Site
 from loratool.adapter.problems import CONVERT_HINT, check_plain, site_problems
 from loratool.adapter.slots import Slot
@@ -312,7 +313,9 @@ def _factors(
         delta.down.reshape(delta.rank, *into).to(**options),
         delta.up.reshape(out, delta.rank, *ones).to(**options),
         delta.scale,
-        dropout=float(adapter.field("lora_dropout") or 0.0),
+        dropout=number_in(
+            adapter.config.raw if adapter.config else {}, "lora_dropout", where=adapter.path
+        ),
         magnitude=read_tensor(magnitude).flatten().to(**options) if magnitude else None,
         bias=read_tensor(bias).to(**options) if bias else None,
     )

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import loratool
 from loratool.adapter.model import HISTORY_KEY
+from loratool.files.json import as_text
 
 __all__ = ["History", "Source", "digest_of"]
 
@@ -58,7 +59,7 @@ class History:
             "command": self.verb,
             "version": loratool.__version__,
             "inputs": [
-                {"name": source.name}
+                {"name": as_text(source.name)}
                 | ({"sha256": known.get(i) or NO_DIGEST} if source.weights is not None else {})
                 for i, source in enumerate(self.inputs)
             ],

@@ -121,8 +121,13 @@ def write(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    needed = plan.nbytes + sum(sidecar.nbytes for sidecar in plan.beside())
-    check_output(output, force=force, inputs=[*inputs, *plan.inputs()], needed=needed)
+    check_output(
+        output,
+        force=force,
+        inputs=[*inputs, *plan.inputs()],
+        needed=plan.nbytes + sum(sidecar.nbytes for sidecar in plan.beside()),
+        names=[sidecar.name for sidecar in plan.beside()],
+    )
     sync = sync or plan.nbytes < SYNC_BELOW
     with staged(output, folder=plan.is_folder, force=force, sync=sync) as place:
         return write_at(

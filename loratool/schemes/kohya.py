@@ -14,6 +14,7 @@ from loratool.adapter.model import Kind
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import Home, Scheme, Written
 from loratool.adapter.slots import Slot
+from loratool.files.json import as_text
 from loratool.files.safetensors import format_header
 from loratool.files.spec import TensorSpec
 from loratool.names.families import family_named
@@ -58,7 +59,7 @@ class KohyaSettings(Settings):
             "ss_network_dim": _common([str(part.rank) for part in linear]),
             "ss_network_alpha": _common([_number(part.written_alpha) for part in linear]),
             "ss_network_args": json.dumps(arguments) if arguments else "null",
-            "ss_output_name": written.title,
+            "ss_output_name": as_text(written.title),
         }
         if release is None:
             return found

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.adapter.fields import number_in
 from loratool.adapter.keys import KeyTable, Template
 from loratool.adapter.model import Site
 from loratool.adapter.part import Part
@@ -124,7 +125,7 @@ class MlxSettings(Settings):
         parameters = {
             "rank": max({part.rank for part in parts}),
             "scale": parts[0].scale,
-            "dropout": float(config.get("lora_dropout") or 0.0),
+            "dropout": number_in(config, "lora_dropout", where="adapter_config.json"),
             "keys": sorted({_block_path(part.module) for part in parts}),
         }
         known = {k: v for k, v in old.items() if k not in ("lora_parameters", "fine_tune_type")}

@@ -8,7 +8,7 @@ from typing import Final
 
 from loratool.adapter.model import Adapter
 from loratool.files.checkpoint import is_weight_like
-from loratool.files.links import STRAY_LINK, link_roots, stays_inside
+from loratool.files.links import DANGLING_LINK, NO_FILE, STRAY_LINK, link_roots, stays_inside
 from loratool.plan.sidecar import TOKENIZER_FILES, Sidecar
 from loratool.schemes import sidecar_names
 
@@ -59,7 +59,7 @@ def _files(adapter: Adapter) -> Iterator[tuple[Path, str]]:
         elif path.is_file():
             yield path, ""
         else:
-            yield path, "no regular file"
+            yield path, DANGLING_LINK if path.is_symlink() else NO_FILE
 
 
 def _reason(path: Path) -> str:

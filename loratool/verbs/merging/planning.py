@@ -23,7 +23,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.json import read_json_object
-from loratool.files.links import STRAY_LINK
+from loratool.files.links import NOT_FILES
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.plan.model import Blend, Edit, ModelPlan, OutputFile, SetRows, Step
@@ -130,7 +130,7 @@ def plan_merge(
     files = _files(checkpoint, view, steps, output if not is_folder else None)
     tokenizer = _with_tokenizer(changes, opened)
     sidecars, left = collect_sidecars(model, changes, tokenizer) if is_folder else ([], [])
-    notes += [f"{name} was not carried over: {why}" for name, why in left if why == STRAY_LINK]
+    notes += [f"{name} was not carried over: {why}" for name, why in left if why in NOT_FILES]
     if is_folder and (len(files) > 1 or checkpoint.index):
         sidecars.append(_index(checkpoint, files))
     return ModelPlan(

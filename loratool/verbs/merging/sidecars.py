@@ -14,7 +14,7 @@ from loratool.base.config import QUANTIZATION_FILES
 from loratool.base.config_edits import ConfigChanges, edit_config
 from loratool.base.model import Model
 from loratool.files.checkpoint import is_weight_like
-from loratool.files.links import STRAY_LINK, link_roots, stays_inside
+from loratool.files.links import DANGLING_LINK, NO_FILE, STRAY_LINK, link_roots, stays_inside
 from loratool.plan.sidecar import TOKENIZER_FILES, Sidecar
 
 __all__ = [
@@ -93,4 +93,6 @@ def _files_below(
                 left.append((f"{name}/", "nested too deeply"))
         elif path.is_file():
             found.append((path, name))
+        else:
+            left.append((name, DANGLING_LINK if path.is_symlink() else NO_FILE))
     return found
