@@ -53,6 +53,8 @@ CODES: Final = {
     "LT107": ("error", "config.json does not fit the merge"),
     "LT108": ("error", "the index is wrong"),
     "LT109": ("error", "the merged model cannot be read"),
+    "LT110": ("error", "a file beside the weights differs"),
+    "LT111": ("warning", "something beside the weights is missing, or more than there should be"),
     "LT201": ("error", "the loader refuses it"),
     "LT202": ("error", "the loader applies another scale"),
     "LT203": ("error", "the loader misreads it, or leaves something out"),

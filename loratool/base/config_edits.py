@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final
 
 from loratool.base.config import DTYPE_KEYS, QUANTIZATION, TIE, architectures
 
-__all__ = ["ConfigChanges", "config_differences", "edit_config"]
+__all__ = ["ConfigChanges", "edit_config"]
 
-CHECKED: Final = (TIE, "vocab_size", "num_hidden_layers", "dtype")
 LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers")
 TASK_SUFFIXES: Final = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -114,12 +113,3 @@ def _edit_task(config: dict[str, Any], changes: ConfigChanges) -> None:
         labels = [f"LABEL_{index}" for index in range(changes.labels)]
         config["id2label"] = {str(index): label for index, label in enumerate(labels)}
         config["label2id"] = {label: index for index, label in enumerate(labels)}
-
-
-def config_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a configuration should say and does not, as far as weights depend on it."""
-    for key in CHECKED:
-        if key in wanted and found.get(key, wanted[key]) != wanted[key]:
-            yield f"{key} is {found.get(key)!r}, expected {wanted[key]!r}"
-    if wanted.get(TIE) is False and TIE not in found:
-        yield "does not say that the embeddings are no longer tied"

@@ -13,6 +13,7 @@ from loratool.codecs.weights import Weight
 from loratool.errors import MergeError
 from loratool.files.container import WeightsFile
 from loratool.files.inputs import Stamp
+from loratool.files.json import parse_json
 from loratool.files.safetensors import canonical_order, format_header
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.lanes import Spot
@@ -219,6 +220,12 @@ class OutputFile:
     def size(self) -> int:
         """Size of the file in bytes."""
         return len(self.header) + sum(step.spec.nbytes for step in self.steps)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the header says of the file as a whole."""
+        found = parse_json(self.header[8:], where=self.name).get("__metadata__")
+        return dict(found or {})
 
     def placed(self) -> Iterator[tuple[Step, int]]:
         """Yield every step with the offset of its tensor in the file."""

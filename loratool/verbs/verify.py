@@ -7,18 +7,15 @@ same values but for the last bit: other libraries add up in another order.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from loratool.adapter.findings import Finding, finding
-from loratool.base.config import CONFIG_NAME, read_config
-from loratool.base.config_edits import config_differences
 from loratool.base.model import Model, open_model
 from loratool.codecs.codec import CodedTensor
 from loratool.errors import LoratoolError
@@ -32,6 +29,7 @@ from loratool.files.transfer import read_into
 from loratool.plan.lanes import ByteRange, Spot
 from loratool.plan.model import ModelPlan, Step
 from loratool.plan.plan import run
+from loratool.verbs.merging.comparison import check_files
 from loratool.verbs.merging.planning import plan_merge
 
 __all__ = ["verify"]
@@ -91,7 +89,7 @@ def verify(
         adapter_name=adapter_name,
         skip=skip,
     )
-    found = [*_check_layout(plan, checkpoint), *_check_config(plan, checkpoint)]
+    found = [*_check_layout(plan, checkpoint), *check_files(plan, checkpoint)]
     sink = _CompareSink(checkpoint, {step.spec.name: step for step in plan.steps()})
     run(
         plan,
@@ -132,36 +130,13 @@ def _check_layout(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:
             yield finding("LT102", name, "is neither in the base nor made by the adapters")
     if merged.index is not None:
         content = read_json_object(merged.index)
-        total = sum(stored.spec.nbytes for stored in merged.tensors.values())
-        claimed = _metadata(content).get("total_size")
-        if claimed is not None and claimed != total:
-            yield finding(
-                "LT108", merged.index, f"claims total_size {claimed}, the tensors have {total}"
-            )
         for name in merged.tensors:
             if name not in content["weight_map"]:
                 yield finding("LT108", merged.index, f"does not list {name!r}")
 
 
-def _metadata(index: dict[str, Any]) -> dict[str, Any]:
-    found = index.get("metadata")
-    return found if isinstance(found, dict) else {}
-
-
 def _words(spec: TensorSpec) -> str:
     return f"{spec.dtype} {list(spec.shape)}"
-
-
-def _check_config(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:
-    """Yield what ``config.json`` should say after the merge and does not."""
-    found = read_config(merged.folder).raw
-    if not plan.is_folder or not found:
-        return
-    sidecar = next((item for item in plan.sidecars if item.name == CONFIG_NAME), None)
-    if sidecar is None or sidecar.content is None:
-        return
-    for words in config_differences(json.loads(sidecar.content), found):
-        yield finding("LT107", CONFIG_NAME, words)
 
 
 @dataclass

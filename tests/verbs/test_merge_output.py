@@ -403,6 +403,9 @@ def test_outputs_are_protected(make_base: Make, make_adapter: Make, tmp_path: Pa
             loratool.merge(base, [adapter], output, force=True)
     with pytest.raises(OutputError, match="folder does not exist"):
         loratool.merge(base, [adapter], tmp_path / "missing" / "out")
+    with pytest.raises(OutputError, match=r"holds keep\.txt"):
+        loratool.merge(base, [adapter], tmp_path / "there", force=True)
+    (tmp_path / "there" / "keep.txt").rename(tmp_path / "there" / "old.safetensors")
     loratool.merge(base, [adapter], tmp_path / "there", force=True)
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"model.safetensors"}
 

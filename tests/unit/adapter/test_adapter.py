@@ -232,9 +232,7 @@ def test_configurations_as_real_files_have_them() -> None:
     assert config.modules_to_save == ("classifier",)
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(a+)+$", "(.|.)*Y", "((a|b)*)*", "(?:x*)*", ".*" * 20]
-)
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.|.)*Y", "((a|b)*)*", "(?:x*)*", ".*" * 20])
 def test_patterns_that_backtracking_could_take_for_ever_to_match(pattern: str) -> None:
     expected = 1 if pattern in ("((a|b)*)*", "(?:x*)*", ".*" * 20) else 0
     name = "model.layers.0.self_attn.q_proj"

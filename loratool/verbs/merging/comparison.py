@@ -1,0 +1,142 @@
+"""What a merge writes beside tensors, compared with what lies there: for ``verify``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.findings import Finding, finding
+from loratool.base.config import CONFIG_NAME
+from loratool.errors import FileFormatError
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.json import parse_json
+from loratool.plan.model import ModelPlan
+from loratool.plan.sidecar import Sidecar
+
+__all__ = ["check_files"]
+
+BLOCK: Final = 1 << 20
+LARGEST_SHOWN: Final = 60
+INDEX: Final = ".index.json"
+OF_A_SAVE: Final = frozenset(
+    (
+        "transformers_version",
+        "_name_or_path",
+        "_commit_hash",
+        "_attn_implementation_autoset",
+        "use_cache",
+    )
+)
+"""What differs with whoever saves a configuration, and decides nothing about weights."""
+
+
+def check_files(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:
+    """Yield how configuration, tokenizer, index and metadata differ from what ``plan`` writes."""
+    if plan.is_folder and merged.path.is_dir():
+        for sidecar in plan.beside():
+            yield from _check_sidecar(sidecar, merged.path / sidecar.name)
+    yield from _check_metadata(plan, merged)
+
+
+def _check_sidecar(sidecar: Sidecar, path: Path) -> Iterator[Finding]:
+    name = sidecar.name
+    if not path.is_file():
+        if not name.endswith(INDEX):  # a model in one file has none, and needs none
+            yield finding("LT111", name, "is missing")
+        return
+    if _is_same(sidecar, path):
+        return
+    wanted = _content(sidecar)
+    try:
+        if not name.endswith(".json"):
+            raise FileFormatError(path, "not JSON")
+        expected = parse_json(wanted, where=name, allow_constants=True)
+        found: Any = parse_json(path.read_bytes(), where=path, allow_constants=True)
+    except FileFormatError:
+        yield finding("LT110", name, "differs from what the merge carries over")
+        return
+    code = "LT107" if name == CONFIG_NAME else "LT108" if name.endswith(INDEX) else "LT110"
+    if not (isinstance(expected, dict) and isinstance(found, dict)):
+        if expected != found:
+            yield finding(code, name, "differs from what the merge carries over")
+        return
+    if name.endswith(INDEX):  # which tensor lies where is another's business, and may differ
+        expected, found = (
+            {key: value for key, value in each.items() if key != "weight_map"}
+            for each in (expected, found)
+        )
+    yield from _differences(code, name, expected, found)
+
+
+def _is_same(sidecar: Sidecar, path: Path) -> bool:
+    if sidecar.nbytes != path.stat().st_size:
+        return False
+    if sidecar.source is None:
+        return path.read_bytes() == (sidecar.content or b"")
+    with sidecar.source.open("rb") as one, path.open("rb") as other:
+        while block := one.read(BLOCK):
+            if block != other.read(BLOCK):
+                return False
+    return True
+
+
+def _content(sidecar: Sidecar) -> bytes:
+    return sidecar.source.read_bytes() if sidecar.source else sidecar.content or b""
+
+
+def _differences(
+    code: str, name: str, expected: Mapping[str, Any], found: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Yield what two objects say otherwise; a model's dtype has two names."""
+    expected, found = (_with_one_dtype(each) for each in (expected, found))
+    for key in dict.fromkeys((*expected, *found)):
+        if key not in found:
+            # What is not said is what the model's class takes for granted, mostly.
+            yield finding(code if expected[key] is not None else "LT111", name, f"lacks {key}")
+        elif key not in expected:
+            yield finding("LT111", name, f"says {key}, which the merge does not")
+        elif expected[key] != found[key] and key not in OF_A_SAVE:
+            if isinstance(expected[key], dict) and isinstance(found[key], dict):
+                yield from _differences(code, f"{name}: {key}", expected[key], found[key])
+            else:
+                yield finding(
+                    code,
+                    name,
+                    f"{key} is {_shown(found[key])}, expected {_shown(expected[key])}",
+                )
+        elif expected[key] != found[key]:
+            yield finding("LT111", name, f"{key} is {_shown(found[key])}")
+
+
+def _with_one_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = dict(config)
+    if "torch_dtype" in renamed and "dtype" not in renamed:
+        renamed["dtype"] = renamed.pop("torch_dtype")
+    return renamed
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LARGEST_SHOWN else f"{text[:LARGEST_SHOWN]}…"
+
+
+def _check_metadata(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:
+    """Yield what the headers say otherwise, of files that are called alike."""
+    by_name = {shard.path.name: shard for shard in merged.shards}
+    alone = len(plan.files) == len(merged.shards) == 1
+    for file in plan.files:
+        shard = merged.shards[0] if alone else by_name.get(file.name)
+        if shard is None or shard.header is None:
+            continue
+        expected, found = file.metadata, dict(shard.metadata)
+        for key in dict.fromkeys((*expected, *found)):
+            if expected.get(key) != found.get(key):
+                code = "LT110" if key == "format" else "LT111"
+                yield finding(
+                    code,
+                    shard.path.name,
+                    f"its metadata says {_shown(found.get(key))} for {_shown(key)}, expected "
+                    f"{_shown(expected.get(key))}",
+                )

@@ -1,0 +1,172 @@
+"""Outputs beside other people's files: nothing is lost, whatever leads where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from samples import lora
+
+import loratool
+from loratool.errors import OutputError
+from loratool.files.atomic import check_output, staged
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def pair(make_base: Make, make_adapter: Make) -> tuple[Path, Path]:
+    """Return a base and an adapter of it."""
+    base = make_base({"a.q.weight": torch.randn(6, 5)}, {"model_type": "llama"})
+    return base, make_adapter(lora("a.q", 6, 5))
+
+
+@pytest.mark.parametrize("stranger", ["thesis.txt", "src/main.rs", ".git/HEAD", "photo.png"])
+def test_force_spares_what_is_no_model(
+    stranger: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    (work / stranger).parent.mkdir(parents=True)
+    (work / stranger).write_text("the only copy")
+    (work / "model.safetensors").write_bytes(b"")
+    for write in (
+        lambda: loratool.merge(pair[0], [pair[1]], work, force=True),
+        lambda: loratool.convert(pair[1], "peft", work, force=True),
+        lambda: loratool.truncate(pair[1], rank=1, output=work, force=True),
+    ):
+        with pytest.raises(OutputError) as caught:
+            write()
+        assert stranger in str(caught.value)
+    assert (work / stranger).read_text() == "the only copy"
+
+
+def test_force_replaces_what_a_run_has_written(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    (base / "extra").mkdir()
+    (base / "extra" / "notes.xyz").write_text("of the model")  # carried over, so replaced again
+    (base / "tokenizer.model").write_bytes(b"t")
+    for _ in range(2):
+        loratool.merge(base, [adapter], tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "extra" / "notes.xyz").exists()
+    for _ in range(2):
+        loratool.convert(adapter, "mlx", tmp_path / "mlx", force=True)
+
+
+def test_an_input_by_another_path(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    other = tmp_path / "other.safetensors"
+    os.link(base / "model.safetensors", other)
+    before = other.read_bytes()
+    with pytest.raises(OutputError, match="overwrite the input"):
+        loratool.merge(base / "model.safetensors", [adapter], other, force=True)
+    assert other.read_bytes() == before
+
+
+def test_an_input_through_a_mount(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    again = tmp_path / "again"
+    again.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "--bind", base, again], check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        for source, output in (
+            (base / "model.safetensors", again / "model.safetensors"),
+            (base, again),
+            (base, again / "inside"),
+        ):
+            with pytest.raises(OutputError, match="overwrite the input"):
+                loratool.merge(source, [adapter], output, force=True)
+    finally:
+        subprocess.run(["umount", again], check=True)
+
+
+@pytest.mark.parametrize("name", [".out.loratool-partial-00000000", ".out.loratool-old-0"])
+def test_what_is_planted_beside_the_output(
+    name: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A pipe, a link or a file of such a name is passed over, and stays."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "x").write_text("x")
+    for kind in ("pipe", "link", "file"):
+        planted = tmp_path / name
+        if kind == "pipe":
+            os.mkfifo(planted)
+        elif kind == "link":
+            planted.symlink_to(precious)
+        else:
+            planted.write_text("x")
+        loratool.merge(pair[0], [pair[1]], tmp_path / "out", force=True)
+        assert (precious / "x").exists()
+        planted.unlink()
+
+
+def test_a_signal_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "model.safetensors").write_text("old")
+    rename, count = Path.rename, 0
+
+    def interrupted(path: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        staged(output, folder=True, force=True, sync=False) as place,
+    ):
+        (place / "model.safetensors").write_text("new")
+    assert (output / "model.safetensors").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_was_killed_there_is_mended_by_the_next(tmp_path: Path) -> None:
+    output, aside = tmp_path / "out", tmp_path / ".out.loratool-old-12345678"
+    aside.mkdir()
+    (aside / "model.safetensors").write_text("old")
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(output, force=False, inputs=[])
+    assert (output / "model.safetensors").read_text() == "old"
+    aside.mkdir()  # and one that was killed a moment later
+    check_output(output, force=True, inputs=[])
+    assert not aside.exists()
+
+
+def test_links_to_nothing_are_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (pair[0] / "tokenizer.json").symlink_to("nowhere")
+    os.mkfifo(pair[0] / "vocab.json")
+    report = loratool.merge(pair[0], [pair[1]], tmp_path / "out")
+    assert "tokenizer.json was not carried over: a link to nothing" in report.notes
+    assert "vocab.json was not carried over: no regular file" in report.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_imports_is_a_signal(
+    number: int, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Python wraps what a signal raises in some places of an import."""
+    code = (
+        "import sys, signal, os\n"
+        "from loratool.cli import main as module\n"
+        "class Named:\n"
+        "    def __set_name__(self, owner, name):\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "def broken(*_, **__):\n"
+        "    type('Owner', (), {'x': Named()})\n"
+        "module.cli.main = broken\n"
+        "module.main(['schemes'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number, done.stderr
+    assert "(a bug)" not in done.stderr
