@@ -15,7 +15,7 @@ from loratool.adapter.patterns import matches_target
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import AdapterKey, Slot
-from loratool.adapter.variant import Choice
+from loratool.adapter.variant import Choice, Variant
 from loratool.errors import AdapterError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
@@ -51,8 +51,8 @@ class Parts:
 
 def strip_wrappers(module: str) -> str:
     """Return ``module`` without the prefixes of wrappers, and without ``._orig_mod``."""
-    prefix = next((prefix for prefix in WRAPPERS if module.startswith(prefix)), None)
-    if prefix is not None:
+    if module.startswith(WRAPPERS):
+        prefix = next(prefix for prefix in WRAPPERS if module.startswith(prefix))
         return strip_wrappers(module.removeprefix(prefix))
     for inner in INNER_WRAPPERS:
         module = module.replace(inner, ".")
@@ -92,9 +92,11 @@ def build_sites(
             kind = ExtraKind.ROWS if parsed.slot is Slot.ROWS else ExtraKind.STATE
             extras.append(Extra(key, module.replace(".base_layer", ""), kind, tensor))
             continue
-        parts = module.split(".")
-        nesting = parts.count("base_layer")
-        path = ".".join(part for part in parts if part != "base_layer")
+        path, nesting = module, 0
+        if "base_layer" in module:
+            parts = module.split(".")
+            nesting = parts.count("base_layer")
+            path = ".".join(part for part in parts if part != "base_layer")
         slots = groups.setdefault((path, nesting), {})
         if parsed.slot in slots:
             raise AdapterError(key, f"{path!r} has two tensors for {parsed.slot.value!r}")
@@ -108,8 +110,18 @@ def build_sites(
         _check_shapes(module, slots, scheme.keys.factor_slots)
         variant = choose(module, slots, config, enabled)
         settings = variant.settings(module, slots, config, tensors)
-        site = _site(Site(module, Kind.LINEAR, variant, slots, Scaling(None, 0), nesting), config)
-        site = replace(site, enabled=enabled if variant.is_stacked else (), settings=settings)
+        of = _kind(variant, slots)
+        site = Site(
+            module,
+            of,
+            variant,
+            slots,
+            Scaling(None, 0),
+            nesting,
+            in_registered_order(_parameters(module, config)) if of is Kind.LINEAR else (),
+            enabled=enabled if variant.is_stacked else (),
+            settings=settings,
+        )
         sites.append(replace(site, scaling=_scaling(site, config)))
     adapted = {site.module for site in sites}
     shared = {t.spec.name for site in sites if site.settings for t in site.tensors}
@@ -142,15 +154,12 @@ def _with_base_copies(extra: Extra, adapted: set[str]) -> Extra:
     return Extra(extra.key, name, ExtraKind.BASE_COPY if is_copy else extra.kind, extra.tensor)
 
 
-def _site(site: Site, config: LoraConfig | None) -> Site:
-    """Return ``site`` with the kind of weight that it adapts."""
-    slots = site.slots
+def _kind(variant: Variant, slots: Mapping[Slot, StoredTensor]) -> Kind:
+    """Return what kind of weight a site adapts."""
     if Slot.EMBEDDING_DOWN in slots or Slot.EMBEDDING_UP in slots:
-        return replace(site, kind=Kind.EMBEDDING)
-    kernels = site.variant.kernel_slots & slots.keys()
-    if any(len(slots[slot].spec.shape) > 2 for slot in kernels):
-        return replace(site, kind=Kind.CONV)
-    return replace(site, parameters=in_registered_order(_parameters(site.module, config)))
+        return Kind.EMBEDDING
+    kernels = variant.kernel_slots & slots.keys()
+    return Kind.CONV if any(len(slots[slot].spec.shape) > 2 for slot in kernels) else Kind.LINEAR
 
 
 def _check_shapes(

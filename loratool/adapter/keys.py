@@ -19,6 +19,7 @@ __all__ = [
 ]
 
 FIELDS: Final = {"module": r"(?P<module>.+)", "adapter": r"(?P<adapter>(?!weight$|bias$).+)"}
+MOST_KNOWN: Final = 1 << 17
 LONGEST_SUFFIX: Final = 3
 """How many dots the part of a key behind its module has at most."""
 
@@ -101,6 +102,19 @@ class KeyTable:
 
     def parse(self, key: str) -> AdapterKey | None:
         """Return what ``key`` means in this scheme, or ``None`` where it is not one of its."""
+        known = self._known
+        if key not in known:
+            if len(known) >= MOST_KNOWN:
+                known.clear()
+            known[key] = self._parse(key)
+        return known[key]
+
+    @cached_property
+    def _known(self) -> dict[str, AdapterKey | None]:
+        """Keys that were asked for: each is asked for when a scheme is found, and when it reads."""
+        return {}
+
+    def _parse(self, key: str) -> AdapterKey | None:
         if self.foreign and key.startswith(self.foreign):
             return None
         found = self._parse_plain(key) or self._parse_named(key)

@@ -173,7 +173,10 @@ class _Table:
         nodes = [self.root]
         for place in range(len(module) - 1, -1, -1):
             char = module[place]
-            nodes = [after for node in nodes for after in _after(node, char)]
+            if len(nodes) == 1 and "." not in nodes[0].next:
+                nodes = [nodes[0].next[char]] if char in nodes[0].next else []
+            else:
+                nodes = [after for node in nodes for after in _after(node, char)]
             if not nodes:
                 break
             is_component = place == 0 or module[place - 1] == "."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -34,6 +35,8 @@ FAILURE: Final = 2
 BLAS_THREADS: Final = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 """How the BLAS libraries that numpy comes with are told; PyTorch on a processor has another."""
 LONGEST_MESSAGE: Final = 2000
+GARBAGE: Final = 100_000
+"""Objects between two searches for cycles, of which a command makes none that matter."""
 
 
 class LazyGroup(click.Group):
@@ -81,6 +84,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, _stop)
     _open_missing_streams()
+    gc.set_threshold(GARBAGE)
     for variable in BLAS_THREADS:  # our threads each call it; to be set before numpy is loaded
         os.environ.setdefault(variable, "1")
     arguments = sys.argv[1:] if args is None else args

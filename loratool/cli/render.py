@@ -29,6 +29,8 @@ __all__ = [
     "report_findings",
 ]
 
+READABLE: Final = 1 << 20
+"""Characters up to which a JSON document is indented."""
 WIDTH_WITHOUT_TERMINAL: Final = 160
 STYLES: Final = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
@@ -42,8 +44,11 @@ def console() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False))
+    """Print one JSON document, indented unless it is so large that nobody reads it."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    if len(text) < READABLE:  # indenting takes ten times as long
+        text = json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False)
+    click.echo(text)
 
 
 def print_notes(notes: Iterable[str]) -> None:

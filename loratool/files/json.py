@@ -63,7 +63,11 @@ def parse_json(data: bytes, *, where: object, allow_constants: bool = False) -> 
             object_pairs_hook=_unique,
             parse_constant=None if allow_constants else _no_constant,
         )
-        if SURROGATE.search(text) and not is_text(json.dumps(value, ensure_ascii=False)):
+        if (
+            "\\u" in text
+            and SURROGATE.search(text)
+            and not is_text(json.dumps(value, ensure_ascii=False))
+        ):
             raise ValueError("half of a surrogate pair, which is not text")
         return value
     except UnicodeDecodeError as error:

@@ -112,17 +112,16 @@ def component_of(module: str, known: frozenset[str] = frozenset()) -> tuple[str 
         known: What is a component for certain, whatever is inside; others are where a
             vocabulary has the rest of the path.
     """
-    return _component_of(module, known, FILES.names())
+    match = COMPONENT.fullmatch(module)
+    if match is None:
+        return None, module
+    return _component_of(module, match["component"], match["local"], known, FILES.names())
 
 
 @lru_cache(maxsize=1 << 17)
 def _component_of(
-    module: str, known: frozenset[str], families: tuple[str, ...]
+    module: str, component: str, local: str, known: frozenset[str], families: tuple[str, ...]
 ) -> tuple[str | None, str]:
-    match = COMPONENT.fullmatch(module)
-    if match is None:
-        return None, module
-    component, local = match["component"], match["local"]
     if component in known or _is_inside(component, local):
         return component, local
     return None, module

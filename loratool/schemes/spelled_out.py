@@ -39,7 +39,8 @@ def spell_out(adapter: Adapter, scheme: Scheme, base: Collection[str] = ()) -> A
             unresolved[site.module] = paths
             sites.append(site)
             continue
-        sites.append(scheme.roles.read(replace(site, module=paths[0])))
+        named = site if site.module == paths[0] else replace(site, module=paths[0])
+        sites.append(scheme.roles.read(named))
     return replace(
         adapter,
         sites=tuple(sites),

@@ -14,7 +14,7 @@ import torch
 
 import loratool
 from loratool.base.config import ModelConfig
-from loratool.base.config_edits import ConfigChanges, config_differences, edit_config
+from loratool.base.config_edits import ConfigChanges, edit_config
 
 PACKAGE = Path(loratool.__file__).parent
 ROOMS = {path: path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")}
@@ -112,15 +112,6 @@ def test_what_decoding_changes() -> None:
     assert "quantization_config" in raw
     told = edit_config(raw | {"torch_dtype": "float16"}, ConfigChanges(decoded="float16"))
     assert told["torch_dtype"] == "float16" and "dtype" not in told
-
-
-def test_differences_are_told_where_weights_depend_on_them() -> None:
-    wanted = {"tie_word_embeddings": False, "vocab_size": 9, "eos_token_id": 1}
-    assert not list(config_differences(wanted, wanted | {"eos_token_id": 2}))
-    assert list(config_differences(wanted, {"vocab_size": 8})) == [
-        "vocab_size is 8, expected 9",
-        "does not say that the embeddings are no longer tied",
-    ]
 
 
 def test_opening_and_finding_import_no_numpy(make_base: Callable[..., Path]) -> None:
