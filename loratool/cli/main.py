@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import gc
 import os
 import signal
 import sys
 import traceback
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -35,6 +37,20 @@ FAILURE: Final = 2
 BLAS_THREADS: Final = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 """How the BLAS libraries that numpy comes with are told; PyTorch on a processor has another."""
 LONGEST_MESSAGE: Final = 2000
+ASCII: Final = {
+    "\N{DOUBLE VERTICAL LINE}": "||",
+    "\N{GREEK CAPITAL LETTER DELTA}": "delta",
+    "\N{MIDDLE DOT}": "*",
+    "\N{MULTIPLICATION SIGN}": "x",
+    "\N{HORIZONTAL ELLIPSIS}": "...",
+    "\N{GREEK SMALL LETTER PHI}": "phi",
+    "\N{RIGHTWARDS ARROW}": "->",
+    "\N{LESS-THAN OR EQUAL TO}": "<=",
+    "\N{MINUS SIGN}": "-",
+    "\N{EN DASH}": "-",
+}
+"""What stands for characters that a terminal or a pipe does not have."""
+NO_THREAD: Final = "can't start new thread"
 GARBAGE: Final = 100_000
 """Objects between two searches for cycles, of which a command makes none that matter."""
 
@@ -99,10 +115,25 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 
 def _open_missing_streams() -> None:
-    """Give this process standard streams where whoever started it has closed them."""
+    """Give this process standard streams where whoever started it has closed them.
+
+    Where they have fewer characters than are printed, others stand for these.
+    """
+    codecs.register_error("loratool", _in_fewer_characters)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open till the end
+        elif isinstance(stream, TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="loratool")
+
+
+def _in_fewer_characters(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    plain = (ASCII.get(char) or char.encode("ascii", "backslashreplace").decode() for char in text)
+    return "".join(plain), error.end
 
 
 class _StoppedError(BaseException):
@@ -156,6 +187,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except Exception as error:  # the last resort of a command line
         if _stopped:
             return _stopped_by(_stopped[0].number, debug=debug)
+        if NO_THREAD in str(error):
+            return _fail(debug, "loratool: no more threads are allowed here", "use --threads 1")
         what = f"loratool: {type(error).__name__}: {error}".splitlines()[0]
         return _fail(debug, f"{what} (a bug)", "run again with --debug and report what it prints")
 

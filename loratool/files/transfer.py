@@ -14,9 +14,7 @@ __all__ = ["clone_file", "copy_range", "describe_write_error", "read_into", "wri
 
 FICLONE: Final = 0x40049409
 CHUNK: Final = 8 << 20
-NO_KERNEL_COPY: Final = frozenset(
-    (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
-)
+NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def clone_file(source: int, target: int) -> bool:
@@ -43,8 +41,9 @@ def copy_range(
                 source, target, min(size, 1 << 30), source_offset, target_offset
             )
         except OSError as error:
-            if error.errno not in NO_KERNEL_COPY:
+            if error.errno in NO_ROOM:
                 raise
+            # The kernel cannot, or one of the two files fails: this way it is clear which.
             _copy_through_memory(source, target, source_offset, target_offset, size, path)
             return
         if moved == 0:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import loratool
 from loratool.adapter.model import HISTORY_KEY
+from loratool.errors import FileFormatError
 from loratool.files.json import as_text
 
 __all__ = ["History", "Source", "digest_of"]
@@ -70,9 +71,16 @@ class History:
 
 
 def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file.
+
+    Raises:
+        FileFormatError: It cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
     return digest.hexdigest()
