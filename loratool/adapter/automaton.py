@@ -169,9 +169,15 @@ class Automaton:
         else:
             begin = after
             for _ in range(high - low):
-                begin = self._add(_State(free=[after, self._sequence(body, begin)]))
+                part = self._sequence(body, begin)
+                if part == begin:  # of nothing, however often
+                    break
+                begin = self._add(_State(free=[after, part]))
         for _ in range(low):
-            begin = self._sequence(body, begin)
+            part = self._sequence(body, begin)
+            if part == begin:
+                break
+            begin = part
         return begin
 
     def _at(self, where: Any, after: int) -> int:

@@ -19,11 +19,20 @@ from typing import Any, Final, Protocol, TypeVar
 from loratool.adapter.automaton import Automaton, EndlessError, UnsupportedExpressionError
 from loratool.errors import AdapterError
 
-__all__ = ["matches_target", "pattern_matches", "pattern_value", "pattern_values"]
+__all__ = [
+    "matches_target",
+    "pattern_matches",
+    "pattern_value",
+    "pattern_values",
+    "suffixes",
+]
 
 Value = TypeVar("Value")
 MAX_PATTERN_LENGTH: Final = 2000
-FEW_STEPS: Final = 1e6
+FEW_STEPS: Final = 1e5
+MANY_EXPRESSIONS: Final = 1000
+MANY_PLACES: Final = 200
+FEW_REPEATS: Final = 3
 LONGEST_NAME: Final = 200
 """Of the usual ones; what is longer is matched by an automaton."""
 PLAIN: Final = re.compile(r"\^?[\w.\-/ ]+")
@@ -44,6 +53,8 @@ def _tries(tree: Any, *, inside: bool = False) -> tuple[int, float]:
     backtracking; it counts as endless.
     """
     repeats, choices = 0, 1.0
+    if any(str(operation) == "GROUPREF_EXISTS" for operation, _ in tree):
+        return 0, math.inf
     for operation, argument in tree:
         name = str(operation)
         inner: list[Any] = []
@@ -54,7 +65,7 @@ def _tries(tree: Any, *, inside: bool = False) -> tuple[int, float]:
             if str(high) == "MAXREPEAT":
                 repeats += 1
             else:
-                choices *= high - low + 1
+                choices *= max(high - low + 1, high)
             if inside and high > low:
                 choices = math.inf
             inner = [body]
@@ -70,8 +81,8 @@ def _tries(tree: Any, *, inside: bool = False) -> tuple[int, float]:
 
 
 @lru_cache(maxsize=1 << 12)
-def _compile(text: str) -> tuple[_Matcher, _Matcher]:
-    """Return what matches names of usual length, and what matches longer ones.
+def _compile(text: str) -> tuple[_Matcher | None, _Matcher | None]:
+    """Return what matches names of usual length, if that is sure to end, or what matches all.
 
     Raises:
         AdapterError: It is no regular expression, or cannot be matched in bounded time.
@@ -81,15 +92,8 @@ def _compile(text: str) -> tuple[_Matcher, _Matcher]:
     shown = reprlib.repr(text)
     try:
         repeats, choices = _tries(parser.parse(text))
-        is_quick = choices * float(LONGEST_NAME) ** repeats <= FEW_STEPS
-        quick = re.compile(text) if is_quick else None
-        try:
-            sure: _Matcher = Automaton(text)
-        except UnsupportedExpressionError:
-            if quick is None:
-                raise
-            sure = _Refusing(text)
-        return quick or sure, sure
+        is_quick = repeats < FEW_REPEATS and choices * LONGEST_NAME**repeats <= FEW_STEPS
+        return (re.compile(text), None) if is_quick else (None, Automaton(text))
     except UnsupportedExpressionError as error:
         raise AdapterError(
             "adapter_config.json", f"the pattern {shown} has {error}, which might never end"
@@ -109,23 +113,19 @@ def _endless(text: str, error: EndlessError) -> AdapterError:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusing:
-    """Stands where only backtracking could match."""
-
-    text: str
-
-    def match(self, text: str) -> object:
-        """Refuse."""
-        raise _endless(self.text, EndlessError("the name is too long"))
-
-    fullmatch = match
+@lru_cache(maxsize=1 << 10)
+def _for_long_names(text: str) -> _Matcher:
+    try:
+        return Automaton(text)
+    except UnsupportedExpressionError as error:
+        raise _endless(text, EndlessError(f"it has {error}, and the name is long")) from None
 
 
 def _matches(pattern: str, name: str, *, is_full: bool) -> bool:
     usual, sure = _compile(pattern)
-    matcher = usual if len(name) <= LONGEST_NAME else sure
     try:
+        matcher = sure or (usual if len(name) <= LONGEST_NAME else _for_long_names(pattern))
+        assert matcher is not None
         return bool(matcher.fullmatch(name) if is_full else matcher.match(name))
     except EndlessError as error:
         raise _endless(pattern, error) from None
@@ -158,6 +158,10 @@ class _Table:
                 self._add(index, pattern)
             else:
                 self.others.append((index, pattern))
+        if len(self.others) > MANY_EXPRESSIONS:
+            raise AdapterError(
+                "adapter_config.json", f"has {len(self.others)} patterns with operators"
+            )
 
     def _add(self, index: int, pattern: str) -> None:
         node = self.root
@@ -179,6 +183,10 @@ class _Table:
                 nodes = [after for node in nodes for after in _after(node, char)]
             if not nodes:
                 break
+            if len(nodes) > MANY_PLACES:
+                raise AdapterError(
+                    "adapter_config.json", "its patterns have dots in too many ways to be names"
+                )
             is_component = place == 0 or module[place - 1] == "."
             for node in nodes if is_component else ():
                 found += node.keys
@@ -218,9 +226,12 @@ def pattern_values(patterns: Mapping[str, Value], module: str) -> list[tuple[str
 
 
 def pattern_value(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
-    """Return the value for ``module``: the first entry that means it, else ``default``."""
+    """Return the value for ``module``: the first entry that means it, else ``default``.
+
+    A key that is the module's very name counts where none matches as an expression, as in PEFT.
+    """
     found = pattern_values(patterns, module)
-    return found[0][1] if found else default
+    return found[0][1] if found else patterns.get(module, default)
 
 
 def matches_target(targets: str | Iterable[str], name: str) -> bool:
@@ -230,4 +241,27 @@ def matches_target(targets: str | Iterable[str], name: str) -> bool:
     """
     if isinstance(targets, str):
         return _matches(targets, name, is_full=True)
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    return not _known(targets).isdisjoint(suffixes(name))
+
+
+def suffixes(name: str) -> list[str]:
+    """Return a path and what is behind each of its dots."""
+    found = [name]
+    place = name.find(".")
+    while place >= 0:
+        found.append(name[place + 1 :])
+        place = name.find(".", place + 1)
+    return found
+
+
+_last: tuple[Iterable[str], frozenset[str]] = ((), frozenset())
+
+
+def _known(targets: Iterable[str]) -> frozenset[str]:
+    """Return targets as a set; the last ones are kept, which are asked about again."""
+    global _last
+    kept, found = _last
+    if kept is not targets:
+        found = frozenset(targets)
+        _last = (targets, found)
+    return found

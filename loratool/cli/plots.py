@@ -50,7 +50,7 @@ def check_plot(path: Path, *, force: bool, inputs: Sequence[Path]) -> None:
         ) from None
     if path.is_dir():
         raise OutputError(path, "is a folder; a picture is a file", hint="choose another name")
-    check_output(path, force=force, inputs=inputs)
+    check_output(path, force=force, inputs=inputs, kinds=FORMATS)
 
 
 def plot_spectra(spectra: Sequence[Spectrum], title: str, path: Path, *, force: bool) -> None:

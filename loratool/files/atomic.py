@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -32,9 +32,12 @@ FOLDER_ONLY: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
 SHOWN: Final = 3
 USUAL_NAMES: Final = re.compile(
     r"""(?x)^(
-    .*\.(json|jinja|model|tiktoken|bpe|msgpack|gguf|npz|ckpt) | .*\.safetensors\..* | .*\.py
-    | README(\.md)? | LICEN[SC]E.* | NOTICE.* | USE_POLICY.* | \.gitattributes
-    | (vocab|merges|dict|source|target|special_tokens|requirements)\.txt
+    ([a-z0-9_]+_)?config\.json | .*\.index\.json | model_index\.json | modules\.json | params\.json
+    | tokenizer(_\w+)?\.(json|model) | (vocab|added_tokens|special_tokens_map|chat_template)\.json
+    | .*\.(jinja|tiktoken|gguf) | (spiece|sentencepiece(\.bpe)?)\.model | .*\.safetensors\.\w+
+    | (modeling|configuration|tokenization|processing|image_processing|feature_extraction)_\w+\.py
+    | README(\.md)? | LICEN[SC]E(\.\w+)? | NOTICE(\.\w+)? | USE_POLICY\.md | \.gitattributes
+    | (vocab|merges|dict|special_tokens|requirements)\.txt | lora_config\.json
     )$"""
 )
 """What lies beside weights: configurations, tokenizers, cards, licences, code of the model."""
@@ -49,6 +52,8 @@ def check_output(
     inputs: Iterable[Path],
     needed: int = 0,
     names: Iterable[str] = (),
+    kinds: Collection[str] = (),
+    folder: bool = False,
 ) -> None:
     """Make sure that ``path`` may be written, before any work is done.
 
@@ -58,6 +63,8 @@ def check_output(
         inputs: Files and folders that the run reads; the destination may not touch them.
         needed: Bytes that will be written, to be compared with the free space.
         names: Files that will be in the destination, where it is a folder.
+        kinds: Suffixes of files that may be replaced; by default those of weights.
+        folder: Whether a folder will be written, so that no file may be there.
 
     Raises:
         OutputError: It exists, its folder does not, it is an input, or the disk is full.
@@ -65,7 +72,7 @@ def check_output(
     parent = path.absolute().parent
     if not parent.is_dir():
         raise OutputError(path, "its folder does not exist", hint=f"mkdir -p {parent}")
-    _recover(path.absolute())
+    _recover(path.absolute(), force=force)
     target = path.resolve()
     around = {_identity(each) for each in (target, *target.parents)} - {None}
     for source in dict.fromkeys(inputs):
@@ -77,7 +84,7 @@ def check_output(
             raise OutputError(path, f"would overwrite the input {source}", hint="choose another")
     if (path.exists() or path.is_symlink()) and not force:
         raise OutputError(path, "exists already", hint="choose another name, or give --force")
-    _check_replaceable(path, frozenset(names))
+    _check_replaceable(path, frozenset(names), kinds, folder=folder)
     if not os.access(parent, os.W_OK):
         raise OutputError(path, "its folder is not writable")
     free = shutil.disk_usage(parent).free
@@ -96,17 +103,30 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _check_replaceable(path: Path, names: frozenset[str]) -> None:
+def _check_replaceable(
+    path: Path, names: frozenset[str], kinds: Collection[str], *, folder: bool
+) -> None:
     """Refuse to replace what no run of this program, nor of its like, has written.
 
     Raises:
-        OutputError: A device, a pipe, or a folder with somebody's work in it.
+        OutputError: A device, a pipe, somebody's file, or a folder with somebody's work in it.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise OutputError(path, "is a device or a pipe, and is not replaced")
-    if not path.is_dir() or path.is_symlink():
+    if not path.exists() or (path.is_symlink() and not path.is_dir()):
         return
+    if path.is_file():
+        is_ours = path.suffix.lower() in kinds if kinds else is_weights(path)
+        if folder or not is_ours:
+            what = "is a file, and the output is a folder" if folder else "is another kind of file"
+            raise OutputError(path, f"{what}; it is not replaced", hint="choose another name")
+        return
+    if not path.is_dir():
+        raise OutputError(path, "is a device or a pipe, and is not replaced")
+    if path.is_symlink():
+        return
+    inside = list(path.iterdir())
     strange = list(islice(_strangers(path, names), SHOWN + 1))
+    if not strange and inside and not any(map(_is_model, path.rglob("*"))):
+        strange = [each.name for each in inside[: SHOWN + 1]]
     if strange:
         more = " and more" if len(strange) > SHOWN else ""
         raise OutputError(
@@ -115,6 +135,10 @@ def _check_replaceable(path: Path, names: frozenset[str]) -> None:
             f"{', '.join(strange[:SHOWN])}{more}",
             hint="choose another name, or move that away",
         )
+
+
+def _is_model(path: Path) -> bool:
+    return is_weights(path) or path.name in ("adapter_config.json", "config.json")
 
 
 def _strangers(folder: Path, names: frozenset[str]) -> Iterator[str]:
@@ -266,13 +290,14 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _recover(path: Path) -> None:
+def _recover(path: Path, *, force: bool) -> None:
     """Put back an output that a killed run has moved aside and not replaced."""
     for aside in path.parent.glob(f".{_escape(path.name)}.{OLD_MARK}-*"):
         if aside.is_symlink() or not aside.is_dir():
             continue
         if path.exists() or path.is_symlink():
-            shutil.rmtree(aside, ignore_errors=True)
+            if force:
+                shutil.rmtree(aside, ignore_errors=True)
         else:
             with suppress(OSError):
                 aside.rename(path)

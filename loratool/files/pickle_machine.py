@@ -13,6 +13,7 @@ where it arrives, so that nothing nested is ever hashed, compared or printed. No
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ MOVES: Final = 4
 SOME: Final = 1000
 MAX_DIMENSIONS: Final = 64
 MAX_NAME: Final = 200
-STORAGE_MODULES: Final = ("torch", "torch.cuda", "torch.storage")
+LOCATION: Final = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu|xla|mtia|privateuseone)(:\d+)?")
+TENSOR_TYPES: Final = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 ARGUMENTS: Final = {
     "collections.OrderedDict": (0, 1),
     "torch._utils._rebuild_tensor": (4, 4),
@@ -45,6 +47,7 @@ ARGUMENTS: Final = {
     "_codecs.encode": (1, 3),
 }
 """How many arguments each function takes."""
+
 
 STORAGE_DTYPES: Final = {
     "DoubleStorage": "F64",
@@ -60,6 +63,18 @@ STORAGE_DTYPES: Final = {
     "ComplexFloatStorage": "C64",
     "UntypedStorage": "U8",
 }
+STORAGES: Final = {"torch.storage.UntypedStorage"} | {
+    f"{module}.{name}"
+    for module in ("torch", "torch.cuda")
+    for name in STORAGE_DTYPES
+    if name != "UntypedStorage"
+}
+
+
+KNOWN: Final = frozenset(
+    ("torch._tensor._rebuild_from_type_v2", *ARGUMENTS, *TENSOR_TYPES, *STORAGES)
+)
+"""All that a pickle may name, beside dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +114,34 @@ class PickledTensor:
 
 @dataclass(slots=True)
 class PickledDict:
-    """A dictionary under construction; keys of any hashable kind."""
+    """A dictionary under construction, ordered or plain."""
 
     items: dict[Any, Any] = field(default_factory=dict)
+    is_ordered: bool = False
 
 
-class _Set:
-    """An empty set; torch's machine has no opcode that fills one."""
+@dataclass(frozen=True, slots=True)
+class _Dtype:
+    """A dtype of torch's."""
+
+    name: str
+
+
+class _Opaque:
+    """Something that tensors do not need: a device, bytes, a set."""
 
 
 def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
     """What calling ``named`` would build, for the few names that torch's checkpoints use."""
     if named.path == "torch._tensor._rebuild_from_type_v2":
         # A function, the type that its result is given, its arguments, and what is set on it.
-        function, _, inner, state = arguments
-        if not isinstance(function, _Named) or not isinstance(inner, tuple) or state:
+        function, kind, inner, state = arguments
+        if (
+            not (isinstance(function, _Named) and function.path in ARGUMENTS)
+            or not (isinstance(kind, _Named) and kind.path in TENSOR_TYPES)
+            or not isinstance(inner, tuple)
+            or not _is_empty(state)
+        ):
             raise ValueError("a tensor of a type of its own")
         named, arguments = function, inner
     fewest, most = ARGUMENTS.get(named.path, (0, len(arguments)))
@@ -122,7 +150,9 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
     match named.path:
         case "collections.OrderedDict":
             pairs = arguments[0] if arguments else ()
-            return PickledDict({_plain_key(key): value for key, value in pairs})
+            if not isinstance(pairs, list | tuple):
+                raise ValueError("an OrderedDict of no pairs")
+            return PickledDict({_plain_key(key): value for key, value in pairs}, is_ordered=True)
         case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor":
             return _tensor(path, arguments)
         case "torch._utils._rebuild_tensor_v3":
@@ -132,27 +162,28 @@ def _rebuild(path: Path, named: _Named, arguments: tuple[Any, ...]) -> Any:
             if not isinstance(arguments[0], PickledTensor):
                 raise ValueError("a parameter that is no tensor")
             _check_gradient(arguments[1], arguments[2], arguments[0].dtype)
+            if not all(map(_is_empty, arguments[3:])):
+                raise ValueError("a parameter with a state of its own")
             return arguments[0]
         case "torch.Size":
-            return arguments[0] if arguments else ()
-        case "builtins.set":
-            return _Set()
-        case "torch.device":
-            return "device"
-        case "_codecs.encode":
-            return arguments[0]
+            sizes = arguments[0] if arguments else ()
+            if not isinstance(sizes, list | tuple) or not all(type(n) is int for n in sizes):
+                raise ValueError("a size of no numbers")
+            return tuple(sizes)
+        case "builtins.set" | "torch.device" | "_codecs.encode":
+            if not all(isinstance(each, str | int | list) for each in arguments):
+                raise ValueError(f"{named.path} of something else")
+            return _Opaque()
         case _:
-            raise FileFormatError(
-                path,
-                f"its pickle would call {named.path!r}, which is not executed",
-                hint="save the tensors alone, as safetensors, where you trust the file",
-            )
+            raise ValueError(f"a call of {named.path}")
 
 
 def _tensor(path: Path, arguments: tuple[Any, ...], dtype: Any = None) -> PickledTensor:
     storage, offset, shape, strides = arguments[:4]
     lazily = arguments[6] if len(arguments) > 6 else None
-    if isinstance(lazily, PickledDict) and any(lazily.items.values()):
+    if not (lazily is None or isinstance(lazily, PickledDict)):
+        raise ValueError("a tensor with unknown properties")
+    if lazily is not None and any(lazily.items.values()):
         raise FileFormatError(path, "holds a tensor that is conjugated or negated lazily")
     if not isinstance(shape, tuple | list) or not isinstance(strides, tuple | list):
         raise FileFormatError(path, "damaged: a tensor has an impossible shape")
@@ -168,8 +199,10 @@ def _tensor(path: Path, arguments: tuple[Any, ...], dtype: Any = None) -> Pickle
         raise FileFormatError(path, "damaged: a tensor has an impossible shape")
     if dtype is None:
         dtype = storage.dtype
-    elif not isinstance(dtype, str) or dtype not in DTYPES or storage.dtype != "U8":
+    elif not isinstance(dtype, _Dtype) or storage.dtype != "U8":
         raise FileFormatError(path, "holds a tensor of an unknown type")
+    else:
+        dtype = dtype.name
     if len(arguments) > 4:
         _check_gradient(arguments[4], arguments[5], dtype)
     held = storage.elements * DTYPES[storage.dtype].bits
@@ -187,8 +220,12 @@ def _check_gradient(is_wanted: Any, hooks: Any, dtype: str) -> None:
     is_number = DTYPES[dtype].is_float or dtype.startswith("C")
     if not isinstance(is_wanted, bool) or (is_wanted and not is_number):
         raise ValueError(f"a gradient of {dtype}")
-    if not (hooks is None or isinstance(hooks, PickledDict)) or (hooks and hooks.items):
+    if not _is_empty(hooks):
         raise ValueError("a tensor with hooks")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, PickledDict) and not value.items)
 
 
 def _storage(path: Path, persistent: Any, *, has_view: bool) -> Storage:
@@ -197,7 +234,7 @@ def _storage(path: Path, persistent: Any, *, has_view: bool) -> Storage:
         if has_view:
             *persistent, view = persistent
         kind, named, key, location, elements = persistent
-        if not (isinstance(named, _Named) and named.module in STORAGE_MODULES):
+        if not (isinstance(named, _Named) and named.path in STORAGES):
             raise TypeError
         dtype = STORAGE_DTYPES[named.name]
     except (TypeError, ValueError, KeyError):
@@ -207,6 +244,7 @@ def _storage(path: Path, persistent: Any, *, has_view: bool) -> Storage:
         and kind == "storage"
         and isinstance(key, str)
         and isinstance(location, str)
+        and LOCATION.fullmatch(location)
         and type(elements) is int
         and 0 <= elements < 1 << 48
     ):
@@ -319,7 +357,7 @@ class _Machine:
         self.stack.append([])
 
     def _empty_set(self, argument: Any) -> None:
-        self.stack.append(_Set())
+        self.stack.append(_Opaque())
 
     def _tuple(self, argument: Any) -> None:
         items = tuple(self._since_mark())
@@ -340,14 +378,20 @@ class _Machine:
         if len(argument) > MAX_NAME or not name.isprintable():
             raise FileFormatError(self.path, "damaged: its pickle names something impossible")
         dtype = dtype_named(name) if module == "torch" else None
-        self.stack.append(dtype.name if dtype else _Named(module, name))
+        named = _Named(module, name)
+        if dtype is None and named.path not in KNOWN:
+            raise FileFormatError(
+                self.path,
+                f"its pickle would call {named.path!r}, which is not executed",
+                hint="save the tensors alone, as safetensors, where you trust the file",
+            )
+        self.stack.append(_Dtype(dtype.name) if dtype else named)
 
     def _reduce(self, argument: Any) -> None:
         arguments, named = self.stack.pop(), self.stack.pop()
         if not isinstance(named, _Named) or not isinstance(arguments, tuple):
             raise ValueError("REDUCE without a function")
-        if arguments and isinstance(arguments[0], list):
-            self.moved += len(arguments[0])
+        self.moved += sum(len(each) for each in arguments if isinstance(each, list | tuple))
         self.stack.append(_rebuild(self.path, named, arguments))
 
     def _binpersid(self, argument: Any) -> None:
@@ -383,8 +427,10 @@ class _Machine:
     def _build(self, argument: Any) -> None:
         # The state of an OrderedDict, such as its _metadata; that of a tensor would be another
         # storage for it.
-        self.stack.pop()
-        self._target(PickledDict)
+        state = self.stack.pop()
+        target = self._target(PickledDict)
+        if not target.is_ordered or not isinstance(state, PickledDict):
+            raise ValueError("a state for something that has none")
 
     def _target(self, kind: type[Any]) -> Any:
         target = self.stack[-1]

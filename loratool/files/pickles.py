@@ -34,6 +34,8 @@ __all__ = ["TorchPickle", "other_contents", "read_pickle"]
 MAX_PICKLE_BYTES: Final = 16 << 20
 MAX_DEPTH: Final = 8
 MAX_ENTRIES: Final = 200_000
+MAX_NAME: Final = 4096
+MAX_LETTERS: Final = 32 << 20
 LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION: Final = 1001
 VERSIONS: Final = range(1, 11)
@@ -143,7 +145,7 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
         value, storages = interpret(path, io.BytesIO(read("data.pkl", MAX_PICKLE_BYTES) or b""))
 
         def place(storage: Storage) -> int:
-            info = entries.get(f"{first}/data/{storage.key}".lower())
+            info = entries.get(_lower(f"{first}/data/{storage.key}"))
             if info is None:
                 raise FileFormatError(path, f"storage {_short(storage.key)} is missing")
             _check_stored(path, info)
@@ -154,6 +156,11 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
             return _begin(path, file, info)
 
         return value, {key: place(storage) for key, storage in storages.items()}
+
+
+def _lower(name: str) -> str:
+    """Return a name in lower case as torch's reader has it, which knows ASCII only."""
+    return name.lower() if name.isascii() else name
 
 
 def _first_folder(entries: Mapping[str, zipfile.ZipInfo]) -> str:
@@ -168,14 +175,20 @@ def _directory(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> dict[st
     """
     entries: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
-        if entries.setdefault(info.filename.lower(), info) is not info:
+        if entries.setdefault(_lower(info.filename), info) is not info:
             raise FileFormatError(path, f"damaged: {_short(info.filename)} is in it twice")
-        if info.flag_bits & ~FLAGS or info.external_attr & FOLDER or info.volume:
+        is_named = info.filename == info.orig_filename and (
+            info.filename.isascii() or info.flag_bits & UTF8
+        )
+        if not is_named or info.flag_bits & ~FLAGS or info.external_attr & FOLDER or info.volume:
             raise FileFormatError(path, f"damaged: entry {_short(info.filename)} is no plain file")
         _begin(path, file, info)
-    first = f"{_first_folder(entries)}/"
-    if not all(name.startswith(first) for name in entries):
+    names = [info.filename for info in entries.values()]
+    first = f"{names[0].partition('/')[0]}/" if names else ""
+    if not all(name.startswith(first) for name in names):
         raise FileFormatError(path, "a zip archive of several folders, not torch's")
+    if f"{_lower(first)}constants.pkl" in entries:
+        raise FileFormatError(path, "a TorchScript archive, which holds a program")
     if not _ends_well(file, len(entries)):
         raise FileFormatError(path, "damaged: the end of the archive contradicts its directory")
     return entries
@@ -309,7 +322,7 @@ class _Collector:
         self.tensors: dict[str, StoredTensor] = {}
         self.other: dict[str, str] = {}
         self.owners: dict[tuple[Any, ...], str] = {}
-        self.visited = 0
+        self.visited = self.letters = 0
         self.inside: set[int] = set()
         self.with_tensors: dict[int, bool] = {}
 
@@ -338,6 +351,9 @@ class _Collector:
             if self.visited > MAX_ENTRIES:
                 raise FileFormatError(self.path, "has too many entries to be a checkpoint")
             name = f"{prefix}{_summary(key)}"
+            self.letters += len(name)
+            if len(name) > MAX_NAME or self.letters > MAX_LETTERS:
+                raise FileFormatError(self.path, "has names too long to be a checkpoint's")
             if isinstance(item, PickledTensor):
                 if name in self.tensors:
                     raise FileFormatError(self.path, f"two tensors are called {name!r}")

@@ -22,8 +22,7 @@ from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.history import History
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork
-from loratool.plan.sidecar import Sidecar
-from loratool.schemes import sidecar_names
+from loratool.plan.sidecar import Sidecar, beside_weights
 from loratool.values.expr import Expr, Stored, Together, sources, togethers
 
 __all__ = ["AdapterPlan", "ModuleOutput", "Output"]
@@ -216,8 +215,7 @@ class AdapterPlan:
         """Yield every file that is read, which no output may replace."""
         for weights in self.stamps:
             yield weights
-            beside = (weights.parent / name for name in sorted(sidecar_names()))
-            yield from (path for path in beside if path.is_file())
+            yield from beside_weights(weights)
         yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
 
     @property

@@ -19,7 +19,7 @@ from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.lanes import Spot
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork
-from loratool.plan.sidecar import Sidecar
+from loratool.plan.sidecar import Sidecar, beside_weights
 
 __all__ = [
     "PROCESS_BYTES",
@@ -343,7 +343,9 @@ class ModelPlan:
 
     def inputs(self) -> Iterator[Path]:
         """Yield every file that is read."""
-        yield from self.stamps
+        for weights in self.stamps:
+            yield weights
+            yield from beside_weights(weights)
         yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
 
     @property

@@ -127,6 +127,7 @@ def write(
         inputs=[*inputs, *plan.inputs()],
         needed=plan.nbytes + sum(sidecar.nbytes for sidecar in plan.beside()),
         names=[sidecar.name for sidecar in plan.beside()],
+        folder=plan.is_folder,
     )
     sync = sync or plan.nbytes < SYNC_BELOW
     with staged(output, folder=plan.is_folder, force=force, sync=sync) as place:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["TOKENIZER_FILES", "Sidecar", "write_sidecar"]
+__all__ = ["TOKENIZER_FILES", "Sidecar", "beside_weights", "write_sidecar"]
 
 TOKENIZER_FILES: Final = frozenset(
     (
@@ -47,6 +48,13 @@ class Sidecar:
     def nbytes(self) -> int:
         """Its size in bytes."""
         return self.source.stat().st_size if self.source else len(self.content or b"")
+
+
+def beside_weights(weights: Path) -> Iterator[Path]:
+    """Yield what may have been read beside a weights file: configurations, indices, settings."""
+    for path in sorted(weights.parent.iterdir()):
+        if path.suffix in (".json", ".yaml", ".yml") and path.is_file():
+            yield path
 
 
 def write_sidecar(sidecar: Sidecar, folder: Path) -> None:

@@ -123,7 +123,9 @@ def extract(
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
         if save_spectrum is not None:
-            check_output(Path(save_spectrum), force=force, inputs=[*inputs, place])
+            check_output(
+                Path(save_spectrum), force=force, inputs=[*inputs, place], kinds=(".json",)
+            )
     selection = Selection.of(include, exclude, save_module, embeddings=embeddings)
     pairing = pair(models[0], models[1], selection)
     _check_pairing(pairing, models[1].path, save_module)

@@ -123,7 +123,7 @@ def truncate(
     return finish(
         draft,
         truncation,
-        inputs=inputs,
+        inputs=[*inputs, *([Path(spectrum)] if spectrum is not None else [])],
         force=force,
         dry_run=dry_run,
         threads=threads,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.adapter.findings import Finding, finding
+from loratool.base.config import DTYPE_KEYS, read_config
 from loratool.base.model import Model, open_model
 from loratool.codecs.codec import CodedTensor
 from loratool.errors import LoratoolError
@@ -111,10 +112,16 @@ def _dtype_of(base: Model, merged: Checkpoint) -> str | None:
         if name in base.tensors and DTYPES[stored.spec.dtype].is_mergeable
     }
     targets = {new for _, new in pairs}
-    if all(old == new for old, new in pairs) or len(targets) != 1:
+    if len(targets) != 1:
         return None
     names = {header: name for name, header in OUTPUT_DTYPES.items()}
-    return names.get(targets.pop())
+    name = names.get(targets.pop())
+    if all(old == new for old, new in pairs):
+        # Asked for all the same, if the configuration says so and the base's does not.
+        said = {read_config(merged.folder).raw.get(key) for key in DTYPE_KEYS}
+        known = {base.config.raw.get(key) for key in DTYPE_KEYS}
+        return name if name in said - known else None
+    return name
 
 
 def _check_layout(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:

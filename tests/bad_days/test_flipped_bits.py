@@ -77,7 +77,30 @@ def test_what_is_missing_is_said(name: str, merged: tuple[Path, Path, Path]) -> 
     base, adapter, out = merged
     (out / name).unlink()
     (found,) = loratool.verify(out, base=base, adapters=[adapter])
-    assert (found.code, found.where) == ("LT111", name)
+    expected = "LT107" if name == "config.json" else "LT111"
+    assert (found.code, found.where) == (expected, name)
+
+
+def test_what_says_the_same_to_python_alone(merged: tuple[Path, Path, Path]) -> None:
+    base, adapter, out = merged
+    config = (out / "config.json").read_text()
+    for spelled in (config.replace("32,", "32.0,"), "\N{BYTE ORDER MARK}" + config):
+        (out / "config.json").write_text(spelled, "utf-8")
+        codes = {each.code for each in loratool.verify(out, base=base, adapters=[adapter])}
+        assert codes == {"LT107"}
+    (out / "config.json").write_text(config)
+    (out / "model.safetensors.index.json").unlink()
+    (found,) = loratool.verify(out, base=base, adapters=[adapter])
+    assert (found.code, found.message) == ("LT108", "is missing")
+
+
+def test_a_dtype_that_only_the_configuration_had_not(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base({"a.q.weight": torch.randn(6, 5).bfloat16()}, {"torch_dtype": "float32"})
+    adapter = make_adapter(lora("a.q", 6, 5))
+    loratool.merge(base, [adapter], tmp_path / "out", dtype="bfloat16")
+    assert not loratool.verify(tmp_path / "out", base=base, adapters=[adapter])
 
 
 def test_a_configuration_that_another_tool_has_saved(merged: tuple[Path, Path, Path]) -> None:

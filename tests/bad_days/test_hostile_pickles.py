@@ -58,7 +58,7 @@ REFUSED = {
     "a nested kind": (tensor(storage(text("0"), 16, laughs())), "unknown type"),
     "a kind of another module": (
         tensor(storage(text("0"), 16, named("os", "FloatStorage"))),
-        "unknown type",
+        "would call",
     ),
     "a tensor that is set anew": (
         tensor(storage()) + sequence(storage(), number(0)) + b"b",
@@ -73,6 +73,34 @@ REFUSED = {
         + sequence(tensor(storage(text("0"), 8, LONGS), (8,), (1,)), b"\x88", b"N")
         + b"R",
         "gradient of I64",
+    ),
+    "a parameter with a state": (
+        named("torch._utils", "_rebuild_parameter_with_state")
+        + sequence(tensor(storage()), b"\x88", b"N", b"}" + text("data") + b"Ns")
+        + b"R",
+        "state of its own",
+    ),
+    "a state of a plain dictionary": (b"}}b", "has none"),
+    "a name that is not called": (named("os", "system"), "would call"),
+    "a storage that is nowhere": (
+        tensor(
+            sequence(
+                text("storage"),
+                named("torch", "FloatStorage"),
+                text("0"),
+                text("meta"),
+                number(16),
+            )
+            + b"Q"
+        ),
+        "unknown type",
+    ),
+    "copies of a tuple": (
+        sequence(
+            b"(" + b"".join(number(n) + b"N\x86" for n in range(5000)) + b"t\x85q\x08",
+            AGAIN * 400,
+        ),
+        "over and over",
     ),
     "a tuple from below the mark": (b"(K\x01\x86" + b"t", "more than there is"),
     "opcodes of a later protocol": (b"\x8c\x01a", "uses the opcode"),
@@ -145,6 +173,12 @@ def test_archives_that_two_readers_see_in_two_ways(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", good)
     with pytest.raises(FileFormatError, match=r"not one written|several"):
         read_pickle(tmp_path / "elsewhere.bin")
+
+
+def test_long_names_are_not_multiplied(tmp_path: Path) -> None:
+    inner = b"}(" + b"".join(text(str(n)) + b"N" for n in range(5000)) + b"u"
+    with pytest.raises(FileFormatError, match="names too long"):
+        read_pickle(zipped(tmp_path / "x.bin", dictionary(text("p" * 100_000), inner)))
 
 
 def test_memory_is_that_of_the_file(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from samples import lora
 
 import loratool
-from loratool.errors import OutputError
+from loratool.errors import LoratoolError, OutputError
 from loratool.files.atomic import check_output, staged
 
 Make = Callable[..., Path]
@@ -27,7 +27,9 @@ def pair(make_base: Make, make_adapter: Make) -> tuple[Path, Path]:
     return base, make_adapter(lora("a.q", 6, 5))
 
 
-@pytest.mark.parametrize("stranger", ["thesis.txt", "src/main.rs", ".git/HEAD", "photo.png"])
+@pytest.mark.parametrize(
+    "stranger", ["thesis.txt", "src/main.rs", ".git/HEAD", "train.py", "data/labels.json"]
+)
 def test_force_spares_what_is_no_model(
     stranger: str, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -44,6 +46,45 @@ def test_force_spares_what_is_no_model(
             write()
         assert stranger in str(caught.value)
     assert (work / stranger).read_text() == "the only copy"
+
+
+def test_force_spares_folders_without_weights_and_files_of_other_kinds(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    project, thesis = tmp_path / "project", tmp_path / "thesis.docx"
+    project.mkdir()
+    (project / "README.md").write_text("mine")
+    thesis.write_text("mine")
+    for output in (project, thesis):
+        for write in (
+            lambda to: loratool.merge(pair[0], [pair[1]], to, force=True),
+            lambda to: loratool.convert(pair[1], "peft", to, force=True),
+            lambda to: loratool.convert(pair[1], "kohya", to, force=True),
+        ):
+            with pytest.raises(LoratoolError):
+                write(output)
+    assert (project / "README.md").read_text() == thesis.read_text() == "mine"
+
+
+def test_force_spares_what_links_beside_the_weights_lead_to(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A configuration in the output's folder that an input's link leads to is an input."""
+    base, adapter = pair
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (adapter / "adapter_config.json").rename(kept / "adapter_config.json")
+    (adapter / "adapter_config.json").symlink_to(kept / "adapter_config.json")
+    (base / "config.json").rename(kept / "config.json")
+    (base / "config.json").symlink_to(kept / "config.json")
+    for write in (
+        lambda: loratool.merge(base, [adapter], kept, force=True),
+        lambda: loratool.truncate(adapter, rank=1, output=kept, force=True),
+        lambda: loratool.extract(base, base, kept, rank=1, force=True),
+    ):
+        with pytest.raises(LoratoolError):
+            write()
+    assert sorted(path.name for path in kept.iterdir()) == ["adapter_config.json", "config.json"]
 
 
 def test_force_replaces_what_a_run_has_written(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -138,6 +179,9 @@ def test_a_run_that_was_killed_there_is_mended_by_the_next(tmp_path: Path) -> No
         check_output(output, force=False, inputs=[])
     assert (output / "model.safetensors").read_text() == "old"
     aside.mkdir()  # and one that was killed a moment later
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(output, force=False, inputs=[])
+    assert aside.exists()
     check_output(output, force=True, inputs=[])
     assert not aside.exists()
 

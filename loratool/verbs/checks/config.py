@@ -10,7 +10,7 @@ from loratool.adapter.config import KNOWN_FIELDS, LoraConfig
 from loratool.adapter.fields import wrong_fields
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter, ExtraKind, Site
-from loratool.adapter.patterns import matches_target, pattern_matches, pattern_values
+from loratool.adapter.patterns import matches_target, pattern_values, suffixes
 from loratool.adapter.problems import check_adapter
 from loratool.errors import LoratoolError
 from loratool.names.tied import HEAD_LEAVES
@@ -77,11 +77,13 @@ def _patterns(
     field: str, patterns: dict[str, Any] | Any, sites: tuple[Site, ...], where: object
 ) -> Iterator[Finding]:
     names = [name for site in sites for name in _names_of(site)]
+    found = {name: pattern_values(patterns, name) for name in names}
+    used = {key for hits in found.values() for key, _ in hits}
     for key in patterns:
-        if not any(pattern_matches(key, name) for name in names):
+        if key not in used:
             yield finding("LT010", where, f"{field}: {key!r} matches no module")
     for name in names:
-        hits = pattern_values(patterns, name)
+        hits = found[name]
         if len({str(value) for _, value in hits}) > 1:
             listed = ", ".join(f"{key!r}: {value}" for key, value in hits)
             yield finding(
@@ -98,8 +100,9 @@ def _targets(config: LoraConfig, adapter: Adapter, where: object) -> Iterator[Fi
     if targets is None:
         return
     if isinstance(targets, tuple):
+        known = {suffix for module in modules for suffix in suffixes(module)}
         for target in targets:
-            if not any(matches_target((target,), module) for module in modules):
+            if target not in known:
                 yield finding(
                     "LT012", where, f"the target {target!r} matches no module in the file"
                 )

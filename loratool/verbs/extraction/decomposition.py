@@ -40,13 +40,14 @@ def open_spool(folder: Path, key: dict[str, Any]) -> None:
     """
     described = json.dumps(key, sort_keys=True)
     known = folder / RUN_FILE
-    if known.is_file() and known.read_text() not in (described, ""):
+    if known.is_file() and known.read_text("utf-8", "replace") not in (described, ""):
         raise OptionError(
             "--resume",
             f"{folder} holds modules of a run with other inputs or options",
             hint="give the same options, or delete that folder",
         )
     partial = known.with_suffix(".partial")
+    partial.unlink(missing_ok=True)  # a link or a pipe that somebody has put there
     partial.write_text(described)
     partial.replace(known)
 
@@ -83,7 +84,7 @@ def decompose_all(
         if path.is_file():
             try:
                 known = _load(target.name, path, settings)
-            except (SafetensorError, KeyError, ValueError, OSError):
+            except (SafetensorError, LookupError, ValueError, TypeError, OSError):
                 path.unlink()  # a damaged file is computed again
             else:
                 if budget_ranks is None or known.computed >= min(rank, target.smallest_side):
@@ -112,6 +113,7 @@ def _save(path: Path, module: Extracted) -> None:
         tensors[f"squares.{index}"] = np.array([part.squared_norm, part.squared_residual])
         tensors[f"exact.{index}"] = np.array([part.is_exact])
     partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
     save_file(tensors, partial)
     partial.replace(path)
 

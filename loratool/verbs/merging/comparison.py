@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -36,30 +37,35 @@ def check_files(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:
     """Yield how configuration, tokenizer, index and metadata differ from what ``plan`` writes."""
     if plan.is_folder and merged.path.is_dir():
         for sidecar in plan.beside():
-            yield from _check_sidecar(sidecar, merged.path / sidecar.name)
+            yield from _check_sidecar(sidecar, merged.path / sidecar.name, len(merged.shards))
     yield from _check_metadata(plan, merged)
 
 
-def _check_sidecar(sidecar: Sidecar, path: Path) -> Iterator[Finding]:
+def _check_sidecar(sidecar: Sidecar, path: Path, shards: int) -> Iterator[Finding]:
     name = sidecar.name
     if not path.is_file():
-        if not name.endswith(INDEX):  # a model in one file has none, and needs none
-            yield finding("LT111", name, "is missing")
+        is_needed = name == CONFIG_NAME or (name.endswith(INDEX) and shards > 1)
+        if is_needed or not name.endswith(INDEX):
+            code = "LT107" if name == CONFIG_NAME else "LT108" if is_needed else "LT111"
+            yield finding(code, name, "is missing")
         return
     if _is_same(sidecar, path):
         return
+    code = "LT107" if name == CONFIG_NAME else "LT108" if name.endswith(INDEX) else "LT110"
     wanted = _content(sidecar)
     try:
         if not name.endswith(".json"):
             raise FileFormatError(path, "not JSON")
         expected = parse_json(wanted, where=name, allow_constants=True)
-        found: Any = parse_json(path.read_bytes(), where=path, allow_constants=True)
+        data = path.read_bytes()
+        if data.startswith(BOM_UTF8) and not wanted.startswith(BOM_UTF8):
+            raise FileFormatError(path, "begins with a byte order mark, which JSON may not")
+        found: Any = parse_json(data, where=path, allow_constants=True)
     except FileFormatError:
-        yield finding("LT110", name, "differs from what the merge carries over")
+        yield finding(code, name, "differs from what the merge carries over")
         return
-    code = "LT107" if name == CONFIG_NAME else "LT108" if name.endswith(INDEX) else "LT110"
     if not (isinstance(expected, dict) and isinstance(found, dict)):
-        if expected != found:
+        if not _are_equal(expected, found):
             yield finding(code, name, "differs from what the merge carries over")
         return
     if name.endswith(INDEX):  # which tensor lies where is another's business, and may differ
@@ -97,7 +103,7 @@ def _differences(
             yield finding(code if expected[key] is not None else "LT111", name, f"lacks {key}")
         elif key not in expected:
             yield finding("LT111", name, f"says {key}, which the merge does not")
-        elif expected[key] != found[key] and key not in OF_A_SAVE:
+        elif not _are_equal(expected[key], found[key]) and key not in OF_A_SAVE:
             if isinstance(expected[key], dict) and isinstance(found[key], dict):
                 yield from _differences(code, f"{name}: {key}", expected[key], found[key])
             else:
@@ -108,6 +114,11 @@ def _differences(
                 )
         elif expected[key] != found[key]:
             yield finding("LT111", name, f"{key} is {_shown(found[key])}")
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two values are spelled alike in JSON: 2 is not 2.0 there, nor is 1 true."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _with_one_dtype(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 
@@ -66,7 +67,8 @@ def test_names_are_looked_up_as_expressions_are_matched(keys: list[str], module:
     expected = [key for key in keys if re.match(rf"(.*\.)?({key})$", module)]
     patterns = {key: number for number, key in enumerate(keys)}
     assert [key for key, _ in pattern_values(patterns, module)] == expected
-    assert pattern_value(patterns, module, -1) == (keys.index(expected[0]) if expected else -1)
+    first = keys.index(expected[0]) if expected else patterns.get(module, -1)
+    assert pattern_value(patterns, module, -1) == first
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,8 @@ def test_names_are_looked_up_as_expressions_are_matched(keys: list[str], module:
         "(?=(a+)+b)a",
         "a*" * 30 + "b",
         "((a*)*)*b",
+        "((((){1000}){1000}){1000})a*b",
+        ".*" * 200 + "b",
     ],
 )
 def test_what_backtracking_would_never_finish(pattern: str) -> None:
@@ -101,6 +105,7 @@ def test_what_backtracking_would_never_finish(pattern: str) -> None:
         ("((a{1,900}){1,900}){1,900}", "too large"),
         ("(" * 5000, "characters long"),
         ("(", "regular expression"),
+        ("(x)?(?(1)b|(a|a)*b)", "groupref"),
     ],
 )
 def test_what_needs_a_memory_or_a_world_is_refused(pattern: str, why: str) -> None:
@@ -142,3 +147,15 @@ def test_many_modules_and_many_patterns() -> None:
     found = [pattern_value(patterns, module, -1) for module in modules]
     assert sum(value >= 0 for value in found) == 200 + 100 - 1
     assert time.perf_counter() - begin < 20, "a hang, not a slow machine"
+
+
+def test_tables_and_lists_that_were_made_to_take_long() -> None:
+    begin = time.perf_counter()
+    dots = {"".join(chars) + "aaa": 1 for chars in itertools.product("a.", repeat=13)}
+    with pytest.raises(AdapterError, match="dots"):
+        pattern_value(dots, "b." + "a" * 16, 0)
+    with pytest.raises(AdapterError, match="2000 patterns"):
+        pattern_value({f"a{i}+": 1 for i in range(2000)}, "a", 0)
+    targets = tuple(f"m{i}" for i in range(50_000))
+    assert sum(matches_target(targets, f"layers.{i}.m{i}") for i in range(2000)) == 2000
+    assert time.perf_counter() - begin < 10, "a hang, not a slow machine"
