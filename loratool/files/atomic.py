@@ -41,6 +41,8 @@ USUAL_NAMES: Final = re.compile(
     )$"""
 )
 """What lies beside weights: configurations, tokenizers, cards, licences, code of the model."""
+CONFIGURATION: Final = re.compile(r"(adapter_)?config\.json")
+"""Without weights, too, a folder with one of these is of a model or an adapter."""
 OVERTAKEN: Final = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 """What renaming fails with where another process has replaced or removed the destination."""
 
@@ -138,7 +140,7 @@ def _check_replaceable(
 
 
 def _is_model(path: Path) -> bool:
-    return is_weights(path) or path.name in ("adapter_config.json", "config.json")
+    return is_weights(path) or bool(CONFIGURATION.fullmatch(path.name))
 
 
 def _strangers(folder: Path, names: frozenset[str]) -> Iterator[str]:
