@@ -214,3 +214,73 @@ def test_a_signal_during_imports_is_a_signal(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 128 + number, done.stderr
     assert "(a bug)" not in done.stderr
+
+
+def extracted(base: Path, tuned: Path, output: Path) -> object:
+    return loratool.extract(base, tuned, output, rank=2, resume=True)
+
+
+@pytest.fixture
+def tuned(pair: tuple[Path, Path], make_base: Make) -> Path:
+    """Return what the base was tuned to."""
+    return make_base({"a.q.weight": torch.randn(6, 5)}, {"model_type": "llama"}, name="tuned")
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_planted_where_an_extraction_is_resumed(
+    kind: str, pair: tuple[Path, Path], tuned: Path, tmp_path: Path
+) -> None:
+    victim, spool = tmp_path / "victim", tmp_path / ".out.loratool-unfinished"
+    victim.write_text("mine")
+    spool.mkdir()
+    for name in ("run.partial", "0.partial"):
+        if kind == "link":
+            (spool / name).symlink_to(victim)
+        else:
+            os.mkfifo(spool / name)
+    extracted(pair[0], tuned, tmp_path / "out")
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"floor": torch.zeros(0)},
+        {"floor": torch.zeros(1), "up.0": torch.zeros(3)},
+        {"floor": torch.zeros(2, 2), "up.0": torch.zeros(3, 1), "down.0": torch.zeros(1, 3)},
+    ],
+    ids=["empty", "vector", "matrix"],
+)
+def test_a_damaged_spool_is_computed_again(
+    tensors: dict[str, torch.Tensor], pair: tuple[Path, Path], tuned: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    loratool.extract(pair[0], tuned, tmp_path / "whole", rank=2)
+    spool = tmp_path / ".out.loratool-unfinished"
+    spool.mkdir()
+    save_file(tensors, spool / "0.safetensors")
+    extracted(pair[0], tuned, tmp_path / "out")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    spool.mkdir()
+    (spool / "run.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(LoratoolError, match="other inputs or options"):
+        loratool.extract(pair[0], tuned, tmp_path / "out", rank=2, resume=True, force=True)
+
+
+def test_a_spectrum_is_an_input_and_no_other_file_becomes_one(
+    pair: tuple[Path, Path], tuned: Path, tmp_path: Path
+) -> None:
+    out, notes = tmp_path / "out", tmp_path / "notes.txt"
+    out.mkdir()
+    spectrum = out / "spectrum.json"
+    loratool.extract(pair[0], tuned, tmp_path / "ex", rank=3, save_spectrum=spectrum)
+    before = spectrum.read_bytes()
+    with pytest.raises(LoratoolError, match="overwrite the input"):
+        loratool.truncate(tmp_path / "ex", rank=1, output=out, spectrum=spectrum, force=True)
+    assert spectrum.read_bytes() == before
+    notes.write_text("mine")
+    with pytest.raises(LoratoolError, match="another kind of file"):
+        loratool.extract(pair[0], tuned, tmp_path / "ex2", rank=3, save_spectrum=notes, force=True)
+    assert notes.read_text() == "mine"
