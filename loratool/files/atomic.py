@@ -37,7 +37,7 @@ USUAL_NAMES: Final = re.compile(
     | .*\.(jinja|tiktoken|gguf) | (spiece|sentencepiece(\.bpe)?)\.model | .*\.safetensors\.\w+
     | (modeling|configuration|tokenization|processing|image_processing|feature_extraction)_\w+\.py
     | README(\.md)? | LICEN[SC]E(\.\w+)? | NOTICE(\.\w+)? | USE_POLICY\.md | \.gitattributes
-    | (vocab|merges|dict|special_tokens|requirements)\.txt | lora_config\.json
+    | (vocab|merges|dict|special_tokens|requirements)\.txt
     )$"""
 )
 """What lies beside weights: configurations, tokenizers, cards, licences, code of the model."""

@@ -22,7 +22,7 @@ from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.history import History
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork
-from loratool.plan.sidecar import Sidecar, beside_weights
+from loratool.plan.sidecar import Sidecar, files_read
 from loratool.values.expr import Expr, Stored, Together, sources, togethers
 
 __all__ = ["AdapterPlan", "ModuleOutput", "Output"]
@@ -213,10 +213,7 @@ class AdapterPlan:
 
     def inputs(self) -> Iterator[Path]:
         """Yield every file that is read, which no output may replace."""
-        for weights in self.stamps:
-            yield weights
-            yield from beside_weights(weights)
-        yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
+        yield from files_read(self.stamps, self.sidecars)
 
     @property
     def peak_memory(self) -> int:

@@ -76,6 +76,10 @@ class Task(Protocol):
     def nbytes(self) -> int: ...
     @property
     def effort(self) -> int: ...
+    def prepare(self) -> None:
+        """Load what its units are computed with."""
+        ...
+
     def take(self, run: Run) -> Unit | None:
         """Return a unit that nobody else does, or ``None`` if all are taken."""
         ...
@@ -117,6 +121,12 @@ class Lanes:
     def has_tasks(self) -> bool:
         """Whether anything is left to compute."""
         return any(lane.tasks for lane in self.lanes)
+
+    def prepare(self) -> None:
+        """Load what the first task needs; the others are of its kind."""
+        first = next((lane.tasks[0] for lane in self.lanes if lane.tasks), None)
+        if first is not None:
+            first.prepare()
 
     def copies(self) -> Iterator[ByteRange]:
         """Yield ranges to copy until none are left; for one thread."""

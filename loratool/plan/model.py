@@ -19,7 +19,7 @@ from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.lanes import Spot
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork
-from loratool.plan.sidecar import Sidecar, beside_weights
+from loratool.plan.sidecar import Sidecar, files_read
 
 __all__ = [
     "PROCESS_BYTES",
@@ -343,10 +343,7 @@ class ModelPlan:
 
     def inputs(self) -> Iterator[Path]:
         """Yield every file that is read."""
-        for weights in self.stamps:
-            yield weights
-            yield from beside_weights(weights)
-        yield from (sidecar.source for sidecar in self.sidecars if sidecar.source is not None)
+        yield from files_read(self.stamps, self.sidecars)
 
     @property
     def nbytes(self) -> int:

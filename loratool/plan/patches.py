@@ -48,6 +48,10 @@ class Patch:
         """The same."""
         return self.nbytes
 
+    def prepare(self) -> None:
+        """Load numpy, and the kernel."""
+        import loratool.plan.block  # noqa: F401
+
     def take(self, run: Run) -> Unit | None:
         """Return the work on a block that nobody else does, or ``None`` if all are taken."""
         with self._lock:

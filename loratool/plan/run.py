@@ -320,8 +320,8 @@ class Run:
 
     def _work(self, number: int) -> None:
         try:
-            if number == 0 and self.lanes.has_tasks:
-                import loratool.plan.kernels  # noqa: F401 - numpy, while other threads copy
+            if number == 0:
+                self.lanes.prepare()  # while other threads copy
             for piece in self.lanes.copies():
                 if self.stopped:
                     return

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["TOKENIZER_FILES", "Sidecar", "beside_weights", "write_sidecar"]
+__all__ = ["TOKENIZER_FILES", "Sidecar", "files_read", "write_sidecar"]
 
 TOKENIZER_FILES: Final = frozenset(
     (
@@ -50,11 +50,14 @@ class Sidecar:
         return self.source.stat().st_size if self.source else len(self.content or b"")
 
 
-def beside_weights(weights: Path) -> Iterator[Path]:
-    """Yield what may have been read beside a weights file: configurations, indices, settings."""
-    for path in sorted(weights.parent.iterdir()):
-        if path.suffix in (".json", ".yaml", ".yml") and path.is_file():
-            yield path
+def files_read(weights: Iterable[Path], sidecars: Iterable[Sidecar]) -> Iterator[Path]:
+    """Yield weights, what may have been read beside them (configurations, indices), sidecars."""
+    for file in weights:
+        yield file
+        for path in sorted(file.parent.iterdir()):
+            if path.suffix in (".json", ".yaml", ".yml") and path.is_file():
+                yield path
+    yield from (sidecar.source for sidecar in sidecars if sidecar.source is not None)
 
 
 def write_sidecar(sidecar: Sidecar, folder: Path) -> None:

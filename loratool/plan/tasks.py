@@ -39,6 +39,9 @@ class _Whole:
     def __init__(self) -> None:
         self._is_free = threading.Lock()
 
+    def prepare(self) -> None:
+        """Do nothing: what plans an adapter has loaded it."""
+
     def take(self, run: Run) -> Unit | None:
         """Return the work, once."""
         return (lambda: self.do(run)) if self._is_free.acquire(blocking=False) else None

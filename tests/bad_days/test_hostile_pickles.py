@@ -25,6 +25,7 @@ from hostile import (
     text,
     zipped,
 )
+from samples import contents
 
 from loratool.errors import FileFormatError
 from loratool.files.container import read_bytes
@@ -193,23 +194,12 @@ def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
 
 def saved() -> dict[str, Any]:
     """Return tensors of every kind that is read: strided, shared, empty, complex, nested."""
-    x = torch.randn(6, 8)
-    return collections.OrderedDict(
-        plain=x,
-        half=x.bfloat16(),
-        transposed=x.T,
-        view=x[1:4, 2:],
-        alias=x,
-        parameter=torch.nn.Parameter(torch.randn(3)),
-        numbers=torch.arange(5),
-        scalar=torch.tensor(2.5),
-        nested={"inner": x[0].clone(), "list": [torch.ones(2), 3]},
-        empty=torch.zeros(0, 3),
-        complex=torch.ones(2, dtype=torch.complex64),
-        flags=torch.tensor([True, False]),
-        epoch=3,
-        name="run",
-    )
+    return contents() | {
+        "list": [torch.ones(2), 3],
+        "empty": torch.zeros(0, 3),
+        "complex": torch.ones(2, dtype=torch.complex64),
+        "flags": torch.tensor([True, False]),
+    }
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,21 @@ def stable_diffusion(path: Path, *, alpha: float | None, rank: int = 2, width: i
                 tensors[f"{name}.alpha"] = torch.tensor(alpha)
     save_file(tensors, path)
     return path
+
+
+def contents() -> dict[str, Any]:
+    """Return what a checkpoint may hold: views, shared tensors, numbers, texts, nesting."""
+    x = torch.randn(6, 8)
+    return collections.OrderedDict(
+        plain=x,
+        half=x.bfloat16(),
+        transposed=x.T,
+        view=x[1:4, 2:],
+        alias=x,
+        parameter=torch.nn.Parameter(torch.randn(3)),
+        numbers=torch.arange(5),
+        scalar=torch.tensor(2.5),
+        nested={"inner": x[0].clone()},
+        epoch=3,
+        name="run",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import pickle
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from samples import contents
 
 from loratool.errors import FileFormatError
 from loratool.files.container import read_bytes
@@ -28,23 +28,6 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
         ).reshape(stored.spec.shape)
         for name, stored in read_pickle(path).tensors.items()
     }
-
-
-def contents() -> dict[str, Any]:
-    x = torch.randn(6, 8)
-    return collections.OrderedDict(
-        plain=x,
-        half=x.bfloat16(),
-        transposed=x.T,
-        view=x[1:4, 2:],
-        alias=x,
-        parameter=torch.nn.Parameter(torch.randn(3)),
-        numbers=torch.arange(5),
-        scalar=torch.tensor(2.5),
-        nested={"inner": x[0].clone()},
-        epoch=3,
-        name="run",
-    )
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

@@ -56,6 +56,8 @@ class Steps:
 
     nbytes = effort = 10
 
+    def prepare(self) -> None: ...
+
     def __init__(self, count: int, *, fails_at: int | None = None) -> None:
         self.left = list(range(count))
         self.done: list[int] = []
