@@ -1,22 +1,25 @@
 """The leading part of a dense matrix, without its full decomposition.
 
-The randomised route is block Krylov iteration (Halko, Martinsson & Tropp 2011; Musco & Musco
-2015): blocks ``Q_j`` spanning ``ΔΩ, (ΔΔᵀ)ΔΩ, …`` are made orthonormal as they come, each
-``C_j = Q_jᵀΔ`` serves both for the projection and for the next block, and the iteration ends
-when the captured energy stops growing. It reaches the accuracy of plain power iteration in a
-fraction of the products. The exact route is an eigendecomposition of the smaller Gram matrix in
-float64, which has all singular values down to 1e-8 of the largest.
+Small matrices are decomposed exactly: by their singular values in float64, or by the
+eigenvectors of the smaller Gram matrix, which has all singular values down to 1e-8 of the
+largest. Others by block Krylov iteration (:mod:`loratool.math.krylov`).
+
+The error of either is measured, for any U and ``P = UᵀΔ``, by
+``‖Δ - U P‖² = ‖Δ‖² - ‖P‖² + ⟨UᵀU - 1, P Pᵀ⟩``, whose last term stands for what rounding has
+taken from the orthonormality of U; and by forming ``Δ - U P`` where little of Δ is left and the
+terms would cancel.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
+from loratool.math.krylov import Krylov, basis_size
 from loratool.math.lowrank import LowRank
 from loratool.math.namespace import (
     Array,
@@ -25,31 +28,30 @@ from loratool.math.namespace import (
     double,
     is_on_host,
     on_host,
-    padded,
 )
 from loratool.math.namespace import squared_norm as _squares
 from loratool.math.precision import Precision
 from loratool.math.small import eigh, svd
 
-__all__ = ["Leading", "leading_part", "noise_floor", "spacing_squares", "squared_norm"]
+__all__ = [
+    "Decomposition",
+    "Leading",
+    "leading_part",
+    "noise_floor",
+    "spacing_squares",
+    "squared_norm",
+]
 
-OVERSAMPLING: Final = 8
-LEAST_BLOCKS: Final = 2
-MOST_BLOCKS: Final = 9
-GROWTH: Final = 1e-3
-"""The iteration ends when a block adds less than this share of what is still missing."""
-NEGLIGIBLE: Final = 1e-13
-"""Of the energy: what is missing is then the rounding of float32."""
-DEAD: Final = 1e-5
-"""Of the largest column: what a projection leaves that is smaller is rounding of float32."""
 SUSPICIOUS: Final = 1e-4
 """Of the energy: by so much two ways to tell the residual may differ."""
+LITTLE: Final = 3e-4
+"""Of the energy: with less than this missing, what is missing is formed."""
 NEARLY_ALL: Final = 1e-6
 """Of the energy: with less than this missing, the rounding of float32 sums begins to show."""
-SMALLEST: Final = 1e-9
-LARGEST: Final = 1e9
 SMALL_SIDE: Final = 256
 """Matrices with a side up to this are decomposed exactly."""
+LARGE_PART: Final = 0.75
+"""Of the smaller side: from a basis of so many columns on the exact route is no slower."""
 SVD_SIDE: Final = 512
 """Up to this the exact route is a plain SVD in float64."""
 BLOCK_ELEMENTS: Final = 1 << 18
@@ -58,6 +60,10 @@ DEVICE_BLOCK_ELEMENTS: Final = 1 << 26
 """The same on a GPU, which each block makes wait for the processor."""
 GRAM_ROWS: Final = 1024
 """At least so many rows at a time go into a Gram matrix, which is read and written for each."""
+TINY: Final = 1e-30
+"""Of a square, on average: below it squares of float32 begin to vanish."""
+NORMAL_32: Final = 2.0**-126
+"""The smallest number of float32 that has all digits."""
 EXPONENT_32: Final = 0x7F80_0000
 EXPONENT_64: Final = 0x7FF0_0000_0000_0000
 """The bits of a floating-point number that hold its exponent."""
@@ -72,7 +78,7 @@ class Leading:
         down: ``(k, n)``, ``√S Vᵀ``.
         singular_values: ``(k,)`` float64, descending.
         squared_norm: ``‖Δ‖_F²``.
-        squared_residual: ``‖Δ - up @ down‖_F²``, measured, not derived.
+        squared_residual: ``‖Δ - up @ down‖_F²``, measured.
         is_exact: Whether the singular values are those of Δ to rounding, not lower bounds.
     """
 
@@ -103,50 +109,124 @@ def leading_part(
     Raises:
         ValueError: The matrix is not finite.
     """
-    peak = _peak(delta)
-    if not math.isfinite(peak):
-        raise ValueError("not finite")
-    rank = min(rank, *delta.shape)
-    if peak and not SMALLEST <= peak <= LARGEST:
-        # Squares of squares would leave the range of float32.
-        scaled = leading_part(delta / peak, rank, generator, method=method)
-        root = math.sqrt(peak)
-        return Leading(
-            scaled.up * root,
-            scaled.down * root,
-            scaled.singular_values * peak,
-            scaled.squared_norm * peak**2,
-            scaled.squared_residual * peak**2,
-            scaled.is_exact,
-        )
-    total = squared_norm(delta)
-    wide = OVERSAMPLING + rank
-    is_small = min(delta.shape) <= max(SMALL_SIDE, 4 * wide)
-    is_exact = method == "exact" or (method == "auto" and is_small) or wide >= min(delta.shape)
-    up, down, values = _exact(delta, rank) if is_exact else _krylov(delta, rank, total, generator)
-    residual = _squared_residual(delta, up, down)
-    if residual < NEARLY_ALL * total:
-        if not is_exact:
-            up, down, values = _refined(delta, up)
-        residual = _squared_residual(delta, up, down, in_double=True)
-    if not is_exact and abs(total - _squares(values) - residual) > SUSPICIOUS * total:
-        # Rounding has spoilt the basis: the two ways to tell the residual have to agree.
-        up, down, values = _exact(delta, rank)
-        residual, is_exact = _squared_residual(delta, up, down), True
-    return Leading(up, down, values, total, residual, is_exact)
+    return Decomposition(delta, generator, method=method).leading(rank)
 
 
-def _peak(matrix: Array) -> float:
-    """Return the largest absolute value, not finite where any element is not; no copy is made."""
-    if 0 in matrix.shape:
-        return 0.0
-    xp = array_namespace(matrix)
-    least, largest = float(xp.min(matrix)), float(xp.max(matrix))
-    return max(-least, largest) if math.isfinite(least - largest) else math.inf
+class Decomposition:
+    """Leading parts of one matrix; what is computed for one rank serves for larger ones.
+
+    Args:
+        delta: ``(m, n)``, float32 or float64.
+        generator: The randomised route draws from it, on the processor whatever the device.
+        method: ``exact``, ``randomised``, or ``auto``: whichever is quicker.
+        squares: ``‖Δ‖_F²`` where it is known.
+
+    Raises:
+        ValueError: The matrix is not finite.
+    """
+
+    def __init__(
+        self,
+        delta: Array,
+        generator: np.random.Generator,
+        *,
+        method: str = "auto",
+        squares: float | None = None,
+    ) -> None:
+        # Products want rows that are contiguous.
+        self._is_turned = _is_column_major(delta)
+        self._delta = delta.mT if self._is_turned else delta
+        self._method = method
+        self._total = squared_norm(self._delta) if squares is None else squares
+        if not math.isfinite(self._total):
+            raise ValueError("not finite")
+        norm = math.sqrt(self._total)
+        self._krylov = Krylov(self._delta, norm, generator) if norm else None
+        self._exact: _Exact | None = None
+
+    def leading(self, rank: int) -> Leading:
+        """Return the leading ``rank`` singular triples, at most as many as the smaller side."""
+        found = self._leading(min(rank, *self._delta.shape))
+        return replace(found, up=found.down.mT, down=found.up.mT) if self._is_turned else found
+
+    def _leading(self, rank: int) -> Leading:
+        delta, total = self._delta, self._total
+        if self._krylov is None:
+            return self._zero(rank)
+        side = min(delta.shape)
+        size = basis_size(rank, delta.shape)
+        is_small = side <= SMALL_SIDE or size >= LARGE_PART * side
+        is_asked = self._method == "exact" or size > side
+        if is_asked or (self._method == "auto" and is_small):
+            return self._exactly(rank)
+        U, P, values = self._krylov.leading(rank)
+        captured, shift = _energies(U, P)
+        residual = max(0.0, total - captured + float(shift @ values**2))
+        known = beside(values, delta)
+        up, down = _balanced(U, P, known)
+        if residual < LITTLE * total:
+            residual = _squared_residual(delta, up, down)
+        if residual < NEARLY_ALL * total:
+            up, down, known = _refined(delta, up)
+            residual = _squared_residual(delta, up, down, in_double=True)
+        if abs(total - _squares(known) - residual) > SUSPICIOUS * total:
+            # Rounding has spoilt the basis: the two ways to tell the residual have to agree.
+            return self._exactly(rank)
+        return Leading(up, down, known, total, residual, is_exact=False)
+
+    def _exactly(self, rank: int) -> Leading:
+        if self._exact is None:
+            self._exact = _Exact(self._delta)
+        up, down, values = self._exact.leading(rank)
+        residual = _squared_residual(self._delta, up, down)
+        if residual < NEARLY_ALL * self._total:
+            residual = _squared_residual(self._delta, up, down, in_double=True)
+        return Leading(up, down, values, self._total, residual, is_exact=True)
+
+    def _zero(self, rank: int) -> Leading:
+        xp = array_namespace(self._delta)
+        m, n = self._delta.shape
+        kind = {"dtype": self._delta.dtype, "device": self._delta.device}
+        up, down = xp.zeros((m, rank), **kind), xp.zeros((rank, n), **kind)
+        return Leading(up, down, beside(np.zeros(rank), self._delta), 0.0, 0.0, is_exact=True)
 
 
+def _is_column_major(matrix: Array) -> bool:
+    """Whether columns are contiguous, and rows are not."""
+    if isinstance(matrix, np.ndarray):
+        return matrix.flags.f_contiguous and not matrix.flags.c_contiguous
+    strides = matrix.stride() if hasattr(matrix, "stride") else ()
+    return len(strides) == 2 and strides[0] == 1 and strides[1] != 1
+
+
+def _energies(U: Array, P: Array) -> tuple[float, np.ndarray]:
+    """Return ``‖P‖²``, and by how much the squared norm of each column of U is above 1."""
+    if isinstance(U, np.ndarray):
+        return _squares(P), np.einsum("ij,ij->j", U, U, dtype=np.float64) - 1
+    xp = array_namespace(U)
+    both = on_host(xp.concat([xp.sum(double(U) ** 2, axis=0), xp.sum(double(P) ** 2)[None]]))
+    return float(both[-1]), both[:-1] - 1
+
+
+def _balanced(U: Array, P: Array, values: Array) -> tuple[Array, Array]:
+    """Return ``U √S`` and ``√S Vᵀ`` from U and ``P = S Vᵀ``."""
+    xp = array_namespace(U)
+    root = xp.sqrt(values)
+    inverse = xp.where(root > 0, 1 / xp.where(root > 0, root, 1.0), 0.0)
+    return U * xp.astype(root, U.dtype), xp.astype(inverse, U.dtype)[:, None] * P
+
+
+@np.errstate(over="ignore", invalid="ignore")
 def squared_norm(matrix: Array) -> float:
-    """Return ``‖Δ‖_F²``, summed in float64 block by block."""
+    """Return ``‖Δ‖_F²``; not finite where an element is not.
+
+    Rows of float32 are summed in float32 and the sums in float64, to some 1e-8 of the whole;
+    where that leaves the range of float32, all is summed in float64.
+    """
+    if isinstance(matrix, np.ndarray) and matrix.dtype == np.float32:
+        total = float(np.vecdot(matrix, matrix).sum(dtype=np.float64))
+        if TINY * matrix.size < total < math.inf:
+            return total
     return math.fsum(_squares(block) for _, block in _blocks(matrix))
 
 
@@ -165,10 +245,12 @@ def spacing_squares(stored: Array, precision: Precision | None = None) -> float:
     # The bits of the exponent alone are the power of two at or below a number.
     words = values.view(xp.int64 if is_wide else xp.int32)
     powers = (words & (EXPONENT_64 if is_wide else EXPONENT_32)).view(values.dtype)
-    powers = xp.clip(powers, min=precision.smallest)
-    total = _squares(powers)
+    if precision.smallest > NORMAL_32:  # the squares of others vanish beside those of any weight
+        powers = xp.clip(powers, min=precision.smallest)
+    powers = powers if powers.ndim == 2 else powers.reshape(1, -1)
+    total = squared_norm(powers)
     if not math.isfinite(total):  # infinities and NaN have no neighbours
-        total = _squares(xp.where(xp.isfinite(powers), powers, 0.0))
+        total = squared_norm(xp.where(xp.isfinite(powers), powers, 0.0))
     return total * precision.eps**2
 
 
@@ -195,85 +277,41 @@ def _blocks(matrix: Array, least: int = 1) -> Iterator[tuple[int, Array]]:
         yield start, matrix[start : start + rows, :]
 
 
-def _exact(delta: Array, rank: int) -> tuple[Array, Array, Array]:
-    xp = array_namespace(delta)
-    m, n = delta.shape
-    if min(m, n) <= SVD_SIDE:
-        U, S, Vh = svd(delta)
-        root = xp.sqrt(S[:rank])
-        up, down = U[:, :rank] * root, root[:, None] * Vh[:rank, :]
-        return xp.astype(up, delta.dtype), xp.astype(down, delta.dtype), S[:rank]
-    if m > n:
-        up, down, S = _exact(delta.mT, rank)
-        return down.mT, up.mT, S
-    gram = xp.zeros((m, m), dtype=xp.float64, device=delta.device)
-    for _, block in _blocks(delta.mT, GRAM_ROWS):
-        wide = double(block)
-        gram += wide.mT @ wide
-    squares, vectors = eigh(gram)
-    squares, vectors = xp.clip(squares[:rank], min=0.0), vectors[:, :rank]
-    up, down, S = _from_basis(vectors, _projected(delta, vectors), xp.sqrt(squares))
-    return xp.astype(up, delta.dtype), xp.astype(down, delta.dtype), S
+class _Exact:
+    """All singular triples of a matrix, those of its Gram matrix where it is large.
 
-
-def _krylov(
-    delta: Array, rank: int, total: float, generator: np.random.Generator
-) -> tuple[Array, Array, Array]:
-    xp = array_namespace(delta)
-    m, n = delta.shape
-    width = min(rank + OVERSAMPLING, m, n)
-    kind = np.float64 if delta.dtype == xp.float64 else np.float32
-    start = xp.astype(beside(generator.standard_normal((n, width), kind), delta), delta.dtype)
-    basis = _new_directions(delta @ start, None)
-    newest = cores = basis.mT @ delta
-    gram = _products(cores, cores)
-    captured = 0.0
-    for number in range(1, MOST_BLOCKS + 1):
-        energy = float(np.linalg.eigvalsh(gram).clip(min=0.0)[-rank:].sum())
-        missing = total - energy
-        is_stalled = energy - captured <= GROWTH * missing
-        if missing <= NEGLIGIBLE * total or number == MOST_BLOCKS:
-            break
-        if number >= LEAST_BLOCKS and is_stalled:
-            break
-        captured = energy
-        block = _new_directions(delta @ newest.mT, basis)
-        if not block.shape[1]:
-            break  # nothing is left that products with Δ could reach
-        if basis.shape[1] + block.shape[1] > min(m, n):
-            return _exact(delta, rank)
-        newest = block.mT @ delta
-        basis = xp.concat([basis, block], axis=1)
-        between = _products(cores, newest)
-        gram = np.block([[gram, between], [between.T, _products(newest, newest)]])
-        cores = xp.concat([cores, newest], axis=0)
-    squares, vectors = eigh(gram)
-    values = beside(np.sqrt(squares[:rank].clip(min=0.0)), delta)
-    turn = xp.astype(beside(vectors[:, :rank], delta), delta.dtype)
-    up, down, values = _from_basis(basis @ turn, turn.mT @ cores, values)
-    up, down = padded(up, m, rank), padded(down, rank, n)
-    return up, down, padded(values[:, None], rank, 1)[:, 0]
-
-
-def _new_directions(block: Array, basis: Array | None) -> Array:
-    """Return orthonormal columns for what ``block`` has beside ``basis``, dead ones left out.
-
-    Columns that are nearly zero after the projection are only rounding; made orthonormal they
-    would point anywhere, also back into the basis. The second pass makes up for what the
-    rounding of the first has left: of the basis, where blocks nearly repeat, and of the Gram
-    matrix, which squares the condition number.
+    Args:
+        delta: ``(m, n)``.
     """
-    xp = array_namespace(block)
-    reach = float(xp.max(xp.sum(double(block) ** 2, axis=0)))
-    for _ in range(2):
-        if basis is not None:
-            block = block - basis @ (basis.mT @ block)
-        squares, turn = eigh(_products(block.mT, block.mT))
-        alive = squares > DEAD**2 * reach
-        turn = beside(turn[:, alive] / np.sqrt(squares[alive]), block)
-        block = xp.astype(double(block) @ turn, block.dtype)
-        reach = 1.0
-    return block
+
+    def __init__(self, delta: Array) -> None:
+        self._is_tall = delta.shape[0] > delta.shape[1] > SVD_SIDE
+        self._delta = delta = delta.mT if self._is_tall else delta
+        self._svd: tuple[Array, Array, Array] | None = None
+        if min(delta.shape) <= SVD_SIDE:
+            self._svd = svd(delta)
+            return
+        xp = array_namespace(delta)
+        size = delta.shape[0]
+        gram = xp.zeros((size, size), dtype=xp.float64, device=delta.device)
+        for _, block in _blocks(delta.mT, GRAM_ROWS):
+            wide = double(block)
+            gram += wide.mT @ wide
+        self._squares, self._vectors = eigh(gram)
+
+    def leading(self, rank: int) -> tuple[Array, Array, Array]:
+        """Return ``U √S``, ``√S Vᵀ`` in the dtype of the matrix, and S in float64."""
+        kind = self._delta.dtype
+        xp = array_namespace(self._delta)
+        if self._svd is not None:
+            U, S, Vh = self._svd
+            root = xp.sqrt(S[:rank])
+            up, down = U[:, :rank] * root, root[:, None] * Vh[:rank, :]
+            return xp.astype(up, kind), xp.astype(down, kind), S[:rank]
+        S, U = xp.sqrt(xp.clip(self._squares[:rank], min=0.0)), self._vectors[:, :rank]
+        up, down = _balanced(U, _projected(self._delta, U), S)
+        up, down = xp.astype(up, kind), xp.astype(down, kind)
+        return (down.mT, up.mT, S) if self._is_tall else (up, down, S)
 
 
 def _refined(delta: Array, up: Array) -> tuple[Array, Array, Array]:
@@ -298,23 +336,6 @@ def _projected(delta: Array, left: Array) -> Array:
     for start, block in _blocks(delta):
         projected += left[start : start + block.shape[0], :].mT @ double(block)
     return projected
-
-
-def _products(one: Array, other: Array) -> np.ndarray:
-    """Return the inner products of all rows of the two in float64, on the processor."""
-    first = double(one)
-    second = first if one is other else double(other)
-    return on_host(first @ second.mT)
-
-
-def _from_basis(left: Array, projected: Array, values: Array) -> tuple[Array, Array, Array]:
-    """Return ``U √S`` and ``√S Vᵀ`` from U and ``UᵀΔ = S Vᵀ``, in the dtype of the latter."""
-    xp = array_namespace(projected)
-    root = xp.sqrt(values)
-    inverse = xp.where(root > 0, 1 / xp.clip(root, min=1e-300), 0.0)
-    up = xp.astype(double(left) * root, projected.dtype)
-    down = xp.astype(inverse[:, None] * double(projected), projected.dtype)
-    return up, down, values
 
 
 def _squared_residual(delta: Array, up: Array, down: Array, *, in_double: bool = False) -> float:

@@ -162,7 +162,7 @@ def extract(
         draft,
         pairing,
         Extraction(
-            settings=Settings(truncation, is_auto, method, seed, mover_to(device)),
+            settings=Settings(truncation, is_auto, method, seed),
             carries=residual == "carry",
             save_spectrum=Path(save_spectrum) if save_spectrum is not None else None,
             force=force,

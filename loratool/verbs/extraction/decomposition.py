@@ -20,11 +20,11 @@ from loratool.verbs.extraction.difference import (
     BUDGET_RANK,
     Extracted,
     Settings,
-    change_of,
     decompose,
     extracted,
 )
 from loratool.verbs.extraction.pairs import Leftover, Target
+from loratool.verbs.extraction.reading import change_of
 
 __all__ = ["decompose_all", "leftover_changes", "open_spool"]
 

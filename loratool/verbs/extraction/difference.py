@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loratool.codecs import numbers
-from loratool.codecs.weights import Weight
 from loratool.errors import BaseModelError, MergeError
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
-from loratool.math.extraction import Leading, leading_part, noise_floor, spacing_squares
+from loratool.math.extraction import Decomposition, Leading
 from loratool.math.factored import factor
 from loratool.math.lowrank import LowRank
 from loratool.math.namespace import on_host, padded
-from loratool.math.precision import Precision
 from loratool.math.randomness import generator_for
 from loratool.math.ranks import minimal_rank, numerical_rank, profile_of
 from loratool.values.arrays import Rounded
-from loratool.values.rows import StoredRows
 from loratool.verbs.algebra.ranks import Truncation
 from loratool.verbs.extraction.pairs import Target
+from loratool.verbs.extraction.reading import Differences, HostDifferences
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from loratool.values.expr import Array
 
 __all__ = [
@@ -37,7 +32,6 @@ __all__ = [
     "LeadingPart",
     "ModuleResult",
     "Settings",
-    "change_of",
     "decompose",
     "extracted",
 ]
@@ -50,18 +44,6 @@ MARGIN: Final = 1.05
 """How far over the noise floor a singular value must be; of finite matrices it fluctuates."""
 COMPLETE: Final = 1e-12
 """What is left of the energy when all singular values are known."""
-BLOCK_ELEMENTS: Final = 1 << 18
-PRECISIONS: Final = {
-    "F64": Precision(2.0**-52, 2.0**-1022),
-    "F32": Precision(2.0**-23, 2.0**-126),
-    "F16": Precision(2.0**-10, 2.0**-14),
-    "BF16": Precision(2.0**-7, 2.0**-126),
-}
-
-
-def on_processor(array: Any) -> Any:
-    """Return an array where it is."""
-    return array
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +55,14 @@ class Settings:
         auto: Whether ranks end where the spectrum meets the rounding noise.
         method: ``auto``, ``exact`` or ``randomised``.
         seed: Of the randomised route.
-        mover: Brings a difference to where it is computed with.
+        differences: Where differences are formed and decomposed.
     """
 
     truncation: Truncation
     auto: bool = False
     method: str = "auto"
     seed: int = 0
-    mover: Callable[[Any], Any] = on_processor
+    differences: Differences = field(default_factory=HostDifferences)
 
 
 @dataclass(frozen=True)
@@ -154,65 +136,6 @@ class ModuleResult:
         return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
 
 
-def read_difference(target: Target, expert: int, files: InputFiles) -> tuple[NDArray[Any], float]:
-    """Return the delta ``(out, in)`` of a module or of one expert, and its noise floor.
-
-    Float32, or float64 where one of the two is.
-    """
-    shape = target.tuned.spec.shape
-    rows = shape[1] if target.is_parameter else shape[0]
-    width = target.tuned.spec.elements // (rows * target.experts)
-    first = expert * rows
-    is_double = "F64" in (target.base.spec.dtype, target.tuned.spec.dtype)
-    kind = np.float64 if is_double else np.float32
-    base, tuned = (StoredRows(stored, width, files) for stored in (target.base, target.tuned))
-    precision = PRECISIONS[target.tuned.spec.dtype]
-    delta = np.empty((rows, width), dtype=kind)
-    spacings = []
-    step = max(1, BLOCK_ELEMENTS // width)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        after = tuned.rows(first + start, count, kind)
-        before = base.rows(first + start, count, kind)
-        block = delta[start : start + count]
-        _subtract(after, before, block, base.dtype, tuned.dtype)
-        spacings.append(spacing_squares(after, precision))
-    floor = noise_floor(math.fsum(spacings), (rows, width))
-    return delta.T if target.is_transposed else delta, floor
-
-
-def _subtract(
-    after: NDArray[Any], before: NDArray[Any], out: NDArray[Any], base: str, tuned: str
-) -> None:
-    """Write ``after - before``; zero where both are the same but for a conversion of dtypes.
-
-    Infinities and NaN that are the same in both count as that too.
-    """
-    with np.errstate(invalid="ignore", over="ignore"):
-        np.subtract(after, before, out=out)
-        if base == tuned and np.isfinite(out).all():
-            return
-        stored = numbers.decode(numbers.encode(before, tuned), tuned, before.shape, after.dtype)
-        out[(stored == after) | (np.isnan(stored) & np.isnan(after))] = 0
-
-
-def change_of(base: Weight, tuned: Weight, files: InputFiles) -> float:
-    """Return ``‖tuned - base‖²`` of two tensors of one shape."""
-    width = max(1, base.spec.shape[-1] if base.spec.shape else 1)
-    rows = base.spec.elements // width
-    one, other = StoredRows(base, width, files), StoredRows(tuned, width, files)
-    parts = []
-    step = max(1, BLOCK_ELEMENTS // width)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        before = one.rows(start, count, np.float64)
-        after = other.rows(start, count, np.float64)
-        lost = np.empty_like(after)
-        _subtract(after, before, lost, one.dtype, other.dtype)
-        parts.append(float(np.vdot(lost, lost)))
-    return math.fsum(parts)
-
-
 def decompose(
     target: Target, settings: Settings, files: InputFiles, budget_rank: int = BUDGET_RANK
 ) -> Extracted:
@@ -236,72 +159,87 @@ def decompose(
     parts: list[Leading] = []
     floors: list[float] = []
     for expert in range(target.experts):
-        delta, floor = read_difference(target, expert, files)
+        found, floor = _decomposition(target, expert, settings, files)
         floors.append(floor)
-        part = _leading(target, expert, delta, rank, settings)
+        part = found.leading(rank)
         while is_searched and rank < most and not _is_enough([*parts, part], floors, settings):
             rank = min(most, 2 * rank)
-            part = _leading(target, expert, delta, rank, settings)
-        parts.append(part)
+            part = found.leading(rank)
+        parts.append(_on_host(part))
     for expert, part in enumerate(parts):
         if part.singular_values.shape[0] < min(rank, target.smallest_side):
             # Others needed more: all experts share one rank.
-            delta, _ = read_difference(target, expert, files)
-            parts[expert] = _leading(target, expert, delta, rank, settings)
+            found, _ = _decomposition(target, expert, settings, files)
+            parts[expert] = _on_host(found.leading(rank))
     return extracted(target.name, parts, max(floors), settings)
+
+
+def _decomposition(
+    target: Target, expert: int, settings: Settings, files: InputFiles
+) -> tuple[Decomposition, float]:
+    """Return what decomposes the change of a module or of one of its experts, and its floor."""
+    change = settings.differences.read(target, expert, files)
+    generator = generator_for(settings.seed, target.name, expert)
+    try:
+        found = Decomposition(
+            change.delta, generator, method=settings.method, squares=change.squared_norm
+        )
+    except ValueError:
+        raise BaseModelError(
+            target.name, "its difference is not finite: one of the two holds NaN or infinity"
+        ) from None
+    return found, change.floor
+
+
+def _on_host(part: Leading) -> Leading:
+    return replace(
+        part,
+        up=on_host(part.up),
+        down=on_host(part.down),
+        singular_values=on_host(part.singular_values),
+    )
 
 
 def extracted(name: str, parts: Sequence[Leading], floor: float, settings: Settings) -> Extracted:
     """Return what was decomposed, with the rank that the rules ask for."""
     if not any(part.squared_norm for part in parts):
         return Extracted(name, (), floor, 0)
-    described = [(on_host(p.singular_values).tolist(), p.squared_norm) for p in parts]
-    most = max(len(values) for values, _ in described)
+    described = [_Spectrum.of(part) for part in parts]
+    most = max(len(one.values) for one in described)
     rank = most
     if settings.auto or settings.truncation.rule is not None:
         wanted = _wanted(described, floor, settings)
         rank = most if wanted is None else min(wanted, most)
     elif settings.truncation.max_size is None:
-        rank = max(1, min(most, numerical_rank(profile_of([values for values, _ in described]))))
+        rank = max(1, min(most, numerical_rank(profile_of([one.values for one in described]))))
     return Extracted(name, tuple(parts), floor, rank)
 
 
-def _leading(
-    target: Target, expert: int, delta: NDArray[Any], rank: int, settings: Settings
-) -> Leading:
-    def on(mover: Callable[[Any], Any]) -> Leading:
-        generator = generator_for(settings.seed, target.name, expert)
-        found = leading_part(mover(delta), rank, generator, method=settings.method)
-        return replace(
-            found,
-            up=on_host(found.up),
-            down=on_host(found.down),
-            singular_values=on_host(found.singular_values),
-        )
+@dataclass(frozen=True, slots=True)
+class _Spectrum:
+    """The singular values of one difference that are known, and the energy of all."""
 
-    try:
-        try:
-            return on(settings.mover)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
-            return on(on_processor)
-    except ValueError:
-        raise BaseModelError(
-            target.name, "its difference is not finite: one of the two holds NaN or infinity"
-        ) from None
+    values: list[float]
+    squared_norm: float
+    is_complete: bool
+
+    @classmethod
+    def of(cls, part: Leading) -> _Spectrum:
+        side = min(part.up.shape[0], part.down.shape[1])
+        values = on_host(part.singular_values).tolist()
+        return cls(values, part.squared_norm, len(values) == side)
 
 
-def _wanted(
-    parts: Sequence[tuple[Sequence[float], float]], floor: float, settings: Settings
-) -> int | None:
+def _wanted(parts: Sequence[_Spectrum], floor: float, settings: Settings) -> int | None:
     """Return the rank that the rule asks for, or ``None`` where more values are needed.
 
-    ``parts`` are singular values and the whole squared norm, for each expert.
+    ``parts`` are the experts.
     """
-    profile = profile_of([values for values, _ in parts])
-    total = math.fsum(norm for _, norm in parts)
+    profile = profile_of([one.values for one in parts])
+    total = math.fsum(one.squared_norm for one in parts)
     rest = max(0.0, total - math.fsum(profile))
+    if all(one.is_complete for one in parts):
+        rest = 0.0
     if settings.auto:
         limit = len(parts) * (MARGIN * floor) ** 2
         count = sum(1 for square in profile if square > limit)
@@ -327,7 +265,7 @@ def _wanted(
 
 
 def _is_enough(parts: Sequence[Leading], floors: Sequence[float], settings: Settings) -> bool:
-    described = [(on_host(p.singular_values).tolist(), p.squared_norm) for p in parts]
+    described = [_Spectrum.of(part) for part in parts]
     return _wanted(described, max(floors), settings) is not None
 
 

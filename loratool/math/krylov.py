@@ -1,0 +1,207 @@
+"""A basis that holds the leading singular vectors of a matrix, by block Krylov iteration.
+
+Block Krylov iteration (Halko, Martinsson & Tropp 2011; Musco & Musco 2015) for a matrix Δ of
+shape ``(m, n)``: from a sketch ``C₀ = ΩΔ`` every block ``Q_j`` is the part of ``Δ C_{j-1}ᵀ`` that
+is orthogonal to the blocks before it, and ``C_j = Q_jᵀ Δ``. The best approximation within the
+basis ``Q`` follows from the Gram matrix of all C (Rayleigh & Ritz). How many blocks there are is
+decided beforehand, so that a GPU never waits to be asked.
+
+The sketch adds every row of Δ, with a random sign, to one of ``width`` sums (a CountSketch:
+Clarkson & Woodruff 2013). That is one pass over Δ instead of a product. Where the sums turn out
+dependent, because few rows differ from zero, a Gaussian sketch takes its place.
+
+Large products are made in the dtype of Δ, small eigenproblems in float64 and on the processor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+
+from loratool.math.namespace import Array, array_namespace, beside, double, on_host
+
+__all__ = ["Krylov", "basis_size"]
+
+FEW: Final = 16
+"""Up to this rank two blocks with many more columns than ranks are enough."""
+LONG_SIDE: Final = 1024
+"""In matrices whose sides are at least so long; in smaller ones flat spectra want three."""
+MORE_COLUMNS: Final = 16
+"""By so many columns a block of the two is wider than the rank."""
+LEAST_MORE_COLUMNS: Final = 8
+"""By at least so many, or an eighth of the rank, a block is wider where there are three."""
+DEAD: Final = 1e-5
+"""Of the longest column: what a projection leaves that is shorter is rounding of float32."""
+DEPENDENT: Final = 1e-6
+"""Of the largest eigenvalue: below it the sums of a sketch depend on each other."""
+STEEP: Final = 1e-5
+"""Of the largest eigenvalue: below it those of products in float32 begin to be their rounding."""
+
+
+def _shape_of_basis(rank: int, side: int) -> tuple[int, int]:
+    """Return how many blocks a rank takes, and the columns of each.
+
+    Measured on matrices of sides 260 to 4096 with flat and falling spectra, the error is then
+    at most 1.005 times the optimum at every rank.
+    """
+    if rank <= FEW and side >= LONG_SIDE:
+        return 2, rank + MORE_COLUMNS
+    return 3, rank + max(LEAST_MORE_COLUMNS, rank // 8)
+
+
+def basis_size(rank: int, shape: tuple[int, int]) -> int:
+    """Return how many columns the basis for a rank has, in a matrix of a shape."""
+    blocks, width = _shape_of_basis(rank, min(shape))
+    return blocks * width
+
+
+class Krylov:
+    """The basis for one matrix; it grows with the ranks that are asked for.
+
+    Args:
+        delta: ``(m, n)``, float32 or float64, finite and not all zero. Products are quickest
+            where its rows are contiguous.
+        norm: Its Frobenius norm, with which everything is scaled.
+        generator: What the sketch is drawn from.
+    """
+
+    def __init__(self, delta: Array, norm: float, generator: np.random.Generator) -> None:
+        self._delta = delta
+        self._inverse = 1 / norm
+        self._norm = norm
+        self._generator = generator
+        xp = array_namespace(delta)
+        m, n = delta.shape
+        self._basis = xp.zeros((m, 0), dtype=delta.dtype, device=delta.device)
+        self._cores = xp.zeros((0, n), dtype=delta.dtype, device=delta.device)
+        self._gram = np.zeros((0, 0))
+        self._newest: Array = None
+
+    def leading(self, rank: int) -> tuple[Array, Array, np.ndarray]:
+        """Return ``U``, ``P = UᵀΔ`` and the singular values that belong to them, descending.
+
+        Args:
+            rank: How many, with a basis that is no larger than the matrix.
+
+        Returns:
+            ``(m, rank)`` with orthonormal columns (zero where Δ has fewer), ``(rank, n)``, both
+            in the dtype of Δ, and ``(rank,)`` in float64.
+        """
+        blocks, width = _shape_of_basis(rank, min(self._delta.shape))
+        while self._basis.shape[1] < blocks * width:
+            self._grow(width)
+        self._complete_gram()
+        squares, vectors = _eigh(self._gram)
+        if squares[rank - 1] < STEEP * squares[0]:
+            squares, vectors = _eigh(_products(double(self._cores * self._inverse)))
+        turn = self._beside(np.ascontiguousarray(vectors[:, :rank]))
+        values = np.sqrt(squares[:rank].clip(min=0.0)) * self._norm
+        return self._basis @ turn, turn.mT @ self._cores, values
+
+    def _grow(self, width: int) -> None:
+        """Add one block."""
+        if self._newest is None:
+            self._newest = self._start(width)
+        xp = array_namespace(self._delta)
+        block = self._orthonormal(self._delta @ self._newest, 2)
+        core = block.mT @ self._delta
+        self._basis = xp.concat([self._basis, block], axis=1)
+        self._cores = xp.concat([self._cores, core], axis=0)
+        self._newest = (core * self._inverse).mT * self._inverse
+
+    def _start(self, width: int) -> Array:
+        """Return the rows of a sketch, made orthonormal, as columns ``(n, width)``."""
+        sums = _sums(self._delta, width, self._generator) * self._inverse
+        squares, vectors = _eigh(_products(sums))
+        if squares[-1] <= DEPENDENT * squares[0]:
+            drawn = self._generator.standard_normal((width, self._delta.shape[0]), np.float32)
+            sums = (self._beside(drawn) @ self._delta) * self._inverse
+            squares, vectors = _directions(sums)
+        return sums.mT @ self._turn(squares, vectors, float(squares[0])) * self._inverse
+
+    def _orthonormal(self, block: Array, passes: int) -> Array:
+        """Return orthonormal columns for what ``block`` has beside the basis.
+
+        Columns that are nearly zero after the projection are only rounding; made orthonormal
+        they would point anywhere, also back into the basis. They become zero, so that the shape
+        is known beforehand. The second pass makes up for what the rounding of the first has left.
+        """
+        reach = 0.0
+        for number in range(passes):
+            if self._basis.shape[1]:
+                block = block - self._basis @ (self._basis.mT @ block)
+            squares, vectors = _directions(block.mT)
+            reach = 1.0 if number else float(squares[0])
+            block = block @ self._turn(squares, vectors, reach)
+        return block
+
+    def _turn(self, squares: np.ndarray, vectors: np.ndarray, reach: float) -> Array:
+        """Return what makes columns orthonormal, given the eigenvectors of their products."""
+        alive = squares > DEAD**2 * reach
+        lengths = np.sqrt(np.where(alive, squares, 1.0))
+        return self._beside(np.where(alive, vectors / lengths, 0.0))
+
+    def _complete_gram(self) -> None:
+        """Add the inner products of cores that are new."""
+        known, size = self._gram.shape[0], self._cores.shape[0]
+        if known == size:
+            return
+        cores = self._cores * self._inverse
+        new = _products(cores[known:, :], cores)
+        gram = np.zeros((size, size))
+        gram[:known, :known] = self._gram
+        gram[known:, :] = new
+        gram[:known, known:] = new[:, :known].T
+        self._gram = gram
+
+    def _beside(self, values: np.ndarray) -> Array:
+        """Return small values beside Δ, in its dtype."""
+        kind = np.float64 if str(self._delta.dtype).endswith("float64") else np.float32
+        return beside(values.astype(kind), self._delta)
+
+
+def _products(rows: Array, others: Array | None = None) -> np.ndarray:
+    """Return the inner products of all rows with each other, as float64 on the processor."""
+    return on_host(rows @ (rows if others is None else others).mT).astype(np.float64)
+
+
+def _eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return eigenvalues, the largest first, and eigenvectors in columns."""
+    found = np.linalg.eigh(matrix)
+    return found.eigenvalues[::-1], found.eigenvectors[:, ::-1]
+
+
+def _directions(rows: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Return eigenvalues and eigenvectors of the products of rows, in float64 where it matters."""
+    squares, vectors = _eigh(_products(rows))
+    return (squares, vectors) if squares[-1] > STEEP * squares[0] else _eigh(_products(double(rows)))
+
+
+def _sums(delta: Array, width: int, generator: np.random.Generator) -> Array:
+    """Return ``width`` sums of rows of ``delta``, each row in one of them with a random sign.
+
+    ``width`` rows at a time go to the sums, shifted round by a random number, with one sign.
+    """
+    rows = delta.shape[0]
+    groups = math.ceil(rows / width)
+    shifts = generator.integers(0, width, groups).tolist()
+    signs = generator.choice((-1.0, 1.0), groups).tolist()
+    if not isinstance(delta, np.ndarray):
+        spread = np.zeros((width, rows), dtype=np.float32)
+        for group, (shift, sign) in enumerate(zip(shifts, signs, strict=True)):
+            first = group * width
+            count = min(width, rows - first)
+            spread[(np.arange(count) + shift) % width, np.arange(first, first + count)] = sign
+        xp = array_namespace(delta)
+        return xp.astype(beside(spread, delta), delta.dtype) @ delta
+    sums = np.zeros((width, delta.shape[1]), dtype=delta.dtype)
+    for group, (shift, sign) in enumerate(zip(shifts, signs, strict=True)):
+        block = delta[group * width : (group + 1) * width]
+        before = min(width - shift, block.shape[0])
+        after = block.shape[0] - before
+        add = np.add if sign > 0 else np.subtract
+        add(sums[shift : shift + before], block[:before], out=sums[shift : shift + before])
+        add(sums[:after], block[before:], out=sums[:after])
+    return sums

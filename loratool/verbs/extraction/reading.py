@@ -1,0 +1,158 @@
+"""The difference of two stored weights, and what is known of it from the one pass that forms it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+
+from loratool.codecs import numbers
+from loratool.codecs.scratch import Scratch
+from loratool.codecs.weights import RowSource, Weight, rows_of
+from loratool.files.inputs import InputFiles
+from loratool.math.extraction import noise_floor, spacing_squares, squared_norm
+from loratool.math.precision import Precision
+from loratool.values.rows import StoredRows
+from loratool.verbs.extraction.pairs import Target
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loratool.math.namespace import Array
+
+__all__ = ["PRECISIONS", "Change", "Differences", "HostDifferences", "change_of", "subtract"]
+
+BLOCK_ELEMENTS: Final = 1 << 17
+"""Elements that are worked on at a time: with what is made of them they fit into a cache."""
+PRECISIONS: Final = {
+    "F64": Precision(2.0**-52, 2.0**-1022),
+    "F32": Precision(2.0**-23, 2.0**-126),
+    "F16": Precision(2.0**-10, 2.0**-14),
+    "BF16": Precision(2.0**-7, 2.0**-126),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What finetuning has done to a weight.
+
+    Attributes:
+        delta: ``(out, in)``: float32, or float64 where one of the two weights is.
+        squared_norm: ``‖Δ‖_F²``; not finite where an element is not.
+        floor: The largest singular value that the rounding of the finetuned weight leaves.
+    """
+
+    delta: Array
+    squared_norm: float
+    floor: float
+
+
+class Differences(Protocol):
+    """Where differences are formed, and so where they are decomposed."""
+
+    @property
+    def device(self) -> str:
+        """What a report calls it."""
+        ...
+
+    @property
+    def threads(self) -> int | None:
+        """How many modules are in work at a time; ``None`` leaves it open."""
+        ...
+
+    def read(self, target: Target, expert: int, files: InputFiles) -> Change:
+        """Return the change of a module, or of one of its experts."""
+        ...
+
+
+class HostDifferences:
+    """Differences formed by the processor, a block at a time."""
+
+    device = "cpu"
+    threads = None
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def read(self, target: Target, expert: int, files: InputFiles) -> Change:
+        """Return the change of a module, or of one of its experts."""
+        scratch = self._scratch()
+        rows, width, first = extent(target, expert)
+        is_double = "F64" in (target.base.spec.dtype, target.tuned.spec.dtype)
+        kind = np.float64 if is_double else np.float32
+        base, tuned = (rows_of(stored, width, files) for stored in (target.base, target.tuned))
+        precision = PRECISIONS[target.tuned.spec.dtype]
+        delta = np.empty((rows, width), dtype=kind)
+        squares, spacings = [], []
+        step = max(1, BLOCK_ELEMENTS // width)
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            after = _numbers(tuned, first + start, count, kind, "after", scratch)
+            before = _numbers(base, first + start, count, kind, "before", scratch)
+            block = delta[start : start + count]
+            subtract(after, before, block, base.dtype, tuned.dtype)
+            squares.append(squared_norm(block))
+            spacings.append(spacing_squares(after, precision))
+        floor = noise_floor(math.fsum(spacings), (rows, width))
+        total = sum(squares) if all(map(math.isfinite, squares)) else math.inf
+        return Change(delta.T if target.is_transposed else delta, total, floor)
+
+    def _scratch(self) -> Scratch:
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch()
+        found: Scratch = self._local.scratch
+        return found
+
+
+def extent(target: Target, expert: int) -> tuple[int, int, int]:
+    """Return rows and columns of a weight as it is stored, and the first row of an expert."""
+    shape = target.tuned.spec.shape
+    rows = shape[1] if target.is_parameter else shape[0]
+    return rows, target.tuned.spec.elements // (rows * target.experts), expert * rows
+
+
+def _numbers(
+    source: RowSource, start: int, count: int, kind: Any, name: str, scratch: Scratch
+) -> NDArray[Any]:
+    """Return rows as numbers, in memory that is used again for the next rows of that name."""
+    made = numbers.number(source.dtype)
+    memory = scratch.array(f"{name} bytes", (count * source.row_bytes,), np.uint8).data
+    codes = np.frombuffer(source.read(start, count, memory), made.code)
+    values = scratch.array(name, (count, source.width), kind)
+    made.decode_into(codes.reshape(count, source.width), values, scratch)
+    return values
+
+
+def subtract(
+    after: NDArray[Any], before: NDArray[Any], out: NDArray[Any], base: str, tuned: str
+) -> None:
+    """Write ``after - before``; zero where both are the same but for a conversion of dtypes.
+
+    Infinities and NaN that are the same in both count as that too.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.subtract(after, before, out=out)
+        if base == tuned and math.isfinite(squared_norm(out)):
+            return
+        stored = numbers.decode(numbers.encode(before, tuned), tuned, before.shape, after.dtype)
+        out[(stored == after) | (np.isnan(stored) & np.isnan(after))] = 0
+
+
+def change_of(base: Weight, tuned: Weight, files: InputFiles) -> float:
+    """Return ``‖tuned - base‖²`` of two tensors of one shape."""
+    width = max(1, base.spec.shape[-1] if base.spec.shape else 1)
+    rows = base.spec.elements // width
+    one, other = StoredRows(base, width, files), StoredRows(tuned, width, files)
+    parts = []
+    step = max(1, BLOCK_ELEMENTS // width)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        before = one.rows(start, count, np.float64)
+        after = other.rows(start, count, np.float64)
+        lost = np.empty_like(after)
+        subtract(after, before, lost, one.dtype, other.dtype)
+        parts.append(float(np.vdot(lost, lost)))
+    return math.fsum(parts)
