@@ -199,21 +199,23 @@ def _is_column_major(matrix: Array) -> bool:
     return len(strides) == 2 and strides[0] == 1 and strides[1] != 1
 
 
-def _energies(U: Array, P: Array) -> tuple[float, np.ndarray]:
+def _energies(left: Array, core: Array) -> tuple[float, np.ndarray]:
     """Return ``‖P‖²``, and by how much the squared norm of each column of U is above 1."""
-    if isinstance(U, np.ndarray):
-        return _squares(P), np.einsum("ij,ij->j", U, U, dtype=np.float64) - 1
-    xp = array_namespace(U)
-    both = on_host(xp.concat([xp.sum(double(U) ** 2, axis=0), xp.sum(double(P) ** 2)[None]]))
+    if isinstance(left, np.ndarray):
+        return _squares(core), np.einsum("ij,ij->j", left, left, dtype=np.float64) - 1
+    xp = array_namespace(left)
+    columns, total = xp.sum(double(left) ** 2, axis=0), xp.sum(double(core) ** 2)
+    both = on_host(xp.concat([columns, total[None]]))  # one wait for a GPU
     return float(both[-1]), both[:-1] - 1
 
 
-def _balanced(U: Array, P: Array, values: Array) -> tuple[Array, Array]:
+def _balanced(left: Array, core: Array, values: Array) -> tuple[Array, Array]:
     """Return ``U √S`` and ``√S Vᵀ`` from U and ``P = S Vᵀ``."""
-    xp = array_namespace(U)
+    xp = array_namespace(left)
     root = xp.sqrt(values)
     inverse = xp.where(root > 0, 1 / xp.where(root > 0, root, 1.0), 0.0)
-    return U * xp.astype(root, U.dtype), xp.astype(inverse, U.dtype)[:, None] * P
+    kind = left.dtype
+    return left * xp.astype(root, kind), xp.astype(inverse, kind)[:, None] * core
 
 
 @np.errstate(over="ignore", invalid="ignore")

@@ -98,8 +98,13 @@ def decompose_all(
         for number, target in enumerate(targets)
         if budget_ranks is None or target.name in budget_ranks
     ]
-    sizes = [target.nbytes for _, target in numbered]
-    return in_parallel(one, numbered, threads=threads, progress=progress, sizes=sizes)
+    # The largest first, so that no thread is left alone with one at the end.
+    order = sorted(range(len(numbered)), key=lambda index: -numbered[index][1].nbytes)
+    items = [numbered[index] for index in order]
+    sizes = [target.nbytes for _, target in items]
+    found = in_parallel(one, items, threads=threads, progress=progress, sizes=sizes)
+    by_place = dict(zip(order, found, strict=True))
+    return [by_place[index] for index in range(len(numbered))]
 
 
 def _save(path: Path, module: Extracted) -> None:

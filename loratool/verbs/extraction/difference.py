@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loratool.codecs import numbers
 from loratool.errors import BaseModelError, MergeError
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
 from loratool.math.extraction import Decomposition, Leading
-from loratool.math.factored import factor
-from loratool.math.lowrank import LowRank
 from loratool.math.namespace import on_host, padded
 from loratool.math.randomness import generator_for
 from loratool.math.ranks import minimal_rank, numerical_rank, profile_of
-from loratool.values.arrays import Rounded
 from loratool.verbs.algebra.ranks import Truncation
 from loratool.verbs.extraction.pairs import Target
 from loratool.verbs.extraction.reading import Differences, HostDifferences
@@ -309,22 +307,21 @@ class LeadingPart:
         lost = 0.0
         for part in module.parts:
             rows, columns = part.up.shape[0], part.down.shape[1]
-            up = padded(part.up[:, : self.rank], rows, self.rank)
-            down = padded(part.down[: self.rank], self.rank, columns)
-            exact = LowRank(up, down)
+            exact_up = padded(part.up[:, : self.rank], rows, self.rank)
+            exact_down = padded(part.down[: self.rank], self.rank, columns)
+            up, down = exact_up, exact_down
             if self.clamp is not None:
                 up, down = _clamped(up, down, part.singular_values, self.clamp)
-            up, down = (Rounded.of(array, self.dtype).values for array in (up, down))
-            written = LowRank(up, down)
-            if not (np.isfinite(written.up).all() and np.isfinite(written.down).all()):
+            up, down = (_rounded(array, self.dtype) for array in (up, down))
+            if not (np.isfinite(up).all() and np.isfinite(down).all()):
                 raise MergeError(
                     self.name,
                     f"its factors overflow in {self.dtype}",
                     hint="write it with --dtype float32 (or bfloat16)",
                 )
-            lost += factor(exact).squared_distance(written)
-            ups.append(written.up)
-            downs.append(written.down)
+            lost += _squared_distance(exact_up, exact_down, up, down)
+            ups.append(up)
+            downs.append(down)
         down = np.concatenate(downs) if len(downs) > 1 else downs[0]
         up = np.stack(ups, axis=2).reshape(ups[0].shape[0], -1) if len(ups) > 1 else ups[0]
         values = module.values
@@ -338,6 +335,28 @@ class LeadingPart:
             module.floor,
         )
         return (down, up), result
+
+
+def _rounded(values: Any, dtype: str) -> Any:
+    """Return values rounded to a dtype, in their own."""
+    return numbers.decode(numbers.encode(values, dtype), dtype, values.shape, values.dtype)
+
+
+def _squared_distance(up: Any, down: Any, new_up: Any, new_down: Any) -> float:
+    """Return ``‖new_up @ new_down - up @ down‖_F²``, however close the two are.
+
+    It is ``‖e D' + U f‖²`` with the changes ``e = U' - U`` and ``f = D' - D`` of the factors:
+    nothing large cancels.
+    """
+    e, f = new_up - up, new_down - down
+    total = _inner(e, e, new_down, new_down) + _inner(up, up, f, f)
+    return max(0.0, total + 2 * _inner(e, up, new_down, f))
+
+
+def _inner(up: Any, other_up: Any, down: Any, other_down: Any) -> float:
+    """Return ``⟨up @ down, other_up @ other_down⟩`` from small matrices."""
+    left, right = up.T @ other_up, down @ other_down.T
+    return float(np.einsum("ij,ij->", left, right, dtype=np.float64))
 
 
 def _descending(values: Any) -> tuple[float, ...]:
