@@ -55,7 +55,7 @@ LISTED = 8
 @options.force
 @options.dry_run
 @click.option("--resume", is_flag=True, help="Keep finished modules; take up those of before.")
-@options.device
+@options.gpu_device
 @options.threads
 @options.quiet
 @options.as_json
@@ -123,11 +123,14 @@ def _print(report: ExtractReport, output: Path) -> None:
         click.echo(
             f"{printable(output)}: {len(report.plan.parts)} modules, {size}, relative error "
             f"{report.relative_error:.3g}; {report.captured:.2%} of the change"
+            + ("" if report.device == "cpu" else f"; computed on {printable(report.device)}")
         )
     else:
         seconds = report.seconds or 0.0
         words = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
         memory = render.human_bytes(report.peak_memory)
+        if report.gpu_memory is not None:
+            memory += f", {render.human_bytes(report.gpu_memory)} of {printable(report.device)}"
         click.echo(
             f"dry run, nothing written; at most {size}, about {words} and {memory} of memory"
         )

@@ -56,7 +56,7 @@ def target(help_text: str) -> Decorator:
 
 
 def _checked_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*", value):
         raise click.BadParameter(f"{value!r}; expected auto, cpu, cuda or cuda:N")
     return value
 
@@ -96,6 +96,13 @@ device: Decorator = click.option(
     metavar="D",
     callback=lambda ctx, param, value: _checked_device(value),
     help="Where to compute: auto (the processor), cpu, cuda or cuda:N.",
+)
+gpu_device: Decorator = click.option(
+    "--device",
+    default="auto",
+    metavar="D",
+    callback=lambda ctx, param, value: _checked_device(value),
+    help="cpu, cuda, cuda:N or several with commas; auto is a GPU for pairs over 2 GB.",
 )
 threads: Decorator = click.option(
     "--threads",

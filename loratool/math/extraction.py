@@ -32,6 +32,7 @@ from loratool.math.namespace import (
 from loratool.math.namespace import squared_norm as _squares
 from loratool.math.precision import Precision
 from loratool.math.small import eigh, svd
+from loratool.math.tiles import NeedsAllRowsError, RowTiles
 
 __all__ = [
     "Decomposition",
@@ -193,9 +194,11 @@ class Decomposition:
 
 def _is_column_major(matrix: Array) -> bool:
     """Whether columns are contiguous, and rows are not."""
+    if isinstance(matrix, RowTiles):
+        return bool(matrix.is_turned)
     if isinstance(matrix, np.ndarray):
         return matrix.flags.f_contiguous and not matrix.flags.c_contiguous
-    strides = matrix.stride() if hasattr(matrix, "stride") else ()
+    strides: tuple[int, ...] = matrix.stride() if hasattr(matrix, "stride") else ()
     return len(strides) == 2 and strides[0] == 1 and strides[1] != 1
 
 
@@ -273,6 +276,9 @@ def noise_floor(squares: float, shape: tuple[int, int]) -> float:
 
 def _blocks(matrix: Array, least: int = 1) -> Iterator[tuple[int, Array]]:
     """Yield rows, a few at a time but no fewer than ``least``, and the index of the first."""
+    if isinstance(matrix, RowTiles):
+        yield from matrix.tiles()
+        return
     elements = BLOCK_ELEMENTS if is_on_host(matrix) else DEVICE_BLOCK_ELEMENTS
     rows = max(least, elements // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], rows):
@@ -287,6 +293,8 @@ class _Exact:
     """
 
     def __init__(self, delta: Array) -> None:
+        if isinstance(delta, RowTiles):
+            raise NeedsAllRowsError("an exact decomposition needs all rows at once")
         self._is_tall = delta.shape[0] > delta.shape[1] > SVD_SIDE
         self._delta = delta = delta.mT if self._is_tall else delta
         self._svd: tuple[Array, Array, Array] | None = None
@@ -322,7 +330,7 @@ def _refined(delta: Array, up: Array) -> tuple[Array, Array, Array]:
     The rows that Δ has in those columns are a basis as good as float64; the columns themselves
     are no better than float32.
     """
-    xp = array_namespace(delta)
+    xp = array_namespace(up)
     Q, _ = xp.linalg.qr(double(up))
     P, _ = xp.linalg.qr(_projected(delta, Q).mT)
     U, S, Vh = svd(xp.concat([double(block) @ P for _, block in _blocks(delta)], axis=0))
@@ -333,7 +341,7 @@ def _refined(delta: Array, up: Array) -> tuple[Array, Array, Array]:
 
 def _projected(delta: Array, left: Array) -> Array:
     """Return ``leftᵀ Δ`` in float64."""
-    xp = array_namespace(delta)
+    xp = array_namespace(left)
     projected = xp.zeros((left.shape[1], delta.shape[1]), dtype=xp.float64, device=delta.device)
     for start, block in _blocks(delta):
         projected += left[start : start + block.shape[0], :].mT @ double(block)

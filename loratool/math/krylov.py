@@ -21,6 +21,7 @@ from typing import Final
 import numpy as np
 
 from loratool.math.namespace import Array, array_namespace, beside, double, on_host
+from loratool.math.tiles import project, times
 
 __all__ = ["Krylov", "basis_size"]
 
@@ -104,8 +105,8 @@ class Krylov:
         if self._newest is None:
             self._newest = self._start(width)
         xp = array_namespace(self._delta)
-        block = self._orthonormal((self._delta @ self._newest.mT) * self._inverse)
-        self._newest = (block.mT @ self._delta) * self._inverse
+        block = self._orthonormal(times(self._delta, self._newest.mT) * self._inverse)
+        self._newest = project(block, self._delta) * self._inverse
         self._basis = xp.concat([self._basis, block], axis=1)
         self._cores = xp.concat([self._cores, self._newest], axis=0)
 
@@ -115,7 +116,7 @@ class Krylov:
         squares, vectors = _eigh(_products(sums))
         if squares[-1] <= DEPENDENT * squares[0]:
             drawn = self._generator.standard_normal((width, self._delta.shape[0]), np.float32)
-            sums = (self._beside(drawn) @ self._delta) * self._inverse
+            sums = project(self._beside(drawn).mT, self._delta) * self._inverse
             squares, vectors = _directions(sums)
         if squares[-1] > LEVEL * squares[0]:
             return sums
@@ -203,7 +204,7 @@ def _sums(delta: Array, width: int, generator: np.random.Generator) -> Array:
             count = min(width, rows - first)
             spread[(np.arange(count) + shift) % width, np.arange(first, first + count)] = sign
         xp = array_namespace(delta)
-        return xp.astype(beside(spread, delta), delta.dtype) @ delta
+        return project(xp.astype(beside(spread, delta), delta.dtype).mT, delta)
     sums = np.zeros((width, delta.shape[1]), dtype=delta.dtype)
     for group, (shift, sign) in enumerate(zip(shifts, signs, strict=True)):
         block = delta[group * width : (group + 1) * width]

@@ -1,15 +1,87 @@
-"""Where factors are computed with: numpy on the processor, torch on a GPU."""
+"""Where things are computed: by numpy on the processor, by torch on a GPU."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, Final, ParamSpec, TypeVar
 
 from loratool.errors import UnsupportedError
 
-__all__ = ["check_torch", "mover_to"]
+__all__ = ["check_torch", "exactly", "gpus_for", "has_gpu", "mover_to"]
 
-PROCESSOR = ("auto", "cpu")
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+PROCESSOR: Final = ("auto", "cpu")
+WORTH_A_GPU: Final = 2_000_000_000
+"""Bytes to read from which on a GPU gains more than the seconds that it takes to start it."""
+DRIVER: Final = "libcuda.so.1"
+
+
+def has_gpu() -> bool:
+    """Whether the driver library finds a GPU; torch is not asked, for importing it takes long."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+        count = ctypes.c_int(0)
+        is_ready = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    except (OSError, AttributeError):
+        return False
+    return is_ready and count.value > 0
+
+
+def gpus_for(name: str, nbytes: int) -> tuple[list[Any], str | None]:
+    """Return the GPUs that ``--device`` means for work on so many bytes, and what to tell of it.
+
+    ``auto`` is a GPU where there is one and the work is large. No GPU means the processor.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or several with commas between them.
+        nbytes: Bytes that will be read.
+
+    Raises:
+        UnsupportedError: There is no such device, or no torch to reach it with.
+    """
+    if name == "cpu" or (name == "auto" and (nbytes < WORTH_A_GPU or not has_gpu())):
+        return [], None
+    if name == "auto":
+        try:
+            return [_gpu("cuda")], None
+        except UnsupportedError as error:
+            return (
+                [],
+                f"there is a GPU, but PyTorch cannot use it ({error.what}): the processor did it",
+            )
+    return [_gpu(one) for one in dict.fromkeys(name.split(","))], None
+
+
+def _gpu(name: str) -> Any:
+    check_torch(name)
+    from loratool.plan.gpu import resolve_device
+
+    device = resolve_device(name)
+    if device.type == "cuda" and device.index is None:
+        import torch
+
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def exactly(verb: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Have a GPU multiply float32 in float32 for as long as a verb with a ``device`` works on one."""
+
+    @wraps(verb)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        device = str(kwargs.get("device", "auto"))
+        if device in PROCESSOR:
+            return verb(*args, **kwargs)
+        check_torch(device)
+        from loratool.plan.gpu import exact_products
+
+        with exact_products():
+            return verb(*args, **kwargs)
+
+    return call
 
 
 def mover_to(name: str) -> Callable[[Any], Any]:

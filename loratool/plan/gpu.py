@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -19,10 +22,14 @@ __all__ = [
     "Arithmetic",
     "RowReader",
     "TorchBench",
+    "exact_products",
     "read_tensor",
     "resolve_device",
     "torch_dtype",
 ]
+
+
+_tf32_lock = Lock()
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -108,6 +115,24 @@ class TorchBench:
         change = block.sub_(original).flatten()
         kept = self._result.to(original.dtype).sub(original).flatten()
         return float(kept.dot(change)), float(change.dot(change))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Have GPUs multiply float32 in float32, whatever the environment says; then as before.
+
+    ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1``, which some containers set, lets them drop 13 of the
+    23 bits of a number otherwise.
+    """
+    settings = torch.backends.cuda.matmul
+    with _tf32_lock:
+        before = settings.allow_tf32
+        settings.allow_tf32 = False
+    try:
+        yield
+    finally:
+        with _tf32_lock:
+            settings.allow_tf32 = before
 
 
 def resolve_device(name: str) -> torch.device:

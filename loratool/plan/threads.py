@@ -22,14 +22,15 @@ SMALL: Final = 256 << 10
 it than the processor."""
 
 
-def usual_threads(sizes: Sequence[int]) -> int:
+def usual_threads(sizes: Sequence[int], most: int | None = MAX_THREADS) -> int:
     """Return how many threads suit work of these sizes in bytes.
 
-    One for each processor, at most eight; but one alone where the pieces are small.
+    One for each processor, at most ``most``; but one alone where the pieces are small.
     """
     if sizes and sum(sizes) < SMALL * len(sizes):
         return 1
-    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    processors = len(os.sched_getaffinity(0))
+    return processors if most is None else min(most, processors)
 
 
 def in_parallel(
@@ -39,6 +40,7 @@ def in_parallel(
     threads: int | None,
     progress: Progress | None = None,
     sizes: Sequence[int] | None = None,
+    most: int | None = MAX_THREADS,
 ) -> list[Result]:
     """Return ``work`` of every item, a few at a time, each on one thread.
 
@@ -50,6 +52,7 @@ def in_parallel(
         threads: How many at a time; by default what suits ``sizes``.
         progress: Called with how much is done and how much there is.
         sizes: How many bytes each item is about; by default all are alike.
+        most: How many at a time by default, at most; ``None`` is one for each processor.
     """
     import numpy as np  # here, for a merge begins to copy before it is loaded
 
@@ -67,7 +70,7 @@ def in_parallel(
         with np.errstate(all="ignore"):
             return index, work(items[index])
 
-    count = threads or usual_threads(sizes or ())
+    count = threads or usual_threads(sizes or (), most)
     with single_threaded_blas(), ThreadPoolExecutor(count) as pool:
         try:
             waiting = iter(range(len(items)))

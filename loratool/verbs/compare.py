@@ -16,7 +16,7 @@ from loratool.math.lowrank import LowRank
 from loratool.math.namespace import on_host
 from loratool.math.ranks import numerical_rank
 from loratool.math.similarity import overlap, subspace_similarity
-from loratool.plan.devices import mover_to
+from loratool.plan.devices import exactly, mover_to
 from loratool.plan.factors import site_deltas
 from loratool.plan.host import DOUBLE
 from loratool.plan.threads import in_parallel
@@ -107,6 +107,7 @@ class Comparison:
         }
 
 
+@exactly
 def compare(
     adapters: Sequence[AnyPath],
     *,

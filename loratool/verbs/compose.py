@@ -13,7 +13,7 @@ from loratool.adapter.model import Adapter, ExtraKind
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.math.combining import Settings
-from loratool.plan.devices import mover_to
+from loratool.plan.devices import exactly, mover_to
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.combination import Combination, output_scheme
 from loratool.verbs.algebra.extras import POLICIES
@@ -30,6 +30,7 @@ Progress = Callable[[int, int], None]
 METHODS: Final = ("linear", "ties", "dare", "dare-ties", "della", "knots", "peft-linear")
 
 
+@exactly
 def compose(
     adapters: Sequence[AnyPath],
     output: AnyPath,

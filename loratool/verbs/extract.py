@@ -12,7 +12,6 @@ from loratool.base.refusals import check_base
 from loratool.errors import BaseModelError, OptionError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
-from loratool.plan.devices import mover_to
 from loratool.verbs.algebra.combination import ONE_RANK, output_scheme
 from loratool.verbs.algebra.ranks import Truncation, parse_size
 from loratool.verbs.extraction.adapter import Difference
@@ -97,7 +96,8 @@ def extract(
         dry_run: Say what would be done, from headers alone.
         resume: Keep finished modules beside the output if the run is interrupted, and take
             up those of an interrupted run.
-        device: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``cpu``, ``cuda``, ``cuda:N``, several with commas between them, or ``auto``:
+            a GPU where there is one and more than 2 GB are to be read, else the processor.
         threads: Number of modules in work at a time.
         progress: Called with how much is done and how much there is.
 
@@ -157,7 +157,7 @@ def extract(
         group=ONE_RANK if size is not None and scheme.scale.has_one_rank else None,
     )
     if dry_run:
-        return dry_run_of(draft, pairing, truncation, threads)
+        return dry_run_of(draft, pairing, truncation, device, threads)
     return run(
         draft,
         pairing,
@@ -167,6 +167,7 @@ def extract(
             save_spectrum=Path(save_spectrum) if save_spectrum is not None else None,
             force=force,
             resume=resume,
+            device=device,
             threads=threads,
             progress=progress,
         ),

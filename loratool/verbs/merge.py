@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Final
 
+from loratool.plan.devices import exactly
 from loratool.plan.plan import write
 from loratool.verbs.merging.planning import plan_merge
 
@@ -44,6 +45,7 @@ class MergeReport:
     notes: tuple[str, ...] = field(default=())
 
 
+@exactly
 def merge(
     base: AnyPath,
     adapters: Sequence[AnyPath],

@@ -10,7 +10,7 @@ from loratool.adapter.model import Adapter
 from loratool.errors import AdapterError, FileFormatError, OptionError
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.files.json import read_json_object
-from loratool.plan.devices import mover_to
+from loratool.plan.devices import exactly, mover_to
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.combination import Combination, output_scheme
 from loratool.verbs.algebra.modules import check_computable, join
@@ -25,6 +25,7 @@ AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
 
 
+@exactly
 def truncate(
     adapter: AnyPath,
     output: AnyPath,

@@ -27,6 +27,7 @@ from loratool.files.inputs import InputFiles
 from loratool.files.json import read_json_object
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import read_into
+from loratool.plan.devices import exactly
 from loratool.plan.lanes import ByteRange, Spot
 from loratool.plan.model import ModelPlan, Step
 from loratool.plan.plan import run
@@ -40,6 +41,7 @@ COMPARED_BYTES: Final = 1 << 20
 """What differs is looked at in parts of this size, which bounds the memory."""
 
 
+@exactly
 def verify(
     merged: AnyPath,
     *,

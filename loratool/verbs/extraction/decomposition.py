@@ -102,7 +102,8 @@ def decompose_all(
     order = sorted(range(len(numbered)), key=lambda index: -numbered[index][1].nbytes)
     items = [numbered[index] for index in order]
     sizes = [target.nbytes for _, target in items]
-    found = in_parallel(one, items, threads=threads, progress=progress, sizes=sizes)
+    threads = settings.differences.threads or threads
+    found = in_parallel(one, items, threads=threads, progress=progress, sizes=sizes, most=None)
     by_place = dict(zip(order, found, strict=True))
     return [by_place[index] for index in range(len(numbered))]
 

@@ -148,6 +148,16 @@ def decompose(
     Raises:
         BaseModelError: It holds NaN or infinity.
     """
+    return settings.differences.run(
+        lambda differences: _decompose(
+            target, replace(settings, differences=differences), files, budget_rank
+        )
+    )
+
+
+def _decompose(
+    target: Target, settings: Settings, files: InputFiles, budget_rank: int
+) -> Extracted:
     truncation = settings.truncation
     most = min(truncation.rank or target.smallest_side, target.smallest_side)
     if truncation.max_size is not None and truncation.rank is None:

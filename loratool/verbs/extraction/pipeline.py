@@ -14,23 +14,31 @@ from loratool.adapter.model import FUSED_PARAMETERS, Kind
 from loratool.errors import BaseModelError
 from loratool.files.atomic import kept, staged
 from loratool.files.inputs import InputFiles, Stamp
+from loratool.math.krylov import basis_size
 from loratool.plan.adapter import AdapterPlan
+from loratool.plan.devices import gpus_for
 from loratool.plan.plan import write as write_plan
+from loratool.plan.threads import usual_threads
 from loratool.verbs.algebra.modules import Joint
 from loratool.verbs.algebra.ranks import Truncation, within_budget
 from loratool.verbs.extraction.adapter import Difference
 from loratool.verbs.extraction.decomposition import decompose_all, leftover_changes, open_spool
 from loratool.verbs.extraction.difference import Extracted, ModuleResult, Settings
 from loratool.verbs.extraction.pairs import Leftover, Pairing
+from loratool.verbs.extraction.reading import Differences, HostDifferences
 from loratool.verbs.extraction.result import ExtractReport, LeftoverChange
 
 __all__ = ["Extraction", "dry_run_of", "run"]
 
 Progress = Callable[[int, int], None]
-FLOPS: Final = 2e10
+FLOPS: Final = 6e10
 """Operations a second that one processor core does in float32, roughly."""
-PASSES: Final = 8
-"""Products with the whole difference that one decomposition takes, roughly."""
+READ: Final = 2e9
+"""Bytes a second that one processor core reads and subtracts."""
+GPU_READ: Final = 5e9
+"""Bytes a second that come from a disk to a GPU, which is what it waits for."""
+GPU_START: Final = 5.0
+"""Seconds until CUDA has started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,7 @@ class Extraction:
         save_spectrum: A file for the spectra.
         force: Replace an existing output.
         resume: Keep finished modules, and take up those of an interrupted run.
+        device: As on the command line.
         threads: Number of modules in work at a time.
         progress: Called with how much is done and how much there is.
     """
@@ -52,23 +61,36 @@ class Extraction:
     save_spectrum: Path | None = None
     force: bool = False
     resume: bool = False
+    device: str = "auto"
     threads: int | None = None
     progress: Progress | None = None
 
 
 def dry_run_of(
-    draft: Difference, pairing: Pairing, truncation: Truncation, threads: int | None
+    draft: Difference, pairing: Pairing, truncation: Truncation, device: str, threads: int | None
 ) -> ExtractReport:
     """Say what headers tell: modules, the largest ranks, bytes, and roughly the time."""
     ranks = largest_ranks(draft.joints, truncation)
     plan = draft.plan(ranks)
-    work = math.fsum(
-        2.0 * PASSES * target.tuned.spec.elements * (min(ranks[joint.rank_group], 128) + 8)
+    sizes = [target.nbytes for target in pairing.targets]
+    read = sum(sizes)
+    gpus, told = gpus_for(device, read)
+    bases = [
+        basis_size(min(ranks[joint.rank_group], 128), (target.out, target.columns))
         for target, joint in zip(pairing.targets, draft.joints, strict=True)
-    )
-    read = math.fsum(target.nbytes for target in pairing.targets)
-    seconds = work / FLOPS / max(1, threads or 2) + read / 1e9
-    notes = [*pairing.notes, *plan.notes]
+    ]
+    elements = [target.tuned.spec.elements for target in pairing.targets]
+    work = math.fsum(4.0 * size * basis for size, basis in zip(elements, bases, strict=True))
+    seconds = GPU_START + read / GPU_READ
+    gpu_memory = None
+    if gpus:
+        from loratool.verbs.extraction.gpu import gpu_memory as memory_of
+
+        sides = [target.out + target.columns for target in pairing.targets]
+        gpu_memory = memory_of(elements, bases, sides)
+    else:
+        seconds = (work / FLOPS + read / READ) / (threads or usual_threads(sizes, None))
+    notes = [*pairing.notes, *plan.notes, *([told] if told else [])]
     if truncation.rank is None:
         notes.append("ranks depend on the values: those shown are the most there can be")
     return ExtractReport(
@@ -81,7 +103,9 @@ def dry_run_of(
         plan=plan,
         shapes=tuple((joint.shape.out, joint.shape.columns) for joint in draft.joints),
         is_written=False,
+        device=", ".join(map(str, gpus)) or "cpu",
         seconds=seconds,
+        gpu_memory=gpu_memory,
         notes=tuple(notes),
     )
 
@@ -112,11 +136,13 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
     with ExitStack() as stack:
         files = InputFiles(stamps)
         stack.callback(files.close)
+        differences, told = _differences(pairing, how.device, stack)
+        settings = replace(how.settings, differences=differences)
         spool = stack.enter_context(kept(output)) if how.resume else None
         if spool is not None:
-            open_spool(spool, _run_key(draft, stamps))
+            open_spool(spool, _run_key(draft, stamps, differences.device))
         found = decompose_all(
-            pairing.targets, how.settings, files, spool, threads=how.threads, progress=how.progress
+            pairing.targets, settings, files, spool, threads=how.threads, progress=how.progress
         )
         items = [*pairing.leftovers, *pairing.saved]
         changes = leftover_changes(items, files, threads=how.threads)
@@ -137,7 +163,7 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
         while short := _cut_short(draft, truncation, ranks):
             more = decompose_all(
                 pairing.targets,
-                how.settings,
+                settings,
                 files,
                 spool,
                 threads=how.threads,
@@ -164,9 +190,12 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
             plan=plan,
             shapes=tuple((joint.shape.out, joint.shape.columns) for joint in draft.joints),
             is_written=True,
+            device=differences.device,
             notes=(
                 *pairing.notes,
                 *plan.notes,
+                *told,
+                *differences.notes,
                 *_tie_notes(plan),
                 *_notes(results, leftovers, how, draft.clamp),
             ),
@@ -174,6 +203,19 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
         if how.save_spectrum is not None:
             _write_spectrum(how.save_spectrum, report, force=how.force)
     return report
+
+
+def _differences(
+    pairing: Pairing, device: str, stack: ExitStack
+) -> tuple[Differences, tuple[str, ...]]:
+    """Return where differences are formed, and what to tell of the choice."""
+    gpus, told = gpus_for(device, sum(target.nbytes for target in pairing.targets))
+    notes = (told,) if told else ()
+    if not gpus:
+        return HostDifferences(), notes
+    from loratool.verbs.extraction.gpu import GpuDifferences
+
+    return stack.enter_context(GpuDifferences(gpus)), notes
 
 
 def _left_out(module: Extracted) -> ModuleResult:
@@ -195,9 +237,10 @@ def _tie_notes(plan: AdapterPlan) -> list[str]:
     ]
 
 
-def _run_key(draft: Difference, stamps: Mapping[Path, Stamp]) -> dict[str, Any]:
+def _run_key(draft: Difference, stamps: Mapping[Path, Stamp], device: str) -> dict[str, Any]:
     """Return what tells one run from another, for modules that are taken up again."""
     return {
+        "device": device,
         "inputs": {str(path.resolve()): list(stamp) for path, stamp in stamps.items()},
         "options": {name: value for name, value in draft.asked.items() if name != "dtype"},
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PRECISIONS", "Change", "Differences", "HostDifferences", "change_of", "subtract"]
 
+Result = TypeVar("Result")
 BLOCK_ELEMENTS: Final = 1 << 17
 """Elements that are worked on at a time: with what is made of them they fit into a cache."""
 PRECISIONS: Final = {
@@ -63,6 +65,15 @@ class Differences(Protocol):
         """How many modules are in work at a time; ``None`` leaves it open."""
         ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know of how it went."""
+        ...
+
+    def run(self, work: Callable[[Differences], Result]) -> Result:
+        """Return what ``work`` makes of these differences, or of others if these do not fit."""
+        ...
+
     def read(self, target: Target, expert: int, files: InputFiles) -> Change:
         """Return the change of a module, or of one of its experts."""
         ...
@@ -72,10 +83,15 @@ class HostDifferences:
     """Differences formed by the processor, a block at a time."""
 
     device = "cpu"
-    threads = None
+    threads: int | None = None
+    notes: Sequence[str] = ()
 
     def __init__(self) -> None:
         self._local = threading.local()
+
+    def run(self, work: Callable[[Differences], Result]) -> Result:
+        """Return what ``work`` makes of these differences."""
+        return work(self)
 
     def read(self, target: Target, expert: int, files: InputFiles) -> Change:
         """Return the change of a module, or of one of its experts."""

@@ -42,7 +42,9 @@ class ExtractReport:
         plan: What was decided.
         shapes: ``(out, in)`` of the modules' deltas.
         is_written: Whether it was written.
+        device: What decomposed the differences.
         seconds: For a dry run: roughly how long it would take.
+        gpu_memory: For a dry run: bytes of a GPU's memory that it would take, roughly.
         notes: What a user should know.
     """
 
@@ -52,7 +54,9 @@ class ExtractReport:
     plan: AdapterPlan
     shapes: tuple[tuple[int, int], ...]
     is_written: bool
+    device: str = "cpu"
     seconds: float | None = None
+    gpu_memory: int | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -94,6 +98,7 @@ class ExtractReport:
         return {
             "schema": 1,
             "dry_run": not self.is_written,
+            "device": self.device,
             "relative_error": self.relative_error,
             "captured": self.captured,
             "unchanged": self.unchanged,
@@ -126,5 +131,6 @@ class ExtractReport:
             "files": self.plan.described_files(),
             "seconds_expected": self.seconds,
             "peak_memory": self.peak_memory,
+            "gpu_memory": self.gpu_memory,
             "notes": list(self.notes),
         }
