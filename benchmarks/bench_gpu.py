@@ -118,10 +118,13 @@ def main() -> int:
             (0.50, lambda: verbs(bench)),
             (0.60, lambda: drills(bench)),
             (0.70, lambda: extraction(bench)),
+            (0.80, lambda: pipeline(bench)),
             (0.90, lambda: processes(bench, arguments.against)),
             (0.97, lambda: from_disk(bench)),
         ]
-        words = "facts floors make_pair quality verbs drills extraction processes from_disk"
+        words = (
+            "facts floors make_pair quality verbs drills extraction pipeline processes from_disk"
+        )
         for name, (share, stage) in zip(words.split(), stages, strict=True):
             if time.monotonic() - bench.begin > share * bench.limit:
                 bench.row(name, skipped="too late")
@@ -416,6 +419,52 @@ def extraction(bench: Bench) -> None:
                 )
 
 
+def pipeline(bench: Bench) -> None:
+    """Take the work apart: differences alone, and other numbers of lanes and readers."""
+    from loratool.verbs.extraction import gpu
+
+    usual = gpu.LANES, gpu.READERS
+    for lanes, readers in ((1, 12), (2, 12), (4, 4), (4, 12), (8, 12), (8, 16), (12, 16)):
+        if bench.is_late:
+            break
+        gpu.LANES, gpu.READERS = lanes, readers
+        seconds = {
+            "differences alone": min(clock(lambda: differences_alone(bench), 2)),
+            "rank 64": min(clock(lambda: extract_again(bench, 64), 2)),
+        }
+        torch.cuda.empty_cache()
+        bench.row(f"{lanes} lanes, {readers} readers", seconds=seconds)
+    gpu.LANES, gpu.READERS = usual
+
+
+def extract_again(bench: Bench, rank: int) -> None:
+    """Extract, over what was written before."""
+    out = bench.folder / "again-and-again"
+    loratool.extract(*bench.pair, out, rank=rank, device=DEVICE, force=out.exists())
+
+
+def differences_alone(bench: Bench) -> None:
+    """Bring both weights of every module to the GPU and subtract them there."""
+    from loratool.base.model import open_model
+    from loratool.files.inputs import InputFiles
+    from loratool.plan.threads import in_parallel
+    from loratool.verbs.extraction.gpu import LANES, GpuDifferences
+    from loratool.verbs.extraction.pairs import Selection, pair
+
+    base, tuned = (open_model(path) for path in bench.pair)
+    targets = pair(base, tuned, Selection()).targets
+    files = InputFiles({})
+    try:
+        with GpuDifferences([torch.device(DEVICE)], lanes=LANES) as found:
+            in_parallel(
+                lambda target: found.run(lambda one: one.read(target, 0, files).squared_norm),
+                targets,
+                threads=LANES,
+            )
+    finally:
+        files.close()
+
+
 def read_all(bench: Bench) -> None:
     """Read both models with several threads, which is what the work cannot be faster than."""
     files = [file for path in bench.pair for file in sorted(path.glob("*.safetensors"))]
@@ -430,7 +479,7 @@ def read_all(bench: Bench) -> None:
         with place[0].open("rb", buffering=0) as file:
             return os.preadv(file.fileno(), [buffer], place[1])
 
-    for threads in (1, 4, 12):
+    for threads in (4, 12):
         start = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
             size = sum(pool.map(read, chunks()))

@@ -20,7 +20,7 @@ from typing import Final
 
 import numpy as np
 
-from loratool.math.namespace import Array, array_namespace, beside, double, on_host
+from loratool.math.namespace import Array, array_namespace, beside, double, is_on_host, on_host
 from loratool.math.tiles import project, times
 
 __all__ = ["Krylov", "basis_size"]
@@ -39,6 +39,8 @@ LEVEL: Final = 1e-2
 """Of the largest eigenvalue: above it the sums of a sketch are as good as orthonormal."""
 STEEP: Final = 1e-5
 """Of the largest eigenvalue: below it those of products in float32 begin to be their rounding."""
+FOR_A_GPU: Final = 200
+"""From so many rows on a GPU finds eigenvectors sooner than a processor with one thread."""
 
 
 def _shape_of_basis(rank: int, side: int) -> tuple[int, int]:
@@ -76,7 +78,6 @@ class Krylov:
         m, n = delta.shape
         self._basis = xp.zeros((m, 0), dtype=delta.dtype, device=delta.device)
         self._cores = xp.zeros((0, n), dtype=delta.dtype, device=delta.device)
-        self._gram = np.zeros((0, 0))
         self._newest: Array = None  # the last core, or the sketch; all cores are those of Δ/‖Δ‖
 
     def leading(self, rank: int) -> tuple[Array, Array, np.ndarray]:
@@ -92,11 +93,10 @@ class Krylov:
         blocks, width = _shape_of_basis(rank, min(self._delta.shape))
         while self._basis.shape[1] < blocks * width:
             self._grow(width)
-        self._complete_gram()
-        squares, vectors = _eigh(self._gram)
+        squares, vectors = _eigh(self._cores @ self._cores.mT)
         if squares[rank - 1] < STEEP * squares[0]:
-            squares, vectors = _eigh(_products(double(self._cores)))
-        turn = self._beside(np.ascontiguousarray(vectors[:, :rank]))
+            squares, vectors = _eigh(_gram_in_double(self._cores))
+        turn = self._beside(vectors[:, :rank])
         values = np.sqrt(squares[:rank].clip(min=0.0)) * self._norm
         return self._basis @ turn, (turn.mT @ self._cores) * self._norm, values
 
@@ -113,7 +113,7 @@ class Krylov:
     def _start(self, width: int) -> Array:
         """Return a sketch, ``(width, n)``, whose rows are orthonormal or nearly so."""
         sums = _sums(self._delta, width, self._generator) * self._inverse
-        squares, vectors = _eigh(_products(sums))
+        squares, vectors = _eigh(sums @ sums.mT)
         if squares[-1] <= DEPENDENT * squares[0]:
             drawn = self._generator.standard_normal((width, self._delta.shape[0]), np.float32)
             sums = project(self._beside(drawn).mT, self._delta) * self._inverse
@@ -145,46 +145,45 @@ class Krylov:
         turn = 1.875 * one - 1.25 * gram + 0.375 * (gram @ gram)
         return both @ xp.concat([-back @ turn, turn], axis=0)
 
-    def _turn(self, squares: np.ndarray, vectors: np.ndarray, reach: float) -> Array:
+    def _turn(self, squares: np.ndarray, vectors: Array, reach: float) -> Array:
         """Return what makes columns orthonormal, given the eigenvectors of their products."""
         alive = squares > DEAD**2 * reach
-        lengths = np.sqrt(np.where(alive, squares, 1.0))
-        return self._beside(np.where(alive, vectors / lengths, 0.0))
+        inverse = np.where(alive, 1 / np.sqrt(np.where(alive, squares, 1.0)), 0.0)
+        return self._beside(vectors * beside(inverse, vectors))
 
-    def _complete_gram(self) -> None:
-        """Add the inner products of cores that are new."""
-        known, size = self._gram.shape[0], self._cores.shape[0]
-        if known == size:
-            return
-        new = _products(self._cores[known:, :], self._cores)
-        gram = np.zeros((size, size))
-        gram[:known, :known] = self._gram
-        gram[known:, :] = new
-        gram[:known, known:] = new[:, :known].T
-        self._gram = gram
-
-    def _beside(self, values: np.ndarray) -> Array:
-        """Return small values beside Δ, in its dtype."""
-        kind = np.float64 if str(self._delta.dtype).endswith("float64") else np.float32
-        return beside(values.astype(kind), self._delta)
+    def _beside(self, values: Array) -> Array:
+        """Return something small beside Δ, in its dtype."""
+        kind = self._delta.dtype
+        if isinstance(values, np.ndarray):
+            values = values.astype(str(kind).rpartition(".")[2])
+            return beside(values, self._delta)
+        return array_namespace(values).astype(values, kind)
 
 
-def _products(rows: Array, others: Array | None = None) -> np.ndarray:
-    """Return the inner products of all rows with each other, as float64 on the processor."""
-    return on_host(rows @ (rows if others is None else others).mT).astype(np.float64)
+def _gram_in_double(rows: Array) -> Array:
+    """Return the inner products of all rows, computed in float64."""
+    wide = double(rows)
+    return wide @ wide.mT
 
 
-def _eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues, the largest first, and eigenvectors in columns."""
-    found = np.linalg.eigh(matrix)
+def _eigh(gram: Array) -> tuple[np.ndarray, Array]:
+    """Return eigenvalues, the largest first, and eigenvectors in columns, both in float64.
+
+    Eigenvalues are the processor's. So are eigenvectors, but for large ones of a GPU's matrix.
+    """
+    if gram.shape[0] >= FOR_A_GPU and not is_on_host(gram):
+        xp = array_namespace(gram)
+        values, vectors = xp.linalg.eigh(double(gram))
+        return on_host(xp.flip(values)), xp.flip(vectors, axis=1)
+    found = np.linalg.eigh(on_host(gram).astype(np.float64))
     return found.eigenvalues[::-1], found.eigenvectors[:, ::-1]
 
 
-def _directions(rows: Array) -> tuple[np.ndarray, np.ndarray]:
+def _directions(rows: Array) -> tuple[np.ndarray, Array]:
     """Return eigenvalues and eigenvectors of the products of rows, in float64 where it matters."""
-    squares, vectors = _eigh(_products(rows))
+    squares, vectors = _eigh(rows @ rows.mT)
     if squares[-1] <= STEEP * squares[0]:
-        squares, vectors = _eigh(_products(double(rows)))
+        squares, vectors = _eigh(_gram_in_double(rows))
     return squares, vectors
 
 

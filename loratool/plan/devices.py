@@ -68,7 +68,7 @@ def _gpu(name: str) -> Any:
 
 
 def exactly(verb: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Have a GPU multiply float32 in float32 for as long as a verb with a ``device`` works on one."""
+    """Have a GPU multiply float32 in float32 while a verb that takes ``device`` works on one."""
 
     @wraps(verb)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:

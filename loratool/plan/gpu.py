@@ -148,7 +148,8 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        # Its library of decompositions must not be loaded by two threads at once.
+        torch.linalg.inv(torch.ones((1, 1), device=device))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedError(f"--device {name}", f"not to be had here: {reason}") from None

@@ -85,7 +85,8 @@ class GpuDifferences:
         lanes: Modules in work at a time on each.
     """
 
-    def __init__(self, devices: Sequence[torch.device], *, lanes: int = LANES) -> None:
+    def __init__(self, devices: Sequence[torch.device], *, lanes: int | None = None) -> None:
+        lanes = lanes or LANES
         self.devices = tuple(devices)
         self.notes: list[str] = []
         self._limit = lanes * len(self.devices)
