@@ -21,6 +21,7 @@ from typing import Final
 import numpy as np
 
 from loratool.math.namespace import Array, array_namespace, beside, double, is_on_host, on_host
+from loratool.math.small import FOR_A_GPU
 from loratool.math.tiles import project, times
 
 __all__ = ["Krylov", "basis_size"]
@@ -39,8 +40,6 @@ LEVEL: Final = 1e-2
 """Of the largest eigenvalue: above it the sums of a sketch are as good as orthonormal."""
 STEEP: Final = 1e-5
 """Of the largest eigenvalue: below it those of products in float32 begin to be their rounding."""
-FOR_A_GPU: Final = 200
-"""From so many rows on a GPU finds eigenvectors sooner than a processor with one thread."""
 
 
 def _shape_of_basis(rank: int, side: int) -> tuple[int, int]:
@@ -194,18 +193,18 @@ def _sums(delta: Array, width: int, generator: np.random.Generator) -> Array:
     """
     rows = delta.shape[0]
     groups = math.ceil(rows / width)
-    shifts = generator.integers(0, width, groups).tolist()
-    signs = generator.choice((-1.0, 1.0), groups).tolist()
+    shifts = generator.integers(0, width, groups)
+    signs = generator.choice((-1.0, 1.0), groups)
     if not isinstance(delta, np.ndarray):
-        spread = np.zeros((width, rows), dtype=np.float32)
-        for group, (shift, sign) in enumerate(zip(shifts, signs, strict=True)):
-            first = group * width
-            count = min(width, rows - first)
-            spread[(np.arange(count) + shift) % width, np.arange(first, first + count)] = sign
         xp = array_namespace(delta)
-        return project(xp.astype(beside(spread, delta), delta.dtype).mT, delta)
+        number = np.arange(rows)
+        spread = xp.zeros((rows, width), dtype=delta.dtype, device=delta.device)
+        place = number * width + (number + shifts[number // width]) % width
+        values = signs[number // width].astype(np.float32)
+        spread.reshape(-1)[beside(place, delta)] = xp.astype(beside(values, delta), delta.dtype)
+        return project(spread, delta)
     sums = np.zeros((width, delta.shape[1]), dtype=delta.dtype)
-    for group, (shift, sign) in enumerate(zip(shifts, signs, strict=True)):
+    for group, (shift, sign) in enumerate(zip(shifts.tolist(), signs.tolist(), strict=True)):
         block = delta[group * width : (group + 1) * width]
         before = min(width - shift, block.shape[0])
         after = block.shape[0] - before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.files.container import read_view
 from loratool.files.spec import StoredTensor
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 __all__ = ["Rounded", "decode", "encode"]
+
+
+SINGLE: Final = frozenset({"F32", "F16", "BF16"})
+"""Floats whose values float32 holds."""
 
 
 def decode(stored: StoredTensor) -> Array:
@@ -55,7 +59,8 @@ class Rounded:
         from loratool.codecs import numbers
 
         bits = numbers.encode(values, dtype)
-        back = numbers.decode(bits, dtype, values.shape)
-        is_exact = np.array_equal(back, values, equal_nan=True)
+        is_single = values.dtype == np.float32 and dtype in SINGLE
+        back = numbers.decode(bits, dtype, values.shape, np.float32 if is_single else np.float64)
+        is_exact = np.array_equal(back, values) or np.array_equal(back, values, equal_nan=True)
         is_finite = is_exact or bool((np.isfinite(back) | ~np.isfinite(values)).all())
         return Rounded(bits, back, is_exact, is_finite)

@@ -56,6 +56,8 @@ MOST_WAITS: Final = 12
 """How often at most the processor waits for the GPU in one module of a fixed rank."""
 TILE_BYTES: Final = 64 << 20
 """Bytes of a difference in float32 that are on the GPU at a time where all of it is too large."""
+BLOCK_ELEMENTS: Final = 1 << 23
+"""Elements of a weight of which something passing is made, so that it takes little memory."""
 CONTEXT_BYTES: Final = 600 << 20
 """What CUDA itself and its libraries take of a GPU's memory, roughly."""
 OUT_OF_MEMORY: Final = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED", "NOT_SUPPORTED")
@@ -349,7 +351,7 @@ def _squares(delta: Tensor) -> Tensor:
 
 def _squares_in_double(delta: Tensor) -> float:
     """Return ``‖Δ‖²`` summed in float64, block by block."""
-    step = max(1, (1 << 24) // delta.shape[1])
+    step = max(1, BLOCK_ELEMENTS // delta.shape[1])
     blocks = (delta[start : start + step] for start in range(0, delta.shape[0], step))
     return math.fsum(float(block.double().square().sum()) for block in blocks)
 
@@ -360,12 +362,16 @@ def _spacings(after: Tensor, target: Target) -> Tensor:
     precision = PRECISIONS[name]
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[after.dtype.itemsize]
     stored = name if torch_dtype(name) == after.dtype else "F32"  # what was decoded is wider
-    powers = (after.view(words) & EXPONENTS[stored]).view(after.dtype)
-    if name == "F16":
-        powers = powers.clamp(min=precision.smallest)
     wide = torch.float64 if after.dtype == torch.float64 else torch.float32
-    rows: Tensor = torch.linalg.vector_norm(powers, dim=1, dtype=wide).double()
-    return rows.nan_to_num(0.0, 0.0, 0.0).square().sum() * precision.eps**2
+    total = torch.zeros((), dtype=torch.float64, device=after.device)
+    step = max(1, BLOCK_ELEMENTS // after.shape[1])
+    for start in range(0, after.shape[0], step):
+        powers = (after[start : start + step].view(words) & EXPONENTS[stored]).view(after.dtype)
+        if name == "F16":
+            powers = powers.clamp(min=precision.smallest)
+        rows: Tensor = torch.linalg.vector_norm(powers, dim=1, dtype=wide).double()
+        total += rows.nan_to_num(0.0, 0.0, 0.0).square().sum()
+    return total * precision.eps**2
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -136,7 +136,7 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
     with ExitStack() as stack:
         files = InputFiles(stamps)
         stack.callback(files.close)
-        differences, told = _differences(pairing, how.device, stack)
+        differences, told = _differences(pairing, how, stack)
         settings = replace(how.settings, differences=differences)
         spool = stack.enter_context(kept(output)) if how.resume else None
         if spool is not None:
@@ -206,13 +206,14 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
 
 
 def _differences(
-    pairing: Pairing, device: str, stack: ExitStack
+    pairing: Pairing, how: Extraction, stack: ExitStack
 ) -> tuple[Differences, tuple[str, ...]]:
     """Return where differences are formed, and what to tell of the choice."""
-    gpus, told = gpus_for(device, sum(target.nbytes for target in pairing.targets))
+    sizes = [target.nbytes for target in pairing.targets]
+    gpus, told = gpus_for(how.device, sum(sizes))
     notes = (told,) if told else ()
     if not gpus:
-        return HostDifferences(), notes
+        return HostDifferences(how.threads or usual_threads(sizes, None)), notes
     from loratool.verbs.extraction.gpu import GpuDifferences
 
     return stack.enter_context(GpuDifferences(gpus)), notes
