@@ -146,6 +146,8 @@ class GpuDifferences:
         after, before = lane.upload(target, first, rows, width, files)
         delta = _difference(after, before, target)
         squares, spacings = torch.stack([_squares(delta), _spacings(after, target)]).tolist()
+        if not math.isfinite(squares):
+            _same_to_zero(delta, after, before)
         del after, before
         if not math.isfinite(squares) or not squares:
             squares = _squares_in_double(delta)
@@ -314,7 +316,9 @@ class _TiledDifferences:
 
         def tile(start: int, count: int) -> tuple[Tensor, Tensor]:
             after, before = lane.upload(target, first + start, count, width, files)
-            return _difference(after, before, target), after
+            delta = _difference(after, before, target)
+            _same_to_zero(delta, after, before)
+            return delta, after
 
         squares, spacings = [], []
         for start in range(0, rows, step):
@@ -334,13 +338,21 @@ def _kind(target: Target) -> torch.dtype:
 
 
 def _difference(after: Tensor, before: Tensor, target: Target) -> Tensor:
-    """Return ``after - before``; zero where both are the same but for a conversion of dtypes."""
+    """Return ``after - before``; zero where both are the same but for a conversion of dtypes.
+
+    Where neither was converted that leaves infinities and NaN out; see :func:`_same_to_zero`.
+    """
     delta = after.to(_kind(target), copy=True)
     delta -= before
     if after.dtype != before.dtype:
-        stored = before.to(after.dtype)
-        delta.masked_fill_((stored == after) | (stored.isnan() & after.isnan()), 0)
+        _same_to_zero(delta, after, before)
     return delta
+
+
+def _same_to_zero(delta: Tensor, after: Tensor, before: Tensor) -> None:
+    """Make zero what is the same in both, infinities and NaN too."""
+    stored = before.to(after.dtype)
+    delta.masked_fill_((stored == after) | (stored.isnan() & after.isnan()), 0)
 
 
 def _squares(delta: Tensor) -> Tensor:
