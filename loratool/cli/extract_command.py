@@ -11,7 +11,7 @@ from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
-from loratool.verbs.extract import METHODS, RESIDUALS, extract
+from loratool.verbs.extract import METHODS, RESIDUALS, VARIANTS, extract
 from loratool.verbs.extraction.result import ExtractReport
 
 __all__ = ["command"]
@@ -34,6 +34,13 @@ LISTED = 8
     default="report",
     show_default=True,
     help="Changed norms, biases and rows: only report them, or carry them whole.",
+)
+@click.option(
+    "--variant",
+    type=click.Choice(VARIANTS),
+    default="lora",
+    show_default=True,
+    help="dora: with a length for every row, for models whose weights were scaled too.",
 )
 @click.option(
     "--method",
@@ -79,6 +86,7 @@ def command(
         loratool extract base/ finetuned/ --rank 16 -o adapter/
         loratool extract base/ finetuned/ --max-error 0.1 --rank 128 -o adapter/
         loratool extract base/ finetuned/ --rank auto --residual carry -o adapter/
+        loratool extract base/ finetuned/ --rank 32 --variant dora -o adapter/
     """
     if plot is not None:
         from loratool.cli.plots import check_plot

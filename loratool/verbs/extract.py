@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Final
 
+from loratool.adapter.model import Kind
 from loratool.base.model import open_model
 from loratool.base.refusals import check_base
-from loratool.errors import BaseModelError, OptionError
+from loratool.errors import BaseModelError, OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.verbs.algebra.combination import ONE_RANK, output_scheme
@@ -21,12 +23,13 @@ from loratool.verbs.extraction.pipeline import Extraction, dry_run_of, run
 from loratool.verbs.extraction.result import ExtractReport
 from loratool.write.options import WriteOptions
 
-__all__ = ["METHODS", "RESIDUALS", "extract"]
+__all__ = ["METHODS", "RESIDUALS", "VARIANTS", "extract"]
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
 METHODS: Final = ("auto", "exact", "randomised")
 RESIDUALS: Final = ("report", "carry")
+VARIANTS: Final = ("lora", "dora")
 
 
 def extract(
@@ -48,6 +51,7 @@ def extract(
     embeddings: bool = False,
     save_module: Sequence[str] = (),
     residual: str = "report",
+    variant: str = "lora",
     method: str = "auto",
     seed: int = 0,
     clamp_quantile: float | None = None,
@@ -85,6 +89,9 @@ def extract(
         save_module: Modules (paths or dotted suffixes) that are saved whole.
         residual: What becomes of changes that no factors express: ``report``, or ``carry``
             them whole where the scheme has a place for them.
+        variant: ``lora``, or ``dora``: with a length for every row of a linear layer, for models
+            whose weights were scaled too; the report says what it gains. It takes a number as
+            ``rank`` and no other rule.
         method: ``auto``, ``exact`` or ``randomised``.
         seed: Of the randomised method.
         clamp_quantile: Clamp the factors as kohya's extraction does; it costs accuracy, and
@@ -115,6 +122,7 @@ def extract(
     _check_options(
         truncation, is_auto=is_auto, method=method, residual=residual, clamp=clamp_quantile
     )
+    _check_variant(variant, truncation, is_auto=is_auto, clamp=clamp_quantile)
     place = Path(output)
     models = [open_model(Path(path)) for path in (base, finetuned)]
     for model in models:
@@ -129,6 +137,8 @@ def extract(
     selection = Selection.of(include, exclude, save_module, embeddings=embeddings)
     pairing = pair(models[0], models[1], selection)
     _check_pairing(pairing, models[1].path, save_module)
+    if variant == "dora":
+        _check_dora(pairing)
     asked = {
         **truncation.recorded,
         "rank": rank,  # which may be "auto"
@@ -138,23 +148,27 @@ def extract(
         "embeddings": embeddings or None,
         "save_module": tuple(save_module),
         "residual": residual,
+        "variant": variant if variant != "lora" else None,
         "method": method,
         "seed": seed,
         "clamp_quantile": clamp_quantile,
         "dtype": dtype,
     }
     scheme = output_scheme((), to)
+    written = OUTPUT_DTYPES[dtype] if dtype else None
     draft = Difference(
         base=models[0],
         tuned=models[1],
         targets=pairing.targets,
         carried=pairing.saved,
         scheme=scheme,
-        options=WriteOptions(place, dtype=OUTPUT_DTYPES[dtype] if dtype else None),
+        options=WriteOptions(place, dtype=None if variant == "dora" else written),
+        dtype=written,
         asked=asked,
         modules={},
         clamp=clamp_quantile,
         group=ONE_RANK if size is not None and scheme.scale.has_one_rank else None,
+        is_dora=variant == "dora",
     )
     if dry_run:
         return dry_run_of(draft, pairing, truncation, device, threads)
@@ -162,7 +176,14 @@ def extract(
         draft,
         pairing,
         Extraction(
-            settings=Settings(truncation, is_auto, method, seed),
+            settings=Settings(
+                truncation,
+                is_auto,
+                method,
+                seed,
+                variant=variant,
+                dtype=written,
+            ),
             carries=residual == "carry",
             save_spectrum=Path(save_spectrum) if save_spectrum is not None else None,
             force=force,
@@ -192,6 +213,35 @@ def _check_options(
         raise OptionError("--residual", f"{residual!r} is none of {', '.join(RESIDUALS)}")
     if clamp is not None and not 0.5 < clamp <= 1:
         raise OptionError("--clamp-quantile", f"{clamp:g} is not in (0.5, 1]")
+
+
+def _check_variant(
+    variant: str, truncation: Truncation, *, is_auto: bool, clamp: float | None
+) -> None:
+    if variant not in VARIANTS:
+        raise OptionError("--variant", f"{variant!r} is none of {', '.join(VARIANTS)}")
+    if variant == "lora":
+        return
+    is_plain = truncation.rule is None and truncation.max_size is None and not is_auto
+    if truncation.rank is None or not is_plain:
+        raise OptionError("--variant", "dora takes a number as --rank, and no other rule")
+    if clamp is not None:
+        raise OptionError("--clamp-quantile", "means nothing to --variant dora")
+
+
+def _check_dora(pairing: Pairing) -> None:
+    """Make sure that all targets are layers that PEFT and others have DoRA for.
+
+    Raises:
+        UnsupportedError: One is not.
+    """
+    for target in pairing.targets:
+        if target.kind is not Kind.LINEAR or target.is_parameter or target.experts > 1:
+            raise UnsupportedError(
+                target.name,
+                "is no linear layer by itself, and --variant dora is for those",
+                hint=f"leave it out: --exclude {re.escape(target.module)!r}",
+            )
 
 
 def _check_pairing(pairing: Pairing, path: Path, save_module: Sequence[str]) -> None:

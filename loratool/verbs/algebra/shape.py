@@ -30,6 +30,7 @@ class DeltaShape:
         experts: How many deltas the factors stack.
         parameter: Full path of the raw parameter that it adapts, if it adapts one.
         has_bias: Whether a bias is stored beside B.
+        has_magnitude: Whether it is a DoRA, with the length of each row beside B.
         is_target: Whether PEFT's configuration has to name it among the targets.
     """
 
@@ -42,6 +43,7 @@ class DeltaShape:
     experts: int = 1
     parameter: str | None = None
     has_bias: bool = False
+    has_magnitude: bool = False
     is_target: bool = True
 
     @property
@@ -72,7 +74,7 @@ class DeltaShape:
         return self.experts * (self.out + self.columns) * DTYPES[self.dtype].bits // 8
 
     def part(self, of: Together, rank: int) -> Part:
-        """Return the module whose A, B and bias are the tensors of ``of``, in this order.
+        """Return the module whose A, B and bias or magnitude are the tensors of ``of``, in order.
 
         A is ``(experts · rank, in)`` and B ``(out, rank · experts)``; the scale is 1.
         """
@@ -88,10 +90,12 @@ class DeltaShape:
         }
         if self.has_bias:
             values[Slot.UP_BIAS] = Result(of, 2, (self.out,), self.dtype)
+        if self.has_magnitude:
+            values[Slot.MAGNITUDE] = Result(of, 2, (self.out,), "F32")
         return Part(
             module=self.module,
             kind=self.kind,
-            variant=variant_named("lora"),
+            variant=variant_named("dora" if self.has_magnitude else "lora"),
             values=values,
             rank=rank,
             scale=1.0,

@@ -33,7 +33,7 @@ __all__ = ["Difference"]
 TASKS: Final = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
 
 
-def _shape_of(target: Target, dtype: str | None) -> DeltaShape:
+def _shape_of(target: Target, dtype: str | None, *, has_magnitude: bool) -> DeltaShape:
     return DeltaShape(
         module=target.module,
         kind=target.kind,
@@ -43,6 +43,7 @@ def _shape_of(target: Target, dtype: str | None) -> DeltaShape:
         nesting=target.nesting,
         experts=target.experts,
         parameter=target.name if target.is_parameter else None,
+        has_magnitude=has_magnitude,
     )
 
 
@@ -61,6 +62,9 @@ class Difference:
         modules: The decompositions by name; empty as long as nothing is computed.
         clamp: The quantile to clamp factors at, if any.
         group: A rank group for all modules, where the scheme has one rank.
+        dtype: Of the factors, as a header calls it; by default that of each weight.
+        is_dora: Whether rows have lengths of their own, which are float32 always: eight bits of
+            them would lose as much as all of the weight's rounding.
     """
 
     base: Model
@@ -73,12 +77,17 @@ class Difference:
     modules: Mapping[str, Extracted]
     clamp: float | None = None
     group: str | None = None
+    dtype: str | None = None
+    is_dora: bool = False
 
     @property
     def joints(self) -> list[Joint]:
         """The modules, with the rank groups that they are in."""
-        dtype = self.options.dtype
-        return [Joint(t.name, (), _shape_of(t, dtype), group=self.group) for t in self.targets]
+        shapes = [_shape_of(t, self.dtype, has_magnitude=self.is_dora) for t in self.targets]
+        return [
+            Joint(target.name, (), shape, group=self.group)
+            for target, shape in zip(self.targets, shapes, strict=True)
+        ]
 
     @property
     def tie(self) -> Tie | None:

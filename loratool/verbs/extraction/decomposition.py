@@ -19,6 +19,7 @@ from loratool.plan.threads import in_parallel
 from loratool.verbs.extraction.difference import (
     BUDGET_RANK,
     Extracted,
+    Lengths,
     Settings,
     decompose,
     extracted,
@@ -118,6 +119,11 @@ def _save(path: Path, module: Extracted) -> None:
         tensors[f"values.{index}"] = np.ascontiguousarray(part.singular_values)
         tensors[f"squares.{index}"] = np.array([part.squared_norm, part.squared_residual])
         tensors[f"exact.{index}"] = np.array([part.is_exact])
+    if (lengths := module.lengths) is not None:
+        tensors["magnitude"] = np.ascontiguousarray(lengths.magnitude)
+        tensors["lengths"] = np.array(
+            [lengths.squared_norm, lengths.squared_error, lengths.squared_plain]
+        )
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     save_file(tensors, partial)
@@ -135,7 +141,11 @@ def _load(name: str, path: Path, settings: Settings) -> Extracted:
         values = tensors[f"values.{index}"]
         is_exact = bool(tensors[f"exact.{index}"][0])
         parts.append(Leading(up, down, values, norm, residual, is_exact))
-    return extracted(name, parts, float(tensors["floor"][0]), settings)
+    floor = float(tensors["floor"][0])
+    if "magnitude" in tensors:
+        lengths = Lengths(tensors["magnitude"], *tensors["lengths"].tolist())
+        return Extracted(name, tuple(parts), floor, parts[0].up.shape[1], lengths)
+    return extracted(name, parts, floor, settings)
 
 
 def leftover_changes(

@@ -13,21 +13,25 @@ from loratool.codecs import numbers
 from loratool.errors import BaseModelError, MergeError
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
+from loratool.math.dora import nearest_dora
 from loratool.math.extraction import Decomposition, Leading
 from loratool.math.namespace import on_host, padded
 from loratool.math.randomness import generator_for
 from loratool.math.ranks import minimal_rank, numerical_rank, profile_of
 from loratool.verbs.algebra.ranks import Truncation
 from loratool.verbs.extraction.pairs import Target
-from loratool.verbs.extraction.reading import Differences, HostDifferences
+from loratool.verbs.extraction.reading import Differences, HostDifferences, read_both
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from loratool.values.expr import Array
 
 __all__ = [
     "BUDGET_RANK",
     "Extracted",
     "LeadingPart",
+    "Lengths",
     "ModuleResult",
     "Settings",
     "decompose",
@@ -54,6 +58,8 @@ class Settings:
         method: ``auto``, ``exact`` or ``randomised``.
         seed: Of the randomised route.
         differences: Where differences are formed and decomposed.
+        variant: ``lora`` or ``dora``.
+        dtype: The dtype that is written, as a header calls it; by default the target's.
     """
 
     truncation: Truncation
@@ -61,6 +67,25 @@ class Settings:
     method: str = "auto"
     seed: int = 0
     differences: Differences = field(default_factory=HostDifferences)
+    variant: str = "lora"
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What makes a DoRA of the factors of a module.
+
+    Attributes:
+        magnitude: ``(out,)`` float32.
+        squared_norm: ``‖W' - W‖_F²``.
+        squared_error: ``‖W' - made‖_F²`` with what is written.
+        squared_plain: What the error is without, with plain factors of the same rank.
+    """
+
+    magnitude: Any
+    squared_norm: float
+    squared_error: float
+    squared_plain: float
 
 
 @dataclass(frozen=True)
@@ -73,12 +98,14 @@ class Extracted:
             not change.
         floor: The singular value that rounding alone can leave.
         rank: The rank that the rules ask for; all computed for a budget.
+        lengths: What a DoRA adds to the factors, if it is one.
     """
 
     name: str
     parts: tuple[Leading, ...]
     floor: float
     rank: int
+    lengths: Lengths | None = None
 
     @property
     def values(self) -> tuple[tuple[float, ...], ...]:
@@ -118,6 +145,7 @@ class ModuleResult:
         singular_values: Those that were kept, descending.
         computed: All that were computed.
         floor: The singular value that rounding of the finetuned weight alone can leave.
+        squared_plain: For a DoRA: the error of plain factors of the same rank.
     """
 
     module: str
@@ -127,6 +155,7 @@ class ModuleResult:
     singular_values: tuple[float, ...]
     computed: tuple[float, ...]
     floor: float
+    squared_plain: float | None = None
 
     @property
     def relative_error(self) -> float:
@@ -148,6 +177,8 @@ def decompose(
     Raises:
         BaseModelError: It holds NaN or infinity.
     """
+    if settings.variant == "dora":
+        return _decompose_dora(target, settings, files)
     return settings.differences.run(
         lambda differences: _decompose(
             target, replace(settings, differences=differences), files, budget_rank
@@ -180,6 +211,30 @@ def _decompose(
             found, _ = _decomposition(target, expert, settings, files)
             parts[expert] = _on_host(found.leading(rank))
     return extracted(target.name, parts, max(floors), settings)
+
+
+def _decompose_dora(target: Target, settings: Settings, files: InputFiles) -> Extracted:
+    """Decompose the change of a module as a DoRA of a given rank."""
+    assert settings.truncation.rank is not None
+    rank = min(settings.truncation.rank, target.smallest_side)
+    dtype = settings.dtype or target.dtype
+    differences = HostDifferences()
+    found, floor = _decomposition(target, 0, replace(settings, differences=differences), files)
+    plain = found.leading(rank)
+    if not plain.squared_norm:
+        return Extracted(target.name, (), floor, 0)
+    written = [_rounded(factor, dtype) for factor in (plain.up, plain.down)]
+    lost = plain.squared_residual + _squared_distance(plain.up, plain.down, *written)
+    before, after = read_both(target, files)
+
+    def lead(delta: NDArray[Any]) -> Leading:
+        generator = generator_for(settings.seed, target.name, 0)
+        return Decomposition(delta, generator, method=settings.method).leading(rank)
+
+    made = nearest_dora(before, after, plain, lead, lambda factor: _rounded(factor, dtype))
+    part = replace(made.leading, up=made.up, down=made.down)
+    lengths = Lengths(made.magnitude, plain.squared_norm, made.squared_error, lost)
+    return Extracted(target.name, (part,), floor, rank, lengths)
 
 
 def _decomposition(
@@ -344,7 +399,15 @@ class LeadingPart:
             _descending(values),
             module.floor,
         )
-        return (down, up), result
+        lengths = module.lengths
+        if lengths is None:
+            return (down, up), result
+        return (down, up, lengths.magnitude), replace(
+            result,
+            squared_norm=lengths.squared_norm,
+            squared_error=lengths.squared_error,
+            squared_plain=lengths.squared_plain,
+        )
 
 
 def _rounded(values: Any, dtype: str) -> Any:

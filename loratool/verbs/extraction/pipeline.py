@@ -210,7 +210,11 @@ def _differences(
 ) -> tuple[Differences, tuple[str, ...]]:
     """Return where differences are formed, and what to tell of the choice."""
     sizes = [target.nbytes for target in pairing.targets]
-    gpus, told = gpus_for(how.device, sum(sizes))
+    if how.settings.variant == "dora":
+        told = "a DoRA is found by the processor" if how.device not in ("auto", "cpu") else None
+        gpus: list[Any] = []
+    else:
+        gpus, told = gpus_for(how.device, sum(sizes))
     notes = (told,) if told else ()
     if not gpus:
         return HostDifferences(how.threads or usual_threads(sizes, None)), notes
@@ -330,13 +334,22 @@ def _notes(
             "ranks end where singular values meet what rounding the finetuned weights to their "
             f"dtype leaves by itself (up to {floor:.3g})"
         )
+    plain = [result.squared_plain for result in results if result.squared_plain is not None]
+    if plain:
+        total = math.fsum(result.squared_norm for result in results)
+        lost = math.fsum(result.squared_error for result in results)
+        errors = [math.sqrt(value / total) for value in (lost, math.fsum(plain))]
+        notes.append(
+            f"DoRA leaves a relative error of {errors[0]:.4g}, plain LoRA of the same ranks one of "
+            f"{errors[1]:.4g}"
+        )
     if clamp is not None:
         notes.append("the factors were clamped as asked; the errors include what that costs")
-    lost = [item for item in leftovers if not item.is_carried]
-    if lost:
+    missing = [item for item in leftovers if not item.is_carried]
+    if missing:
         notes.append(
-            f"{len(lost)} changed tensors are not in the adapter, such as {lost[0].name!r} "
-            f"({lost[0].why})"
+            f"{len(missing)} changed tensors are not in the adapter, such as "
+            f"{missing[0].name!r} ({missing[0].why})"
         )
     wanted = {"max_error": truncation.max_error}
     if truncation.energy is not None:
@@ -351,7 +364,7 @@ def _notes(
                 f"{len(missed)} modules miss --{name.replace('_', '-')} for the limit of ranks "
                 f"or the rounding to their dtype (error up to {worst:.3g})"
             )
-    unknown = [item for item in lost if item.squared_change is None]
+    unknown = [item for item in missing if item.squared_change is None]
     if unknown:
         notes.append(
             f"{len(unknown)} of them cannot be compared with the base and have no share in the "

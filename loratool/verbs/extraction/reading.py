@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
     from loratool.math.namespace import Array
 
-__all__ = ["PRECISIONS", "Change", "Differences", "HostDifferences", "change_of", "subtract"]
+__all__ = [
+    "PRECISIONS",
+    "Change",
+    "Differences",
+    "HostDifferences",
+    "change_of",
+    "read_both",
+    "subtract",
+]
 
 Result = TypeVar("Result")
 BLOCK_ELEMENTS: Final = 1 << 19
@@ -129,6 +137,19 @@ class HostDifferences:
             self._local.scratch = Scratch()
         found: Scratch = self._local.scratch
         return found
+
+
+def read_both(target: Target, files: InputFiles) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the base's weight and the finetuned one, ``(out, in)``, as numbers of one dtype."""
+    rows, width, _ = extent(target, 0)
+    is_double = "F64" in (target.base.spec.dtype, target.tuned.spec.dtype)
+    kind = np.float64 if is_double else np.float32
+    both = [
+        StoredRows(weight, width, files).rows(0, rows, kind)
+        for weight in (target.base, target.tuned)
+    ]
+    before, after = (np.ascontiguousarray(one.T) if target.is_transposed else one for one in both)
+    return before, after
 
 
 def extent(target: Target, expert: int) -> tuple[int, int, int]:

@@ -112,6 +112,7 @@ class ExtractReport:
                     "share_of_change": module.squared_norm / total,
                     "noise_floor": module.floor,
                 }
+                | _plainly(module)
                 for module in self.modules
             ],
             "leftovers": [
@@ -134,3 +135,10 @@ class ExtractReport:
             "gpu_memory": self.gpu_memory,
             "notes": list(self.notes),
         }
+
+
+def _plainly(module: ModuleResult) -> dict[str, float]:
+    """Return for a DoRA what the error of plain factors of the same rank is."""
+    if module.squared_plain is None:
+        return {}
+    return {"plain_relative_error": math.sqrt(module.squared_plain / module.squared_norm)}
