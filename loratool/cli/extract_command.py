@@ -63,7 +63,7 @@ LISTED = 8
 @options.dry_run
 @click.option("--resume", is_flag=True, help="Keep finished modules; take up those of before.")
 @options.gpu_device
-@options.threads
+@options.all_threads
 @options.quiet
 @options.as_json
 @options.debug

@@ -110,6 +110,12 @@ threads: Decorator = click.option(
     metavar="N",
     help="Worker threads; by default one for each processor, at most 8.",
 )
+all_threads: Decorator = click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Worker threads; by default one for each processor, as memory allows.",
+)
 
 
 class _RankOrAuto(click.ParamType[int | str]):

@@ -49,11 +49,11 @@ LITTLE: Final = 3e-4
 """Of the energy: with less than this missing, what is missing is formed."""
 NEARLY_ALL: Final = 1e-6
 """Of the energy: with less than this missing, the rounding of float32 sums begins to show."""
-SMALL_SIDE: Final = 256
+SMALL_SIDE: Final = 96
 """Matrices with a side up to this are decomposed exactly."""
 LARGE_PART: Final = 0.75
 """Of the smaller side: from a basis of so many columns on the exact route is no slower."""
-SVD_SIDE: Final = 512
+SVD_SIDE: Final = 96
 """Up to this the exact route is a plain SVD in float64."""
 BLOCK_ELEMENTS: Final = 1 << 18
 """Elements of the blocks in which squares are summed in float64; they fit into a cache."""
@@ -134,7 +134,7 @@ class Decomposition:
         method: str = "auto",
         squares: float | None = None,
     ) -> None:
-        # Products want rows that are contiguous.
+        # Rows that are contiguous are what a sketch adds up.
         self._is_turned = _is_column_major(delta)
         self._delta = delta.mT if self._is_turned else delta
         self._method = method
@@ -259,7 +259,7 @@ def spacing_squares(stored: Array, precision: Precision | None = None) -> float:
     return total * precision.eps**2
 
 
-def noise_floor(squares: float, shape: tuple[int, int]) -> float:
+def noise_floor(squares: float, count: int, shape: tuple[int, int]) -> float:
     """Return the largest singular value that rounding alone leaves in a difference.
 
     Rounding a value to its dtype errs by up to half the spacing of numbers there, evenly: a
@@ -267,11 +267,12 @@ def noise_floor(squares: float, shape: tuple[int, int]) -> float:
     value at ``s (√m + √n)`` (Bai & Yin 1993).
 
     Args:
-        squares: The sum of :func:`spacing_squares` over the finetuned weight.
+        squares: The sum of :func:`spacing_squares` over elements of the finetuned weight.
+        count: How many those are.
         shape: ``(m, n)``.
     """
     m, n = shape
-    return math.sqrt(squares / max(1, m * n) / 12) * (math.sqrt(m) + math.sqrt(n))
+    return math.sqrt(squares / max(1, count) / 12) * (math.sqrt(m) + math.sqrt(n))
 
 
 def _blocks(matrix: Array, least: int = 1) -> Iterator[tuple[int, Array]]:

@@ -6,23 +6,22 @@ is orthogonal to the blocks before it, and ``C_j = Q_jᵀ Δ``. The best approxi
 basis ``Q`` follows from the Gram matrix of all C (Rayleigh & Ritz). How many blocks there are is
 decided beforehand, so that a GPU never waits to be asked.
 
-The sketch adds every row of Δ, with a random sign, to one of ``width`` sums (a CountSketch:
-Clarkson & Woodruff 2013). That is one pass over Δ instead of a product. Where the sums turn out
-dependent, because few rows differ from zero, a Gaussian sketch takes its place.
+The sketch adds every row of Δ, with a random sign, to one of ``width`` sums (much as a
+CountSketch does: Clarkson & Woodruff 2013). That is one pass over Δ instead of a product. Where
+the sums turn out dependent, because few rows differ from zero, a Gaussian sketch takes its place.
 
 Large products are made in the dtype of Δ, small eigenproblems in float64 and on the processor.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import numpy as np
 
 from loratool.math.namespace import Array, array_namespace, beside, double, is_on_host, on_host
-from loratool.math.small import FOR_A_GPU
-from loratool.math.tiles import project, times
+from loratool.math.small import FOR_A_GPU, cholesky, upper_inverse
+from loratool.math.tiles import RowTiles, project, times
 
 __all__ = ["Krylov", "basis_size"]
 
@@ -38,6 +37,8 @@ DEPENDENT: Final = 1e-6
 """Of the largest eigenvalue: below it the sums of a sketch depend on each other."""
 LEVEL: Final = 1e-2
 """Of the largest eigenvalue: above it the sums of a sketch are as good as orthonormal."""
+WELL_CONDITIONED: Final = 3e-2
+"""Smallest over largest diagonal element of a Cholesky factor."""
 STEEP: Final = 1e-5
 """Of the largest eigenvalue: below it those of products in float32 begin to be their rounding."""
 
@@ -62,8 +63,8 @@ class Krylov:
     """The basis for one matrix; it grows with the ranks that are asked for.
 
     Args:
-        delta: ``(m, n)``, float32 or float64, finite and not all zero. Products are quickest
-            where its rows are contiguous.
+        delta: ``(m, n)``, float32 or float64, finite and not all zero. Its rows should be
+            contiguous.
         norm: Its Frobenius norm, with which everything is scaled.
         generator: What the sketch is drawn from.
     """
@@ -95,7 +96,7 @@ class Krylov:
         squares, vectors = _eigh(self._cores @ self._cores.mT)
         if squares[rank - 1] < STEEP * squares[0]:
             squares, vectors = _eigh(_gram_in_double(self._cores))
-        turn = self._beside(vectors[:, :rank])
+        turn = _like(vectors[:, :rank], self._delta)
         values = np.sqrt(squares[:rank].clip(min=0.0)) * self._norm
         return self._basis @ turn, (turn.mT @ self._cores) * self._norm, values
 
@@ -115,7 +116,7 @@ class Krylov:
         squares, vectors = _eigh(sums @ sums.mT)
         if squares[-1] <= DEPENDENT * squares[0]:
             drawn = self._generator.standard_normal((width, self._delta.shape[0]), np.float32)
-            sums = project(self._beside(drawn).mT, self._delta) * self._inverse
+            sums = project(_like(drawn, self._delta).mT, self._delta) * self._inverse
             squares, vectors = _directions(sums)
         if squares[-1] > LEVEL * squares[0]:
             return sums
@@ -134,8 +135,11 @@ class Krylov:
         known = self._basis.shape[1]
         if known:
             block = block - self._basis @ (self._basis.mT @ block)
-        squares, vectors = _directions(block.mT)
-        block = block @ self._turn(squares, vectors, float(squares[0]))
+        turn = _whitening(block)
+        if turn is None:
+            squares, vectors = _directions(block.mT)
+            turn = self._turn(squares, vectors, float(squares[0]))
+        block = block @ turn
         both = xp.concat([self._basis, block], axis=1) if known else block
         products = both.mT @ block
         back, gram = products[:known, :], products[known:, :]
@@ -148,15 +152,7 @@ class Krylov:
         """Return what makes columns orthonormal, given the eigenvectors of their products."""
         alive = squares > DEAD**2 * reach
         inverse = np.where(alive, 1 / np.sqrt(np.where(alive, squares, 1.0)), 0.0)
-        return self._beside(vectors * beside(inverse, vectors))
-
-    def _beside(self, values: Array) -> Array:
-        """Return something small beside Δ, in its dtype."""
-        kind = self._delta.dtype
-        if isinstance(values, np.ndarray):
-            values = values.astype(str(kind).rpartition(".")[2])
-            return beside(values, self._delta)
-        return array_namespace(values).astype(values, kind)
+        return _like(vectors * beside(inverse, vectors), self._delta)
 
 
 def _gram_in_double(rows: Array) -> Array:
@@ -178,6 +174,23 @@ def _eigh(gram: Array) -> tuple[np.ndarray, Array]:
     return found.eigenvalues[::-1], found.eigenvectors[:, ::-1]
 
 
+def _whitening(block: Array) -> Array | None:
+    """Return what makes columns orthonormal, if they are far from depending on each other.
+
+    It comes from a Cholesky decomposition, in a third of the time that eigenvectors take; of
+    what a GPU finds eigenvectors of itself there is none.
+    """
+    if block.shape[1] >= FOR_A_GPU and not is_on_host(block):
+        return None
+    upper = cholesky(on_host(block.mT @ block).astype(np.float64))
+    if upper is None:
+        return None
+    diagonal = np.diagonal(upper)
+    if diagonal.min() <= WELL_CONDITIONED * diagonal.max():
+        return None
+    return _like(upper_inverse(upper), block)
+
+
 def _directions(rows: Array) -> tuple[np.ndarray, Array]:
     """Return eigenvalues and eigenvectors of the products of rows, in float64 where it matters."""
     squares, vectors = _eigh(rows @ rows.mT)
@@ -189,26 +202,25 @@ def _directions(rows: Array) -> tuple[np.ndarray, Array]:
 def _sums(delta: Array, width: int, generator: np.random.Generator) -> Array:
     """Return ``width`` sums of rows of ``delta``, each row in one of them with a random sign.
 
-    ``width`` rows at a time go to the sums, shifted round by a random number, with one sign.
+    ``width`` rows at a time go to the sums in their order, with one sign.
     """
-    rows = delta.shape[0]
-    groups = math.ceil(rows / width)
-    shifts = generator.integers(0, width, groups)
-    signs = generator.choice((-1.0, 1.0), groups)
-    if not isinstance(delta, np.ndarray):
-        xp = array_namespace(delta)
+    rows, columns = delta.shape
+    whole = rows // width
+    signs = generator.choice(np.array((-1, 1), np.float32), whole + 1)
+    if isinstance(delta, RowTiles):
         number = np.arange(rows)
-        spread = xp.zeros((rows, width), dtype=delta.dtype, device=delta.device)
-        place = number * width + (number + shifts[number // width]) % width
-        values = signs[number // width].astype(np.float32)
-        spread.reshape(-1)[beside(place, delta)] = xp.astype(beside(values, delta), delta.dtype)
-        return project(spread, delta)
-    sums = np.zeros((width, delta.shape[1]), dtype=delta.dtype)
-    for group, (shift, sign) in enumerate(zip(shifts.tolist(), signs.tolist(), strict=True)):
-        block = delta[group * width : (group + 1) * width]
-        before = min(width - shift, block.shape[0])
-        after = block.shape[0] - before
-        add = np.add if sign > 0 else np.subtract
-        add(sums[shift : shift + before], block[:before], out=sums[shift : shift + before])
-        add(sums[:after], block[before:], out=sums[:after])
+        spread = np.zeros((rows, width), np.float32)
+        spread[number, number % width] = signs[number // width]
+        return project(_like(spread, delta), delta)
+    placed = _like(signs, delta)
+    sums = (placed[:whole] @ delta[: whole * width, :].reshape(whole, -1)).reshape(width, columns)
+    if rest := rows - whole * width:
+        sums[:rest, :] += placed[whole] * delta[whole * width :, :]
     return sums
+
+
+def _like(values: Array, array: Array) -> Array:
+    """Return values beside an array and in its dtype; those of the processor are cast there."""
+    if isinstance(values, np.ndarray):
+        return beside(values.astype(str(array.dtype).rpartition(".")[2], copy=False), array)
+    return array_namespace(values).astype(values, array.dtype)

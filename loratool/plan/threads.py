@@ -40,7 +40,6 @@ def in_parallel(
     threads: int | None,
     progress: Progress | None = None,
     sizes: Sequence[int] | None = None,
-    most: int | None = MAX_THREADS,
 ) -> list[Result]:
     """Return ``work`` of every item, a few at a time, each on one thread.
 
@@ -52,7 +51,6 @@ def in_parallel(
         threads: How many at a time; by default what suits ``sizes``.
         progress: Called with how much is done and how much there is.
         sizes: How many bytes each item is about; by default all are alike.
-        most: How many at a time by default, at most; ``None`` is one for each processor.
     """
     import numpy as np  # here, for a merge begins to copy before it is loaded
 
@@ -70,7 +68,7 @@ def in_parallel(
         with np.errstate(all="ignore"):
             return index, work(items[index])
 
-    count = threads or usual_threads(sizes or (), most)
+    count = threads or usual_threads(sizes or ())
     with single_threaded_blas(), ThreadPoolExecutor(count) as pool:
         try:
             waiting = iter(range(len(items)))

@@ -113,7 +113,12 @@ def test_transposed_weights_and_experts(make_base: Any, tmp_path: Path, monkeypa
         "model.layers.0.mlp.experts.down_proj": (2, 300, 400),
     }
     base = {name: torch.randn(shape) for name, shape in shapes.items()}
-    tuned = {name: weight + 0.1 * torch.randn(weight.shape) for name, weight in base.items()}
+    tuned = {
+        name: weight
+        + torch.randn(*shapes[name][:-1], 5) @ torch.randn(*shapes[name][:-2], 5, shapes[name][-1])
+        + 0.01 * torch.randn(shapes[name])
+        for name, weight in base.items()
+    }
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     pair = make_base(base, config, name="base"), make_base(tuned, config, name="tuned")
     options: dict[str, Any] = {"rank": 5, "method": "randomised", "embeddings": True}

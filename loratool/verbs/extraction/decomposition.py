@@ -59,7 +59,6 @@ def decompose_all(
     files: InputFiles,
     spool: Path | None,
     *,
-    threads: int | None,
     progress: Progress | None,
     budget_ranks: Mapping[str, int] | None = None,
 ) -> list[Extracted]:
@@ -70,7 +69,6 @@ def decompose_all(
         settings: How.
         files: Where to read.
         spool: Where factors are kept, if they are.
-        threads: Number of modules in work at a time.
         progress: Called with how much is done and how much there is.
         budget_ranks: How many ranks to compute, by name; other targets are left out. By default
             the first look at all that a budget takes.
@@ -103,8 +101,8 @@ def decompose_all(
     order = sorted(range(len(numbered)), key=lambda index: -numbered[index][1].nbytes)
     items = [numbered[index] for index in order]
     sizes = [target.nbytes for _, target in items]
-    threads = settings.differences.threads or threads
-    found = in_parallel(one, items, threads=threads, progress=progress, sizes=sizes, most=None)
+    threads = settings.differences.threads
+    found = in_parallel(one, items, threads=threads, progress=progress, sizes=sizes)
     by_place = dict(zip(order, found, strict=True))
     return [by_place[index] for index in range(len(numbered))]
 

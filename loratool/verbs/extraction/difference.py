@@ -218,8 +218,7 @@ def _decompose_dora(target: Target, settings: Settings, files: InputFiles) -> Ex
     assert settings.truncation.rank is not None
     rank = min(settings.truncation.rank, target.smallest_side)
     dtype = settings.dtype or target.dtype
-    differences = HostDifferences()
-    found, floor = _decomposition(target, 0, replace(settings, differences=differences), files)
+    found, floor = _decomposition(target, 0, settings, files)
     plain = found.leading(rank)
     if not plain.squared_norm:
         return Extracted(target.name, (), floor, 0)

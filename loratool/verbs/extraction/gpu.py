@@ -36,6 +36,7 @@ from loratool.plan.gpu import exact_products, torch_dtype
 from loratool.verbs.extraction.pairs import Target
 from loratool.verbs.extraction.reading import (
     PRECISIONS,
+    SAMPLED,
     Change,
     Differences,
     HostDifferences,
@@ -92,7 +93,7 @@ class GpuDifferences:
         self.devices = tuple(devices)
         self.notes: list[str] = []
         self._limit = lanes * len(self.devices)
-        self.threads: int | None = self._limit
+        self.threads = self._limit
         self._local = threading.local()
         self._host = HostDifferences()
         self._changed = threading.Condition()
@@ -145,13 +146,14 @@ class GpuDifferences:
         rows, width, first = extent(target, expert)
         after, before = lane.upload(target, first, rows, width, files)
         delta = _difference(after, before, target)
-        squares, spacings = torch.stack([_squares(delta), _spacings(after, target)]).tolist()
+        sample = after[::SAMPLED]
+        squares, spacings = torch.stack([_squares(delta), _spacings(sample, target)]).tolist()
         if not math.isfinite(squares):
             _same_to_zero(delta, after, before)
         del after, before
         if not math.isfinite(squares) or not squares:
             squares = _squares_in_double(delta)
-        floor = noise_floor(spacings, (rows, width))
+        floor = noise_floor(spacings, sample.numel(), (rows, width))
         return Change(delta.mT if target.is_transposed else delta, squares, floor)
 
     def _note(self, text: str) -> None:
@@ -320,15 +322,17 @@ class _TiledDifferences:
             _same_to_zero(delta, after, before)
             return delta, after
 
-        squares, spacings = [], []
+        squares, spacings, sampled = [], [], 0
         for start in range(0, rows, step):
             delta, after = tile(start, min(step, rows - start))
             squares.append(_squares_in_double(delta))
-            spacings.append(float(_spacings(after, target)))
+            sample = after[-start % SAMPLED :: SAMPLED]
+            spacings.append(float(_spacings(sample, target)))
+            sampled += sample.numel()
         like = torch.empty((0, width), dtype=kind, device=lane.device)
         tiles = RowTiles(rows, step, lambda start, count: tile(start, count)[0], like)
         total = sum(squares) if all(map(math.isfinite, squares)) else math.inf
-        floor = noise_floor(math.fsum(spacings), (rows, width))
+        floor = noise_floor(math.fsum(spacings), sampled, (rows, width))
         return Change(tiles.mT if target.is_transposed else tiles, total, floor)
 
 
@@ -375,15 +379,11 @@ def _spacings(after: Tensor, target: Target) -> Tensor:
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[after.dtype.itemsize]
     stored = name if torch_dtype(name) == after.dtype else "F32"  # what was decoded is wider
     wide = torch.float64 if after.dtype == torch.float64 else torch.float32
-    total = torch.zeros((), dtype=torch.float64, device=after.device)
-    step = max(1, BLOCK_ELEMENTS // after.shape[1])
-    for start in range(0, after.shape[0], step):
-        powers = (after[start : start + step].view(words) & EXPONENTS[stored]).view(after.dtype)
-        if name == "F16":
-            powers = powers.clamp(min=precision.smallest)
-        rows: Tensor = torch.linalg.vector_norm(powers, dim=1, dtype=wide).double()
-        total += rows.nan_to_num(0.0, 0.0, 0.0).square().sum()
-    return total * precision.eps**2
+    powers = (after.view(words) & EXPONENTS[stored]).view(after.dtype)
+    if name == "F16":
+        powers = powers.clamp(min=precision.smallest)
+    rows: Tensor = torch.linalg.vector_norm(powers, dim=1, dtype=wide).double()
+    return rows.nan_to_num(0.0, 0.0, 0.0).square().sum() * precision.eps**2
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -33,6 +33,8 @@ __all__ = ["Extraction", "dry_run_of", "run"]
 Progress = Callable[[int, int], None]
 FLOPS: Final = 6e10
 """Operations a second that one processor core does in float32, roughly."""
+MEMORY: Final = 4_000_000_000
+"""Bytes of differences at a time, as far as that leaves two threads."""
 READ: Final = 2e9
 """Bytes a second that one processor core reads and subtracts."""
 GPU_READ: Final = 5e9
@@ -75,6 +77,7 @@ def dry_run_of(
     sizes = [target.nbytes for target in pairing.targets]
     read = sum(sizes)
     gpus, told = gpus_for(device, read)
+    at_a_time = _threads(pairing, threads)
     bases = [
         basis_size(min(ranks[joint.rank_group], 128), (target.out, target.columns))
         for target, joint in zip(pairing.targets, draft.joints, strict=True)
@@ -89,7 +92,7 @@ def dry_run_of(
         sides = [target.out + target.columns for target in pairing.targets]
         gpu_memory = memory_of(elements, bases, sides)
     else:
-        seconds = (work / FLOPS + read / READ) / (threads or usual_threads(sizes, None))
+        seconds = (work / FLOPS + read / READ) / at_a_time
     notes = [*pairing.notes, *plan.notes, *([told] if told else [])]
     if truncation.rank is None:
         notes.append("ranks depend on the values: those shown are the most there can be")
@@ -106,6 +109,7 @@ def dry_run_of(
         device=", ".join(map(str, gpus)) or "cpu",
         seconds=seconds,
         gpu_memory=gpu_memory,
+        at_a_time=at_a_time,
         notes=tuple(notes),
     )
 
@@ -141,9 +145,7 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
         spool = stack.enter_context(kept(output)) if how.resume else None
         if spool is not None:
             open_spool(spool, _run_key(draft, stamps, differences.device))
-        found = decompose_all(
-            pairing.targets, settings, files, spool, threads=how.threads, progress=how.progress
-        )
+        found = decompose_all(pairing.targets, settings, files, spool, progress=how.progress)
         items = [*pairing.leftovers, *pairing.saved]
         changes = leftover_changes(items, files, threads=how.threads)
         leftovers, carried = _settle(pairing, changes, draft.tuned.tensors, carry=how.carries)
@@ -166,7 +168,6 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
                 settings,
                 files,
                 spool,
-                threads=how.threads,
                 progress=how.progress,
                 budget_ranks=short,
             )
@@ -191,6 +192,7 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
             shapes=tuple((joint.shape.out, joint.shape.columns) for joint in draft.joints),
             is_written=True,
             device=differences.device,
+            at_a_time=differences.threads or 1,
             notes=(
                 *pairing.notes,
                 *plan.notes,
@@ -217,10 +219,19 @@ def _differences(
         gpus, told = gpus_for(how.device, sum(sizes))
     notes = (told,) if told else ()
     if not gpus:
-        return HostDifferences(how.threads or usual_threads(sizes, None)), notes
+        return HostDifferences(_threads(pairing, how.threads)), notes
     from loratool.verbs.extraction.gpu import GpuDifferences
 
     return stack.enter_context(GpuDifferences(gpus)), notes
+
+
+def _threads(pairing: Pairing, wanted: int | None) -> int:
+    """Return how many modules the processor has in work at a time."""
+    if wanted is not None:
+        return wanted
+    elements = [target.tuned.spec.elements // target.experts for target in pairing.targets]
+    most = max(2, MEMORY // (4 * max(elements, default=1)))
+    return min(most, usual_threads([target.nbytes for target in pairing.targets], None))
 
 
 def _left_out(module: Extracted) -> ModuleResult:

@@ -38,6 +38,8 @@ Result = TypeVar("Result")
 BLOCK_ELEMENTS: Final = 1 << 19
 """Elements that are worked on at a time. Few of them fit into a cache, but many threads that do
 little between two turns of the interpreter wait for it: twice as many from eight threads on."""
+SAMPLED: Final = 8
+"""One row of so many is asked how far apart the numbers of its dtype are there."""
 PRECISIONS: Final = {
     "F64": Precision(2.0**-52, 2.0**-1022),
     "F32": Precision(2.0**-23, 2.0**-126),
@@ -70,8 +72,8 @@ class Differences(Protocol):
         ...
 
     @property
-    def threads(self) -> int | None:
-        """How many modules are in work at a time; ``None`` leaves it open."""
+    def threads(self) -> int:
+        """How many modules are in work at a time."""
         ...
 
     @property
@@ -98,10 +100,10 @@ class HostDifferences:
     """
 
     device = "cpu"
-    threads: int | None = None
     notes: Sequence[str] = ()
 
     def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
         self._local = threading.local()
         self._block = BLOCK_ELEMENTS * max(1, threads // 4)
 
@@ -118,17 +120,27 @@ class HostDifferences:
         base, tuned = (rows_of(stored, width, files) for stored in (target.base, target.tuned))
         precision = PRECISIONS[target.tuned.spec.dtype]
         delta = scratch.array("delta", (rows, width), kind)
-        squares, spacings = [], []
+        squares, spacings, sampled = [], [], 0
         step = max(1, self._block // width)
         for start in range(0, rows, step):
             count = min(step, rows - start)
-            after = _numbers(tuned, first + start, count, kind, "after", scratch)
-            before = _numbers(base, first + start, count, kind, "before", scratch)
             block = delta[start : start + count]
-            subtract(after, before, block, base.dtype, tuned.dtype)
-            squares.append(squared_norm(block))
-            spacings.append(spacing_squares(after, precision))
-        floor = noise_floor(math.fsum(spacings), (rows, width))
+            _read_into(block, tuned, first + start, scratch)
+            sample = block[-start % SAMPLED :: SAMPLED]
+            spacings.append(spacing_squares(sample, precision))
+            sampled += len(sample)
+            before = scratch.array("before", block.shape, kind)
+            _read_into(before, base, first + start, scratch)
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.subtract(block, before, out=block)
+            norm = squared_norm(block)
+            if base.dtype != tuned.dtype or not math.isfinite(norm):
+                after = scratch.array("after", block.shape, kind)
+                _read_into(after, tuned, first + start, scratch)
+                subtract(after, before, block, base.dtype, tuned.dtype)
+                norm = squared_norm(block)
+            squares.append(norm)
+        floor = noise_floor(math.fsum(spacings), sampled * width, (rows, width))
         total = sum(squares) if all(map(math.isfinite, squares)) else math.inf
         return Change(delta.T if target.is_transposed else delta, total, floor)
 
@@ -159,16 +171,12 @@ def extent(target: Target, expert: int) -> tuple[int, int, int]:
     return rows, target.tuned.spec.elements // (rows * target.experts), expert * rows
 
 
-def _numbers(
-    source: RowSource, start: int, count: int, kind: Any, name: str, scratch: Scratch
-) -> NDArray[Any]:
-    """Return rows as numbers, in memory that is used again for the next rows of that name."""
+def _read_into(values: NDArray[Any], source: RowSource, start: int, scratch: Scratch) -> None:
+    """Read rows from ``start`` on as numbers into ``values``, as many as it has."""
     made = numbers.number(source.dtype)
-    memory = scratch.array(f"{name} bytes", (count * source.row_bytes,), np.uint8).data
-    codes = np.frombuffer(source.read(start, count, memory), made.code)
-    values = scratch.array(name, (count, source.width), kind)
-    made.decode_into(codes.reshape(count, source.width), values, scratch)
-    return values
+    memory = scratch.array("bytes", (len(values) * source.row_bytes,), np.uint8).data
+    codes = np.frombuffer(source.read(start, len(values), memory), made.code)
+    made.decode_into(codes.reshape(values.shape), values, scratch)
 
 
 def subtract(
@@ -180,7 +188,7 @@ def subtract(
     """
     with np.errstate(invalid="ignore", over="ignore"):
         np.subtract(after, before, out=out)
-        if base == tuned and math.isfinite(squared_norm(out)):
+        if base == tuned and np.isfinite(out).all():
             return
         stored = numbers.decode(numbers.encode(before, tuned), tuned, before.shape, after.dtype)
         out[(stored == after) | (np.isnan(stored) & np.isnan(after))] = 0
@@ -190,14 +198,23 @@ def change_of(base: Weight, tuned: Weight, files: InputFiles) -> float:
     """Return ``‖tuned - base‖²`` of two tensors of one shape."""
     width = max(1, base.spec.shape[-1] if base.spec.shape else 1)
     rows = base.spec.elements // width
-    one, other = StoredRows(base, width, files), StoredRows(tuned, width, files)
+    one, other = (rows_of(weight, width, files) for weight in (base, tuned))
     parts = []
     step = max(1, BLOCK_ELEMENTS // width)
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        before = one.rows(start, count, np.float64)
-        after = other.rows(start, count, np.float64)
+        stored = one.read(start, count), other.read(start, count)
+        if one.dtype == other.dtype and np.array_equal(_words(stored[0]), _words(stored[1])):
+            continue
+        before, after = (
+            numbers.decode(data, source.dtype, (count, width), np.float64)
+            for data, source in zip(stored, (one, other), strict=True)
+        )
         lost = np.empty_like(after)
         subtract(after, before, lost, one.dtype, other.dtype)
         parts.append(float(np.vdot(lost, lost)))
     return math.fsum(parts)
+
+
+def _words(data: memoryview) -> NDArray[Any]:
+    return np.frombuffer(data, np.uint64 if data.nbytes % 8 == 0 else np.uint8)

@@ -11,7 +11,8 @@ from loratool.verbs.extraction.difference import ModuleResult
 
 __all__ = ["ExtractReport", "LeftoverChange"]
 
-COPIES: Final = 2
+COPIES: Final = {"lora": 1.3, "dora": 5.0}
+"""What a module in work takes, in copies of its difference: a DoRA needs both weights beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class ExtractReport:
         is_written: Whether it was written.
         device: What decomposed the differences.
         seconds: For a dry run: roughly how long it would take.
+        at_a_time: How many modules the processor has in work.
         gpu_memory: For a dry run: bytes of a GPU's memory that it would take, roughly.
         notes: What a user should know.
     """
@@ -57,17 +59,22 @@ class ExtractReport:
     device: str = "cpu"
     seconds: float | None = None
     gpu_memory: int | None = None
+    at_a_time: int = 1
     notes: tuple[str, ...] = field(default=())
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of memory that it takes at most, roughly: two differences, and all factors."""
+        """Bytes of memory that it takes at most, roughly: differences in work, and all factors."""
+        variants = {item.part.variant.name for item in self.plan.parts}
+        copies = COPIES["dora" if "dora" in variants else "lora"]
         sizes = [rows * columns for rows, columns in self.shapes]
         factors = sum(4 * spec.elements for spec in self.plan.specs)
         return (
             PYTHON_BYTES
             + factors
-            + sum(COPIES * 4 * size for size in sorted(sizes, reverse=True)[:2])
+            + round(
+                sum(copies * 4 * size for size in sorted(sizes, reverse=True)[: self.at_a_time])
+            )
         )
 
     @property
