@@ -57,7 +57,7 @@ SVD_SIDE: Final = 96
 """Up to this the exact route is a plain SVD in float64."""
 BLOCK_ELEMENTS: Final = 1 << 18
 """Elements of the blocks in which squares are summed in float64; they fit into a cache."""
-DEVICE_BLOCK_ELEMENTS: Final = 1 << 26
+DEVICE_BLOCK_ELEMENTS: Final = 1 << 22
 """The same on a GPU, which each block makes wait for the processor."""
 GRAM_ROWS: Final = 1024
 """At least so many rows at a time go into a Gram matrix, which is read and written for each."""

@@ -213,10 +213,13 @@ def fake_gpu(monkeypatch: Any, *, memory: int = 1 << 40) -> Iterator[FakeGpu]:
 
     monkeypatch.setattr(threading.Thread, "run", with_functions)
     _current = FakeGpu(memory=memory)
+    from loratool.verbs.extraction.gpu import _stream
+
     try:
         with _Functions():
             yield _current
     finally:
         _current = None
+        _stream.cache_clear()
         _pinned.clear()
         _keep.clear()

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, TypeVar
 
 import torch
@@ -55,7 +56,7 @@ READERS: Final = 12
 """Threads that read files, for all lanes together."""
 MOST_WAITS: Final = 12
 """How often at most the processor waits for the GPU in one module of a fixed rank."""
-TILE_BYTES: Final = 64 << 20
+TILE_BYTES: Final = 32 << 20
 """Bytes of a difference in float32 that are on the GPU at a time where all of it is too large."""
 BLOCK_ELEMENTS: Final = 1 << 23
 """Elements of a weight of which something passing is made, so that it takes little memory."""
@@ -98,7 +99,7 @@ class GpuDifferences:
         self._host = HostDifferences()
         self._changed = threading.Condition()
         self._active = 0
-        self._free = [_Lane(device) for _ in range(lanes) for device in self.devices]
+        self._free = [_Lane(device, number) for number in range(lanes) for device in self.devices]
         self._open = ExitStack()
 
     def __enter__(self) -> GpuDifferences:
@@ -172,6 +173,8 @@ class GpuDifferences:
         try:
             self._local.lane = lane
             with lane:
+                if is_alone:
+                    torch.cuda.empty_cache()  # of what others left, too
                 yield
         finally:
             self._local.lane = None
@@ -199,11 +202,21 @@ class _Slot:
         self.sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
+@cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """Return a stream of a GPU, the same one for each number.
+
+    Its libraries keep memory for every stream that they have seen.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class _Lane:
     """A stream of one GPU, and the memory that feeds it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, number: int) -> None:
         self.device = device
+        self.number = number
         self.slots: list[_Slot] = []
         self.readers: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -211,7 +224,7 @@ class _Lane:
 
     def __enter__(self) -> None:
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._stream = _stream(self.device, self.number)
         self._entered.enter_context(torch.cuda.device(self.device))
         self._entered.enter_context(torch.cuda.stream(self._stream))
 
