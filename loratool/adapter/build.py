@@ -37,6 +37,7 @@ INNER_WRAPPERS: Final = tuple(
 
 MAX_RANK: Final = 1 << 20
 SCALARS: Final = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
+UNSCALED: Final = Scaling(None, 0)
 SAVED_COPY: Final = re.compile(r"\.(modules_to_save|original_module)(\.[^.]+)?(?=\.)")
 
 
@@ -111,18 +112,14 @@ def build_sites(
         variant = choose(module, slots, config, enabled)
         settings = variant.settings(module, slots, config, tensors)
         of = _kind(variant, slots)
-        site = Site(
-            module,
-            of,
-            variant,
-            slots,
-            Scaling(None, 0),
-            nesting,
-            in_registered_order(_parameters(module, config)) if of is Kind.LINEAR else (),
-            enabled=enabled if variant.is_stacked else (),
-            settings=settings,
-        )
-        sites.append(replace(site, scaling=_scaling(site, config)))
+        raw: tuple[str, ...] = ()
+        if of is Kind.LINEAR and config is not None and config.target_parameters:
+            raw = in_registered_order(_parameters(module, config))
+        stacked = enabled if variant.is_stacked else ()
+        draft = Site(module, of, variant, slots, UNSCALED, nesting, raw, stacked, settings)
+        scaling = _scaling(draft, config)
+        # Not by dataclasses.replace, which takes four times as long.
+        sites.append(Site(module, of, variant, slots, scaling, nesting, raw, stacked, settings))
     adapted = {site.module for site in sites}
     shared = {t.spec.name for site in sites if site.settings for t in site.tensors}
     extras = [replace(e, kind=ExtraKind.SHARED) if e.key in shared else e for e in extras]

@@ -109,6 +109,10 @@ class KeyTable:
             known[key] = self._parse(key)
         return known[key]
 
+    def forget(self) -> None:
+        """Let go of what was asked for."""
+        self._known.clear()
+
     @cached_property
     def _known(self) -> dict[str, AdapterKey | None]:
         """Keys that were asked for: each is asked for when a scheme is found, and when it reads."""

@@ -132,9 +132,10 @@ class Site:
     @property
     def rows(self) -> int:
         """Rows of A: the rank, or ranks of all experts together where A stacks them."""
-        if self.down is None and not self.is_plain:
-            return self.geometry.rank
-        return self.down.spec.shape[0] if self.down and self.down.spec.shape else 0
+        down = self.down
+        if down is None:
+            return 0 if self.is_plain else self.geometry.rank
+        return down.spec.shape[0] if down.spec.shape else 0
 
     @property
     def experts(self) -> int:
@@ -151,16 +152,18 @@ class Site:
     @property
     def in_features(self) -> int:
         """Columns of A: inputs, input channels, or rows of the embedding."""
-        if self.down is None and not self.is_plain:
-            return self.geometry.into
-        return self.down.spec.shape[1] if self.down and len(self.down.spec.shape) > 1 else 0
+        down = self.down
+        if down is None:
+            return 0 if self.is_plain else self.geometry.into
+        return down.spec.shape[1] if len(down.spec.shape) > 1 else 0
 
     @property
     def out_features(self) -> int:
         """Rows of B: outputs, output channels, or the embedding's dimension."""
-        if self.up is None and not self.is_plain:
+        up = self.up
+        if up is None and not self.is_plain:
             return self.geometry.out
-        rows = self.up.spec.shape[0] if self.up and self.up.spec.shape else 0
+        rows = up.spec.shape[0] if up and up.spec.shape else 0
         return rows // sum(self.enabled) * len(self.enabled) if self.enabled else rows
 
 

@@ -129,8 +129,9 @@ def _check_tensors(
     path: Path, fields: dict[str, Any], *, data_start: int, file_size: int
 ) -> dict[str, StoredTensor]:
     placed: list[tuple[int, int, TensorSpec]] = []
-    for name, field in fields.items():
-        spec, begin, end = _check_field(path, name, field)
+    for name in list(fields):
+        # What has been looked at is let go, so that both forms never stand whole.
+        spec, begin, end = _check_field(path, name, fields.pop(name))
         placed.append((begin, end, spec))
     placed.sort(key=lambda item: item[:2])
     expected = 0
@@ -160,36 +161,39 @@ def _are_sizes(values: list[Any]) -> bool:
     return True
 
 
-def _check_field(path: Path, name: str, field: Any) -> tuple[TensorSpec, int, int]:
-    def wrong(what: str) -> FileFormatError:
-        return FileFormatError(path, f"header: tensor {reprlib.repr(name)} {what}")
+def _wrong(path: Path, name: str, what: str) -> FileFormatError:
+    return FileFormatError(path, f"header: tensor {reprlib.repr(name)} {what}")
 
+
+def _check_field(path: Path, name: str, field: Any) -> tuple[TensorSpec, int, int]:
     if not isinstance(field, dict):
-        raise wrong(f"is described by {type(field).__name__}")
+        raise _wrong(path, name, f"is described by {type(field).__name__}")
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise wrong("has a name that is no text") from None
+        raise _wrong(path, name, "has a name that is no text") from None
     dtype, shape, offsets = field.get("dtype"), field.get("shape"), field.get("data_offsets")
     kind = DTYPES.get(dtype) if isinstance(dtype, str) else None
     if kind is None:
-        raise wrong(f"has the unknown dtype {reprlib.repr(dtype)}")
+        raise _wrong(path, name, f"has the unknown dtype {reprlib.repr(dtype)}")
     if (
         not isinstance(shape, list)
         or len(shape) > MAX_DIMENSIONS
         or not _are_sizes(shape)
         or math.prod(shape) >= MAX_SIZE
     ):
-        raise wrong(f"has the impossible shape {reprlib.repr(shape)}")
+        raise _wrong(path, name, f"has the impossible shape {reprlib.repr(shape)}")
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
         or not _are_sizes(offsets)
         or offsets[0] > offsets[1]
     ):
-        raise wrong(f"has the impossible offsets {reprlib.repr(offsets)}")
+        raise _wrong(path, name, f"has the impossible offsets {reprlib.repr(offsets)}")
     begin, end = offsets
     bits = math.prod(shape) * kind.bits
     if bits != 8 * (end - begin):
-        raise wrong(f"has {end - begin} bytes, but {dtype} {shape} takes {-(-bits // 8)}")
+        raise _wrong(
+            path, name, f"has {end - begin} bytes, but {dtype} {shape} takes {-(-bits // 8)}"
+        )
     return TensorSpec(name, kind.name, tuple(shape)), begin, end

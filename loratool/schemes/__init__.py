@@ -30,6 +30,7 @@ __all__ = [
 
 DEFAULT_SCHEME: Final = "peft"
 """What is written where neither somebody nor the input says."""
+NUMBERED: Final = re.compile(r"\.\d+(?=\.)", re.ASCII)
 FILES: Final = Plugins(__name__, "SCHEME")
 
 
@@ -92,7 +93,8 @@ def builtin_schemes() -> tuple[Scheme, ...]:
 
 def claimed(keys: Iterable[str]) -> Iterator[Scheme]:
     """Yield the schemes that may have named some of ``keys``, in the order of their names."""
-    text = "\n".join(keys)
+    # Layers differ in their numbers alone, and no claim asks for one.
+    text = "\n".join(set(NUMBERED.sub(".0", "\n".join(keys)).split("\n")))
     for claim in claims():
         if claim.pattern.search(text):
             yield _imported(claim.module)

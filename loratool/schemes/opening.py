@@ -67,7 +67,9 @@ def open_adapter(
         enabled=enabled,
     )
     found = spell_out(opened, scheme_named(opened.scheme), base_modules)
-    return replace(found, mixed=tuple(_foreign_factors(found)))
+    mixed = tuple(_foreign_factors(found))
+    scheme_named(opened.scheme).keys.forget()
+    return replace(found, mixed=mixed)
 
 
 def _foreign_factors(adapter: Adapter) -> Iterator[str]:

@@ -532,3 +532,37 @@ def test_models_with_nothing_in_common_or_not_finite_are_refused(
     with pytest.raises(BaseModelError, match="not finite"):
         loratool.extract(base, broken, tmp_path / "out", rank=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_clamping_works_for_any_size() -> None:
+    """torch's quantile takes 16 million elements; numpy's any."""
+    from loratool.verbs.extraction.difference import _clamped
+
+    up, down = np.ones((4200, 2100), np.float32), np.ones((2100, 4000), np.float32)
+    up[0, 0] = 100
+    left, right = _clamped(up, down, np.ones(2100), 0.999)
+    assert up.size + down.size > 1 << 24
+    assert float(left.max()) == float(right.max()) == 1
+
+
+def test_as_many_modules_are_in_work_as_there_are_processors_and_memory(
+    make_base: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loratool.verbs.extraction import pipeline
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(24)))
+    changes = {f"m{number}.q_proj.weight": torch.randn(400, 400) for number in range(3)}
+    base, tuned = pair(make_base, changes)
+    seen: list[int] = []
+    made = pipeline.HostDifferences
+
+    def noted(threads: int) -> Any:
+        seen.append(threads)
+        return made(threads)
+
+    monkeypatch.setattr(pipeline, "HostDifferences", noted)
+    loratool.extract(base, tuned, tmp_path / "one", rank=2)
+    monkeypatch.setattr(pipeline, "MEMORY", 5 * 4 * 400 * 400)
+    loratool.extract(base, tuned, tmp_path / "other", rank=2)
+    loratool.extract(base, tuned, tmp_path / "third", rank=2, threads=3)
+    assert seen == [24, 5, 3]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from loratool.adapter.model import Site
 from loratool.adapter.scheme import Context, Names
+from loratool.names.families import claiming
 from loratool.names.paths import family_name, is_native
 from loratool.names.paths.component import EachAlone
 from loratool.names.pipelines import ENCODERS, component_of
@@ -36,5 +37,6 @@ def from_paths(modules: Sequence[str]) -> Names:
     """Return what dotted paths tell by themselves."""
     split = [component_of(module) for module in modules]
     known = frozenset(component for component, _ in split if component)
-    native = any(is_native(local) for c, local in split if c not in ENCODERS)
+    locals_ = [local for c, local in split if c not in ENCODERS]
+    native = bool(claiming(locals_)) and any(is_native(local) for local in locals_)
     return Names({m: (m,) for m in modules}, family_name(modules), known, native)
