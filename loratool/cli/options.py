@@ -57,7 +57,7 @@ def target(help_text: str) -> Decorator:
 
 def _checked_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*", value):
-        raise click.BadParameter(f"{value!r}; expected auto, cpu, cuda or cuda:N")
+        raise click.BadParameter(f"{value!r}; expected auto, cpu, cuda, cuda:N or cuda:N,cuda:M")
     return value
 
 
@@ -126,7 +126,10 @@ class _RankOrAuto(click.ParamType[int | str]):
     def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
         if value == "auto":
             return "auto"
-        found = click.IntRange(1).convert(value, param, ctx)
+        try:
+            found = click.IntRange(1).convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither a number from 1 on nor auto", param, ctx)
         assert isinstance(found, int)
         return found
 

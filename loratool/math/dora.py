@@ -33,7 +33,7 @@ class Decomposed:
         leading: ``B A`` as factors, with what they lack of the last difference.
         up: B ``(out, r)`` as it is written.
         down: A ``(r, in)`` as it is written.
-        magnitude: ``(out,)`` float32.
+        magnitude: ``(out,)``, in the dtype that is written.
         squared_error: ``‖W' - made‖_F²`` with what is written.
     """
 
@@ -50,6 +50,7 @@ def nearest_dora(
     plain: Leading,
     lead: Callable[[np.ndarray], Leading],
     rounded: Callable[[np.ndarray], np.ndarray],
+    kind: type = np.float32,
 ) -> Decomposed:
     """Return the DoRA whose weight is nearest to ``after``, found in a few turns.
 
@@ -59,6 +60,7 @@ def nearest_dora(
         plain: The leading part of ``W' - W``, of the rank that is wanted.
         lead: Returns the leading part of a difference, of the rank that is wanted.
         rounded: Rounds factors to the dtype that is written.
+        kind: The dtype of the lengths.
     """
     lengths = _quotient(_row_products(before, after), _row_products(after, after))
     found, lost = plain, _lost(before, after, plain)
@@ -74,13 +76,28 @@ def nearest_dora(
             found, lost = other, value
         if gain < LEAST_GAIN:
             break
+    written = _with_lengths(before, after, found, rounded, kind)
+    if found is plain:
+        return written
+    simpler = _with_lengths(before, after, plain, rounded, kind)
+    return written if written.squared_error <= simpler.squared_error else simpler
+
+
+def _with_lengths(
+    before: np.ndarray,
+    after: np.ndarray,
+    found: Leading,
+    rounded: Callable[[np.ndarray], np.ndarray],
+    kind: type,
+) -> Decomposed:
+    """Return factors as they are written, with the best lengths for those."""
     up, down = rounded(found.up), rounded(found.down)
     products, squares = np.empty(len(before)), np.empty(len(before))
     for rows, made in _blocks(before, up, down):
         products[rows] = _row_products(after[rows], made)
         squares[rows] = _row_products(made, made)
     norms = np.sqrt(squares)
-    magnitude = _quotient(products, norms).astype(np.float32)
+    magnitude: np.ndarray = _quotient(products, norms).astype(kind)
     d = _quotient(magnitude.astype(np.float64), norms)
     error = 0.0
     for rows, made in _blocks(before, up, down):

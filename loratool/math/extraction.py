@@ -35,6 +35,7 @@ from loratool.math.small import eigh, svd
 from loratool.math.tiles import NeedsAllRowsError, RowTiles
 
 __all__ = [
+    "TINY",
     "Decomposition",
     "Leading",
     "leading_part",

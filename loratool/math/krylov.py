@@ -19,14 +19,23 @@ from typing import Final
 
 import numpy as np
 
-from loratool.math.namespace import Array, array_namespace, beside, double, is_on_host, on_host
+from loratool.math.namespace import (
+    Array,
+    array_namespace,
+    beside,
+    double,
+    is_on_host,
+    on_host,
+    squared_norm,
+)
 from loratool.math.small import FOR_A_GPU, cholesky, upper_inverse
 from loratool.math.tiles import RowTiles, project, times
 
 __all__ = ["Krylov", "basis_size"]
 
 OVERSAMPLING: Final = 8
-"""By at least so many columns, or a sixteenth of the rank, a block is wider than the rank."""
+"""By at least so many columns, or a sixteenth of the rank, a block is wider than the rank;
+in small matrices, where it costs little, by twice as many."""
 FEW: Final = 16
 """Up to this rank two blocks are enough,"""
 LONG_SIDE: Final = 2048
@@ -35,6 +44,8 @@ DEAD: Final = 1e-5
 """Of the longest column: what a projection leaves that is shorter is rounding of float32."""
 DEPENDENT: Final = 1e-6
 """Of the largest eigenvalue: below it the sums of a sketch depend on each other."""
+EXHAUSTED: Final = 1e-5
+"""Of the energy: with less than this outside the basis, new directions would be rounding."""
 LEVEL: Final = 1e-2
 """Of the largest eigenvalue: above it the sums of a sketch are as good as orthonormal."""
 WELL_CONDITIONED: Final = 3e-2
@@ -49,8 +60,10 @@ def _shape_of_basis(rank: int, side: int) -> tuple[int, int]:
     Measured on matrices of sides 260 to 4096 with flat and falling spectra, the error is then
     at most 1.005 times the optimum at every rank.
     """
-    blocks = 2 if rank <= FEW and side >= LONG_SIDE else 3
-    return blocks, rank + max(OVERSAMPLING, rank // 16)
+    more = max(OVERSAMPLING, rank // 16)
+    if side < LONG_SIDE:
+        return 3, rank + 2 * more
+    return 2 if rank <= FEW else 3, rank + more
 
 
 def basis_size(rank: int, shape: tuple[int, int]) -> int:
@@ -74,6 +87,7 @@ class Krylov:
         self._inverse = 1 / norm
         self._norm = norm
         self._generator = generator
+        self._alive: np.ndarray | None = None  # which of its rows are not zero
         xp = array_namespace(delta)
         m, n = delta.shape
         self._basis = xp.zeros((m, 0), dtype=delta.dtype, device=delta.device)
@@ -101,11 +115,21 @@ class Krylov:
         return self._basis @ turn, (turn.mT @ self._cores) * self._norm, values
 
     def _grow(self, width: int) -> None:
-        """Add one block."""
+        """Add one block of so many columns."""
         if self._newest is None:
             self._newest = self._start(width)
-        xp = array_namespace(self._delta)
-        block = self._orthonormal(times(self._delta, self._newest.mT) * self._inverse)
+        xp = array_namespace(self._newest)
+        rows, alive = self._newest, self._alive
+        is_dead = alive is not None and not alive.all()
+        if (is_dead or rows.shape[0] < width) and squared_norm(self._cores) < 1 - EXHAUSTED:
+            # What is zero leads nowhere; where singular values repeat, that is before the end.
+            if alive is not None:
+                rows = rows[beside(np.flatnonzero(alive), rows)]
+            missing = width - rows.shape[0]
+            drawn = self._generator.standard_normal((missing, self._delta.shape[0]), np.float32)
+            fresh = project(_like(drawn, self._delta).mT, self._delta) * self._inverse
+            rows = xp.concat([rows, fresh], axis=0)
+        block = self._orthonormal(times(self._delta, rows.mT) * self._inverse)
         self._newest = project(block, self._delta) * self._inverse
         self._basis = xp.concat([self._basis, block], axis=1)
         self._cores = xp.concat([self._cores, self._newest], axis=0)
@@ -136,9 +160,11 @@ class Krylov:
         if known:
             block = block - self._basis @ (self._basis.mT @ block)
         turn = _whitening(block)
+        self._alive = None
         if turn is None:
             squares, vectors = _directions(block.mT)
             turn = self._turn(squares, vectors, float(squares[0]))
+            self._alive = _are_alive(squares, float(squares[0]))
         block = block @ turn
         both = xp.concat([self._basis, block], axis=1) if known else block
         products = both.mT @ block
@@ -150,9 +176,15 @@ class Krylov:
 
     def _turn(self, squares: np.ndarray, vectors: Array, reach: float) -> Array:
         """Return what makes columns orthonormal, given the eigenvectors of their products."""
-        alive = squares > DEAD**2 * reach
+        alive = _are_alive(squares, reach)
         inverse = np.where(alive, 1 / np.sqrt(np.where(alive, squares, 1.0)), 0.0)
         return _like(vectors * beside(inverse, vectors), self._delta)
+
+
+def _are_alive(squares: np.ndarray, reach: float) -> np.ndarray:
+    """Return which directions are more than rounding."""
+    found: np.ndarray = squares > DEAD**2 * reach
+    return found
 
 
 def _gram_in_double(rows: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,7 +17,7 @@ from loratool.verbs.algebra.combination import ONE_RANK, output_scheme
 from loratool.verbs.algebra.ranks import Truncation, parse_size
 from loratool.verbs.extraction.adapter import Difference
 from loratool.verbs.extraction.difference import Settings
-from loratool.verbs.extraction.pairs import Leftover, Pairing, Selection, pair
+from loratool.verbs.extraction.pairs import Leftover, Pairing, Selection, Target, pair
 from loratool.verbs.extraction.pipeline import Extraction, dry_run_of, run
 from loratool.verbs.extraction.result import ExtractReport
 from loratool.write.options import WriteOptions
@@ -138,7 +137,7 @@ def extract(
     pairing = pair(models[0], models[1], selection)
     _check_pairing(pairing, models[1].path, save_module)
     if variant == "dora":
-        _check_dora(pairing)
+        _only_linear(pairing)
     asked = {
         **truncation.recorded,
         "rank": rank,  # which may be "auto"
@@ -229,19 +228,28 @@ def _check_variant(
         raise OptionError("--clamp-quantile", "means nothing to --variant dora")
 
 
-def _check_dora(pairing: Pairing) -> None:
-    """Make sure that all targets are layers that PEFT and others have DoRA for.
+def _only_linear(pairing: Pairing) -> None:
+    """Leave over what PEFT and others have no DoRA for, or not the same one.
 
     Raises:
-        UnsupportedError: One is not.
+        UnsupportedError: That is everything.
     """
+    kept: list[Target] = []
     for target in pairing.targets:
-        if target.kind is not Kind.LINEAR or target.is_parameter or target.experts > 1:
-            raise UnsupportedError(
-                target.name,
-                "is no linear layer by itself, and --variant dora is for those",
-                hint=f"leave it out: --exclude {re.escape(target.module)!r}",
-            )
+        if target.kind is Kind.LINEAR and not target.is_parameter and target.experts == 1:
+            kept.append(target)
+            continue
+        name = target.name if target.is_parameter else f"{target.module}.weight"
+        why = "no linear layer by itself, which --variant dora is for"
+        pairing.leftovers.append(Leftover(name, why, target.base, target.tuned))
+    if pairing.targets and not kept:
+        raise UnsupportedError(
+            pairing.targets[0].name,
+            "is no linear layer by itself, as no module that was selected is, and --variant dora "
+            "is for those",
+            hint="leave out --variant dora",
+        )
+    pairing.targets[:] = kept
 
 
 def _check_pairing(pairing: Pairing, path: Path, save_module: Sequence[str]) -> None:

@@ -540,7 +540,7 @@ def test_clamping_works_for_any_size() -> None:
 
     up, down = np.ones((4200, 2100), np.float32), np.ones((2100, 4000), np.float32)
     up[0, 0] = 100
-    left, right = _clamped(up, down, np.ones(2100), 0.999)
+    left, right = _clamped(up, down, 0.999)
     assert up.size + down.size > 1 << 24
     assert float(left.max()) == float(right.max()) == 1
 
@@ -566,3 +566,27 @@ def test_as_many_modules_are_in_work_as_there_are_processors_and_memory(
     loratool.extract(base, tuned, tmp_path / "other", rank=2)
     loratool.extract(base, tuned, tmp_path / "third", rank=2, threads=3)
     assert seen == [24, 5, 3]
+
+
+def test_equal_singular_values_are_searched_to_the_end(make_base: Make, tmp_path: Path) -> None:
+    weight = torch.randint(-64, 64, (300, 300)) / 64
+    base = make_base({"q_proj.weight": weight}, name="base")
+    tuned = make_base({"q_proj.weight": weight + 0.5 * torch.eye(300)}, name="tuned")
+    found = loratool.extract(base, tuned, tmp_path / "out", rank="auto", dtype="float32")
+    assert found.modules[0].rank == 300
+    few = loratool.extract(base, tuned, tmp_path / "few", max_error=0.5, rank=64)
+    assert few.relative_error == pytest.approx(math.sqrt(236 / 300), rel=2e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-6, 1.0, 1e15])
+def test_the_error_of_clamped_factors_is_the_true_one(
+    make_base: Make, tmp_path: Path, scale: float
+) -> None:
+    change = torch.randn(80, 60).double() * scale
+    base = make_base({"q_proj.weight": torch.zeros(80, 60)}, name="base")
+    tuned = make_base({"q_proj.weight": change.float()}, name="tuned")
+    report = loratool.extract(base, tuned, tmp_path / "out", rank=8, clamp_quantile=0.9)
+    made = dense_deltas(tmp_path / "out")["q_proj"]
+    exact = change.float().double()
+    error = float((made - exact).norm() / exact.norm())
+    assert report.relative_error == pytest.approx(error, rel=1e-3)

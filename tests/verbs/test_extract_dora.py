@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from deltas import load_tensors
 from oracles import read_all
 
 import loratool
-from loratool.errors import OptionError, UnsupportedError
+from loratool.errors import BaseModelError, OptionError, UnsupportedError
 from loratool.math.dora import nearest_dora
 from loratool.math.extraction import Leading, leading_part
 
@@ -147,16 +148,95 @@ def test_other_rules_are_refused(make_base: Any, tmp_path: Path, options: dict[s
         loratool.extract(*pair, tmp_path / "out", variant="dora", **options)
 
 
-def test_what_no_library_has_doras_for_is_refused_and_the_hint_works(
+def test_what_no_library_has_doras_for_is_left_over_and_told(
     make_base: Any, tmp_path: Path
 ) -> None:
     base = {"conv.weight": torch.randn(8, 4, 3, 3), "q_proj.weight": torch.randn(70, 90)}
     tuned = {name: weight + torch.randn(weight.shape) for name, weight in base.items()}
     pair = make_base(base, name="base"), make_base(tuned, name="tuned")
-    with pytest.raises(UnsupportedError, match="conv") as caught:
+    report = loratool.extract(*pair, tmp_path / "out", rank=4, variant="dora")
+    assert [(item.name, "dora" in item.why) for item in report.leftovers] == [("conv.weight", True)]
+    with pytest.raises(UnsupportedError, match="no linear layer"):
+        loratool.extract(*pair, tmp_path / "more", rank=4, variant="dora", exclude=["q_proj"])
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_run_is_not_taken_up_for_another_dtype(
+    make_base: Any, tmp_path: Path, monkeypatch: Any, dtypes: tuple[str, str]
+) -> None:
+    from loratool.verbs.extraction import pipeline
+
+    pair = make_pair(make_base, torch.float32)
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"rank": 4, "variant": "dora", "resume": True}
+    with monkeypatch.context() as broken:
+        broken.setattr(pipeline, "write_plan", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loratool.extract(*pair, tmp_path / "out", dtype=dtypes[0], **options)
+    with pytest.raises(OptionError, match="other inputs or options"):
+        loratool.extract(*pair, tmp_path / "out", dtype=dtypes[1], **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_have_no_length(
+    make_base: Any, tmp_path: Path, value: float
+) -> None:
+    weight = torch.randn(70, 90)
+    weight[3, 4] = value
+    tensors = {"model.0.q_proj.weight": weight, "model.0.k_proj.weight": torch.randn(70, 90)}
+    changed = {name: tensor + 0.1 * torch.randn(70, 90) for name, tensor in tensors.items()}
+    pair = make_base(tensors, name="base"), make_base(changed, name="tuned")
+    with pytest.raises(BaseModelError, match="have no length") as caught:
         loratool.extract(*pair, tmp_path / "out", rank=4, variant="dora")
-    pattern = str(caught.value.hint).partition("--exclude ")[2].strip("'")
+    (pattern,) = shlex.split(str(caught.value.hint).partition("--exclude ")[2])
     loratool.extract(*pair, tmp_path / "out", rank=4, variant="dora", exclude=[pattern])
+
+
+def test_what_was_only_converted_is_no_change(make_base: Any, tmp_path: Path) -> None:
+    weight = torch.randn(70, 90)
+    tuned = weight.bfloat16()
+    tuned[:3] += 1
+    pair = (
+        make_base({"q_proj.weight": weight}, name="base"),
+        make_base({"q_proj.weight": tuned}, name="tuned"),
+    )
+    report = loratool.extract(*pair, tmp_path / "out", rank=4, variant="dora")
+    assert report.relative_error < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1e-9, 1e-5, 1.0])
+def test_it_is_no_worse_than_plain_factors_but_for_the_rounding_of_lengths(
+    make_base: Any, tmp_path: Path, dtype: torch.dtype, size: float
+) -> None:
+    weight = torch.randn(70, 90, dtype=dtype)
+    tuned = weight + size * torch.randn(70, 90, dtype=dtype)
+    pair = (
+        make_base({"q_proj.weight": weight}, name="base"),
+        make_base({"q_proj.weight": tuned}, name="tuned"),
+    )
+    if torch.equal(weight, tuned):
+        pytest.skip("no change that float32 can tell")
+    dora = loratool.extract(*pair, tmp_path / "dora", rank=8, variant="dora").modules[0]
+    plain = loratool.extract(*pair, tmp_path / "plain", rank=8).modules[0]
+    lengths = 2.0**-24 * float(weight.norm()) if dtype is torch.float32 else 0.0
+    assert dora.squared_error**0.5 <= 1.001 * plain.squared_error**0.5 + 2 * lengths
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_gpu_that_is_not_there_is_refused_here_too(
+    make_base: Any, tmp_path: Path, dry_run: bool
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    pair = make_pair(make_base, torch.float32)
+    with pytest.raises(UnsupportedError, match="--device cuda"):
+        loratool.extract(
+            *pair, tmp_path / "out", rank=4, variant="dora", device="cuda", dry_run=dry_run
+        )
 
 
 def test_rows_of_zeros_have_no_length() -> None:

@@ -123,11 +123,17 @@ def test_transposed_weights_and_experts(make_base: Any, tmp_path: Path, monkeypa
     pair = make_base(base, config, name="base"), make_base(tuned, config, name="tuned")
     options: dict[str, Any] = {"rank": 5, "method": "randomised", "embeddings": True}
     loratool.extract(*pair, tmp_path / "here", **options)
+    loratool.merge(pair[0], [tmp_path / "here"], tmp_path / "merged")
+    wanted = read_all(tmp_path / "merged")
     for memory in (1 << 40, 1_000_000):
         monkeypatch.setattr("loratool.verbs.extraction.gpu.TILE_BYTES", 200_000)
+        out = tmp_path / f"{memory}"
         with fake_gpu(monkeypatch, memory=memory):
-            loratool.extract(*pair, tmp_path / f"{memory}", device="cuda", **options)
-        agree(tmp_path / "here", tmp_path / f"{memory}", 1e-4)
+            loratool.extract(*pair, out, device="cuda", **options)
+        loratool.merge(pair[0], [out], tmp_path / f"merged-{memory}")
+        for name, tensor in read_all(tmp_path / f"merged-{memory}").items():
+            change = float((wanted[name] - base[name]).norm())
+            assert float((tensor - wanted[name]).norm()) < 1e-4 * change
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -234,14 +240,42 @@ def test_a_run_is_not_taken_up_on_another_device(
     loratool.extract(*pair, tmp_path / "out", rank=4, resume=True)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1e12, 1e25])
+def test_values_of_any_size(make_base: Any, tmp_path: Path, monkeypatch: Any, scale: float) -> None:
+    weight = torch.randn(500, 400) * scale
+    tuned = weight * (1 + 0.1 * torch.randn(500, 400))
+    pair = (
+        make_base({"a.q_proj.weight": weight}, name="base"),
+        make_base({"a.q_proj.weight": tuned}, name="tuned"),
+    )
+    options: dict[str, Any] = {"rank": 4, "method": "randomised", "dtype": "float32"}
+    (here,) = loratool.extract(*pair, tmp_path / "here", **options).modules
+    with fake_gpu(monkeypatch):
+        (there,) = loratool.extract(*pair, tmp_path / "there", device="cuda", **options).modules
+    assert here.relative_error == pytest.approx(there.relative_error, rel=1e-4)
+    assert here.squared_norm == pytest.approx(there.squared_norm, rel=1e-4)
+    assert here.floor == pytest.approx(there.floor, rel=1e-4) and here.floor > 0
+
+
 def test_several_gpus_share_the_modules(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
+    from loratool.verbs.extraction.gpu import _Lane
+
+    used: set[str] = set()
+    upload = _Lane.upload
+
+    def noted(lane: _Lane, *given: Any) -> Any:
+        used.add(str(lane.device))
+        return upload(lane, *given)
+
+    monkeypatch.setattr(_Lane, "upload", noted)
     with fake_gpu(monkeypatch):
         found = loratool.extract(*pair, tmp_path / "out", rank=4, device="cuda:0,cuda:0")
         assert found.device == "cuda:0 (fake)"
         more = loratool.extract(*pair, tmp_path / "more", rank=4, device="cuda:0,cuda:1")
     assert more.device == "cuda:0 (fake), cuda:1 (fake)"
+    assert used == {"cuda:0", "cuda:1"}
 
 
 @pytest.mark.parametrize("verb", ["merge", "truncate", "compose"])

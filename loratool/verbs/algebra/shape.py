@@ -91,7 +91,9 @@ class DeltaShape:
         if self.has_bias:
             values[Slot.UP_BIAS] = Result(of, 2, (self.out,), self.dtype)
         if self.has_magnitude:
-            values[Slot.MAGNITUDE] = Result(of, 2, (self.out,), "F32")
+            values[Slot.MAGNITUDE] = Result(
+                of, 2, (self.out,), "F64" if self.dtype == "F64" else "F32"
+            )
         return Part(
             module=self.module,
             kind=self.kind,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -225,12 +227,19 @@ def _decompose_dora(target: Target, settings: Settings, files: InputFiles) -> Ex
     written = [_rounded(factor, dtype) for factor in (plain.up, plain.down)]
     lost = plain.squared_residual + _squared_distance(plain.up, plain.down, *written)
     before, after = read_both(target, files)
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise BaseModelError(
+            target.name,
+            "holds NaN or infinity, whose rows have no length for a DoRA",
+            hint=f"leave it out: --exclude {shlex.quote(re.escape(target.module))}",
+        )
 
     def lead(delta: NDArray[Any]) -> Leading:
         generator = generator_for(settings.seed, target.name, 0)
         return Decomposition(delta, generator, method=settings.method).leading(rank)
 
-    made = nearest_dora(before, after, plain, lead, lambda factor: _rounded(factor, dtype))
+    kind = np.float64 if dtype == "F64" else np.float32
+    made = nearest_dora(before, after, plain, lead, lambda one: _rounded(one, dtype), kind)
     part = replace(made.leading, up=made.up, down=made.down)
     lengths = Lengths(made.magnitude, plain.squared_norm, made.squared_error, lost)
     return Extracted(target.name, (part,), floor, rank, lengths)
@@ -375,7 +384,8 @@ class LeadingPart:
             exact_down = padded(part.down[: self.rank], self.rank, columns)
             up, down = exact_up, exact_down
             if self.clamp is not None:
-                up, down = _clamped(up, down, part.singular_values, self.clamp)
+                exact_up, exact_down = _as_kohya(up, down, part.singular_values)
+                up, down = _clamped(exact_up, exact_down, self.clamp)
             up, down = (_rounded(array, self.dtype) for array in (up, down))
             if not (np.isfinite(up).all() and np.isfinite(down).all()):
                 raise MergeError(
@@ -435,13 +445,16 @@ def _descending(values: Any) -> tuple[float, ...]:
     return tuple(sorted((value for one in values for value in one), reverse=True))
 
 
-def _clamped(up: Any, down: Any, values: Any, quantile: float) -> tuple[Any, Any]:
-    """Clamp ``U S`` and ``Vᵀ`` as kohya's extraction does: at ± one quantile of both together."""
+def _as_kohya(up: Any, down: Any, values: Any) -> tuple[Any, Any]:
+    """Return ``U S`` and ``Vᵀ`` in float64, which are what kohya's extraction clamps."""
     root = np.zeros(up.shape[1])
     known = np.sqrt(on_host(values))[: up.shape[1]]
     root[: known.shape[0]] = known
     inverse = np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)
-    left, right = up * root, down * inverse[:, None]
-    both = np.concatenate([left.ravel(), right.ravel()])
-    limit = float(np.quantile(both.astype(np.float64), quantile))
+    return up * root, down * inverse[:, None]
+
+
+def _clamped(left: Any, right: Any, quantile: float) -> tuple[Any, Any]:
+    """Clamp as kohya's extraction does: at ± one quantile of both factors together."""
+    limit = float(np.quantile(np.concatenate([left.ravel(), right.ravel()]), quantile))
     return np.clip(left, -limit, limit), np.clip(right, -limit, limit)

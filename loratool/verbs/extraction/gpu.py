@@ -31,7 +31,7 @@ from loratool.codecs.weights import Weight, rows_of
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
 from loratool.files.transfer import read_into
-from loratool.math.extraction import noise_floor
+from loratool.math.extraction import TINY, noise_floor
 from loratool.math.tiles import NeedsAllRowsError, RowTiles
 from loratool.plan.gpu import exact_products, torch_dtype
 from loratool.verbs.extraction.pairs import Target
@@ -62,7 +62,7 @@ BLOCK_ELEMENTS: Final = 1 << 23
 """Elements of a weight of which something passing is made, so that it takes little memory."""
 CONTEXT_BYTES: Final = 600 << 20
 """What CUDA itself and its libraries take of a GPU's memory, roughly."""
-OUT_OF_MEMORY: Final = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED", "NOT_SUPPORTED")
+OUT_OF_MEMORY: Final = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED")
 """What errors of CUDA's libraries say where memory is short."""
 EXPONENTS: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F64": 0x7FF0 << 48}
 """The bits that hold the exponent of a number."""
@@ -152,7 +152,7 @@ class GpuDifferences:
         if not math.isfinite(squares):
             _same_to_zero(delta, after, before)
         del after, before
-        if not math.isfinite(squares) or not squares:
+        if not TINY * delta.numel() < squares < math.inf:
             squares = _squares_in_double(delta)
         floor = noise_floor(spacings, sample.numel(), (rows, width))
         return Change(delta.mT if target.is_transposed else delta, squares, floor)
@@ -225,8 +225,10 @@ class _Lane:
     def __enter__(self) -> None:
         if self._stream is None:
             self._stream = _stream(self.device, self.number)
-        self._entered.enter_context(torch.cuda.device(self.device))
-        self._entered.enter_context(torch.cuda.stream(self._stream))
+        with ExitStack() as entered:
+            entered.enter_context(torch.cuda.device(self.device))
+            entered.enter_context(torch.cuda.stream(self._stream))
+            self._entered = entered.pop_all()
 
     def __exit__(self, *_: object) -> None:
         self._entered.close()
@@ -391,12 +393,10 @@ def _spacings(after: Tensor, target: Target) -> Tensor:
     precision = PRECISIONS[name]
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[after.dtype.itemsize]
     stored = name if torch_dtype(name) == after.dtype else "F32"  # what was decoded is wider
-    wide = torch.float64 if after.dtype == torch.float64 else torch.float32
-    powers = (after.view(words) & EXPONENTS[stored]).view(after.dtype)
-    if name == "F16":
-        powers = powers.clamp(min=precision.smallest)
-    rows: Tensor = torch.linalg.vector_norm(powers, dim=1, dtype=wide).double()
-    return rows.nan_to_num(0.0, 0.0, 0.0).square().sum() * precision.eps**2
+    powers = (after.view(words) & EXPONENTS[stored]).view(after.dtype).double()
+    powers = powers.clamp(min=precision.smallest)
+    # Infinities and NaN have no neighbours.
+    return powers.where(powers.isfinite(), 0.0).square().sum() * precision.eps**2
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -76,7 +76,7 @@ def dry_run_of(
     plan = draft.plan(ranks)
     sizes = [target.nbytes for target in pairing.targets]
     read = sum(sizes)
-    gpus, told = gpus_for(device, read)
+    gpus, told = _devices(device, read, is_dora=draft.is_dora)
     at_a_time = _threads(pairing, threads)
     bases = [
         basis_size(min(ranks[joint.rank_group], 128), (target.out, target.columns))
@@ -212,17 +212,22 @@ def _differences(
 ) -> tuple[Differences, tuple[str, ...]]:
     """Return where differences are formed, and what to tell of the choice."""
     sizes = [target.nbytes for target in pairing.targets]
-    if how.settings.variant == "dora":
-        told = "a DoRA is found by the processor" if how.device not in ("auto", "cpu") else None
-        gpus: list[Any] = []
-    else:
-        gpus, told = gpus_for(how.device, sum(sizes))
+    is_dora = how.settings.variant == "dora"
+    gpus, told = _devices(how.device, sum(sizes), is_dora=is_dora)
     notes = (told,) if told else ()
     if not gpus:
         return HostDifferences(_threads(pairing, how.threads)), notes
     from loratool.verbs.extraction.gpu import GpuDifferences
 
     return stack.enter_context(GpuDifferences(gpus)), notes
+
+
+def _devices(name: str, nbytes: int, *, is_dora: bool) -> tuple[list[Any], str | None]:
+    """Return the GPUs to use, none for the processor, and what to tell of it."""
+    gpus, told = gpus_for(name, nbytes)
+    if is_dora and gpus:
+        return [], "a DoRA is found by the processor"
+    return gpus, told
 
 
 def _threads(pairing: Pairing, wanted: int | None) -> int:
@@ -258,7 +263,10 @@ def _run_key(draft: Difference, stamps: Mapping[Path, Stamp], device: str) -> di
     return {
         "device": device,
         "inputs": {str(path.resolve()): list(stamp) for path, stamp in stamps.items()},
-        "options": {name: value for name, value in draft.asked.items() if name != "dtype"},
+        # Lengths are those of rounded factors; plain factors are rounded when they are written.
+        "options": {
+            name: value for name, value in draft.asked.items() if draft.is_dora or name != "dtype"
+        },
     }
 
 

@@ -152,7 +152,10 @@ class HostDifferences:
 
 
 def read_both(target: Target, files: InputFiles) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the base's weight and the finetuned one, ``(out, in)``, as numbers of one dtype."""
+    """Return the base's weight and the finetuned one, ``(out, in)``, as numbers of one dtype.
+
+    What differs by a conversion of dtypes alone is the base's in both.
+    """
     rows, width, _ = extent(target, 0)
     is_double = "F64" in (target.base.spec.dtype, target.tuned.spec.dtype)
     kind = np.float64 if is_double else np.float32
@@ -160,6 +163,10 @@ def read_both(target: Target, files: InputFiles) -> tuple[NDArray[Any], NDArray[
         StoredRows(weight, width, files).rows(0, rows, kind)
         for weight in (target.base, target.tuned)
     ]
+    change = np.empty_like(both[0])
+    names = (target.base.spec.dtype, target.tuned.spec.dtype)
+    subtract(both[1], both[0], change, *names)
+    np.copyto(both[1], both[0], where=change == 0)
     before, after = (np.ascontiguousarray(one.T) if target.is_transposed else one for one in both)
     return before, after
 

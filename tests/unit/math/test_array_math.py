@@ -205,7 +205,9 @@ def test_a_seed_means_the_same_in_every_library(library: Library) -> None:
     delta = torch.randn(600, 580)
     found = leading(library, delta, 5, "randomised")
     expected = leading_part(delta, 5, np.random.default_rng(3), method="randomised")
-    torch.testing.assert_close(found.up @ found.down, expected.up @ expected.down)
+    torch.testing.assert_close(
+        found.up @ found.down, expected.up @ expected.down, atol=1e-4, rtol=1e-3
+    )
 
 
 @on_libraries

@@ -113,6 +113,33 @@ def test_more_ranks_add_to_the_basis_and_begin_nothing_again() -> None:
     assert again.up.shape == (500, 8)
 
 
+def repeated(kind: str, size: int = 400) -> np.ndarray:
+    """Return a matrix whose singular values repeat, so that blocks soon lead nowhere new."""
+    random = np.random.default_rng(5)
+    if kind == "identity":
+        return np.eye(size, dtype=np.float32) * np.float32(0.01)
+    if kind == "permutation":
+        delta = np.eye(size, dtype=np.float32)[random.permutation(size)]
+        delta[size // 5 :] = 0
+        return delta
+    place = np.subtract.outer(np.arange(size), np.arange(size)) % size
+    return random.standard_normal(size).astype(np.float32)[place]  # a circulant
+
+
+@pytest.mark.parametrize("kind", ["identity", "permutation", "circulant"])
+@pytest.mark.parametrize("ranks", [(32, 64, 96), (8, 32, 64), (16,), (64,)])
+@pytest.mark.slow
+def test_singular_values_that_repeat_are_no_end(kind: str, ranks: tuple[int, ...]) -> None:
+    delta = repeated(kind)
+    values = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
+    found = Decomposition(delta, np.random.default_rng(2), method="randomised")
+    for rank in ranks:
+        part = found.leading(rank)
+        optimum = math.sqrt(float((values[rank:] ** 2).sum()))
+        error = float(np.linalg.norm(delta - part.up.astype(np.float64) @ part.down))
+        assert error <= 1.005 * optimum + 1e-5 * float(np.linalg.norm(values))
+
+
 def test_columns_of_the_basis_are_orthonormal_or_zero() -> None:
     for delta in (
         matrix("flat", 300, 350),
@@ -125,6 +152,16 @@ def test_columns_of_the_basis_are_orthonormal_or_zero() -> None:
         lengths = np.diag(products)
         assert (np.isclose(lengths, 1, atol=1e-3) | (lengths == 0)).all()
         assert np.abs(products - np.diag(lengths)).max() < 1e-3
+
+
+def test_what_a_matrix_of_one_rank_leaves_is_no_direction_of_weight() -> None:
+    """Beyond its rank a block is rounding; it must not be longer than one, nor lean on others."""
+    delta = np.outer(np.arange(300.0), np.ones(350)).astype(np.float32)
+    norm = float(np.linalg.norm(delta.astype(np.float64)))
+    U, P, values = Krylov(delta, norm, np.random.default_rng(0)).leading(20)
+    assert values[0] == pytest.approx(norm, rel=1e-6)
+    assert values[1:].max() < 1e-5 * norm
+    assert float(np.linalg.norm(delta - U.astype(np.float64) @ P)) < 1e-5 * norm
 
 
 def test_the_transpose_has_the_same_error() -> None:
