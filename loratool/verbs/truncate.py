@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from loratool.adapter.model import Adapter
 from loratool.errors import AdapterError, FileFormatError, OptionError
+from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.files.json import read_json_object
 from loratool.plan.devices import exactly, mover_to
@@ -54,7 +58,9 @@ def truncate(
 
     The deltas are decomposed through their factors, in float64, without ever being formed. The
     singular values are split evenly between the factors, whose scale becomes 1 (alpha = rank).
-    A module whose rank does not change keeps its factors and its alpha, bit for bit.
+    A module whose rank does not change keeps its factors and its alpha, bit for bit. With
+    ``rank`` alone, what has no factors (LoHa, LoKr, whole differences) is written as plain
+    factors first.
 
     Args:
         adapter: File or folder.
@@ -93,6 +99,21 @@ def truncate(
     if base is not None and truncation.max_size is None:
         raise OptionError("--base", "weighs modules against each other, for --max-size only")
     opened = open_adapter(adapter, adapter_name=adapter_name, alpha=alpha, skip=skip)
+    if _lacks_factors(opened) and truncation == Truncation(rank):
+        return _by_way_of_factors(
+            opened,
+            Path(output),
+            rank=rank,
+            options={"alpha": alpha, "adapter_name": adapter_name, "skip": skip},
+            further={
+                "dtype": dtype,
+                "force": force,
+                "dry_run": dry_run,
+                "device": device,
+                "threads": threads,
+                "progress": progress,
+            },
+        )
     check_computable(opened, verb="truncate")
     written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
     joints, notes = join([opened], [1.0], dtype=written_dtype)
@@ -132,6 +153,48 @@ def truncate(
         base_norms=base_norms,
         rests=_rests(opened, Path(spectrum)) if spectrum is not None else None,
     )
+
+
+def _lacks_factors(adapter: Adapter) -> bool:
+    """Whether some modules are no plain factors, but deltas that need no base."""
+    others = [site for site in adapter.sites if not site.is_plain]
+    return bool(others) and not any(site.variant.needs_base for site in others)
+
+
+def _by_way_of_factors(
+    opened: Adapter,
+    output: Path,
+    *,
+    rank: int | None,
+    options: Mapping[str, Any],
+    further: Mapping[str, Any],
+) -> AdapterReport:
+    """Truncate what has no factors: write it as plain LoRA first, then truncate that.
+
+    The errors are those of both steps, against the deltas as they were.
+    """
+    from loratool.verbs.convert import convert
+
+    check_output(output, force=bool(further["force"]), inputs=[opened.path])
+    with TemporaryDirectory(prefix="loratool-") as folder:
+        place = Path(folder) / opened.path.name
+        first = convert(
+            opened.path,
+            output_scheme([opened], None).name,
+            place,
+            to_lora=True,
+            rank=rank,
+            **options,
+        )
+        found = truncate(place, output, rank=rank, **further)
+    errors = first.outcome.errors
+    modules = []
+    for module in found.modules:
+        norm, error = errors.get(module.module, (module.squared_norm, 0.0))
+        total = error + module.squared_error
+        modules.append(replace(module, squared_norm=norm, squared_error=total))
+    note = "modules without factors were written as plain factors first; errors are those of both"
+    return replace(found, modules=tuple(modules), notes=(note, *first.notes, *found.notes))
 
 
 def _rests(adapter: Adapter, path: Path) -> dict[str, float]:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from deltas import dense_deltas, load_config, load_tensors, relative_error
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from samples import FIXTURES, lora
 
 import loratool
-from loratool.errors import OptionError
+from loratool.errors import OptionError, UnsupportedError
 from loratool.verbs.algebra.ranks import parse_size
 
 Make = Callable[..., Path]
@@ -202,3 +202,43 @@ def test_sizes_that_are_none(text: str) -> None:
 def test_nothing_asked_for_is_an_error(make_adapter: Make, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="say how far"):
         loratool.truncate(make(make_adapter), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["full", "loha", "lokr"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_has_no_factors_is_truncated_too(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    shapes: dict[str, tuple[int, ...]] = {  # of the tensors of each
+        "full": {"diff": (320, 320)},
+        "loha": {f"hada_w{i}_{s}": (320, 4) if s == "a" else (4, 320) for i in "12" for s in "ab"},
+        "lokr": {"lokr_w1": (4, 4), "lokr_w2": (80, 80)},
+    }[kind]
+    tensors = {f"{key}.{name}": torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    if kind != "full":
+        tensors[f"{key}.alpha"] = torch.tensor(4.0)
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    wide = {name.rpartition(".")[2]: tensor.double() for name, tensor in tensors.items()}
+    if kind == "full":
+        delta = wide["diff"]
+    elif kind == "loha":
+        first, second = (wide[f"hada_w{i}_a"] @ wide[f"hada_w{i}_b"] for i in "12")
+        delta = first * second
+    else:
+        delta = torch.kron(wide["lokr_w1"], wide["lokr_w2"])
+    report = loratool.truncate(source, out, rank=8)
+    made = load_file(out)
+    up, down = (made[f"{key}.lora_{side}.weight"].double() for side in ("up", "down"))
+    found = up @ down * float(made[f"{key}.alpha"]) / down.shape[0]
+    assert down.shape[0] == 8 and report.modules[0].rank == 8
+    error = float((found - delta).norm() / delta.norm())
+    values = torch.linalg.svdvals(delta)
+    assert report.relative_error == pytest.approx(error, rel=1e-3)
+    assert error < 1.006 * float(values[8:].norm() / values.norm())
+    planned = loratool.truncate(source, tmp_path / "planned", rank=8, dry_run=True)
+    assert planned.relative_error == pytest.approx(error, rel=1e-3)
+    assert not (tmp_path / "planned").exists()
+    with pytest.raises(UnsupportedError, match="is "):
+        loratool.truncate(source, tmp_path / "other.safetensors", max_error=0.1)
