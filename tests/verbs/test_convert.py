@@ -434,7 +434,7 @@ class TestVariants:
         first = self._loha(tmp_path / "a.safetensors")
         run = {
             "compose": lambda: loratool.compose([first], tmp_path / "o"),
-            "truncate": lambda: loratool.truncate(first, tmp_path / "o", rank=1),
+            "truncate": lambda: loratool.truncate(first, tmp_path / "o", energy=0.9),
             "rescale": lambda: loratool.rescale(first, tmp_path / "o", scale=2),
             "spectrum": lambda: loratool.inspect(first, spectrum=True),
         }
