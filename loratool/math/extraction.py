@@ -40,6 +40,7 @@ __all__ = [
     "Leading",
     "leading_part",
     "noise_floor",
+    "row_squares",
     "spacing_squares",
     "squared_norm",
 ]
@@ -222,18 +223,33 @@ def _balanced(left: Array, core: Array, values: Array) -> tuple[Array, Array]:
     return left * xp.astype(root, kind), xp.astype(inverse, kind)[:, None] * core
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def squared_norm(matrix: Array) -> float:
     """Return ``‖Δ‖_F²``; not finite where an element is not.
 
-    Rows of float32 are summed in float32 and the sums in float64, to some 1e-8 of the whole;
-    where that leaves the range of float32, all is summed in float64.
+    It is good to some 1e-8 of the whole, and does not depend on where a matrix is cut into rows.
     """
     if isinstance(matrix, np.ndarray) and matrix.dtype == np.float32:
-        total = float(np.vecdot(matrix, matrix).sum(dtype=np.float64))
-        if TINY * matrix.size < total < math.inf:
-            return total
+        return _sum_of(row_squares(matrix))
     return math.fsum(_squares(block) for _, block in _blocks(matrix))
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def row_squares(matrix: np.ndarray) -> np.ndarray:
+    """Return the squared norm of every row, ``(m,)`` in float64.
+
+    Each is summed in the dtype of the matrix, and in float64 where that leaves its range.
+    """
+    found: np.ndarray = np.vecdot(matrix, matrix).astype(np.float64)
+    is_doubtful = ~((found > TINY * matrix.shape[1]) & (found < math.inf))
+    if is_doubtful.any():
+        rows = matrix[is_doubtful]
+        found[is_doubtful] = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+    return found
+
+
+def _sum_of(squares: np.ndarray) -> float:
+    """Return the sum of squares, rounded once."""
+    return math.fsum(squares.tolist()) if np.isfinite(squares).all() else math.inf
 
 
 @np.errstate(over="ignore")

@@ -14,7 +14,7 @@ from loratool.codecs import numbers
 from loratool.codecs.scratch import Scratch
 from loratool.codecs.weights import RowSource, Weight, rows_of
 from loratool.files.inputs import InputFiles
-from loratool.math.extraction import noise_floor, spacing_squares, squared_norm
+from loratool.math.extraction import noise_floor, row_squares, spacing_squares
 from loratool.math.precision import Precision
 from loratool.values.rows import StoredRows
 from loratool.verbs.extraction.pairs import Target
@@ -133,15 +133,17 @@ class HostDifferences:
             _read_into(before, base, first + start, scratch)
             with np.errstate(over="ignore", invalid="ignore"):
                 np.subtract(block, before, out=block)
-            norm = squared_norm(block)
-            if base.dtype != tuned.dtype or not math.isfinite(norm):
+            norms = row_squares(block)
+            if base.dtype != tuned.dtype or not np.isfinite(norms).all():
                 after = scratch.array("after", block.shape, kind)
                 _read_into(after, tuned, first + start, scratch)
                 subtract(after, before, block, base.dtype, tuned.dtype)
-                norm = squared_norm(block)
-            squares.append(norm)
+                norms = row_squares(block)
+            squares.append(norms)
         floor = noise_floor(math.fsum(spacings), sampled * width, (rows, width))
-        total = sum(squares) if all(map(math.isfinite, squares)) else math.inf
+        # Summed exactly, so that how many threads there are makes no difference.
+        every = np.concatenate(squares)
+        total = math.fsum(every.tolist()) if np.isfinite(every).all() else math.inf
         return Change(delta.T if target.is_transposed else delta, total, floor)
 
     def _scratch(self) -> Scratch:
