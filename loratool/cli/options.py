@@ -55,6 +55,17 @@ def target(help_text: str) -> Decorator:
     return click.option("--for", "target", type=click.Choice(names), help=help_text)
 
 
+def _device(help_text: str) -> Decorator:
+    """Return ``--device``."""
+    return click.option(
+        "--device",
+        default="auto",
+        metavar="D",
+        callback=lambda ctx, param, value: _checked_device(value),
+        help=help_text,
+    )
+
+
 def _checked_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*", value):
         raise click.BadParameter(f"{value!r}; expected auto, cpu, cuda, cuda:N or cuda:N,cuda:M")
@@ -90,19 +101,9 @@ skip: Decorator = click.option(
     metavar="RE",
     help="Leave out adapter keys that match, and report them.",
 )
-device: Decorator = click.option(
-    "--device",
-    default="auto",
-    metavar="D",
-    callback=lambda ctx, param, value: _checked_device(value),
-    help="Where to compute: auto (the processor), cpu, cuda or cuda:N.",
-)
-gpu_device: Decorator = click.option(
-    "--device",
-    default="auto",
-    metavar="D",
-    callback=lambda ctx, param, value: _checked_device(value),
-    help="cpu, cuda, cuda:N or several with commas; auto is a GPU for pairs over 2 GB.",
+device: Decorator = _device("Where to compute: auto (the processor), cpu, cuda or cuda:N.")
+gpu_device: Decorator = _device(
+    "cpu, cuda, cuda:N or several with commas; auto is a GPU for pairs over 2 GB."
 )
 threads: Decorator = click.option(
     "--threads",

@@ -63,17 +63,18 @@ def nearest_dora(
         kind: The dtype of the lengths.
     """
     lengths = _quotient(_row_products(before, after), _row_products(after, after))
-    found, lost = plain, _lost(before, after, plain)
+    found = plain
+    d, lost = _fitted(before, after, plain)
     other = lead(_difference(after, lengths, before))
-    if (value := _lost(before, after, other)) < lost:
-        found, lost = other, value
+    scales, value = _fitted(before, after, other)
+    if value < lost:
+        found, d, lost = other, scales, value
     for _ in range(MOST_TURNS):
-        d = _least_squares(before, after, found.up, found.down)
         other = lead(_difference(after, _quotient(np.ones_like(d), d), before))
-        value = _lost(before, after, other)
+        scales, value = _fitted(before, after, other)
         gain = 1 - value / lost if lost else 0.0
         if gain > 0:
-            found, lost = other, value
+            found, d, lost = other, scales, value
         if gain < LEAST_GAIN:
             break
     written = _with_lengths(before, after, found, rounded, kind)
@@ -116,24 +117,15 @@ def _blocks(
         yield rows, before[rows] + up[rows] @ down
 
 
-def _least_squares(
-    before: np.ndarray, after: np.ndarray, up: np.ndarray, down: np.ndarray
-) -> np.ndarray:
-    """Return by what each row of ``W + B A`` has to be multiplied to be nearest to W'."""
-    found = np.empty(len(before))
-    for rows, made in _blocks(before, up, down):
-        found[rows] = _quotient(_row_products(after[rows], made), _row_products(made, made))
-    return found
-
-
-def _lost(before: np.ndarray, after: np.ndarray, found: Leading) -> float:
-    """Return the squared error with factors as they are and the best lengths for them."""
-    total = 0.0
+def _fitted(before: np.ndarray, after: np.ndarray, found: Leading) -> tuple[np.ndarray, float]:
+    """Return by what each row of ``W + B A`` is multiplied to be nearest to W', and the error."""
+    scales, total = np.empty(len(before)), 0.0
     for rows, made in _blocks(before, found.up, found.down):
         d = _quotient(_row_products(after[rows], made), _row_products(made, made))
         lost = after[rows] - made * d[:, None].astype(made.dtype)
+        scales[rows] = d
         total += float(_row_products(lost, lost).sum())
-    return total
+    return scales, total
 
 
 def _difference(after: np.ndarray, scale: np.ndarray, before: np.ndarray) -> np.ndarray:

@@ -43,6 +43,7 @@ __all__ = [
     "row_squares",
     "spacing_squares",
     "squared_norm",
+    "sum_of_squares",
 ]
 
 SUSPICIOUS: Final = 1e-4
@@ -229,7 +230,7 @@ def squared_norm(matrix: Array) -> float:
     It is good to some 1e-8 of the whole, and does not depend on where a matrix is cut into rows.
     """
     if isinstance(matrix, np.ndarray) and matrix.dtype == np.float32:
-        return _sum_of(row_squares(matrix))
+        return sum_of_squares(row_squares(matrix))
     return math.fsum(_squares(block) for _, block in _blocks(matrix))
 
 
@@ -247,8 +248,8 @@ def row_squares(matrix: np.ndarray) -> np.ndarray:
     return found
 
 
-def _sum_of(squares: np.ndarray) -> float:
-    """Return the sum of squares, rounded once."""
+def sum_of_squares(squares: np.ndarray) -> float:
+    """Return the sum of squares, rounded once; infinity where one is not finite."""
     return math.fsum(squares.tolist()) if np.isfinite(squares).all() else math.inf
 
 

@@ -10,7 +10,7 @@ The sketch adds every row of Δ, with a random sign, to one of ``width`` sums (m
 CountSketch does: Clarkson & Woodruff 2013). That is one pass over Δ instead of a product. Where
 the sums turn out dependent, because few rows differ from zero, a Gaussian sketch takes its place.
 
-Large products are made in the dtype of Δ, small eigenproblems in float64 and on the processor.
+Products are made in the dtype of Δ, eigenproblems in float64, the small ones on the processor.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def _eigh(gram: Array) -> tuple[np.ndarray, Array]:
 def _whitening(block: Array) -> Array | None:
     """Return what makes columns orthonormal, if they are far from depending on each other.
 
-    It comes from a Cholesky decomposition, in a third of the time that eigenvectors take; of
-    what a GPU finds eigenvectors of itself there is none.
+    It comes from a Cholesky decomposition, which takes less time than eigenvectors; of what a
+    GPU finds eigenvectors of itself there is none.
     """
     if block.shape[1] >= FOR_A_GPU and not is_on_host(block):
         return None

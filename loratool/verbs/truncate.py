@@ -99,7 +99,7 @@ def truncate(
     if base is not None and truncation.max_size is None:
         raise OptionError("--base", "weighs modules against each other, for --max-size only")
     opened = open_adapter(adapter, adapter_name=adapter_name, alpha=alpha, skip=skip)
-    if _lacks_factors(opened) and truncation == Truncation(rank):
+    if _lacks_factors(opened) and truncation == Truncation(rank) and spectrum is None:
         return _by_way_of_factors(
             opened,
             Path(output),

@@ -242,3 +242,11 @@ def test_what_has_no_factors_is_truncated_too(
     assert not (tmp_path / "planned").exists()
     with pytest.raises(UnsupportedError, match="is "):
         loratool.truncate(source, tmp_path / "other.safetensors", max_error=0.1)
+
+
+def test_a_spectrum_is_not_dropped_where_there_are_no_factors(tmp_path: Path) -> None:
+    source, spectrum = tmp_path / "source.safetensors", tmp_path / "spectrum.json"
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.diff": torch.randn(40, 30)}, source)
+    spectrum.write_text('{"schema": 1, "modules": []}')
+    with pytest.raises(UnsupportedError, match="whole difference"):
+        loratool.truncate(source, tmp_path / "out.safetensors", rank=4, spectrum=spectrum)

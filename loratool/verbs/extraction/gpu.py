@@ -31,7 +31,7 @@ from loratool.codecs.weights import Weight, rows_of
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
 from loratool.files.transfer import read_into
-from loratool.math.extraction import TINY, noise_floor
+from loratool.math.extraction import TINY, noise_floor, squared_norm
 from loratool.math.tiles import NeedsAllRowsError, RowTiles
 from loratool.plan.gpu import exact_products, torch_dtype
 from loratool.verbs.extraction.pairs import Target
@@ -58,8 +58,6 @@ MOST_WAITS: Final = 12
 """How often at most the processor waits for the GPU in one module of a fixed rank."""
 TILE_BYTES: Final = 32 << 20
 """Bytes of a difference in float32 that are on the GPU at a time where all of it is too large."""
-BLOCK_ELEMENTS: Final = 1 << 23
-"""Elements of a weight of which something passing is made, so that it takes little memory."""
 CONTEXT_BYTES: Final = 600 << 20
 """What CUDA itself and its libraries take of a GPU's memory, roughly."""
 OUT_OF_MEMORY: Final = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED")
@@ -153,7 +151,7 @@ class GpuDifferences:
             _same_to_zero(delta, after, before)
         del after, before
         if not TINY * delta.numel() < squares < math.inf:
-            squares = _squares_in_double(delta)
+            squares = squared_norm(delta)
         floor = noise_floor(spacings, sample.numel(), (rows, width))
         return Change(delta.mT if target.is_transposed else delta, squares, floor)
 
@@ -340,7 +338,7 @@ class _TiledDifferences:
         squares, spacings, sampled = [], [], 0
         for start in range(0, rows, step):
             delta, after = tile(start, min(step, rows - start))
-            squares.append(_squares_in_double(delta))
+            squares.append(squared_norm(delta))
             sample = after[-start % SAMPLED :: SAMPLED]
             spacings.append(float(_spacings(sample, target)))
             sampled += sample.numel()
@@ -378,13 +376,6 @@ def _squares(delta: Tensor) -> Tensor:
     """Return ``‖Δ‖²``, rows summed in their own dtype and the sums in float64."""
     rows: Tensor = torch.linalg.vector_norm(delta, dim=1)
     return rows.double().square().sum()
-
-
-def _squares_in_double(delta: Tensor) -> float:
-    """Return ``‖Δ‖²`` summed in float64, block by block."""
-    step = max(1, BLOCK_ELEMENTS // delta.shape[1])
-    blocks = (delta[start : start + step] for start in range(0, delta.shape[0], step))
-    return math.fsum(float(block.double().square().sum()) for block in blocks)
 
 
 def _spacings(after: Tensor, target: Target) -> Tensor:

@@ -14,7 +14,7 @@ from loratool.codecs import numbers
 from loratool.codecs.scratch import Scratch
 from loratool.codecs.weights import RowSource, Weight, rows_of
 from loratool.files.inputs import InputFiles
-from loratool.math.extraction import noise_floor, row_squares, spacing_squares
+from loratool.math.extraction import noise_floor, row_squares, spacing_squares, sum_of_squares
 from loratool.math.precision import Precision
 from loratool.values.rows import StoredRows
 from loratool.verbs.extraction.pairs import Target
@@ -142,8 +142,7 @@ class HostDifferences:
             squares.append(norms)
         floor = noise_floor(math.fsum(spacings), sampled * width, (rows, width))
         # Summed exactly, so that how many threads there are makes no difference.
-        every = np.concatenate(squares)
-        total = math.fsum(every.tolist()) if np.isfinite(every).all() else math.inf
+        total = sum_of_squares(np.concatenate(squares))
         return Change(delta.T if target.is_transposed else delta, total, floor)
 
     def _scratch(self) -> Scratch:
