@@ -82,9 +82,10 @@ def fit(
         return _cut(site, place)
     (piece,) = place.pieces
     shape = resized.get(piece.name) or piece.tensor.spec.shape
-    module = piece.name.rpartition(".")[0]
     is_flagged = bool(adapter.field("fan_in_fan_out"))
-    return [Fit(piece.name, region_for(site, module, shape, base, is_flagged=is_flagged), site)]
+    return [
+        Fit(piece.name, region_for(site, place.module, shape, base, is_flagged=is_flagged), site)
+    ]
 
 
 def _cut(site: Site, place: Place) -> list[Fit]:

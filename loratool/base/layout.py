@@ -71,6 +71,21 @@ class Layout:
         """Return the path of each module that the files spell otherwise than libraries do."""
         return {}
 
+    def parameters(self, headers: Headers) -> Mapping[str, str]:
+        """Return the path of the module that libraries have for a tensor without one, by its name.
+
+        A name that the files do not have means nothing.
+        """
+        return {}
+
+    def is_turned(self, path: str) -> bool:
+        """Whether one of these :meth:`parameters` is the ``(in, out)`` of a linear layer."""
+        return False
+
+    def family(self, headers: Headers) -> str | None:
+        """Return the family of diffusion models that the backbone is of, where that is known."""
+        return None
+
     def components(self, headers: Headers) -> tuple[str, ...]:
         """Return the components of a pipeline that the files hold; none for a single model."""
         return headers.components

@@ -29,7 +29,7 @@ from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 from loratool.names.conv1d import CONV1D_LEAVES, CONV1D_MODEL_TYPES
 from loratool.names.paths import family_name, other_names
-from loratool.names.pipelines import COMPONENTS
+from loratool.names.pipelines import BACKBONES, COMPONENTS
 from loratool.names.tied import EMBEDDING_LEAVES
 
 __all__ = ["Model", "Quantization", "open_model"]
@@ -180,7 +180,7 @@ class Model:
     @cached_property
     def family(self) -> str | None:
         """The family of diffusion models that it is of, if it is of one."""
-        return family_name(tuple(self.modules))
+        return self.layout.family(self._headers) or family_name(tuple(self.modules))
 
     @cached_property
     def modules(self) -> Mapping[str, str]:
@@ -191,6 +191,7 @@ class Model:
                 module, _, last = name.rpartition(".")
                 if last == leaf and module:
                     found[self._spelled.get(module, module)] = name
+        found |= {path: name for name, path in self._parameters.items()}
         return found
 
     @property
@@ -211,14 +212,48 @@ class Model:
         return self.layout.paths(self._headers)
 
     @cached_property
+    def _parameters(self) -> Mapping[str, str]:
+        """Libraries' path of each tensor that is a module's weight there, and no module's here."""
+        told = self.layout.parameters(self._headers)
+        return {name: path for name, path in told.items() if name in self.tensors}
+
+    @cached_property
+    def _own_modules(self) -> Mapping[str, str]:
+        """The files' path of each module that libraries spell otherwise, by their path."""
+        return {path: module for module, path in self._spelled.items()}
+
+    def is_turned(self, path: str) -> bool:
+        """Whether the files have a linear layer as ``(in, out)`` that libraries have otherwise."""
+        return path in self._parameters.values() and self.layout.is_turned(path)
+
+    def path_of(self, name: str) -> str:
+        """Return the path of the module that libraries have for the tensor called ``name``."""
+        module = name.rpartition(".")[0]
+        return self._parameters.get(name) or self._spelled.get(module, module)
+
+    @cached_property
     def index(self) -> ModuleIndex:
         """The modules by the paths of the files."""
         return ModuleIndex(self.tensors, self.config.model_types)
 
     @cached_property
     def _spelled_index(self) -> ModuleIndex:
-        names = (f"{self._spelled[m]}.weight" for m in self._spelled)
-        return ModuleIndex(names, self.config.model_types)
+        """The modules that the files spell otherwise than libraries do, by libraries' paths."""
+        paths = (*self._spelled.values(), *self._parameters.values())
+        return ModuleIndex((f"{path}.weight" for path in paths), self.config.model_types)
+
+    @cached_property
+    def _inside(self) -> Mapping[str, ModuleIndex]:
+        """The modules of each component by their paths inside it."""
+        names: dict[str, list[str]] = {component: [] for component in self.components}
+        for name in self.tensors:
+            path = self.path_of(name)
+            leaf = "weight" if self.modules.get(path) == name else name.rpartition(".")[2]
+            component, _, local = path.partition(".")
+            if component in names:
+                names[component].append(f"{local}.{leaf}")
+        types = self.config.model_types
+        return {component: ModuleIndex(mine, types) for component, mine in names.items()}
 
     @cached_property
     def tie(self) -> Tie | None:
@@ -246,6 +281,8 @@ class Model:
         Decided by the other layers of the same kind, then by the model type.
         """
         types = self.config.model_types
+        if self.is_turned(module):
+            return True
         if module.rpartition(".")[2] in CONV1D_LEAVES:
             if self._widening is not None:
                 return self._widening
@@ -262,6 +299,13 @@ class Model:
         """
         if f"{module}.{leaf}" in self.tensors:
             return f"{module}.{leaf}"
+        component, _, local = module.partition(".")
+        if component in self.components:
+            found = self._inside[component].find(local, parameter=leaf)
+            path = f"{component}.{found}"
+            if leaf == "weight" and path in self.modules:
+                return self.modules[path]
+            return f"{self._own_modules.get(path, path)}.{leaf}" if found is not None else None
         owner = self.index.find(module, parameter=leaf)
         return f"{owner}.{leaf}" if owner is not None else None
 
@@ -289,7 +333,7 @@ class Model:
         return (
             self.own_place(module, family)
             or expert_place(module, self)
-            or fused_place(module, self, family)
+            or fused_place(self._in_backbone(module), self, family)
             or parameter_place(module, self)
             or self._head_place(module)
         )
@@ -323,11 +367,11 @@ class Model:
         name = self._name_of(module, family)
         if name is None:
             return None
-        path = name.rpartition(".")[0]
+        path = self.path_of(name)
         stored = self.tensors[name]
         region = natural_region(path, stored.spec.shape, self)
         return Place(
-            self._spelled.get(path, path),
+            path,
             natural_shape(stored.spec.shape, transposed=region.transposed),
             stored.spec.dtype,
             (Piece(name, stored, region),),
@@ -354,16 +398,27 @@ class Model:
     def _spellings(self, module: str, family: str | None) -> Iterator[str]:
         """Yield what ``module`` may be called, what it is most likely called first."""
         yield module
+        module = self._in_backbone(module)
         component, _, local = module.partition(".")
-        if component in COMPONENTS:
+        is_inside = component in self.components
+        if component in COMPONENTS and not is_inside:
             yield local
         for name in other_names(module, family):
             yield f"{component}.{name}"
-            yield name
+            if not is_inside:
+                yield name
+
+    def _in_backbone(self, module: str) -> str:
+        """Return a path that names no component as one inside the backbone, where it may be."""
+        component = module.partition(".")[0]
+        backbone = next((each for each in self.components if each in BACKBONES), None)
+        if backbone is None or component in self.components or component in COMPONENTS:
+            return module
+        return f"{backbone}.{module}"
 
     def _like(self, module: str) -> str | None:
         """Return the weight of the one module whose path differs only in its outer parts."""
-        if self._spelled:
+        if self._spelled and module.partition(".")[0] not in self.components:
             found = self._spelled_index.find(module, parameter="weight")
             if found is not None:
                 return self.modules[found]

@@ -14,12 +14,15 @@ from loratool.names.flattening import BACKBONE, ENCODER_KINDS, unflatten
 from loratool.names.vocabulary import flatten
 
 __all__ = [
+    "AVERAGES",
     "BACKBONES",
     "COMFY_ENCODERS",
     "COMPONENT",
     "COMPONENTS",
     "ENCODERS",
     "KOHYA_ENCODERS",
+    "UNTRAINED",
+    "VAE",
     "EncoderNames",
     "component_of",
     "encoder_component",
@@ -102,6 +105,11 @@ NATIVE_ENCODER: Final = re.compile(
 )
 ENCODERS: Final = ("text_encoder", "text_encoder_2", "text_encoder_3")
 BACKBONES: Final = ("unet", "transformer")
+VAE: Final = "vae"
+AVERAGES: Final = "ema"
+"""Copies of a backbone, averaged over its training, which nothing but training reads."""
+UNTRAINED: Final = {VAE: "the autoencoder", AVERAGES: "averages of the weights over training"}
+"""Components that no adapter is for, in words."""
 
 
 def component_of(module: str, known: frozenset[str] = frozenset()) -> tuple[str | None, str]:
@@ -172,8 +180,17 @@ def encoder_component(part: str, family: str | None, names: EncoderNames) -> str
     found = {value: key for key, value in names.of(family).items()}
     if part in found:
         return found[part]
+    if part not in {*names.roles.values(), *names.unknown.values()} and names is COMFY_ENCODERS:
+        return _component_of_other(family)
     # OneTrainer calls Flux's T5 te2, and some tools SD 1.5's encoder te1.
     return {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}.get(part)
+
+
+def _component_of_other(family: str | None) -> str:
+    """Return the component of a text encoder that is called by what it is (``qwen3_4b``)."""
+    roles = family_named(family).encoders if family else {}
+    others = [name for name, role in roles.items() if role not in COMFY_ENCODERS.roles]
+    return others[0] if others else "text_encoder"
 
 
 def split_native(module: str) -> tuple[str, str]:

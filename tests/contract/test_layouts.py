@@ -12,15 +12,35 @@ from loratool.base.layouts import layout_of, layouts
 from loratool.errors import BaseModelError
 
 PLAIN = ("model.layers.0.self_attn.q_proj", "lm_head")
-ORIGINAL = (
+UNET = (
     "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
     "model.diffusion_model.out.2",
+)
+ORIGINAL = (
+    *UNET,
     "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1",
     "first_stage_model.decoder.conv_in",
 )
+XL = (
+    "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn1.to_q",
+    "model.diffusion_model.out.2",
+    "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1",
+    "conditioner.embedders.1.model.transformer.resblocks.0.attn",
+    "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc",
+)
+FLUX = ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "img_in")
+ALL_IN_ONE = (
+    *(f"model.diffusion_model.{name}" for name in FLUX),
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+    "vae.decoder.conv_in",
+)
 SAMPLES = {
     "transformers": Headers(PLAIN, ModelConfig()),
-    "original": Headers(ORIGINAL, ModelConfig()),
+    "stable-diffusion": Headers(ORIGINAL, ModelConfig()),
+    "stable-diffusion-xl": Headers(XL, ModelConfig()),
+    "comfy": Headers(ALL_IN_ONE, ModelConfig()),
+    "backbone": Headers(FLUX, ModelConfig()),
     "diffusers": Headers(("unet.conv_in",), ModelConfig(), ("unet",)),
     "trifold": Headers(("blk.0.self_attn.wqkv",), ModelConfig({"model_type": "trifold"})),
 }
@@ -60,14 +80,32 @@ def test_parts_and_whole_tell_the_same_fusion(name: str) -> None:
                 assert layout.fused(other, headers.config) == fused
 
 
-def test_the_original_naming_becomes_that_of_libraries() -> None:
-    headers = SAMPLES["original"]
-    layout = layout_of(headers, "x")
-    paths = layout.paths(headers)
-    assert paths[ORIGINAL[0]] == "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    assert paths[ORIGINAL[2]] == "text_encoder.text_model.encoder.layers.0.mlp.fc1"
-    assert ORIGINAL[3] not in paths
-    assert layout.components(headers) == ("unet", "text_encoder")
+def test_original_namings_become_those_of_libraries() -> None:
+    for name, component, local in (
+        ("stable-diffusion", "unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
+        ("stable-diffusion", "text_encoder", "text_model.encoder.layers.0.mlp.fc1"),
+        ("stable-diffusion", "vae", "decoder.conv_in"),
+        ("stable-diffusion-xl", "unet", "conv_out"),
+        ("stable-diffusion-xl", "text_encoder", "text_model.encoder.layers.0.mlp.fc1"),
+        ("stable-diffusion-xl", "text_encoder_2", "text_model.encoder.layers.0.mlp.fc1"),
+        ("stable-diffusion-xl", "text_encoder_2", "text_model.encoder.layers.0.self_attn"),
+        ("comfy", "transformer", "double_blocks.0.img_attn.qkv"),
+        ("comfy", "text_encoder", "text_model.encoder.layers.0.mlp.fc1"),
+        ("comfy", "text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q"),
+        ("backbone", "transformer", "single_blocks.0.linear1"),
+    ):
+        headers = SAMPLES[name]
+        layout = layout_of(headers, "x")
+        assert f"{component}.{local}" in layout.paths(headers).values(), (name, component, local)
+        assert component in layout.components(headers)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("stable-diffusion", "sd1"), ("stable-diffusion-xl", "sdxl"), ("comfy", "flux")],
+)
+def test_a_single_file_tells_its_family(name: str, family: str) -> None:
+    assert layout_of(SAMPLES[name], "x").family(SAMPLES[name]) == family
 
 
 def test_two_claims_alike_are_an_error_whatever_the_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,7 +297,7 @@ def test_selection_and_what_is_left_over(make_base: Make, tmp_path: Path) -> Non
     }
     base, tuned = pair(make_base, changes)
     report = loratool.extract(base, tuned, tmp_path / "some", rank=2, exclude=["v_proj"])
-    assert [m.module for m in report.modules] == ["model.layers.0.q_proj"]
+    assert [m.module for m in report.modules] == ["lm_head", "model.layers.0.q_proj"]  # untied
     assert report.unchanged == 1
     left = {item.name: item.why for item in report.leftovers}
     assert left["model.layers.0.v_proj.weight"] == "excluded by --exclude"

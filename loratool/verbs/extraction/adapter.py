@@ -131,8 +131,8 @@ class Difference:
             extras=Extras(items=list(self._extras(saved, tie))),
             config={},
             config_changes=self._config(parts, saved, adapted, twin, tie),
-            family=names.family,
-            components=names.components,
+            family=self.tuned.family or names.family,
+            components=names.components | set(self.tuned.components),
             is_native=names.is_native,
             history=History("extract", inputs, self.asked),
             stamps={s.path: s.stamp for m in (self.base, self.tuned) for s in m.shards},
@@ -152,7 +152,7 @@ class Difference:
 
         A bias alone is no reason to save a module: PEFT stores biases by themselves.
         """
-        names = (item.name.rpartition(".") for item in self.carried)
+        names = (item.key.rpartition(".") for item in self.carried)
         modules = dict.fromkeys(module for module, _, leaf in names if leaf != "bias")
         if tie is not None and self._is_tied_whole(tie):
             modules[tie.head.removesuffix(".weight")] = None
@@ -160,14 +160,14 @@ class Difference:
 
     def _extras(self, saved: Sequence[str], tie: Tie | None) -> Iterator[NewExtra]:
         tensors: dict[str, Weight] = {
-            item.name: item.tuned for item in self.carried if item.tuned is not None
+            item.key: item.tuned for item in self.carried if item.tuned is not None
         }
         if tie is not None and self._is_tied_whole(tie):
             tensors[tie.head] = tensors[tie.embedding]
         for module in saved:
             for name, stored in self.tuned.tensors.items():
-                if name.rpartition(".")[0] == module:
-                    tensors.setdefault(name, stored)
+                if self.tuned.path_of(name) == module:
+                    tensors.setdefault(f"{module}.{name.rpartition('.')[2]}", stored)
         for name, stored in tensors.items():
             if isinstance(stored, CodedTensor):
                 raise UnsupportedError(
@@ -187,7 +187,7 @@ class Difference:
     ) -> dict[str, Any]:
         names = self.tuned.config.architectures
         task = next((t for end, t in TASKS.items() if names and names[0].endswith(end)), None)
-        biases = {i.name.rpartition(".")[0] for i in self.carried if i.name.endswith(".bias")}
+        biases = {i.key.rpartition(".")[0] for i in self.carried if i.key.endswith(".bias")}
         alone = biases - adapted - set(saved)
         return {
             "base_model_name_or_path": str(self.base.path),
@@ -195,6 +195,7 @@ class Difference:
             "fan_in_fan_out": any(
                 target.is_transposed and target.kind is Kind.LINEAR and not target.is_parameter
                 for target in self.targets
+                if not self.tuned.is_turned(target.module)
             ),
             "modules_to_save": list(saved) or None,
             "bias": "all" if alone else "lora_only" if biases & adapted else "none",
@@ -209,7 +210,7 @@ class Difference:
         Libraries rename what comes before the layers from version to version; endings last.
         """
         wanted = {part.pattern_path for part in parts if part.parameter is None and part.is_target}
-        paths = (name.split(".")[:-1] for name in self.tuned.tensors)
+        paths = (self.tuned.path_of(name).split(".") for name in self.tuned.tensors)
         others = {
             ".".join(pieces[:count]) for pieces in paths for count in range(1, len(pieces) + 1)
         } - wanted

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from loratool.adapter.model import FUSED_PARAMETERS, HEAD_LEAVES, Kind
+from loratool.adapter.model import FUSED_PARAMETERS, Kind
 from loratool.base.model import Model
 from loratool.codecs.weights import Weight, is_alias
 from loratool.errors import OptionError
@@ -16,6 +16,7 @@ from loratool.files.dtypes import DTYPES
 from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.names.embeddings import is_embedding, is_router
 from loratool.names.experts import TRANSPOSED_MODEL_TYPES
+from loratool.names.pipelines import UNTRAINED
 from loratool.values.expr import widest
 
 __all__ = ["Leftover", "Pairing", "Selection", "Target", "pair"]
@@ -85,6 +86,7 @@ class Leftover:
         base: The base's tensor, if it has one.
         tuned: The finetuned one, if there is one.
         can_be_carried: Whether an adapter can hold the finetuned tensor whole.
+        path: The module that libraries have for it; empty where that is the name's own.
     """
 
     name: str
@@ -92,6 +94,12 @@ class Leftover:
     base: Weight | None
     tuned: Weight | None
     can_be_carried: bool = True
+    path: str = ""
+
+    @property
+    def key(self) -> str:
+        """What an adapter calls it."""
+        return f"{self.path}.{self.name.rpartition('.')[2]}" if self.path else self.name
 
     @property
     def is_comparable(self) -> bool:
@@ -138,15 +146,23 @@ class Selection:
             tuple(save),
         )
 
-    def refuses(self, module: str) -> str | None:
-        """Return why ``module`` is not selected, or ``None`` if it is."""
+    def refuses(self, module: str, *, is_tied: bool = False) -> str | None:
+        """Return why ``module`` is not selected, or ``None`` if it is.
+
+        Args:
+            module: Its path.
+            is_tied: Whether it shares its weight with an embedding.
+        """
+        other = UNTRAINED.get(module.partition(".")[0])
         if self.include and not any(pattern.search(module) for pattern in self.include):
             return "not among --include"
         if any(pattern.search(module) for pattern in self.exclude):
             return "excluded by --exclude"
-        leaf = module.rpartition(".")[2]
-        if not self.embeddings and (is_embedding(module) or leaf in HEAD_LEAVES):
-            return "an embedding or head; --embeddings selects them"
+        if other is not None and not self.include:
+            return f"of {other}; --include selects it by its path, {module!r}"
+        if not self.embeddings and (is_embedding(module) or is_tied):
+            words = "a head tied to the embedding" if is_tied else "an embedding"
+            return f"{words}; --embeddings selects it"
         return None
 
     def saves(self, module: str) -> bool:
@@ -197,14 +213,15 @@ def pair(base: Model, tuned: Model, selection: Selection) -> Pairing:
         if is_alias(stored) or name in second:
             used.add(name)
             continue
-        match = _find(name, base)
-        if match is None:
-            found.leftovers.append(Leftover(name, "the base has no such tensor", None, stored))
+        matches = _matches(name, stored, tuned, base)
+        if isinstance(matches, str):
+            path = _path_told(name, tuned)
+            found.leftovers.append(Leftover(name, matches, None, stored, path=path))
             continue
-        own, weight = match
-        renamed += own != name
-        used.add(own)
-        _sort(name, weight, stored, tuned, base, selection, found)
+        for match in matches:
+            renamed += match.name != name
+            used.add(match.name)
+            _sort(match, name, tuned, base, selection, found)
     for name, stored in base.tensors.items():
         if name not in used and not is_alias(stored) and name not in first:
             why = "the finetuned model has no such tensor"
@@ -220,66 +237,115 @@ def _tied_twins(model: Model) -> set[str]:
     return {model.tie.head} if model.tie is not None and model.tie.is_stored else set()
 
 
-def _find(name: str, base: Model) -> tuple[str, Weight] | None:
-    """Return the base's tensor, or the rows of one, that the tensor called ``name`` is."""
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A weight of the finetuned model, or some rows of one, and what it is in the base.
+
+    Attributes:
+        name: The base's tensor.
+        path: The module that libraries have for it.
+        base: The base's weight.
+        tuned: The finetuned one.
+    """
+
+    name: str
+    path: str
+    base: Weight
+    tuned: Weight
+
+
+def _matches(name: str, stored: Weight, tuned: Model, base: Model) -> list[Match] | str:
+    """Return what the finetuned tensor called ``name`` is in the base, or why it is nothing.
+
+    It is several things where one of the two models has several projections in one tensor and
+    the other has not, or libraries have not.
+    """
     module, _, leaf = name.rpartition(".")
-    own = name if name in base.tensors else base.tensor(module, leaf) if module else None
-    if own is not None:
-        return own, base.tensors[own]
-    place = base.find(module) if leaf == "weight" else None
-    if place is None or place.is_whole or len(place.pieces) > 1:
-        return None
-    (piece,) = place.pieces
-    view = piece.view
-    return (piece.name, view) if view is not None and not piece.region.transposed else None
+    path = tuned.path_of(name)
+    is_weight = tuned.modules.get(path) == name
+    parts = tuned.layout.fused(path, tuned.config) if is_weight and leaf != "weight" else None
+    if parts is not None and parts.whole == path:
+        return _in_parts(parts.parts, tuned, base)
+    if name in base.tensors and base.path_of(name) == path:
+        return [Match(name, path, base.tensors[name], stored)]
+    place = base.find(path, family=tuned.family) if is_weight else None
+    if place is None:
+        own = base.tensor(path, leaf) if module else None
+        if own is None:
+            return "the base has no such tensor"
+        return [Match(own, path, base.tensors[own], stored)]
+    names = [piece.name for piece in place.pieces]
+    if len(names) > 1:
+        if len(set(names)) < len(names):
+            return "the base has its rows in another order"
+        return _in_parts([base.path_of(one) for one in names], tuned, base)
+    view = place.pieces[0].tensor if place.is_whole else place.pieces[0].view
+    own_place = tuned.find(path)
+    if view is None or own_place is None or own_place.is_transposed != place.is_transposed:
+        return "the base has it the other way round"
+    return [Match(names[0], path, view, stored)]
+
+
+def _in_parts(paths: Sequence[str], tuned: Model, base: Model) -> list[Match] | str:
+    """Return the parts of a fused projection, each by itself."""
+    found = []
+    for path in paths:
+        places = [model.find(path, family=tuned.family) for model in (base, tuned)]
+        pieces = [place.pieces[0] for place in places if place and len(place.pieces) == 1]
+        views = [piece.view for piece in pieces]
+        if len(views) < 2 or views[0] is None or views[1] is None:
+            return f"the base has no {path!r} that it is made of"
+        found.append(Match(pieces[0].name, path, views[0], views[1]))
+    return found
+
+
+def _path_told(name: str, model: Model) -> str:
+    """Return the path of a tensor's module, where it is not what its name begins with."""
+    path = model.path_of(name)
+    return path if path != name.rpartition(".")[0] else ""
 
 
 def _sort(
+    match: Match,
     name: str,
-    base: Weight,
-    tuned: Weight,
     view: Model,
     base_view: Model,
     selection: Selection,
     found: Pairing,
 ) -> None:
-    module, _, leaf = name.rpartition(".")
-    floats = all(DTYPES[stored.spec.dtype].is_mergeable for stored in (base, tuned))
+    base, tuned, module = match.base, match.tuned, match.path
+    told = _path_told(name, view)
+    leaf = "weight" if view.modules.get(view.path_of(name)) == name else name.rpartition(".")[2]
+
+    def leave(why: str, *, can_be_carried: bool = True) -> None:
+        found.leftovers.append(Leftover(name, why, base, tuned, can_be_carried, told))
+
     if selection.saves(module):
-        found.saved.append(Leftover(name, "saved whole as asked", base, tuned))
+        found.saved.append(Leftover(name, "saved whole as asked", base, tuned, path=told))
         return
     if base.spec.shape != tuned.spec.shape:
-        shapes = f"{list(base.spec.shape)} in the base, {list(tuned.spec.shape)} here"
-        found.leftovers.append(Leftover(name, f"another shape: {shapes}", base, tuned))
+        leave(f"another shape: {list(base.spec.shape)} in the base, {list(tuned.spec.shape)} here")
         return
-    if not floats:
-        dtypes = f"{base.spec.dtype} and {tuned.spec.dtype}"
-        found.leftovers.append(
-            Leftover(name, f"no floats: {dtypes}", base, tuned, can_be_carried=False)
-        )
+    if not all(DTYPES[stored.spec.dtype].is_mergeable for stored in (base, tuned)):
+        leave(f"no floats: {base.spec.dtype} and {tuned.spec.dtype}", can_be_carried=False)
         return
     found.same += 1
-    target = _target(name, module, leaf, base, tuned, view, base_view)
+    target = _target(f"{module}.{leaf}", module, leaf, base, tuned, view, base_view)
     if isinstance(target, str):
-        found.leftovers.append(Leftover(name, target, base, tuned))
-        return
-    if is_embedding(module) and view.config.is_encoder_decoder:
-        why = "a table that an encoder-decoder may tie in several places"
-        found.leftovers.append(Leftover(name, why, base, tuned, can_be_carried=False))
-        return
-    if is_router(module, view.index.paths):
-        why = "a router, which PEFT does not adapt"
-        found.leftovers.append(Leftover(name, why, base, tuned))
-        return
-    if module.rpartition(".")[2] == "embed_positions":
-        why = "a table of positions, whose modules do not all take ids"
-        found.leftovers.append(Leftover(name, why, base, tuned))
-        return
-    refused = selection.refuses(module)
-    if refused is not None:
-        found.leftovers.append(Leftover(name, refused, base, tuned))
+        leave(target)
+    elif is_embedding(module) and view.config.is_encoder_decoder:
+        leave("a table that an encoder-decoder may tie in several places", can_be_carried=False)
+    elif is_router(module, view.index.paths):
+        leave("a router, which PEFT does not adapt")
+    elif module.rpartition(".")[2] == "embed_positions":
+        leave("a table of positions, whose modules do not all take ids")
     else:
-        found.targets.append(target)
+        is_tied = view.tie is not None and name == view.tie.head
+        refused = selection.refuses(module, is_tied=is_tied)
+        if refused is not None:
+            leave(refused)
+        else:
+            found.targets.append(target)
 
 
 def _target(
@@ -317,7 +383,7 @@ def _target(
         is_conv1d = module.rpartition(".")[2] in CONV1D_LEAVES and (
             view.is_conv1d(module) or base_view.is_conv1d(module)
         )
-        if is_conv1d:
+        if is_conv1d or view.is_turned(module):
             return Target(module, module, Kind.LINEAR, base, tuned, columns, (rows,), True)
         return Target(module, module, Kind.LINEAR, base, tuned, rows, (columns,))
     if module.rpartition(".")[2] in STACKED_LEAVES:

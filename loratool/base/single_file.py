@@ -1,0 +1,135 @@
+"""Pipelines in one file: which prefix is which component, and what its modules are called there.
+
+A single file has the backbone, and perhaps the text encoders and the autoencoder, one beside the
+other. Each stands behind a prefix, with the names of the code that it was published with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from loratool.base.config import ModelConfig
+from loratool.base.layout import Fused, Headers, Layout
+from loratool.names.family import Family
+from loratool.names.open_clip import ATTENTION, OPEN_CLIP, PARAMETERS, PROJECTIONS, TEXT_PROJECTION
+from loratool.names.paths import hub_path, plausible_families
+from loratool.names.pipelines import ENCODERS
+
+__all__ = ["BACKBONES", "Section", "SingleFile"]
+
+BACKBONES: Final = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "net.", "")
+"""What may stand before the backbone's names, the longest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The tensors of one component.
+
+    Attributes:
+        prefix: What their names begin with.
+        component: The component; empty for the backbone, whose family tells it.
+        is_open_clip: Whether it is a text encoder in OpenCLIP's names.
+    """
+
+    prefix: str
+    component: str = ""
+    is_open_clip: bool = False
+
+    def path(self, local: str) -> str:
+        """Return the path that libraries have for a module inside it."""
+        if self.is_open_clip and (fusion := OPEN_CLIP.from_native(local)) is not None:
+            parts = fusion.modules
+            local = parts[0] if len(parts) == 1 else parts[0].rpartition(".")[0]
+        return f"{self.component}.{local}"
+
+
+class SingleFile(Layout):
+    """What the layouts of single files have in common.
+
+    Attributes:
+        usual: The families that come in such files, where names alone do not tell which it is.
+    """
+
+    usual: tuple[str, ...] = ()
+
+    def sections(self, headers: Headers) -> Sequence[Section]:
+        """Return the components beside the backbone that such files hold."""
+        raise NotImplementedError
+
+    def paths(self, headers: Headers) -> Mapping[str, str]:
+        found = {
+            module: section.path(module.removeprefix(section.prefix))
+            for module, section in self._sorted(headers).items()
+            if section.component
+        }
+        backbone = self._backbone(headers)
+        family = self._family(backbone.values(), found.values())
+        for module, local in backbone.items():
+            found[module] = hub_path(local, family) if family else f"unet.{local}"
+        return found
+
+    def family(self, headers: Headers) -> str | None:
+        encoders = (s.component + "." for s in self._sorted(headers).values())
+        found = self._family(self._backbone(headers).values(), encoders)
+        return found.name if found is not None else None
+
+    def _sorted(self, headers: Headers) -> dict[str, Section]:
+        """Return the section of each module; that of the backbone's has no component."""
+        sections = (*self.sections(headers), Section(backbone_prefix(headers.modules)))
+        found = {}
+        for module in headers.modules:
+            mine = next((each for each in sections if module.startswith(each.prefix)), None)
+            if mine is not None:
+                found[module] = mine
+        return found
+
+    def _backbone(self, headers: Headers) -> dict[str, str]:
+        """Return the names of the backbone's modules inside it."""
+        return {
+            module: module.removeprefix(section.prefix)
+            for module, section in self._sorted(headers).items()
+            if not section.component
+        }
+
+    def _family(self, backbone: Collection[str], others: Iterable[str]) -> Family | None:
+        """Return the family of a backbone.
+
+        Args:
+            backbone: Names inside it.
+            others: Paths of the other components.
+        """
+        encoders = {path.partition(".")[0] for path in others} & set(ENCODERS)
+        families = plausible_families(tuple(backbone), encoders)
+        fitting = [family for family in families if family.name in self.usual]
+        fitting = fitting or [f for f in families if set(f.encoders) == encoders]
+        return next(iter(fitting or families), None)
+
+    def parameters(self, headers: Headers) -> Mapping[str, str]:
+        return {
+            f"{section.prefix}{native}": f"{section.component}.{hub}"
+            for section in self.sections(headers)
+            if section.is_open_clip
+            for native, hub in PARAMETERS.items()
+        }
+
+    def is_turned(self, path: str) -> bool:
+        component, _, local = path.partition(".")
+        return component in ENCODERS and local == TEXT_PROJECTION
+
+    def components(self, headers: Headers) -> tuple[str, ...]:
+        paths = self.paths(headers).values()
+        return tuple(dict.fromkeys(path.partition(".")[0] for path in paths))
+
+    def fused(self, module: str, config: ModelConfig) -> Fused | None:
+        parent, _, leaf = module.rpartition(".")
+        whole = module if leaf == ATTENTION else parent if leaf in PROJECTIONS else ""
+        if not whole.endswith(f".{ATTENTION}") or whole.partition(".")[0] not in ENCODERS:
+            return None
+        return Fused(whole, tuple(f"{whole}.{each}" for each in PROJECTIONS))
+
+
+def backbone_prefix(modules: Collection[str]) -> str:
+    """Return what stands before the names of the backbone."""
+    return next(p for p in BACKBONES if not p or any(m.startswith(p) for m in modules))

@@ -1,0 +1,182 @@
+"""Pipelines in one file: merged and extracted, and read back by diffusers' own converters."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from single_files import PIPELINES, Pipeline, State
+
+import loratool
+from loratool.base.model import open_model
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("diffusers")
+
+RANK = 3
+
+
+@cache
+def pipeline(name: str) -> Pipeline:
+    torch.manual_seed(5)
+    return PIPELINES[name]()
+
+
+def linear(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and "lm_head" not in n}
+
+
+@cache
+def trained(name: str) -> tuple[State, dict[str, State]]:
+    """Return an adapter of all linear layers in diffusers' names, and the weights it makes."""
+    torch.manual_seed(6)
+    one = pipeline(name)
+    factors: State = {}
+    states = one.states()
+    for component, model in one.models.items():
+        for path, module in linear(model).items():
+            weight = module.weight
+            out, into = weight.shape[0], weight[0].numel()
+            down = torch.randn(RANK, *weight.shape[1:])
+            up = torch.randn(out, RANK, *([1, 1] if weight.ndim == 4 else []))
+            factors[f"{component}.{path}.lora_A.weight"] = down
+            factors[f"{component}.{path}.lora_B.weight"] = up
+            delta = (up.flatten(1).double() @ down.reshape(RANK, into).double()).view(weight.shape)
+            states[component][f"{path}.weight"] = (weight.double() + delta).float()
+    return factors, states
+
+
+def as_in_file(name: str, states: dict[str, State]) -> State:
+    return pipeline(name).file(states)
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert torch.allclose(found[key].double(), value.double(), rtol=2e-6, atol=2e-6), key
+
+
+@pytest.fixture(params=list(PIPELINES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def base(name: str, tmp_path: Path) -> Path:
+    path = tmp_path / "base.safetensors"
+    others = {"first_stage_model.decoder.conv_in.weight": torch.randn(4, 4, 3, 3)}
+    alone = len(pipeline(name).models) == 1
+    save_file(pipeline(name).file(pipeline(name).states()) | ({} if alone else others), path)
+    return path
+
+
+@pytest.fixture
+def adapter(name: str, tmp_path: Path) -> Path:
+    path = tmp_path / "adapter.safetensors"
+    save_file(trained(name)[0], path)
+    return path
+
+
+def converted(name: str, state: State) -> dict[str, State]:
+    """Return the models of a single file, as diffusers reads them."""
+    from diffusers.loaders import single_file_utils as utils
+
+    one = pipeline(name)
+    state = {key: value.clone() for key, value in state.items()}
+    found: dict[str, State] = {}
+    for component in one.models:
+        prefix = one.prefixes[component]
+        if component in one.open_clip:
+            found[component] = utils.convert_open_clip_checkpoint(
+                one.models[component], state, prefix=prefix
+            )
+        elif component == "unet":
+            found[component] = utils.convert_ldm_unet_checkpoint(dict(state), one.config)
+        elif component == "transformer":
+            mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            convert = {
+                "flux": utils.convert_flux_transformer_checkpoint_to_diffusers,
+                "sd3": utils.convert_sd3_transformer_checkpoint_to_diffusers,
+            }[one.family]
+            found[component] = convert(mine)
+        else:
+            found[component] = {
+                k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)
+            }
+    return found
+
+
+CONVERTED = ("sd1", "sd2", "sdxl")
+"""Whose converters take models of any size; those of others have tables of their own tests."""
+
+
+@pytest.mark.parametrize("name", CONVERTED, indirect=True)
+def test_the_file_is_what_diffusers_reads(name: str, base: Path) -> None:
+    states = pipeline(name).states()
+    for component, state in converted(name, load_file(base)).items():
+        wanted = {
+            key.removeprefix("text_model."): value for key, value in states[component].items()
+        }
+        for key, value in state.items():
+            key = key.removeprefix("text_model.")
+            if key in wanted:
+                assert torch.equal(value, wanted.pop(key)), key
+        assert not {k for k in wanted if not k.endswith("position_ids")}
+
+
+@pytest.mark.parametrize("scheme", ["diffusers", "kohya", "comfy", "peft"])
+def test_all_layers_are_merged(
+    name: str, base: Path, adapter: Path, scheme: str, tmp_path: Path
+) -> None:
+    if scheme != "diffusers":
+        place = tmp_path / ("lora" if scheme == "peft" else "lora.safetensors")
+        loratool.convert(adapter, to=scheme, output=place)
+        adapter = place
+    report = loratool.merge(base, [adapter], tmp_path / "out.safetensors")
+    assert not report.unused
+    merged = load_file(tmp_path / "out.safetensors")
+    vae = {key: value for key, value in load_file(base).items() if key.startswith("first_stage")}
+    assert_same(merged, as_in_file(name, trained(name)[1]) | vae)
+
+
+@pytest.mark.parametrize("scheme", ["kohya", "comfy", "diffusers", "peft"])
+def test_what_is_extracted_merges_back(name: str, base: Path, scheme: str, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned.safetensors"
+    kept = {k: v for k, v in load_file(base).items() if k.startswith("first_stage")}
+    save_file(as_in_file(name, trained(name)[1]) | kept, tuned)
+    out = tmp_path / ("lora" if scheme == "peft" else "lora.safetensors")
+    report = loratool.extract(base, tuned, out, rank=4 * RANK, to=scheme)
+    assert [item.name for item in report.leftovers] == []
+    loratool.merge(base, [out], tmp_path / "back.safetensors")
+    back, wanted = load_file(tmp_path / "back.safetensors"), load_file(tuned)
+    for key, value in wanted.items():
+        assert torch.allclose(back[key], value, atol=2e-3), key
+
+
+def test_the_components_are_told(name: str, base: Path) -> None:
+    model = open_model(base)
+    models = pipeline(name).models
+    assert set(models) <= set(model.components) <= {*models, "vae"}
+    assert model.family == pipeline(name).family
+    assert model.layout.name != "transformers"
+
+
+def test_keys_of_an_extraction_are_kohyas(base: Path, name: str, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned.safetensors"
+    kept = {k: v for k, v in load_file(base).items() if k.startswith("first_stage")}
+    save_file(as_in_file(name, trained(name)[1]) | kept, tuned)
+    loratool.extract(base, tuned, tmp_path / "lora.safetensors", rank=2, to="kohya")
+    found = {key.partition(".")[0] for key in load_file(tmp_path / "lora.safetensors")}
+    prefixes: dict[str, Any] = {
+        "sd1": r"lora_(unet_(down|mid|up)|unet_(conv|time)_|te_text_model_)",
+        "sdxl": r"lora_(unet_(input|middle|output)_|unet_(time_embed|label_emb|out)_|te[12]_)",
+        "flux": r"lora_(unet_(double|single|(img|txt|time|vector|guidance)_in|final)|te[13]_)",
+        "sd3": r"lora_(unet_(joint|context|x_emb|t_emb|y_emb|final)|te[123]_)",
+    }
+    assert all(re.match(prefixes[pipeline(name).family], key) for key in found)
