@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Final
 
 from loratool.names.vocabulary import NUMBER, Vocabulary, is_number
 
-__all__ = ["CLIP_G", "CLIP_L", "T5", "Family", "Fusion", "Proportion", "Release", "Row", "single"]
+__all__ = [
+    "CLIP_G",
+    "CLIP_L",
+    "T5",
+    "Family",
+    "Fusion",
+    "Proportion",
+    "Release",
+    "Row",
+    "Stretch",
+    "single",
+    "stretches",
+]
 
 CLIP_L, CLIP_G, T5 = "clip-l", "clip-g", "t5"
 """The roles of text encoders; what a scheme calls them is its own business."""
 NONE: Final = Vocabulary(())
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Outputs that a native module and one of the hub modules in it have in common.
+
+    Attributes:
+        part: Which of the hub modules.
+        first: The first of its outputs.
+        native: The first of the native module's outputs.
+        count: How many they are.
+    """
+
+    part: int
+    first: int
+    native: int
+    count: int
+
+
+def stretches(heights: Sequence[int], *, swapped: bool = False) -> tuple[Stretch, ...] | None:
+    """Return where the outputs of parts lie in the whole, those of the first part first.
+
+    Args:
+        heights: How many outputs each part has.
+        swapped: Whether the halves of the whole are exchanged.
+
+    Returns:
+        The stretches; ``None`` where there are no halves to exchange.
+    """
+    if swapped:
+        half, odd = divmod(sum(heights), 2)
+        return None if odd else (Stretch(0, 0, half, half), Stretch(0, half, 0, half))
+    found, start = [], 0
+    for part, height in enumerate(heights):
+        found.append(Stretch(part, 0, start, height))
+        start += height
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +73,51 @@ class Fusion:
     Attributes:
         modules: Hub modules, in the order of their rows in the native module's output.
         sizes: ``"equal"``: each one has as many rows as the others. ``"input"``: all but the last
-            have as many rows as they have inputs, and the last one has the rest.
+            have as many rows as they have inputs, and the last one has the rest. ``"grouped"``:
+            the first one has as many rows as inputs, and the others share the rest equally, as
+            keys and values do that several heads of queries look at.
         swapped: Whether the two halves of the output rows are exchanged: the native module gives
             (shift, scale) where the hub's gives (scale, shift).
-        ratio: Rows of the last one over its inputs, where its size cannot be told otherwise.
+        shares: The rows of each one, in proportion, where their sizes cannot be told otherwise.
     """
 
     modules: tuple[str, ...]
     sizes: str = "equal"
     swapped: bool = False
-    ratio: int | None = None
+    shares: tuple[int, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the native module is one of the hub, output by output."""
+        return len(self.modules) == 1 and not self.swapped
+
+    def heights(
+        self, inputs: int, total: int | None, known: Mapping[str, int] = MappingProxyType({})
+    ) -> tuple[int, ...] | None:
+        """Return how many rows each hub module has.
+
+        Args:
+            inputs: How many inputs all of them have.
+            total: How many rows they have together, if that is known.
+            known: The rows of some of them, by name.
+
+        Returns:
+            The rows; ``None`` where nothing tells, or where they do not add up.
+        """
+        count = len(self.modules)
+        told = {"equal": 0, "grouped": 1, "input": count - 1}[self.sizes]
+        first = [known.get(module, inputs) for module in self.modules[:told]]
+        others = self.modules[told:]
+        size = next((known[module] for module in others if module in known), None)
+        if size is None and total is not None:
+            size = (total - sum(first)) // len(others)
+        elif size is None and self.shares:
+            size = inputs * self.shares[-1] // self.shares[0]
+        if size is None:
+            return None
+        found = (*first, *(known.get(module, size) for module in others))
+        is_whole = min(found) > 0 and total in (None, sum(found))
+        return found if is_whole else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +128,20 @@ class Row:
         native: The native module; ``*`` where the number of the block stands, if it has one.
         hub: What it is, with ``*`` in the same place of each of its modules.
         count: In how many blocks it occurs, counted from 0.
+        also: What else tools call the native module; read, and never written.
     """
 
     native: str
     hub: Fusion
     count: int = 1
+    also: tuple[str, ...] = ()
 
 
-def single(native: str, hub: str, count: int = 1, *, swapped: bool = False) -> Row:
+def single(
+    native: str, hub: str, count: int = 1, *, swapped: bool = False, also: tuple[str, ...] = ()
+) -> Row:
     """Return the row of a native module that is one hub module."""
-    return Row(native, Fusion((hub,), swapped=swapped), count)
+    return Row(native, Fusion((hub,), swapped=swapped), count, also)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +221,10 @@ class Family:
     _repeated: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        by_native = {row.native: row for row in self.rows}
-        by_hub = {module: row for row in self.rows for module in row.hub.modules}
-        if len(by_native) != len(self.rows) or len(by_hub) != sum(
-            len(row.hub.modules) for row in self.rows
-        ):
+        natives = [(name, row) for row in self.rows for name in (row.native, *row.also)]
+        hubs = [(module, row) for row in self.rows for module in row.hub.modules]
+        by_native, by_hub = dict(natives), dict(hubs)
+        if len(by_native) != len(natives) or len(by_hub) != len(hubs):
             raise ValueError(f"{self.name}: a module occurs twice in the table")
         pairs = (pair for name in (*by_native, *by_hub) for pair in pairwise(name.split(".")))
         repeated = frozenset(parent for parent, number in pairs if number == NUMBER)
@@ -145,7 +233,7 @@ class Family:
             "_by_hub": by_hub,
             "_repeated": repeated,
             "hub_names": Vocabulary(by_hub) if self.hub_names is NONE else self.hub_names,
-            "native_names": Vocabulary(by_native)
+            "native_names": Vocabulary(row.native for row in self.rows)
             if self.native_names is NONE
             else self.native_names,
         }.items():
@@ -157,7 +245,7 @@ class Family:
 
         The paths of such a file stay native: one module there is several in diffusers.
         """
-        return any(len(row.hub.modules) > 1 or row.hub.swapped for row in self.rows)
+        return not all(row.hub.is_plain for row in self.rows)
 
     def release(self, widths: Collection[int] = ()) -> Release | None:
         """Return what metadata call the model.
@@ -185,6 +273,21 @@ class Family:
             return None
         row, number = found
         return row.native.replace(NUMBER, number), numbered(row.hub, number)
+
+    def natives(self, module: str) -> tuple[str, ...]:
+        """Return what tools call the native module that a module is, or is a part of.
+
+        Args:
+            module: In either naming.
+
+        Returns:
+            The name that is written, then the others; none if the family has no such module.
+        """
+        found = self._row(module, self._by_hub) or self._row(module, self._by_native)
+        if found is None:
+            return ()
+        row, number = found
+        return tuple(name.replace(NUMBER, number) for name in (row.native, *row.also))
 
     def has(self, module: str) -> bool:
         """Whether the family has a module of this name, hub or native."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from loratool.errors import OptionError
 from loratool.names.families import claiming, families, family_named, unrefined
-from loratool.names.family import Family, Fusion, Row, single
+from loratool.names.family import Family, Fusion, Row, single, stretches
 from loratool.names.flattening import BACKBONE, ENCODER_KINDS, KINDS, unflatten, vocabulary
 from loratool.names.templates import expand
 from loratool.names.vocabulary import NUMBER, Vocabulary, filled, flatten
@@ -204,7 +204,7 @@ def test_a_table_with_a_module_twice_is_refused() -> None:
             Fusion(
                 expand("single_transformer_blocks.37.{attn.to_q,attn.to_k,attn.to_v,proj_mlp}"),
                 "input",
-                ratio=4,
+                shares=(1, 1, 1, 4),
             ),
         ),
         (
@@ -254,13 +254,18 @@ def checkpoint_of(family: Family, rows: Callable[[Fusion], int]) -> dict[str, to
 
 def parts(fusion: Fusion, weight: torch.Tensor, inputs: int) -> dict[str, torch.Tensor]:
     """What a fusion says that the hub's modules hold."""
-    count = len(fusion.modules)
-    if fusion.swapped:
-        weight = torch.cat(weight.chunk(2)[::-1])
-    sizes = [len(weight) // count] * count
-    if fusion.sizes == "input":
-        sizes = [inputs] * (count - 1) + [len(weight) - inputs * (count - 1)]
-    return dict(zip(fusion.modules, torch.split(weight, sizes), strict=True))
+    heights = fusion.heights(inputs, len(weight))
+    assert heights is not None
+    found = stretches(heights, swapped=fusion.swapped)
+    assert found is not None
+    held = {
+        name: weight.new_empty((n, *weight.shape[1:]))
+        for name, n in zip(fusion.modules, heights, strict=True)
+    }
+    for each in found:
+        rows = weight[each.native : each.native + each.count]
+        held[fusion.modules[each.part]][each.first : each.first + each.count] = rows
+    return held
 
 
 def expected_parts(

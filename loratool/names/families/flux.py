@@ -93,7 +93,7 @@ def rows() -> Iterator[Row]:
     for native, hub in MERGED.items():
         yield single(f"{block}.{native}", f"{hub_block}.{hub}", SINGLE_BLOCKS)
     merged = expand(f"{hub_block}.{{attn.to_q,attn.to_k,attn.to_v,proj_mlp}}")
-    yield Row(f"{block}.linear1", Fusion(merged, sizes="input", ratio=4), SINGLE_BLOCKS)
+    yield Row(f"{block}.linear1", Fusion(merged, sizes="input", shares=(1, 1, 1, 4)), SINGLE_BLOCKS)
 
 
 ROWS: Final = tuple(rows())

@@ -103,18 +103,19 @@ def candidates(flat: str, kinds: Iterable[str]) -> tuple[str, ...]:
 
 
 def other_names(module: str, family: str | None) -> list[str]:
-    """Return what a module of a pipeline's backbone is called in the other naming, if it is one."""
+    """Return what a module of a pipeline's backbone is called otherwise, if it is one."""
     component, local = component_of(module)
     if component is None:
         return []
     found: dict[str, None] = {}
     for item in [family_named(family)] if family else claiming([local]):
         native = item.to_native(local)
-        if native is not None and len(native[1].modules) == 1 and not native[1].swapped:
-            found[native[0]] = None
+        if native is not None and native[1].is_plain:
+            found |= dict.fromkeys(item.natives(local))
         hub = item.from_native(local)
-        if hub is not None and len(hub.modules) == 1 and not hub.swapped:
-            found[hub.modules[0]] = None
+        if hub is not None:
+            found |= dict.fromkeys(name for name in item.natives(local) if name != local)
+            found |= dict.fromkeys(hub.modules if hub.is_plain else ())
     return list(found)
 
 
@@ -131,9 +132,10 @@ def fusions(module: str, family: str | None) -> list[tuple[str, Fusion]]:
     found: dict[tuple[str, Fusion], None] = {}
     for item in [family_named(family)] if family else claiming([local]):
         native = item.to_native(local)
-        fusion = item.from_native(local)
-        name, made = native or (local, fusion)
-        if made is not None and len(made.modules) > 1:
+        names = item.natives(local) if native is not None else (local,)
+        made = native[1] if native is not None else item.from_native(local)
+        if made is not None and not made.is_plain:
             parts = tuple(f"{component}.{part}" for part in made.modules)
-            found[f"{component}.{name}", replace(made, modules=parts)] = None
+            whole = replace(made, modules=parts)
+            found |= dict.fromkeys((f"{component}.{name}", whole) for name in names)
     return list(found)
