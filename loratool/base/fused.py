@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.base.place import Piece, Place
@@ -40,20 +40,21 @@ def fused_place(module: str, base: Model, family: str | None = None) -> Place | 
     The layout knows of such projections, or the family of diffusion models, whose original
     checkpoints fuse what diffusers has apart, or exchange the halves of its outputs.
     """
-    return next(
-        filter(None, (_place_in(each, module, base) for each in _known(module, base, family))), None
-    )
+    places = (_place_in(name, known, base) for name, known in _known(module, base, family))
+    found = next(filter(None, places), None)
+    return replace(found, module=module) if found is not None else None
 
 
-def _known(module: str, base: Model, family: str | None) -> Iterator[Known]:
+def _known(module: str, base: Model, family: str | None) -> Iterator[tuple[str, Known]]:
+    """Yield what ``module`` is or is a part of, each with what it goes by there."""
     fused = base.layout.fused(module, base.config)
     if fused is not None:
-        yield Known(fused.whole, fused.parts, lambda _, total: fused.sizes(total))
-    for name, fusion in fusions(module, family):
-        yield Known(name, fusion.modules, fusion.heights, fusion.swapped)
+        yield module, Known(fused.whole, fused.parts, lambda _, total: fused.sizes(total))
+    for name, whole, fusion in fusions(module, family):
+        yield name, Known(whole, fusion.modules, fusion.heights, fusion.swapped)
 
 
-def _place_in(known: Known, module: str, base: Model) -> Place | None:
+def _place_in(module: str, known: Known, base: Model) -> Place | None:
     """Return the place of ``module``, which is all or a part of ``known``."""
     if module == known.whole:
         places = [base.own_place(part) for part in known.parts]

@@ -8,7 +8,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Final
 
-from loratool.names.vocabulary import NUMBER, Vocabulary, is_number
+from loratool.names.vocabulary import NUMBER, Vocabulary, flatten, is_number
 
 __all__ = [
     "CLIP_G",
@@ -128,20 +128,16 @@ class Row:
         native: The native module; ``*`` where the number of the block stands, if it has one.
         hub: What it is, with ``*`` in the same place of each of its modules.
         count: In how many blocks it occurs, counted from 0.
-        also: What else tools call the native module; read, and never written.
     """
 
     native: str
     hub: Fusion
     count: int = 1
-    also: tuple[str, ...] = ()
 
 
-def single(
-    native: str, hub: str, count: int = 1, *, swapped: bool = False, also: tuple[str, ...] = ()
-) -> Row:
+def single(native: str, hub: str, count: int = 1, *, swapped: bool = False) -> Row:
     """Return the row of a native module that is one hub module."""
-    return Row(native, Fusion((hub,), swapped=swapped), count, also)
+    return Row(native, Fusion((hub,), swapped=swapped), count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +190,8 @@ class Family:
             published in the naming of diffusers.
         hub_names: Names of diffusers' models of any depth; those of the table if not given.
         native_names: The same in the original naming.
+        others: The same modules in further namings, each cut as that one cuts them; read, and
+            never written.
         encoders: The components that are text encoders, with their roles; empty if not known.
         refines: The family that is meant where names fit both.
         is_trained_native: Whether kohya's trainers use the native names.
@@ -210,30 +208,37 @@ class Family:
     rows: tuple[Row, ...] = field(default=(), repr=False, compare=False)
     hub_names: Vocabulary = field(default=NONE, repr=False, compare=False)
     native_names: Vocabulary = field(default=NONE, repr=False, compare=False)
+    others: tuple[Row, ...] = field(default=(), repr=False, compare=False)
     encoders: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     refines: str | None = field(default=None, compare=False)
     is_trained_native: bool = field(default=True, repr=False, compare=False)
     releases: tuple[Release, ...] = field(default=(), repr=False, compare=False)
     told_by: tuple[str, ...] = field(default=(), repr=False, compare=False)
     proportions: tuple[Proportion, ...] = field(default=(), repr=False, compare=False)
-    _by_native: Mapping[str, Row] = field(init=False, repr=False, compare=False)
-    _by_hub: Mapping[str, Row] = field(init=False, repr=False, compare=False)
+    _by_native: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
+    _by_hub: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
     _repeated: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        natives = [(name, row) for row in self.rows for name in (row.native, *row.also)]
-        hubs = [(module, row) for row in self.rows for module in row.hub.modules]
-        by_native, by_hub = dict(natives), dict(hubs)
-        if len(by_native) != len(natives) or len(by_hub) != len(hubs):
+        every = (*self.rows, *self.others)
+        by_native = {row.native: (row,) for row in every}
+        hubs = [module for row in self.rows for module in row.hub.modules]
+        by_hub: dict[str, tuple[Row, ...]] = dict.fromkeys(hubs, ())
+        if len(by_native) != len(every) or len(by_hub) != len(hubs):
             raise ValueError(f"{self.name}: a module occurs twice in the table")
+        for row in every:
+            for module in row.hub.modules:
+                by_hub[module] += (row,)
         pairs = (pair for name in (*by_native, *by_hub) for pair in pairwise(name.split(".")))
         repeated = frozenset(parent for parent, number in pairs if number == NUMBER)
+        # Of natives that flatten alike, the one that is written is meant.
+        flat = {flatten(native): native for native in reversed(by_native)}
         for name, value in {
             "_by_native": by_native,
             "_by_hub": by_hub,
             "_repeated": repeated,
             "hub_names": Vocabulary(by_hub) if self.hub_names is NONE else self.hub_names,
-            "native_names": Vocabulary(row.native for row in self.rows)
+            "native_names": Vocabulary(flat.values())
             if self.native_names is NONE
             else self.native_names,
         }.items():
@@ -245,7 +250,7 @@ class Family:
 
         The paths of such a file stay native: one module there is several in diffusers.
         """
-        return not all(row.hub.is_plain for row in self.rows)
+        return not all(row.hub.is_plain for row in (*self.rows, *self.others))
 
     def release(self, widths: Collection[int] = ()) -> Release | None:
         """Return what metadata call the model.
@@ -258,8 +263,8 @@ class Family:
 
     def from_native(self, module: str) -> Fusion | None:
         """Return what a native module is; ``None`` if the family has no such native module."""
-        found = self._row(module, self._by_native)
-        return None if found is None else numbered(found[0].hub, found[1])
+        found = self._rows(module, self._by_native)
+        return None if found is None else numbered(found[0][0].hub, found[1])
 
     def to_native(self, module: str) -> tuple[str, Fusion] | None:
         """Return the native module that contains a hub module, and all that it is made of.
@@ -268,33 +273,48 @@ class Family:
             The native module's name and its fusion, of which ``module`` is one part; ``None`` if
             the family has no such hub module.
         """
-        found = self._row(module, self._by_hub)
-        if found is None:
-            return None
-        row, number = found
-        return row.native.replace(NUMBER, number), numbered(row.hub, number)
+        return next(iter(self.wholes(module)), None)
 
-    def natives(self, module: str) -> tuple[str, ...]:
-        """Return what tools call the native module that a module is, or is a part of.
-
-        Args:
-            module: In either naming.
+    def wholes(self, module: str) -> list[tuple[str, Fusion]]:
+        """Return the native modules that contain a hub module, with what they are made of.
 
         Returns:
-            The name that is written, then the others; none if the family has no such module.
+            One for each naming that has its own, the one that is written first.
         """
-        found = self._row(module, self._by_hub) or self._row(module, self._by_native)
+        found = self._rows(module, self._by_hub)
         if found is None:
-            return ()
-        row, number = found
-        return tuple(name.replace(NUMBER, number) for name in (row.native, *row.also))
+            return []
+        rows, number = found
+        return [(row.native.replace(NUMBER, number), numbered(row.hub, number)) for row in rows]
+
+    def names(self, module: str) -> tuple[str, ...]:
+        """Return what a module is called in each naming that has exactly that module.
+
+        Args:
+            module: In any of them.
+
+        Returns:
+            The names, the native one that is written first and the hub's last.
+        """
+        made = self.from_native(module)
+        if made is None or self.to_native(module):
+            made = Fusion((module,))
+        natives = [name for name, fusion in self.wholes(made.modules[0]) if fusion == made]
+        return (*natives, *(made.modules if made.is_plain else ()))
+
+    def is_written(self, native: str) -> bool:
+        """Whether a native module is called so in the naming that is written."""
+        made = self.from_native(native)
+        return made is not None and self.to_native(made.modules[0]) == (native, made)
 
     def has(self, module: str) -> bool:
         """Whether the family has a module of this name, hub or native."""
-        return any(self._row(module, table) for table in (self._by_hub, self._by_native))
+        return any(self._rows(module, table) for table in (self._by_hub, self._by_native))
 
-    def _row(self, module: str, table: Mapping[str, Row]) -> tuple[Row, str] | None:
-        """Return the row of a module and the number of its block, as written."""
+    def _rows(
+        self, module: str, table: Mapping[str, tuple[Row, ...]]
+    ) -> tuple[tuple[Row, ...], str] | None:
+        """Return the rows of a module, and the number of its block, as written."""
         if NUMBER in module:
             return None
         exact = table.get(module)
@@ -303,8 +323,9 @@ class Family:
         segments = module.split(".")
         for index, (parent, number) in enumerate(pairwise(segments), 1):
             if parent in self._repeated:
-                row = table.get(".".join((*segments[:index], NUMBER, *segments[index + 1 :])))
-                return (row, number) if row is not None and is_below(number, row.count) else None
+                rows = table.get(".".join((*segments[:index], NUMBER, *segments[index + 1 :])))
+                is_there = rows is not None and is_below(number, rows[0].count)
+                return (rows, number) if rows is not None and is_there else None
         return None
 
 

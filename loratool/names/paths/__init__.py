@@ -107,35 +107,35 @@ def other_names(module: str, family: str | None) -> list[str]:
     component, local = component_of(module)
     if component is None:
         return []
-    found: dict[str, None] = {}
-    for item in [family_named(family)] if family else claiming([local]):
-        native = item.to_native(local)
-        if native is not None and native[1].is_plain:
-            found |= dict.fromkeys(item.natives(local))
-        hub = item.from_native(local)
-        if hub is not None:
-            found |= dict.fromkeys(name for name in item.natives(local) if name != local)
-            found |= dict.fromkeys(hub.modules if hub.is_plain else ())
-    return list(found)
+    families = [family_named(family)] if family else claiming([local])
+    found = dict.fromkeys(name for item in families for name in item.names(local))
+    return [name for name in found if name != local]
 
 
-def fusions(module: str, family: str | None) -> list[tuple[str, Fusion]]:
-    """Return the projections that a module of a backbone is in one naming, or is part of.
+def fusions(module: str, family: str | None) -> list[tuple[str, str, Fusion]]:
+    """Return the projections that a module of a backbone is, or is part of, in some naming.
 
     Returns:
-        The native path and what it is made of, both with the component; none where the two
-        namings have the module alike.
+        For each, what the module goes by in it, the native path, and what it is made of, all
+        with the component; none where all namings have the module alike.
     """
     component, local = component_of(module)
     if component is None:
         return []
-    found: dict[tuple[str, Fusion], None] = {}
+    found: dict[tuple[str, str, Fusion], None] = {}
     for item in [family_named(family)] if family else claiming([local]):
-        native = item.to_native(local)
-        names = item.natives(local) if native is not None else (local,)
-        made = native[1] if native is not None else item.from_native(local)
+        made = item.from_native(local)
         if made is not None and not made.is_plain:
-            parts = tuple(f"{component}.{part}" for part in made.modules)
-            whole = replace(made, modules=parts)
-            found |= dict.fromkeys((f"{component}.{name}", whole) for name in names)
-    return list(found)
+            found[local, local, made] = None
+        for name in item.names(local)[-1:]:
+            found |= dict.fromkeys((name, *whole) for whole in item.wholes(name))
+    return [
+        (f"{component}.{name}", f"{component}.{whole}", _inside(component, made))
+        for name, whole, made in found
+        if not made.is_plain
+    ]
+
+
+def _inside(component: str, fusion: Fusion) -> Fusion:
+    """Return a fusion of modules with their component."""
+    return replace(fusion, modules=tuple(f"{component}.{part}" for part in fusion.modules))
