@@ -20,6 +20,7 @@ __all__ = [
     "Release",
     "Row",
     "Stretch",
+    "same",
     "single",
     "stretches",
 ]
@@ -138,6 +139,11 @@ class Row:
 def single(native: str, hub: str, count: int = 1, *, swapped: bool = False) -> Row:
     """Return the row of a native module that is one hub module."""
     return Row(native, Fusion((hub,), swapped=swapped), count)
+
+
+def same(name: str, count: int = 1) -> Row:
+    """Return the row of a module that both namings call alike."""
+    return single(name, name, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +312,19 @@ class Family:
         """Whether a native module is called so in the naming that is written."""
         made = self.from_native(native)
         return made is not None and self.to_native(made.modules[0]) == (native, made)
+
+    def is_last(self, module: str) -> bool:
+        """Whether a module is of the last block of a stack, in either naming."""
+        found = self._rows(module, self._by_hub) or self._rows(module, self._by_native)
+        if found is None:
+            return False
+        (row, *_), number = found
+        return row.count > 1 and number == str(row.count - 1)
+
+    def parse(self, flat: str) -> tuple[str, ...]:
+        """Return the modules, in either naming, whose flattened name is ``flat``."""
+        found = (*self.hub_names.parse(flat), *self.native_names.parse(flat))
+        return tuple(dict.fromkeys(found))
 
     def has(self, module: str) -> bool:
         """Whether the family has a module of this name, hub or native."""

@@ -11,6 +11,7 @@ from samples import lora
 
 import loratool
 from loratool.errors import BaseModelError
+from loratool.names.embeddings import is_embedding
 from loratool.names.families import families
 from loratool.names.family import Family, Fusion
 from loratool.names.vocabulary import NUMBER
@@ -31,7 +32,7 @@ def modules(family: Family) -> dict[str, Fusion]:
         row.native.replace(NUMBER, number)
         for row in family.rows
         for number in map(str, sorted({*range(row.count)[:1], *range(row.count)[-1:]}))
-        if "norm" not in row.native.rpartition(".")[2]
+        if "norm" not in row.native.rpartition(".")[2] and not is_embedding(row.native)
     ]
     found = {name: family.from_native(name) for name in names}
     return {name: fusion for name, fusion in found.items() if fusion is not None}

@@ -50,7 +50,7 @@ def plausible_families(backbone: Collection[str], encoders: Collection[str] = ()
     found = [family for family, count in zip(asked, counts, strict=True) if count == best]
     if any(encoder != "text_encoder" for encoder in encoders):
         found = with_several_encoders(found)
-    return unrefined(found)
+    return unrefined(found, backbone)
 
 
 def with_several_encoders(found: Sequence[Family]) -> list[Family]:
