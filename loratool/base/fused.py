@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratool.base.layout import Fused
 from loratool.base.place import Piece, Place
 from loratool.errors import BaseModelError
+from loratool.names.family import stretches
 from loratool.names.paths import fusions
 
 if TYPE_CHECKING:
@@ -15,59 +17,89 @@ if TYPE_CHECKING:
 __all__ = ["fused_place"]
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A module that is others in another naming, output by output.
+
+    Attributes:
+        whole: Its name.
+        parts: The others.
+        heights: Returns how many outputs each of them has, given the inputs and all outputs.
+        swapped: Whether the halves of its outputs are exchanged.
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+    heights: Callable[[int, int], tuple[int, ...] | None]
+    swapped: bool = False
+
+
 def fused_place(module: str, base: Model, family: str | None = None) -> Place | None:
     """Return the place of rows of a fused projection, or of one that is several here.
 
     The layout knows of such projections, or the family of diffusion models, whose original
-    checkpoints fuse what diffusers has apart.
+    checkpoints fuse what diffusers has apart, or exchange the halves of its outputs.
     """
+    places = (_place_in(name, known, base) for name, known in _known(module, base, family))
+    found = next(filter(None, places), None)
+    return replace(found, module=module) if found is not None else None
+
+
+def _known(module: str, base: Model, family: str | None) -> Iterator[tuple[str, Known]]:
+    """Yield what ``module`` is or is a part of, each with what it goes by there."""
     fused = base.layout.fused(module, base.config)
-    known = [fused] if fused is not None else []
-    known += [
-        Fused(name, fusion.modules, are_inputs=fusion.sizes == "input")
-        for name, fusion in fusions(module, family)
-    ]
-    return next(filter(None, (_place_in(each, module, base) for each in known)), None)
+    if fused is not None:
+        yield module, Known(fused.whole, fused.parts, lambda _, total: fused.sizes(total))
+    for name, whole, fusion in fusions(module, family):
+        yield name, Known(whole, fusion.modules, fusion.heights, fusion.swapped)
 
 
-def _place_in(fused: Fused, module: str, base: Model) -> Place | None:
-    """Return the place of ``module``, which is all or a part of ``fused``."""
-    if module == fused.whole:
-        places = [base.own_place(part) for part in fused.parts]
-        return _joined(module, [place for place in places if place], len(places))
-    whole = base.own_place(fused.whole)
+def _place_in(module: str, known: Known, base: Model) -> Place | None:
+    """Return the place of ``module``, which is all or a part of ``known``."""
+    if module == known.whole:
+        places = [base.own_place(part) for part in known.parts]
+        return _joined(known, [place for place in places if place])
+    whole = base.own_place(known.whole)
     if whole is None:
         return None
-    sizes = fused.sizes(*whole.shape[:2])
-    if sizes is None:
+    outputs, inputs = whole.shape[:2]
+    heights = known.heights(inputs, outputs)
+    found = None if heights is None else stretches(heights, swapped=known.swapped)
+    if found is None:
         raise BaseModelError(
-            f"{base.path}: {fused.whole}",
-            f"has {whole.shape[0]} rows, which are not those of {', '.join(fused.parts)}",
+            f"{base.path}: {known.whole}",
+            f"has {outputs} rows, which are not those of {', '.join(known.parts)}",
             hint="is config.json that of this model?",
         )
-    index = fused.parts.index(module)
-    return _rows(module, whole, sum(sizes[:index]), sizes[index])
+    part = known.parts.index(module)
+    pieces = [
+        _rows(whole, each.native, each.count, each.first) for each in found if each.part == part
+    ]
+    return _made_of(pieces, module, whole)
 
 
-def _joined(module: str, parts: list[Place], count: int) -> Place | None:
+def _joined(known: Known, parts: Sequence[Place]) -> Place | None:
     """Return what ``parts`` are in one; ``None`` where some of them are missing."""
-    if not parts or len(parts) != count or len({part.shape[1:] for part in parts}) != 1:
+    if len(parts) != len(known.parts) or len({part.shape[1:] for part in parts}) != 1:
         return None
-    pieces: list[Piece] = []
-    first = 0
-    for part in parts:
-        (piece,) = part.pieces
-        pieces.append(Piece(piece.name, piece.tensor, piece.region, first))
-        first += part.shape[0]
-    return Place(module, (first, *parts[0].shape[1:]), parts[0].dtype, tuple(pieces))
+    found = stretches([part.shape[0] for part in parts], swapped=known.swapped)
+    if found is None:
+        return None
+    pieces = [
+        _rows(parts[each.part], each.first, each.count, each.native)
+        for each in sorted(found, key=lambda each: each.native)
+    ]
+    return _made_of(pieces, known.whole, parts[0])
 
 
-def _rows(module: str, whole: Place, first: int, count: int) -> Place:
-    """Return the place of ``count`` outputs of a fused projection."""
-    (piece,) = whole.pieces
-    return Place(
-        module,
-        (count, *whole.shape[1:]),
-        whole.dtype,
-        (Piece(piece.name, piece.tensor, piece.region.outputs(first, count)),),
-    )
+def _rows(place: Place, first: int, count: int, to: int) -> Piece:
+    """Return ``count`` outputs of a module as those of another one, from its output ``to`` on."""
+    (piece,) = place.pieces
+    if count == place.shape[0]:
+        return Piece(piece.name, piece.tensor, piece.region, to)
+    return Piece(piece.name, piece.tensor, piece.region.outputs(first, count), to)
+
+
+def _made_of(pieces: Sequence[Piece], module: str, like: Place) -> Place:
+    count = sum(piece.outputs for piece in pieces)
+    return Place(module, (count, *like.shape[1:]), like.dtype, tuple(pieces))

@@ -33,21 +33,16 @@ class Fused:
         whole: The module that holds all of them.
         parts: The modules that they are where each has a weight of its own, in their order.
         rows: The rows of each; empty where they are equal.
-        are_inputs: Whether each but the last has as many rows as there are inputs, and the last
-            the rest.
     """
 
     whole: str
     parts: tuple[str, ...]
     rows: tuple[int, ...] = ()
-    are_inputs: bool = False
 
-    def sizes(self, total: int, inputs: int = 0) -> tuple[int, ...] | None:
+    def sizes(self, total: int) -> tuple[int, ...] | None:
         """Return the rows of each part of ``total``; ``None`` where they do not add up."""
         count = len(self.parts)
         rows = self.rows or (total // count,) * count
-        if self.are_inputs:
-            rows = (*(inputs for _ in self.parts[1:]), total - inputs * (count - 1))
         return rows if sum(rows) == total and min(rows) > 0 else None
 
 

@@ -28,7 +28,7 @@ from loratool.files.container import WeightsFile
 from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 from loratool.names.conv1d import CONV1D_LEAVES, CONV1D_MODEL_TYPES
-from loratool.names.paths import family_name, other_names
+from loratool.names.paths import family_name, fusions, other_names
 from loratool.names.pipelines import BACKBONES, COMPONENTS
 from loratool.names.tied import EMBEDDING_LEAVES
 
@@ -278,7 +278,8 @@ class Model:
     def is_conv1d(self, module: str) -> bool | None:
         """Whether a square weight is stored as ``(in, out)``; ``None`` if nothing can tell.
 
-        Decided by the other layers of the same kind, then by the model type.
+        Decided by the other layers of the same kind, then by the model type; diffusion models
+        have no such layers.
         """
         types = self.config.model_types
         if self.is_turned(module):
@@ -286,7 +287,9 @@ class Model:
         if module.rpartition(".")[2] in CONV1D_LEAVES:
             if self._widening is not None:
                 return self._widening
-            return bool(types & CONV1D_MODEL_TYPES) if types else None
+            if not types:
+                return None if self.family is None else False
+            return bool(types & CONV1D_MODEL_TYPES)
         return False if types else None
 
     # --- where things are
@@ -386,14 +389,21 @@ class Model:
         return None
 
     def _name_of(self, module: str, family: str | None) -> str | None:
+        exact = self._exact(module, family)
+        if exact is not None:
+            return exact
+        for _, whole, fusion in fusions(module, family):
+            if any(self._exact(name, family) for name in (whole, *fusion.modules)):
+                return None  # it is here, cut otherwise; what looks alike is another one
+        return next(filter(None, map(self._like, self._spellings(module, family))), None)
+
+    def _exact(self, module: str, family: str | None) -> str | None:
+        """Return the weight of a module that has one of the names that this one may have."""
         for leaf in WEIGHT_LEAVES:
             if f"{module}.{leaf}" in self.tensors:
                 return f"{module}.{leaf}"
-        paths = list(self._spellings(module, family))
-        exact = next((self.modules[path] for path in paths if path in self.modules), None)
-        if exact is not None:
-            return exact
-        return next(filter(None, map(self._like, paths)), None)
+        paths = self._spellings(module, family)
+        return next((self.modules[path] for path in paths if path in self.modules), None)
 
     def _spellings(self, module: str, family: str | None) -> Iterator[str]:
         """Yield what ``module`` may be called, what it is most likely called first."""

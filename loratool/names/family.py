@@ -2,18 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Final
 
-from loratool.names.vocabulary import NUMBER, Vocabulary, is_number
+from loratool.names.vocabulary import NUMBER, Vocabulary, flatten, is_number
 
-__all__ = ["CLIP_G", "CLIP_L", "T5", "Family", "Fusion", "Proportion", "Release", "Row", "single"]
+__all__ = [
+    "CLIP_G",
+    "CLIP_L",
+    "T5",
+    "Family",
+    "Fusion",
+    "Proportion",
+    "Release",
+    "Row",
+    "Stretch",
+    "same",
+    "single",
+    "stretches",
+]
 
 CLIP_L, CLIP_G, T5 = "clip-l", "clip-g", "t5"
 """The roles of text encoders; what a scheme calls them is its own business."""
 NONE: Final = Vocabulary(())
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Outputs that a native module and one of the hub modules in it have in common.
+
+    Attributes:
+        part: Which of the hub modules.
+        first: The first of its outputs.
+        native: The first of the native module's outputs.
+        count: How many they are.
+    """
+
+    part: int
+    first: int
+    native: int
+    count: int
+
+
+def stretches(heights: Sequence[int], *, swapped: bool = False) -> tuple[Stretch, ...] | None:
+    """Return where the outputs of parts lie in the whole, those of the first part first.
+
+    Args:
+        heights: How many outputs each part has.
+        swapped: Whether the halves of the whole are exchanged.
+
+    Returns:
+        The stretches; ``None`` where there are no halves to exchange.
+    """
+    if swapped:
+        half, odd = divmod(sum(heights), 2)
+        return None if odd else (Stretch(0, 0, half, half), Stretch(0, half, 0, half))
+    found, start = [], 0
+    for part, height in enumerate(heights):
+        found.append(Stretch(part, 0, start, height))
+        start += height
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +74,51 @@ class Fusion:
     Attributes:
         modules: Hub modules, in the order of their rows in the native module's output.
         sizes: ``"equal"``: each one has as many rows as the others. ``"input"``: all but the last
-            have as many rows as they have inputs, and the last one has the rest.
+            have as many rows as they have inputs, and the last one has the rest. ``"grouped"``:
+            the first one has as many rows as inputs, and the others share the rest equally, as
+            keys and values do that several heads of queries look at.
         swapped: Whether the two halves of the output rows are exchanged: the native module gives
             (shift, scale) where the hub's gives (scale, shift).
-        ratio: Rows of the last one over its inputs, where its size cannot be told otherwise.
+        shares: The rows of each one, in proportion, where their sizes cannot be told otherwise.
     """
 
     modules: tuple[str, ...]
     sizes: str = "equal"
     swapped: bool = False
-    ratio: int | None = None
+    shares: tuple[int, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the native module is one of the hub, output by output."""
+        return len(self.modules) == 1 and not self.swapped
+
+    def heights(
+        self, inputs: int, total: int | None, known: Mapping[str, int] = MappingProxyType({})
+    ) -> tuple[int, ...] | None:
+        """Return how many rows each hub module has.
+
+        Args:
+            inputs: How many inputs all of them have.
+            total: How many rows they have together, if that is known.
+            known: The rows of some of them, by name.
+
+        Returns:
+            The rows; ``None`` where nothing tells, or where they do not add up.
+        """
+        count = len(self.modules)
+        told = {"equal": 0, "grouped": 1, "input": count - 1}[self.sizes]
+        first = [known.get(module, inputs) for module in self.modules[:told]]
+        others = self.modules[told:]
+        size = next((known[module] for module in others if module in known), None)
+        if size is None and total is not None:
+            size = (total - sum(first)) // len(others)
+        elif size is None and self.shares:
+            size = inputs * self.shares[-1] // self.shares[0]
+        if size is None:
+            return None
+        found = (*first, *(known.get(module, size) for module in others))
+        is_whole = min(found) > 0 and total in (None, sum(found))
+        return found if is_whole else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +139,11 @@ class Row:
 def single(native: str, hub: str, count: int = 1, *, swapped: bool = False) -> Row:
     """Return the row of a native module that is one hub module."""
     return Row(native, Fusion((hub,), swapped=swapped), count)
+
+
+def same(name: str, count: int = 1) -> Row:
+    """Return the row of a module that both namings call alike."""
+    return single(name, name, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +196,8 @@ class Family:
             published in the naming of diffusers.
         hub_names: Names of diffusers' models of any depth; those of the table if not given.
         native_names: The same in the original naming.
+        others: The same modules in further namings, each cut as that one cuts them; read, and
+            never written.
         encoders: The components that are text encoders, with their roles; empty if not known.
         refines: The family that is meant where names fit both.
         is_trained_native: Whether kohya's trainers use the native names.
@@ -121,31 +214,37 @@ class Family:
     rows: tuple[Row, ...] = field(default=(), repr=False, compare=False)
     hub_names: Vocabulary = field(default=NONE, repr=False, compare=False)
     native_names: Vocabulary = field(default=NONE, repr=False, compare=False)
+    others: tuple[Row, ...] = field(default=(), repr=False, compare=False)
     encoders: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     refines: str | None = field(default=None, compare=False)
     is_trained_native: bool = field(default=True, repr=False, compare=False)
     releases: tuple[Release, ...] = field(default=(), repr=False, compare=False)
     told_by: tuple[str, ...] = field(default=(), repr=False, compare=False)
     proportions: tuple[Proportion, ...] = field(default=(), repr=False, compare=False)
-    _by_native: Mapping[str, Row] = field(init=False, repr=False, compare=False)
-    _by_hub: Mapping[str, Row] = field(init=False, repr=False, compare=False)
+    _by_native: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
+    _by_hub: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
     _repeated: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        by_native = {row.native: row for row in self.rows}
-        by_hub = {module: row for row in self.rows for module in row.hub.modules}
-        if len(by_native) != len(self.rows) or len(by_hub) != sum(
-            len(row.hub.modules) for row in self.rows
-        ):
+        every = (*self.rows, *self.others)
+        by_native = {row.native: (row,) for row in every}
+        hubs = [module for row in self.rows for module in row.hub.modules]
+        by_hub: dict[str, tuple[Row, ...]] = dict.fromkeys(hubs, ())
+        if len(by_native) != len(every) or len(by_hub) != len(hubs):
             raise ValueError(f"{self.name}: a module occurs twice in the table")
+        for row in every:
+            for module in row.hub.modules:
+                by_hub[module] += (row,)
         pairs = (pair for name in (*by_native, *by_hub) for pair in pairwise(name.split(".")))
         repeated = frozenset(parent for parent, number in pairs if number == NUMBER)
+        # Of natives that flatten alike, the one that is written is meant.
+        flat = {flatten(native): native for native in reversed(by_native)}
         for name, value in {
             "_by_native": by_native,
             "_by_hub": by_hub,
             "_repeated": repeated,
             "hub_names": Vocabulary(by_hub) if self.hub_names is NONE else self.hub_names,
-            "native_names": Vocabulary(by_native)
+            "native_names": Vocabulary(flat.values())
             if self.native_names is NONE
             else self.native_names,
         }.items():
@@ -157,7 +256,7 @@ class Family:
 
         The paths of such a file stay native: one module there is several in diffusers.
         """
-        return any(len(row.hub.modules) > 1 or row.hub.swapped for row in self.rows)
+        return not all(row.hub.is_plain for row in (*self.rows, *self.others))
 
     def release(self, widths: Collection[int] = ()) -> Release | None:
         """Return what metadata call the model.
@@ -170,8 +269,8 @@ class Family:
 
     def from_native(self, module: str) -> Fusion | None:
         """Return what a native module is; ``None`` if the family has no such native module."""
-        found = self._row(module, self._by_native)
-        return None if found is None else numbered(found[0].hub, found[1])
+        found = self._rows(module, self._by_native)
+        return None if found is None else numbered(found[0][0].hub, found[1])
 
     def to_native(self, module: str) -> tuple[str, Fusion] | None:
         """Return the native module that contains a hub module, and all that it is made of.
@@ -180,18 +279,61 @@ class Family:
             The native module's name and its fusion, of which ``module`` is one part; ``None`` if
             the family has no such hub module.
         """
-        found = self._row(module, self._by_hub)
+        return next(iter(self.wholes(module)), None)
+
+    def wholes(self, module: str) -> list[tuple[str, Fusion]]:
+        """Return the native modules that contain a hub module, with what they are made of.
+
+        Returns:
+            One for each naming that has its own, the one that is written first.
+        """
+        found = self._rows(module, self._by_hub)
         if found is None:
-            return None
-        row, number = found
-        return row.native.replace(NUMBER, number), numbered(row.hub, number)
+            return []
+        rows, number = found
+        return [(row.native.replace(NUMBER, number), numbered(row.hub, number)) for row in rows]
+
+    def names(self, module: str) -> tuple[str, ...]:
+        """Return what a module is called in each naming that has exactly that module.
+
+        Args:
+            module: In any of them.
+
+        Returns:
+            The names, the native one that is written first and the hub's last.
+        """
+        made = self.from_native(module)
+        if made is None or self.to_native(module):
+            made = Fusion((module,))
+        natives = [name for name, fusion in self.wholes(made.modules[0]) if fusion == made]
+        return (*natives, *(made.modules if made.is_plain else ()))
+
+    def is_written(self, native: str) -> bool:
+        """Whether a native module is called so in the naming that is written."""
+        made = self.from_native(native)
+        return made is not None and self.to_native(made.modules[0]) == (native, made)
+
+    def is_last(self, module: str) -> bool:
+        """Whether a module is of the last block of a stack, in either naming."""
+        found = self._rows(module, self._by_hub) or self._rows(module, self._by_native)
+        if found is None:
+            return False
+        (row, *_), number = found
+        return row.count > 1 and number == str(row.count - 1)
+
+    def parse(self, flat: str) -> tuple[str, ...]:
+        """Return the modules, in either naming, whose flattened name is ``flat``."""
+        found = (*self.hub_names.parse(flat), *self.native_names.parse(flat))
+        return tuple(dict.fromkeys(found))
 
     def has(self, module: str) -> bool:
         """Whether the family has a module of this name, hub or native."""
-        return any(self._row(module, table) for table in (self._by_hub, self._by_native))
+        return any(self._rows(module, table) for table in (self._by_hub, self._by_native))
 
-    def _row(self, module: str, table: Mapping[str, Row]) -> tuple[Row, str] | None:
-        """Return the row of a module and the number of its block, as written."""
+    def _rows(
+        self, module: str, table: Mapping[str, tuple[Row, ...]]
+    ) -> tuple[tuple[Row, ...], str] | None:
+        """Return the rows of a module, and the number of its block, as written."""
         if NUMBER in module:
             return None
         exact = table.get(module)
@@ -200,8 +342,9 @@ class Family:
         segments = module.split(".")
         for index, (parent, number) in enumerate(pairwise(segments), 1):
             if parent in self._repeated:
-                row = table.get(".".join((*segments[:index], NUMBER, *segments[index + 1 :])))
-                return (row, number) if row is not None and is_below(number, row.count) else None
+                rows = table.get(".".join((*segments[:index], NUMBER, *segments[index + 1 :])))
+                is_there = rows is not None and is_below(number, rows[0].count)
+                return (rows, number) if rows is not None and is_there else None
         return None
 
 

@@ -41,9 +41,8 @@ def unflatten(flat: str, kind: str) -> tuple[str, ...]:
 
 
 def _of_backbones(flat: str) -> tuple[str, ...]:
-    families = claiming_flat(flat)
-    found = {id(v): v for family in families for v in (family.hub_names, family.native_names)}
-    return tuple(dict.fromkeys(path for each in found.values() for path in each.parse(flat)))
+    found = (path for family in claiming_flat(flat) for path in family.parse(flat))
+    return tuple(dict.fromkeys(found))
 
 
 @cache

@@ -36,6 +36,12 @@ class Naming:
         found = [f.from_native(local) for f in self.families if f.to_native(local) is None]
         return self._one(local, [item for item in found if item is not None])
 
+    def is_foreign(self, local: str) -> bool:
+        """Whether a native path is of a naming that is read, and never written."""
+        return self.fusion(local) is not None and not any(
+            f.is_written(local) for f in self.families
+        )
+
     def native(self, local: str) -> tuple[str, Fusion] | None:
         """Return the native module that holds a path of diffusers, or ``None``.
 
@@ -105,7 +111,7 @@ def to_native(
     """
     groups: dict[str, tuple[Fusion, dict[str, Part]]] = {}
     order: list[str | Part] = []
-    for part in parts:
+    for part in _without_foreign(parts, naming):
         component, local = component_of(part.module)
         is_backbone = component is None or component in BACKBONES
         native = naming.native(local) if is_backbone else None
@@ -126,3 +132,13 @@ def to_native(
             fusion, members = groups[item]
             made.append(fused(item, fusion, members, shapes))
     return made
+
+
+def _without_foreign(parts: Sequence[Part], naming: Naming) -> Iterator[Part]:
+    """Yield ``parts``, diffusers' where they are under a native name that is never written."""
+    for part in parts:
+        component, local = component_of(part.module)
+        if component in PLACES and naming.is_foreign(local):
+            yield from _split(part, naming)
+        else:
+            yield part

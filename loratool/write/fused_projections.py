@@ -85,18 +85,13 @@ def check_splittable(part: Part, verb: str) -> None:
         )
 
 
-def _sizes(part: Part, fusion: Fusion) -> list[int]:
+def _sizes(part: Part, fusion: Fusion) -> tuple[int, ...]:
     """Return how many rows each part of a fused module has."""
-    out, count = part.up.shape[0], len(fusion.modules)
-    into = part.down.shape[1]
-    if fusion.sizes == "input":
-        sizes = [into] * (count - 1)
-        sizes.append(out - sum(sizes))
-    else:
-        sizes = [out // count] * count
-    if sum(sizes) != out or min(sizes) <= 0:
+    out, into = part.up.shape[0], part.down.shape[1]
+    sizes = fusion.heights(into, out)
+    if sizes is None:
         raise UnsupportedError(
-            part.module, f"has {out} outputs, which {count} projections cannot share"
+            part.module, f"has {out} outputs, which {len(fusion.modules)} projections cannot share"
         )
     return sizes
 

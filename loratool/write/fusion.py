@@ -104,25 +104,23 @@ def _heights(
     fusion: Fusion,
     members: Mapping[str, Part],
     shapes: Mapping[str, tuple[int, ...]],
-) -> list[int]:
+) -> tuple[int, ...]:
     """Return how many rows each part of a fused module has, absent ones included."""
     known = {module: part.up.shape[0] for module, part in members.items()}
     into = next(iter(members.values())).down.shape[1]
     total = shapes.get(name, (None,))[0]
-    if fusion.sizes != "input":
-        size = next(iter(known.values()))
-        return [known.get(module, size) for module in fusion.modules]
-    heights = [known.get(module, into) for module in fusion.modules[:-1]]
-    last = known.get(fusion.modules[-1])
-    if last is None and total is not None:
-        last = total - sum(heights)
-    elif last is None and fusion.ratio is not None:
-        last = fusion.ratio * into
-    if last is None or last <= 0:
+    heights = fusion.heights(into, total, known)
+    if heights is None and total is not None:
+        raise UnsupportedError(
+            name,
+            f"has {total} outputs in the base, which are not those of {', '.join(known)}",
+            hint="is this the base that the adapter was trained on?",
+        )
+    if heights is None:
         raise UnsupportedError(
             name, "fuses a projection whose size the adapter does not tell", hint="give --base"
         )
-    return [*heights, last]
+    return heights
 
 
 def _share_down(parts: Sequence[Part]) -> bool:

@@ -82,14 +82,20 @@ def claiming_flat(flat: str) -> tuple[Family, ...]:
     return tuple(family for file in sorted(files) for family in _held(names, file))
 
 
-def unrefined(found: Collection[Family]) -> list[Family]:
-    """Return families without those that refine another one of them.
+def unrefined(found: Collection[Family], modules: Collection[str] = ()) -> list[Family]:
+    """Return which of the families are meant that have the same modules of an adapter.
 
-    What fits both depths of Stable Diffusion 3 is the smaller one's, since adapters seldom leave
-    out every block from the 25th on.
+    What fits models of several depths is that one's whose last block it reaches, since adapters
+    seldom leave out every block from some one on; and none that refines another one of them.
+
+    Args:
+        found: The families.
+        modules: The modules, in either naming.
     """
     names = {family.name for family in found}
-    return [family for family in found if family.refines not in names]
+    left = [family for family in found if family.refines not in names]
+    reached = [family for family in left if any(map(family.is_last, modules))]
+    return reached or left
 
 
 @cache

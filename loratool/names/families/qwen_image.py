@@ -1,17 +1,16 @@
-"""Qwen-Image, which was published in the naming of diffusers."""
+"""Qwen-Image and its editing models, which were published in the naming of diffusers."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from loratool.names.family import Family
+from loratool.names.family import Family, same
 from loratool.names.templates import expand
-from loratool.names.vocabulary import Vocabulary
 
 __all__ = ["CLAIM", "FAMILIES"]
 
 CLAIM: Final = {
-    "families": [],
+    "families": ["qwen-image"],
     "segments": [
         "img_in",
         "norm_out",
@@ -24,9 +23,16 @@ CLAIM: Final = {
 }
 """How paths begin, in either naming."""
 
-NAMES: Final = expand(
+BLOCKS: Final = 60
+
+ENDS: Final = expand(
     "{img_in,txt_in,txt_norm,norm_out.linear,proj_out}",
     "time_text_embed.timestep_embedder.linear_{1,2}",
+    "time_text_embed.addition_t_embedding",
+)
+"""The last one is an embedding that Qwen-Image-Layered has."""
+
+BLOCK: Final = expand(
     "transformer_blocks.*.attn.{to_q,to_k,to_v,to_out.0}",
     "transformer_blocks.*.attn.{add_q_proj,add_k_proj,add_v_proj,to_add_out}",
     "transformer_blocks.*.attn.{norm_q,norm_k,norm_added_q,norm_added_k}",
@@ -34,4 +40,11 @@ NAMES: Final = expand(
     "transformer_blocks.*.{img_mod,txt_mod}.1",
 )
 
-FAMILIES: Final = (Family("qwen-image", "transformer", hub_names=Vocabulary(NAMES)),)
+QWEN_IMAGE: Final = Family(
+    "qwen-image",
+    "transformer",
+    (*(same(name) for name in ENDS), *(same(name, BLOCKS) for name in BLOCK)),
+)
+"""Qwen-Image, -Edit (2509, 2511) and -Layered."""
+
+FAMILIES: Final = (QWEN_IMAGE,)

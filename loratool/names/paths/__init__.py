@@ -50,7 +50,7 @@ def plausible_families(backbone: Collection[str], encoders: Collection[str] = ()
     found = [family for family, count in zip(asked, counts, strict=True) if count == best]
     if any(encoder != "text_encoder" for encoder in encoders):
         found = with_several_encoders(found)
-    return unrefined(found)
+    return unrefined(found, backbone)
 
 
 def with_several_encoders(found: Sequence[Family]) -> list[Family]:
@@ -103,37 +103,39 @@ def candidates(flat: str, kinds: Iterable[str]) -> tuple[str, ...]:
 
 
 def other_names(module: str, family: str | None) -> list[str]:
-    """Return what a module of a pipeline's backbone is called in the other naming, if it is one."""
+    """Return what a module of a pipeline's backbone is called otherwise, if it is one."""
     component, local = component_of(module)
     if component is None:
         return []
-    found: dict[str, None] = {}
-    for item in [family_named(family)] if family else claiming([local]):
-        native = item.to_native(local)
-        if native is not None and len(native[1].modules) == 1 and not native[1].swapped:
-            found[native[0]] = None
-        hub = item.from_native(local)
-        if hub is not None and len(hub.modules) == 1 and not hub.swapped:
-            found[hub.modules[0]] = None
-    return list(found)
+    families = [family_named(family)] if family else claiming([local])
+    found = dict.fromkeys(name for item in families for name in item.names(local))
+    return [name for name in found if name != local]
 
 
-def fusions(module: str, family: str | None) -> list[tuple[str, Fusion]]:
-    """Return the projections that a module of a backbone is in one naming, or is part of.
+def fusions(module: str, family: str | None) -> list[tuple[str, str, Fusion]]:
+    """Return the projections that a module of a backbone is, or is part of, in some naming.
 
     Returns:
-        The native path and what it is made of, both with the component; none where the two
-        namings have the module alike.
+        For each, what the module goes by in it, the native path, and what it is made of, all
+        with the component; none where all namings have the module alike.
     """
     component, local = component_of(module)
     if component is None:
         return []
-    found: dict[tuple[str, Fusion], None] = {}
+    found: dict[tuple[str, str, Fusion], None] = {}
     for item in [family_named(family)] if family else claiming([local]):
-        native = item.to_native(local)
-        fusion = item.from_native(local)
-        name, made = native or (local, fusion)
-        if made is not None and len(made.modules) > 1:
-            parts = tuple(f"{component}.{part}" for part in made.modules)
-            found[f"{component}.{name}", replace(made, modules=parts)] = None
-    return list(found)
+        made = item.from_native(local)
+        if made is not None and not made.is_plain:
+            found[local, local, made] = None
+        for name in item.names(local)[-1:]:
+            found |= dict.fromkeys((name, *whole) for whole in item.wholes(name))
+    return [
+        (f"{component}.{name}", f"{component}.{whole}", _inside(component, made))
+        for name, whole, made in found
+        if not made.is_plain
+    ]
+
+
+def _inside(component: str, fusion: Fusion) -> Fusion:
+    """Return a fusion of modules with their component."""
+    return replace(fusion, modules=tuple(f"{component}.{part}" for part in fusion.modules))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -71,15 +71,10 @@ def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collect
             paths[module] = tuple(_with_component(path, part, name) for path in mine)
         elif encoder_kinds(part):
             paths[module] = _encoder_paths(part, flat, name)
-        elif any(family.has(path) for family in families for path in backbone):
-            paths[module] = tuple(
-                dict.fromkeys(
-                    hub_path(path, family)
-                    for family in families
-                    for path in backbone
-                    if family.has(path)
-                )
-            )
+        elif own := dict.fromkeys(
+            hub_path(path, family) for path, family in _had_by(families, flat)
+        ):
+            paths[module] = tuple(own)
         elif part and len(backbone) == 1:  # of a model whose family has no table
             component = families[0].backbone if families else "transformer"
             paths[module] = (f"{component}.{backbone[0]}",)
@@ -115,7 +110,13 @@ def _families_of(found: Mapping[str, tuple[str, ...]], *, has_more_encoders: boo
     families = [family for family, count in zip(asked, counts, strict=True) if count == best]
     if has_more_encoders:
         families = with_several_encoders(families)
-    return unrefined(families)
+    return unrefined(families, [path for paths in named for path in paths])
+
+
+def _had_by(families: Iterable[Family], flat: str) -> Iterator[tuple[str, Family]]:
+    """Yield the paths that families have for a flattened one."""
+    for family in families:
+        yield from ((path, family) for path in family.parse(flat) if family.has(path))
 
 
 def _encoder_paths(part: str, flat: str, family: str | None) -> tuple[str, ...]:
@@ -160,9 +161,29 @@ def from_bare_flat(
             paths[module] = of_base[module]
         else:
             paths[module] = _bare_candidates(module)
+    paths = _told_by_others(paths)
     sole = [found[0] for found in paths.values() if len(found) == 1]
     components = frozenset(component_of(path)[0] or "" for path in sole) - {""}
     return Names(paths, family_name(sole), components)
+
+
+def _told_by_others(paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return ``paths``, where they are several those of the family that most others are of."""
+    if all(len(found) < 2 for found in paths.values()):
+        return dict(paths)
+    locals_ = {
+        module: tuple(component_of(path)[1] for path in found) for module, found in paths.items()
+    }
+    families = _families_of(locals_, has_more_encoders=False)
+    told = {}
+    for module, found in paths.items():
+        mine = [
+            path
+            for path, local in zip(found, locals_[module], strict=True)
+            if any(local == had for had, _ in _had_by(families, flatten(local)))
+        ]
+        told[module] = tuple(mine) if len(found) > 1 and mine else found
+    return told
 
 
 def _bare_candidates(flat: str) -> tuple[str, ...]:

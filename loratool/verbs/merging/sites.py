@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import pairwise
+
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.slots import Slot
 from loratool.base.experts import assign_parameters
@@ -41,6 +45,28 @@ def plan_sites(share: Share, base: Model) -> None:
             _add_edits(share, place, base, 2 * scale if is_doubled else scale)
             if Slot.UP_BIAS in site.slots:
                 _add_bias(share, place, base)
+    _check_apart(share, taken)
+
+
+def _check_apart(share: Share, taken: Mapping[tuple[str, Region], str]) -> None:
+    """Refuse sites that change some rows of a tensor twice: a projection, and one it is part of.
+
+    Raises:
+        BaseModelError: There are two.
+    """
+    rows: dict[tuple[str, int, int], list[tuple[int, int, str]]] = defaultdict(list)
+    for (name, region), label in taken.items():
+        if region.experts == 1:
+            span = (region.first_row, region.first_row + region.rows, label)
+            rows[name, region.first_column, region.columns].append(span)
+    for (name, *_), spans in rows.items():
+        for (_, end, one), (first, _, other) in pairwise(sorted(spans)):
+            if first < end and one != other:
+                raise BaseModelError(
+                    share.where(other),
+                    f"means rows of {name!r} that {one!r} means too",
+                    hint="leave out one of them with --skip",
+                )
 
 
 def replaced_shapes(share: Share) -> dict[str, tuple[int, ...]]:
