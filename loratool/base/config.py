@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.files.json import read_json_object
-from loratool.names.tied import GENERATIVE, GENERATIVE_TASKS, HEADS, MASKED_HEADS, OTHER_TASKS
+from loratool.names.tied import (
+    ALWAYS_TIED,
+    GENERATIVE,
+    GENERATIVE_TASKS,
+    HEADS,
+    OTHER_TASKS,
+    SCALED_BY_TIE,
+)
 
 __all__ = [
     "CONFIG_NAME",
@@ -87,6 +94,21 @@ class ModelConfig:
         return next((flag for flag in flags if isinstance(flag, bool)), None)
 
     @property
+    def is_untied(self) -> bool:
+        """Whether it says that nothing is tied, and its loader listens."""
+        return self.is_tied is False and self.model_type not in ALWAYS_TIED
+
+    @property
+    def can_untie(self) -> bool:
+        """Whether saying that nothing is tied changes nothing else."""
+        return self.model_type not in SCALED_BY_TIE
+
+    @property
+    def shares_tables(self) -> bool:
+        """Whether encoder and decoder have one vocabulary, where there are both."""
+        return self.raw.get("share_encoder_decoder_embeddings") is not False
+
+    @property
     def dtype(self) -> str | None:
         """The dtype (``BF16``) of its weights, where it says so."""
         for part in self._parts():
@@ -126,8 +148,6 @@ class ModelConfig:
             return None
         classes = self.architectures
         kind = str(self.raw.get("model_type"))
-        if any(name.endswith("ForMaskedLM") for name in classes):
-            return MASKED_HEADS.get(kind, "lm_head")
         generative = (
             any(name.endswith(GENERATIVE) for name in classes)
             or any(task in GENERATIVE_TASKS for task in tasks)

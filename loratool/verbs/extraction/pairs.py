@@ -216,8 +216,8 @@ def pair(base: Model, tuned: Model, selection: Selection) -> Pairing:
 
 
 def _tied_twins(model: Model) -> set[str]:
-    """Return names of stored heads that only repeat the embedding they are tied to."""
-    return {model.tie.head} if model.tie is not None and model.tie.is_stored else set()
+    """Return names of stored tensors that only repeat the one they are tied to."""
+    return {name for tie in model.ties for name in tie.stored if name != tie.source}
 
 
 def _find(name: str, base: Model) -> tuple[str, Weight] | None:
