@@ -15,6 +15,7 @@ from loratool.names.tied import (
     GENERATIVE_TASKS,
     HEADS,
     OTHER_TASKS,
+    READ_DIRECTLY,
     SCALED_BY_TIE,
 )
 
@@ -147,13 +148,30 @@ class ModelConfig:
         if not self.raw or any(task in OTHER_TASKS for task in tasks):
             return None
         classes = self.architectures
-        kind = str(self.raw.get("model_type"))
         generative = (
             any(name.endswith(GENERATIVE) for name in classes)
             or any(task in GENERATIVE_TASKS for task in tasks)
             or not classes
         )
-        return HEADS.get(kind, "lm_head") if generative else None
+        if not generative or self._has_new_head:
+            return None
+        return HEADS.get(str(self.raw.get("model_type")), "lm_head")
+
+    @property
+    def _has_new_head(self) -> bool:
+        """Whether it is a DeBERTa whose head is not the old one, with a weight of its own."""
+        return self.model_type in ("deberta", "deberta-v2") and self.raw.get("legacy") is False
+
+    def reads_directly(self, module: str) -> bool:
+        """Whether the head over the vocabulary reads the weight of ``module`` without calling it.
+
+        What an adapter adds to the output of such a module the head does not see.
+        """
+        kind = self.model_type or ""
+        is_head = any(name.endswith(GENERATIVE) for name in self.architectures)
+        is_meant = self._has_new_head or not kind.startswith("deberta")
+        read = READ_DIRECTLY.get(kind, ())
+        return is_head and is_meant and f".{module}".endswith(tuple(f".{name}" for name in read))
 
 
 def architectures(raw: Mapping[str, Any]) -> tuple[str, ...]:

@@ -244,11 +244,13 @@ class Model:
 
     def weight(self, name: str) -> Weight:
         """Return what holds the values of the parameter ``name``, stored under its name or not."""
-        return self.tensors[self.hidden.get(name, name)]
+        return self.tensors[name if name in self.tensors else self.hidden[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the parameter ``name``, stored under its name or not."""
-        return self.tensors[name].spec.shape if name in self.tensors else self.weight(name).spec.shape
+        return (
+            self.tensors[name].spec.shape if name in self.tensors else self.weight(name).spec.shape
+        )
 
     @cached_property
     def _widening(self) -> bool | None:

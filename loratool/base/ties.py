@@ -13,7 +13,7 @@ from loratool.files.spec import StoredTensor
 from loratool.names.tied import (
     APART_BIASES,
     EMBEDDING_LEAVES,
-    ENCODER_INPUTS,
+    INPUT_STACKS,
     SHARED_TABLES,
     STACKS,
 )
@@ -21,7 +21,7 @@ from loratool.names.tied import (
 if TYPE_CHECKING:
     from loratool.base.model import Model
 
-__all__ = ["Sharing", "Tie", "find_ties", "hidden_names", "possible_ties", "have_same_values"]
+__all__ = ["Sharing", "Tie", "find_ties", "have_same_values", "hidden_names", "possible_ties"]
 
 BLOCK_BYTES: Final = 4 << 20
 
@@ -189,9 +189,11 @@ def _head_beside(table: str, name: str) -> str:
 
 
 def _input(base: Model, names: Sequence[str]) -> str | None:
-    if base.config.model_type not in ENCODER_INPUTS or not base.config.is_encoder_decoder:
+    kind = base.config.model_type
+    if kind not in INPUT_STACKS or not base.config.is_encoder_decoder:
         return names[0]
-    return next((name for name in names if ".encoder." in f".{name}"), None)
+    inside = f".{INPUT_STACKS[kind]}."
+    return next((name for name in names if inside in f".{name}"), None)
 
 
 def _bias(base: Model, head: str) -> Sharing | None:

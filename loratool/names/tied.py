@@ -10,13 +10,14 @@ __all__ = [
     "ALWAYS_TIED",
     "APART_BIASES",
     "EMBEDDING_LEAVES",
-    "ENCODER_INPUTS",
     "GENERATIVE",
     "GENERATIVE_TASKS",
     "HEADS",
     "HEAD_LEAVES",
     "INNER_HEADS",
+    "INPUT_STACKS",
     "OTHER_TASKS",
+    "READ_DIRECTLY",
     "SCALED_BY_TIE",
     "SHARED_TABLES",
     "STACKS",
@@ -144,8 +145,8 @@ SHARED_TABLES: Final = dict.fromkeys(
 ) | {"prophetnet": ("word_embeddings", "word_embeddings")}
 """Model type to the name of the table that all stacks share, and of that of each stack."""
 
-ENCODER_INPUTS: Final = frozenset(("fsmt", "marian"))
-"""Model types whose input embedding is said to be the encoder's, not the shared table."""
+INPUT_STACKS: Final = {"fsmt": None, "marian": "encoder"}
+"""Model type to the stack whose table counts as the input embedding, where the first does not."""
 
 ALWAYS_TIED: Final = frozenset(("longt5", "mt5", "pop2piano", "t5", "udop", "umt5", "vilt"))
 """Model types whose weights are tied whatever ``tie_word_embeddings`` says."""
@@ -155,6 +156,16 @@ SCALED_BY_TIE: Final = ALWAYS_TIED | {"switch_transformers"}
 
 Untied in the configuration they would compute something else; their loader keeps two weights apart
 whose stored values differ.
+"""
+
+READ_DIRECTLY: Final = {
+    "deberta": ("word_embeddings",),
+    "deberta-v2": ("word_embeddings",),
+    "mobilebert": ("cls.predictions.decoder", "cls.predictions.dense"),
+}
+"""Model type to the modules whose weight its head over the vocabulary reads without calling them.
+
+That is so in DeBERTa only where its head is not the old one (``legacy`` is false).
 """
 
 GENERATIVE: Final = (

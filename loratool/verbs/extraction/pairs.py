@@ -226,6 +226,9 @@ def _find(name: str, base: Model) -> tuple[str, Weight] | None:
     own = name if name in base.tensors else base.tensor(module, leaf) if module else None
     if own is not None:
         return own, base.tensors[own]
+    tied = base.parameter(module, leaf) if module else None
+    if tied is not None:
+        return tied, base.weight(tied)
     place = base.find(module) if leaf == "weight" else None
     if place is None or place.is_whole or len(place.pieces) > 1:
         return None

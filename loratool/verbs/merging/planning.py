@@ -33,7 +33,7 @@ from loratool.verbs.merging.context import Changes, Share
 from loratool.verbs.merging.extras import plan_extras
 from loratool.verbs.merging.sidecars import collect_sidecars
 from loratool.verbs.merging.sites import plan_sites
-from loratool.verbs.merging.tied import Untied, settle_ties
+from loratool.verbs.merging.tied import Untied, row_notes, settle_ties
 
 __all__ = ["QUANTIZED", "plan_merge"]
 
@@ -115,6 +115,7 @@ def plan_merge(
             notes.append(f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}")
     if untied:
         notes += untied.notes
+    notes += row_notes(shares, view, untied)
     steps = _steps(view, shares, dtype, untied)
     if not any(step.is_changed for step in steps.values()):
         raise MergeError(opened[0].path, "the merge would change nothing")

@@ -17,7 +17,7 @@ from loratool.files.spec import StoredTensor
 from loratool.plan.model import AddDelta, SetRows
 from loratool.verbs.merging.context import Changes, Share
 
-__all__ = ["Untied", "settle_ties"]
+__all__ = ["Untied", "row_notes", "settle_ties"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,26 @@ def settle_ties(shares: Sequence[Share], base: Model) -> Untied | None:
     return Untied(names, in_config=False)
 
 
+def row_notes(shares: Sequence[Share], base: Model, untied: Untied | None) -> list[str]:
+    """Return a note for each head with a bias that gets trained rows.
+
+    PEFT leaves the bias out of what it computes, as long as it has not merged the rows.
+    """
+    notes = []
+    for tie in base.ties:
+        if tie.head is None:
+            continue
+        bias = f"{tie.head.removesuffix('weight')}bias"
+        rows = tie.head if untied else tie.source
+        found = any(_sets_rows(share.changes[rows]) for share in shares if rows in share.changes)
+        if found and (bias in base.tensors or bias in base.hidden):
+            notes.append(
+                f"{bias!r} stays as it is; PEFT computes without it as long as it has not merged "
+                "the trained tokens"
+            )
+    return notes
+
+
 def _join(share: Share, tie: Tie, names: Sequence[str]) -> None:
     """Give ``names`` the changes that all parameters of a tie have."""
     changes = [found for name in tie.names if (found := share.changes.pop(name, None))]
@@ -118,9 +138,9 @@ def _are_alike(share: Share, tie: Tie) -> bool:
     changes = {name: share.changes.get(name) or Changes() for name in tie.names}
     first = changes.pop(tie.input or tie.source)
     others = changes.values()
-    if tie.input is not None and first.is_rows_only:
-        if not any(other.effects or other.replacement for other in others):
-            return True
+    are_followed = tie.input is not None and first.is_rows_only
+    if are_followed and not any(other.effects or other.replacement for other in others):
+        return True
     return all(_is_same(first, other) for other in others)
 
 
@@ -160,7 +180,10 @@ def _same_delta(first: Changes, second: Changes) -> bool:
     is_turned = (Slot.EMBEDDING_DOWN in one.slots) != (Slot.EMBEDDING_DOWN in two.slots)
     other = (two.down, two.up) if is_turned else (two.up, two.down)
     compare = _is_transpose if is_turned else have_same_values
-    return all(a is not None and b is not None and compare(a, b) for a, b in zip((one.up, one.down), other, strict=True))
+    return all(
+        a is not None and b is not None and compare(a, b)
+        for a, b in zip((one.up, one.down), other, strict=True)
+    )
 
 
 def _is_transpose(first: StoredTensor, second: StoredTensor) -> bool:
