@@ -16,6 +16,7 @@ from loratool.names.tied import (
     INPUT_STACKS,
     SHARED_TABLES,
     STACKS,
+    TABLES,
 )
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def possible_ties(base: Model, tasks: Collection[str] = ()) -> tuple[Sharing, ..
     if head is not None and not tables:
         tables = _beside_layers(base)
     names = (*tables, head) if head else tables
-    if len(names) < 2:
+    if len(names) < 2 or not any(name in base.tensors for name in names):
         return ()
     weight = Sharing(names, _input(base, names), head)
     bias = _bias(base, head) if head else None
@@ -131,22 +132,23 @@ def _tables(base: Model) -> tuple[str, ...]:
         and name.split(".")[-2] in EMBEDDING_LEAVES
     ]
     kind = base.config.model_type or ""
+    named = stored or ([f"{TABLES[kind]}.weight"] if kind in TABLES else [])
     shared, leaf = SHARED_TABLES.get(kind, ("shared", "embed_tokens"))
-    outer = dict.fromkeys(map(_outside, stored))
-    tops = [name for name in stored if name == f"{_outside(name)}{shared}.weight"]
+    outer = dict.fromkeys(map(_outside, named))
+    tops = [name for name in named if name == f"{_outside(name)}{shared}.weight"]
     if tops or len(outer) == 1:
         prefix = _outside(tops[0]) if tops else next(iter(outer))
+        top = f"{prefix}{shared}.weight"
         stacks = [s for s in STACKS if any(n.startswith(f"{prefix}{s}.") for n in base.tensors)]
-        is_shared = kind in SHARED_TABLES and base.config.shares_tables and "encoder" in stacks
-        if stacks and (tops or is_shared):
-            parts = (f"{prefix}{stack}.{leaf}.weight" for stack in stacks)
-            return (f"{prefix}{shared}.weight", *parts)
+        is_both = any(stack.endswith("encoder") for stack in stacks) and base.config.shares_tables
+        if stacks and (top in base.tensors or (kind in SHARED_TABLES and is_both)):
+            return (top, *(f"{prefix}{stack}.{leaf}.weight" for stack in stacks))
         decoder = f"{prefix}decoder.{leaf}.weight"
         if kind == "fsmt":
             return (decoder, f"{prefix}encoder.{leaf}.weight")
-        if decoder in stored:
+        if decoder in stored or (kind in SHARED_TABLES and stacks):
             return (decoder,)
-    return tuple(stored) if len(stored) == 1 else ()
+    return tuple(named) if len(named) == 1 else ()
 
 
 def _outside(table: str) -> str:
@@ -169,13 +171,13 @@ def _head(base: Model, tables: Sequence[str], tasks: Collection[str]) -> str | N
     if name is None:
         return None
     owner = base.index.find(name, parameter="weight")
+    is_said = base.config.is_tied is True or bool(base.config.architectures)
     stored = [base.shape(table) for table in tables if table in base.tensors]
     if owner is not None:
         head = f"{owner}.weight"
         fits = all(base.shape(head) == shape for shape in stored)
-        is_alone = not tables and base.config.is_tied is True
-        return head if head not in tables and fits and (stored or is_alone) else None
-    is_said = base.config.is_tied is True or bool(base.config.architectures)
+        is_known = stored or (is_said if tables else base.config.is_tied is True)
+        return head if head not in tables and fits and is_known else None
     return _head_beside(tables[0], name) if tables and is_said else None
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "SCALED_BY_TIE",
     "SHARED_TABLES",
     "STACKS",
+    "TABLES",
 ]
 
 EMBEDDING_LEAVES: Final = frozenset(
@@ -115,34 +116,53 @@ APART_BIASES: Final = frozenset(("bridgetower", "esm", "gte", "lxmert", "vilt"))
 STACKS: Final = ("encoder", "decoder", "text_encoder", "text_decoder")
 """The parts of an encoder-decoder that each have a table of tokens."""
 
-SHARED_TABLES: Final = dict.fromkeys(
-    (
-        "bart",
-        "bigbird_pegasus",
-        "blenderbot",
-        "blenderbot-small",
-        "florence2",
-        "led",
-        "longt5",
-        "m2m_100",
-        "marian",
-        "mbart",
-        "mt5",
-        "mvp",
-        "nllb-moe",
-        "pegasus",
-        "pegasus_x",
-        "plbart",
-        "pop2piano",
-        "seamless_m4t",
-        "seamless_m4t_v2",
-        "switch_transformers",
-        "t5",
-        "udop",
-        "umt5",
-    ),
-    ("shared", "embed_tokens"),
-) | {"prophetnet": ("word_embeddings", "word_embeddings")}
+_WORDS: Final = "embeddings.word_embeddings"
+
+TABLES: Final = (
+    dict.fromkeys(("bert", "bert-generation", "big_bird", "blip_text_model"), f"bert.{_WORDS}")
+    | dict.fromkeys(("camembert", "jina_embeddings_v3", "roberta"), f"roberta.{_WORDS}")
+    | dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod"), f"roberta.{_WORDS}")
+    | {
+        kind: f"{kind.replace('-', '_')}.{_WORDS}"
+        for kind in (
+            *("albert", "convbert", "data2vec-text", "deberta", "distilbert", "electra", "ernie"),
+            *("esm", "fnet", "funnel", "git", "gte", "layoutlm", "longformer", "lxmert"),
+            *("mobilebert", "mpnet", "mra", "nomic_bert", "nystromformer", "roberta-prelayernorm"),
+            *("roc_bert", "roformer", "tapas", "visual_bert", "yoso"),
+        )
+    }
+    | dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small"), "model.shared")
+    | dict.fromkeys(("m2m_100", "marian", "mbart", "mvp", "nllb-moe", "pegasus"), "model.shared")
+    | dict.fromkeys(("pegasus_x", "plbart"), "model.shared")
+    | dict.fromkeys(("longt5", "mt5", "pop2piano", "switch_transformers", "t5"), "shared")
+    | dict.fromkeys(("seamless_m4t", "seamless_m4t_v2", "udop", "umt5"), "shared")
+    | dict.fromkeys(("opt", "speech_to_text", "whisper", "t5gemma"), "model.decoder.embed_tokens")
+    | dict.fromkeys(("codegen", "dbrx", "gpt2", "gpt_bigcode", "gpt_neo"), "transformer.wte")
+    | dict.fromkeys(("gptj", "imagegpt", "mpt"), "transformer.wte")
+    | dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), "backbone.embeddings")
+    | dict.fromkeys(("modernbert", "modernbert-decoder"), "model.embeddings.tok_embeddings")
+    | dict.fromkeys(("bloom", "falcon"), "transformer.word_embeddings")
+    | dict.fromkeys(("flaubert", "xlm"), "transformer.embeddings")
+    | {
+        "biogpt": "biogpt.embed_tokens",
+        "deberta-v2": f"deberta.{_WORDS}",
+        "florence2": "model.language_model.shared",
+        "gpt_neox": "gpt_neox.embed_in",
+        "gpt_neox_japanese": "gpt_neox_japanese.embed_in",
+        "led": "led.shared",
+        "megatron-bert": f"bert.{_WORDS}",
+        "openai-gpt": "transformer.tokens_embed",
+        "prophetnet": "prophetnet.word_embeddings",
+        "rwkv": "rwkv.embeddings",
+        "squeezebert": f"transformer.{_WORDS}",
+        "xlnet": "transformer.word_embedding",
+    }
+)
+"""Model type to its table of tokens, where that is not ``embed_tokens`` beside its layers."""
+
+SHARED_TABLES: Final = {
+    kind: ("shared", "embed_tokens") for kind, path in TABLES.items() if path.endswith("shared")
+} | {"prophetnet": ("word_embeddings", "word_embeddings")}
 """Model type to the name of the table that all stacks share, and of that of each stack."""
 
 INPUT_STACKS: Final = {"fsmt": None, "marian": "encoder"}

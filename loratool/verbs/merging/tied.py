@@ -70,13 +70,17 @@ def settle_ties(shares: Sequence[Share], base: Model) -> Untied | None:
                 _join(share, tie, tie.names)
     if base.config.can_untie:
         return Untied(base.hidden, in_config=True)
-    # Its loader ties what it does not find, and keeps apart what it finds with other values.
+    # Its loader ties to the first what it does not find, and keeps apart what differs from it.
     names = {}
     for tie in ties:
+        first = tie.names[0]
         for name in tie.names:
             if name in base.tensors:
                 continue
-            if all(_is_same(share.changes[tie.source], share.changes[name]) for share in shares):
+            can_follow = first in base.tensors and all(
+                _is_same(share.changes[first], share.changes[name]) for share in shares
+            )
+            if can_follow:
                 for share in shares:
                     del share.changes[name]
             else:
