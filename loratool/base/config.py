@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.files.json import read_json_object
-from loratool.names.tied import GENERATIVE, GENERATIVE_TASKS, HEADS, MASKED_HEADS, OTHER_TASKS
+from loratool.names.tied import (
+    ALWAYS_TIED,
+    GENERATIVE,
+    GENERATIVE_TASKS,
+    HEADS,
+    OTHER_TASKS,
+    READ_DIRECTLY,
+    SCALED_BY_TIE,
+)
 
 __all__ = [
     "CONFIG_NAME",
@@ -87,6 +95,21 @@ class ModelConfig:
         return next((flag for flag in flags if isinstance(flag, bool)), None)
 
     @property
+    def is_untied(self) -> bool:
+        """Whether it says that nothing is tied, and its loader listens."""
+        return self.is_tied is False and self.model_type not in ALWAYS_TIED
+
+    @property
+    def can_untie(self) -> bool:
+        """Whether saying that nothing is tied changes nothing else."""
+        return self.model_type not in SCALED_BY_TIE
+
+    @property
+    def shares_tables(self) -> bool:
+        """Whether encoder and decoder have one vocabulary, where there are both."""
+        return self.raw.get("share_encoder_decoder_embeddings") is not False
+
+    @property
     def dtype(self) -> str | None:
         """The dtype (``BF16``) of its weights, where it says so."""
         for part in self._parts():
@@ -125,15 +148,30 @@ class ModelConfig:
         if not self.raw or any(task in OTHER_TASKS for task in tasks):
             return None
         classes = self.architectures
-        kind = str(self.raw.get("model_type"))
-        if any(name.endswith("ForMaskedLM") for name in classes):
-            return MASKED_HEADS.get(kind, "lm_head")
         generative = (
             any(name.endswith(GENERATIVE) for name in classes)
             or any(task in GENERATIVE_TASKS for task in tasks)
             or not classes
         )
-        return HEADS.get(kind, "lm_head") if generative else None
+        if not generative or self._has_new_head:
+            return None
+        return HEADS.get(str(self.raw.get("model_type")), "lm_head")
+
+    @property
+    def _has_new_head(self) -> bool:
+        """Whether it is a DeBERTa whose head is not the old one, with a weight of its own."""
+        return self.model_type in ("deberta", "deberta-v2") and self.raw.get("legacy") is False
+
+    def reads_directly(self, module: str) -> bool:
+        """Whether the head over the vocabulary reads the weight of ``module`` without calling it.
+
+        What an adapter adds to the output of such a module the head does not see.
+        """
+        kind = self.model_type or ""
+        is_head = any(name.endswith(GENERATIVE) for name in self.architectures)
+        is_meant = self._has_new_head or not kind.startswith("deberta")
+        read = READ_DIRECTLY.get(kind, ())
+        return is_head and is_meant and f".{module}".endswith(tuple(f".{name}" for name in read))
 
 
 def architectures(raw: Mapping[str, Any]) -> tuple[str, ...]:

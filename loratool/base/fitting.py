@@ -65,6 +65,7 @@ def fit(
     Raises:
         MissingModuleError: There is none; the nearest modules are told.
         BaseModelError: The shapes do not fit.
+        UnsupportedError: What the adapter does there is no change of a weight.
     """
     if site.label in assigned:
         found = locate_parameter(site, assigned[site.label], adapter, base)
@@ -78,6 +79,15 @@ def fit(
     place = place or base.find(site.module, family=adapter.family)
     if place is None:
         raise _missing(site, adapter, base)
+    if base.config.reads_directly(place.module):
+        raise UnsupportedError(
+            f"{adapter.path}: {site.label}",
+            "the head of this model reads the weight without calling the module, so in training "
+            "the adapter had no effect there, which no merged weight can express",
+            hint=f"leave it out with --skip '{re.escape(site.module)}'"
+            if len(adapter.sites) > 1
+            else None,
+        )
     if not place.is_whole:
         return _cut(site, place)
     (piece,) = place.pieces

@@ -19,7 +19,7 @@ from loratool.base.orientation import is_conv1d_by_shape, natural_region, natura
 from loratool.base.place import Piece, Place
 from loratool.base.replication import replicate
 from loratool.base.tensors import ACTIVATION_SCALES, logical_tensors
-from loratool.base.ties import Tie, find_tie
+from loratool.base.ties import Sharing, Tie, find_ties, hidden_names, possible_ties
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight, is_alias
 from loratool.errors import BaseModelError, MissingModuleError
@@ -30,7 +30,6 @@ from loratool.files.spec import StoredTensor
 from loratool.names.conv1d import CONV1D_LEAVES, CONV1D_MODEL_TYPES
 from loratool.names.paths import family_name, fusions, other_names
 from loratool.names.pipelines import BACKBONES, COMPONENTS
-from loratool.names.tied import EMBEDDING_LEAVES
 
 __all__ = ["Model", "Quantization", "open_model"]
 
@@ -256,20 +255,37 @@ class Model:
         return {component: ModuleIndex(mine, types) for component, mine in names.items()}
 
     @cached_property
-    def tie(self) -> Tie | None:
-        """The weight that its embedding and its head share, if they do."""
-        return find_tie(self, self._tasks)
+    def _sharings(self) -> tuple[Sharing, ...]:
+        return possible_ties(self, self._tasks)
+
+    @cached_property
+    def ties(self) -> tuple[Tie, ...]:
+        """What several of its parameters share; stored values are compared."""
+        return find_ties(self, self._sharings)
 
     @property
-    def hidden_head(self) -> Tie | None:
-        """The tie whose head is not stored, if it is such a one."""
-        return self.tie if self.tie is not None and not self.tie.is_stored else None
+    def tie(self) -> Tie | None:
+        """The weight that its embedding and its head share, if they do."""
+        return next((tie for tie in self.ties if tie.head is not None), None)
+
+    @cached_property
+    def hidden(self) -> Mapping[str, str]:
+        """Parameters that are tied and not stored, and the tensor that has their values."""
+        return hidden_names(self, self._sharings)
+
+    @cached_property
+    def _hidden_index(self) -> ModuleIndex:
+        return ModuleIndex(self.hidden, self.config.model_types)
+
+    def weight(self, name: str) -> Weight:
+        """Return what holds the values of the parameter ``name``, stored under its name or not."""
+        return self.tensors[name if name in self.tensors else self.hidden[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the tensor ``name``; a head that is not stored has one too."""
-        if name not in self.tensors and (tie := self.hidden_head) and name == tie.head:
-            name = tie.embedding
-        return self.tensors[name].spec.shape
+        """Return the shape of the parameter ``name``, stored under its name or not."""
+        return (
+            self.tensors[name].spec.shape if name in self.tensors else self.weight(name).spec.shape
+        )
 
     @cached_property
     def _widening(self) -> bool | None:
@@ -312,6 +328,20 @@ class Model:
         owner = self.index.find(module, parameter=leaf)
         return f"{owner}.{leaf}" if owner is not None else None
 
+    def parameter(self, module: str, leaf: str) -> str | None:
+        """Return the name of the parameter ``leaf`` of ``module``, or ``None``.
+
+        Unlike :meth:`tensor` it also finds what is tied and not stored.
+
+        Raises:
+            BaseModelError: Several modules could be meant.
+        """
+        found = self.tensor(module, leaf)
+        if found is None and self.hidden:
+            owner = self._hidden_index.find(module, parameter=leaf)
+            return f"{owner}.{leaf}" if owner is not None else None
+        return found
+
     def has(self, module: str) -> bool:
         """Whether it has ``module``, with parameters or as a container.
 
@@ -323,8 +353,8 @@ class Model:
     def find(self, module: str, *, family: str | None = None) -> Place | None:
         """Return where the weight of ``module`` is, whichever way the model is cut.
 
-        A projection may be rows of a fused one, one of a stack of experts, or a head that is
-        tied to the embedding; what an adapter has in one, the model may have in several.
+        A projection may be rows of a fused one, one of a stack of experts, or tied to a weight
+        of another name; what an adapter has in one, the model may have in several.
 
         Args:
             module: Its path in the live model, in the files, or in another library.
@@ -338,7 +368,7 @@ class Model:
             or expert_place(module, self)
             or fused_place(self._in_backbone(module), self, family)
             or parameter_place(module, self)
-            or self._head_place(module)
+            or self._hidden_place(module)
         )
 
     def place(self, module: str) -> Place:
@@ -378,15 +408,14 @@ class Model:
             natural_shape(stored.spec.shape, transposed=region.transposed),
             stored.spec.dtype,
             (Piece(name, stored, region),),
-            tie=self._tie_of(path, name),
+            tie=self._tie_of(name),
         )
 
-    def _tie_of(self, module: str, name: str) -> Tie | None:
+    def _tie_of(self, name: str) -> Tie | None:
         """Return the tie that a weight is a side of; what is no such is not looked at for it."""
-        head = self.config.head(self._tasks)
-        if module.rpartition(".")[2] in EMBEDDING_LEAVES or (head and module.endswith(head)):
-            return self.tie if self.tie and name in (self.tie.embedding, self.tie.head) else None
-        return None
+        if not any(name in sharing.names for sharing in self._sharings):
+            return None
+        return next((tie for tie in self.ties if name in tie.names), None)
 
     def _name_of(self, module: str, family: str | None) -> str | None:
         exact = self._exact(module, family)
@@ -435,16 +464,17 @@ class Model:
         names = (self.tensor(module, leaf) for leaf in WEIGHT_LEAVES)
         return next((name for name in names if name is not None), None)
 
-    def _head_place(self, module: str) -> Place | None:
-        """Return the place of a head that is tied to the embedding and not stored."""
-        tie = self.hidden_head
-        if tie is None or module.rpartition(".")[2] != tie.head.split(".")[-2]:
+    def _hidden_place(self, module: str) -> Place | None:
+        """Return the place of a module whose weight is tied to another and not stored."""
+        owner = self._hidden_index.find(module, parameter="weight") if self.hidden else None
+        if owner is None:
             return None
-        stored = self.tensors[tie.embedding]
-        region = natural_region(module, stored.spec.shape, self)
-        piece = Piece(tie.head, stored, region)
-        path = tie.head.removesuffix(".weight")
-        return Place(path, stored.spec.shape, stored.spec.dtype, (piece,), tie=tie)
+        name = f"{owner}.weight"
+        stored = self.weight(name)
+        region = natural_region(owner, stored.spec.shape, self)
+        shape = natural_shape(stored.spec.shape, transposed=region.transposed)
+        piece = Piece(name, stored, region)
+        return Place(owner, shape, stored.spec.dtype, (piece,), tie=self._tie_of(name))
 
 
 def open_model(path: Path) -> Model:

@@ -1,8 +1,8 @@
-"""Input embedding and output head that share one weight."""
+"""Parameters of a live model that share one weight, whichever of them its files hold."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -10,71 +10,201 @@ from loratool.codecs.weights import Weight
 from loratool.files.inputs import InputFiles
 from loratool.files.rows import RowBytes
 from loratool.files.spec import StoredTensor
-from loratool.names.tied import EMBEDDING_LEAVES
+from loratool.names.tied import (
+    APART_BIASES,
+    EMBEDDING_LEAVES,
+    INPUT_STACKS,
+    SHARED_TABLES,
+    STACKS,
+    TABLES,
+)
 
 if TYPE_CHECKING:
     from loratool.base.model import Model
 
-__all__ = ["Tie", "find_tie", "have_same_values"]
+__all__ = ["Sharing", "Tie", "find_ties", "have_same_values", "hidden_names", "possible_ties"]
 
 BLOCK_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Tie:
-    """The shared weight of a base.
+class Sharing:
+    """Names that are one weight to a loader, unless the files hold different values for them.
 
     Attributes:
-        embedding: Name of the input embedding's tensor.
-        head: Name of the output head's tensor, which the base may store or not.
-        is_stored: Whether the base stores the head as well.
+        names: The parameters, the one that loaders copy to the others first.
+        input: The one that is the model's input embedding, if one is.
+        head: The one that is its output head, if one is.
     """
 
-    embedding: str
-    head: str
-    is_stored: bool
+    names: tuple[str, ...]
+    input: str | None = None
+    head: str | None = None
 
 
-def find_tie(base: Model, tasks: Collection[str] = ()) -> Tie | None:
-    """Return the shared weight of ``base``, or ``None`` where nothing is tied.
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """A weight of a base that several parameters share.
+
+    Attributes:
+        names: The parameters, the one that loaders copy to the others first.
+        stored: Those that the base stores, all with the same values.
+        input: The input embedding, whose trained rows hold for all, if it is one of them.
+        head: The one that is the output head, if one is.
+    """
+
+    names: tuple[str, ...]
+    stored: tuple[str, ...]
+    input: str | None = None
+    head: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The tensor of the base that holds the values."""
+        return self.stored[0]
+
+
+def possible_ties(base: Model, tasks: Collection[str] = ()) -> tuple[Sharing, ...]:
+    """Return what ``base`` shares by its names and its configuration; no values are read.
 
     Args:
         base: The base.
         tasks: The task types of the adapters, which may give it another head.
+
+    Raises:
+        BaseModelError: Several modules could be its head.
     """
-    name = base.config.head(tasks)
-    flag = base.config.is_tied
-    if name is None or flag is False:
-        return None
-    embeddings = [
-        tensor
-        for tensor, stored in base.tensors.items()
-        if len(stored.spec.shape) == 2
-        and tensor.endswith(".weight")
-        and tensor.split(".")[-2] in EMBEDDING_LEAVES
+    if not base.config or base.config.is_untied:
+        return ()
+    tables = _tables(base)
+    head = _head(base, tables, tasks)
+    if head is not None and not tables:
+        tables = _beside_layers(base)
+    names = (*tables, head) if head else tables
+    if len(names) < 2 or not any(name in base.tensors for name in names):
+        return ()
+    weight = Sharing(names, _input(base, names), head)
+    bias = _bias(base, head) if head else None
+    return (weight, bias) if bias else (weight,)
+
+
+def hidden_names(base: Model, sharings: Sequence[Sharing]) -> Mapping[str, str]:
+    """Return the parameters that ``base`` does not store, and the tensor that has their values."""
+    return {
+        name: _source(base, sharing)
+        for sharing in sharings
+        for name in sharing.names
+        if name not in base.tensors
+    }
+
+
+def find_ties(base: Model, sharings: Sequence[Sharing]) -> tuple[Tie, ...]:
+    """Return what is shared indeed: loaders keep apart what is stored with different values."""
+    found = []
+    for sharing in sharings:
+        source = _source(base, sharing)
+        apart = {
+            name
+            for name in sharing.names
+            if name in base.tensors
+            and name != source
+            and not have_same_values(base.tensors[name], base.tensors[source])
+        }
+        names = tuple(name for name in sharing.names if name not in apart)
+        if len(names) > 1:
+            stored = tuple(name for name in names if name in base.tensors)
+            sides = (None if one in apart else one for one in (sharing.input, sharing.head))
+            found.append(Tie(names, stored, *sides))
+    return tuple(found)
+
+
+def _source(base: Model, sharing: Sharing) -> str:
+    return next(name for name in sharing.names if name in base.tensors)
+
+
+def _tables(base: Model) -> tuple[str, ...]:
+    """Return the tables of tokens that are one weight, those that are not stored included."""
+    stored = [
+        name
+        for name, weight in base.tensors.items()
+        if len(weight.spec.shape) == 2
+        and name.endswith(".weight")
+        and name.split(".")[-2] in EMBEDDING_LEAVES
     ]
-    if len(embeddings) != 1:
+    kind = base.config.model_type or ""
+    named = stored or ([f"{TABLES[kind]}.weight"] if kind in TABLES else [])
+    shared, leaf = SHARED_TABLES.get(kind, ("shared", "embed_tokens"))
+    outer = dict.fromkeys(map(_outside, named))
+    tops = [name for name in named if name == f"{_outside(name)}{shared}.weight"]
+    if tops or len(outer) == 1:
+        prefix = _outside(tops[0]) if tops else next(iter(outer))
+        top = f"{prefix}{shared}.weight"
+        stacks = [s for s in STACKS if any(n.startswith(f"{prefix}{s}.") for n in base.tensors)]
+        is_both = any(stack.endswith("encoder") for stack in stacks) and base.config.shares_tables
+        if stacks and (top in base.tensors or (kind in SHARED_TABLES and is_both)):
+            return (top, *(f"{prefix}{stack}.{leaf}.weight" for stack in stacks))
+        decoder = f"{prefix}decoder.{leaf}.weight"
+        if kind == "fsmt":
+            return (decoder, f"{prefix}encoder.{leaf}.weight")
+        if decoder in stored or (kind in SHARED_TABLES and stacks):
+            return (decoder,)
+    return tuple(named) if len(named) == 1 else ()
+
+
+def _outside(table: str) -> str:
+    """Return what comes before a table, and the stack that it is in: ``model.``."""
+    parts = table.split(".")[:-2]
+    if parts and parts[-1] in STACKS:
+        parts.pop()
+    return "".join(f"{part}." for part in parts)
+
+
+def _beside_layers(base: Model) -> tuple[str, ...]:
+    """Return the table beside the layers, for a base that stores the head alone."""
+    found = dict.fromkeys(n.partition("layers.0.")[0] for n in base.tensors if "layers.0." in n)
+    return tuple(f"{prefix}embed_tokens.weight" for prefix in found) if len(found) == 1 else ()
+
+
+def _head(base: Model, tables: Sequence[str], tasks: Collection[str]) -> str | None:
+    """Return the head that may share the weight of ``tables``, stored or not."""
+    name = base.config.head(tasks)
+    if name is None:
         return None
-    embedding = embeddings[0]
     owner = base.index.find(name, parameter="weight")
-    if owner is None:
-        is_said = flag is True or bool(base.config.architectures)
-        head = _head_beside(embedding, name)
-        return Tie(embedding, head, is_stored=False) if is_said else None
-    head = f"{owner}.weight"
-    if head == embedding or base.shape(head) != base.shape(embedding):
-        return None
-    # Where both are stored and differ, loaders keep them apart whatever the flag says.
-    if not have_same_values(base.tensors[head], base.tensors[embedding]):
-        return None
-    return Tie(embedding, head, is_stored=True)
+    is_said = base.config.is_tied is True or bool(base.config.architectures)
+    stored = [base.shape(table) for table in tables if table in base.tensors]
+    if owner is not None:
+        head = f"{owner}.weight"
+        fits = all(base.shape(head) == shape for shape in stored)
+        is_known = stored or (is_said if tables else base.config.is_tied is True)
+        return head if head not in tables and fits and is_known else None
+    return _head_beside(tables[0], name) if tables and is_said else None
 
 
-def _head_beside(embedding: str, name: str) -> str:
-    """Name the head as a checkpoint would that names its embedding ``embedding``."""
-    outer = embedding.partition(".model.")[0]
-    prefix = f"{outer}." if outer != embedding and outer == "language_model" else ""
+def _head_beside(table: str, name: str) -> str:
+    """Name the head as a checkpoint would that names its table ``table``."""
+    if name.startswith(tuple(f"{stack}." for stack in STACKS)):
+        return f"{_outside(table)}{name}.weight"
+    outer = table.partition(".model.")[0]
+    prefix = f"{outer}." if outer != table and outer == "language_model" else ""
     return f"{prefix}{name}.weight"
+
+
+def _input(base: Model, names: Sequence[str]) -> str | None:
+    kind = base.config.model_type
+    if kind not in INPUT_STACKS or not base.config.is_encoder_decoder:
+        return names[0]
+    inside = f".{INPUT_STACKS[kind]}."
+    return next((name for name in names if inside in f".{name}"), None)
+
+
+def _bias(base: Model, head: str) -> Sharing | None:
+    """Return the bias that a head shares with the module that it is in, if it has such."""
+    inner = f"{head.removesuffix('weight')}bias"
+    outer = f"{head.removesuffix('decoder.weight')}bias"
+    if not head.endswith(".decoder.weight") or base.config.model_type in APART_BIASES:
+        return None
+    return Sharing((outer, inner)) if {outer, inner} & base.tensors.keys() else None
 
 
 def have_same_values(first: Weight, second: Weight) -> bool:

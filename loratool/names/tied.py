@@ -1,4 +1,4 @@
-"""Input embeddings, output heads, and which models share one weight between them."""
+"""Tables of tokens, output heads, and which models share one weight between them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ from typing import Final
 from loratool.adapter.model import HEAD_LEAVES
 
 __all__ = [
+    "ALWAYS_TIED",
+    "APART_BIASES",
     "EMBEDDING_LEAVES",
     "GENERATIVE",
     "GENERATIVE_TASKS",
     "HEADS",
     "HEAD_LEAVES",
-    "MASKED_HEADS",
+    "INNER_HEADS",
+    "INPUT_STACKS",
     "OTHER_TASKS",
+    "READ_DIRECTLY",
+    "SCALED_BY_TIE",
+    "SHARED_TABLES",
+    "STACKS",
+    "TABLES",
 ]
 
 EMBEDDING_LEAVES: Final = frozenset(
@@ -30,32 +38,164 @@ EMBEDDING_LEAVES: Final = frozenset(
     )
 )
 
-HEADS: Final = {
-    "gpt_neox": "embed_out",
-    "gpt_neox_japanese": "embed_out",
-    "biogpt": "output_projection",
-    "rwkv": "head",
-    "xlnet": "lm_loss",
-    "whisper": "proj_out",
-}
-"""Model type to the name of its head, where that is not ``lm_head``."""
+_BERT: Final = "cls.predictions.decoder"
+_ROBERTA: Final = "lm_head.decoder"
 
-MASKED_HEADS: Final = {
+HEADS: Final = {
     "albert": "predictions.decoder",
-    "bert": "cls.predictions.decoder",
-    "camembert": "lm_head.decoder",
-    "deberta": "cls.predictions.decoder",
-    "deberta-v2": "cls.predictions.decoder",
+    "bert": _BERT,
+    "bert-generation": _ROBERTA,
+    "big_bird": _BERT,
+    "biogpt": "output_projection",
+    "blip": f"text_decoder.{_BERT}",
+    "blip_text_model": _BERT,
+    "bridgetower": "mlm_score.decoder",
+    "camembert": _ROBERTA,
+    "canary": "proj_out",
+    "cohere_asr": "proj_out",
+    "convbert": "generator_lm_head",
+    "data2vec-text": _ROBERTA,
+    "deberta": _BERT,
+    "deberta-v2": _BERT,
     "distilbert": "vocab_projector",
     "electra": "generator_lm_head",
-    "esm": "lm_head.decoder",
-    "mpnet": "lm_head.decoder",
-    "roberta": "lm_head.decoder",
-    "xlm-roberta": "lm_head.decoder",
+    "ernie": _BERT,
+    "esm": _ROBERTA,
+    "flaubert": "pred_layer.proj",
+    "fnet": _BERT,
+    "fsmt": "decoder.output_projection",
+    "git": "output",
+    "gpt_neox": "embed_out",
+    "gpt_neox_japanese": "embed_out",
+    "gte": _ROBERTA,
+    "ibert": _ROBERTA,
+    "jina_embeddings_v3": _ROBERTA,
+    "kosmos-2": "text_model.lm_head",
+    "layoutlm": _BERT,
+    "longformer": _ROBERTA,
+    "lxmert": _BERT,
+    "megatron-bert": _BERT,
+    "mobilebert": _BERT,
+    "modernbert": "decoder",
+    "modernbert-decoder": "decoder",
+    "moonshine": "proj_out",
+    "moonshine_streaming": "proj_out",
+    "mpnet": _ROBERTA,
+    "mra": _BERT,
+    "nomic_bert": _BERT,
+    "nystromformer": _BERT,
+    "roberta": _ROBERTA,
+    "roberta-prelayernorm": _ROBERTA,
+    "roc_bert": _BERT,
+    "roformer": _BERT,
+    "rwkv": "head",
+    "speecht5": "text_decoder_postnet.lm_head",
+    "squeezebert": _BERT,
+    "t5gemma": "lm_head.out_proj",
+    "t5gemma2": "lm_head.out_proj",
+    "tapas": _BERT,
+    "trocr": "output_projection",
+    "vilt": "mlm_score.decoder",
+    "visual_bert": _BERT,
+    "whisper": "proj_out",
+    "xlm": "pred_layer.proj",
+    "xlm-roberta": _ROBERTA,
+    "xlm-roberta-xl": _ROBERTA,
+    "xlnet": "lm_loss",
+    "xmod": _ROBERTA,
+    "yoso": _BERT,
 }
-"""Model type to the name of its masked-language-model head."""
+"""Model type to the name of its head over the vocabulary, where that is not ``lm_head``."""
 
-GENERATIVE: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+INNER_HEADS: Final = tuple(sorted({head for head in HEADS.values() if head.endswith(".decoder")}))
+"""Heads inside a module that other heads have too: no list of saved modules need name them."""
+
+APART_BIASES: Final = frozenset(("bridgetower", "esm", "gte", "lxmert", "vilt"))
+"""Model types whose ``decoder`` has no bias to share with the module that it is in."""
+
+STACKS: Final = ("encoder", "decoder", "text_encoder", "text_decoder")
+"""The parts of an encoder-decoder that each have a table of tokens."""
+
+_WORDS: Final = "embeddings.word_embeddings"
+
+TABLES: Final = (
+    dict.fromkeys(("bert", "bert-generation", "big_bird", "blip_text_model"), f"bert.{_WORDS}")
+    | dict.fromkeys(("camembert", "jina_embeddings_v3", "roberta"), f"roberta.{_WORDS}")
+    | dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod"), f"roberta.{_WORDS}")
+    | {
+        kind: f"{kind.replace('-', '_')}.{_WORDS}"
+        for kind in (
+            *("albert", "convbert", "data2vec-text", "deberta", "distilbert", "electra", "ernie"),
+            *("esm", "fnet", "funnel", "git", "gte", "layoutlm", "longformer", "lxmert"),
+            *("mobilebert", "mpnet", "mra", "nomic_bert", "nystromformer", "roberta-prelayernorm"),
+            *("roc_bert", "roformer", "tapas", "visual_bert", "yoso"),
+        )
+    }
+    | dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small"), "model.shared")
+    | dict.fromkeys(("m2m_100", "marian", "mbart", "mvp", "nllb-moe", "pegasus"), "model.shared")
+    | dict.fromkeys(("pegasus_x", "plbart"), "model.shared")
+    | dict.fromkeys(("longt5", "mt5", "pop2piano", "switch_transformers", "t5"), "shared")
+    | dict.fromkeys(("seamless_m4t", "seamless_m4t_v2", "udop", "umt5"), "shared")
+    | dict.fromkeys(("opt", "speech_to_text", "whisper", "t5gemma"), "model.decoder.embed_tokens")
+    | dict.fromkeys(("codegen", "dbrx", "gpt2", "gpt_bigcode", "gpt_neo"), "transformer.wte")
+    | dict.fromkeys(("gptj", "imagegpt", "mpt"), "transformer.wte")
+    | dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), "backbone.embeddings")
+    | dict.fromkeys(("modernbert", "modernbert-decoder"), "model.embeddings.tok_embeddings")
+    | dict.fromkeys(("bloom", "falcon"), "transformer.word_embeddings")
+    | dict.fromkeys(("flaubert", "xlm"), "transformer.embeddings")
+    | {
+        "biogpt": "biogpt.embed_tokens",
+        "deberta-v2": f"deberta.{_WORDS}",
+        "florence2": "model.language_model.shared",
+        "gpt_neox": "gpt_neox.embed_in",
+        "gpt_neox_japanese": "gpt_neox_japanese.embed_in",
+        "led": "led.shared",
+        "megatron-bert": f"bert.{_WORDS}",
+        "openai-gpt": "transformer.tokens_embed",
+        "prophetnet": "prophetnet.word_embeddings",
+        "rwkv": "rwkv.embeddings",
+        "squeezebert": f"transformer.{_WORDS}",
+        "xlnet": "transformer.word_embedding",
+    }
+)
+"""Model type to its table of tokens, where that is not ``embed_tokens`` beside its layers."""
+
+SHARED_TABLES: Final = {
+    kind: ("shared", "embed_tokens") for kind, path in TABLES.items() if path.endswith("shared")
+} | {"prophetnet": ("word_embeddings", "word_embeddings")}
+"""Model type to the name of the table that all stacks share, and of that of each stack."""
+
+INPUT_STACKS: Final = {"fsmt": None, "marian": "encoder"}
+"""Model type to the stack whose table counts as the input embedding, where the first does not."""
+
+ALWAYS_TIED: Final = frozenset(("longt5", "mt5", "pop2piano", "t5", "udop", "umt5", "vilt"))
+"""Model types whose weights are tied whatever ``tie_word_embeddings`` says."""
+
+SCALED_BY_TIE: Final = ALWAYS_TIED | {"switch_transformers"}
+"""Model types that read it otherwise: as whether the decoder's outputs are scaled, or not at all.
+
+Untied in the configuration they would compute something else; their loader keeps two weights apart
+whose stored values differ.
+"""
+
+READ_DIRECTLY: Final = {
+    "deberta": ("word_embeddings",),
+    "deberta-v2": ("word_embeddings",),
+    "mobilebert": ("cls.predictions.decoder", "cls.predictions.dense"),
+}
+"""Model type to the modules whose weight its head over the vocabulary reads without calling them.
+
+That is so in DeBERTa only where its head is not the old one (``legacy`` is false).
+"""
+
+GENERATIVE: Final = (
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForConditionalGeneration",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "MTModel",
+)
 GENERATIVE_TASKS: Final = frozenset(("CAUSAL_LM", "SEQ_2_SEQ_LM"))
 OTHER_TASKS: Final = frozenset(("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"))
 """Classes and task types with a head over the vocabulary, and task types without one."""

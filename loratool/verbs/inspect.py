@@ -141,8 +141,9 @@ class ModelInfo:
 
     @property
     def is_tied(self) -> bool | None:
-        """What ``config.json`` says about tied embeddings."""
-        return self.model.config.is_tied
+        """Whether its loader ties embeddings, as far as ``config.json`` says."""
+        config = self.model.config
+        return None if config.is_tied is None else not config.is_untied
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""

@@ -32,7 +32,6 @@ def weight_norms(adapter: Adapter, path: Path) -> dict[str, float]:
     check_base(base)
     layers = layer_ranges(adapter.field("layer_replication"), adapter.path)
     base = base.as_trained(layers=layers)
-    hidden = base.hidden_head
     assigned = assign_parameters(adapter, base)
     files = InputFiles(base.stamps)
     known: dict[str, float] = {}
@@ -41,7 +40,7 @@ def weight_norms(adapter: Adapter, path: Path) -> dict[str, float]:
         for site in adapter.sites:
             squares = []
             for name in {place.name for place in fit(site, adapter, base, assigned)}:
-                stored = hidden.embedding if hidden and name == hidden.head else name
+                stored = base.hidden.get(name, name)
                 if stored not in known:
                     known[stored] = _squared_norm(base.tensors[stored], files)
                 squares.append(known[stored])

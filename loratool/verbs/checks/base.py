@@ -35,7 +35,7 @@ def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
         return
     try:
         layers = layer_ranges(adapter.field("layer_replication"), adapter.path)
-        view = base.as_trained(layers=layers)
+        view = base.as_trained(tasks=[str(adapter.field("task_type"))], layers=layers)
         assigned = assign_parameters(adapter, view)
     except LoratoolError as error:
         yield finding("LT022", error.where, error.what, error.hint)

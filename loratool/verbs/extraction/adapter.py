@@ -92,9 +92,10 @@ class Difference:
     @property
     def tie(self) -> Tie | None:
         """The weight that embedding and head share in both models, if they do."""
-        if self.base.tie is None or self.tuned.config.is_encoder_decoder:
+        tie = self.tuned.tie
+        if self.base.tie is None or tie is None or tie.source == tie.head:
             return None
-        return self.tuned.tie
+        return None if self.tuned.config.is_encoder_decoder else tie
 
     def plan(self, ranks: Mapping[str, int], *, keep: bool = True) -> AdapterPlan:
         """Return the plan for ``ranks``, by rank group; rank 0 leaves a module out.
@@ -119,7 +120,7 @@ class Difference:
                 continue
             factors = LeadingPart(self.modules, joint.name, rank, joint.shape.dtype, self.clamp)
             parts.append(joint.shape.part(factors, rank))
-            if tie is not None and f"{joint.shape.module}.weight" == tie.embedding:
+            if tie is not None and f"{joint.shape.module}.weight" == tie.source:
                 parts.append(_twin(joint, tie, factors, rank))
                 twin = joint.name
         adapted = {part.module for part in parts}
@@ -145,7 +146,7 @@ class Difference:
 
     def _is_tied_whole(self, tie: Tie | None) -> bool:
         """Whether the shared weight of embedding and head is carried along whole."""
-        return tie is not None and any(item.name == tie.embedding for item in self.carried)
+        return tie is not None and any(item.name == tie.source for item in self.carried)
 
     def _saved(self, adapted: set[str], tie: Tie | None) -> list[str]:
         """Return the modules that are saved whole: all of whose tensors the file has to hold.
@@ -155,7 +156,7 @@ class Difference:
         names = (item.key.rpartition(".") for item in self.carried)
         modules = dict.fromkeys(module for module, _, leaf in names if leaf != "bias")
         if tie is not None and self._is_tied_whole(tie):
-            modules[tie.head.removesuffix(".weight")] = None
+            modules[tie.names[-1].removesuffix(".weight")] = None
         return [module for module in modules if module and module not in adapted]
 
     def _extras(self, saved: Sequence[str], tie: Tie | None) -> Iterator[NewExtra]:
@@ -163,7 +164,7 @@ class Difference:
             item.key: item.tuned for item in self.carried if item.tuned is not None
         }
         if tie is not None and self._is_tied_whole(tie):
-            tensors[tie.head] = tensors[tie.embedding]
+            tensors[tie.names[-1]] = tensors[tie.source]
         for module in saved:
             for name, stored in self.tuned.tensors.items():
                 if self.tuned.path_of(name) == module:
@@ -229,7 +230,7 @@ def _twin(table: Joint, tie: Tie, factors: LeadingPart, rank: int) -> Part:
     """Return the head that shares the weight of an extracted embedding; PEFT ties them again."""
     shape = replace(
         table.shape,
-        module=tie.head.removesuffix(".weight"),
+        module=tie.names[-1].removesuffix(".weight"),
         kind=Kind.LINEAR,
         out=table.shape.into[0],
         into=(table.shape.out,),

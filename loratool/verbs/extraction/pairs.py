@@ -233,8 +233,8 @@ def pair(base: Model, tuned: Model, selection: Selection) -> Pairing:
 
 
 def _tied_twins(model: Model) -> set[str]:
-    """Return names of stored heads that only repeat the embedding they are tied to."""
-    return {model.tie.head} if model.tie is not None and model.tie.is_stored else set()
+    """Return names of stored tensors that only repeat the one they are tied to."""
+    return {name for tie in model.ties for name in tie.stored if name != tie.source}
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,10 +270,10 @@ def _matches(name: str, stored: Weight, tuned: Model, base: Model) -> list[Match
         return [Match(name, path, base.tensors[name], stored)]
     place = base.find(path, family=tuned.family) if is_weight else None
     if place is None:
-        own = base.tensor(path, leaf) if module else None
+        own = base.parameter(path, leaf) if module else None
         if own is None:
             return "the base has no such tensor"
-        return [Match(own, path, base.tensors[own], stored)]
+        return [Match(own, path, base.weight(own), stored)]
     names = [piece.name for piece in place.pieces]
     if len(names) > 1:
         if len(set(names)) < len(names):

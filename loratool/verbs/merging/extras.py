@@ -8,9 +8,8 @@ from typing import Final
 from loratool.adapter.model import Extra, ExtraKind
 from loratool.adapter.patterns import matches_target
 from loratool.base.model import Model
-from loratool.base.ties import Tie
 from loratool.errors import AdapterError, BaseModelError
-from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES, MASKED_HEADS
+from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES, INNER_HEADS
 from loratool.plan.model import Blend, SetRows
 from loratool.verbs.merging.context import Share
 
@@ -58,12 +57,9 @@ def plan_extra(share: Share, extra: Extra, base: Model) -> None:
 
 def _plan_full(share: Share, extra: Extra, base: Model) -> None:
     module, _, leaf = extra.name.rpartition(".")
-    name = (base.tensor(module, leaf) if module else None) or extra.name
-    head = base.hidden_head
-    if name in base.tensors:
+    name = (base.parameter(module, leaf) if module else None) or extra.name
+    if name in base.tensors or name in base.hidden:
         _replace(share, extra, name, base)
-    elif head is not None and extra.name.endswith(_tail(head)):
-        share.changes[head.head].replacement = extra.tensor
     elif _is_saved(share, module):
         if share.weight != 1:
             raise AdapterError(
@@ -75,16 +71,11 @@ def _plan_full(share: Share, extra: Extra, base: Model) -> None:
         raise _no_place(share, extra, base)
 
 
-def _tail(tie: Tie) -> str:
-    """Return the last two components of a head's name: ``lm_head.weight``."""
-    return ".".join(tie.head.split(".")[-2:])
-
-
 def _is_saved(share: Share, module: str) -> bool:
     config = share.adapter.config
     names = config.modules_to_save if config else ()
     listed = any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
-    listed |= module.endswith(tuple(MASKED_HEADS.values()))
+    listed |= module.endswith(INNER_HEADS)
     return listed or any(part in IMPLICIT_HEADS for part in module.split("."))
 
 
@@ -137,12 +128,7 @@ def _check_resize(share: Share, extra: Extra, name: str, old: tuple[int, ...]) -
 
 def _plan_base_copy(share: Share, extra: Extra, base: Model) -> None:
     module, _, leaf = extra.name.rpartition(".")
-    name, head = base.tensor(module, leaf), base.hidden_head
-    if name is None and head is not None and extra.name.endswith(_tail(head)):
-        # A tied head: its base weight is the embedding, which is there.
-        if extra.tensor.spec.shape != base.shape(head.head):
-            share.changes[head.head].base = extra.tensor
-        return
+    name = base.parameter(module, leaf)
     if name is None:
         share.notes.append(f"{extra.key!r}, a copy of a weight that the base lacks, was not used")
         return
@@ -156,9 +142,7 @@ def _plan_base_copy(share: Share, extra: Extra, base: Model) -> None:
 
 
 def _plan_rows(share: Share, extra: Extra, base: Model) -> None:
-    name, head = base.tensor(extra.name, "weight"), base.hidden_head
-    if name is None and head is not None and f"{extra.name}.weight".endswith(_tail(head)):
-        name = head.head
+    name = base.parameter(extra.name, "weight")
     if name is None:
         raise _no_place(share, extra, base)
     shape = base.shape(name)

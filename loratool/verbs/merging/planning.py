@@ -15,7 +15,7 @@ from loratool.base.config_edits import ConfigChanges
 from loratool.base.model import Model, open_model
 from loratool.base.refusals import check_base
 from loratool.base.replication import layer_ranges
-from loratool.base.ties import Tie, have_same_values
+from loratool.base.ties import have_same_values
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight, path_of
 from loratool.errors import BaseModelError, MergeError, OptionError, OutputError, UnsupportedError
@@ -33,7 +33,7 @@ from loratool.verbs.merging.context import Changes, Share
 from loratool.verbs.merging.extras import plan_extras
 from loratool.verbs.merging.sidecars import collect_sidecars
 from loratool.verbs.merging.sites import plan_sites
-from loratool.verbs.merging.tied import settle_tie
+from loratool.verbs.merging.tied import Untied, row_notes, settle_ties
 
 __all__ = ["QUANTIZED", "plan_merge"]
 
@@ -107,21 +107,21 @@ def plan_merge(
         plan_extras(share, view)
         plan_sites(share, view)
     notes += [note for share in shares for note in share.notes]
-    tie = view.tie
-    untied = tie if tie and not settle_tie(tie, shares, view) else None
+    untied = settle_ties(shares, view)
     if model.quantization is not None:
         found = model.quantization
         notes.append(f"{found.modules} weights in {found.format} were written as plain numbers")
         if dropped := model.activation_scales:
             notes.append(f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}")
     if untied:
-        notes.append(f"embedding and head are no longer tied: {untied.head!r} is written apart")
+        notes += untied.notes
+    notes += row_notes(shares, view, untied)
     steps = _steps(view, shares, dtype, untied)
     if not any(step.is_changed for step in steps.values()):
         raise MergeError(opened[0].path, "the merge would change nothing")
     is_folder = _is_folder(checkpoint, output)
-    changes = _config_changes(view, steps, opened, dtype, untied=bool(untied), layers=layers)
-    if not is_folder and (untied or changes.vocabulary):
+    changes = _config_changes(view, steps, opened, dtype, untied=untied, layers=layers)
+    if not is_folder and (changes.untie or changes.vocabulary):
         raise UnsupportedError(
             output or "OUT",
             "the merge changes what config.json has to say (ties or vocabulary)",
@@ -157,20 +157,20 @@ def _common_replication(adapters: Sequence[Adapter]) -> list[int] | None:
 
 
 def _steps(
-    view: Model, shares: list[Share], dtype: str | None, untied: Tie | None
+    view: Model, shares: list[Share], dtype: str | None, untied: Untied | None
 ) -> dict[str, Step]:
     """Return how every output tensor comes about, those of the base first."""
     names = dict.fromkeys(view.tensors)
     names |= dict.fromkeys(name for share in shares for name in share.changes)
     if untied:
-        names.setdefault(untied.head)
+        names |= dict.fromkeys(untied.names)
     steps: dict[str, Step] = {}
     for name in names:
         changes = [share.changes[name] for share in shares if share.changes.get(name)]
         stored = view.tensors.get(name)
         source = stored
-        if stored is None and untied and name == untied.head:
-            source = view.tensors[untied.embedding]
+        if stored is None and untied and name in untied.names:
+            source = view.weight(name)
         steps[name] = _step(name, stored, source, changes, dtype)
     return steps
 
@@ -235,7 +235,7 @@ def _config_changes(
     adapters: Sequence[Adapter],
     dtype: str | None,
     *,
-    untied: bool,
+    untied: Untied | None,
     layers: list[int] | None,
 ) -> ConfigChanges:
     vocabulary = None
@@ -250,7 +250,7 @@ def _config_changes(
         _check_vocabulary(steps, *vocabulary)
     tasks = [a.field("task_type") for a in adapters]
     return ConfigChanges(
-        untie=untied,
+        untie=untied is not None and untied.in_config,
         dtype=dtype,
         vocabulary=vocabulary,
         task=next((str(task) for task in tasks if task), None) if labels else None,

@@ -128,12 +128,16 @@ def _add_change(share: Share, place: Fit, base: Model, scale: float) -> None:
     site, region = place.site, place.region
     share.changes[place.name].edits.append(ChangeWeight(site, scale, share.weight, region))
     bias = place.name.removesuffix("weight") + "bias"
-    if site.variant.changes_bias(site) and bias in base.tensors:
+    if site.variant.changes_bias(site) and _has(base, bias):
         first = region.first_column if region.transposed else region.first_row
         count = region.columns if region.transposed else region.rows
         rows = Region(count, 1, first_row=first)
         edit = ChangeWeight(site, scale, share.weight, rows, is_bias=True)
         share.changes[bias].edits.append(edit)
+
+
+def _has(base: Model, name: str) -> bool:
+    return name in base.tensors or name in base.hidden
 
 
 def _check_whole(share: Share, place: Fit, words: str, *, is_cut: bool = False) -> None:
@@ -154,7 +158,7 @@ def _add_bias(share: Share, place: Fit, base: Model) -> None:
     _check_whole(share, place, "trained with a bias (lora_bias)")
     site = place.site
     bias = place.name.removesuffix("weight") + "bias"
-    if bias not in base.tensors:
+    if not _has(base, bias):
         raise BaseModelError(
             share.where(site.label),
             f"trains a bias (lora_bias), but the base has no {bias!r} to add it to",

@@ -1,91 +1,165 @@
-"""Input embedding and output head that share one weight: kept tied, or written apart.
+"""Parameters that share one weight: kept tied, or written apart.
 
-With tied weights an adapter on one of the two changes only that one, and the merged model has
-two different weights where the base had one. It stays tied where the adapter changes both alike.
+With tied weights an adapter on one of them changes only that one, and the merged model has
+different weights where the base had one. It stays tied where the adapter changes all alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 from loratool.adapter.slots import Slot
 from loratool.base.model import Model
 from loratool.base.ties import Tie, have_same_values
-from loratool.errors import UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
 from loratool.plan.model import AddDelta, SetRows
 from loratool.verbs.merging.context import Changes, Share
 
-__all__ = ["settle_tie"]
+__all__ = ["Untied", "row_notes", "settle_ties"]
 
 
-def settle_tie(tie: Tie, shares: list[Share], base: Model) -> bool:
-    """Decide whether the merged model stays tied, and complete the changes accordingly.
+@dataclass(frozen=True, slots=True)
+class Untied:
+    """What a merge writes apart that was one weight.
+
+    Attributes:
+        names: Parameters that the base does not store, and the tensor that they start from.
+        in_config: Whether ``config.json`` has to say so.
+    """
+
+    names: Mapping[str, str]
+    in_config: bool
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know."""
+        listed = ", ".join(map(repr, self.names)) or "what the base stores"
+        notes = [f"tied weights are no longer tied: {listed} is written apart"]
+        if not self.in_config:
+            notes.append(
+                "tie_word_embeddings keeps its value, which is about the scale of outputs in this "
+                "family: transformers 5 keeps apart what differs in the files, earlier versions "
+                "tie it again"
+            )
+        return notes
+
+
+def settle_ties(shares: Sequence[Share], base: Model) -> Untied | None:
+    """Decide which parameters stay tied, and complete the changes accordingly.
+
+    Where the configuration says that nothing is tied any more, all of them are written, also
+    those that are still alike.
 
     Returns:
-        Whether it stays tied. Where it does not, every share holds the changes of both tensors.
-
-    Raises:
-        UnsupportedError: The model cannot be untied by its files alone.
+        What is written apart, if anything; every share holds the changes of these.
     """
-    alike = {id(share): _is_alike(share, tie) for share in shares}
-    if all(alike.values()):
+    ties = base.ties
+    uneven = {n for n, tie in enumerate(ties) for s in shares if not _are_alike(s, tie)}
+    if not uneven:
+        for tie in ties:
+            for share in shares:
+                _join(share, tie, tie.stored)
+        return None
+    for number, tie in enumerate(ties):
         for share in shares:
-            _keep_tied(share, tie)
-        return True
-    _check_can_untie(tie, base)
-    for share in shares:
-        embedding, head = share.changes[tie.embedding], share.changes[tie.head]
-        if alike[id(share)]:
-            share.changes[tie.head] = embedding
+            if number in uneven and not _are_alike(share, tie):
+                _part(share, tie)
+            else:
+                _join(share, tie, tie.names)
+    if base.config.can_untie:
+        return Untied(base.hidden, in_config=True)
+    # Its loader ties to the first what it does not find, and keeps apart what differs from it.
+    names = {}
+    for tie in ties:
+        first = tie.names[0]
+        for name in tie.names:
+            if name in base.tensors:
+                continue
+            can_follow = first in base.tensors and all(
+                _is_same(share.changes[first], share.changes[name]) for share in shares
+            )
+            if can_follow:
+                for share in shares:
+                    del share.changes[name]
+            else:
+                names[name] = tie.source
+    return Untied(names, in_config=False)
+
+
+def row_notes(shares: Sequence[Share], base: Model, untied: Untied | None) -> list[str]:
+    """Return a note for each head with a bias that gets trained rows.
+
+    PEFT leaves the bias out of what it computes, as long as it has not merged the rows.
+    """
+    notes = []
+    for tie in base.ties:
+        if tie.head is None:
             continue
-        # Both start from one weight: what is stored of it for one is meant for the other too.
-        embedding.base, head.base = embedding.base or head.base, head.base or embedding.base
-        if embedding.is_rows_only and not any(isinstance(e, SetRows) for e in head.edits):
-            head.edits[:0] = embedding.effects
-    return False
+        bias = f"{tie.head.removesuffix('weight')}bias"
+        rows = tie.head if untied else tie.source
+        found = any(_sets_rows(share.changes[rows]) for share in shares if rows in share.changes)
+        if found and (bias in base.tensors or bias in base.hidden):
+            notes.append(
+                f"{bias!r} stays as it is; PEFT computes without it as long as it has not merged "
+                "the trained tokens"
+            )
+    return notes
 
 
-def _keep_tied(share: Share, tie: Tie) -> None:
-    head = share.changes.pop(tie.head, None)
-    embedding = share.changes[tie.embedding]
-    if head and not embedding:
-        share.changes[tie.embedding] = embedding = head
-    elif head:
-        embedding.base = embedding.base or head.base
-    if tie.is_stored:
-        share.changes[tie.head] = embedding
-
-
-def _check_can_untie(tie: Tie, base: Model) -> None:
-    if tie.is_stored and not base.config.is_encoder_decoder:
+def _join(share: Share, tie: Tie, names: Sequence[str]) -> None:
+    """Give ``names`` the changes that all parameters of a tie have."""
+    changes = [found for name in tie.names if (found := share.changes.pop(name, None))]
+    if not changes:
         return
-    names = base.config.architectures
-    if base.config.is_encoder_decoder:
-        words = "an encoder-decoder model, whose other embeddings hang on the same tie"
-    elif any(name.endswith("ForMaskedLM") for name in names):
-        words = "a masked language model, whose head has more parts that hang on the tie"
-    else:
+    common = changes[0]
+    common.base = next((each.base for each in changes if each.base), None)
+    share.changes |= dict.fromkeys(names, common)
+
+
+def _part(share: Share, tie: Tie) -> None:
+    """Complete the changes of parameters that do not change alike."""
+    changes = {name: share.changes[name] for name in tie.names}
+    # All start from one weight: what is stored of it for one is meant for the others too.
+    base = next((each.base for each in changes.values() if each.base), None)
+    for each in changes.values():
+        each.base = each.base or base
+    if tie.input is None or not changes[tie.input].is_rows_only:
         return
-    raise UnsupportedError(
-        tie.head,
-        f"the adapter changes only one of two tied weights ({tie.embedding!r} is the other) of "
-        + words,
-        hint="merge with --skip for one of them, if the model is not used with its head",
-    )
+    rows = changes.pop(tie.input)
+    if not any(_sets_rows(each) for each in changes.values()):
+        for each in changes.values():
+            each.edits[:0] = rows.effects
 
 
-def _is_alike(share: Share, tie: Tie) -> bool:
-    """Whether a share changes embedding and head in the same way (or neither)."""
-    embedding = share.changes.get(tie.embedding) or Changes()
-    head = share.changes.get(tie.head) or Changes()
-    if embedding.replacement is not None and head.replacement is not None:
-        same = have_same_values(embedding.replacement, head.replacement)
-        return same and not embedding.effects and not head.effects
-    if embedding.is_rows_only and head.is_rows_only:
-        return not head.effects or _same_rows(embedding, head)
-    if embedding.replacement is not None or head.replacement is not None:
+def _sets_rows(changes: Changes) -> bool:
+    return any(isinstance(edit, SetRows) for edit in changes.edits)
+
+
+def _are_alike(share: Share, tie: Tie) -> bool:
+    """Whether a share changes all parameters of a tie in the same way (or none)."""
+    changes = {name: share.changes.get(name) or Changes() for name in tie.names}
+    first = changes.pop(tie.input or tie.source)
+    others = changes.values()
+    are_followed = tie.input is not None and first.is_rows_only
+    if are_followed and not any(other.effects or other.replacement for other in others):
+        return True
+    return all(_is_same(first, other) for other in others)
+
+
+def _is_same(first: Changes, second: Changes) -> bool:
+    """Whether two parameters of one weight have the same values afterwards."""
+    if first is second:
+        return True
+    if first.replacement is not None and second.replacement is not None:
+        same = have_same_values(first.replacement, second.replacement)
+        return same and not first.effects and not second.effects
+    if first.replacement is not None or second.replacement is not None:
         return False
-    return _same_delta(embedding, head)
+    if first.is_rows_only and second.is_rows_only:
+        return _same_rows(first, second)
+    return _same_delta(first, second)
 
 
 def _same_rows(embedding: Changes, head: Changes) -> bool:
@@ -99,17 +173,21 @@ def _same_rows(embedding: Changes, head: Changes) -> bool:
     )
 
 
-def _same_delta(embedding: Changes, head: Changes) -> bool:
-    """Whether the head's factors are those of the embedding, swapped and transposed."""
-    first = [edit for edit in embedding.edits if isinstance(edit, AddDelta)]
-    second = [edit for edit in head.edits if isinstance(edit, AddDelta)]
-    if len(first) != 1 or len(second) != 1:
+def _same_delta(first: Changes, second: Changes) -> bool:
+    """Whether two deltas are one: as they are, or swapped and transposed for the other side."""
+    edits = [edit for edit in (*first.effects, *second.effects) if isinstance(edit, AddDelta)]
+    if [len(first.effects), len(second.effects), len(edits)] != [1, 1, 2]:
         return False
-    one, two = first[0].site, second[0].site
-    if one.scaling.factor != two.scaling.factor or Slot.EMBEDDING_DOWN not in one.slots:
+    if edits[0].scale != edits[1].scale:
         return False
-    pairs = ((one.up, two.down), (one.down, two.up))
-    return all(a is not None and b is not None and _is_transpose(a, b) for a, b in pairs)
+    one, two = (edit.site for edit in edits)
+    is_turned = (Slot.EMBEDDING_DOWN in one.slots) != (Slot.EMBEDDING_DOWN in two.slots)
+    other = (two.down, two.up) if is_turned else (two.up, two.down)
+    compare = _is_transpose if is_turned else have_same_values
+    return all(
+        a is not None and b is not None and compare(a, b)
+        for a, b in zip((one.up, one.down), other, strict=True)
+    )
 
 
 def _is_transpose(first: StoredTensor, second: StoredTensor) -> bool:
