@@ -73,6 +73,7 @@ class Site:
         enabled: Which of the parts of a merged projection stacked factors are for
             (``enable_lora``); empty for ordinary factors.
         settings: What else its variant knows about it.
+        spelled: What the file calls the module, where that is not its path.
     """
 
     module: str
@@ -84,6 +85,7 @@ class Site:
     parameters: tuple[str, ...] = ()
     enabled: tuple[bool, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    spelled: str = ""
 
     @property
     def geometry(self) -> Geometry:

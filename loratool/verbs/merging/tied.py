@@ -106,7 +106,7 @@ def _same_delta(embedding: Changes, head: Changes) -> bool:
     if len(first) != 1 or len(second) != 1:
         return False
     one, two = first[0].site, second[0].site
-    if one.scaling.factor != two.scaling.factor or Slot.EMBEDDING_DOWN not in one.slots:
+    if first[0].scale != second[0].scale or Slot.EMBEDDING_DOWN not in one.slots:
         return False
     pairs = ((one.up, two.down), (one.down, two.up))
     return all(a is not None and b is not None and _is_transpose(a, b) for a, b in pairs)
