@@ -44,14 +44,31 @@ class PartlyMeantError(Exception):
     """A pattern means some of the modules that one module is in another naming, and not all.
 
     Attributes:
+        module: The module.
         part: One that it means.
         other: One that it does not.
     """
 
-    def __init__(self, part: str, other: str) -> None:
-        super().__init__(part, other)
+    def __init__(self, module: str, part: str, other: str) -> None:
+        super().__init__(module, part, other)
+        self.module = module
         self.part = part
         self.other = other
+
+    def refusal(self, pattern: Selector, where: object, verb: str) -> OptionError:
+        """Return the error of a pattern in the command line.
+
+        Args:
+            pattern: The pattern.
+            where: The adapter or model that it is for.
+            verb: What to do with the whole module instead, such as ``leave out``.
+        """
+        return OptionError(
+            pattern.option,
+            f"{pattern.text!r} means a part of {self.module!r} of {where}, which is one module "
+            f"there: it has {self.part!r} and {self.other!r} in one",
+            hint=f"{verb} all of it: {self.module}",
+        )
 
 
 class _Matcher(Protocol):
@@ -67,13 +84,17 @@ class Selector:
     Attributes:
         text: As it was written.
         option: Where it comes from, for messages.
-        is_expression: Whether it is a regular expression.
+        matcher: What it is matched with.
     """
 
     text: str
     option: str
-    is_expression: bool
     matcher: _Matcher
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the text says what kind of pattern it is."""
+        return self.text.startswith((EXPRESSION, GLOB))
 
     def matches(self, name: str) -> bool:
         """Whether it means something in one name.
@@ -98,7 +119,7 @@ class Selector:
         meant = [any(map(self.matches, names)) for names in module.parts]
         if any(meant) and not all(meant):
             part, other = (module.parts[meant.index(is_meant)][0] for is_meant in (True, False))
-            raise PartlyMeantError(part, other)
+            raise PartlyMeantError(module.names[0], part, other)
         return bool(meant) and all(meant)
 
 
@@ -126,7 +147,7 @@ def selector(text: str, option: str, *, bare_is_expression: bool = False) -> Sel
         matcher: _Matcher = Expression(body) if is_expression else _Run(body)
     except ExpressionError as error:
         raise OptionError(option, str(error)) from None
-    return Selector(text, option, is_expression, matcher)
+    return Selector(text, option, matcher)
 
 
 class _Run:

@@ -18,7 +18,7 @@ from loratool.names.pipelines import (
     split_flat,
 )
 
-__all__ = ["component_names", "spellings_of", "spellings_of_extra"]
+__all__ = ["component_names", "spellings_of", "spellings_of_extra", "spellings_of_path"]
 
 ALL_ENCODERS: Final = "te"
 """What means every text encoder, whatever its number."""
@@ -56,20 +56,23 @@ def spellings_of_extra(extra: Extra, adapter: Adapter) -> Spellings:
     return Spellings(tuple(dict.fromkeys((extra.key, extra.name, *found.names))), found.parts)
 
 
-def _spellings(module: str, adapter: Adapter) -> Spellings:
-    if module in adapter.unresolved:
-        return _of_flat(module, adapter)
-    return _of_path(module, adapter)
+def spellings_of_path(
+    module: str, family: str | None = None, components: frozenset[str] = frozenset()
+) -> Spellings:
+    """Return what the module at a dotted path is called.
 
-
-def _of_path(module: str, adapter: Adapter) -> Spellings:
-    component, local = component_of(module, adapter.components)
+    Args:
+        module: The path, behind its component where it has one.
+        family: The pipeline that it belongs to, where known.
+        components: What is a component for certain.
+    """
+    component, local = component_of(module, components)
     if component is None:
         return Spellings(tuple(dict.fromkeys((module, canonical_path(module)))))
-    names = component_names(component, adapter.family)
-    locals_ = [local, canonical_path(local), *other_names(module, adapter.family)]
+    names = component_names(component, family)
+    locals_ = [local, canonical_path(local), *other_names(module, family)]
     parts: list[tuple[str, ...]] = []
-    for native, fusion in fusions(module, adapter.family):
+    for native, fusion in fusions(module, family):
         if module in fusion.modules:
             locals_.append(native.removeprefix(f"{component}."))
         else:
@@ -78,15 +81,20 @@ def _of_path(module: str, adapter: Adapter) -> Spellings:
     return Spellings(tuple(dict.fromkeys((module, *_behind(names, locals_)))), tuple(parts))
 
 
+def _spellings(module: str, adapter: Adapter) -> Spellings:
+    if module in adapter.unresolved:
+        return _of_flat(module, adapter)
+    return spellings_of_path(module, adapter.family, adapter.components)
+
+
 def _of_flat(module: str, adapter: Adapter) -> Spellings:
     """Return the names of a module whose path the file does not tell, by all that it may be."""
     part, flat = split_flat(module)
     component = encoder_component(part, adapter.family, KOHYA_ENCODERS)
     names = component_names(component, adapter.family) if component else (part,) if part else ()
     paths = adapter.unresolved[module]
-    return Spellings(
-        (module, *_behind(names, (flat,))), tuple(_of_path(path, adapter).names for path in paths)
-    )
+    parts = (spellings_of_path(path, adapter.family, adapter.components) for path in paths)
+    return Spellings((module, *_behind(names, (flat,))), tuple(part.names for part in parts))
 
 
 def _behind(components: Iterable[str], paths: Iterable[str]) -> Iterator[str]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.model import Adapter, Extra, ExtraKind, Site
+from loratool.adapter.model import Adapter, Extra, ExtraKind, Site, without
 from loratool.adapter.selectors import (
     EXPRESSION,
     GLOB,
@@ -31,7 +31,7 @@ from loratool.names.pipelines import component_of
 from loratool.names.spellings import component_names, spellings_of, spellings_of_extra
 from loratool.names.vocabulary import is_number
 
-__all__ = ["Strength", "Weights", "recorded_weights", "strengths", "with_strengths", "without"]
+__all__ = ["Strength", "Weights", "recorded_weights", "strengths", "with_strengths"]
 
 Weights = Sequence[float | str] | Mapping[str, float]
 OPTION: Final = "-w"
@@ -104,29 +104,6 @@ def with_strengths(
             )
         kept.append(adapter)
     return kept, found, notes
-
-
-def without(adapter: Adapter, sites: Iterable[str], extras: Iterable[str]) -> Adapter:
-    """Return an adapter without some of its sites (by label) and extras (by key)."""
-    gone, keys = set(sites), set(extras)
-    kept = tuple(site for site in adapter.sites if site.label not in gone)
-    is_shared = {extra.key for extra in adapter.extras if extra.kind is ExtraKind.SHARED}
-    keys = keys - is_shared if kept else keys | is_shared
-    own = {tensor.spec.name for site in kept for tensor in site.tensors}
-    lost = {
-        tensor.spec.name
-        for site in adapter.sites
-        if site.label in gone
-        for tensor in site.slots.values()
-    } - own
-    left = {key for key, tensor in adapter.tensors.items() if tensor.spec.name in lost} | keys
-    return replace(
-        adapter,
-        sites=kept,
-        extras=tuple(extra for extra in adapter.extras if extra.key not in keys),
-        tensors={key: tensor for key, tensor in adapter.tensors.items() if key not in left},
-        skipped=(*adapter.skipped, *(key for key in adapter.tensors if key in left)),
-    )
 
 
 def strengths(adapters: Sequence[Adapter], weights: Weights) -> list[Strength]:
@@ -256,12 +233,7 @@ def _means(entry: _Entry, module: Spellings, adapter: Adapter) -> bool:
     try:
         return entry.selector.means(module)
     except PartlyMeantError as error:
-        raise OptionError(
-            OPTION,
-            f"{entry.selector.text!r} means a part of {module.names[0]!r} of {adapter.path}, which "
-            f"is one module there: it has {error.part!r} and {error.other!r} in one",
-            hint=f"weigh all of it, such as -w {module.names[0]}={entry.number:g}",
-        ) from None
+        raise error.refusal(entry.selector, adapter.path, "weigh") from None
 
 
 def _meaningless(entry: _Entry, adapters: Sequence[Adapter]) -> OptionError:

@@ -82,7 +82,8 @@ def merge(
         allow_nonfinite: Write NaN and infinity where they come out.
         alpha: Alpha for adapters that record none.
         adapter_name: Which adapter, where a path holds several.
-        skip: Regular expressions; adapter keys that match are left out, and reported.
+        skip: Regular expressions; adapter keys that match are left out, and reported. With
+            ``re:`` or ``glob:`` before them patterns for modules, as those of ``weights``.
         quantized: What becomes of quantised weights: ``dequantize`` writes them in the
             configuration's 16-bit dtype, and drops scales and the configuration of them.
         device: Where to compute: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.

@@ -307,3 +307,60 @@ def test_a_pattern_that_means_nothing_is_one_line_and_nothing_is_written(
     assert result.stderr.splitlines()[1].startswith("hint: what would: layers.0-2, ")
     assert result.stderr.startswith("error: -w: 'te2' means no module of ")
     assert not (tmp_path / "out").exists()
+
+
+STYLE = {
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": 8,
+    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k": 8,
+    "lora_te_text_model_encoder_layers_0_self_attn_q_proj": 6,
+    "lora_te_text_model_encoder_layers_9_mlp_fc1": 6,
+}
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ("lora_te", {2, 3}),  # a bare one is a regular expression, for keys of the file
+        ("attn(1|2)", {0, 1}),
+        ("te", {2, 3}),
+        ("glob:te1", {2, 3}),
+        ("glob:unet", {0, 1}),
+        ("glob:input_blocks", {0}),
+        ("glob:layers.8-11", {3}),
+        ("glob:lora_te_*", {2, 3}),
+        ("re:^te1\\..*mlp", {3}),
+        ("re:^lora_te_", {2, 3}),
+    ],
+)
+def test_skip_takes_the_same_patterns(tmp_path: Path, skip: str, left: set[int]) -> None:
+    state = {}
+    for name, size in STYLE.items():
+        state[f"{name}.lora_down.weight"] = torch.randn(2, size)
+        state[f"{name}.lora_up.weight"] = torch.randn(size, 2)
+        state[f"{name}.alpha"] = torch.tensor(1.0)
+    save_file(state, tmp_path / "style.safetensors")
+    loratool.compose([tmp_path / "style.safetensors"], tmp_path / "o.safetensors", skip=[skip])
+    found = {key.partition(".")[0] for key in load_file(tmp_path / "o.safetensors")}
+    assert found == {name for place, name in enumerate(STYLE) if place not in left}
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "found"),
+    [
+        (["glob:layers.1-2"], [], MODULES[2:]),
+        (["layers\\.[12]"], [], MODULES[2:]),
+        ([], ["glob:self_attn", "glob:layers.0"], MODULES[3::2]),
+        (["re:mlp"], ["layers.0"], MODULES[3::2]),
+    ],
+)
+def test_include_and_exclude_take_the_same_patterns(
+    make_base: Make, tmp_path: Path, include: list[str], exclude: list[str], found: tuple[str, ...]
+) -> None:
+    base, tuned = (
+        make_base({f"{m}.weight": torch.randn(6, 5) for m in MODULES}, name=name)
+        for name in ("base", "tuned")
+    )
+    report = loratool.extract(
+        base, tuned, tmp_path / "out", rank=2, include=include, exclude=exclude
+    )
+    assert {module.module for module in report.modules} == set(found)
