@@ -322,7 +322,6 @@ STYLE = {
     [
         ("lora_te", {2, 3}),  # a bare one is a regular expression, for keys of the file
         ("attn(1|2)", {0, 1}),
-        ("te", {2, 3}),
         ("glob:te1", {2, 3}),
         ("glob:unet", {0, 1}),
         ("glob:input_blocks", {0}),
