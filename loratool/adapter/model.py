@@ -12,6 +12,7 @@ from loratool.adapter.config import LoraConfig
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import NO_GEOMETRY, Geometry, Variant
+from loratool.files.containers import is_weights
 from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 
@@ -263,6 +264,12 @@ class Adapter:
     components: frozenset[str] = frozenset()
     is_native: bool = False
     mixed: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What people call it: its folder, or its file without the ending."""
+        path = self.path.resolve()
+        return path.stem if is_weights(path) else path.name
 
     @property
     def folder(self) -> Path:

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Final
 
 from loratool.adapter.model import Adapter, Extra, ExtraKind, Site, without
@@ -26,7 +25,6 @@ from loratool.adapter.selectors import (
     selector,
 )
 from loratool.errors import OptionError
-from loratool.files.containers import is_weights
 from loratool.names.pipelines import component_of
 from loratool.names.spellings import component_names, spellings_of, spellings_of_extra
 from loratool.names.vocabulary import is_number
@@ -178,7 +176,7 @@ def _bound(text: str, adapters: Sequence[Adapter]) -> tuple[int | None, str]:
                 OPTION, f"{text!r} is for adapter {before}, and there are {len(adapters)}"
             )
         return int(before) - 1, after
-    stems = [_stem(adapter.path) for adapter in adapters]
+    stems = [adapter.title for adapter in adapters]
     named = [stem for stem in stems if stem and text.startswith(f"{stem}:")]
     if not named:
         return None, text
@@ -190,12 +188,6 @@ def _bound(text: str, adapters: Sequence[Adapter]) -> tuple[int | None, str]:
             hint=f"give the place of the adapter instead, such as {stems.index(stem) + 1}:",
         )
     return stems.index(stem), text.removeprefix(f"{stem}:")
-
-
-def _stem(path: Path) -> str:
-    """Return what an adapter is called: its folder, or its file without the ending."""
-    path = path.resolve()
-    return path.stem if is_weights(path) else path.name
 
 
 def _strength(

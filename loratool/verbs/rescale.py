@@ -239,7 +239,7 @@ def _rewritten(
         is_native=adapter.is_native,
         name=adapter.name,
         stem=adapter.weights.stem,
-        metadata=kept_metadata(adapter),
+        metadata=kept_metadata(adapter, adapter.scheme),
         history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
         sidecars=tuple(sidecars),
         stamps={adapter.weights: adapter.stamp},

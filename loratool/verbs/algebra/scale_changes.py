@@ -29,6 +29,7 @@ from loratool.values.expr import Constant, Expr, Stored, is_power_of_two, spec_o
 from loratool.verbs.algebra.combination import input_notes
 from loratool.verbs.algebra.modules import Joint
 from loratool.verbs.algebra.sums import Spectrum
+from loratool.write.metadata import without_hashes
 from loratool.write.sidecars import carried_files
 from loratool.write.stored import part_of
 from loratool.write.write import check_place
@@ -169,7 +170,7 @@ def plan_in_place(
     return AdapterPlan(
         parts=(),
         carried=tuple(carried),
-        metadata=dict(adapter.metadata),
+        metadata=without_hashes(adapter.metadata),
         history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
         config=_config(adapter, changes, asked),
         sidecars=tuple(sidecars),
