@@ -20,6 +20,7 @@ from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.names.canonical import canonical_path
+from loratool.names.one_model import check_one_model
 from loratool.names.paths import families_of_modules, is_fused
 from loratool.names.pipelines import component_of
 from loratool.names.strengths import Strength
@@ -147,9 +148,10 @@ def join(
             ties, and one switch for biases.
 
     Raises:
-        UnsupportedError: No adapter can hold the union.
+        UnsupportedError: No adapter can hold the union, or they are for different models.
         AdapterError: Two adapters see one module as matrices of different shapes or kinds.
     """
+    check_one_model(adapters)
     _check_namings(adapters)
     groups: dict[str, list[Term]] = {}
     notes: list[str] = []

@@ -24,6 +24,7 @@ from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.json import read_json_object
 from loratool.files.links import NOT_FILES
 from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.names.one_model import check_one_model
 from loratool.names.strengths import Weights, with_strengths
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.plan.model import Blend, Edit, ModelPlan, OutputFile, SetRows, Step
@@ -89,6 +90,7 @@ def plan_merge(
     notes = [*checkpoint.notes, *check_base(model)]
     for adapter in opened:
         check_adapter(adapter)
+    check_one_model(opened)
     opened, strengths, left_out = with_strengths(opened, weights)
     if not any(adapter.sites or adapter.extras for adapter in opened):
         raise MergeError("merge", "every weight is 0, so the merge would change nothing")
