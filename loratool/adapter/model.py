@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +12,7 @@ from loratool.adapter.config import LoraConfig
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import NO_GEOMETRY, Geometry, Variant
+from loratool.files.containers import is_weights
 from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 
@@ -27,6 +28,7 @@ __all__ = [
     "in_registered_order",
     "is_folded",
     "unknown_scale",
+    "without",
 ]
 
 HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "proj_out", "lm_loss"))
@@ -73,6 +75,7 @@ class Site:
         enabled: Which of the parts of a merged projection stacked factors are for
             (``enable_lora``); empty for ordinary factors.
         settings: What else its variant knows about it.
+        spelled: What the file calls the module, where that is not its path.
     """
 
     module: str
@@ -84,6 +87,7 @@ class Site:
     parameters: tuple[str, ...] = ()
     enabled: tuple[bool, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    spelled: str = ""
 
     @property
     def geometry(self) -> Geometry:
@@ -262,6 +266,12 @@ class Adapter:
     mixed: tuple[str, ...] = ()
 
     @property
+    def title(self) -> str:
+        """What people call it: its folder, or its file without the ending."""
+        path = self.path.resolve()
+        return path.stem if is_weights(path) else path.name
+
+    @property
     def folder(self) -> Path:
         """Where its sidecars are."""
         return self.weights.parent
@@ -279,3 +289,26 @@ class Adapter:
     def field(self, name: str) -> Any:
         """Return a raw field of its configuration, or ``None``."""
         return self.config.raw.get(name) if self.config else None
+
+
+def without(adapter: Adapter, sites: Iterable[str], extras: Iterable[str]) -> Adapter:
+    """Return an adapter without some of its sites (by label) and extras (by key)."""
+    gone, keys = set(sites), set(extras)
+    kept = tuple(site for site in adapter.sites if site.label not in gone)
+    is_shared = {extra.key for extra in adapter.extras if extra.kind is ExtraKind.SHARED}
+    keys = keys - is_shared if kept else keys | is_shared
+    own = {tensor.spec.name for site in kept for tensor in site.tensors}
+    lost = {
+        tensor.spec.name
+        for site in adapter.sites
+        if site.label in gone
+        for tensor in site.slots.values()
+    } - own
+    left = {key for key, tensor in adapter.tensors.items() if tensor.spec.name in lost} | keys
+    return replace(
+        adapter,
+        sites=kept,
+        extras=tuple(extra for extra in adapter.extras if extra.key not in keys),
+        tensors={key: tensor for key, tensor in adapter.tensors.items() if key not in left},
+        skipped=(*adapter.skipped, *(key for key in adapter.tensors if key in left)),
+    )

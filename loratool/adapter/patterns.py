@@ -1,22 +1,18 @@
 """PEFT's rules for which module a configuration entry means (``peft.utils.other``, 0.15 on).
 
-Most patterns are names: all of them are looked up at once, from the end of a path backwards. Of
-the rest, those that backtracking can only make a little slower are left to Python's own ``re``,
-which is quick; all others are matched by an automaton, whose time is bounded.
+Most patterns are names: all of them are looked up at once, from the end of a path backwards. The
+rest are regular expressions, matched in bounded time.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from re import _parser as parser  # type: ignore[attr-defined]
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
-from loratool.adapter.automaton import Automaton, EndlessError, UnsupportedExpressionError
+from loratool.adapter.expressions import Expression, ExpressionError
 from loratool.errors import AdapterError
 
 __all__ = [
@@ -28,107 +24,31 @@ __all__ = [
 ]
 
 Value = TypeVar("Value")
-MAX_PATTERN_LENGTH: Final = 2000
-FEW_STEPS: Final = 1e5
 MANY_EXPRESSIONS: Final = 1000
 MANY_PLACES: Final = 200
-FEW_REPEATS: Final = 3
-LONGEST_NAME: Final = 200
-"""Of the usual ones; what is longer is matched by an automaton."""
 PLAIN: Final = re.compile(r"\^?[\w.\-/ ]+")
 """A name, in which a dot stands for any character, as it does in every regular expression."""
 
 
-class _Matcher(Protocol):
-    """What a regular expression is matched with."""
-
-    def match(self, text: str) -> object: ...
-    def fullmatch(self, text: str) -> object: ...
-
-
-def _tries(tree: Any, *, inside: bool = False) -> tuple[int, float]:
-    """Return how many parts of an expression repeat without a bound, and its other choices.
-
-    A repeat of something that itself repeats or branches is the classic of exponential
-    backtracking; it counts as endless.
-    """
-    repeats, choices = 0, 1.0
-    if any(str(operation) == "GROUPREF_EXISTS" for operation, _ in tree):
-        return 0, math.inf
-    for operation, argument in tree:
-        name = str(operation)
-        inner: list[Any] = []
-        is_loop = False
-        if "REPEAT" in name:
-            low, high, body = argument
-            is_loop = high > 1
-            if str(high) == "MAXREPEAT":
-                repeats += 1
-            else:
-                choices *= max(high - low + 1, high)
-            if inside and high > low:
-                choices = math.inf
-            inner = [body]
-        elif name == "BRANCH":
-            choices *= math.inf if inside else len(argument[1])
-            inner = argument[1]
-        elif name in ("SUBPATTERN", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
-            inner = [argument[-1] if isinstance(argument, tuple) else argument]
-        for body in inner:
-            more, times = _tries(body, inside=inside or is_loop)
-            repeats, choices = repeats + more, choices * times
-    return repeats, choices
-
-
 @lru_cache(maxsize=1 << 12)
-def _compile(text: str) -> tuple[_Matcher | None, _Matcher | None]:
-    """Return what matches names of usual length, if that is sure to end, or what matches all.
+def _expression(text: str) -> Expression:
+    """Return a compiled pattern of the configuration.
 
     Raises:
         AdapterError: It is no regular expression, or cannot be matched in bounded time.
     """
-    if len(text) > MAX_PATTERN_LENGTH:
-        raise AdapterError("adapter_config.json", f"a pattern is {len(text)} characters long")
-    shown = reprlib.repr(text)
     try:
-        repeats, choices = _tries(parser.parse(text))
-        is_quick = repeats < FEW_REPEATS and choices * LONGEST_NAME**repeats <= FEW_STEPS
-        return (re.compile(text), None) if is_quick else (None, Automaton(text))
-    except UnsupportedExpressionError as error:
-        raise AdapterError(
-            "adapter_config.json", f"the pattern {shown} has {error}, which might never end"
-        ) from None
-    except EndlessError as error:
-        raise _endless(text, error) from None
-    except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(
-            "adapter_config.json", f"{shown} is not a regular expression: {error}"
-        ) from None
-
-
-def _endless(text: str, error: EndlessError) -> AdapterError:
-    return AdapterError(
-        "adapter_config.json",
-        f"the pattern {reprlib.repr(text)} could take for ever to match: {error}",
-    )
-
-
-@lru_cache(maxsize=1 << 10)
-def _for_long_names(text: str) -> _Matcher:
-    try:
-        return Automaton(text)
-    except UnsupportedExpressionError as error:
-        raise _endless(text, EndlessError(f"it has {error}, and the name is long")) from None
+        return Expression(text)
+    except ExpressionError as error:
+        raise AdapterError("adapter_config.json", str(error)) from None
 
 
 def _matches(pattern: str, name: str, *, is_full: bool) -> bool:
-    usual, sure = _compile(pattern)
+    expression = _expression(pattern)
     try:
-        matcher = sure or (usual if len(name) <= LONGEST_NAME else _for_long_names(pattern))
-        assert matcher is not None
-        return bool(matcher.fullmatch(name) if is_full else matcher.match(name))
-    except EndlessError as error:
-        raise _endless(pattern, error) from None
+        return expression.fullmatch(name) if is_full else expression.match(name)
+    except ExpressionError as error:
+        raise AdapterError("adapter_config.json", str(error)) from None
 
 
 @dataclass(slots=True)

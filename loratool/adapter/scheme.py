@@ -220,6 +220,7 @@ class Settings(Protocol):
         names_targets: Whether it says which modules it is for, nested ones and raw parameters too.
         names_saved: Whether it says which modules are saved as a whole.
         stale: A regular expression for metadata that describes the form of such a file.
+        naming: The same for what stays true as long as the scheme is the same.
     """
 
     @property
@@ -230,6 +231,8 @@ class Settings(Protocol):
     def names_saved(self) -> bool: ...
     @property
     def stale(self) -> str: ...
+    @property
+    def naming(self) -> str: ...
 
     def claims(self, raw: Mapping[str, Any]) -> bool:
         """Whether a configuration is this scheme's, and not PEFT's."""

@@ -17,6 +17,7 @@ __all__ = ["command"]
 
 @click.command("compare")
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@options.weights
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
 @click.option(
     "--directions",
@@ -37,6 +38,7 @@ __all__ = ["command"]
 @options.debug
 def command(
     adapters: tuple[Path, ...],
+    weights: tuple[str, ...],
     modules: bool,
     directions: int,
     plot: Path | None,
@@ -56,6 +58,7 @@ def command(
     \b
     Example:
         loratool compare epoch-1/ epoch-2/
+        loratool compare epoch-1/ epoch-2/ -w self_attn=0
         loratool compare a/ b/ c/ d/ --plot cosines.svg
     """
     if plot is not None:
@@ -65,6 +68,7 @@ def command(
     with render.progress_bar("comparing", quiet=quiet) as progress:
         found = compare(
             adapters,
+            weights=weights,
             directions=directions,
             alpha=alpha,
             adapter_name=adapter_name,

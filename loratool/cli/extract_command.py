@@ -24,8 +24,15 @@ LISTED = 8
 @click.argument("finetuned", type=options.PATH)
 @options.output
 @options.extraction
-@click.option("--include", multiple=True, metavar="RE", help="Only modules that match.")
-@click.option("--exclude", multiple=True, metavar="RE", help="No modules that match.")
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="RE",
+    help="Only modules that match; glob:layers.0-11 for a pattern as of -w.",
+)
+@click.option(
+    "--exclude", multiple=True, metavar="RE", help="No modules that match, in the same way."
+)
 @click.option("--embeddings", is_flag=True, help="Embeddings and the output head too.")
 @click.option("--save-module", multiple=True, metavar="NAME", help="Save this module whole.")
 @click.option(

@@ -45,7 +45,7 @@ def command(
     base: Path,
     adapters: tuple[Path, ...],
     output: Path,
-    weights: tuple[float, ...],
+    weights: tuple[str, ...],
     dtype: str | None,
     alpha: float | None,
     adapter_name: str | None,
@@ -69,6 +69,7 @@ def command(
     Example:
         loratool merge TinyLlama-1.1B/ my-adapter/ -o merged/
         loratool merge base/ style/ tone/ -w 0.7 -w -0.2 -o merged/
+        loratool merge sdxl.safetensors style.safetensors -w te1=0.5 -w unet=1.1 -o out.safetensors
     """
     settings: dict[str, Any] = {
         "weights": weights,

@@ -90,16 +90,16 @@ weights: Decorator = click.option(
     "-w",
     "--weight",
     "weights",
-    type=float,
     multiple=True,
     metavar="W",
-    help="Weight of an adapter, once for each in order; missing ones are 1.",
+    help="A number for each adapter, in order, and PATTERN=N for single modules: te1=0.5, "
+    "layers.0-11=0, 2:unet=0.8.",
 )
 skip: Decorator = click.option(
     "--skip",
     multiple=True,
     metavar="RE",
-    help="Leave out adapter keys that match, and report them.",
+    help="Leave out adapter keys that match, and report them; glob: before a pattern of -w.",
 )
 device: Decorator = _device("Where to compute: auto (the processor), cpu, cuda or cuda:N.")
 gpu_device: Decorator = _device(

@@ -20,6 +20,7 @@ __all__ = ["command"]
 @click.argument("adapter", type=options.PATH)
 @options.output
 @click.option("--scale", type=float, metavar="S", help="Multiply every delta by this.")
+@options.weights
 @click.option("--alpha", type=float, metavar="A", help="Set alpha of every module to this.")
 @click.option(
     "--keep",
@@ -52,6 +53,7 @@ def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings:
     \b
     Example:
         loratool rescale my-adapter/ --scale 0.7 -o softer/
+        loratool rescale my-adapter/ -w layers.0-3=0.5 -w mlp=0 -o softer/
         loratool rescale my-adapter/ --fold -o folded/
         loratool rescale my-adapter/ --alpha 32 --keep delta -o same-delta/
     """

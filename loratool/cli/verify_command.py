@@ -36,7 +36,7 @@ def command(
     merged: Path,
     base: Path,
     adapters: tuple[Path, ...],
-    weights: tuple[float, ...],
+    weights: tuple[str, ...],
     alpha: float | None,
     adapter_name: str | None,
     skip: tuple[str, ...],

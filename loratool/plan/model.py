@@ -298,7 +298,7 @@ class ModelPlan:
         files: Weights files.
         sidecars: Other files.
         is_folder: Whether the output is a folder (else it is the one weights file).
-        adapters: The adapters with their weights.
+        adapters: The adapters.
         unused: Adapter keys that were skipped on request.
         notes: What a user should know, one sentence each.
         left_behind: Files of the base that are not carried over, with the reason.
@@ -308,7 +308,7 @@ class ModelPlan:
     files: tuple[OutputFile, ...]
     sidecars: tuple[Sidecar, ...]
     is_folder: bool
-    adapters: tuple[tuple[Adapter, float], ...]
+    adapters: tuple[Adapter, ...]
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     left_behind: tuple[tuple[str, str], ...] = field(default=())
@@ -336,7 +336,7 @@ class ModelPlan:
         is_changed = any(step.added or step.replaced for step in self.steps())
         if outcome.weights.is_empty and not is_changed:
             raise MergeError(
-                ", ".join(str(adapter.path) for adapter, _ in self.adapters),
+                ", ".join(str(adapter.path) for adapter in self.adapters),
                 "every delta is exactly zero (an untrained adapter, or alpha 0), so the merge "
                 "would change nothing",
             )

@@ -61,17 +61,17 @@ class KohyaSettings(Settings):
             "ss_network_args": json.dumps(arguments) if arguments else "null",
             "ss_output_name": as_text(written.title),
         }
-        if release is None:
-            return found
-        if "ss_base_model_version" not in written.metadata:
-            found["ss_base_model_version"] = release.base_version
-        found |= {
-            "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": f"{release.architecture}/lora",
-            "modelspec.implementation": release.implementation,
-        }
-        if written.metadata.get("modelspec.title", written.stem) == written.stem:
-            found["modelspec.title"] = written.title
+        if release is not None:
+            if "ss_base_model_version" not in written.metadata:
+                found["ss_base_model_version"] = release.base_version
+            found |= {
+                "modelspec.sai_model_spec": "1.0.1",
+                "modelspec.architecture": f"{release.architecture}/lora",
+                "modelspec.implementation": release.implementation,
+            }
+        has_spec = any(key.startswith("modelspec.") for key in (*found, *written.metadata))
+        if has_spec and written.metadata.get("modelspec.title", written.stem) == written.stem:
+            found["modelspec.title"] = as_text(written.title)
         return found
 
 
@@ -163,8 +163,8 @@ SCHEME = Scheme(
     scale=AlphaScale(),
     roles=LycorisRoles(),
     settings=KohyaSettings(
-        stale=r"sshs_.*|ss_network_.*|ss_output_name|modelspec\.(hash_sha256|implementation"
-        r"|sai_model_spec|architecture)"
+        stale=r"sshs_.*|ss_network_.*|ss_output_name|modelspec\.hash_sha256",
+        naming=r"modelspec\.(implementation|sai_model_spec|architecture)",
     ),
     home=Home(tokens=BundledTokens(are_stacks=True)),
     seal=KohyaSeal(),

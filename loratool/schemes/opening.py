@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -12,14 +11,16 @@ from typing import Any
 from loratool.adapter.build import build_sites
 from loratool.adapter.config import CONFIG_NAME, LoraConfig, parse_config
 from loratool.adapter.fields import is_number
-from loratool.adapter.model import Adapter, ExtraKind, Site
+from loratool.adapter.model import Adapter, ExtraKind, Site, without
 from loratool.adapter.recognise import PEFT_TYPES
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Scheme
+from loratool.adapter.selectors import PartlyMeantError, Selector, Spellings, selector
 from loratool.adapter.slots import Slot
-from loratool.errors import AdapterError, OptionError, UnsupportedError
+from loratool.errors import OptionError, UnsupportedError
 from loratool.files.containers import open_weights
 from loratool.files.json import read_json_object
+from loratool.names.spellings import spellings_of, spellings_of_extra
 from loratool.schemes import claimed, claims, scheme_named, scheme_names
 from loratool.schemes.detection import detect_scheme, find_weights, selected
 from loratool.schemes.spelled_out import spell_out
@@ -44,7 +45,8 @@ def open_adapter(
         path: The weights file, or the folder that holds it and its sidecars.
         adapter_name: Which adapter, where a folder or a file holds several.
         alpha: Alpha for all modules, where nothing records it.
-        skip: Regular expressions; keys that match anywhere are left out.
+        skip: Regular expressions; keys that match anywhere are left out. With ``re:`` or
+            ``glob:`` before them patterns for modules too, as those of ``weights``.
         scheme: The key scheme to read it in; by default the one that recognises most of it.
         base_modules: Module paths of the base, from which flattened names are restored.
         enabled: Which parts of a merged projection stacked factors are for (``enable_lora``),
@@ -67,6 +69,7 @@ def open_adapter(
         enabled=enabled,
     )
     found = spell_out(opened, scheme_named(opened.scheme), base_modules)
+    found = _without_meant(found, [each for each in _selectors(skip) if each.is_marked])
     mixed = tuple(_foreign_factors(found))
     scheme_named(opened.scheme).keys.forget()
     return replace(found, mixed=mixed)
@@ -121,7 +124,7 @@ def open_as_spelled(
     file = open_weights(weights)
     scheme = detect_scheme(file, schemes)
     tensors, name, more = selected(file, scheme, adapter_name, weights)
-    skipped = _skipped(tensors, skip)
+    skipped = _matching(tensors, _selectors(skip))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
     parts = build_sites(tensors, scheme, config, variant_of, _enabled(config, enabled))
     sites = parts.sites
@@ -184,9 +187,30 @@ def _check_type(config: LoraConfig, path: Path) -> None:
     )
 
 
-def _skipped(keys: Iterable[str], skip: Sequence[str]) -> list[str]:
-    try:
-        patterns = [re.compile(text) for text in skip]
-    except re.error as error:
-        raise AdapterError("--skip", f"not a regular expression: {error}") from None
-    return [key for key in keys if any(pattern.search(key) for pattern in patterns)]
+def _selectors(skip: Sequence[str]) -> list[Selector]:
+    return [selector(text, "--skip", bare_is_expression=True) for text in skip]
+
+
+def _matching(keys: Iterable[str], skip: Sequence[Selector]) -> list[str]:
+    return [key for key in keys if any(pattern.matches(key) for pattern in skip)]
+
+
+def _without_meant(adapter: Adapter, skip: Sequence[Selector]) -> Adapter:
+    """Return an adapter without the modules and extras that patterns mean by other names."""
+    if not skip:
+        return adapter
+
+    def is_meant(module: Spellings) -> bool:
+        for pattern in skip:
+            try:
+                if pattern.means(module):
+                    return True
+            except PartlyMeantError as error:
+                raise error.refusal(pattern, adapter.path, "leave out") from None
+        return False
+
+    return without(
+        adapter,
+        [site.label for site in adapter.sites if is_meant(spellings_of(site, adapter))],
+        [e.key for e in adapter.extras if is_meant(spellings_of_extra(e, adapter))],
+    )

@@ -39,7 +39,9 @@ def spell_out(adapter: Adapter, scheme: Scheme, base: Collection[str] = ()) -> A
             unresolved[site.module] = paths
             sites.append(site)
             continue
-        named = site if site.module == paths[0] else replace(site, module=paths[0])
+        named = site
+        if site.module != paths[0]:
+            named = replace(site, module=paths[0], spelled=site.module)
         sites.append(scheme.roles.read(named))
     return replace(
         adapter,

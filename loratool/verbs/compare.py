@@ -16,6 +16,7 @@ from loratool.math.lowrank import LowRank
 from loratool.math.namespace import on_host
 from loratool.math.ranks import numerical_rank
 from loratool.math.similarity import overlap, subspace_similarity
+from loratool.names.strengths import Weights, with_strengths
 from loratool.plan.devices import exactly, mover_to
 from loratool.plan.factors import site_deltas
 from loratool.plan.host import DOUBLE
@@ -111,6 +112,7 @@ class Comparison:
 def compare(
     adapters: Sequence[AnyPath],
     *,
+    weights: Weights = (),
     directions: int = 8,
     alpha: float | None = None,
     adapter_name: str | None = None,
@@ -126,6 +128,7 @@ def compare(
 
     Args:
         adapters: Files or folders.
+        weights: As in :func:`compose`: deltas are compared as strong as they would be used.
         directions: Up to how many leading singular directions φ(i, j) is tabulated.
         alpha: Alpha where none is recorded.
         adapter_name: Which adapter, where a path holds several.
@@ -145,7 +148,8 @@ def compare(
         for site in adapter.sites:
             for code, problem in site_problems(site, adapter):
                 raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
-    joints, notes = join(opened, [1.0] * len(opened), to_write=False)
+    opened, strengths, left_out = with_strengths(opened, weights)
+    joints, notes = join(opened, strengths, to_write=False)
     mover = mover_to(device)
     found = in_parallel(
         lambda joint: _products(joint, opened, directions, mover),
@@ -181,7 +185,7 @@ def compare(
             for adapter in opened
         ),
         norms=tuple(norms),
-        notes=tuple(dict.fromkeys([*notes, *_notes(opened)])),
+        notes=tuple(dict.fromkeys([*notes, *left_out, *_notes(opened)])),
     )
 
 
@@ -201,7 +205,7 @@ def _products(
     for term in joint.terms:
         index = next(i for i, adapter in enumerate(adapters) if adapter is term.adapter)
         by_adapter[index] = [
-            LowRank(mover(delta.up), mover(delta.down), delta.scale)
+            LowRank(mover(delta.up), mover(delta.down), delta.scale * term.weight)
             for delta in site_deltas(term.site, term.adapter, DOUBLE)
         ]
     count = len(adapters)

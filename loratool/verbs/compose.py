@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -13,6 +12,7 @@ from loratool.adapter.model import Adapter, ExtraKind
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.math.combining import Settings
+from loratool.names.strengths import Strength, Weights, recorded_weights, with_strengths
 from loratool.plan.devices import exactly, mover_to
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.combination import Combination, output_scheme
@@ -35,7 +35,7 @@ def compose(
     adapters: Sequence[AnyPath],
     output: AnyPath,
     *,
-    weights: Sequence[float] = (),
+    weights: Weights = (),
     method: str = "linear",
     density: float | None = None,
     epsilon: float | None = None,
@@ -69,7 +69,9 @@ def compose(
     Args:
         adapters: Files or folders, one or more.
         output: Where the result goes: a folder, or a file for schemes without a configuration.
-        weights: One number for each adapter, may be negative; missing ones are 1.
+        weights: A number for each adapter, in order, may be negative (missing ones are 1), and
+            ``"PATTERN=N"`` for the modules that a pattern means, such as ``[0.8, "te1=0.5"]``; or
+            a mapping of patterns to numbers. See ``docs/strength.md``.
         method: ``linear`` (the sum), or one of ``ties``, ``dare``, ``dare-ties``, ``della``,
             ``knots``, which work on the small joint core of the deltas, or ``peft-linear``,
             which adds factor to factor as PEFT does. See ``docs/algebra.md``.
@@ -103,7 +105,7 @@ def compose(
     _check_methods(method, density, epsilon)
     density = 0.5 if density is None else density
     epsilon = 0.1 if epsilon is None else epsilon
-    _check_options(adapters, weights, method, density, epsilon, extras)
+    _check_options(adapters, method, density, epsilon, extras)
     size = parse_size(max_size) if max_size is not None else None
     truncation = Truncation(
         rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
@@ -114,14 +116,16 @@ def compose(
     for adapter in opened:
         check_computable(adapter, verb="add up")
     _check_together(opened)
-    amounts = [*weights, *[1.0] * (len(opened) - len(weights))]
+    opened, strengths, left_out = with_strengths(opened, weights)
+    if not any(adapter.sites for adapter in opened):
+        raise OptionError("-w", "every weight is 0, so that nothing would be left")
     written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
-    joints, notes = join(opened, amounts, dtype=written_dtype)
+    joints, notes = join(opened, strengths, dtype=written_dtype)
     if method == "peft-linear":
         joints = tuple(replace(joint, ranks_add_up=False) for joint in joints)
     is_random = method in ("dare", "dare-ties", "della")
     options = {
-        "weights": amounts,
+        "weights": recorded_weights(weights, len(opened)),
         "method": method,
         "density": density if method not in ("linear", "peft-linear") else None,
         "epsilon": epsilon if method == "della" else None,
@@ -143,7 +147,7 @@ def compose(
         asked=options,
         method=Method(method, Settings(density, epsilon), seed, mover_to(device)),
         policy=extras,
-        notes=(*notes, *_unweighted(opened, amounts)),
+        notes=(*notes, *left_out, *_unweighted(opened, strengths)),
     )
     return finish(
         draft,
@@ -156,15 +160,17 @@ def compose(
     )
 
 
-def _unweighted(adapters: Sequence[Adapter], weights: Sequence[float]) -> Iterator[str]:
+def _unweighted(adapters: Sequence[Adapter], strengths: Sequence[Strength]) -> Iterator[str]:
     """Say where a weight does not reach: saved heads and rows, whose base is not at hand."""
-    for adapter, weight in zip(adapters, weights, strict=True):
-        names = [extra.name for extra in adapter.extras if extra.kind is not ExtraKind.STATE]
-        if weight != 1 and names:
-            yield (
-                f"{adapter.path}: the weight {weight:g} is that of the deltas; what is no delta "
-                f"stays as it is, such as {names[0]!r}"
-            )
+    for adapter, strength in zip(adapters, strengths, strict=True):
+        for extra in adapter.extras:
+            weight = strength.of_extra(extra)
+            if weight != 1 and extra.kind is not ExtraKind.STATE:
+                yield (
+                    f"{adapter.path}: the weight {weight:g} is that of the deltas; what is no "
+                    f"delta stays as it is, such as {extra.name!r}"
+                )
+                break
 
 
 def _check_methods(method: str, density: float | None, epsilon: float | None) -> None:
@@ -177,7 +183,6 @@ def _check_methods(method: str, density: float | None, epsilon: float | None) ->
 
 def _check_options(
     adapters: Sequence[AnyPath],
-    weights: Sequence[float],
     method: str,
     density: float,
     epsilon: float,
@@ -185,11 +190,6 @@ def _check_options(
 ) -> None:
     if not adapters:
         raise OptionError("compose", "no adapter was given")
-    if len(weights) > len(adapters):
-        raise OptionError("-w", f"{len(weights)} weights for {len(adapters)} adapters")
-    for weight in weights:
-        if not math.isfinite(weight):
-            raise OptionError("-w", f"{weight} is no finite number")
     if method not in METHODS:
         raise OptionError("--method", f"{method!r} is none of {', '.join(METHODS)}")
     if extras not in POLICIES:

@@ -82,8 +82,9 @@ def extract(
         sv_cumulative: Smallest rank that keeps this share of the sum of the singular values.
         rank_multiple: Make every rank a multiple of this.
         to: The scheme to write; by default ``peft``.
-        include: Regular expressions; only modules that match one anywhere are extracted.
-        exclude: Regular expressions; modules that match one anywhere are not.
+        include: Regular expressions; only modules that match one anywhere are extracted. With
+            ``glob:`` before them patterns as those of a weight (``glob:layers.0-11``).
+        exclude: The same; modules that match one are not.
         embeddings: Extract embeddings and the output head too.
         save_module: Modules (paths or dotted suffixes) that are saved whole.
         residual: What becomes of changes that no factors express: ``report``, or ``carry``

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Final
 
+from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
 from loratool.plan.plan import write
 from loratool.verbs.merging.planning import plan_merge
@@ -51,7 +52,7 @@ def merge(
     adapters: Sequence[AnyPath],
     output: AnyPath,
     *,
-    weights: Sequence[float] = (),
+    weights: Weights = (),
     dtype: str | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
@@ -73,13 +74,16 @@ def merge(
         base: Folder or file of the base model.
         adapters: Adapters, each a file or a folder.
         output: Where the merged model goes: a folder, or a file where the base is one.
-        weights: One number for each adapter; missing ones are 1.
+        weights: A number for each adapter, in order (missing ones are 1), and ``"PATTERN=N"`` for
+            the modules that a pattern means, such as ``[0.8, "te1=0.5"]``; or a mapping of
+            patterns to numbers. See ``docs/strength.md``.
         dtype: ``float32``, ``float16`` or ``bfloat16`` for every floating-point tensor.
         force: Replace an existing output.
         allow_nonfinite: Write NaN and infinity where they come out.
         alpha: Alpha for adapters that record none.
         adapter_name: Which adapter, where a path holds several.
-        skip: Regular expressions; adapter keys that match are left out, and reported.
+        skip: Regular expressions; adapter keys that match are left out, and reported. With
+            ``re:`` or ``glob:`` before them patterns for modules, as those of ``weights``.
         quantized: What becomes of quantised weights: ``dequantize`` writes them in the
             configuration's 16-bit dtype, and drops scales and the configuration of them.
         device: Where to compute: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.

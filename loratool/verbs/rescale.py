@@ -17,6 +17,7 @@ from loratool.files.atomic import check_output
 from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.math.factored import norm
+from loratool.names.strengths import Weights, recorded_weights, with_strengths
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
 from loratool.plan.plan import run as run_plan
@@ -94,6 +95,7 @@ def rescale(
     output: AnyPath,
     *,
     scale: float | None = None,
+    weights: Weights = (),
     alpha: float | None = None,
     keep: str = "factors",
     max_norm: float | None = None,
@@ -110,7 +112,7 @@ def rescale(
 ) -> RescaleReport:
     """Multiply the delta of ``adapter``, set its alpha, or move its scale elsewhere.
 
-    One of ``scale``, ``alpha`` and ``max_norm`` changes how strong it is; ``fold``,
+    ``scale`` and ``weights``, ``alpha`` or ``max_norm`` change how strong it is; ``fold``,
     ``to_rslora`` and ``from_rslora`` change only where the strength is recorded. Where a
     configuration (or an alpha tensor) records it, the factors are copied byte for byte.
 
@@ -118,6 +120,8 @@ def rescale(
         adapter: File or folder.
         output: Where the result goes: a folder, or a file for schemes without a configuration.
         scale: Multiply every delta, and every bias that scales with it, by this.
+        weights: The same for single modules, such as ``["te1=0.5"]``; it multiplies ``scale``. A
+            number without a pattern is for all of them.
         alpha: Set alpha of every module to this.
         keep: What ``alpha`` leaves alone: ``factors``, so that the delta becomes stronger or
             weaker, or ``delta``, so that B makes up for the new alpha.
@@ -136,7 +140,7 @@ def rescale(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    _check_options(scale, alpha, keep, max_norm, fold=fold, to=to_rslora, back=from_rslora)
+    _check_options(scale, weights, alpha, keep, max_norm, fold=fold, to=to_rslora, back=from_rslora)
     place = Path(output)
     if not dry_run:
         check_output(place, force=force, inputs=[Path(adapter)])
@@ -145,8 +149,14 @@ def rescale(
     check_names(opened, scheme)
     stabilised = to_rslora or from_rslora
     _check_kinds(opened, fold=fold or stabilised or alpha is not None, stabilised=stabilised)
-    joints, _ = join([opened], [1.0])
+    (opened,), (strength,), left_out = with_strengths([opened], weights)
+    if not opened.sites:
+        raise OptionError("-w", "every weight is 0, so that nothing would be left")
+    joints, _ = join([opened], [strength])
     norms = _norms(joints, threads) if max_norm is not None else {}
+    if stabilised and strength.sites:
+        raise OptionError("-w", "patterns and the two rslora options do not go together")
+    apart = _without_pattern(joints, is_alone=max_norm is not None or bool(strength.sites))
     changes = [
         change_of(
             joint,
@@ -155,7 +165,7 @@ def rescale(
             alpha=alpha,
             fold=fold,
             rank_stabilised=_is_stabilised(opened, to=to_rslora, back=from_rslora, fold=fold),
-            is_alone=max_norm is not None and not to_rslora and not from_rslora,
+            in_factors=joint.name in apart and not stabilised,
         )
         for joint in joints
     ]
@@ -171,6 +181,7 @@ def rescale(
         _check_alpha(change)
     asked = {
         "scale": scale,
+        "weights": tuple(recorded_weights(weights, 1)) if weights else (),
         "alpha": alpha,
         "keep": keep if alpha is not None else None,
         "max_norm": max_norm,
@@ -204,7 +215,7 @@ def rescale(
         relative_error=error,
         plan=plan,
         is_written=not dry_run,
-        notes=(*plan.notes, *_notes(opened, changes, alpha, keep, max_norm)),
+        notes=(*plan.notes, *left_out, *_notes(opened, changes, alpha, keep, max_norm)),
     )
 
 
@@ -228,7 +239,7 @@ def _rewritten(
         is_native=adapter.is_native,
         name=adapter.name,
         stem=adapter.weights.stem,
-        metadata=kept_metadata(adapter),
+        metadata=kept_metadata(adapter, adapter.scheme),
         history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
         sidecars=tuple(sidecars),
         stamps={adapter.weights: adapter.stamp},
@@ -240,6 +251,7 @@ def _rewritten(
 
 def _check_options(
     scale: float | None,
+    weights: Weights,
     alpha: float | None,
     keep: str,
     max_norm: float | None,
@@ -250,11 +262,14 @@ def _check_options(
 ) -> None:
     strengths = {"--scale": scale, "--alpha": alpha, "--max-norm": max_norm}
     given = [name for name, value in strengths.items() if value is not None]
+    if weights and (alpha is not None or max_norm is not None):
+        raise OptionError("rescale", f"{given[-1]} and -w both decide how strong a module is")
     forms = [n for n, v in (("--fold", fold), ("--to-rslora", to), ("--from-rslora", back)) if v]
-    if not given and not forms:
+    if not given and not forms and not weights:
         raise OptionError(
             "rescale",
-            "say what to do: --scale, --alpha, --max-norm, --fold, --to-rslora or --from-rslora",
+            "say what to do: --scale, -w, --alpha, --max-norm, --fold, --to-rslora or "
+            "--from-rslora",
         )
     if len(given) > 1:
         raise OptionError("rescale", f"give one of {' and '.join(given)}")
@@ -320,6 +335,27 @@ def _is_stabilised(adapter: Adapter, *, to: bool, back: bool, fold: bool) -> boo
     return to or (is_now and not back and not fold)
 
 
+def _without_pattern(joints: Sequence[Joint], *, is_alone: bool) -> set[str]:
+    """Return the modules whose scale no pattern of PEFT's configuration can say for them alone.
+
+    PEFT warns about patterns that mean a raw parameter, and both projections of an
+    ``nn.MultiheadAttention`` go by one.
+
+    Args:
+        joints: The modules.
+        is_alone: Whether each has a ratio of its own.
+    """
+    weights: dict[str, set[float]] = {}
+    for joint in joints:
+        weights.setdefault(joint.shape.pattern_path, set()).add(joint.terms[0].weight)
+    return {
+        joint.name
+        for joint in joints
+        if (is_alone and joint.shape.parameter is not None)
+        or len(weights[joint.shape.pattern_path]) > 1
+    }
+
+
 def _norms(joints: Sequence[Joint], threads: int | None) -> dict[str, float]:
     """Return ``‖Δ‖_F`` of every module."""
 
@@ -340,9 +376,10 @@ def _ratio(
     joints: Sequence[Joint],
 ) -> float:
     """Return what a module's delta is multiplied by."""
-    scaling = joint.terms[0].site.scaling
+    (term,) = joint.terms
+    scaling = term.site.scaling
     if scale is not None:
-        return scale
+        return scale * term.weight
     if alpha is not None and keep == "factors":
         if scaling.alpha is None:
             return alpha / scaling.rank
@@ -358,7 +395,7 @@ def _ratio(
         path = joint.shape.pattern_path
         largest = max(norms[other.name] for other in joints if other.shape.pattern_path == path)
         return min(1.0, max_norm / largest) if largest else 1.0
-    return 1.0
+    return term.weight
 
 
 def _notes(

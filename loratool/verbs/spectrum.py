@@ -83,7 +83,7 @@ def spectra(
     for site in adapter.sites:
         for code, problem in site_problems(site, adapter):
             raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
-    joints, _ = join([adapter], [1.0], to_write=False)
+    joints, _ = join([adapter], to_write=False)
 
     def one(joint: Joint) -> Spectrum:
         deltas = exact_deltas(joint, Method())

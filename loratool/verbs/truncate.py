@@ -116,7 +116,7 @@ def truncate(
         )
     check_computable(opened, verb="truncate")
     written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
-    joints, notes = join([opened], [1.0], dtype=written_dtype)
+    joints, notes = join([opened], dtype=written_dtype)
     options = {
         **truncation.recorded,
         "base": Path(base).resolve().name if base is not None else None,

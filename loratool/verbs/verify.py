@@ -27,6 +27,7 @@ from loratool.files.inputs import InputFiles
 from loratool.files.json import read_json_object
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import read_into
+from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
 from loratool.plan.lanes import ByteRange, Spot
 from loratool.plan.model import ModelPlan, Step
@@ -47,7 +48,7 @@ def verify(
     *,
     base: AnyPath,
     adapters: Sequence[AnyPath],
-    weights: Sequence[float] = (),
+    weights: Weights = (),
     alpha: float | None = None,
     adapter_name: str | None = None,
     skip: Sequence[str] = (),
@@ -61,7 +62,7 @@ def verify(
         merged: The model to check, file or folder.
         base: The base it was made from.
         adapters: The adapters, in the order of the merge.
-        weights: Their weights; missing ones are 1.
+        weights: As in the merge.
         alpha: As in the merge.
         adapter_name: As in the merge.
         skip: As in the merge.

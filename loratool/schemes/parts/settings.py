@@ -22,6 +22,7 @@ class Settings:
     names_targets: bool = False
     names_saved: bool = False
     stale: str = ""
+    naming: str = ""
 
     def claims(self, raw: Mapping[str, Any]) -> bool:
         """Claim no configuration."""

@@ -22,7 +22,7 @@ from loratool.verbs.algebra.modules import Joint
 from loratool.verbs.algebra.sums import Method, Spectrum, SumOfDeltas
 from loratool.write.adapter import NewAdapter
 from loratool.write.extras import Extras
-from loratool.write.metadata import kept_metadata
+from loratool.write.metadata import joined_metadata
 from loratool.write.options import WriteOptions
 from loratool.write.refusals import check_names
 from loratool.write.sidecars import carried_files
@@ -82,6 +82,9 @@ def input_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
     bases = {a.config.base_model for a in adapters if a.config and a.config.base_model}
     if len(bases) > 1:
         yield f"the adapters name different bases: {', '.join(sorted(bases))}"
+    versions = {v for a in adapters if (v := a.metadata.get("ss_base_model_version"))}
+    if len(versions) > 1:
+        yield f"the adapters name different versions of a base: {', '.join(sorted(versions))}"
     for adapter in adapters:
         yield from (f"{adapter.path}: {note}" for note in adapter.notes)
         if unknown := unknown_scale(adapter):
@@ -169,7 +172,7 @@ class Combination:
             is_native=all(adapter.is_native for adapter in self.adapters),
             name=alone.name if alone is not None else None,
             stem=alone.weights.stem if alone is not None else "",
-            metadata=kept_metadata(alone) if alone is not None else {},
+            metadata=joined_metadata(self.adapters, self.scheme.name),
             history=History(
                 self.verb,
                 tuple(Source(a.path.resolve().name, a.weights) for a in self.adapters),

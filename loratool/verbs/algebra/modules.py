@@ -20,8 +20,10 @@ from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.names.canonical import canonical_path
+from loratool.names.one_model import check_one_model
 from loratool.names.paths import families_of_modules, is_fused
 from loratool.names.pipelines import component_of
+from loratool.names.strengths import Strength
 from loratool.values.expr import widest
 from loratool.verbs.algebra.shape import DeltaShape
 
@@ -131,7 +133,7 @@ def module_name(site: Site) -> str:
 
 def join(
     adapters: Sequence[Adapter],
-    weights: Sequence[float],
+    strengths: Sequence[Strength] = (),
     *,
     dtype: str | None = None,
     to_write: bool = True,
@@ -140,19 +142,21 @@ def join(
 
     Args:
         adapters: The adapters.
-        weights: One number for each.
+        strengths: How strong the modules of each are; 1 if not given.
         dtype: The dtype to write (``F32``), instead of that of the factors.
         to_write: Whether they will be written, with what PEFT demands of an adapter as a whole:
             ties, and one switch for biases.
 
     Raises:
-        UnsupportedError: No adapter can hold the union.
+        UnsupportedError: No adapter can hold the union, or they are for different models.
         AdapterError: Two adapters see one module as matrices of different shapes or kinds.
     """
+    check_one_model(adapters)
     _check_namings(adapters)
     groups: dict[str, list[Term]] = {}
     notes: list[str] = []
-    for adapter, weight in zip(adapters, weights, strict=True):
+    strengths = strengths or [Strength()] * len(adapters)
+    for adapter, strength in zip(adapters, strengths, strict=True):
         spelling, renamed = _spelling(adapter, list(groups))
         if renamed:
             notes.append(
@@ -169,7 +173,7 @@ def join(
                 raise AdapterError(
                     f"{adapter.path}: {site.label}", f"means the same module {name!r} as another"
                 )
-            terms.append(Term(adapter, site, weight))
+            terms.append(Term(adapter, site, strength.of(site)))
     nestings = _nestings(groups)
     joints = [
         _joint(name, tuple(terms), nestings.get(name), dtype) for name, terms in groups.items()
@@ -336,7 +340,7 @@ def _with_twins(joints: list[Joint], adapters: Sequence[Adapter]) -> list[Joint]
 
 
 def _ratios(head: Joint, table: Joint) -> set[float]:
-    """Return the head's scale over the embedding's, in each adapter.
+    """Return the head's scale over the embedding's, as strong as they are, in each adapter.
 
     Where those differ no shared factors express the sum, and the two are written apart.
     """
@@ -345,7 +349,8 @@ def _ratios(head: Joint, table: Joint) -> set[float]:
 
 def _ratio(head: Term, table: Term) -> float:
     bottom = table.site.scaling.factor
-    return head.site.scaling.factor / bottom if bottom else 1.0
+    ratio = head.site.scaling.factor / bottom if bottom else 1.0
+    return ratio if head.weight == table.weight else ratio * head.weight / table.weight
 
 
 def _is_twin(head: Joint, table: Joint) -> bool:

@@ -29,6 +29,7 @@ from loratool.values.expr import Constant, Expr, Stored, is_power_of_two, spec_o
 from loratool.verbs.algebra.combination import input_notes
 from loratool.verbs.algebra.modules import Joint
 from loratool.verbs.algebra.sums import Spectrum
+from loratool.write.metadata import without_hashes
 from loratool.write.sidecars import carried_files
 from loratool.write.stored import part_of
 from loratool.write.write import check_place
@@ -88,12 +89,11 @@ def change_of(
     alpha: float | None,
     fold: bool,
     rank_stabilised: bool,
-    is_alone: bool,
+    in_factors: bool,
 ) -> Change:
     """Decide where the strength of a module goes.
 
-    With ``is_alone`` each module has a ratio of its own. Raw parameters then keep their alpha,
-    for PEFT warns about patterns that mean one, and B takes the ratio.
+    With ``in_factors`` a module keeps its alpha, and B takes the ratio.
     """
     site = joint.terms[0].site
     old = site.scaling.factor
@@ -111,7 +111,7 @@ def change_of(
                 down_factor=new / joint.twin_scale if joint.twin_scale else 1.0,
             )
         return Change(joint, ratio, divisor, 1.0, up_factor=new)
-    if site.scaling.epsilon or (is_alone and joint.shape.parameter is not None):
+    if site.scaling.epsilon or in_factors:
         alpha_now = site.scaling.alpha or 0.0
         return Change(joint, ratio, alpha_now, old, up_factor=ratio)
     if alpha is None:
@@ -170,7 +170,7 @@ def plan_in_place(
     return AdapterPlan(
         parts=(),
         carried=tuple(carried),
-        metadata=dict(adapter.metadata),
+        metadata=without_hashes(adapter.metadata),
         history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
         config=_config(adapter, changes, asked),
         sidecars=tuple(sidecars),
@@ -212,7 +212,8 @@ def _config(
     if adapter.skipped:
         raw |= target_fields([change.part for change in changes])
     scale = options.get("scale")
-    is_form = any(options.get(name) for name in ("fold", "to_rslora", "from_rslora"))
+    own = ("fold", "to_rslora", "from_rslora", "weights")
+    is_form = any(options.get(name) for name in own)
     if scale is not None and not is_form and adapter.config.peft_type == "LORA":
         # Every number that is an alpha, and nothing else.
         raw["lora_alpha"] = exact_number(adapter.config.alpha * scale)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from loratool.adapter.model import FUSED_PARAMETERS, Kind
+from loratool.adapter.selectors import PartlyMeantError, Selector, selector
 from loratool.base.model import Model
 from loratool.codecs.weights import Weight, is_alias
-from loratool.errors import OptionError
 from loratool.files.dtypes import DTYPES
 from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.names.embeddings import is_embedding, is_router
 from loratool.names.experts import TRANSPOSED_MODEL_TYPES
 from loratool.names.pipelines import UNTRAINED
+from loratool.names.spellings import spellings_of_path
 from loratool.values.expr import widest
 
 __all__ = ["Leftover", "Pairing", "Selection", "Target", "pair"]
@@ -119,14 +119,14 @@ class Selection:
     """Which modules to extract.
 
     Attributes:
-        include: Regular expressions; a module must match one, if there are any.
-        exclude: Regular expressions; a module must match none.
+        include: Patterns; a module must match one, if there are any.
+        exclude: Patterns; a module must match none.
         embeddings: Whether embeddings and the output head are extracted as factors.
         save: Modules (paths or dotted suffixes) that are saved whole.
     """
 
-    include: tuple[re.Pattern[str], ...] = ()
-    exclude: tuple[re.Pattern[str], ...] = ()
+    include: tuple[Selector, ...] = ()
+    exclude: tuple[Selector, ...] = ()
     embeddings: bool = False
     save: tuple[str, ...] = ()
 
@@ -134,14 +134,14 @@ class Selection:
     def of(
         include: Sequence[str], exclude: Sequence[str], save: Sequence[str], *, embeddings: bool
     ) -> Selection:
-        """Compile a selection.
+        """Return the selection of these patterns; bare ones are regular expressions.
 
         Raises:
-            OptionError: Something is no regular expression.
+            OptionError: Something is no pattern.
         """
         return Selection(
-            tuple(_compiled(text, "--include") for text in include),
-            tuple(_compiled(text, "--exclude") for text in exclude),
+            tuple(selector(text, "--include", bare_is_expression=True) for text in include),
+            tuple(selector(text, "--exclude", bare_is_expression=True) for text in exclude),
             embeddings,
             tuple(save),
         )
@@ -154,9 +154,9 @@ class Selection:
             is_tied: Whether it shares its weight with an embedding.
         """
         other = UNTRAINED.get(module.partition(".")[0])
-        if self.include and not any(pattern.search(module) for pattern in self.include):
+        if self.include and not any(_means(pattern, module) for pattern in self.include):
             return "not among --include"
-        if any(pattern.search(module) for pattern in self.exclude):
+        if any(_means(pattern, module) for pattern in self.exclude):
             return "excluded by --exclude"
         if other is not None and not self.include:
             return f"of {other}; --include selects it by its path, {module!r}"
@@ -189,11 +189,14 @@ class Pairing:
     notes: list[str] = field(default_factory=list)
 
 
-def _compiled(text: str, option: str) -> re.Pattern[str]:
+def _means(pattern: Selector, module: str) -> bool:
+    """Whether a pattern means a module; a bare one by its path alone."""
+    if not pattern.is_marked:
+        return pattern.matches(module)
     try:
-        return re.compile(text)
-    except re.error as error:
-        raise OptionError(option, f"{text!r} is not a regular expression: {error}") from None
+        return pattern.means(spellings_of_path(module))
+    except PartlyMeantError as error:
+        raise error.refusal(pattern, "the model", "select") from None
 
 
 def pair(base: Model, tuned: Model, selection: Selection) -> Pairing:

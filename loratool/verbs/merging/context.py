@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import Adapter, Extra, Site
 from loratool.files.spec import StoredTensor
+from loratool.names.strengths import Strength
 from loratool.plan.model import Blend, Edit, SetRows
 
 __all__ = ["Changes", "Share"]
@@ -55,12 +56,27 @@ class Share:
         weight: What its delta is multiplied by.
         changes: By the name of the output tensor.
         notes: What a user should know.
+        strength: What the deltas of single modules are multiplied by instead.
     """
 
     adapter: Adapter
     weight: float
     changes: dict[str, Changes] = field(default_factory=lambda: defaultdict(Changes))
     notes: list[str] = field(default_factory=list)
+    strength: Strength | None = None
+
+    @staticmethod
+    def of(adapter: Adapter, strength: Strength) -> Share:
+        """Return an adapter's part, nothing of which is planned yet."""
+        return Share(adapter, strength.number, strength=strength)
+
+    def at(self, what: Site | Extra) -> Share:
+        """Return the same part with the weight of one module or tensor."""
+        if self.strength is None:
+            return self
+        strength = self.strength
+        weight = strength.of(what) if isinstance(what, Site) else strength.of_extra(what)
+        return replace(self, weight=weight)
 
     def where(self, what: str) -> str:
         """Return ``what`` with the adapter's path before it, for error messages."""

@@ -39,7 +39,7 @@ def plan_extras(share: Share, base: Model) -> None:
         )
     in_turn = {ExtraKind.FULL: 0, ExtraKind.BASE_COPY: 1}
     for extra in sorted(share.adapter.extras, key=lambda extra: in_turn.get(extra.kind, 2)):
-        plan_extra(share, extra, base)
+        plan_extra(share.at(extra), extra, base)
 
 
 def plan_extra(share: Share, extra: Extra, base: Model) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -25,6 +24,8 @@ from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.json import read_json_object
 from loratool.files.links import NOT_FILES
 from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.names.one_model import check_one_model
+from loratool.names.strengths import Weights, with_strengths
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.plan.model import Blend, Edit, ModelPlan, OutputFile, SetRows, Step
 from loratool.plan.sidecar import Sidecar
@@ -65,7 +66,7 @@ def plan_merge(
     base: AnyPath,
     adapters: Sequence[AnyPath],
     *,
-    weights: Sequence[float] = (),
+    weights: Weights = (),
     dtype: str | None = None,
     alpha: float | None = None,
     adapter_name: str | None = None,
@@ -80,29 +81,28 @@ def plan_merge(
     """
     if not adapters:
         raise MergeError("merge", "no adapter was given")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise MergeError("merge", f"a weight is not a number: {list(weights)}")
-    if len(weights) > len(adapters):
-        raise MergeError("merge", f"{len(weights)} weights for {len(adapters)} adapters")
     model = open_model(Path(base))
     checkpoint = model.checkpoint
     _check_quantized(model, quantized)
     opened = [
         open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
     ]
-    pairs = list(zip(opened, [*weights, *[1.0] * (len(adapters) - len(weights))], strict=True))
-    if not any(weight for _, weight in pairs):
-        raise MergeError("merge", "every weight is 0, so the merge would change nothing")
     notes = [*checkpoint.notes, *check_base(model)]
     for adapter in opened:
         check_adapter(adapter)
+    check_one_model(opened)
+    opened, strengths, left_out = with_strengths(opened, weights)
+    if not any(adapter.sites or adapter.extras for adapter in opened):
+        raise MergeError("merge", "every weight is 0, so the merge would change nothing")
+    notes += left_out
+    for adapter in opened:
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
         if unknown := unknown_scale(adapter):
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
     layers = _common_replication(opened)
     tasks = [str(adapter.field("task_type")) for adapter in opened]
     view = model.as_trained(tasks=tasks, layers=layers)
-    shares = [Share(adapter, weight) for adapter, weight in pairs]
+    shares = [Share.of(*pair) for pair in zip(opened, strengths, strict=True)]
     for share in shares:
         plan_extras(share, view)
         plan_sites(share, view)
@@ -137,7 +137,7 @@ def plan_merge(
         files=tuple(files),
         sidecars=tuple(sidecars),
         is_folder=is_folder,
-        adapters=tuple(pairs),
+        adapters=tuple(opened),
         unused=tuple(key for adapter in opened for key in adapter.skipped),
         notes=tuple(dict.fromkeys(notes)),
         left_behind=tuple(left),

@@ -42,9 +42,10 @@ def plan_sites(share: Share, base: Model) -> None:
                     share.where(site.label), f"means the same tensor {place.name!r} as {other!r}"
                 )
             scale = _scale(site, share.adapter, assigned.get(site.label), place.region)
-            _add_edits(share, place, base, 2 * scale if is_doubled else scale)
+            weighed = share.at(site)
+            _add_edits(weighed, place, base, 2 * scale if is_doubled else scale)
             if Slot.UP_BIAS in site.slots:
-                _add_bias(share, place, base)
+                _add_bias(weighed, place, base)
     _check_apart(share, taken)
 
 

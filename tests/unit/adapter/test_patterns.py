@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.adapter.automaton import Automaton, EndlessError, UnsupportedExpressionError
+from loratool.adapter.expressions import Expression
 from loratool.adapter.patterns import (
     matches_target,
     pattern_matches,
@@ -47,6 +48,14 @@ def test_an_automaton_matches_what_re_matches(expression: str, names: list[str])
     for name in names * 2:  # the second time from what is kept
         assert automaton.match(name) == (expected.match(name) is not None), name
         assert automaton.fullmatch(name) == (expected.fullmatch(name) is not None), name
+
+
+@settings(deadline=None, max_examples=300)
+@given(expression=EXPRESSIONS, names=st.lists(st.text(alphabet="ab.1_\n", max_size=10)))
+def test_an_expression_is_found_where_re_finds_it(expression: str, names: list[str]) -> None:
+    found, expected = Expression(expression), re.compile(expression)
+    for name in [*names, *(name * 30 for name in names)]:
+        assert found.search(name) == (expected.search(name) is not None), name
 
 
 KEYS = st.lists(
