@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator
+from os.path import commonprefix
 from typing import Final
 
 from loratool.adapter.build import is_scaled_by_name
@@ -16,6 +19,8 @@ __all__ = [
     "check_change",
     "check_plain",
     "check_unmixed",
+    "is_whole",
+    "leave_out",
     "site_problems",
 ]
 
@@ -82,19 +87,34 @@ def check_change(site: Site, adapter: Adapter) -> None:
     Raises:
         UnsupportedError: It has to be converted first.
     """
-    variant = site.variant
-    if site.is_plain or not (variant.has_factors or variant.has_change):
-        check_plain(site, adapter)
-        return
     _check_name(site, adapter)
-    for slot, options in ((Slot.MAGNITUDE, " --base BASE --rank R"), (Slot.BIAS, " --base BASE")):
-        if slot in site.slots:
-            raise UnsupportedError(
-                f"{adapter.path}: {site.label}",
-                f"is {variant.words}, with a {slot} of its own beside it",
-                hint=f"convert it first: loratool convert ADAPTER --to-lora{options} --to peft "
-                "-o OUT",
-            )
+    variant = site.variant
+    where = f"{adapter.path}: {site.label}"
+    if not (variant.has_factors or variant.has_change or is_whole(site)):
+        raise UnsupportedError(where, f"is {variant.words}", hint=leave_out(site))
+    magnitude = site.slots.get(Slot.MAGNITUDE)
+    if magnitude is not None and not variant.has_factors:
+        key = magnitude.spec.name
+        raise UnsupportedError(
+            where,
+            f"is {variant.words}, with magnitudes of its own beside it ({key!r}), which nothing "
+            "says how to apply",
+            hint=leave_out(site, key),
+        )
+
+
+def is_whole(site: Site) -> bool:
+    """Whether it is made of whole parameters."""
+    return bool(site.variant.parameters) or site.slots.keys() <= {Slot.BIAS}
+
+
+def leave_out(site: Site, key: str | None = None) -> str:
+    """Return the hint to leave out a site, or one key of it, with an option that does just that."""
+    keys = sorted(stored.spec.name for stored in site.slots.values()) if key is None else [key]
+    stem = commonprefix(keys) if len(keys) > 1 else keys[0]
+    ends = "|".join(re.escape(each[len(stem) :]) for each in keys)
+    pattern = f"^{re.escape(stem)}({ends})$" if len(keys) > 1 else f"^{re.escape(stem)}$"
+    return f"leave it out with --skip {shlex.quote(pattern)}"
 
 
 def _check_name(site: Site, adapter: Adapter) -> None:
@@ -134,25 +154,12 @@ def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
             hint="make it a plain LoRA first: "
             f"loratool convert ADAPTER --to-lora {options}--to peft -o OUT",
         )
-    magnitude = site.slots.get(Slot.MAGNITUDE)
-    if magnitude is not None and _is_input_wise(site, magnitude.spec.shape):
-        raise UnsupportedError(
-            where,
-            "is a DoRA with magnitudes of the inputs (LyCORIS, wd_on_out=False)",
-            hint="make it a plain LoRA: loratool convert ADAPTER --to-lora --base BASE --rank R "
-            "--to peft -o OUT",
-        )
     if Slot.BIAS in site.slots:
         raise UnsupportedError(
             where,
             "has a bias of its own beside A and B (diff_b)",
             hint="convert it first: loratool convert ADAPTER --to peft -o OUT",
         )
-
-
-def _is_input_wise(site: Site, shape: tuple[int, ...]) -> bool:
-    """Whether magnitudes of this shape belong to the inputs of a linear layer."""
-    return site.kind is Kind.LINEAR and len(shape) == 2 and shape[0] == 1 and shape[1] > 1
 
 
 def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
@@ -217,6 +224,7 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
         stored = site.slots.get(slot)
         if stored is not None and stored.spec.dtype not in ("F64", "F32", "F16", "BF16"):
             yield "LT004", f"has a factor of dtype {stored.spec.dtype}, expected a float"
+    yield from site.variant.problems(site)
     if config is not None:
         yield from _config_problems(site, adapter)
 

@@ -265,6 +265,15 @@ class Model:
         owner = self.index.find(module, parameter=leaf)
         return f"{owner}.{leaf}" if owner is not None else None
 
+    def parameter(self, module: str, leaf: str, *, family: str | None = None) -> str | None:
+        """Return the name of a parameter, whichever naming ``module`` is in, or ``None``.
+
+        Raises:
+            BaseModelError: Several modules could be meant.
+        """
+        found = (self.tensor(path, leaf) for path in self._spellings(module, family))
+        return next(filter(None, found), None)
+
     def has(self, module: str) -> bool:
         """Whether it has ``module``, with parameters or as a container.
 
