@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import shlex
-from collections.abc import Iterator
-from os.path import commonprefix
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from loratool.adapter.build import is_scaled_by_name
+from loratool.adapter.leaving import leave_out, option, pattern_for
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
+from loratool.adapter.variant import Variant
 from loratool.errors import AdapterError, UnsupportedError
 
 __all__ = [
@@ -19,8 +18,10 @@ __all__ = [
     "check_change",
     "check_plain",
     "check_unmixed",
+    "is_matrix",
     "is_whole",
-    "leave_out",
+    "plain_hint",
+    "plain_options",
     "site_problems",
 ]
 
@@ -108,15 +109,6 @@ def is_whole(site: Site) -> bool:
     return bool(site.variant.parameters) or site.slots.keys() <= {Slot.BIAS}
 
 
-def leave_out(site: Site, key: str | None = None) -> str:
-    """Return the hint to leave out a site, or one key of it, with an option that does just that."""
-    keys = sorted(stored.spec.name for stored in site.slots.values()) if key is None else [key]
-    stem = commonprefix(keys) if len(keys) > 1 else keys[0]
-    ends = "|".join(re.escape(each[len(stem) :]) for each in keys)
-    pattern = f"^{re.escape(stem)}({ends})$" if len(keys) > 1 else f"^{re.escape(stem)}$"
-    return f"leave it out with --skip {shlex.quote(pattern)}"
-
-
 def _check_name(site: Site, adapter: Adapter) -> None:
     """Refuse a site whose module is not known.
 
@@ -129,6 +121,18 @@ def _check_name(site: Site, adapter: Adapter) -> None:
             "is a flattened name, and nothing tells which module it is",
             hint="restore the names first: loratool convert ADAPTER --to peft --base BASE -o OUT",
         )
+
+
+def plain_options(variant: Variant, slots: Collection[Slot]) -> str:
+    """Return the options of ``convert`` that make a plain LoRA of a module.
+
+    Args:
+        variant: Its variant, which changes a matrix.
+        slots: The roles of its tensors.
+    """
+    is_near = not variant.has_factors or Slot.MAGNITUDE in slots
+    needs_base = variant.needs_base or variant.needs_shape or Slot.MAGNITUDE in slots
+    return "--to-lora" + " --base BASE" * needs_base + " --rank R" * is_near
 
 
 def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
@@ -146,20 +150,36 @@ def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
     if is_named:
         _check_name(site, adapter)
     if not site.is_plain:
-        options = "--base BASE " if site.variant.needs_base else ""
-        options += "" if site.variant.has_factors else "--rank R "
-        raise UnsupportedError(
-            where,
-            f"is {site.variant.words}",
-            hint="make it a plain LoRA first: "
-            f"loratool convert ADAPTER --to-lora {options}--to peft -o OUT",
-        )
+        raise UnsupportedError(where, f"is {site.variant.words}", hint=plain_hint(site, adapter))
     if Slot.BIAS in site.slots:
         raise UnsupportedError(
             where,
             "has a bias of its own beside A and B (diff_b)",
-            hint="convert it first: loratool convert ADAPTER --to peft -o OUT",
+            hint="convert it first: loratool convert ADAPTER --to peft -o OUT"
+            if all(each.is_plain for each in adapter.sites)
+            else plain_hint(site, adapter),
         )
+
+
+def plain_hint(site: Site, adapter: Adapter) -> str:
+    """Return the hint to make plain LoRAs of all modules, leaving out what cannot be one."""
+    if site.variant.undetermined and not (site.variant.has_change or site.variant.needs_shape):
+        return site.variant.remedy
+    options = sorted({plain_options(s.variant, s.slots) for s in adapter.sites if is_matrix(s)})
+    if not options:
+        return leave_out(site)
+    most = max(options, key=len)
+    others = [s.label for s in adapter.sites if not is_matrix(s)]
+    if others:
+        labels = [s.label for s in adapter.sites]
+        most += f" {option('--drop', pattern_for(others, labels))}"
+    return f"make it a plain LoRA first: loratool convert ADAPTER {most} --to peft -o OUT"
+
+
+def is_matrix(site: Site) -> bool:
+    """Whether it changes a matrix, which A and B can come near at least."""
+    shape = site.variant.difference_shape(site)
+    return site.variant.has_matrix and (not shape or len(shape) > 1)
 
 
 def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:

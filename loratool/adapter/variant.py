@@ -141,7 +141,10 @@ class Variant:
     replaces: ClassVar[bool] = False
     residual: ClassVar[str | None] = None
     undetermined: ClassVar[str] = ""
-    remedy: ClassVar[str] = "merge it into its base; what the two differ in is the delta"
+    remedy: ClassVar[str] = (
+        "merge it into its base (loratool merge BASE ADAPTER -o MERGED), and extract what the two "
+        "differ in (loratool extract BASE MERGED --rank R -o OUT)"
+    )
     between: ClassVar[tuple[Slot, ...]] = ()
     kernel_slots: ClassVar[frozenset[Slot]] = frozenset((Slot.DOWN,))
     fields: ClassVar[frozenset[str]] = frozenset()

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from loratool.adapter.leaving import leave_out
 from loratool.adapter.model import Adapter, Site
-from loratool.adapter.problems import leave_out
 from loratool.base.experts import locate_in_fused, locate_parameter
 from loratool.base.model import Model
 from loratool.base.orientation import mismatch, region_for

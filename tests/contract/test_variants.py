@@ -17,6 +17,7 @@ from corpus import (
     LYCORIS_DORAS,
     MERGEABLE,
     NEAREST,
+    UNET_PATHS,
     VARIANTS,
     WHOLE,
     Draw,
@@ -59,10 +60,6 @@ WITHOUT_PLACE: Final = {
     "peft-ia3": EVERY,
 }
 """What cannot be written, and is refused by name."""
-UNET: Final = {
-    "lora_unet_mid_block_attentions_0_proj_in": ("mid_block.attentions.0.proj_in", ()),
-    "lora_unet_mid_block_resnets_0_conv1": ("mid_block.resnets.0.conv1", (3, 3)),
-}
 
 
 def merged(base: Path, adapter: Path, output: Path) -> dict[str, Any]:
@@ -84,11 +81,15 @@ def with_base(made: Sample) -> tuple[Sample, dict[str, Any]]:
     """Give a variant the weights that it is for; return what they become too."""
     if made.base:
         names = {module: f"{module}.weight" for module in made.deltas}
-        names |= {module: f"{UNET[module][0]}.weight" for module in made.deltas if module in UNET}
+        names |= {
+            module: f"{UNET_PATHS[module][0]}.weight"
+            for module in made.deltas
+            if module in UNET_PATHS
+        }
     else:
         names, base, draw = {}, {}, Draw("base", "F64")
         for module, delta in made.deltas.items():
-            path, kernel = UNET[module]
+            path, kernel = UNET_PATHS[module]
             into = delta.shape[1] // (9 if kernel else 1)
             names[module] = f"{path}.weight"
             base[names[module]] = draw(len(delta), into, *kernel)
@@ -263,7 +264,7 @@ def test_its_geometry_is_the_shape_of_its_delta(variant: str, tmp_path: Path) ->
 def test_a_bias_beside_is_added_as_it_is(variant: str, tmp_path: Path) -> None:
     made, wanted = with_base(sample(variant, "F64"))
     (module,) = made.deltas
-    name = f"{UNET[module][0]}.bias"
+    name = f"{UNET_PATHS[module][0]}.bias"
     count = len(made.deltas[module])
     added, bias = torch.randn(2, count, dtype=torch.float64)
     tensors = {**made.tensors, f"{module}.diff_b": added.clone()}

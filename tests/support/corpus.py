@@ -412,6 +412,11 @@ def peft_ia3(draw: Draw, weights: Draw) -> Sample:
 
 UNET = "lora_unet_mid_block_attentions_0_proj_in"
 UNET_CONV = "lora_unet_mid_block_resnets_0_conv1"
+UNET_PATHS: Final = {
+    UNET: ("mid_block.attentions.0.proj_in", ()),
+    UNET_CONV: ("mid_block.resnets.0.conv1", (3, 3)),
+}
+"""The modules that they are, and their kernels."""
 ALPHA: Final = 3.0
 
 
@@ -554,7 +559,7 @@ def glora(draw: Draw, weights: Draw) -> Sample:
     return _on_base("glora", parts, weight, delta)
 
 
-WAN = "diffusion_model.blocks.0"
+WAN: Final = "diffusion_model.blocks.0"
 """Of ComfyUI's files; the base has the rest of the path."""
 
 

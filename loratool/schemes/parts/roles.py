@@ -191,7 +191,9 @@ class Roles:
             return _as_it_was(part)
         value = part.values[Slot.MAGNITUDE]
         if part.has_input_magnitudes:
-            raise NoPlaceError("magnitudes of the inputs (LyCORIS, wd_on_out=False)")
+            raise NoPlaceError(
+                "magnitudes of the inputs (LyCORIS, wd_on_out=False)", Slot.MAGNITUDE
+            )
         if part.kind is Kind.CONV:
             return value.reshaped((1, *value.shape, *(1,) * (len(part.down.shape) - 2)))
         return value
@@ -220,7 +222,7 @@ class LycorisRoles(Roles):
             return _as_it_was(part)
         value = part.values[Slot.MAGNITUDE]
         if part.kind is Kind.EMBEDDING:
-            raise NoPlaceError("magnitudes of an embedding")
+            raise NoPlaceError("magnitudes of an embedding", Slot.MAGNITUDE)
         if part.has_input_magnitudes:
             return value
         return value.reshaped((*value.shape, *(1,) * (len(part.down.shape) - 1)))

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from loratool.adapter.leaving import leave_out
 from loratool.adapter.model import Site
-from loratool.adapter.problems import leave_out
 from loratool.adapter.slots import Slot
 from loratool.base.fitting import Fit
 from loratool.base.model import Model

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from loratool.adapter.leaving import leave_out, own_name
 from loratool.adapter.model import Adapter, Site
-from loratool.adapter.problems import CONVERT_HINT, is_whole, leave_out
+from loratool.adapter.problems import CONVERT_HINT, is_whole
 from loratool.adapter.slots import Slot
 from loratool.base.experts import assign_parameters
 from loratool.base.fitting import Fit, fit
@@ -110,7 +111,9 @@ def _take(
     other = taken.setdefault((name, region), site.label)
     if other != site.label:
         raise BaseModelError(
-            share.where(site.label), f"means the same tensor {name!r} as {other!r}"
+            share.where(own_name(site)),
+            f"means the same tensor {name!r} as {other!r}",
+            hint=leave_out(site),
         )
 
 
