@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from loratool.adapter.build import is_scaled_by_name
+from loratool.adapter.leaving import leave_out, option, pattern_for
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
+from loratool.adapter.variant import Variant
 from loratool.errors import AdapterError, UnsupportedError
 
 __all__ = [
@@ -16,6 +18,10 @@ __all__ = [
     "check_change",
     "check_plain",
     "check_unmixed",
+    "is_matrix",
+    "is_whole",
+    "plain_hint",
+    "plain_options",
     "site_problems",
 ]
 
@@ -82,19 +88,25 @@ def check_change(site: Site, adapter: Adapter) -> None:
     Raises:
         UnsupportedError: It has to be converted first.
     """
-    variant = site.variant
-    if site.is_plain or not (variant.has_factors or variant.has_change):
-        check_plain(site, adapter)
-        return
     _check_name(site, adapter)
-    for slot, options in ((Slot.MAGNITUDE, " --base BASE --rank R"), (Slot.BIAS, " --base BASE")):
-        if slot in site.slots:
-            raise UnsupportedError(
-                f"{adapter.path}: {site.label}",
-                f"is {variant.words}, with a {slot} of its own beside it",
-                hint=f"convert it first: loratool convert ADAPTER --to-lora{options} --to peft "
-                "-o OUT",
-            )
+    variant = site.variant
+    where = f"{adapter.path}: {site.label}"
+    if not (variant.has_factors or variant.has_change or is_whole(site)):
+        raise UnsupportedError(where, f"is {variant.words}", hint=leave_out(site))
+    magnitude = site.slots.get(Slot.MAGNITUDE)
+    if magnitude is not None and not variant.has_factors:
+        key = magnitude.spec.name
+        raise UnsupportedError(
+            where,
+            f"is {variant.words}, with magnitudes of its own beside it ({key!r}), which nothing "
+            "says how to apply",
+            hint=leave_out(site, key),
+        )
+
+
+def is_whole(site: Site) -> bool:
+    """Whether it is made of whole parameters."""
+    return bool(site.variant.parameters) or site.slots.keys() <= {Slot.BIAS}
 
 
 def _check_name(site: Site, adapter: Adapter) -> None:
@@ -109,6 +121,18 @@ def _check_name(site: Site, adapter: Adapter) -> None:
             "is a flattened name, and nothing tells which module it is",
             hint="restore the names first: loratool convert ADAPTER --to peft --base BASE -o OUT",
         )
+
+
+def plain_options(variant: Variant, slots: Collection[Slot]) -> str:
+    """Return the options of ``convert`` that make a plain LoRA of a module.
+
+    Args:
+        variant: Its variant, which changes a matrix.
+        slots: The roles of its tensors.
+    """
+    is_near = not variant.has_factors or Slot.MAGNITUDE in slots
+    needs_base = variant.needs_base or variant.needs_shape or Slot.MAGNITUDE in slots
+    return "--to-lora" + " --base BASE" * needs_base + " --rank R" * is_near
 
 
 def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
@@ -126,33 +150,36 @@ def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
     if is_named:
         _check_name(site, adapter)
     if not site.is_plain:
-        options = "--base BASE " if site.variant.needs_base else ""
-        options += "" if site.variant.has_factors else "--rank R "
-        raise UnsupportedError(
-            where,
-            f"is {site.variant.words}",
-            hint="make it a plain LoRA first: "
-            f"loratool convert ADAPTER --to-lora {options}--to peft -o OUT",
-        )
-    magnitude = site.slots.get(Slot.MAGNITUDE)
-    if magnitude is not None and _is_input_wise(site, magnitude.spec.shape):
-        raise UnsupportedError(
-            where,
-            "is a DoRA with magnitudes of the inputs (LyCORIS, wd_on_out=False)",
-            hint="make it a plain LoRA: loratool convert ADAPTER --to-lora --base BASE --rank R "
-            "--to peft -o OUT",
-        )
+        raise UnsupportedError(where, f"is {site.variant.words}", hint=plain_hint(site, adapter))
     if Slot.BIAS in site.slots:
         raise UnsupportedError(
             where,
             "has a bias of its own beside A and B (diff_b)",
-            hint="convert it first: loratool convert ADAPTER --to peft -o OUT",
+            hint="convert it first: loratool convert ADAPTER --to peft -o OUT"
+            if all(each.is_plain for each in adapter.sites)
+            else plain_hint(site, adapter),
         )
 
 
-def _is_input_wise(site: Site, shape: tuple[int, ...]) -> bool:
-    """Whether magnitudes of this shape belong to the inputs of a linear layer."""
-    return site.kind is Kind.LINEAR and len(shape) == 2 and shape[0] == 1 and shape[1] > 1
+def plain_hint(site: Site, adapter: Adapter) -> str:
+    """Return the hint to make plain LoRAs of all modules, leaving out what cannot be one."""
+    if site.variant.undetermined and not (site.variant.has_change or site.variant.needs_shape):
+        return site.variant.remedy
+    options = sorted({plain_options(s.variant, s.slots) for s in adapter.sites if is_matrix(s)})
+    if not options:
+        return leave_out(site)
+    most = max(options, key=len)
+    others = [s.label for s in adapter.sites if not is_matrix(s)]
+    if others:
+        labels = [s.label for s in adapter.sites]
+        most += f" {option('--drop', pattern_for(others, labels))}"
+    return f"make it a plain LoRA first: loratool convert ADAPTER {most} --to peft -o OUT"
+
+
+def is_matrix(site: Site) -> bool:
+    """Whether it changes a matrix, which A and B can come near at least."""
+    shape = site.variant.difference_shape(site)
+    return site.variant.has_matrix and (not shape or len(shape) > 1)
 
 
 def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
@@ -217,6 +244,7 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
         stored = site.slots.get(slot)
         if stored is not None and stored.spec.dtype not in ("F64", "F32", "F16", "BF16"):
             yield "LT004", f"has a factor of dtype {stored.spec.dtype}, expected a float"
+    yield from site.variant.problems(site)
     if config is not None:
         yield from _config_problems(site, adapter)
 

@@ -301,7 +301,7 @@ class Roles(Protocol):
         """Return ``site`` in the roles that its path calls for."""
         ...
 
-    def magnitude(self, value: Expr) -> Expr:
+    def magnitude(self, tensor: StoredTensor) -> Expr:
         """Return stored magnitudes as ``(out,)``, or as they are where they are of the inputs."""
         ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 from loratool.adapter.slots import Slot
@@ -107,6 +108,9 @@ class Variant:
         needs_base: Whether its delta depends on the numbers of the weight.
         needs_shape: Whether only the weight's shape tells what its factors are.
         needs_whole: Whether a change looks at the whole weight at once.
+        parameters: Roles of tensors that are added to whole parameters of the module, as they are,
+            and what each may be called there; a bias in the role of that is one anyway.
+        replaces: Whether they take the place of those parameters instead.
         residual: What has to be taken out of the base first, if anything.
         undetermined: Why A and B alone are not its delta, as ``is …``, with a place for
             ``{verb}``; empty where they are.
@@ -133,9 +137,14 @@ class Variant:
     needs_base: ClassVar[bool] = False
     needs_shape: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False
+    parameters: ClassVar[Mapping[Slot, tuple[str, ...]]] = MappingProxyType({})
+    replaces: ClassVar[bool] = False
     residual: ClassVar[str | None] = None
     undetermined: ClassVar[str] = ""
-    remedy: ClassVar[str] = "merge it into its base; what the two differ in is the delta"
+    remedy: ClassVar[str] = (
+        "merge it into its base (loratool merge BASE ADAPTER -o MERGED), and extract what the two "
+        "differ in (loratool extract BASE MERGED --rank R -o OUT)"
+    )
     between: ClassVar[tuple[Slot, ...]] = ()
     kernel_slots: ClassVar[frozenset[Slot]] = frozenset((Slot.DOWN,))
     fields: ClassVar[frozenset[str]] = frozenset()
@@ -228,6 +237,17 @@ class Variant:
             shape: That of the base's weight, where one was given.
         """
         return site.in_features
+
+    def outputs_together(self, site: Site) -> int:
+        """Return how many outputs only change together, where a base may have them apart.
+
+        0 stands for all of them.
+        """
+        return 0 if self.needs_whole or self.needs_base else 1
+
+    def grown(self, site: Site) -> tuple[int, ...] | None:
+        """Return the shape that the weight gets first, with zeros in what is new."""
+        return None
 
     def changes_bias(self, site: Site) -> bool:
         """Whether the layer's bias changes too, where it has one."""

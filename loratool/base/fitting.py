@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
 
+from loratool.adapter.leaving import leave_out
 from loratool.adapter.model import Adapter, Site
-from loratool.adapter.slots import Slot
 from loratool.base.experts import locate_in_fused, locate_parameter
 from loratool.base.model import Model
 from loratool.base.orientation import mismatch, region_for
 from loratool.base.place import Place
 from loratool.base.region import Region
 from loratool.errors import MissingModuleError, UnsupportedError
-from loratool.files.dtypes import DTYPES
-from loratool.files.spec import StoredTensor
-from loratool.names.pipelines import component_of
 
 __all__ = ["Fit", "fit"]
-
-ROW_SLOTS: Final = (Slot.UP, Slot.UP_BIAS, Slot.MAGNITUDE)
-"""The tensors of a site that have one row for each output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +25,32 @@ class Fit:
     Attributes:
         name: The tensor.
         region: Where in it the delta goes.
-        site: The site, or the part of it whose outputs lie there.
+        site: The site.
         is_whole: Whether it is the weight of one module, the site's, and nothing else.
-        is_cut: Whether the site has further outputs, elsewhere.
+        first: Which of the site's outputs is the first that lies there.
+        outputs: How many the site has, where the others lie elsewhere.
     """
 
     name: str
     region: Region
     site: Site
     is_whole: bool = True
-    is_cut: bool = False
+    first: int = 0
+    outputs: int | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the site has further outputs, elsewhere."""
+        return self.outputs is not None
+
+    @property
+    def bias(self) -> tuple[str, Region]:
+        """The bias beside it, and where in that the same outputs lie."""
+        region = self.region
+        first = region.first_column if region.transposed else region.first_row
+        count = region.columns if region.transposed else region.rows
+        name = self.name.removesuffix("weight") + "bias"
+        return name, Region(count, 1, first_row=first)
 
 
 def fit(
@@ -84,9 +92,7 @@ def fit(
             f"{adapter.path}: {site.label}",
             "the head of this model reads the weight without calling the module, so in training "
             "the adapter had no effect there, which no merged weight can express",
-            hint=f"leave it out with --skip '{re.escape(site.module)}'"
-            if len(adapter.sites) > 1
-            else None,
+            hint=leave_out(site) if len(adapter.sites) > 1 else None,
         )
     if not place.is_whole:
         return _cut(site, place)
@@ -111,34 +117,20 @@ def _cut(site: Site, place: Place) -> list[Fit]:
     if len(place.pieces) == 1:
         (piece,) = place.pieces
         return [Fit(piece.name, piece.region, site, is_whole=False)]
-    if site.enabled or site.variant.is_blocked or site.nesting or not site.is_plain:
-        raise UnsupportedError(
-            site.label, f"the base has it in {len(place.pieces)} parts, into which it cannot be cut"
-        )
+    if site.nesting:
+        raise _uncut(site, f"in {len(place.pieces)} parts, into which it cannot be cut")
+    together = site.variant.outputs_together(site)
+    for piece in place.pieces:
+        if not together or piece.first % together or piece.outputs % together:
+            raise _uncut(site, f"in {len(place.pieces)} parts, and it changes their rows together")
     return [
-        Fit(
-            piece.name,
-            piece.region,
-            _rows_of(site, piece.first, piece.outputs),
-            piece.is_whole,
-            is_cut=True,
-        )
+        Fit(piece.name, piece.region, site, piece.is_whole, piece.first, place.shape[0])
         for piece in place.pieces
     ]
 
 
-def _rows_of(site: Site, first: int, count: int) -> Site:
-    """Return the part of a site that has ``count`` of its outputs, from ``first`` on."""
-    cut = {slot: _rows(site.slots[slot], first, count) for slot in ROW_SLOTS if slot in site.slots}
-    return replace(site, slots={**site.slots, **cut})
-
-
-def _rows(stored: StoredTensor, first: int, count: int) -> StoredTensor:
-    """Return some rows of a tensor, which lie where they are."""
-    spec, strides = stored.spec, stored.strides
-    row = strides[0] if strides is not None else spec.elements // max(1, spec.shape[0])
-    offset = stored.offset + first * row * DTYPES[spec.dtype].bits // 8
-    return replace(stored, spec=replace(spec, shape=(count, *spec.shape[1:])), offset=offset)
+def _uncut(site: Site, words: str) -> UnsupportedError:
+    return UnsupportedError(site.label, f"the base has it {words}", hint=leave_out(site))
 
 
 def _missing(site: Site, adapter: Adapter, base: Model) -> MissingModuleError:
@@ -146,20 +138,5 @@ def _missing(site: Site, adapter: Adapter, base: Model) -> MissingModuleError:
     return MissingModuleError(
         f"{adapter.path}: {site.label}",
         "the base has no such module",
-        hint=_without_component(site, adapter)
-        or (f"nearest: {', '.join(nearest)}" if nearest else None),
+        hint=f"nearest: {', '.join(nearest)}" if nearest else None,
     )
-
-
-def _without_component(site: Site, adapter: Adapter) -> str | None:
-    """Return how to leave out the component of a pipeline that ``site`` is in."""
-    component, local = component_of(site.module, adapter.components)
-    others = {component_of(other.module, adapter.components)[0] for other in adapter.sites}
-    if component is None or len(others) < 2:
-        return None
-    key = next(iter(site.slots.values())).spec.name
-    for inside in (local, local.replace(".", "_"), local.removeprefix("text_model.")):
-        before = key.partition(inside)[0]
-        if before and before != key:
-            return f"leave out the {component} with --skip '^{re.escape(before)}'"
-    return None

@@ -18,11 +18,13 @@ class Headers:
         modules: The modules of the files that have a weight, as the files spell them.
         config: What the model says of itself.
         components: The sub-folders that the files are in; empty where they are in none.
+        owners: What else has parameters, none of them a weight.
     """
 
     modules: Collection[str]
     config: ModelConfig
     components: tuple[str, ...] = ()
+    owners: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

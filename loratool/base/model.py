@@ -160,7 +160,10 @@ class Model:
     def _headers(self) -> Headers:
         suffixes = tuple(f".{leaf}" for leaf in WEIGHT_LEAVES)
         modules = {n.rpartition(".")[0]: None for n in self.tensors if n.endswith(suffixes)}
-        return Headers(modules.keys(), self.config, tuple(c for c in self.checkpoints if c))
+        owners = {owner: None for n in self.tensors if (owner := n.rpartition(".")[0])}
+        others = tuple(owner for owner in owners if owner not in modules)
+        components = tuple(c for c in self.checkpoints if c)
+        return Headers(modules.keys(), self.config, components, others)
 
     @cached_property
     def layout(self) -> Layout:
@@ -281,6 +284,10 @@ class Model:
         """Return what holds the values of the parameter ``name``, stored under its name or not."""
         return self.tensors[name if name in self.tensors else self.hidden[name]]
 
+    def holds(self, name: str) -> bool:
+        """Whether it has a parameter ``name``, stored under its name or not."""
+        return name in self.tensors or name in self.hidden
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the parameter ``name``, stored under its name or not."""
         return (
@@ -328,15 +335,16 @@ class Model:
         owner = self.index.find(module, parameter=leaf)
         return f"{owner}.{leaf}" if owner is not None else None
 
-    def parameter(self, module: str, leaf: str) -> str | None:
-        """Return the name of the parameter ``leaf`` of ``module``, or ``None``.
+    def parameter(self, module: str, leaf: str, *, family: str | None = None) -> str | None:
+        """Return the name of a parameter, whichever naming ``module`` is in, or ``None``.
 
         Unlike :meth:`tensor` it also finds what is tied and not stored.
 
         Raises:
             BaseModelError: Several modules could be meant.
         """
-        found = self.tensor(module, leaf)
+        paths = self._spellings(module, family)
+        found = next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
         if found is None and self.hidden:
             owner = self._hidden_index.find(module, parameter=leaf)
             return f"{owner}.{leaf}" if owner is not None else None

@@ -6,8 +6,8 @@ other. Each stands behind a prefix, with the names of the code that it was publi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from loratool.base.config import ModelConfig
@@ -59,49 +59,36 @@ class SingleFile(Layout):
         raise NotImplementedError
 
     def paths(self, headers: Headers) -> Mapping[str, str]:
-        found = {
-            module: section.path(module.removeprefix(section.prefix))
-            for module, section in self._sorted(headers).items()
-            if section.component
-        }
-        backbone = self._backbone(headers)
-        family = self._family(backbone.values(), found.values())
-        for module, local in backbone.items():
-            found[module] = hub_path(local, family) if family else f"unet.{local}"
+        sections, family = self._sorted(headers), self._family(headers)
+        found = {}
+        for module, section in sections.items():
+            local = module.removeprefix(section.prefix)
+            if section.component:
+                found[module] = section.path(local)
+            else:
+                found[module] = hub_path(local, family) if family else f"unet.{local}"
         return found
 
     def family(self, headers: Headers) -> str | None:
-        encoders = (s.component + "." for s in self._sorted(headers).values())
-        found = self._family(self._backbone(headers).values(), encoders)
+        found = self._family(headers)
         return found.name if found is not None else None
 
     def _sorted(self, headers: Headers) -> dict[str, Section]:
         """Return the section of each module; that of the backbone's has no component."""
         sections = (*self.sections(headers), Section(backbone_prefix(headers.modules)))
         found = {}
-        for module in headers.modules:
+        for module in (*headers.modules, *headers.owners):
             mine = next((each for each in sections if module.startswith(each.prefix)), None)
             if mine is not None:
                 found[module] = mine
         return found
 
-    def _backbone(self, headers: Headers) -> dict[str, str]:
-        """Return the names of the backbone's modules inside it."""
-        return {
-            module: module.removeprefix(section.prefix)
-            for module, section in self._sorted(headers).items()
-            if not section.component
-        }
-
-    def _family(self, backbone: Collection[str], others: Iterable[str]) -> Family | None:
-        """Return the family of a backbone.
-
-        Args:
-            backbone: Names inside it.
-            others: Paths of the other components.
-        """
-        encoders = {path.partition(".")[0] for path in others} & set(ENCODERS)
-        families = plausible_families(tuple(backbone), encoders)
+    def _family(self, headers: Headers) -> Family | None:
+        """Return the family of the backbone."""
+        sections = self._sorted(replace(headers, owners=()))
+        encoders = {section.component for section in sections.values()} & set(ENCODERS)
+        backbone = [m.removeprefix(s.prefix) for m, s in sections.items() if not s.component]
+        families = plausible_families(backbone, encoders)
         fitting = [family for family in families if family.name in self.usual]
         fitting = fitting or [f for f in families if set(f.encoders) == encoders]
         return next(iter(fitting or families), None)
@@ -119,7 +106,7 @@ class SingleFile(Layout):
         return component in ENCODERS and local == TEXT_PROJECTION
 
     def components(self, headers: Headers) -> tuple[str, ...]:
-        paths = self.paths(headers).values()
+        paths = self.paths(replace(headers, owners=())).values()
         return tuple(dict.fromkeys(path.partition(".")[0] for path in paths))
 
     def fused(self, module: str, config: ModelConfig) -> Fused | None:

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["RowSource", "Weight", "is_alias", "path_of", "read_matrix", "rows_of"]
+__all__ = [
+    "PaddedRows",
+    "RowSource",
+    "Weight",
+    "is_alias",
+    "path_of",
+    "read_matrix",
+    "rows_of",
+]
 
 Weight: TypeAlias = StoredTensor | CodedTensor
 """A tensor of a model: stored as it is, or coded in several."""
@@ -84,6 +92,42 @@ class CodedRows:
 
     def _read(self, part: StoredTensor, start: int, stop: int) -> memoryview:
         return self._parts[part].read(start, stop - start)
+
+
+class PaddedRows:
+    """RowSource of a weight that is the beginning of a larger one, zero elsewhere.
+
+    Args:
+        reader: Reads its rows.
+        rows: How many it has.
+        width: Columns of the larger one; what lies beyond its own is zero.
+    """
+
+    def __init__(self, reader: RowSource, rows: int, width: int) -> None:
+        self._reader = reader
+        self._rows = rows
+        self.width = width
+        self.row_bytes = reader.row_bytes // reader.width * width
+
+    @property
+    def dtype(self) -> str:
+        """What a header calls the numbers that are returned."""
+        return self._reader.dtype
+
+    def read(self, start: int, rows: int, buffer: memoryview | None = None) -> memoryview:
+        """Return rows from ``start`` on."""
+        import numpy as np
+
+        view = memoryview(bytearray(rows * self.row_bytes)) if buffer is None else buffer
+        view = view[: rows * self.row_bytes]
+        whole = np.frombuffer(view, np.uint8).reshape(rows, self.row_bytes)
+        whole[:] = 0
+        count = min(rows, self._rows - start)
+        if count > 0:
+            own = self._reader.row_bytes
+            data = np.frombuffer(self._reader.read(start, count), np.uint8)
+            whole[:count, :own] = data.reshape(count, own)
+        return view
 
 
 def _width(part: StoredTensor) -> int:

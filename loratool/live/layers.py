@@ -227,10 +227,10 @@ class LiveLayer(nn.Module):
                 continue
             norms = None
             if self.kind.is_transposed:
-                norms = column_norms(iter([(0, original.clone())]), delta, original.shape[1])
-            found.append(
-                WeightDecomposed(delta, factors.magnitude.detach().to(kind), norms, weight)
-            )
+                blocks = iter([(0, original.clone())])
+                norms = column_norms(blocks, Additive(delta), original.shape[1])
+            magnitude = factors.magnitude.detach().to(kind)
+            found.append(WeightDecomposed(Additive(delta), magnitude, norms, weight))
         if plain:
             found.insert(0, Additive(stack(plain)))
         return found

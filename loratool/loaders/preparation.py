@@ -9,6 +9,7 @@ from typing import Final
 
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
+from loratool.adapter.problems import plain_options
 from loratool.adapter.slots import Slot
 from loratool.base.model import Model
 from loratool.errors import OptionError, UnsupportedError
@@ -121,7 +122,7 @@ def _apart(part: Part, loader: Loader, base: Model | None) -> Iterator[Part]:
         raise UnsupportedError(
             part.module,
             f"is {part.variant.words}, and cannot be split into {', '.join(fusion.parts)}",
-            hint="make it a plain LoRA with --to-lora",
+            hint=f"make it a plain LoRA with {plain_options(part.variant, part.values)}",
         )
     names = [f"{parent}.{name}" if parent else name for name in fusion.parts]
     start = 0

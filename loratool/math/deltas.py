@@ -98,85 +98,123 @@ class WeightDecomposed:
     the way.
 
     Attributes:
-        delta: Of the whole matrix.
-        magnitude: ``(rows,)`` where norms run over columns; else ``(columns,)``.
+        delta: What is added first, to the region alone.
+        magnitude: ``(rows,)`` of the region where norms run over columns; else ``(columns,)``.
         norms: ``(columns,)`` norms of ``W₀ + Δ`` where they run over rows, else ``None``.
         weight: How much of the change to make.
         reference: Returns ``W₀`` from the first row and the original rows, where the adapter
             was trained on another weight than the original (see :meth:`Interpolated.target`).
+        rows: Rows and columns of the region, from the first of each on; 0 stands for all.
+        columns: See ``rows``.
+        first_row: See ``rows``.
+        first_column: See ``rows``.
     """
 
-    delta: LowRank
+    delta: Delta
     magnitude: Array
     norms: Array | None = None
     weight: float = 1.0
     reference: Callable[[int, Array], Array] | None = None
+    rows: int = 0
+    columns: int = 0
+    first_row: int = 0
+    first_column: int = 0
 
     def apply(
         self, block: Array, original: Array, start: int, products: Products | None = None
     ) -> None:
         products = products or products_of(block)
+        count, width = block.shape
+        begin = max(start, self.first_row)
+        end = min(start + count, self.first_row + self.rows) if self.rows else start + count
+        if begin >= end:
+            return
+        last = self.first_column + self.columns if self.columns else width
+        part = slice(begin - start, end - start), slice(self.first_column, last)
         xp = array_namespace(block)
         moved = xp.asarray(block, copy=True)
-        _add(self.delta, moved, start, products)
+        self.delta.apply(moved, original, start, products)
         if self.norms is None:
             reference = original if self.reference is None else self.reference(start, original)
             reference = xp.asarray(reference, copy=True)
-            _add(self.delta, reference, start, products)
-            magnitude = double(self.magnitude[start : start + block.shape[0]])
-            factor = xp.astype(magnitude / products.row_norms(reference), block.dtype)[:, None]
+            self.delta.apply(reference, original, start, products)
+            magnitude = double(self.magnitude[begin - self.first_row : end - self.first_row])
+            factor = _quotient(magnitude, products.row_norms(reference[part]))[:, None]
         else:
-            factor = xp.astype(double(self.magnitude) / self.norms, block.dtype)
-        moved *= factor
+            factor = _quotient(double(self.magnitude), self.norms)
+        moved = moved[part]
+        moved *= xp.astype(factor, block.dtype)
         if self.weight == 1:
-            block[...] = moved
+            block[part] = moved
         else:
-            moved -= block
+            moved -= block[part]
             moved *= self.weight
-            block += moved
+            block[part] += moved
 
 
 def column_norms(
     blocks: Iterator[tuple[int, Array]],
-    delta: LowRank,
+    delta: Delta,
     columns: int,
     products: Products | None = None,
+    region: tuple[int, int, int] | None = None,
 ) -> Array:
     """Return ``‖W + Δ‖`` of each column, ``(columns,)`` float64, from blocks of rows of W.
 
     Sums run from block to block, so that they are the same whoever computes them.
 
     Args:
-        blocks: Pairs of first row and rows, ``(rows, columns)``; they may be overwritten.
-        delta: Of the whole matrix.
-        columns: Its number of columns.
+        blocks: Pairs of first row and rows, ``(rows, width)``; they may be overwritten.
+        delta: What is added first.
+        columns: How many columns.
         products: The arithmetic, with the memory of the thread that calls.
+        region: First row, number of rows and first column of what norms are taken of, where that
+            is not the whole matrix.
     """
-    products = products or products_of(delta.up)
-    xp = array_namespace(delta.up)
-    squares = xp.zeros(columns, dtype=xp.float64, device=delta.up.device)
+    total: Array = None
     for start, block in blocks:
-        _add(delta, block, start, products)
-        squares += products.column_squares(block)
-    return xp.sqrt(squares)
+        products = products or products_of(block)
+        first, rows, left = region or (start, block.shape[0], 0)
+        begin, end = max(start, first), min(start + block.shape[0], first + rows)
+        if begin >= end:
+            continue
+        delta.apply(block, block, start, products)
+        part = block[begin - start : end - start, left : left + columns]
+        squares = products.column_squares(part)
+        total = squares if total is None else total + squares
+    return array_namespace(total).sqrt(total)
 
 
 @dataclass(frozen=True, slots=True)
 class Offset:
-    """``W += scale · values``: an additive bias, or any full difference.
+    """``W += scale · values`` on some rows and columns: a bias, or any full difference.
 
     Attributes:
-        values: ``(rows, columns)``, of the dtype of the blocks.
+        values: Returns rows ``start`` to ``start + count``, ``(count, columns)``, of the dtype of
+            the blocks.
         scale: A number.
+        rows: Rows of the values.
+        columns: Columns of the values.
+        first_row: Where they begin.
+        first_column: Where they begin.
     """
 
-    values: Array
+    values: Callable[[int, int], Array]
     scale: float
+    rows: int
+    columns: int
+    first_row: int = 0
+    first_column: int = 0
 
     def apply(
         self, block: Array, original: Array, start: int, products: Products | None = None
     ) -> None:
-        block += self.values[start : start + block.shape[0]] * self.scale
+        begin = max(start, self.first_row)
+        end = min(start + block.shape[0], self.first_row + self.rows)
+        if begin < end:
+            columns = slice(self.first_column, self.first_column + self.columns)
+            added = self.values(begin - self.first_row, end - begin) * self.scale
+            block[begin - start : end - start, columns] += added
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +267,7 @@ class Changed:
         kernel: The kernel of a convolution.
         is_transposed: Whether it is stored as ``(in, out)``.
         weight: How much of the change to make.
+        first: Which output of the function's weight is the first of the region.
     """
 
     function: Callable[[Array, int, int], Array]
@@ -239,6 +278,7 @@ class Changed:
     kernel: tuple[int, ...] = ()
     is_transposed: bool = False
     weight: float = 1.0
+    first: int = 0
 
     def apply(
         self, block: Array, original: Array, start: int, products: Products | None = None
@@ -251,10 +291,10 @@ class Changed:
         region = double(block[begin - start : end - start, columns])
         row = begin - self.first_row
         if self.is_transposed:
-            moved = self.function(region.T, 0, row).T
+            moved = self.function(region.T, self.first, row).T
         else:
             part = region.reshape((end - begin, -1, *self.kernel))
-            moved = self.function(part, row, 0).reshape(region.shape)
+            moved = self.function(part, self.first + row, 0).reshape(region.shape)
         if self.weight != 1:
             moved = region + (moved - region) * self.weight
         block[begin - start : end - start, columns] = array_namespace(block).astype(
@@ -283,6 +323,11 @@ class Rows:
             if start <= row < start + block.shape[0]:
                 before = original[row - start]
                 _move(block[row - start], before, self.values[position], self.weight)
+
+
+def _quotient(magnitude: Array, norms: Array) -> Array:
+    """Return ``magnitude / norms``; what has no norm is zero, and stays so."""
+    return magnitude / array_namespace(norms).where(norms > 0, norms, 1.0)
 
 
 def _add(delta: LowRank, block: Array, start: int, products: Products | None) -> None:

@@ -57,7 +57,14 @@ def is_old_glora(
 
 
 def glora_delta(
-    weight: Array, a1: Array, a2: Array, b1: Array, b2: Array, bm: Array | None = None
+    weight: Array,
+    a1: Array,
+    a2: Array,
+    b1: Array,
+    b2: Array,
+    bm: Array | None = None,
+    *,
+    is_old: bool | None = None,
 ) -> Array:
     """Return ``W·a1·a2 + b1·b2``, unscaled: LyCORIS' GLoRA (arXiv 2306.07967).
 
@@ -71,9 +78,11 @@ def glora_delta(
         b1: ``(out, r)``; formerly ``(r, in, kh, kw)``.
         b2: ``(r, in, kh, kw)``; formerly ``(out, r)``.
         bm: ``(r, r, kh, kw)``, the core between ``b1`` and ``b2``.
+        is_old: Whether it is the former layout, where the shapes are not to tell.
     """
-    shapes = (weight.shape, a1.shape, a2.shape, b1.shape, b2.shape)
-    if is_old_glora(*shapes):
+    if is_old is None:
+        is_old = is_old_glora(weight.shape, a1.shape, a2.shape, b1.shape, b2.shape)
+    if is_old:
         moved = flat(weight) @ flat(a2) @ flat(a1)
         return (moved + flat(b2) @ flat(b1)).reshape(weight.shape)
     xp = array_namespace(weight, a1, a2, b1, b2, bm)

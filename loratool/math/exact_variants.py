@@ -17,8 +17,11 @@ __all__ = [
     "flat",
     "fold_mid",
     "hadamard_factors",
+    "hadamard_halves",
     "hadamard_rank",
     "kronecker_factors",
+    "kronecker_halves",
+    "kronecker_part",
     "kronecker_rank",
     "vera_factors",
 ]
@@ -69,15 +72,32 @@ def hadamard_factors(
     Raises:
         ValueError: Only one half has a core.
     """
-    if (t1 is None) != (t2 is None):
-        raise ValueError("only one half has a core")
-    up1, down1 = _half(w1_a, w1_b, t1)
-    up2, down2 = _half(w2_a, w2_b, t2)
+    (up1, down1), (up2, down2) = hadamard_halves(w1_a, w1_b, w2_a, w2_b, t1, t2)
     if up1.shape[1] * up2.shape[1] > min(up1.shape[0], down1.shape[1]):
         return _split((up1 @ down1) * (up2 @ down2))
     up = flat(up1[:, :, None] * up2[:, None, :])
     down = down1[:, None, :] * down2[None, :, :]
     return up, down.reshape((-1, down.shape[2]))
+
+
+def hadamard_halves(
+    w1_a: Array,
+    w1_b: Array,
+    w2_a: Array,
+    w2_b: Array,
+    t1: Array | None = None,
+    t2: Array | None = None,
+) -> tuple[Factors, Factors]:
+    """Return the two matrices whose elements a LoHa multiplies, each as its factors.
+
+    The arguments are those of :func:`hadamard_factors`.
+
+    Raises:
+        ValueError: Only one half has a core.
+    """
+    if (t1 is None) != (t2 is None):
+        raise ValueError("only one half has a core")
+    return _half(w1_a, w1_b, t1), _half(w2_a, w2_b, t2)
 
 
 def hadamard_rank(
@@ -115,6 +135,39 @@ def kronecker_factors(w1: Array | Factors, w2: Array | Factors, t2: Array | None
     up1, down1 = _smallest(w1, None)
     up2, down2 = _smallest(w2, t2)
     return _kron(up1, up2), _kron(down1, down2)
+
+
+def kronecker_halves(
+    w1: Array | Factors, w2: Array | Factors, t2: Array | None = None
+) -> tuple[Array, Array]:
+    """Return the two matrices of a LoKr, written out, kernels flattened.
+
+    The arguments are those of :func:`kronecker_factors`.
+    """
+    return _written_out(w1, None), _written_out(w2, t2)
+
+
+def kronecker_part(
+    left: Array, right: Array, rows: range, columns: range, kernel: int = 1
+) -> Array:
+    """Return some rows and columns of ``left ⊗ right``, ``(rows, columns, kernel)``.
+
+    Args:
+        left: ``(a, c)``.
+        right: ``(b, d · kernel)``.
+        rows: Of the product, which has ``a · b``.
+        columns: Of the product, which has ``c · d``.
+        kernel: Places of a convolution's kernel.
+    """
+    xp = array_namespace(left, right)
+    height, width = right.shape[0], right.shape[1] // kernel
+    which = xp.arange(rows.start, rows.stop, device=left.device)
+    first, last = columns.start // width, -(-columns.stop // width)
+    outer = xp.take(left, which // height, axis=0)[:, first:last, None, None]
+    inner = xp.take(right, which % height, axis=0).reshape((len(rows), 1, width, kernel))
+    whole = (outer * inner).reshape((len(rows), -1, kernel))
+    begin = columns.start - first * width
+    return whole[:, begin : begin + len(columns), :]
 
 
 def kronecker_rank(
@@ -167,6 +220,15 @@ def _half(a: Array, b: Array, core: Array | None) -> Factors:
     if core is None:
         return flat(a), flat(b)
     return fold_mid(a.mT, b, core)
+
+
+def _written_out(half: Array | Factors, core: Array | None) -> Array:
+    """Return one side of a Kronecker product as a matrix."""
+    if not isinstance(half, tuple):
+        return flat(half)
+    a, b = half
+    up, down = _half(a, b, core)
+    return up @ down
 
 
 def _half_shape(a: Shape, b: Shape, core: Shape | None) -> tuple[int, int]:

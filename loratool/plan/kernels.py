@@ -11,7 +11,7 @@ from typing import Final
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
 from loratool.base.region import Region
-from loratool.codecs.weights import RowSource, Weight, rows_of
+from loratool.codecs.weights import PaddedRows, RowSource, Weight, rows_of
 from loratool.errors import MergeError
 from loratool.files.inputs import InputFiles
 from loratool.math.deltas import (
@@ -26,14 +26,14 @@ from loratool.math.deltas import (
     column_norms,
 )
 from loratool.math.lowrank import LowRank, stack
-from loratool.math.namespace import Array
+from loratool.math.namespace import Array, array_namespace
 from loratool.math.principal import kasa_residual, olora_residual, pissa_residual
 from loratool.math.products import Products, spaced
 from loratool.plan.blocks import Arithmetic, arithmetic_on
 from loratool.plan.factors import expert_delta, read_factors
 from loratool.plan.model import (
-    AddBias,
     AddDelta,
+    AddTensor,
     Blend,
     ChangeWeight,
     Decompose,
@@ -131,7 +131,7 @@ def compile_step(step: Step, files: InputFiles, device: str, products: Products)
     taken: Interpolated | None = None  # what the adapter whose turn it is sees as W₀
     for edit in step.edits:
         if isinstance(edit, AddDelta) and _covers(edit.region, matrix.rows, width):
-            delta = load_delta(edit.site, edit.region, edit.scale, kind)
+            delta = load_delta(edit.site, edit.region, edit.scale, kind, edit.first)
             nonzero |= not _is_zero(delta)
             plain.append(delta)
             continue
@@ -175,7 +175,14 @@ class _Matrix:
         self.kind = kind
         self.products = products
         self.rows = step.spec.elements // width if width else 0
-        self.reader = rows_of(step.source, width, files)
+        self.reader = self._reader(width)
+
+    def _reader(self, width: int) -> RowSource:
+        source = self.step.source
+        shape = source.spec.shape
+        if shape == self.step.spec.shape:
+            return rows_of(source, width, self.files)
+        return PaddedRows(rows_of(source, math.prod(shape[1:]), self.files), shape[0], width)
 
     def like(self, stored: Weight) -> Callable[[int, int], Array]:
         """Return what reads rows of another tensor of the same shape."""
@@ -190,7 +197,7 @@ class _Matrix:
 
 
 def _width(step: Step) -> int:
-    placed = AddDelta | Decompose | ChangeWeight
+    placed = AddDelta | Decompose | ChangeWeight | AddTensor
     widths = {edit.region.width for edit in step.edits if isinstance(edit, placed)}
     if len(widths) > 1:
         raise MergeError(step.spec.name, "two adapters see this weight as different matrices")
@@ -236,15 +243,14 @@ def _deltas(edit: Edit, matrix: _Matrix, taken: Interpolated | None) -> Iterator
         case SetRows():
             values = kind.read(edit.tensor)
             yield Rows(edit.indices, values.reshape(len(edit.indices), -1), edit.weight)
-        case AddBias():
-            values = kind.read(edit.tensor)
-            yield Offset(values.reshape(-1, matrix.width), edit.scale)
+        case AddTensor():
+            yield _offset(edit, matrix)
 
 
 def _placed(edit: AddDelta, kind: Arithmetic) -> Iterator[Delta]:
     region = edit.region
     if region.experts == 1 or region.expert is not None:
-        delta = load_delta(edit.site, region, edit.scale, kind)
+        delta = load_delta(edit.site, region, edit.scale, kind, edit.first)
         yield Placed(delta, region.first_row, region.first_column)
         return
     down, up = _factors(edit.site, region, kind)
@@ -253,9 +259,30 @@ def _placed(edit: AddDelta, kind: Arithmetic) -> Iterator[Delta]:
         yield Placed(delta, region.first_row + expert * region.rows, region.first_column)
 
 
-def load_delta(site: Site, region: Region, scale: float, kind: Arithmetic) -> LowRank:
-    """Read the factors of one delta, oriented as the region stores it."""
-    down, up = _factors(site, region, kind)
+def _offset(edit: AddTensor, matrix: _Matrix) -> Offset:
+    region, first = edit.region, edit.first
+    if region.transposed:
+        values = matrix.kind.read(edit.tensor).reshape((-1, region.rows))
+        turned = values[first : first + region.columns].T
+
+        def rows(start: int, count: int) -> Array:
+            return turned[start : start + count]
+
+    else:
+        read = partial(matrix.kind.rows, rows_of(edit.tensor, region.columns, matrix.files))
+
+        def rows(start: int, count: int) -> Array:
+            return read(first + start, count)
+
+    place = region.first_row, region.first_column
+    return Offset(rows, edit.scale, region.rows, region.columns, *place)
+
+
+def load_delta(
+    site: Site, region: Region, scale: float, kind: Arithmetic, first: int = 0
+) -> LowRank:
+    """Read the factors of one delta, or of its outputs from ``first`` on, as the region has it."""
+    down, up = _factors(site, region, kind, first)
     if region.experts > 1:
         return _expert(down, up, region.expert or 0, region, scale)
     delta = LowRank(up, down, scale)
@@ -274,29 +301,32 @@ def _expert(down: Array, up: Array, expert: int, region: Region, scale: float) -
     return delta
 
 
-def _factors(site: Site, region: Region, kind: Arithmetic) -> tuple[Array, Array]:
+def _factors(site: Site, region: Region, kind: Arithmetic, first: int = 0) -> tuple[Array, Array]:
     out, width = region.rows, region.columns
     if region.transposed:
         out, width = width, out
-    if not site.is_plain:  # factors that are products of what is stored
-        factors = read_factors(site, kind.double(), width)
-        return kind.converted(factors[0]), kind.converted(factors[1])
-    down, up = read_factors(site, kind, width)
+    # Factors may be products of what is stored.
+    down, up = read_factors(site, kind if site.is_plain else kind.double(), width)
+    if region.experts == 1:
+        up = up[first : first + out]
+    if not site.is_plain:
+        return kind.converted(down), kind.converted(up)
     if site.variant.is_blocked and (up.shape[0], down.shape[1]) != (out, width):
         raise MergeError(site.label, "has block-diagonal factors of an unknown form")
     return down, up
 
 
-def _change(edit: ChangeWeight, matrix: _Matrix) -> tuple[Changed, int]:
+def _change(edit: ChangeWeight | Decompose, matrix: _Matrix) -> tuple[Changed, int]:
     """Return a change by a variant, and how many rows have to change together; 0 means all."""
     site, region, kind = edit.site, edit.region, matrix.kind.double()
     values = {slot: kind.read(stored) for slot, stored in site.slots.items()}
-    shape: tuple[int, ...]
-    shape = (region.columns, region.rows) if region.transposed else (region.rows, region.columns)
-    kernel = matrix.step.spec.shape[2:] if not edit.is_bias and region.experts == 1 else ()
-    if kernel:
-        shape = (region.rows, region.columns // math.prod(kernel), *kernel)
-    if edit.is_bias:
+    is_bias = isinstance(edit, ChangeWeight) and edit.is_bias
+    outputs, inputs = region.rows, region.columns
+    if region.transposed:
+        outputs, inputs = inputs, outputs
+    kernel = matrix.step.spec.shape[2:] if not is_bias and region.experts == 1 else ()
+    shape = (edit.outputs or outputs, inputs // math.prod(kernel), *kernel)
+    if is_bias:
         change = site.variant.bias_change(site, values)
     else:
         change = site.variant.change(site, values, shape, edit.scale)
@@ -309,24 +339,63 @@ def _change(edit: ChangeWeight, matrix: _Matrix) -> tuple[Changed, int]:
         region.first_column,
         kernel,
         region.transposed,
-        edit.weight,
+        edit.weight if isinstance(edit, ChangeWeight) else 1.0,
+        edit.first,
     )
-    return function, rows if rows and region.first_row % rows == 0 else 0
+    is_aligned = rows and region.first_row % rows == 0
+    return function, rows if is_aligned else 0
 
 
 def _decompose(edit: Decompose, matrix: _Matrix, taken: Interpolated | None) -> WeightDecomposed:
-    delta = load_delta(edit.site, edit.region, edit.scale, matrix.kind)
-    magnitude = matrix.kind.read(edit.site.slots[Slot.MAGNITUDE]).reshape(-1)
-    expected = matrix.width if edit.region.transposed else matrix.rows
+    region, kind = edit.region, matrix.kind
+    delta: Delta
+    if edit.site.variant.has_change and not edit.site.is_plain:
+        delta, _ = _change(edit, matrix)
+    else:
+        low_rank = load_delta(edit.site, region, edit.scale, kind, edit.first)
+        delta = Placed(low_rank, region.first_row, region.first_column)
+    outputs = region.columns if region.transposed else region.rows
+    magnitude = kind.read(edit.site.slots[Slot.MAGNITUDE]).reshape(-1)
+    expected = edit.outputs or outputs
+    if edit.is_by_input:
+        kernel = math.prod(matrix.step.spec.shape[2:])
+        expected = (region.rows if region.transposed else region.columns) // kernel
     if magnitude.shape[0] != expected:
         raise MergeError(
             edit.site.label, f"its magnitude has {magnitude.shape[0]} entries, expected {expected}"
         )
+    if not edit.is_by_input:
+        magnitude = magnitude[edit.first : edit.first + outputs]
     norms = None
-    if edit.region.transposed:
-        norms = column_norms(matrix.blocks(taken), delta, matrix.width, matrix.products)
+    if edit.is_by_input != region.transposed:  # one magnitude for each column, or several
+        place = (region.first_row, region.rows, region.first_column)
+        norms = column_norms(matrix.blocks(taken), delta, region.columns, matrix.products, place)
+        norms, magnitude = _over_kernels(norms, magnitude)
     reference = taken.target if taken is not None else None
-    return WeightDecomposed(delta, magnitude, norms, edit.weight, reference)
+    return WeightDecomposed(
+        delta,
+        magnitude,
+        norms,
+        edit.weight,
+        reference,
+        region.rows,
+        region.columns,
+        region.first_row,
+        region.first_column,
+    )
+
+
+def _over_kernels(norms: Array, magnitude: Array) -> tuple[Array, Array]:
+    """Return norms and magnitudes of columns where those of a kernel's places are one."""
+    count = magnitude.shape[0]
+    size = norms.shape[0] // count
+    if size == 1:
+        return norms, magnitude
+    xp = array_namespace(norms)
+    together = xp.sqrt(xp.sum(norms.reshape((count, size)) ** 2, axis=1, keepdims=True))
+    spread = (xp.broadcast_to(one, (count, size)) for one in (together, magnitude[:, None]))
+    whole, repeated = (one.reshape(-1) for one in spread)
+    return whole, repeated
 
 
 def _residual(edit: Residual, matrix: _Matrix) -> Callable[[int, int], Array]:

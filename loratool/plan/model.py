@@ -23,8 +23,8 @@ from loratool.plan.sidecar import Sidecar, files_read
 
 __all__ = [
     "PROCESS_BYTES",
-    "AddBias",
     "AddDelta",
+    "AddTensor",
     "Blend",
     "ChangeWeight",
     "Decompose",
@@ -39,11 +39,15 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class AddDelta:
-    """Add ``scale · B @ A`` of ``site``; the scale includes the adapter's weight."""
+    """Add ``scale · B @ A`` of ``site``, or some rows of it, from ``first`` on.
+
+    The scale includes the adapter's weight.
+    """
 
     site: Site
     scale: float
     region: Region
+    first: int = 0
 
     @property
     def words(self) -> str:
@@ -52,27 +56,53 @@ class AddDelta:
 
 @dataclass(frozen=True, slots=True)
 class Decompose:
-    """Apply the DoRA site: add its delta, then rescale rows (or columns) to its magnitudes."""
+    """Apply the DoRA site: add its delta, then rescale rows (or columns) to its magnitudes.
+
+    Attributes:
+        site: The site, with a magnitude.
+        scale: What multiplies its delta.
+        weight: How much of the change to make.
+        region: Where it goes.
+        is_by_input: Whether it has a magnitude for each input, instead of each output.
+        first: Which of its outputs is the first of the region.
+        outputs: How many it has, where the region has not all of them.
+    """
 
     site: Site
     scale: float
     weight: float
     region: Region
+    is_by_input: bool = False
+    first: int = 0
+    outputs: int | None = None
 
     @property
     def words(self) -> str:
-        return f"DoRA, scale {self.scale:g}, rank {self.site.rank}"
+        axis = ", magnitudes of the inputs" if self.is_by_input else ""
+        return f"DoRA, scale {self.scale:g}, rank {self.site.rank}{axis}"
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeWeight:
-    """Make of a weight, or of its bias, what the site's variant makes of it."""
+    """Make of a weight, or of its bias, what the site's variant makes of it.
+
+    Attributes:
+        site: The site.
+        scale: What multiplies its delta.
+        weight: How much of the change to make.
+        region: Where it goes.
+        is_bias: Whether it is the bias.
+        first: Which of its outputs is the first of the region.
+        outputs: How many it has, where the region has not all of them.
+    """
 
     site: Site
     scale: float
     weight: float
     region: Region
     is_bias: bool = False
+    first: int = 0
+    outputs: int | None = None
 
     @property
     def words(self) -> str:
@@ -130,21 +160,27 @@ class SetRows:
 
 
 @dataclass(frozen=True, slots=True)
-class AddBias:
-    """Add a scaled bias."""
+class AddTensor:
+    """Add a stored tensor, or some of its rows from ``first`` on: a bias, a whole difference.
+
+    As a matrix it has the columns of the region, or its rows where the region is transposed.
+    """
 
     tensor: StoredTensor
     scale: float
+    region: Region
+    first: int = 0
 
     @property
     def words(self) -> str:
-        return f"+ {self.scale:g} · bias"
+        what = "a stored difference" if self.region.columns > 1 else "a stored vector"
+        return f"+ {self.scale:g} · {what}"
 
 
 PROCESS_BYTES: Final = 90_000_000
 """What an interpreter with numpy takes, with the blocks of eight threads."""
 
-Edit = AddDelta | Decompose | ChangeWeight | Residual | Blend | SetRows | AddBias
+Edit = AddDelta | Decompose | ChangeWeight | Residual | Blend | SetRows | AddTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +226,7 @@ class Step:
     def has_delta(self) -> bool:
         """Whether something is added that rounding can eat."""
         return any(
-            isinstance(edit, AddDelta | Decompose | ChangeWeight | AddBias) for edit in self.edits
+            isinstance(edit, AddDelta | Decompose | ChangeWeight | AddTensor) for edit in self.edits
         )
 
     @property
@@ -283,9 +319,11 @@ def _working_bytes(step: Step) -> int:
                     total += 4 * 8 * step.spec.elements
             case Residual():
                 total += 5 * 8 * step.spec.elements
-            case SetRows() | AddBias():
+            case SetRows():
                 total += 4 * edit.tensor.spec.elements
-            case Blend():
+            case AddTensor() if edit.region.transposed:
+                total += 4 * edit.tensor.spec.elements
+            case AddTensor() | Blend():
                 pass
     return total
 

@@ -46,6 +46,10 @@ class Dora(Plain):
         "without a base"
     )
 
+    def outputs_together(self, site: Site) -> int:
+        """See :class:`Variant`."""
+        return 1
+
     def change(
         self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
     ) -> Change:

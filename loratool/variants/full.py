@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 from loratool.adapter.model import Site
+from loratool.adapter.parameters import WholeParameters
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Geometry, Settings, Shapes, Variant
+from loratool.adapter.variant import Array, Geometry, Settings, Shapes
 
 __all__ = ["VARIANT"]
 
@@ -22,13 +24,13 @@ CLAIM = {
 DIFF: Final = Slot("diff")
 
 
-class Full(Variant):
+class Full(WholeParameters):
     """What is added to the weight, as it is."""
 
     name = "full"
     words = "a whole difference"
-    is_scaled = False
     kernel_slots = frozenset((DIFF,))
+    parameters = MappingProxyType({DIFF: ("weight",)})
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""

@@ -30,21 +30,29 @@ CORE: Final = Slot("bm")
 
 
 class Moved(Change):
-    """``W + scale · (W·a1·a2 + b1·b2)``."""
+    """``W + scale · (W·a1·a2 + b1·b2)``: a row depends on that row of W alone."""
 
-    grain = (0, 0)
+    grain = (1, 0)
 
-    def __init__(self, factors: tuple[Array, ...], core: Array | None, scale: float) -> None:
+    def __init__(
+        self, factors: tuple[Array, ...], core: Array | None, scale: float, *, is_old: bool
+    ) -> None:
         self.factors = factors
         self.core = core
         self.scale = scale
+        self.is_old = is_old
 
     def difference(self, part: Array, row: int, column: int) -> Array:
         """See :class:`Change`."""
         from loratool.math.dense_variants import glora_delta
 
         a1, a2, b1, b2 = self.factors
-        return glora_delta(part, a1, a2, b1, b2, self.core) * self.scale
+        rows = slice(row, row + part.shape[0])
+        if self.is_old:
+            b2 = b2[rows]
+        else:
+            b1 = b1[rows]
+        return glora_delta(part, a1, a2, b1, b2, self.core, is_old=self.is_old) * self.scale
 
 
 class Glora(Variant):
@@ -54,7 +62,6 @@ class Glora(Variant):
     words = "GLoRA, a delta that depends on the base's weight"
     needs_base = True
     has_change = True
-    needs_whole = True
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """Read either layout: LyCORIS before 2.0 stores ``(r, in)`` and ``(out, r)`` in b1, b2.
@@ -85,7 +92,15 @@ class Glora(Variant):
         self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
     ) -> Change:
         """See :class:`Variant`."""
-        return Moved(tuple(values[slot] for slot in PARTS), values.get(CORE), scale)
+        from loratool.math.dense_variants import is_old_glora
+
+        factors = tuple(values[slot] for slot in PARTS)
+        is_old = is_old_glora(shape, *(factor.shape for factor in factors))
+        return Moved(factors, values.get(CORE), scale, is_old=is_old)
+
+    def outputs_together(self, site: Site) -> int:
+        """See :class:`Variant`."""
+        return 1
 
 
 VARIANT = Glora()

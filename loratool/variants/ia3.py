@@ -56,6 +56,10 @@ class Ia3(Variant):
         """Only the flag's value tells whether rows or columns are meant."""
         return site.out_features in shape[:2]
 
+    def outputs_together(self, site: Site) -> int:
+        """See :class:`Variant`."""
+        return 1
+
     def change(
         self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
     ) -> Change:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Geometry, Read, Settings, Shapes, Variant
+from loratool.adapter.variant import Array, Change, Geometry, Read, Settings, Shapes, Variant
 from loratool.errors import AdapterError
+
+if TYPE_CHECKING:
+    from loratool.math.exact_variants import Factors
 
 __all__ = ["VARIANT"]
 
@@ -33,12 +37,29 @@ CORE: Final = Slot("hada_t1")
 PARTS: Final = (W1_A, W1_B, Slot("hada_w2_a"), Slot("hada_w2_b"), CORE, Slot("hada_t2"))
 
 
+class Hadamard(Change):
+    """``W + scale · (u1 @ v1) ∘ (u2 @ v2)``, as many rows and columns of it as are asked for."""
+
+    def __init__(self, halves: tuple[Factors, Factors], scale: float) -> None:
+        self.halves = halves
+        self.scale = scale
+
+    def difference(self, part: Array, row: int, column: int) -> Array:
+        """See :class:`Change`."""
+        kernel = math.prod(part.shape[2:])
+        rows = slice(row, row + part.shape[0])
+        columns = slice(column * kernel, (column + part.shape[1]) * kernel)
+        one, other = (up[rows] @ down[:, columns] for up, down in self.halves)
+        return (one * other * self.scale).reshape(part.shape)
+
+
 class Loha(Variant):
     """``(w1_a @ w1_b) ∘ (w2_a @ w2_b)``, of rank ``r1 · r2`` at most."""
 
     name = "loha"
     words = "LoHa, a product of two deltas element by element"
     has_factors = True
+    has_change = True
     kernel_slots = frozenset((CORE,))
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
@@ -75,6 +96,15 @@ class Loha(Variant):
         used = [read(site.slots[slot]) if slot in site.slots else None for slot in PARTS]
         up, down = hadamard_factors(*used)
         return down, up
+
+    def change(
+        self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
+    ) -> Change:
+        """See :class:`Variant`."""
+        from loratool.math.exact_variants import hadamard_halves
+
+        halves = hadamard_halves(*(values.get(slot) for slot in PARTS))
+        return Hadamard(halves, scale)
 
 
 VARIANT = Loha()

@@ -10,7 +10,16 @@ from loratool.adapter.config import LoraConfig
 from loratool.adapter.model import Site
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Geometry, Read, Settings, Shapes, Slots, Variant
+from loratool.adapter.variant import (
+    Array,
+    Change,
+    Geometry,
+    Read,
+    Settings,
+    Shapes,
+    Slots,
+    Variant,
+)
 from loratool.errors import AdapterError, UnsupportedError
 
 __all__ = ["VARIANT"]
@@ -34,6 +43,26 @@ CLAIM = {
 W1, W1_A, W1_B = (Slot(name) for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b"))
 W2, W2_A, W2_B = (Slot(name) for name in ("lokr_w2", "lokr_w2_a", "lokr_w2_b"))
 CORE: Final = Slot("lokr_t2")
+PARTS: Final = (W1, W1_A, W1_B, W2, W2_A, W2_B, CORE)
+
+
+class Kronecker(Change):
+    """``W + scale · w1 ⊗ w2``, as many rows and columns of it as are asked for."""
+
+    def __init__(self, left: Array, right: Array, scale: float) -> None:
+        self.left = left
+        self.right = right
+        self.scale = scale
+
+    def difference(self, part: Array, row: int, column: int) -> Array:
+        """See :class:`Change`."""
+        from loratool.math.exact_variants import kronecker_part
+
+        rows = range(row, row + part.shape[0])
+        columns = range(column, column + part.shape[1])
+        kernel = math.prod(part.shape[2:])
+        found = kronecker_part(self.left, self.right, rows, columns, kernel)
+        return (found * self.scale).reshape(part.shape)
 
 
 class Lokr(Variant):
@@ -42,6 +71,7 @@ class Lokr(Variant):
     name = "lokr"
     words = "LoKr, a Kronecker product"
     has_factors = True
+    has_change = True
     kernel_slots = frozenset((CORE,))
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
@@ -108,13 +138,26 @@ class Lokr(Variant):
         """See :class:`Variant`."""
         from loratool.math.exact_variants import kronecker_factors
 
-        def half(whole: Slot, halves: tuple[Slot, Slot]) -> Any:
-            found = [read(site.slots[slot]) for slot in _half(site.slots, whole, halves)]
-            return found[0] if len(found) == 1 else tuple(found)
-
-        core = read(site.slots[CORE]) if CORE in site.slots else None
-        up, down = kronecker_factors(half(W1, (W1_A, W1_B)), half(W2, (W2_A, W2_B)), core)
+        used = (slot for slot in PARTS if slot in site.slots)
+        up, down = kronecker_factors(*_halves({s: read(site.slots[s]) for s in used}))
         return down, up
+
+    def change(
+        self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
+    ) -> Change:
+        """See :class:`Variant`."""
+        from loratool.math.exact_variants import kronecker_halves
+
+        return Kronecker(*kronecker_halves(*_halves(values)), scale)
+
+
+def _halves(values: Mapping[Slot, Array]) -> tuple[Any, Any, Any]:
+    """Return both sides of the product, whole or in factors, and the core of the second."""
+
+    def half(whole: Slot, halves: tuple[Slot, Slot]) -> Any:
+        return values[whole] if whole in values else tuple(values[slot] for slot in halves)
+
+    return half(W1, (W1_A, W1_B)), half(W2, (W2_A, W2_B)), values.get(CORE)
 
 
 def _half(slots: Slots, whole: Slot, halves: tuple[Slot, Slot]) -> tuple[Slot, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from types import MappingProxyType
 
-from loratool.adapter.variant import Geometry, Settings, Shapes, Variant
+from loratool.adapter.parameters import WholeParameters
+from loratool.adapter.slots import Slot
 
 __all__ = ["VARIANT"]
 
@@ -15,17 +16,13 @@ CLAIM = {
 }
 
 
-class Norm(Variant):
+class Norm(WholeParameters):
     """What is added to a norm's weight and bias."""
 
     name = "norm"
     words = "the difference of a norm"
-    is_scaled = False
     has_matrix = False
-
-    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
-        """See :class:`Variant`."""
-        return Geometry(1, math.prod(next(iter(shapes.values()))), 1)
+    parameters = MappingProxyType({Slot("w_norm"): ("weight",), Slot("b_norm"): ("bias",)})
 
 
 VARIANT = Norm()

@@ -66,6 +66,10 @@ class Oft(Variant):
             shape = list(rescale.spec.shape)
             yield "LT003", f"rescales {shape} rows, and rotates {site.out_features}"
 
+    def outputs_together(self, site: Site) -> int:
+        """See :class:`Variant`."""
+        return site.slots[BLOCKS].spec.shape[1]
+
     def change(
         self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
     ) -> Change:

@@ -116,6 +116,10 @@ class PeftIa3(Variant):
         groups = size // shape[1] if len(shape) > 2 else 1
         return size == groups * shape[1] and groups > 0 and shape[0] % groups == 0
 
+    def outputs_together(self, site: Site) -> int:
+        """See :class:`Variant`."""
+        return 1
+
     def change(
         self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
     ) -> Change:

@@ -62,7 +62,7 @@ class Vera(Variant):
             raise UnsupportedError(
                 site.module,
                 "is a VeRA: only the base tells how many inputs it has",
-                hint="give --base; headers are enough",
+                hint="give --base BASE; headers are enough",
             )
 
     def width(self, site: Site, shape: tuple[int, ...] | None = None) -> int:

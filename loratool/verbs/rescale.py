@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from loratool.adapter.fields import LARGEST_NUMBER
 from loratool.adapter.model import Adapter
+from loratool.adapter.problems import plain_hint
 from loratool.adapter.scheme import Scheme
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
@@ -175,7 +176,7 @@ def rescale(
                 f"{opened.path}: {change.joint.name}",
                 f"is a {change.site.variant.name}: its delta depends on the base's weight, and no "
                 "scale multiplies it",
-                hint="only --fold and the two rslora options leave such a delta as it is",
+                hint=plain_hint(change.site, opened),
             )
     for change in changes:
         _check_alpha(change)

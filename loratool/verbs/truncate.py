@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from loratool.adapter.model import Adapter
+from loratool.adapter.problems import is_matrix, plain_options
+from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, FileFormatError, OptionError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
@@ -156,9 +158,12 @@ def truncate(
 
 
 def _lacks_factors(adapter: Adapter) -> bool:
-    """Whether some modules are no plain factors, but deltas that need no base."""
+    """Whether some modules are no plain factors, but deltas of matrices that need no base."""
     others = [site for site in adapter.sites if not site.is_plain]
-    return bool(others) and not any(site.variant.needs_base for site in others)
+    if any(Slot.BIAS in site.slots for site in adapter.sites):
+        return False
+    needed = ("--base" in plain_options(site.variant, site.slots) for site in others)
+    return bool(others) and all(map(is_matrix, others)) and not any(needed)
 
 
 def _by_way_of_factors(

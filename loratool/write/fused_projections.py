@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Final
 
 from loratool.adapter.part import Part
+from loratool.adapter.problems import plain_options
 from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
 from loratool.files.container import read_bytes
@@ -67,7 +68,7 @@ def check_magnitude(part: Part, verb: str) -> None:
         raise UnsupportedError(
             part.module,
             f"has magnitudes of its inputs (LyCORIS, wd_on_out=False), and cannot be {verb}",
-            hint="make it a plain LoRA with --to-lora, --base and --rank",
+            hint="make it a plain LoRA with --to-lora --base BASE --rank R",
         )
 
 
@@ -81,7 +82,7 @@ def check_splittable(part: Part, verb: str) -> None:
         raise UnsupportedError(
             part.module,
             f"is {part.variant.words}, and cannot be {verb} as a fused projection",
-            hint="make it a plain LoRA with --to-lora",
+            hint=f"make it a plain LoRA with {plain_options(part.variant, part.values)}",
         )
 
 

@@ -44,7 +44,7 @@ def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
     }
     if Slot.MAGNITUDE in values:
         roles = scheme_named(adapter.scheme).roles
-        values[Slot.MAGNITUDE] = roles.magnitude(values[Slot.MAGNITUDE])
+        values[Slot.MAGNITUDE] = roles.magnitude(site.slots[Slot.MAGNITUDE])
     scaling = site.scaling
     is_simple = not scaling.rank_stabilised and not scaling.epsilon and scaling.rank == site.rank
     part = Part(
@@ -66,13 +66,10 @@ def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
         return _expanded(part, site, width or site.variant.width(site))
     if site.variant.undetermined and not site.variant.has_change:
         needs = site.variant.needs_shape
-        why = "A may see groups of inputs" if needs else "it truncates the base"
         raise UnsupportedError(
             f"{adapter.path}: {site.label}",
-            f"is a {site.variant.name}: {why}, and only the base tells what its delta is",
-            hint="give --base"
-            if needs
-            else "merge it into its base, and extract the difference of the two",
+            site.variant.undetermined.format(verb="convert"),
+            hint="give --base" if needs else site.variant.remedy,
         )
     return part
 

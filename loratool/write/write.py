@@ -16,7 +16,7 @@ from loratool.files.containers import container_of, is_weights
 from loratool.names.paths.component import with_component
 from loratool.names.pipelines import family_of_encoders, sole_component
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
-from loratool.schemes import scheme_named
+from loratool.schemes import DEFAULT_SCHEME, scheme_named
 from loratool.write.adapter import NewAdapter
 from loratool.write.conventions import Naming, families_of, to_hub, to_native
 from loratool.write.extras import placed_extras
@@ -38,10 +38,14 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
     """
     check_place(options.output, scheme.name, scheme.settings.file)
     named = _named(new, scheme, options)
-    parts = padded(named.parts, options.pad, scheme)
-    parts = scheme.roles.together(parts)
-    parts = scheme.scale.place(parts, fold=options.fold)
-    parts = [slotted(part, scheme) for part in parts]
+    try:
+        parts = padded(named.parts, options.pad, scheme)
+        parts = scheme.roles.together(parts)
+        parts = scheme.scale.place(parts, fold=options.fold)
+        parts = slotted(parts, scheme)
+    except UnsupportedError:
+        _check_names(named, scheme)  # what has no name needs no other place
+        raise
     names = _spelled(parts, scheme, named)
     name = options.name or new.name or "default"
     modules = [
@@ -211,6 +215,23 @@ def _spelled(parts: Sequence[Part], scheme: Scheme, named: _Named) -> list[Spell
             )
     made = [Spelled(name, part) for name, same in found.items() for part in same]
     return sorted(made, key=lambda item: (item.part.module, item.name, item.part.nesting))
+
+
+def _check_names(named: _Named, scheme: Scheme) -> None:
+    """Refuse modules that a scheme cannot name, with what another one needs for all of them.
+
+    Raises:
+        UnsupportedError: There is one.
+    """
+    try:
+        _spelled(named.parts, scheme, named)
+    except UnsupportedError as error:
+        hint = f"write another scheme, such as with --to {DEFAULT_SCHEME}"
+        try:
+            slotted(named.parts, scheme_named(DEFAULT_SCHEME))
+        except UnsupportedError as other:
+            hint = f"{hint}, and {other.hint}"
+        raise UnsupportedError(error.where, error.what, hint=hint) from None
 
 
 def _written(

@@ -141,7 +141,17 @@ def test_every_delta_is_its_formula(library: str, rows: int) -> None:
     row_factors = np.abs(random(ROWS)) / np.linalg.norm(moved, axis=1)
     column_factors = np.abs(random(COLUMNS)) / np.linalg.norm(moved, axis=0)
     blocks = ((i, array(library, weight[i : i + 5])) for i in range(0, ROWS, 5))
-    norms = norms_of_columns(blocks, delta, COLUMNS)
+    norms = norms_of_columns(blocks, Additive(delta), COLUMNS)
+    region = Placed(LowRank(made(9, 2), made(2, 5), 2.0), 4, 2)
+    inside = weight[4:13, 2:7] + region.delta.scale * host(region.delta.up) @ host(
+        region.delta.down
+    )
+    blocks = ((i, array(library, weight[i : i + 5])) for i in range(0, ROWS, 5))
+    inner_norms = norms_of_columns(blocks, region, 5, None, (4, 9, 2))
+    by_rows, by_columns = weight.copy(), weight.copy()
+    by_rows[4:13, 2:7] = inside * (np.abs(saved[:9, :1]) / np.linalg.norm(inside, axis=1)[:, None])
+    by_columns[4:13, 2:7] = inside * (np.abs(saved[0, :5]) / np.linalg.norm(inside, axis=0))
+    part = {"rows": 9, "columns": 5, "first_row": 4, "first_column": 2}
     placed = weight.copy()
     placed[4 : 4 + 9, 2 : 2 + 5] += 2 * host(made(9, 2)) @ host(made(2, 5))
     saved_rows = weight.copy()
@@ -151,12 +161,24 @@ def test_every_delta_is_its_formula(library: str, rows: int) -> None:
     cases = [
         (Additive(delta), moved),
         (Placed(LowRank(made(9, 2), made(2, 5), 2.0), 4, 2), placed),
-        (WeightDecomposed(delta, abs(made(ROWS))), moved * row_factors[:, None]),
+        (WeightDecomposed(Additive(delta), abs(made(ROWS))), moved * row_factors[:, None]),
+        (WeightDecomposed(region, array(library, np.abs(saved[:9, 0])), **part), by_rows),
         (
-            WeightDecomposed(delta, abs(made(COLUMNS)), norms, 0.25),
+            WeightDecomposed(region, array(library, np.abs(saved[0, :5])), inner_norms, **part),
+            by_columns,
+        ),
+        (
+            WeightDecomposed(Additive(delta), abs(made(COLUMNS)), norms, 0.25),
             weight + 0.25 * (moved * column_factors - weight),
         ),
-        (Offset(array(library, saved), -2.5), weight - 2.5 * saved),
+        (
+            Offset(lambda i, n: array(library, saved[i : i + n]), -2.5, ROWS, COLUMNS),
+            weight - 2.5 * saved,
+        ),
+        (
+            Offset(lambda i, n: array(library, saved[i : i + n, :5]), 3.0, 9, 5, 4, 2),
+            np.pad(3.0 * saved[:9, :5], ((4, ROWS - 13), (2, COLUMNS - 7))) + weight,
+        ),
         (Interpolated(lambda i, n: array(library, saved[i : i + n]), 1.0), saved),
         (
             Interpolated(lambda i, n: array(library, saved[i : i + n]), 0.3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +14,12 @@ import pytest
 import torch
 from corpus import (
     EXACT,
+    LYCORIS_DORAS,
     MERGEABLE,
     NEAREST,
+    UNET_PATHS,
     VARIANTS,
+    WHOLE,
     Draw,
     Sample,
     deltas_of,
@@ -56,10 +60,6 @@ WITHOUT_PLACE: Final = {
     "peft-ia3": EVERY,
 }
 """What cannot be written, and is refused by name."""
-UNET: Final = {
-    "lora_unet_mid_block_attentions_0_proj_in": ("mid_block.attentions.0.proj_in", ()),
-    "lora_unet_mid_block_resnets_0_conv1": ("mid_block.resnets.0.conv1", (3, 3)),
-}
 
 
 def merged(base: Path, adapter: Path, output: Path) -> dict[str, Any]:
@@ -81,11 +81,15 @@ def with_base(made: Sample) -> tuple[Sample, dict[str, Any]]:
     """Give a variant the weights that it is for; return what they become too."""
     if made.base:
         names = {module: f"{module}.weight" for module in made.deltas}
-        names |= {module: f"{UNET[module][0]}.weight" for module in made.deltas if module in UNET}
+        names |= {
+            module: f"{UNET_PATHS[module][0]}.weight"
+            for module in made.deltas
+            if module in UNET_PATHS
+        }
     else:
         names, base, draw = {}, {}, Draw("base", "F64")
         for module, delta in made.deltas.items():
-            path, kernel = UNET[module]
+            path, kernel = UNET_PATHS[module]
             into = delta.shape[1] // (9 if kernel else 1)
             names[module] = f"{path}.weight"
             base[names[module]] = draw(len(delta), into, *kernel)
@@ -169,7 +173,7 @@ def test_at_full_rank_the_nearest_is_its_dense_form(variant: str, tmp_path: Path
     assert distance(merged(base, tmp_path / "plain", tmp_path / "merged"), wanted) <= CLOSE
 
 
-@pytest.mark.parametrize("variant", [*EXACT, *CHANGES])
+@pytest.mark.parametrize("variant", [*EXACT, *CHANGES, *WHOLE, *LYCORIS_DORAS])
 @pytest.mark.parametrize("weight", [1.0, 0.25, -1.0])
 @pytest.mark.parametrize("elements", [kernels.BLOCK_ELEMENTS, 100])
 def test_it_merges_without_a_detour(
@@ -201,23 +205,23 @@ def test_several_change_a_weight_in_turn(variant: str, tmp_path: Path) -> None:
     assert distance(*({k: exact(v) for k, v in each.items()} for each in (one, other))) <= CLOSE
 
 
-@pytest.mark.parametrize("variant", CHANGES)
+@pytest.mark.parametrize("variant", [*CHANGES, "loha", "loha-conv", "lokr", "lokr-full"])
 def test_a_part_changes_as_the_whole_does(variant: str, tmp_path: Path) -> None:
     made, _ = as_merged(variant)
     for site in open_adapter(made.write(tmp_path)).sites:
-        name = site.module if made.merged else UNET[next(iter(made.deltas))][0]
+        name = site.module.removeprefix("unet.")
         weight = exact(made.base[f"{name}.weight"])
         values = {slot: decode(stored) for slot, stored in site.slots.items()}
         change = site.variant.change(site, values, weight.shape, site.scaling.factor)
         whole = change.changed(weight, 0, 0)
         assert whole.shape == weight.shape
         assert np.allclose(whole - weight, change.difference(weight, 0, 0), atol=1e-14)
-        steps = [grain or side for grain, side in zip(change.grain, weight.shape, strict=True)]
+        steps = [grain or side for grain, side in zip(change.grain, weight.shape[:2], strict=True)]
         for row in range(0, weight.shape[0], steps[0]):
             for column in range(0, weight.shape[1], steps[1]):
                 cut = slice(row, row + steps[0]), slice(column, column + steps[1])
                 part = change.changed(weight[cut], row, column)
-                assert np.allclose(part, whole[cut], rtol=0, atol=1e-14)
+                assert np.allclose(part, whole[cut], rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("variant", [*EXACT, *CHANGES])
@@ -256,26 +260,89 @@ def test_its_geometry_is_the_shape_of_its_delta(variant: str, tmp_path: Path) ->
             assert up.shape[1] == down.shape[0] == site.variant.factor_rank(site)
 
 
-def test_what_merge_does_not_take_it_refuses_by_name(tmp_path: Path) -> None:
-    key = "lora_unet_mid_block_attentions_0_proj_in.diff"
-    save_file({key: torch.ones(4, 4)}, tmp_path / "a.safetensors")
-    made = replace(sample("oft"), tensors={})
-    with pytest.raises(UnsupportedError) as failure:
-        loratool.merge(made.write_base(tmp_path), [tmp_path / "a.safetensors"], tmp_path / "out")
-    assert "loratool convert" in (failure.value.hint or "")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("beside", ["dora_scale", "diff_b"])
-@pytest.mark.parametrize("variant", ["loha", "oft"])
-def test_what_lies_beside_is_not_left_out(variant: str, beside: str, tmp_path: Path) -> None:
-    made, _ = with_base(sample(variant))
+@pytest.mark.parametrize("variant", ["loha", "lokr", "cp", "oft", "ia3", "glora"])
+def test_a_bias_beside_is_added_as_it_is(variant: str, tmp_path: Path) -> None:
+    made, wanted = with_base(sample(variant, "F64"))
     (module,) = made.deltas
-    made = replace(made, tensors={**made.tensors, f"{module}.{beside}": torch.ones(32)})
+    name = f"{UNET_PATHS[module][0]}.bias"
+    count = len(made.deltas[module])
+    added, bias = torch.randn(2, count, dtype=torch.float64)
+    tensors = {**made.tensors, f"{module}.diff_b": added.clone()}
+    made = replace(made, tensors=tensors, base={**made.base, name: bias.clone()})
     base, adapter = made.write_base(tmp_path), made.write(tmp_path)
-    with pytest.raises(UnsupportedError, match=f"(?i){made.name}") as failure:
+    wanted |= {name: exact(bias + added)}
+    assert distance(merged(base, adapter, tmp_path / "out"), wanted) <= CLOSE
+
+
+@pytest.mark.parametrize("of_inputs", [False, True])
+@pytest.mark.parametrize("variant", ["loha", "loha-conv", "lokr", "cp"])
+def test_magnitudes_beside_make_a_dora_of_it(variant: str, of_inputs: bool, tmp_path: Path) -> None:
+    made, wanted = with_base(sample(variant, "F64"))
+    ((module, _),) = made.deltas.items()
+    ((name, changed),) = wanted.items()
+    axis = 1 if of_inputs else 0
+    axes = tuple(each for each in range(changed.ndim) if each != axis)
+    norms = np.sqrt((changed**2).sum(axis=axes, keepdims=True))
+    scale = torch.rand(norms.shape, dtype=torch.float64) + 1
+    made = replace(made, tensors={**made.tensors, f"{module}.dora_scale": scale})
+    base, adapter = made.write_base(tmp_path), made.write(tmp_path)
+    found = merged(base, adapter, tmp_path / "out")
+    assert distance(found, {name: changed * exact(scale) / norms}) <= CLOSE
+
+
+@pytest.mark.parametrize("variant", ["oft", "boft", "ia3", "glora"])
+def test_magnitudes_that_mean_nothing_are_not_left_out(variant: str, tmp_path: Path) -> None:
+    made, wanted = with_base(sample(variant, "F64"))
+    (module,) = made.deltas
+    made = replace(made, tensors={**made.tensors, f"{module}.dora_scale": torch.ones(32, 1)})
+    base, adapter = made.write_base(tmp_path), made.write(tmp_path)
+    with pytest.raises(UnsupportedError, match="dora_scale") as failure:
         loratool.merge(base, [adapter], tmp_path / "out")
-    assert "--to-lora" in (failure.value.hint or "")
+    skip = option(failure.value.hint, "--skip")
+    loratool.merge(base, [adapter], tmp_path / "out", skip=[skip])
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert distance({k: exact(v) for k, v in found.items()}, wanted) <= CLOSE
+
+
+def option(hint: str | None, name: str) -> str:
+    """Return the value that a hint gives an option."""
+    words = shlex.split(hint or "")
+    return words[words.index(name) + 1]
+
+
+@pytest.mark.parametrize("elements", [kernels.BLOCK_ELEMENTS, 30])
+@pytest.mark.parametrize("kernel", [(), (2, 2)])
+def test_a_control_lora_lets_the_weight_grow(
+    kernel: tuple[int, ...], elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", elements)
+    draw, name = Draw("control", "F64"), "diffusion_model.img_in"
+    weight, down, up, bias = draw(6, 4, *kernel), draw(3, 8, *kernel), draw(6, 3), draw(6)
+    tensors = {
+        f"{name}.lora_A.weight": down,
+        f"{name}.lora_B.weight": up if not kernel else up[:, :, None, None].clone(),
+        f"{name}.diff_b": draw(6),
+        f"{name}.reshape_weight": torch.tensor([6, 8, *kernel]),
+    }
+    made = replace(
+        sample("lora"),
+        tensors=tensors,
+        base={"img_in.weight": weight, "img_in.bias": bias},
+        config=None,
+    )
+    base, adapter = made.write_base(tmp_path), made.write(tmp_path)
+    report = loratool.merge(base, [adapter], tmp_path / "out", weights=[0.5])
+    assert any("grew from [6, 4" in note for note in report.notes)
+    wanted = np.zeros((6, 8, *kernel))
+    wanted[:, :4] = exact(weight)
+    wanted += 0.5 * (exact(up) @ exact(down.flatten(1))).reshape(wanted.shape)
+    found = {k: exact(v) for k, v in load_file(tmp_path / "out" / "model.safetensors").items()}
+    truth = {
+        "img_in.weight": wanted,
+        "img_in.bias": exact(bias) + 0.5 * exact(tensors[f"{name}.diff_b"]),
+    }
+    assert distance(found, truth) <= CLOSE
+    assert not loratool.verify(tmp_path / "out", base=base, adapters=[adapter], weights=[0.5])
 
 
 def test_every_file_claims_something() -> None:

@@ -412,6 +412,11 @@ def peft_ia3(draw: Draw, weights: Draw) -> Sample:
 
 UNET = "lora_unet_mid_block_attentions_0_proj_in"
 UNET_CONV = "lora_unet_mid_block_resnets_0_conv1"
+UNET_PATHS: Final = {
+    UNET: ("mid_block.attentions.0.proj_in", ()),
+    UNET_CONV: ("mid_block.resnets.0.conv1", (3, 3)),
+}
+"""The modules that they are, and their kernels."""
 ALPHA: Final = 3.0
 
 
@@ -554,6 +559,120 @@ def glora(draw: Draw, weights: Draw) -> Sample:
     return _on_base("glora", parts, weight, delta)
 
 
+WAN: Final = "diffusion_model.blocks.0"
+"""Of ComfyUI's files; the base has the rest of the path."""
+
+
+def _whole(name: str, added: Mapping[str, torch.Tensor], base: Tensors) -> Sample:
+    """Stored tensors that are added to parameters of their shape, by the parameters' names.
+
+    A factor pair of another module lies beside them, as in the files that have such tensors.
+    """
+    keys = {
+        parameter: f"diffusion_model.{parameter.rpartition('.')[0]}.{role}"
+        for parameter, role in ROLES[name].items()
+    }
+    tensors = {keys[parameter]: value for parameter, value in added.items()}
+    merged = {n: _added(base[n], exact(v), np.abs(exact(v))) for n, v in added.items()}
+    return Sample(name, tensors, base, None, None, {}, merged)
+
+
+ROLES: Final = {
+    "full": {"blocks.0.cross_attn.o.weight": "diff", "blocks.0.cross_attn.o.bias": "diff_b"},
+    "norm": {"blocks.0.norm3.weight": "w_norm", "blocks.0.norm3.bias": "b_norm"},
+    "modulation": {"blocks.0.modulation": "diff_m"},
+}
+
+
+def _with_factors(draw: Draw, weights: Draw, made: Sample) -> Sample:
+    """Add the factors of one layer, by which a file is told to be an adapter's."""
+    name = "blocks.0.self_attn.q"
+    down, up, weight = draw(RANK, 24), draw(24, RANK, size=0.3), weights(24, 24)
+    delta, size = _product(1.0, up, down)
+    pair = {"lora_A.weight": down, "lora_B.weight": up}
+    tensors = {f"diffusion_model.{name}.{key}": value for key, value in pair.items()}
+    return replace(
+        made,
+        tensors=made.tensors | tensors,
+        base=made.base | {f"{name}.weight": weight},
+        merged={**made.merged, f"{name}.weight": _added(weight, delta, size)},
+    )
+
+
+def full(draw: Draw, weights: Draw) -> Sample:
+    names = list(ROLES["full"])
+    added = dict(zip(names, (draw(24, 16), draw(24)), strict=True))
+    base = dict(zip(names, (weights(24, 16), weights(24)), strict=True))
+    return _with_factors(draw, weights, _whole("full", added, base))
+
+
+def norm(draw: Draw, weights: Draw) -> Sample:
+    names = list(ROLES["norm"])
+    base = {name: weights(24) for name in names}
+    return _with_factors(draw, weights, _whole("norm", {n: draw(24) for n in names}, base))
+
+
+def modulation(draw: Draw, weights: Draw) -> Sample:
+    added, base = {f"{WAN[16:]}.modulation": draw(1, 6, 24)}, weights(1, 6, 24)
+    made = _whole("modulation", added, dict.fromkeys(added, base))
+    return _with_factors(draw, weights, made)
+
+
+def replacement(draw: Draw, weights: Draw) -> Sample:
+    """A parameter that is overwritten, under the module's name and under its own."""
+    names = {"blocks.0.norm3.weight": "blocks.0.norm3", "blocks.0.scale": "blocks.0.scale"}
+    base = {name: weights(24) for name in names}
+    new = {name: draw(24) for name in names}
+    tensors = {f"diffusion_model.{names[n]}.set_weight": value for n, value in new.items()}
+    merged = {
+        n: Change(exact(v), np.abs(exact(v)) + np.abs(exact(base[n]))) for n, v in new.items()
+    }
+    made = Sample("replacement", tensors, base, None, None, {}, merged)
+    return _with_factors(draw, weights, made)
+
+
+def diff_b(draw: Draw, weights: Draw) -> Sample:
+    """A bias of its own beside a delta: no scale multiplies it."""
+    made = _with_factors(draw, weights, Sample("diff-b", {}, {}))
+    added, bias = draw(24), weights(24)
+    merged = {**made.merged, "blocks.0.self_attn.q.bias": _added(bias, exact(added), added.numpy())}
+    tensors = {**made.tensors, f"{WAN}.self_attn.q.diff_b": added}
+    base = {**made.base, "blocks.0.self_attn.q.bias": bias}
+    return replace(made, tensors=tensors, base=base, merged=merged)
+
+
+def _lycoris_dora(draw: Draw, weights: Draw, *, of_inputs: bool, kernel: tuple[int, ...]) -> Sample:
+    """``dora_scale`` along either axis; with kernels norms run over these too."""
+    module = UNET_CONV if kernel else UNET
+    path = f"mid_block.{'resnets.0.conv1' if kernel else 'attentions.0.proj_in'}.weight"
+    ones = (1,) * len(kernel)
+    down, up = draw(RANK, 8, *kernel, size=0.3), draw(12, RANK, *ones)
+    weight = weights(12, 8, *kernel)
+    delta, size = _product(ALPHA / RANK, up, down)
+    shape = (1, 8, *ones) if of_inputs else (12, 1, *ones)
+    scale = draw(*shape, size=0.3, mean=4.0)
+    axes = tuple(axis for axis, length in enumerate(shape) if length == 1)
+    stored = exact(weight)
+    parts = (delta.reshape(stored.shape), size.reshape(stored.shape))
+    change = _decomposed(stored, *parts, exact(scale), axes)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": scale}
+    axis = "inputs" if of_inputs else "outputs"
+    made = _kohya(f"dora-of-{axis}{'-conv' if kernel else ''}", module, tensors, delta)
+    return replace(made, base={path: weight}, deltas={}, merged={path: change})
+
+
+def dora_of_inputs(draw: Draw, weights: Draw) -> Sample:
+    return _lycoris_dora(draw, weights, of_inputs=True, kernel=())
+
+
+def dora_of_inputs_conv(draw: Draw, weights: Draw) -> Sample:
+    return _lycoris_dora(draw, weights, of_inputs=True, kernel=(3, 3))
+
+
+def dora_of_outputs_conv(draw: Draw, weights: Draw) -> Sample:
+    return _lycoris_dora(draw, weights, of_inputs=False, kernel=(3, 3))
+
+
 Builder = Callable[[Draw, Draw], Sample]
 MERGEABLE: Final[dict[str, Builder]] = {
     "lora": lora,
@@ -586,7 +705,20 @@ EXACT: Final[dict[str, Builder]] = {
 """What equals a plain LoRA of some rank."""
 NEAREST: Final[dict[str, Builder]] = {"oft": oft, "boft": boft, "ia3": ia3, "glora": glora}
 """What depends on the base's weight."""
-VARIANTS: Final = MERGEABLE | EXACT | NEAREST | {"kohya": kohya}
+WHOLE: Final[dict[str, Builder]] = {
+    "full": full,
+    "norm": norm,
+    "modulation": modulation,
+    "replacement": replacement,
+    "diff-b": diff_b,
+}
+"""What is added to whole parameters, or takes their place."""
+LYCORIS_DORAS: Final[dict[str, Builder]] = {
+    "dora-of-inputs": dora_of_inputs,
+    "dora-of-inputs-conv": dora_of_inputs_conv,
+    "dora-of-outputs-conv": dora_of_outputs_conv,
+}
+VARIANTS: Final = MERGEABLE | EXACT | NEAREST | WHOLE | LYCORIS_DORAS | {"kohya": kohya}
 
 
 def sample(variant: str, dtype: str = "F32", base: str | None = None, seed: str = "") -> Sample:

@@ -455,7 +455,7 @@ class TestVariants:
         save_file({f"{name}.diff": diff}, tmp_path / "a.safetensors")
         with pytest.raises(UnsupportedError, match="only come near") as caught:
             convert(tmp_path / "a.safetensors", "peft", tmp_path / "b", to_lora=True)
-        assert caught.value.hint == "give --rank"
+        assert caught.value.hint == "give --rank R"
         report = convert(tmp_path / "a.safetensors", "peft", tmp_path / "b", to_lora=True, rank=3)
         assert report.relative_error < 1e-6
         rough = convert(tmp_path / "a.safetensors", "peft", tmp_path / "c", to_lora=True, rank=1)

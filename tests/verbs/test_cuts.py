@@ -118,7 +118,6 @@ def test_a_dora_of_the_whole_is_that_of_its_parts(
 @pytest.mark.parametrize(
     ("fused_base", "config", "words"),
     [
-        (True, {"use_dora": True}, "is a DoRA"),
         (True, {"init_lora_weights": "pissa"}, "is initialised with pissa"),
         (False, {"init_lora_weights": "pissa"}, "is initialised with pissa"),
     ],
@@ -133,8 +132,6 @@ def test_what_needs_a_whole_weight_is_refused_where_there_is_none(
     tmp_path: Path,
 ) -> None:
     made, _ = factors(fused=not fused_base, parts=("q_proj",))
-    if "use_dora" in config:
-        made[f"{ATTENTION}.q_proj.lora_magnitude_vector"] = torch.ones(Q)
     base = make_base(cut(whole, fused=fused_base), CONFIG)
     with pytest.raises(UnsupportedError, match=words):
         loratool.merge(base, [make_adapter(made, **config)], tmp_path / "out")

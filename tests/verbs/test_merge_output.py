@@ -436,20 +436,6 @@ def test_a_saved_weight_with_a_weight_is_interpolated(
     torch.testing.assert_close(read_all(tmp_path / "out")["head.weight"], (head + saved) / 2)
 
 
-def test_encoder_decoders_are_not_untied(
-    make_base: Make, make_adapter: Make, tmp_path: Path
-) -> None:
-    config = {
-        "model_type": "t5",
-        "architectures": ["T5ForConditionalGeneration"],
-        "is_encoder_decoder": True,
-        "tie_word_embeddings": True,
-    }
-    base = make_base({"shared.weight": torch.randn(10, 6)}, config)
-    with pytest.raises(UnsupportedError, match="encoder-decoder"):
-        loratool.merge(base, [make_adapter(lora("lm_head", 10, 6))], tmp_path / "out")
-
-
 def test_dry_runs_write_nothing(tmp_path: Path) -> None:
     plan = loratool.plan_merge(LLAMA, [ADAPTER], output=tmp_path / "out")
     assert (plan.merged, plan.copied, plan.added) == (6, 15, 0)

@@ -37,6 +37,7 @@ class PipelinePaths(EachAlone):
                 module,
                 f"is a language model's; the scheme {context.scheme!r} would call it {path!r}, "
                 "which is another path there",
+                hint="write another scheme, such as with --to peft",
             )
         return path
 

@@ -14,7 +14,7 @@ from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
 from loratool.names.embeddings import is_embedding
 from loratool.names.shapes import one_site_an_expert, without_idle_kernels
-from loratool.values.expr import Expr
+from loratool.values.expr import Expr, Stored
 
 __all__ = [
     "EmbeddingSlots",
@@ -143,8 +143,14 @@ class Roles:
             return site
         return replace(site, slots={**others, **found}, kind=Kind.EMBEDDING)
 
-    def magnitude(self, value: Expr) -> Expr:
-        """Return stored magnitudes as ``(out,)``; PEFT has them as ``(1, out, 1, …)`` too."""
+    def magnitude(self, tensor: StoredTensor) -> Expr:
+        """Return stored magnitudes as ``(out,)``, and those of the inputs as they are.
+
+        PEFT has them as ``(1, out, 1, …)`` too. Under LyCORIS' name they are as LyCORIS has them.
+        """
+        value = Stored(tensor)
+        if tensor.spec.name.endswith(".dora_scale"):
+            return _lycoris_magnitude(value)
         return value.reshaped((max(value.shape, default=1),))
 
     def together(self, parts: Sequence[Part]) -> list[Part]:
@@ -185,7 +191,9 @@ class Roles:
             return _as_it_was(part)
         value = part.values[Slot.MAGNITUDE]
         if part.has_input_magnitudes:
-            raise NoPlaceError("magnitudes of the inputs (LyCORIS, wd_on_out=False)")
+            raise NoPlaceError(
+                "magnitudes of the inputs (LyCORIS, wd_on_out=False)", Slot.MAGNITUDE
+            )
         if part.kind is Kind.CONV:
             return value.reshaped((1, *value.shape, *(1,) * (len(part.down.shape) - 2)))
         return value
@@ -199,14 +207,9 @@ class LycorisRoles(Roles):
     drops_kernels: bool = True
     has_variants: bool = True
 
-    def magnitude(self, value: Expr) -> Expr:
-        """Return magnitudes of the outputs as ``(out,)``, and those of the inputs as they are.
-
-        LyCORIS stores ``(out, 1, …)`` or ``(1, in, …)``.
-        """
-        size = max(value.shape, default=1)
-        is_first = len(value.shape) < 2 or value.shape[0] == size
-        return value.reshaped((size,)) if is_first else value
+    def magnitude(self, tensor: StoredTensor) -> Expr:
+        """Return magnitudes of the outputs as ``(out,)``, and those of the inputs as they are."""
+        return _lycoris_magnitude(Stored(tensor))
 
     def _with_bias(self, part: Part, values: dict[Slot, Expr]) -> dict[Slot, Expr]:
         bias = values.pop(Slot.UP_BIAS, None)
@@ -219,10 +222,20 @@ class LycorisRoles(Roles):
             return _as_it_was(part)
         value = part.values[Slot.MAGNITUDE]
         if part.kind is Kind.EMBEDDING:
-            raise NoPlaceError("magnitudes of an embedding")
+            raise NoPlaceError("magnitudes of an embedding", Slot.MAGNITUDE)
         if part.has_input_magnitudes:
             return value
         return value.reshaped((*value.shape, *(1,) * (len(part.down.shape) - 1)))
+
+
+def _lycoris_magnitude(value: Expr) -> Expr:
+    """Return magnitudes of the outputs as ``(out,)``, those of the inputs as they are.
+
+    LyCORIS stores ``(out, 1, …)`` or ``(1, in, …)``.
+    """
+    size = max(value.shape, default=1)
+    is_first = len(value.shape) < 2 or value.shape[0] == size
+    return value.reshaped((size,)) if is_first else value
 
 
 def _as_it_was(part: Part) -> Expr:

@@ -12,6 +12,7 @@ from loratool.adapter.problems import (
     CONVERT_HINT,
     check_plain,
     check_unmixed,
+    plain_hint,
     site_problems,
 )
 from loratool.adapter.slots import Slot
@@ -113,7 +114,7 @@ def check_computable(adapter: Adapter, *, verb: str) -> None:
             raise UnsupportedError(
                 f"{adapter.path}: {site.label}",
                 site.variant.undetermined.format(verb=verb),
-                hint=site.variant.remedy,
+                hint=plain_hint(site, adapter),
             )
     if config is None:
         return

@@ -8,15 +8,13 @@ from pathlib import Path
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter
 from loratool.adapter.problems import site_problems
-from loratool.base.experts import assign_parameters
-from loratool.base.fitting import fit
 from loratool.base.model import open_model
 from loratool.base.refusals import CODE, check_base
 from loratool.base.replication import layer_ranges
 from loratool.errors import BaseModelError, LoratoolError, MissingModuleError
 from loratool.verbs.merging.context import Share
 from loratool.verbs.merging.extras import plan_extra
-from loratool.verbs.merging.sites import replaced_shapes
+from loratool.verbs.merging.sites import SitePlanner
 
 __all__ = ["check_against_base"]
 
@@ -36,7 +34,6 @@ def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
     try:
         layers = layer_ranges(adapter.field("layer_replication"), adapter.path)
         view = base.as_trained(tasks=[str(adapter.field("task_type"))], layers=layers)
-        assigned = assign_parameters(adapter, view)
     except LoratoolError as error:
         yield finding("LT022", error.where, error.what, error.hint)
         return
@@ -46,11 +43,16 @@ def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
             plan_extra(share, extra, view)
         except LoratoolError as error:
             yield finding("LT024", error.where, error.what, error.hint)
+    try:
+        planner = SitePlanner(share, view)
+    except LoratoolError as error:
+        yield finding("LT022", error.where, error.what, error.hint)
+        return
     for site in adapter.sites:
         if any(True for _ in site_problems(site, adapter)):
             continue
         try:
-            fit(site, adapter, view, assigned, resized=replaced_shapes(share))
+            planner.plan(site)
         except MissingModuleError as error:
             yield finding("LT021", site.label, error.what, error.hint)
         except LoratoolError as error:

@@ -65,7 +65,7 @@ def converted(
     """
     is_renamed = options.naming is not None or options.component is not None
     check_names(adapter, None if is_renamed else scheme)
-    check_config(adapter, has_initial=conversion.initial is not None)
+    check_config(adapter, scheme, has_initial=conversion.initial is not None)
     loader = conversion.loader
     if loader is not None:
         refusals(adapter, loader, drop=conversion.drop, to_lora=conversion.to_lora)

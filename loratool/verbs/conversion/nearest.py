@@ -79,21 +79,19 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
     variant = part.variant
     words = variant.words
     dense = variant.difference_shape(part.site) if part.site is not None else ()
-    if not (variant.has_change or dense) or part.kind is Kind.EMBEDDING:
+    if not (variant.has_change or dense):
         raise UnsupportedError(
-            where,
-            f"is {words}: its delta depends on the base",
-            hint="merge it into its base, and extract the difference of the two",
+            where, f"is {words}: its delta depends on the base", hint=variant.remedy
         )
     if base is None and variant.needs_base:
         raise UnsupportedError(
             where,
             f"is {words}; its delta depends on the base's weight",
-            hint="give --base and --rank",
+            hint="give --base BASE --rank R",
         )
     if rank is None:
         raise UnsupportedError(
-            where, f"is {words}; a plain LoRA can only come near it", hint="give --rank"
+            where, f"is {words}; a plain LoRA can only come near it", hint="give --rank R"
         )
     place = base.place(part.module) if base is not None and variant.needs_base else None
     shape = place.stored_shape if place is not None else dense
@@ -103,7 +101,10 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
     most = min(rank, shape[0], math.prod(shape[1:]))
     assert part.site is not None
     used = [*part.site.tensors, *(place.tensors if place is not None else ())]
-    is_turned = place is not None and base is not None and _is_turned(part, shape, base)
+    is_embedding = part.kind is Kind.EMBEDDING
+    is_turned = is_embedding
+    if place is not None and base is not None and not is_embedding:
+        is_turned = _is_turned(part, shape, base)
     _check_fit(part, shape[::-1] if is_turned else shape)
     made = Approximation(
         words,
@@ -115,6 +116,7 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
     )
     dtype = _dtype(part)
     rows, width = (shape[1], shape[0]) if is_turned else (shape[0], shape[1])
+    slots = part.slots if is_embedding else (Slot.DOWN, Slot.UP)
     down = Result(made, 0, (most, width, *kernel), dtype)
     ones = (1,) * len(kernel)
     up = Result(made, 1, (rows, most, *ones), dtype)
@@ -128,12 +130,12 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
         others[Slot.UP_BIAS] = others[Slot.UP_BIAS].scaled(part.scale)
     return replace(
         part,
-        values={Slot.DOWN: down, Slot.UP: up, **others},
+        values={slots[0]: down, slots[1]: up, **others},
         rank=most,
         scale=1.0,
         alpha=None,
         variant=variant_named("lora"),
-        kind=Kind.CONV if kernel else Kind.LINEAR,
+        kind=Kind.EMBEDDING if is_embedding else Kind.CONV if kernel else Kind.LINEAR,
         notes=(*part.notes, f"{words}: the best plain LoRA of rank {most}"),
     )
 

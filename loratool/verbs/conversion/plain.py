@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from loratool.adapter.leaving import leave_out, option, pattern_for
 from loratool.adapter.model import Adapter
 from loratool.adapter.part import Part
+from loratool.adapter.problems import is_matrix
 from loratool.adapter.slots import Slot
 from loratool.base.model import Model
 from loratool.errors import UnsupportedError
@@ -37,20 +39,30 @@ def to_plain(part: Part, adapter: Adapter, base: Model | None, rank: int | None)
     variant = part.variant
     if variant.is_plain and not variant.undetermined and part.is_plain:
         return part
-    if not variant.has_matrix:
+    where = f"{adapter.path}: {part.module}"
+    if part.site is not None and not is_matrix(part.site):
+        others = [site.label for site in adapter.sites if not is_matrix(site)]
+        pattern = pattern_for(others, [site.label for site in adapter.sites])
         raise UnsupportedError(
-            f"{adapter.path}: {part.module}",
+            where,
             f"is {variant.words}, which no A and B express",
-            hint="leave it out with --drop, which says so in the report",
+            hint=f"leave it out with {option('--drop', pattern)}, which the report says",
+        )
+    magnitude = part.stored(Slot.MAGNITUDE)
+    if part.site is not None and magnitude is not None and not variant.has_factors:
+        raise UnsupportedError(
+            where,
+            f"is {variant.words}, with magnitudes beside it, which nothing says how to apply",
+            hint=leave_out(part.site, magnitude.spec.name),
         )
     if variant.has_factors and not variant.is_plain:
-        magnitude = part.values.get(Slot.MAGNITUDE)
+        lengths = part.values.get(Slot.MAGNITUDE)
         bare: dict[Slot, Expr] = {
             slot: v for slot, v in part.values.items() if slot is not Slot.MAGNITUDE
         }
         made = exactly(replace(part, values=bare), base)
-        if magnitude is None:
+        if lengths is None:
             return made
-        values = {**made.values, Slot.MAGNITUDE: magnitude}
+        values = {**made.values, Slot.MAGNITUDE: lengths}
         part = replace(made, values=values, variant=variant_named("dora"))
     return nearest(part, adapter, base, rank)

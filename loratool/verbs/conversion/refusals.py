@@ -54,7 +54,7 @@ def check_options(scheme: Scheme, *, rank: int | None, to_lora: bool, name: str 
         raise OptionError("--name", f"{name!r} is no name of an adapter: no dots, no slashes")
 
 
-def check_config(adapter: Adapter, *, has_initial: bool) -> None:
+def check_config(adapter: Adapter, scheme: Scheme, *, has_initial: bool) -> None:
     """Refuse what no weights equal, or whose base an initialisation changed.
 
     Raises:
@@ -71,10 +71,11 @@ def check_config(adapter: Adapter, *, has_initial: bool) -> None:
         if config.flag(field):
             raise UnsupportedError(adapter.path, f"{field}: it is {words}")
     if config.init.changes_base and not has_initial:
+        named = " --to peft" if scheme.paths.is_whole else ""  # which has few modules' names
         raise UnsupportedError(
             adapter.path,
             config.init.refusal,
-            hint="give the adapter as it was initialised: --initial FOLDER",
+            hint=f"give the adapter as it was initialised, with --initial FOLDER{named}",
         )
 
 
@@ -96,5 +97,5 @@ def check_nesting(sites: Sequence[Site], adapter: Adapter, scheme: Scheme) -> No
             raise UnsupportedError(
                 f"{adapter.path}: {site.label}",
                 f"{what}, which only PEFT's configuration can say",
-                hint="leave it out with --skip, or merge the adapter into its base",
+                hint="merge the adapter into its base: loratool merge BASE ADAPTER -o OUT",
             )

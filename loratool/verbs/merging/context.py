@@ -21,11 +21,13 @@ class Changes:
         replacement: The adapter's tensor that takes its place, if any.
         base: The adapter's copy of the base's tensor, where it has another shape (a resized
             vocabulary): what the edits apply to.
+        grown: The shape that it gets first, with zeros in what is new.
         edits: What is done to it, in order.
     """
 
     replacement: StoredTensor | None = None
     base: StoredTensor | None = None
+    grown: tuple[int, ...] | None = None
     edits: list[Edit] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -35,6 +37,11 @@ class Changes:
     def source(self) -> StoredTensor | None:
         """What the adapter puts in the place of the base's tensor, if anything."""
         return self.replacement or self.base
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape that the adapter gives it, if it gives it one."""
+        return self.grown if self.source is None else self.source.spec.shape
 
     @property
     def effects(self) -> list[Edit]:

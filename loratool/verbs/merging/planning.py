@@ -184,6 +184,7 @@ def _step(
 ) -> Step:
     replacement = _only_one(name, [c.replacement for c in changes], "replace this tensor")
     resized = _only_one(name, [c.base for c in changes], "come with a resized base tensor")
+    shape = _grown(name, [c.grown for c in changes]) if replacement is None else None
     original = source
     source = replacement or resized or source
     assert source is not None
@@ -195,7 +196,7 @@ def _step(
     if dtype is not None and DTYPES[kept].is_mergeable:
         kept = OUTPUT_DTYPES[dtype]
     return Step(
-        spec=TensorSpec(name, kept, source.spec.shape),
+        spec=TensorSpec(name, kept, source.spec.shape if shape is None else shape),
         source=source,
         edits=edits,
         base=resized or original,
@@ -210,6 +211,14 @@ def _only_one(name: str, tensors: Sequence[StoredTensor | None], words: str) -> 
     if any(not have_same_values(given[0], other) for other in given[1:]):
         raise MergeError(name, f"two adapters each {words}, and differ", hint="merge only one")
     return given[0] if given else None
+
+
+def _grown(name: str, shapes: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    """Return the shape that all adapters let a tensor grow to, or ``None``."""
+    given = {shape for shape in shapes if shape is not None}
+    if len(given) > 1 or (given and None in shapes):
+        raise MergeError(name, "grows to another shape with one adapter than with another")
+    return next(iter(given), None)
 
 
 def _check_edits(name: str, edits: Sequence[Edit], source: Weight) -> None:

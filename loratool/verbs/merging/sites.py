@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
+from loratool.adapter.leaving import leave_out, own_name
 from loratool.adapter.model import Adapter, Site
+from loratool.adapter.problems import CONVERT_HINT, is_whole
 from loratool.adapter.slots import Slot
 from loratool.base.experts import assign_parameters
 from loratool.base.fitting import Fit, fit
 from loratool.base.model import Model
 from loratool.base.region import Region
-from loratool.errors import BaseModelError, UnsupportedError
-from loratool.plan.model import AddBias, AddDelta, Blend, ChangeWeight, Decompose, Residual
+from loratool.errors import BaseModelError, MissingModuleError, UnsupportedError
+from loratool.plan.model import AddDelta, Blend, ChangeWeight, Decompose, Residual
+from loratool.schemes import scheme_named
 from loratool.verbs.merging.context import Share
+from loratool.verbs.merging.missing import missing_modules
+from loratool.verbs.merging.parameters import add_bias, plan_parameters
 
-__all__ = ["plan_sites", "replaced_shapes"]
+__all__ = ["SitePlanner", "plan_sites"]
 
 
 def plan_sites(share: Share, base: Model) -> None:
@@ -29,24 +35,74 @@ def plan_sites(share: Share, base: Model) -> None:
     Raises:
         BaseModelError: A site has no place in the base, or does not fit it.
     """
-    assigned = assign_parameters(share.adapter, base)
-    resized = replaced_shapes(share)
-    attention = {s.module for s in share.adapter.sites if not s.nesting}
+    planner = SitePlanner(share, base)
     taken: dict[tuple[str, Region], str] = {}
+    missing: list[Site] = []
     for site in share.adapter.sites:
-        is_doubled = _is_attention_output(site, base, attention)
-        for place in fit(site, share.adapter, base, assigned, resized=resized):
-            other = taken.setdefault((place.name, place.region), site.label)
-            if other != site.label:
-                raise BaseModelError(
-                    share.where(site.label), f"means the same tensor {place.name!r} as {other!r}"
-                )
+        try:
+            places = planner.plan(site)
+        except MissingModuleError:
+            missing.append(site)
+            continue
+        for place in places:
+            _take(taken, *place, share, site)
+    if missing:
+        raise missing_modules(share, missing, base)
+    _check_apart(share, taken)
+
+
+class SitePlanner:
+    """What all sites of an adapter have in common when they are placed in a base.
+
+    Args:
+        share: The adapter's part, with its extras; filled in.
+        base: The base.
+
+    Raises:
+        BaseModelError: Parameters that the configuration names cannot be told apart.
+    """
+
+    def __init__(self, share: Share, base: Model) -> None:
+        self.share = share
+        self.base = base
+        self._assigned = assign_parameters(share.adapter, base)
+        self._attention = {site.module for site in share.adapter.sites if not site.nesting}
+        self._roles = scheme_named(share.adapter.scheme).roles
+        self._resized = _replaced(share)
+
+    def plan(self, site: Site) -> list[tuple[str, Region]]:
+        """Add the edits of one site; return where they are.
+
+        Raises:
+            MissingModuleError: The base has no such module.
+            BaseModelError: It does not fit there.
+            UnsupportedError: It cannot be cut as the base is.
+        """
+        share, base, assigned = self.share, self.base, self._assigned
+        if is_whole(site):
+            return list(plan_parameters(share.at(site), site, base))
+        site = self._with_magnitude(site)
+        if (shape := site.variant.grown(site)) is not None:
+            self._resized |= _grown(share, site, shape, base)
+        places = fit(site, share.adapter, base, assigned, resized=self._resized)
+        is_doubled = _is_attention_output(site, base, self._attention)
+        for place in places:
             scale = _scale(site, share.adapter, assigned.get(site.label), place.region)
             weighed = share.at(site)
             _add_edits(weighed, place, base, 2 * scale if is_doubled else scale)
-            if Slot.UP_BIAS in site.slots:
-                _add_bias(weighed, place, base)
-    _check_apart(share, taken)
+            for slot, factor in ((Slot.UP_BIAS, site.scaling.factor), (Slot.BIAS, 1.0)):
+                if slot in site.slots:
+                    add_bias(weighed, place, site.slots[slot], base, factor)
+        return [(place.name, place.region) for place in places]
+
+    def _with_magnitude(self, site: Site) -> Site:
+        """Return a site with magnitudes of outputs as ``(out,)``, of inputs as ``(1, in, …)``."""
+        stored = site.slots.get(Slot.MAGNITUDE)
+        if stored is None:
+            return site
+        shape = self._roles.magnitude(stored).shape
+        viewed = replace(stored, spec=replace(stored.spec, shape=shape))
+        return replace(site, slots={**site.slots, Slot.MAGNITUDE: viewed})
 
 
 def _check_apart(share: Share, taken: Mapping[tuple[str, Region], str]) -> None:
@@ -70,13 +126,58 @@ def _check_apart(share: Share, taken: Mapping[tuple[str, Region], str]) -> None:
                 )
 
 
-def replaced_shapes(share: Share) -> dict[str, tuple[int, ...]]:
+def _take(
+    taken: dict[tuple[str, Region], str], name: str, region: Region, share: Share, site: Site
+) -> None:
+    """Note that a site changes part of a tensor.
+
+    Raises:
+        BaseModelError: Another one changes the same.
+    """
+    other = taken.setdefault((name, region), site.label)
+    if other != site.label:
+        raise BaseModelError(
+            share.where(own_name(site)),
+            f"means the same tensor {name!r} as {other!r}",
+            hint=leave_out(site),
+        )
+
+
+def _grown(
+    share: Share, site: Site, shape: tuple[int, ...], base: Model
+) -> dict[str, tuple[int, ...]]:
+    """Note that a weight gets more inputs before anything is added; return its shape by name.
+
+    Raises:
+        BaseModelError: The weight is no smaller than it would become.
+    """
+    place = base.find(site.module, family=share.adapter.family)
+    if place is None:
+        return {}
+    piece = place.pieces[0]
+    old = piece.tensor.spec.shape
+    is_larger = len(old) == len(shape) and all(a <= b for a, b in zip(old, shape, strict=True))
+    if not (place.is_whole and is_larger and old[2:] == shape[2:]):
+        raise BaseModelError(
+            share.where(site.label),
+            f"is for a weight of shape {list(shape)}, and the base has {list(old)}, which does not "
+            "grow to that",
+            hint="is this the base that the adapter was trained on?",
+        )
+    if old == shape:
+        return {}
+    share.changes[piece.name].grown = shape
+    share.notes.append(
+        f"{piece.name!r} grew from {list(old)} to {list(shape)}, with zeros for the new inputs; "
+        "the model has to be loaded with as many"
+    )
+    return {piece.name: shape}
+
+
+def _replaced(share: Share) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that the adapter replaces, by the base's names."""
-    return {
-        name: changes.source.spec.shape
-        for name, changes in share.changes.items()
-        if changes.source is not None
-    }
+    shapes = {name: changes.shape for name, changes in share.changes.items()}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def _is_attention_output(site: Site, base: Model, adapted: set[str]) -> bool:
@@ -109,66 +210,66 @@ def _add_edits(share: Share, place: Fit, base: Model, scale: float) -> None:
     has_copy = any(isinstance(e, Blend) for e in edits) or share.changes[name].base is not None
     is_plain = not site.parameters and site.kind.value == "linear"
     if kind is not None and is_plain and not has_copy:
-        _check_whole(share, place, f"initialised with {kind}", is_cut=place.is_cut)
+        _check_whole(share, place, f"initialised with {kind}")
         if kind == "olora" and region.transposed:
             raise BaseModelError(share.where(site.label), "OLoRA on a Conv1D layer is not defined")
         edits.append(Residual(kind, site.rank, scale, share.weight))
-    if site.variant.is_decomposed:
-        _check_whole(share, place, "a DoRA")
-        edits.append(Decompose(site, scale, share.weight, region))
-    elif site.variant.has_factors:
+    if Slot.MAGNITUDE in site.slots:
+        edits.append(_decomposed(share, place, base, scale))
+    elif site.variant.has_factors and (site.is_plain or not site.variant.has_change):
         if not site.is_plain:
             site.variant.check(site, base.shape(name))
-        edits.append(AddDelta(site, share.weight * scale, region))
+        edits.append(AddDelta(site, share.weight * scale, region, place.first))
     else:
         _add_change(share, place, base, scale)
 
 
+def _decomposed(share: Share, place: Fit, base: Model, scale: float) -> Decompose:
+    """Return a DoRA of a module, or of those of its outputs that lie in one tensor.
+
+    Raises:
+        UnsupportedError: Magnitudes of inputs need all outputs, and these lie apart.
+    """
+    site = place.site
+    if not site.is_plain:
+        site.variant.check(site, base.shape(place.name))
+    is_by_input = len(site.slots[Slot.MAGNITUDE].spec.shape) > 1
+    if is_by_input and place.is_cut:
+        raise UnsupportedError(
+            share.where(site.label),
+            "is a DoRA with magnitudes of the inputs (LyCORIS, wd_on_out=False), whose norms run "
+            f"over all outputs; the base has those in several tensors, such as {place.name!r}",
+            hint=leave_out(site),
+        )
+    return Decompose(
+        site, scale, share.weight, place.region, is_by_input, place.first, place.outputs
+    )
+
+
 def _add_change(share: Share, place: Fit, base: Model, scale: float) -> None:
     """Let a site's variant change a weight, and the bias beside it where that changes too."""
-    site, region = place.site, place.region
-    share.changes[place.name].edits.append(ChangeWeight(site, scale, share.weight, region))
-    bias = place.name.removesuffix("weight") + "bias"
-    if site.variant.changes_bias(site) and _has(base, bias):
-        first = region.first_column if region.transposed else region.first_row
-        count = region.columns if region.transposed else region.rows
-        rows = Region(count, 1, first_row=first)
-        edit = ChangeWeight(site, scale, share.weight, rows, is_bias=True)
+    site, region, weight = place.site, place.region, share.weight
+    if site.variant.has_factors:
+        site.variant.check(site, base.shape(place.name))
+    part = (place.first, place.outputs)
+    edit = ChangeWeight(site, scale, weight, region, False, *part)
+    share.changes[place.name].edits.append(edit)
+    bias, rows = place.bias
+    if site.variant.changes_bias(site) and base.holds(bias):
+        edit = ChangeWeight(site, scale, weight, rows, True, *part)
         share.changes[bias].edits.append(edit)
 
 
-def _has(base: Model, name: str) -> bool:
-    return name in base.tensors or name in base.hidden
-
-
-def _check_whole(share: Share, place: Fit, words: str, *, is_cut: bool = False) -> None:
-    """Refuse what is defined by a whole weight where the base has it in one with others, or cut.
+def _check_whole(share: Share, place: Fit, words: str) -> None:
+    """Refuse what takes something out of a whole weight where the base has it otherwise.
 
     Raises:
-        UnsupportedError: It is one.
+        UnsupportedError: It has it in one with others, or in several.
     """
-    if is_cut or not place.is_whole:
+    if place.is_cut or not place.is_whole:
         raise UnsupportedError(
             share.where(place.site.label),
-            f"is {words}, and {place.name!r} of the base is not its weight alone, or not all of it",
-            hint="make it a plain LoRA: loratool convert ADAPTER --to-lora --base BASE --rank R",
+            f"is {words}, which needs its whole weight, and {place.name!r} of the base is not "
+            "that alone, or not all of it",
+            hint=CONVERT_HINT,
         )
-
-
-def _add_bias(share: Share, place: Fit, base: Model) -> None:
-    _check_whole(share, place, "trained with a bias (lora_bias)")
-    site = place.site
-    bias = place.name.removesuffix("weight") + "bias"
-    if not _has(base, bias):
-        raise BaseModelError(
-            share.where(site.label),
-            f"trains a bias (lora_bias), but the base has no {bias!r} to add it to",
-            hint="add a zero bias to the base, if its architecture allows one",
-        )
-    tensor = site.slots[Slot.UP_BIAS]
-    if tensor.spec.shape != base.shape(bias):
-        raise BaseModelError(
-            share.where(site.label),
-            f"its bias has shape {list(tensor.spec.shape)}, the base's {list(base.shape(bias))}",
-        )
-    share.changes[bias].edits.append(AddBias(tensor, share.weight * site.scaling.factor))

@@ -75,8 +75,8 @@ def test_weight_decomposed_has_the_magnitudes_as_norms(by_column: bool, weight_o
     norms = None
     if by_column:
         blocks = ((i, weight[i : i + 5].clone()) for i in range(0, ROWS, 5))
-        norms = column_norms(blocks, delta, COLUMNS)
-    decomposed = WeightDecomposed(delta, magnitude, norms, weight_of)
+        norms = column_norms(blocks, Additive(delta), COLUMNS)
+    decomposed = WeightDecomposed(Additive(delta), magnitude, norms, weight_of)
     moved = weight + delta.dense()
     axis = 0 if by_column else 1
     full = moved * (magnitude / moved.norm(dim=axis)).unsqueeze(axis)
@@ -94,10 +94,12 @@ def test_rows_offsets_and_interpolations() -> None:
     expected[[7, 2]] = values
     assert torch.equal(by_blocks(Rows((7, 2), values), weight, 5), expected)
     saved = torch.randn(ROWS, COLUMNS, dtype=torch.float64)
-    torch.testing.assert_close(by_blocks(Offset(saved, -2.5), weight, 5), weight - 2.5 * saved)
 
     def rows(start: int, count: int) -> torch.Tensor:
         return saved[start : start + count]
+
+    offset = Offset(rows, -2.5, ROWS, COLUMNS)
+    torch.testing.assert_close(by_blocks(offset, weight, 5), weight - 2.5 * saved)
 
     assert torch.equal(by_blocks(Interpolated(rows, 1.0), weight, 5), saved)
     torch.testing.assert_close(

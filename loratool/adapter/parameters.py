@@ -1,0 +1,41 @@
+"""What variants have in common that change whole parameters, by stored tensors of their shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from loratool.adapter.model import Site
+from loratool.adapter.slots import Slot
+from loratool.adapter.variant import Geometry, Settings, Shapes, Variant
+
+__all__ = ["WholeParameters"]
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+class WholeParameters(Variant):
+    """Every tensor is added to a parameter, or takes its place, without any scale."""
+
+    is_scaled = False
+
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
+        """See :class:`Variant`."""
+        first = next((shapes[slot] for slot in shapes if slot in self.used), ())
+        return Geometry(1, math.prod(first), 1)
+
+    @property
+    def used(self) -> frozenset[Slot]:
+        """The roles of its tensors."""
+        return frozenset((*self.parameters, Slot.BIAS))
+
+    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
+        """See :class:`Variant`."""
+        for slot, tensor in site.slots.items():
+            if slot not in self.used and slot not in (Slot.ALPHA, Slot.STATE):
+                yield (
+                    "LT001",
+                    f"is {self.words}, and has {tensor.spec.name!r} beside it, which would be lost",
+                )
+            elif slot in self.used and tensor.spec.dtype not in FLOATS:
+                yield "LT004", f"has a {slot} of dtype {tensor.spec.dtype}, expected a float"
