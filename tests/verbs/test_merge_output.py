@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from samples import FIXTURES, lora
 
 import loratool
-from loratool.errors import BaseModelError, LoratoolError, MergeError, OutputError, UnsupportedError
+from loratool.errors import BaseModelError, LoratoolError, MergeError, OutputError
 from loratool.files.safetensors import read_header
 
 Make = Callable[..., Path]
