@@ -341,10 +341,10 @@ class Family:
             return exact, ""
         segments = module.split(".")
         for index, (parent, number) in enumerate(pairwise(segments), 1):
-            if parent in self._repeated:
+            if parent in self._repeated and is_number(number):
                 rows = table.get(".".join((*segments[:index], NUMBER, *segments[index + 1 :])))
-                is_there = rows is not None and is_below(number, rows[0].count)
-                return (rows, number) if rows is not None and is_there else None
+                if rows is not None and is_below(number, rows[0].count):
+                    return rows, number
         return None
 
 

@@ -17,7 +17,7 @@ from loratool.names.vocabulary import Vocabulary
 __all__ = ["CLAIM", "FAMILIES"]
 
 CLAIM: Final = {
-    "families": ["sd1", "sdxl"],
+    "families": ["kolors", "sd1", "sdxl", "sdxl-refiner"],
     "segments": [
         "add_embedding",
         "class_embedding",
@@ -164,6 +164,7 @@ NATIVE_NAMES: Final = Vocabulary(
     (
         *ENDS,
         *LABELS,
+        "encoder_hid_proj",
         "input_blocks.*.*.op",
         "output_blocks.*.*.conv",
         *(
@@ -200,16 +201,21 @@ SD1: Final = Family(
 The first has 768 inputs of the cross-attention.
 """
 
+ENCODED: Final = single("encoder_hid_proj", "encoder_hid_proj")
+"""What makes the encoder's states as wide as the model takes them, called alike."""
+
+SDXL_ROWS: Final = tuple(
+    rows(
+        (Level(0, False), Level(2, True), Level(10, True)),
+        middle=10,
+        label="add_embedding",
+    )
+)
+
 SDXL: Final = Family(
     "sdxl",
     "unet",
-    tuple(
-        rows(
-            (Level(0, False), Level(2, True), Level(10, True)),
-            middle=10,
-            label="add_embedding",
-        )
-    ),
+    SDXL_ROWS,
     HUB_NAMES,
     NATIVE_NAMES,
     encoders={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
@@ -221,6 +227,40 @@ SDXL: Final = Family(
         ),
     ),
 )
-"""Stable Diffusion XL's base model."""
+"""Stable Diffusion XL's base model, and that for inpainting."""
 
-FAMILIES: Final = (SD1, SDXL)
+REFINER: Final = Family(
+    "sdxl-refiner",
+    "unet",
+    tuple(
+        rows(
+            (Level(0, False), Level(4, True), Level(4, True), Level(0, False)),
+            middle=4,
+            label="add_embedding",
+        )
+    ),
+    HUB_NAMES,
+    NATIVE_NAMES,
+    encoders={"text_encoder_2": CLIP_G},
+    refines="sdxl",
+    releases=(
+        Release(
+            "sdxl_refiner_v1-0",
+            "stable-diffusion-xl-v1-refiner",
+            "https://github.com/Stability-AI/generative-models",
+        ),
+    ),
+)
+"""Stable Diffusion XL's refiner, which has a level more and the second text encoder alone."""
+
+KOLORS: Final = Family(
+    "kolors",
+    "unet",
+    (*SDXL_ROWS, ENCODED),
+    HUB_NAMES,
+    NATIVE_NAMES,
+    refines="sdxl",
+)
+"""Kolors, which is built as Stable Diffusion XL is, for the states of a language model."""
+
+FAMILIES: Final = (SD1, SDXL, REFINER, KOLORS)
