@@ -25,7 +25,9 @@ from loratool.names.paths.component import EachAlone, text_path
 from loratool.names.pipelines import (
     BACKBONES,
     COMPONENT,
+    ENCODERS,
     KOHYA_ENCODERS,
+    SECOND,
     component_of,
     encoder_component,
     encoder_kinds,
@@ -38,7 +40,7 @@ __all__ = ["BareFlatPaths", "FlatPaths"]
 
 MODULES_KEY: Final = "loratool_modules"
 """Metadata: flattened names and the paths that they stand for, where no vocabulary has them."""
-BACKBONE_PARTS: Final = ("unet", "transformer", "")
+BACKBONE_PARTS: Final = ("unet", "transformer", "prior_unet", "")
 
 
 def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collection[str]) -> Names:
@@ -94,9 +96,9 @@ def _is_of_part(path: str, part: str, family: str | None) -> bool:
     component = component_of(path)[0]
     if component is None or not part:
         return True
-    if part.startswith("te"):
+    if encoder_kinds(part):
         return component == encoder_component(part, family, KOHYA_ENCODERS)
-    return component in BACKBONES
+    return component in BACKBONES and component != SECOND
 
 
 def _families_of(found: Mapping[str, tuple[str, ...]], *, has_more_encoders: bool) -> list[Family]:
@@ -129,7 +131,7 @@ def _with_component(path: str, part: str, family: str | None) -> str:
     """Return a path of the base with its component, where the base is only that component."""
     if component_of(path)[0] is not None or not part:
         return path
-    if part.startswith("te"):
+    if encoder_kinds(part):
         component = encoder_component(part, family, KOHYA_ENCODERS)
     else:
         component = family_named(family).backbone if family else "unet"
@@ -187,7 +189,7 @@ def _told_by_others(paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str
 
 
 def _bare_candidates(flat: str) -> tuple[str, ...]:
-    for component in ("unet", "transformer", "text_encoder_2", "text_encoder_3", "text_encoder"):
+    for component in (*BACKBONES, *reversed(ENCODERS)):
         if flat.startswith(f"{component}_"):
             rest = flat.removeprefix(f"{component}_")
             is_text = component.startswith("text")

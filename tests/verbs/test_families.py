@@ -1,0 +1,138 @@
+"""An adapter of each family through all schemes of pipelines: every delta, and whose it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loratool
+from loratool.names.families import families
+from loratool.names.family import Family, Fusion
+from loratool.names.vocabulary import NUMBER, flatten
+from loratool.schemes.opening import open_adapter
+
+Deltas = dict[str, torch.Tensor]
+WIDTH, RATIO, RANK = 8, 4, 2
+KOHYA_PREFIX = {"prior": "lora_prior_unet_"}
+
+each_family = pytest.mark.parametrize(
+    "family", [family for family in families() if family.rows], ids=lambda family: family.name
+)
+SHARED = {"cosmos": None}
+"""What names of diffusers tell, where they do not tell the family."""
+
+
+def table(family: Family) -> Iterator[tuple[str, Fusion]]:
+    """The first and the last native layer of each kind, and what they are for diffusers."""
+    kinds: dict[str, list[str]] = {}
+    for row in family.rows:
+        for number in range(row.count):
+            native = row.native.replace(NUMBER, str(number))
+            if "norm" not in native.rpartition(".")[2]:
+                kinds.setdefault(re.sub(r"\d+", NUMBER, native), []).append(native)
+    for found in kinds.values():
+        for native in dict.fromkeys((found[0], found[-1])):
+            fusion = family.from_native(native)
+            assert fusion is not None
+            yield native, fusion
+
+
+def factors(heights: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One A, and the Bs of parts, of numbers that no arithmetic rounds."""
+    down = torch.randint(-8, 9, (RANK, WIDTH)).float()
+    return down, [torch.randint(-8, 9, (height, RANK)).float() for height in heights]
+
+
+def adapters(family: Family) -> tuple[Deltas, Deltas]:
+    """The same adapter in the names of diffusers and in the native ones."""
+    hub, native = {}, {}
+    for name, fusion in table(family):
+        heights = [WIDTH] * len(fusion.modules)
+        if fusion.sizes == "input":
+            heights[-1] = RATIO * WIDTH
+        down, ups = factors(heights)
+        for module, up in zip(fusion.modules, ups, strict=True):
+            hub[f"{module}.lora_A.weight"] = down
+            hub[f"{module}.lora_B.weight"] = up
+        up = torch.cat(ups)
+        native[f"{name}.lora_A.weight"] = down
+        native[f"{name}.lora_B.weight"] = torch.cat(up.chunk(2)[::-1]) if fusion.swapped else up
+    return hub, native
+
+
+def written(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str, scheme: str) -> Path:
+    """Write an adapter's file as somebody else writes it."""
+    leaves = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+    found = {}
+    for name, tensor in tensors.items():
+        module = name[: -len(".lora_A.weight")]
+        leaf = name[len(module) + 1 :]
+        if scheme == "kohya":
+            found[f"{prefix}{flatten(module)}.{leaves[leaf]}"] = tensor.clone()
+        else:
+            found[f"{prefix}{module}.{leaf}"] = tensor.clone()
+    save_file(found, path)
+    return path
+
+
+def deltas(path: Path) -> Deltas:
+    """What a file adds to each module that it names; both kinds of factors, alpha or not."""
+    tensors = load_file(path)
+    found = {}
+    for name, up in tensors.items():
+        for ending, other in (("lora_B", "lora_A"), ("lora_up", "lora_down")):
+            if name.endswith(f".{ending}.weight"):
+                module = name.removesuffix(f".{ending}.weight")
+                down = tensors[f"{module}.{other}.weight"].double()
+                alpha = tensors.get(f"{module}.alpha", torch.tensor(float(len(down)))).double()
+                found[module] = alpha / len(down) * (up.double() @ down)
+    return found
+
+
+def assert_same(found: Deltas, expected: Deltas) -> None:
+    assert found.keys() == expected.keys()
+    for name, delta in found.items():
+        assert torch.equal(delta, expected[name]), name
+
+
+def expected(family: Family, tmp_path: Path) -> dict[str, tuple[Path, Deltas]]:
+    """The adapter in each scheme, and what it adds."""
+    hub, native = adapters(family)
+    unet = KOHYA_PREFIX.get(family.backbone, "lora_unet_")
+    is_native = family.is_trained_native
+    files = {
+        "diffusers": (hub, f"{family.backbone}."),
+        "comfy": (native, "diffusion_model."),
+        "kohya": (native if is_native else hub, unet),
+    }
+    found = {}
+    for scheme, (tensors, prefix) in files.items():
+        path = written(tmp_path / f"{scheme}.safetensors", tensors, prefix, scheme)
+        found[scheme] = path, deltas(path)
+    return found
+
+
+@each_family
+def test_its_adapters_are_known_in_every_scheme(family: Family, tmp_path: Path) -> None:
+    for scheme, (path, _) in expected(family, tmp_path).items():
+        adapter = open_adapter(path)
+        assert not adapter.unresolved and adapter.scheme == scheme
+        assert adapter.components == {family.backbone}
+        is_hub = scheme == "diffusers"
+        assert adapter.family == (SHARED.get(family.name, family.name) if is_hub else family.name)
+
+
+@each_family
+def test_its_adapters_keep_their_deltas_through_all_schemes(family: Family, tmp_path: Path) -> None:
+    truth = expected(family, tmp_path)
+    for source, (path, _) in truth.items():
+        for scheme, (_, wanted) in truth.items():
+            out = tmp_path / f"{source}-{scheme}.safetensors"
+            named = family.name if family.name in SHARED else None
+            loratool.convert(path, scheme, out, family=named)
+            assert_same(deltas(out), wanted)
