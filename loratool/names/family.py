@@ -204,6 +204,8 @@ class Family:
         releases: What metadata call its models.
         told_by: How the paths of the modules end whose inputs tell the releases apart.
         proportions: Layers by whose shape it is told from families with the same native names.
+        widths: How many inputs layers of its published models have, by how their paths end in
+            diffusers' names; by them it is told from families with the same names.
 
     Raises:
         ValueError: A module occurs twice, so that the table would not be bijective.
@@ -221,6 +223,7 @@ class Family:
     releases: tuple[Release, ...] = field(default=(), repr=False, compare=False)
     told_by: tuple[str, ...] = field(default=(), repr=False, compare=False)
     proportions: tuple[Proportion, ...] = field(default=(), repr=False, compare=False)
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
     _by_native: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
     _by_hub: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
     _repeated: frozenset[str] = field(init=False, repr=False, compare=False)

@@ -48,7 +48,13 @@ def rows() -> Iterator[Row]:
         yield single(f"transformer_blocks.*.{inner}", f"transformer_blocks.*.{inner}", BLOCKS)
 
 
-COGVIDEOX: Final = Family("cogvideox", "transformer", tuple(rows()), encoders={"text_encoder": T5})
+COGVIDEOX: Final = Family(
+    "cogvideox",
+    "transformer",
+    tuple(rows()),
+    encoders={"text_encoder": T5},
+    widths={".attn1.to_q": (1920, 3072)},
+)
 """CogVideoX and CogVideoX 1.5; the smaller model has fewer of the same blocks."""
 
 FAMILIES: Final = (COGVIDEOX,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from loratool.names.family import T5, Family, Proportion, Row, single
+from loratool.names.family import T5, Family, Row, single
 from loratool.names.templates import expand
 from loratool.names.vocabulary import Vocabulary
 
@@ -88,12 +88,12 @@ COSMOS: Final = Family(
     "transformer",
     tuple(first_rows()),
     encoders={"text_encoder": T5},
-    proportions=(Proportion(".attn2.to_k", 4.0, widens=True),),
+    widths={".attn1.to_q": (4096, 5120), ".attn2.to_k": (1024,)},
 )
 """Cosmos 1.
 
-In diffusers' names it has nothing that the second generation lacks. The smaller models are told
-by their widths, which are four times and twice that of the text; the larger ones by nothing.
+In diffusers' names it has nothing that the second generation lacks. The smaller models of the
+two are told by their widths, the larger ones by nothing.
 """
 
 # The second generation
@@ -157,7 +157,7 @@ COSMOS2: Final = Family(
             ),
         )
     ),
-    proportions=(Proportion(".attn2.to_k", 2.0, widens=True),),
+    widths={".attn1.to_q": (2048, 5120), ".attn2.to_k": (1024,)},
 )
 """Cosmos 2 and 2.5, and Anima, which is built on it.
 

@@ -86,7 +86,13 @@ def rows() -> Iterator[Row]:
             yield single(f"blocks.{number}.{name}", f"blocks.{number}.{name}")
 
 
-HUNYUAN_DIT: Final = Family("hunyuan-dit", "transformer", tuple(rows()), refines="wan")
-"""Hunyuan-DiT 1.0 to 1.2."""
+HUNYUAN_DIT: Final = Family(
+    "hunyuan-dit",
+    "transformer",
+    tuple(rows()),
+    refines="wan",
+    widths={".attn1.to_q": (1408,), ".attn2.to_k": (1024,)},
+)
+"""Hunyuan-DiT 1.0 to 1.2. In diffusers' names, its attention is called as that of Wan."""
 
 FAMILIES: Final = (HUNYUAN_DIT,)

@@ -87,7 +87,13 @@ def rows() -> Iterator[Row]:
         yield single(f"{BLOCK}.{native}", f"{HUB_BLOCK}.{hub}", count, swapped=True)
 
 
-MOCHI: Final = Family("mochi", "transformer", tuple(rows()), encoders={"text_encoder": T5})
+MOCHI: Final = Family(
+    "mochi",
+    "transformer",
+    tuple(rows()),
+    encoders={"text_encoder": T5},
+    widths={".attn1.to_q": (3072,)},
+)
 """Mochi 1."""
 
 FAMILIES: Final = (MOCHI,)

@@ -75,7 +75,13 @@ def rows() -> Iterator[Row]:
         yield Row(f"{BLOCK}.{native}", fusion, BLOCKS)
 
 
-PIXART: Final = Family("pixart", "transformer", tuple(rows()), encoders={"text_encoder": T5})
+PIXART: Final = Family(
+    "pixart",
+    "transformer",
+    tuple(rows()),
+    encoders={"text_encoder": T5},
+    widths={".attn1.to_q": (1152,), ".attn2.to_k": (1152,)},
+)
 """PixArt alpha and sigma, which have the same modules."""
 
 FAMILIES: Final = (PIXART,)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from loratool.names.family import CLIP_G, CLIP_L, Family, Proportion, Release, Row, single
+from loratool.names.family import CLIP_G, CLIP_L, Family, Release, Row, single
 from loratool.names.templates import expand
 from loratool.names.vocabulary import Vocabulary
 
@@ -243,7 +243,7 @@ REFINER: Final = Family(
     NATIVE_NAMES,
     encoders={"text_encoder_2": CLIP_G},
     refines="sdxl",
-    proportions=(Proportion(".attn2.to_k", 1.2, widens=True),),
+    widths={".attn2.to_k": (1280,)},
 )
 """Stable Diffusion XL's refiner, which has a level more and the second text encoder alone."""
 

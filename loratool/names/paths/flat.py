@@ -16,6 +16,7 @@ from loratool.names.flattening import BACKBONE
 from loratool.names.paths import (
     candidates,
     family_name,
+    having_most,
     hub_path,
     is_native,
     other_names,
@@ -105,11 +106,7 @@ def _families_of(found: Mapping[str, tuple[str, ...]], *, has_more_encoders: boo
     """Return the families that most of the names that any family has could belong to."""
     named = [paths for paths in found.values() if paths]
     asked = claiming(path for paths in named for path in paths)
-    counts = [sum(any(map(family.has, paths)) for paths in named) for family in asked]
-    best = max(counts, default=0)
-    if not best or 2 * best < len(named):
-        return []
-    families = [family for family, count in zip(asked, counts, strict=True) if count == best]
+    families = having_most(asked, named, lambda family, paths: any(map(family.has, paths)))
     if has_more_encoders:
         families = with_several_encoders(families)
     return unrefined(families, [path for paths in named for path in paths])
