@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool
+from loratool.errors import UnsupportedError
 from loratool.names.families import families
 from loratool.names.family import Family, Fusion
 from loratool.names.vocabulary import NUMBER, flatten
@@ -136,3 +137,83 @@ def test_its_adapters_keep_their_deltas_through_all_schemes(family: Family, tmp_
             named = family.name if family.name in SHARED else None
             loratool.convert(path, scheme, out, family=named)
             assert_same(deltas(out), wanted)
+
+
+def attention(
+    path: Path, depth: int, width: int, text: int | None, *, block: str, prefix: str
+) -> Path:
+    """Write an adapter of nothing but attentions, as most of diffusers' trainers do."""
+    tensors = {}
+    for number in range(depth):
+        for name, into in {"attn1": width, "attn2": text}.items():
+            for part in ("to_q", "to_k", "to_v", "to_out.0") if into is not None else ():
+                module = f"{prefix}{block}.{number}.{name}.{part}"
+                inputs = into if part in ("to_k", "to_v") else width
+                tensors[f"{module}.lora_A.weight"] = torch.zeros(1, inputs)
+                tensors[f"{module}.lora_B.weight"] = torch.ones(width, 1)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "text", "family"),
+    [
+        (28, 2048, 2048, "ltx-video"),
+        (48, 4096, 4096, "ltx-video"),
+        (28, 2048, 1024, "cosmos2"),
+        (28, 4096, 1024, "cosmos"),
+        (36, 5120, 1024, None),  # either generation of Cosmos
+        (20, 2240, 2240, "sana"),
+        (28, 1152, 1152, None),  # PixArt, or the smaller Sana
+        (48, 3072, None, "mochi"),
+        (42, 3072, None, None),  # Mochi, or the larger CogVideoX
+        (30, 1920, None, "cogvideox"),
+        (20, 640, 640, None),
+    ],
+)
+def test_widths_tell_families_of_the_same_names(
+    depth: int, width: int, text: int | None, family: str | None, tmp_path: Path
+) -> None:
+    path = attention(
+        tmp_path / "a.safetensors",
+        depth,
+        width,
+        text,
+        block="transformer_blocks",
+        prefix="transformer.",
+    )
+    assert open_adapter(path).family == family
+
+
+@pytest.mark.parametrize(
+    ("width", "text", "family"),
+    [(1408, 1024, "hunyuan-dit"), (1536, 1536, "wan"), (1408, 1408, "wan"), (640, 640, "wan")],
+)
+def test_widths_tell_a_rarer_family_from_a_common_one(
+    width: int, text: int, family: str, tmp_path: Path
+) -> None:
+    path = attention(
+        tmp_path / "a.safetensors", 3, width, text, block="blocks", prefix="transformer."
+    )
+    assert open_adapter(path).family == family
+
+
+def test_original_names_are_of_families_that_have_them(tmp_path: Path) -> None:
+    """In ComfyUI's files, only those of LTX-Video are called so; in diffusers', many are."""
+    path = attention(
+        tmp_path / "a.safetensors",
+        3,
+        WIDTH,
+        WIDTH,
+        block="transformer_blocks",
+        prefix="diffusion_model.",
+    )
+    assert open_adapter(path).family == "ltx-video"
+    out = tmp_path / "o.safetensors"
+    loratool.convert(path, "diffusers", out)
+    assert open_adapter(out).family is None
+    with pytest.raises(UnsupportedError, match="nothing tells which model"):
+        loratool.convert(out, "comfy", tmp_path / "back.safetensors")
+    back = tmp_path / "back.safetensors"
+    loratool.convert(out, "comfy", back, family="ltx-video")
+    assert_same(deltas(back), deltas(path))

@@ -121,10 +121,16 @@ def is_native(local: str) -> bool:
 
 
 def hub_paths(local: str, families: Sequence[Family]) -> tuple[str, ...]:
-    """Return what a path of a backbone may be, with its component."""
+    """Return what a path of a backbone may be, with its component.
+
+    It stays as it is where the families have different names for it.
+    """
     if not families:
         return (local,)
-    return tuple(dict.fromkeys(hub_path(local, family) for family in families))
+    found = dict.fromkeys(hub_path(local, family) for family in families)
+    if len(found) > 1:
+        found = dict.fromkeys(f"{family.backbone}.{local}" for family in families)
+    return tuple(found)
 
 
 def hub_path(local: str, family: Family) -> str:

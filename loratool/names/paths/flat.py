@@ -17,7 +17,7 @@ from loratool.names.paths import (
     candidates,
     family_name,
     having_most,
-    hub_path,
+    hub_paths,
     is_native,
     other_names,
     with_several_encoders,
@@ -74,10 +74,10 @@ def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collect
             paths[module] = tuple(_with_component(path, part, name) for path in mine)
         elif encoder_kinds(part):
             paths[module] = _encoder_paths(part, flat, name)
-        elif own := dict.fromkeys(
-            hub_path(path, family) for path, family in _had_by(families, flat)
-        ):
-            paths[module] = tuple(own)
+        elif having := _having(families, flat):
+            paths[module] = tuple(
+                dict.fromkeys(full for path in having for full in hub_paths(path, having[path]))
+            )
         elif part and len(backbone) == 1:  # of a model whose family has no table
             component = families[0].backbone if families else "transformer"
             paths[module] = (f"{component}.{backbone[0]}",)
@@ -112,10 +112,13 @@ def _families_of(found: Mapping[str, tuple[str, ...]], *, has_more_encoders: boo
     return unrefined(families, [path for paths in named for path in paths])
 
 
-def _had_by(families: Iterable[Family], flat: str) -> Iterator[tuple[str, Family]]:
-    """Yield the paths that families have for a flattened one."""
+def _having(families: Iterable[Family], flat: str) -> dict[str, list[Family]]:
+    """Return the paths that families have for a flattened one, and which have each."""
+    found: dict[str, list[Family]] = defaultdict(list)
     for family in families:
-        yield from ((path, family) for path in family.parse(flat) if family.has(path))
+        for path in filter(family.has, family.parse(flat)):
+            found[path].append(family)
+    return found
 
 
 def _encoder_paths(part: str, flat: str, family: str | None) -> tuple[str, ...]:
