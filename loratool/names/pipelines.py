@@ -20,6 +20,7 @@ __all__ = [
     "COMPONENT",
     "COMPONENTS",
     "ENCODERS",
+    "FIRST",
     "KOHYA_ENCODERS",
     "UNTRAINED",
     "VAE",
@@ -110,9 +111,12 @@ AVERAGES: Final = "ema"
 """Copies of a backbone, averaged over its training, which nothing but training reads."""
 UNTRAINED: Final = {VAE: "the autoencoder", AVERAGES: "averages of the weights over training"}
 """Components that no adapter is for, in words."""
-SECOND: Final = "transformer_2"
-"""The expert for the later steps of a model that has two; outside diffusers each is a model."""
-BACKBONES: Final = ("unet", "transformer", SECOND, "prior")
+FIRST, SECOND = "transformer", "transformer_2"
+"""The experts for the early and the late steps of a model that has two (Wan 2.2).
+
+Outside diffusers each is a model in a file of its own, and no name tells which of them it is.
+"""
+BACKBONES: Final = ("unet", FIRST, SECOND, "prior")
 
 
 def component_of(module: str, known: frozenset[str] = frozenset()) -> tuple[str | None, str]:

@@ -62,6 +62,15 @@ def kolors() -> torch.nn.Module:
     )
 
 
+def stable_video() -> torch.nn.Module:
+    block, crossed = "BlockSpatioTemporal", "CrossAttn"
+    return built(
+        "UNetSpatioTemporalConditionModel",
+        down_block_types=(*(f"{crossed}Down{block}",) * 3, f"Down{block}"),
+        up_block_types=(f"Up{block}", *(f"{crossed}Up{block}",) * 3),
+    )
+
+
 def stable_cascade() -> torch.nn.Module:
     block = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
     return built(
@@ -158,6 +167,7 @@ BACKBONES: dict[str, Build] = {
     "sana": lambda: built("SanaTransformer2DModel", num_layers=60, qk_norm="rms_norm_across_heads"),
     "sdxl-refiner": refiner,
     "stable-cascade": stable_cascade,
+    "svd": stable_video,
     "wan": lambda: tuple(wan()),
     "wan-animate": wan_animate,
 }

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import lora
 
 import loratool
 from loratool.errors import UnsupportedError
-from loratool.names.families import families
+from loratool.names.families import families, family_named
 from loratool.names.family import Family, Fusion
 from loratool.names.vocabulary import NUMBER, flatten
 from loratool.schemes.opening import open_adapter
@@ -217,3 +218,75 @@ def test_original_names_are_of_families_that_have_them(tmp_path: Path) -> None:
     back = tmp_path / "back.safetensors"
     loratool.convert(out, "comfy", back, family="ltx-video")
     assert_same(deltas(back), deltas(path))
+
+
+EXPERTS = ("transformer", "transformer_2")
+
+
+def experts(path: Path, *components: str) -> Path:
+    """Write an adapter of Wan 2.2 for these of its experts."""
+    tensors = {}
+    for component in components:
+        for layer in ("attn1.to_q", "attn2.to_out.0", "ffn.net.2"):
+            tensors |= lora(f"{component}.blocks.3.{layer}", WIDTH, WIDTH, RANK)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["comfy", "kohya"])
+def test_two_experts_are_two_files(scheme: str, tmp_path: Path) -> None:
+    both = experts(tmp_path / "both.safetensors", *EXPERTS)
+    assert open_adapter(both).family == "wan"
+    assert open_adapter(both).components == set(EXPERTS)
+    with pytest.raises(UnsupportedError) as raised:
+        loratool.convert(both, scheme, tmp_path / "x.safetensors")
+    truth = deltas(both)
+    for expert in EXPERTS:
+        assert f"--component {expert}" in str(raised.value.hint)
+        out, back = tmp_path / f"{expert}.safetensors", tmp_path / f"{expert}-back.safetensors"
+        loratool.convert(both, scheme, out, component=expert)
+        loratool.convert(out, "diffusers", back, component=expert)
+        assert_same(
+            deltas(back), {name: d for name, d in truth.items() if name.startswith(f"{expert}.")}
+        )
+
+
+@pytest.mark.parametrize(("scheme", "expert"), [("comfy", "transformer"), ("kohya", EXPERTS[1])])
+def test_one_expert_is_a_model(scheme: str, expert: str, tmp_path: Path) -> None:
+    """Only what kohya's files record of names tells that it was the second of two."""
+    one = experts(tmp_path / "one.safetensors", EXPERTS[1])
+    out, back = tmp_path / "o.safetensors", tmp_path / "back.safetensors"
+    loratool.convert(one, scheme, out)
+    loratool.convert(out, "diffusers", back)
+    assert_same(
+        deltas(back), {name.replace(EXPERTS[1], expert): d for name, d in deltas(one).items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "kohya"),
+    [
+        ("sdxl-refiner", "text_encoder_2", "lora_te_"),
+        ("stable-cascade", "text_encoder", "lora_prior_te_"),
+    ],
+)
+def test_the_only_text_encoder_of_a_family(
+    name: str, component: str, kohya: str, tmp_path: Path
+) -> None:
+    family = family_named(name)
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = lora(f"{component}.{layer}", WIDTH, WIDTH, RANK)
+    for _, fusion in table(family):
+        tensors |= lora(f"{family.backbone}.{fusion.modules[0]}", WIDTH, WIDTH, RANK)
+    save_file(tensors, tmp_path / "a.safetensors")
+    truth = deltas(tmp_path / "a.safetensors")
+    names = {
+        "kohya": kohya + flatten(layer),
+        "comfy": f"text_encoders.clip_g.transformer.{layer}",
+    }
+    for scheme, expected_name in names.items():
+        out, back = tmp_path / f"{scheme}.safetensors", tmp_path / f"{scheme}-back.safetensors"
+        loratool.convert(tmp_path / "a.safetensors", scheme, out)
+        assert [module for module in deltas(out) if "text_model" in module] == [expected_name]
+        loratool.convert(out, "diffusers", back)
+        assert_same(deltas(back), truth)

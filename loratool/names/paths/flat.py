@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -182,7 +182,7 @@ def _told_by_others(paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str
         mine = [
             path
             for path, local in zip(found, locals_[module], strict=True)
-            if any(local == had for had, _ in _had_by(families, flatten(local)))
+            if local in _having(families, flatten(local))
         ]
         told[module] = tuple(mine) if len(found) > 1 and mine else found
     return told
