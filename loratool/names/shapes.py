@@ -8,7 +8,7 @@ from dataclasses import replace
 from loratool.adapter.model import Kind, Site
 from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
-from loratool.names.families import claiming, unrefined
+from loratool.names.families import claiming, family_named, unrefined
 from loratool.names.family import Family
 from loratool.names.paths import fitting_families
 from loratool.names.pipelines import ENCODERS, component_of
@@ -25,8 +25,8 @@ def family_by_shape(
     Args:
         sites: The adapter's, as it spells them.
         paths: What they stand for.
-        named: The family that the names tell, if they do; it may be meant by them only where
-            nothing says otherwise.
+        named: The family that the names tell, if they do, which holds unless layers are as wide
+            as those of another one that has them all.
     """
     layers = {
         local: (site.out_features, site.in_features)
@@ -35,9 +35,14 @@ def family_by_shape(
         if component not in (None, *ENCODERS) and site.in_features
     }
     if named is not None:
-        finer = [f for f in claiming(layers) if f.refines == named and _has_widths(f, layers)]
-        fitting = fitting_families(layers) if finer else []
-        return _only(f for f in fitting if f in finer) or named
+        has_own = _has_widths(family_named(named), layers)
+        others = [
+            family
+            for family in claiming(layers)
+            if (has_own is False or family.refines == named) and _has_widths(family, layers)
+        ]
+        fitting = fitting_families(layers) if others else []
+        return _only(family for family in fitting if family in others) or named
     fitting = fitting_families(layers)
     votes = {
         family.name
@@ -56,15 +61,15 @@ def _only(found: Iterable[Family]) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _has_widths(family: Family, layers: Mapping[str, tuple[int, int]]) -> bool:
-    """Whether layers are as wide as those of a family's models, as far as that is known."""
+def _has_widths(family: Family, layers: Mapping[str, tuple[int, int]]) -> bool | None:
+    """Whether layers are as wide as those of a family's models; ``None`` if that is not known."""
     found = [
         inputs in widths
         for local, (_, inputs) in layers.items()
         for ending, widths in family.widths.items()
         if local.endswith(ending)
     ]
-    return bool(found) and all(found)
+    return all(found) if found else None
 
 
 def one_site_an_expert(site: Site) -> list[Site]:

@@ -13,6 +13,7 @@ from samples import lora
 
 import loratool
 from loratool.errors import UnsupportedError
+from loratool.names.embeddings import is_embedding
 from loratool.names.families import families, family_named
 from loratool.names.family import Family, Fusion
 from loratool.names.vocabulary import NUMBER, flatten
@@ -35,7 +36,7 @@ def table(family: Family) -> Iterator[tuple[str, Fusion]]:
     for row in family.rows:
         for number in range(row.count):
             native = row.native.replace(NUMBER, str(number))
-            if "norm" not in native.rpartition(".")[2]:
+            if "norm" not in native.rpartition(".")[2] and not is_embedding(native):
                 kinds.setdefault(re.sub(r"\d+", NUMBER, native), []).append(native)
     for found in kinds.values():
         for native in dict.fromkeys((found[0], found[-1])):
@@ -169,7 +170,9 @@ def attention(
         (48, 3072, None, "mochi"),
         (42, 3072, None, None),  # Mochi, or the larger CogVideoX
         (30, 1920, None, "cogvideox"),
-        (20, 640, 640, None),
+        (28, 1920, 1920, None),
+        (21, 2048, 2048, "ltx-video"),
+        (20, 2048, 2048, "ltx-video"),  # as many blocks as Sana has
     ],
 )
 def test_widths_tell_families_of_the_same_names(

@@ -53,6 +53,7 @@ COGVIDEOX: Final = Family(
     "transformer",
     tuple(rows()),
     encoders={"text_encoder": T5},
+    depths=(30,),
     widths={".attn1.to_q": (1920, 3072)},
 )
 """CogVideoX and CogVideoX 1.5; the smaller model has fewer of the same blocks."""

@@ -88,6 +88,7 @@ COSMOS: Final = Family(
     "transformer",
     tuple(first_rows()),
     encoders={"text_encoder": T5},
+    depths=(28,),
     widths={".attn1.to_q": (4096, 5120), ".attn2.to_k": (1024,)},
 )
 """Cosmos 1.
@@ -157,6 +158,7 @@ COSMOS2: Final = Family(
             ),
         )
     ),
+    depths=(28,),
     widths={".attn1.to_q": (2048, 5120), ".attn2.to_k": (1024,)},
 )
 """Cosmos 2 and 2.5, and Anima, which is built on it.

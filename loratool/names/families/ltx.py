@@ -130,6 +130,7 @@ LTX: Final = Family(
         )
     ),
     encoders={"text_encoder": T5},
+    depths=(28,),
     widths={".attn1.to_q": (2048, 4096), ".attn2.to_k": (2048, 4096)},
 )
 """LTX-Video of 13 billion parameters, and the smaller one, which has fewer of the same blocks."""

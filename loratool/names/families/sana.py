@@ -94,6 +94,7 @@ SANA: Final = Family(
         )
     ),
     Vocabulary((*(row.native for row in ROWS), *expand("cfg_embedder.mlp.{0,2}"))),
+    depths=(20, 28),
     widths={".attn1.to_q": (1152, 2240), ".attn2.to_k": (1152, 2240)},
 )
 """Sana and Sana 1.5 of any depth. Sprint's embedders of time and guidance are names alone."""

@@ -134,7 +134,7 @@ NATIVE_NAMES: Final = Vocabulary(
 )
 """With names of what diffusers has not: Fun's control, and models that speak."""
 
-WAN: Final = Family("wan", "transformer", WAN_ROWS, native_names=NATIVE_NAMES)
+WAN: Final = Family("wan", "transformer", WAN_ROWS, native_names=NATIVE_NAMES, depths=(30,))
 """Wan 2.1 and 2.2, from text, from images, and VACE; smaller models have fewer of the blocks."""
 
 FACE_BLOCKS: Final = 8
