@@ -12,6 +12,7 @@ from loratool.codecs.weights import Weight
 from loratool.errors import BaseModelError
 from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.names.embeddings import is_embedding
+from loratool.names.pipelines import component_of
 from loratool.names.tied import EMBEDDING_LEAVES
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ def _is_turned(
     """
     if module.rpartition(".")[2] in EMBEDDING_LEAVES:
         return True
+    if component_of(site.module)[0] is not None:
+        return False  # no model of a pipeline is built of Conv1D
     conv1d = base.is_conv1d(module)
     if conv1d is None and not is_flagged and module.rpartition(".")[2] not in CONV1D_LEAVES:
         conv1d = False

@@ -20,7 +20,7 @@ TABLES: Final = re.compile(
 def is_embedding(module: str) -> bool:
     """Whether a module of this path is an ``nn.Embedding``."""
     leaf = module.rpartition(".")[2]
-    if leaf in ("embed_out", "patch_embedding", "patch_embeddings"):
+    if leaf == "embed_out" or leaf.endswith(("patch_embedding", "patch_embeddings")):
         return False
     return leaf in EMBEDDING_LEAVES or TABLES.fullmatch(leaf) is not None
 

@@ -204,6 +204,9 @@ class Family:
         releases: What metadata call its models.
         told_by: How the paths of the modules end whose inputs tell the releases apart.
         proportions: Layers by whose shape it is told from families with the same native names.
+        depths: How many blocks models of the family have that have fewer than the table.
+        widths: How many inputs layers of its published models have, by how their paths end in
+            diffusers' names; by them it is told from families with the same names.
 
     Raises:
         ValueError: A module occurs twice, so that the table would not be bijective.
@@ -221,6 +224,8 @@ class Family:
     releases: tuple[Release, ...] = field(default=(), repr=False, compare=False)
     told_by: tuple[str, ...] = field(default=(), repr=False, compare=False)
     proportions: tuple[Proportion, ...] = field(default=(), repr=False, compare=False)
+    depths: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
     _by_native: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
     _by_hub: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
     _repeated: frozenset[str] = field(init=False, repr=False, compare=False)
@@ -313,13 +318,18 @@ class Family:
         made = self.from_native(native)
         return made is not None and self.to_native(made.modules[0]) == (native, made)
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the table counts blocks, so that it tells the last of them."""
+        return any(row.count > 1 for row in self.rows)
+
     def is_last(self, module: str) -> bool:
-        """Whether a module is of the last block of a stack, in either naming."""
+        """Whether a module is of the last block of a stack, in either naming and any depth."""
         found = self._rows(module, self._by_hub) or self._rows(module, self._by_native)
         if found is None:
             return False
         (row, *_), number = found
-        return row.count > 1 and number == str(row.count - 1)
+        return row.count > 1 and number in {str(each - 1) for each in (row.count, *self.depths)}
 
     def parse(self, flat: str) -> tuple[str, ...]:
         """Return the modules, in either naming, whose flattened name is ``flat``."""
@@ -341,10 +351,10 @@ class Family:
             return exact, ""
         segments = module.split(".")
         for index, (parent, number) in enumerate(pairwise(segments), 1):
-            if parent in self._repeated:
+            if parent in self._repeated and is_number(number):
                 rows = table.get(".".join((*segments[:index], NUMBER, *segments[index + 1 :])))
-                is_there = rows is not None and is_below(number, rows[0].count)
-                return (rows, number) if rows is not None and is_there else None
+                if rows is not None and is_below(number, rows[0].count):
+                    return rows, number
         return None
 
 

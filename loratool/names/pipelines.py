@@ -20,7 +20,9 @@ __all__ = [
     "COMPONENT",
     "COMPONENTS",
     "ENCODERS",
+    "FIRST",
     "KOHYA_ENCODERS",
+    "SECOND",
     "UNTRAINED",
     "VAE",
     "EncoderNames",
@@ -104,12 +106,17 @@ NATIVE_ENCODER: Final = re.compile(
     r"text_encoders\.(?P<encoder>[a-z0-9_]+)\.transformer\.(?P<local>.+)", re.DOTALL
 )
 ENCODERS: Final = ("text_encoder", "text_encoder_2", "text_encoder_3")
-BACKBONES: Final = ("unet", "transformer")
 VAE: Final = "vae"
 AVERAGES: Final = "ema"
 """Copies of a backbone, averaged over its training, which nothing but training reads."""
 UNTRAINED: Final = {VAE: "the autoencoder", AVERAGES: "averages of the weights over training"}
 """Components that no adapter is for, in words."""
+FIRST, SECOND = "transformer", "transformer_2"
+"""The experts for the early and the late steps of a model that has two (Wan 2.2).
+
+Outside diffusers each is a model in a file of its own, and no name tells which of them it is.
+"""
+BACKBONES: Final = ("unet", FIRST, SECOND, "prior")
 
 
 def component_of(module: str, known: frozenset[str] = frozenset()) -> tuple[str | None, str]:
@@ -163,21 +170,25 @@ def flat_prefix(component: str | None, family: str | None) -> str:
     """
     if component is None:
         return "lora_"
+    before = "lora_prior_" if "prior" in (component, _backbone(family)) else "lora_"
     if component in BACKBONES:
-        return "lora_unet_"
-    if component == "prior":
-        return "lora_prior_unet_"
-    return f"lora_{KOHYA_ENCODERS.of(family)[component]}_"
+        return f"{before}unet_"
+    return f"{before}{KOHYA_ENCODERS.of(family)[component]}_"
+
+
+def _backbone(family: str | None) -> str | None:
+    return family_named(family).backbone if family else None
 
 
 def encoder_kinds(part: str) -> tuple[str, ...]:
     """Return what a text encoder may be that kohya calls ``part`` (``te3``)."""
-    return ENCODER_KINDS if part.startswith(("te", "prior_te")) else ()
+    return ENCODER_KINDS if part.removeprefix("prior_").startswith("te") else ()
 
 
 def encoder_component(part: str, family: str | None, names: EncoderNames) -> str | None:
     """Return the component that ``part``, a name that a scheme has for it, means."""
     found = {value: key for key, value in names.of(family).items()}
+    part = part.removeprefix("prior_")
     if part in found:
         return found[part]
     if part not in {*names.roles.values(), *names.unknown.values()} and names is COMFY_ENCODERS:

@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from loratool.adapter.model import Kind, Site
 from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
-from loratool.names.families import claiming
-from loratool.names.pipelines import component_of
+from loratool.names.families import claiming, family_named, unrefined
+from loratool.names.family import Family
+from loratool.names.paths import fitting_families
+from loratool.names.pipelines import ENCODERS, component_of
 from loratool.names.switched import expert_path
 
 __all__ = ["family_by_shape", "one_site_an_expert", "without_idle_kernels"]
 
 
-def family_by_shape(sites: Sequence[Site], paths: Mapping[str, tuple[str, ...]]) -> str | None:
-    """Return which of two models with the same native names has layers of these proportions."""
-    votes = set()
-    for site in sites:
-        found = paths.get(site.module, ())
-        name = found[0] if len(found) == 1 else ""
-        component, local = component_of(name)
-        if component is None or not site.in_features:
-            continue
-        votes |= {
-            family.name
-            for family in claiming([local])
-            for proportion in family.proportions
-            if family.backbone == component
-            and proportion.fits(local, site.out_features, site.in_features)
-        }
-    return votes.pop() if len(votes) == 1 else None
+def family_by_shape(
+    sites: Sequence[Site], paths: Mapping[str, tuple[str, ...]], named: str | None
+) -> str | None:
+    """Return the family that the shapes of layers tell, of those that their names allow.
+
+    Args:
+        sites: The adapter's, as it spells them.
+        paths: What they stand for.
+        named: The family that the names tell, if they do, which holds unless layers are as wide
+            as those of another one that has them all.
+    """
+    layers = {
+        local: (site.out_features, site.in_features)
+        for site in sites
+        for component, local in map(component_of, paths.get(site.module, ())[:1])
+        if component not in (None, *ENCODERS) and site.in_features
+    }
+    if named is not None:
+        has_own = _has_widths(family_named(named), layers)
+        others = [
+            family
+            for family in claiming(layers)
+            if (has_own is False or family.refines == named) and _has_widths(family, layers)
+        ]
+        fitting = fitting_families(layers) if others else []
+        return _only(family for family in fitting if family in others) or named
+    fitting = fitting_families(layers)
+    votes = {
+        family.name
+        for local, (outputs, inputs) in layers.items()
+        for family in claiming([local])
+        for proportion in family.proportions
+        if proportion.fits(local, outputs, inputs)
+    }
+    return _only(f for f in fitting if f.name in votes) or _only(
+        f for f in unrefined(fitting) if _has_widths(f, layers)
+    )
+
+
+def _only(found: Iterable[Family]) -> str | None:
+    names = [family.name for family in found]
+    return names[0] if len(names) == 1 else None
+
+
+def _has_widths(family: Family, layers: Mapping[str, tuple[int, int]]) -> bool | None:
+    """Whether layers are as wide as those of a family's models; ``None`` if that is not known."""
+    found = [
+        inputs in widths
+        for local, (_, inputs) in layers.items()
+        for ending, widths in family.widths.items()
+        if local.endswith(ending)
+    ]
+    return all(found) if found else None
 
 
 def one_site_an_expert(site: Site) -> list[Site]:

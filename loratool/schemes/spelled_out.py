@@ -28,8 +28,8 @@ def spell_out(adapter: Adapter, scheme: Scheme, base: Collection[str] = ()) -> A
     apart = tuple(each for site in adapter.sites for each in scheme.roles.apart(site))
     adapter = replace(adapter, sites=apart)
     names = scheme.paths.unspell(adapter.sites, adapter.metadata, base)
-    if names.family is None:
-        names = replace(names, family=family_by_shape(adapter.sites, names.paths))
+    family = family_by_shape(adapter.sites, names.paths, names.family)
+    names = replace(names, family=family)
     clashes = _clashes(names.paths)
     sites = []
     unresolved = {}

@@ -14,7 +14,7 @@ from loratool.errors import OptionError, OutputError, UnsupportedError
 from loratool.files.container import Container
 from loratool.files.containers import container_of, is_weights
 from loratool.names.paths.component import with_component
-from loratool.names.pipelines import family_of_encoders, sole_component
+from loratool.names.pipelines import component_of, family_of_encoders, sole_component
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
 from loratool.schemes import DEFAULT_SCHEME, scheme_named
 from loratool.write.adapter import NewAdapter
@@ -212,6 +212,7 @@ def _spelled(parts: Sequence[Part], scheme: Scheme, named: _Named) -> list[Spell
             raise UnsupportedError(
                 f"scheme {scheme.name}",
                 f"{same[0].module!r} and {same[1].module!r} would both be {name!r}",
+                hint=_one_component(same),
             )
     made = [Spelled(name, part) for name, same in found.items() for part in same]
     return sorted(made, key=lambda item: (item.part.module, item.name, item.part.nesting))
@@ -232,6 +233,13 @@ def _check_names(named: _Named, scheme: Scheme) -> None:
         except UnsupportedError as other:
             hint = f"{hint}, and {other.hint}"
         raise UnsupportedError(error.where, error.what, hint=hint) from None
+
+
+def _one_component(parts: Sequence[Part]) -> str | None:
+    """Return what to do where modules of several components would have one name."""
+    found = dict.fromkeys(component_of(part.module)[0] for part in parts)
+    named = [f"--component {name}" for name in found if name]
+    return f"write them one by one, with {' and '.join(named)}" if len(named) > 1 else None
 
 
 def _written(

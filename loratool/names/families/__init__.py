@@ -95,7 +95,7 @@ def unrefined(found: Collection[Family], modules: Collection[str] = ()) -> list[
     names = {family.name for family in found}
     left = [family for family in found if family.refines not in names]
     reached = [family for family in left if any(map(family.is_last, modules))]
-    return reached or left
+    return [family for family in left if family in reached or not (reached and family.is_stacked)]
 
 
 @cache

@@ -17,7 +17,7 @@ from loratool.names.vocabulary import Vocabulary
 __all__ = ["CLAIM", "FAMILIES"]
 
 CLAIM: Final = {
-    "families": ["sd1", "sdxl"],
+    "families": ["kolors", "sd1", "sdxl", "sdxl-refiner", "svd"],
     "segments": [
         "add_embedding",
         "class_embedding",
@@ -57,6 +57,17 @@ ATTENTION_BLOCK: Final = expand(
     "transformer_blocks.*.{norm1,norm2,norm3,ff.net.0.proj,ff.net.2}",
 )
 """Both namings have the same modules within an attention."""
+TIME_BLOCK: Final = (
+    *(each.partition(".*.")[2] for each in ATTENTION_BLOCK),
+    *expand("{norm_in,ff_in.net.0.proj,ff_in.net.2}"),
+)
+"""So they have within a block that looks along the frames of a video."""
+TIME: Final = "time_stack"
+"""What LDM calls the layers along the frames, of resnets and of attentions alike."""
+TIME_EMBEDDING: Final = {
+    "time_pos_embed.0": "time_pos_embed.linear_1",
+    "time_pos_embed.2": "time_pos_embed.linear_2",
+}
 
 ENDS: Final = {
     "input_blocks.0.0": "conv_in",
@@ -81,14 +92,19 @@ class Level:
     widens: bool
 
 
-def rows(levels: tuple[Level, ...], middle: int, label: str) -> Iterator[Row]:
+def rows(
+    levels: tuple[Level, ...], middle: int, label: str, *, sees_time: bool = False
+) -> Iterator[Row]:
     """Yield the table of a UNet.
 
     Args:
         levels: From the finest to the coarsest.
         middle: Transformer blocks of the attention between the two halves.
         label: The hub's name of the embedding of what the model is conditioned on besides.
+        sees_time: Whether each resnet and each attention has a part along the frames of a video.
     """
+    resnet = video_resnet if sees_time else image_resnet
+    attention = video_attention if sees_time else image_attention
     for native, hub in ENDS.items():
         yield single(native, hub)
     for number, native in enumerate(LABELS, 1):
@@ -117,7 +133,7 @@ def rows(levels: tuple[Level, ...], middle: int, label: str) -> Iterator[Row]:
             yield single(native, f"up_blocks.{i}.upsamplers.0.conv")
 
 
-def resnet(native: str, hub: str, has_shortcut: bool) -> Iterator[Row]:
+def image_resnet(native: str, hub: str, has_shortcut: bool) -> Iterator[Row]:
     """Yield the rows of one resnet; a shortcut is a module only where the channels change."""
     for inner, name in RESNET.items():
         yield single(f"{native}.{inner}", f"{hub}.{name}")
@@ -125,13 +141,30 @@ def resnet(native: str, hub: str, has_shortcut: bool) -> Iterator[Row]:
         yield single(f"{native}.{SHORTCUT[0]}", f"{hub}.{SHORTCUT[1]}")
 
 
-def attention(native: str, hub: str, depth: int) -> Iterator[Row]:
+def video_resnet(native: str, hub: str, has_shortcut: bool) -> Iterator[Row]:
+    """Yield the rows of one resnet and of that along the frames, which has no shortcut."""
+    yield from image_resnet(native, f"{hub}.spatial_res_block", has_shortcut)
+    yield from image_resnet(f"{native}.{TIME}", f"{hub}.temporal_res_block", False)
+
+
+def image_attention(native: str, hub: str, depth: int) -> Iterator[Row]:
     """Yield the rows of one attention of ``depth`` transformer blocks; none if it has none."""
     if depth:
         for inner in ATTENTION:
             yield single(f"{native}.{inner}", f"{hub}.{inner}")
         for inner in ATTENTION_BLOCK:
             yield single(f"{native}.{inner}", f"{hub}.{inner}", depth)
+
+
+def video_attention(native: str, hub: str, depth: int) -> Iterator[Row]:
+    """Yield the rows of one attention and of that along the frames."""
+    yield from image_attention(native, hub, depth)
+    if depth:
+        for inner in TIME_BLOCK:
+            name = f"{hub}.temporal_transformer_blocks.*.{inner}"
+            yield single(f"{native}.{TIME}.*.{inner}", name, depth)
+        for inner, name in TIME_EMBEDDING.items():
+            yield single(f"{native}.{inner}", f"{hub}.{name}")
 
 
 HUB_NAMES: Final = Vocabulary(
@@ -146,9 +179,18 @@ HUB_NAMES: Final = Vocabulary(
             "up_blocks.*.upsamplers.*.conv",
         ),
         *(
-            f"{block}.resnets.*.{inner}"
+            f"{block}.resnets.*.{part}{inner}"
             for block in ("down_blocks.*", "mid_block", "up_blocks.*")
+            for part in ("", "spatial_res_block.", "temporal_res_block.")
             for inner in (*RESNET.values(), SHORTCUT[1])
+        ),
+        *(
+            f"{block}.attentions.*.{inner}"
+            for block in ("down_blocks.*", "mid_block", "up_blocks.*")
+            for inner in (
+                *(f"temporal_transformer_blocks.*.{each}" for each in TIME_BLOCK),
+                *TIME_EMBEDDING.values(),
+            )
         ),
         *(
             f"{block}.{kind}.*.{inner}"
@@ -164,12 +206,17 @@ NATIVE_NAMES: Final = Vocabulary(
     (
         *ENDS,
         *LABELS,
+        "encoder_hid_proj",
         "input_blocks.*.*.op",
         "output_blocks.*.*.conv",
         *(
             f"{block}.{inner}"
             for block in ("input_blocks.*.*", "middle_block.*", "output_blocks.*.*")
-            for inner in (*RESNET, SHORTCUT[0], *ATTENTION, *ATTENTION_BLOCK)
+            for inner in (
+                *(*RESNET, SHORTCUT[0], *ATTENTION, *ATTENTION_BLOCK, *TIME_EMBEDDING),
+                *(f"{TIME}.{each}" for each in RESNET),
+                *(f"{TIME}.*.{each}" for each in TIME_BLOCK),
+            )
         ),
     )
 )
@@ -200,16 +247,21 @@ SD1: Final = Family(
 The first has 768 inputs of the cross-attention.
 """
 
+ENCODED: Final = single("encoder_hid_proj", "encoder_hid_proj")
+"""What makes the encoder's states as wide as the model takes them, called alike."""
+
+SDXL_ROWS: Final = tuple(
+    rows(
+        (Level(0, False), Level(2, True), Level(10, True)),
+        middle=10,
+        label="add_embedding",
+    )
+)
+
 SDXL: Final = Family(
     "sdxl",
     "unet",
-    tuple(
-        rows(
-            (Level(0, False), Level(2, True), Level(10, True)),
-            middle=10,
-            label="add_embedding",
-        )
-    ),
+    SDXL_ROWS,
     HUB_NAMES,
     NATIVE_NAMES,
     encoders={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
@@ -221,6 +273,51 @@ SDXL: Final = Family(
         ),
     ),
 )
-"""Stable Diffusion XL's base model."""
+"""Stable Diffusion XL's base model, and that for inpainting."""
 
-FAMILIES: Final = (SD1, SDXL)
+REFINER: Final = Family(
+    "sdxl-refiner",
+    "unet",
+    tuple(
+        rows(
+            (Level(0, False), Level(4, True), Level(4, True), Level(0, False)),
+            middle=4,
+            label="add_embedding",
+        )
+    ),
+    HUB_NAMES,
+    NATIVE_NAMES,
+    encoders={"text_encoder_2": CLIP_G},
+    refines="sdxl",
+    widths={".attn2.to_k": (1280,)},
+)
+"""Stable Diffusion XL's refiner, which has a level more and the second text encoder alone."""
+
+KOLORS: Final = Family(
+    "kolors",
+    "unet",
+    (*SDXL_ROWS, ENCODED),
+    HUB_NAMES,
+    NATIVE_NAMES,
+    refines="sdxl",
+)
+"""Kolors, which is built as Stable Diffusion XL is, for the states of a language model."""
+
+SVD: Final = Family(
+    "svd",
+    "unet",
+    tuple(
+        rows(
+            (Level(1, False), Level(1, True), Level(1, True), Level(0, False)),
+            middle=1,
+            label="add_embedding",
+            sees_time=True,
+        )
+    ),
+    HUB_NAMES,
+    NATIVE_NAMES,
+    refines="sd1",
+)
+"""Stable Video Diffusion, which looks along the frames beside each layer within one."""
+
+FAMILIES: Final = (SD1, SDXL, REFINER, KOLORS, SVD)

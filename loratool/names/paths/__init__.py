@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import islice
+from typing import Final, TypeVar
 
 from loratool.names.families import claiming, family_named, unrefined
 from loratool.names.family import Family, Fusion
@@ -15,7 +17,9 @@ __all__ = [
     "candidates",
     "families_of_modules",
     "family_name",
+    "fitting_families",
     "fusions",
+    "having_most",
     "hub_path",
     "hub_paths",
     "is_fused",
@@ -24,6 +28,11 @@ __all__ = [
     "plausible_families",
     "with_several_encoders",
 ]
+
+
+T = TypeVar("T")
+FEW: Final = 32
+"""Modules by which the likely families are told."""
 
 
 @cache
@@ -38,19 +47,49 @@ def is_fused(family: str | None) -> bool:
 def plausible_families(backbone: Collection[str], encoders: Collection[str] = ()) -> list[Family]:
     """Return the families that have most of the paths of a backbone, and at least half of them.
 
+    Those that refine another one of them are not meant.
+
     Args:
         backbone: Paths without component, in either naming.
         encoders: Components of text encoders beside it.
     """
-    asked = claiming(backbone)
-    counts = [sum(map(family.has, backbone)) for family in asked]
-    best = max(counts, default=0)
-    if not best or 2 * best < len(backbone):
-        return []
-    found = [family for family, count in zip(asked, counts, strict=True) if count == best]
+    return unrefined(fitting_families(backbone, encoders), backbone)
+
+
+def fitting_families(backbone: Collection[str], encoders: Collection[str] = ()) -> list[Family]:
+    """Return the same with those that refine another one of them."""
+    found = having_most(claiming(backbone), backbone, Family.has)
     if any(encoder != "text_encoder" for encoder in encoders):
         found = with_several_encoders(found)
-    return unrefined(found, backbone)
+    return found
+
+
+def having_most(
+    asked: Sequence[Family], items: Collection[T], has: Callable[[Family, T], bool]
+) -> list[Family]:
+    """Return the families that have most of some modules, and at least half of them.
+
+    The likely ones are asked first, so that the others need not be asked about every module.
+
+    Args:
+        asked: The families.
+        items: The modules.
+        has: Whether a family has one of them.
+    """
+    few = list(islice(items, FEW))
+    likely = sorted(asked, key=lambda family: -sum(has(family, item) for item in few))
+    allowed = len(items) // 2
+    found: dict[str, int] = {}
+    for family in likely:
+        missing = 0
+        for item in items:
+            missing += not has(family, item)
+            if missing > allowed:
+                break
+        else:
+            allowed = min(allowed, missing)
+            found[family.name] = missing
+    return [family for family in asked if items and found.get(family.name) == allowed]
 
 
 def with_several_encoders(found: Sequence[Family]) -> list[Family]:
@@ -82,10 +121,16 @@ def is_native(local: str) -> bool:
 
 
 def hub_paths(local: str, families: Sequence[Family]) -> tuple[str, ...]:
-    """Return what a path of a backbone may be, with its component."""
+    """Return what a path of a backbone may be, with its component.
+
+    It stays as it is where the families have different names for it.
+    """
     if not families:
         return (local,)
-    return tuple(dict.fromkeys(hub_path(local, family) for family in families))
+    found = dict.fromkeys(hub_path(local, family) for family in families)
+    if len(found) > 1:
+        found = dict.fromkeys(f"{family.backbone}.{local}" for family in families)
+    return tuple(found)
 
 
 def hub_path(local: str, family: Family) -> str:

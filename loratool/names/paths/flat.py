@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +16,8 @@ from loratool.names.flattening import BACKBONE
 from loratool.names.paths import (
     candidates,
     family_name,
-    hub_path,
+    having_most,
+    hub_paths,
     is_native,
     other_names,
     with_several_encoders,
@@ -25,7 +26,9 @@ from loratool.names.paths.component import EachAlone, text_path
 from loratool.names.pipelines import (
     BACKBONES,
     COMPONENT,
+    ENCODERS,
     KOHYA_ENCODERS,
+    SECOND,
     component_of,
     encoder_component,
     encoder_kinds,
@@ -38,7 +41,7 @@ __all__ = ["BareFlatPaths", "FlatPaths"]
 
 MODULES_KEY: Final = "loratool_modules"
 """Metadata: flattened names and the paths that they stand for, where no vocabulary has them."""
-BACKBONE_PARTS: Final = ("unet", "transformer", "")
+BACKBONE_PARTS: Final = ("unet", "transformer", "prior_unet", "")
 
 
 def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collection[str]) -> Names:
@@ -71,10 +74,10 @@ def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collect
             paths[module] = tuple(_with_component(path, part, name) for path in mine)
         elif encoder_kinds(part):
             paths[module] = _encoder_paths(part, flat, name)
-        elif own := dict.fromkeys(
-            hub_path(path, family) for path, family in _had_by(families, flat)
-        ):
-            paths[module] = tuple(own)
+        elif having := _having(families, flat):
+            paths[module] = tuple(
+                dict.fromkeys(full for path in having for full in hub_paths(path, having[path]))
+            )
         elif part and len(backbone) == 1:  # of a model whose family has no table
             component = families[0].backbone if families else "transformer"
             paths[module] = (f"{component}.{backbone[0]}",)
@@ -94,29 +97,28 @@ def _is_of_part(path: str, part: str, family: str | None) -> bool:
     component = component_of(path)[0]
     if component is None or not part:
         return True
-    if part.startswith("te"):
+    if encoder_kinds(part):
         return component == encoder_component(part, family, KOHYA_ENCODERS)
-    return component in BACKBONES
+    return component in BACKBONES and component != SECOND
 
 
 def _families_of(found: Mapping[str, tuple[str, ...]], *, has_more_encoders: bool) -> list[Family]:
     """Return the families that most of the names that any family has could belong to."""
     named = [paths for paths in found.values() if paths]
     asked = claiming(path for paths in named for path in paths)
-    counts = [sum(any(map(family.has, paths)) for paths in named) for family in asked]
-    best = max(counts, default=0)
-    if not best or 2 * best < len(named):
-        return []
-    families = [family for family, count in zip(asked, counts, strict=True) if count == best]
+    families = having_most(asked, named, lambda family, paths: any(map(family.has, paths)))
     if has_more_encoders:
         families = with_several_encoders(families)
     return unrefined(families, [path for paths in named for path in paths])
 
 
-def _had_by(families: Iterable[Family], flat: str) -> Iterator[tuple[str, Family]]:
-    """Yield the paths that families have for a flattened one."""
+def _having(families: Iterable[Family], flat: str) -> dict[str, list[Family]]:
+    """Return the paths that families have for a flattened one, and which have each."""
+    found: dict[str, list[Family]] = defaultdict(list)
     for family in families:
-        yield from ((path, family) for path in family.parse(flat) if family.has(path))
+        for path in filter(family.has, family.parse(flat)):
+            found[path].append(family)
+    return found
 
 
 def _encoder_paths(part: str, flat: str, family: str | None) -> tuple[str, ...]:
@@ -129,7 +131,7 @@ def _with_component(path: str, part: str, family: str | None) -> str:
     """Return a path of the base with its component, where the base is only that component."""
     if component_of(path)[0] is not None or not part:
         return path
-    if part.startswith("te"):
+    if encoder_kinds(part):
         component = encoder_component(part, family, KOHYA_ENCODERS)
     else:
         component = family_named(family).backbone if family else "unet"
@@ -180,14 +182,14 @@ def _told_by_others(paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str
         mine = [
             path
             for path, local in zip(found, locals_[module], strict=True)
-            if any(local == had for had, _ in _had_by(families, flatten(local)))
+            if local in _having(families, flatten(local))
         ]
         told[module] = tuple(mine) if len(found) > 1 and mine else found
     return told
 
 
 def _bare_candidates(flat: str) -> tuple[str, ...]:
-    for component in ("unet", "transformer", "text_encoder_2", "text_encoder_3", "text_encoder"):
+    for component in (*BACKBONES, *reversed(ENCODERS)):
         if flat.startswith(f"{component}_"):
             rest = flat.removeprefix(f"{component}_")
             is_text = component.startswith("text")

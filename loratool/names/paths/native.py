@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from loratool.adapter.model import Site
 from loratool.adapter.scheme import Context, Names
+from loratool.names.family import Family
 from loratool.names.paths import hub_paths, is_native, plausible_families
 from loratool.names.paths.component import EachAlone, text_path
 from loratool.names.pipelines import (
@@ -49,7 +50,7 @@ def from_native(modules: Sequence[str]) -> Names:
     parts = {part for part, _ in split.values()} - {"diffusion_model", ""}
     name = COMFY_ENCODERS.family(parts)
     guessed = {encoder_component(part, name, COMFY_ENCODERS) or "" for part in parts} - {""}
-    families = plausible_families(backbone, guessed)
+    families = _natively_named(plausible_families(backbone, guessed), backbone)
     name = families[0].name if len(families) == 1 else name
     paths: dict[str, tuple[str, ...]] = {}
     known = set()
@@ -62,3 +63,13 @@ def from_native(modules: Sequence[str]) -> Names:
             paths[module] = (f"{component}.{local}",) if component else ()
             known |= {component} if component else set()
     return Names(paths, name, frozenset(known), any(map(is_native, backbone)))
+
+
+def _natively_named(families: list[Family], backbone: Sequence[str]) -> list[Family]:
+    """Return the families of which all these are original names; all, if that leaves none."""
+    native = [
+        family
+        for family in families
+        if all(family.from_native(local) or not family.has(local) for local in backbone)
+    ]
+    return native or families

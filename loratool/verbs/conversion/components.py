@@ -11,7 +11,7 @@ from loratool.adapter.part import Part
 from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
 from loratool.errors import AdapterError, OptionError
-from loratool.names.pipelines import COMPONENTS, component_of
+from loratool.names.pipelines import COMPONENTS, FIRST, SECOND, component_of
 
 __all__ = ["as_in_base", "of_component"]
 
@@ -23,7 +23,8 @@ def of_component(
 ) -> tuple[list[Part], list[tuple[str, str]]]:
     """Return the parts of one component, and the names of the others with the reason.
 
-    Modules that are in no component are said to be in this one.
+    Modules that are in no component are said to be in this one; so are those of a model that is
+    alone in its file, where the second of two experts is asked for.
 
     Raises:
         OptionError: There is no such component.
@@ -31,12 +32,12 @@ def of_component(
     if component is None:
         return list(parts), []
     kept, others = [], []
-    found = set()
-    for part in parts:
-        own = component_of(part.module, known | {component})[0]
-        found.add(own)
-        if own is None:
-            kept.append(replace(part, module=f"{component}.{part.module}"))
+    split = [component_of(part.module, known | {component}) for part in parts]
+    found = {own for own, _ in split}
+    for part, (own, local) in zip(parts, split, strict=True):
+        is_second = component == SECOND not in found and own == FIRST
+        if own is None or is_second:
+            kept.append(replace(part, module=f"{component}.{local}"))
         elif own == component:
             kept.append(part)
         else:

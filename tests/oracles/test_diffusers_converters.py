@@ -1,0 +1,200 @@
+"""Names of backbones against diffusers' converters of whole checkpoints, row by row.
+
+Its converters of adapters are not asked: several of them are wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from loratool.names.families import family_named
+from loratool.names.family import Family, Fusion
+from loratool.names.vocabulary import NUMBER
+
+pytestmark = pytest.mark.slow
+
+Tensors = dict[str, torch.Tensor]
+
+
+def table(family: Family) -> Iterator[tuple[str, Fusion]]:
+    """Every native module of a family, with what it is."""
+    for row in family.rows:
+        for number in range(row.count):
+            native = row.native.replace(NUMBER, str(number))
+            fusion = family.from_native(native)
+            assert fusion is not None
+            yield native, fusion
+
+
+def checkpoint_of(family: Family, *, start: int = 0) -> Tensors:
+    """A native checkpoint in which no two numbers are alike; each module has a weight and a bias.
+
+    Weights have two rows for each module of diffusers, four where halves are exchanged.
+    """
+    found: Tensors = {}
+    for native, fusion in table(family):
+        size = 2 * len(fusion.modules) * (2 if fusion.swapped else 1)
+        for suffix in ("weight", "bias"):
+            values = torch.arange(start, start + size, dtype=torch.float64)
+            found[f"{native}.{suffix}"] = values if suffix == "bias" else values[:, None]
+            start += size
+    return found
+
+
+def parts_of(family: Family, checkpoint: Mapping[str, torch.Tensor]) -> Tensors:
+    """What the table says that diffusers' modules hold."""
+    found: Tensors = {}
+    for key, tensor in checkpoint.items():
+        native, _, suffix = key.rpartition(".")
+        fusion = family.from_native(native)
+        assert fusion is not None
+        if fusion.swapped:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        parts = tensor.chunk(len(fusion.modules))
+        found |= {
+            f"{module}.{suffix}": part for module, part in zip(fusion.modules, parts, strict=True)
+        }
+    return found
+
+
+def without(tensors: Tensors, *endings: str) -> Tensors:
+    """The tensors whose names end in none of these."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(endings)}
+
+
+class Kept(dict[str, torch.Tensor]):
+    """A checkpoint from which nothing can be taken out."""
+
+    def pop(self, key: str, *_: Any) -> torch.Tensor:  # type: ignore[override]
+        """Return a tensor."""
+        return self[key]
+
+
+def assert_same(found: Mapping[str, Any], expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def converters() -> Any:
+    return pytest.importorskip("diffusers.loaders.single_file_utils")
+
+
+def test_ltx_video_is_renamed_as_diffusers_renames_it() -> None:
+    family = family_named("ltx-video")
+    checkpoint = checkpoint_of(family)
+    prefixed = {f"model.diffusion_model.{name}": value for name, value in checkpoint.items()}
+    found = converters().convert_ltx_transformer_checkpoint_to_diffusers(prefixed)
+    assert_same(found, parts_of(family, checkpoint))
+
+
+def test_ltx2_is_renamed_as_diffusers_renames_it() -> None:
+    """Its converter of checkpoints knows the first release; that of adapters the later one."""
+    family = family_named("ltx-2")
+    checkpoint = checkpoint_of(family)
+    first = {k: v for k, v in checkpoint.items() if "prompt" not in k and "gate_logits" not in k}
+    found = converters().convert_ltx2_transformer_to_diffusers(dict(first))
+    assert_same(found, parts_of(family, first))
+    utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    names = {
+        f"diffusion_model.{native}.lora_A.weight": fusion.modules[0]
+        for native, fusion in table(family)
+    }
+    assert utils._convert_non_diffusers_ltx2_lora_to_diffusers(names) == {
+        f"transformer.{module}.lora_A.weight": module for module in names.values()
+    }
+
+
+def test_mochi_is_split_as_diffusers_splits_it() -> None:
+    """Also the halves of its gated layers, and those of its last modulation, are exchanged."""
+    family = family_named("mochi")
+    checkpoint = without(
+        checkpoint_of(family),
+        *(f"{name}.bias" for name in ("qkv_x", "qkv_y", "w1", "w2")),
+        *(f"{name}_norm_{stream}.bias" for name in "qk" for stream in "xy"),
+    )
+    positions = torch.zeros(1)
+    found = converters().convert_mochi_transformer_checkpoint_to_diffusers(
+        checkpoint | {"pos_frequencies": positions}
+    )
+    assert found.pop("pos_frequencies") is positions
+    assert_same(found, parts_of(family, checkpoint))
+
+
+def test_sana_is_split_as_diffusers_splits_it() -> None:
+    """Its converter does not know the norms of queries and keys of the later releases."""
+    family = family_named("sana")
+    checkpoint = {
+        name: value for name, value in checkpoint_of(family).items() if "_norm." not in name
+    } | {"attention_y_norm.weight": torch.full((2, 1), -1.0, dtype=torch.float64)}
+    checkpoint = without(checkpoint, "attn.qkv.bias", "point_conv.conv.bias")
+    tables = [f"blocks.{number}.scale_shift_table" for number in range(60)]
+    others = ("pos_embed", "y_embedder.y_embedding", "final_layer.scale_shift_table", *tables)
+    found = converters().convert_sana_transformer_to_diffusers(
+        checkpoint | {name: torch.zeros(1) for name in others}
+    )
+    found = {k: v for k, v in found.items() if not k.endswith("scale_shift_table")}
+    assert_same(found, parts_of(family, checkpoint))
+
+
+@pytest.mark.parametrize("name", ["cosmos", "cosmos2"])
+def test_cosmos_is_renamed_as_diffusers_renames_it(name: str) -> None:
+    """Its converter tells the generations by a name that it has taken out of the checkpoint."""
+    family = family_named(name)
+    checkpoint = checkpoint_of(family)
+    prefixed = Kept({f"net.{native}": value for native, value in checkpoint.items()})
+    found = converters().convert_cosmos_transformer_checkpoint_to_diffusers(prefixed)
+    assert_same(found, parts_of(family, checkpoint))
+
+
+def test_wan_with_vace_is_renamed_as_diffusers_renames_it() -> None:
+    family = family_named("wan")
+    checkpoint = checkpoint_of(family)
+    found = converters().convert_wan_transformer_to_diffusers(dict(checkpoint))
+    assert_same(found, parts_of(family, checkpoint))
+
+
+def test_wan_animate_is_split_as_diffusers_splits_it() -> None:
+    family = family_named("wan-animate")
+    checkpoint = {
+        name: value
+        for name, value in checkpoint_of(family).items()
+        if not (".net_app." in name and name.endswith(".bias"))
+    }
+    found = converters().convert_wan_transformer_to_diffusers(dict(checkpoint))
+    assert_same(found, parts_of(family, checkpoint))
+
+
+def test_stable_cascade_is_named_as_diffusers_names_it() -> None:
+    """The checkpoint has the projections of queries, keys and values in one parameter."""
+    family = family_named("stable-cascade")
+    checkpoint = checkpoint_of(family)
+    fused: Tensors = {}
+    for name, value in checkpoint.items():
+        module, _, suffix = name.rpartition(".")
+        if module.endswith(".to_q"):
+            before = module.removesuffix("to_q")
+            parts = [checkpoint[f"{before}to_{part}.{suffix}"] for part in "qkv"]
+            fused[f"{before}in_proj_{suffix}"] = torch.cat(parts)
+        elif not module.endswith((".to_k", ".to_v")):
+            fused[name] = value
+    found = converters().convert_stable_cascade_unet_single_file_to_diffusers(fused)
+    assert_same(found, parts_of(family, checkpoint))
+
+
+@pytest.mark.parametrize("name", ["sdxl-refiner", "kolors"])
+def test_other_unets_are_renamed_as_diffusers_renames_them(name: str) -> None:
+    family = family_named(name)
+    expected, checkpoint = {}, {}
+    for native, fusion in table(family):
+        if native == "encoder_hid_proj":  # which no original checkpoint has
+            continue
+        for suffix in ("weight", "bias"):
+            checkpoint[f"model.diffusion_model.{native}.{suffix}"] = native
+            expected[f"{fusion.modules[0]}.{suffix}"] = native
+    config = {"layers_per_block": 2, "addition_embed_type": "text_time"}
+    assert converters().convert_ldm_unet_checkpoint(checkpoint, config) == expected
