@@ -82,9 +82,12 @@ def is_native(local: str) -> bool:
 
 
 def hub_paths(local: str, families: Sequence[Family]) -> tuple[str, ...]:
-    """Return what a path of a backbone may be, with its component."""
+    """Return what a path of a backbone may be, with its component.
+
+    Backbones of families that no table has are transformers, as all have been of late.
+    """
     if not families:
-        return (local,)
+        return (f"transformer.{local}",)
     return tuple(dict.fromkeys(hub_path(local, family) for family in families))
 
 
