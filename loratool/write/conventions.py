@@ -15,7 +15,7 @@ from loratool.names.pipelines import BACKBONES, component_of
 from loratool.write.fused_projections import split_fused, swapped
 from loratool.write.fusion import fused
 
-__all__ = ["Naming", "families_of", "to_hub", "to_native"]
+__all__ = ["Naming", "families_of", "to_hub", "to_native", "without_foreign"]
 
 Found = TypeVar("Found")
 PLACES: Final = (None, *BACKBONES)
@@ -127,7 +127,7 @@ def to_native(
     """
     groups: dict[str, tuple[Fusion, dict[str, Part]]] = {}
     order: list[str | Part] = []
-    for part in _without_foreign(parts, naming):
+    for part in parts:
         component, local = component_of(part.module)
         is_backbone = component is None or component in BACKBONES
         native = naming.native(local) if is_backbone else None
@@ -150,7 +150,7 @@ def to_native(
     return made
 
 
-def _without_foreign(parts: Sequence[Part], naming: Naming) -> Iterator[Part]:
+def without_foreign(parts: Sequence[Part], naming: Naming) -> Iterator[Part]:
     """Yield ``parts``, diffusers' where they are under a native name that is never written."""
     for part in parts:
         component, local = component_of(part.module)

@@ -18,7 +18,7 @@ from loratool.names.pipelines import family_of_encoders, sole_component
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
 from loratool.schemes import scheme_named
 from loratool.write.adapter import NewAdapter
-from loratool.write.conventions import Naming, families_of, to_hub, to_native
+from loratool.write.conventions import Naming, families_of, to_hub, to_native, without_foreign
 from loratool.write.extras import placed_extras
 from loratool.write.notes import dtype_notes, unknown_notes
 from loratool.write.options import WriteOptions
@@ -154,7 +154,11 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
         parts = [fitted(part, base) for part in parts]
     is_kept = _keeps_paths(new.scheme, scheme, options)
     if not is_kept:
-        is_native = _is_written_native(new, scheme, naming, options.naming)
+        if options.keeps_naming and new.scheme == scheme.name:
+            is_native = new.is_native
+        else:
+            is_native = _is_written_native(new, scheme, naming, options.naming)
+            parts = list(without_foreign(parts, naming))
         if new.is_native != is_native:
             check_counterparts(paths, naming, scheme, known, is_native=is_native)
         shapes = base.shapes if base else {}
