@@ -263,6 +263,11 @@ class Family:
         """
         return not all(row.hub.is_plain for row in (*self.rows, *self.others))
 
+    @property
+    def is_alike(self) -> bool:
+        """Whether both namings call every module alike."""
+        return all(row.hub.modules == (row.native,) for row in self.rows)
+
     def release(self, widths: Collection[int] = ()) -> Release | None:
         """Return what metadata call the model.
 

@@ -143,7 +143,7 @@ def compose(
         adapters=opened,
         joints=joints,
         scheme=output_scheme(opened, to),
-        options=WriteOptions(Path(output), dtype=written_dtype),
+        options=WriteOptions(Path(output), dtype=written_dtype, keeps_naming=True),
         asked=options,
         method=Method(method, Settings(density, epsilon), seed, mover_to(device)),
         policy=extras,

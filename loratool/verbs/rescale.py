@@ -200,7 +200,13 @@ def rescale(
         error = rounding_of(changes, plan, threads)
         is_measured = True
     else:
-        plan = _rewritten(opened, changes, scheme, WriteOptions(place, dtype=written_dtype), asked)
+        plan = _rewritten(
+            opened,
+            changes,
+            scheme,
+            WriteOptions(place, dtype=written_dtype, keeps_naming=True),
+            asked,
+        )
         error, is_measured = 0.0, False
     if not dry_run:
         outcome = write_plan(

@@ -138,7 +138,7 @@ def truncate(
         adapters=[opened],
         joints=joints,
         scheme=output_scheme([opened], None),
-        options=WriteOptions(Path(output), dtype=written_dtype),
+        options=WriteOptions(Path(output), dtype=written_dtype, keeps_naming=True),
         asked=options,
         method=Method(mover=mover_to(device)),
         keep_factors=True,

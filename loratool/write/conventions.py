@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
@@ -15,7 +15,7 @@ from loratool.names.pipelines import BACKBONES, component_of
 from loratool.write.fused_projections import split_fused, swapped
 from loratool.write.fusion import fused
 
-__all__ = ["Naming", "families_of", "to_hub", "to_native"]
+__all__ = ["Naming", "families_of", "to_hub", "to_native", "without_foreign"]
 
 Found = TypeVar("Found")
 PLACES: Final = (None, *BACKBONES)
@@ -38,9 +38,8 @@ class Naming:
 
     def is_foreign(self, local: str) -> bool:
         """Whether a native path is of a naming that is read, and never written."""
-        return self.fusion(local) is not None and not any(
-            f.is_written(local) for f in self.families
-        )
+        found = [f for f in self.families if f.from_native(local) and not f.to_native(local)]
+        return bool(found) and not any(f.is_written(local) for f in found)
 
     def native(self, local: str) -> tuple[str, Fusion] | None:
         """Return the native module that holds a path of diffusers, or ``None``.
@@ -50,6 +49,23 @@ class Naming:
         """
         found = [f.to_native(local) for f in self.families]
         return self._one(local, [item for item in found if item is not None])
+
+    def unknown(self, modules: Iterable[str], known: frozenset[str]) -> list[str]:
+        """Return the paths of a backbone that no family has, without their component.
+
+        Args:
+            modules: Paths, with their component or without.
+            known: What is a component for certain.
+        """
+        places = (component_of(module, known) for module in modules)
+        return [
+            local
+            for component, local in places
+            if component in PLACES and not any(family.has(local) for family in self.families)
+        ]
+
+    def __str__(self) -> str:
+        return " or ".join(family.name for family in self.families)
 
     def _one(self, local: str, found: Sequence[Found]) -> Found | None:
         if len(set(found)) > 1:
@@ -111,7 +127,7 @@ def to_native(
     """
     groups: dict[str, tuple[Fusion, dict[str, Part]]] = {}
     order: list[str | Part] = []
-    for part in _without_foreign(parts, naming):
+    for part in parts:
         component, local = component_of(part.module)
         is_backbone = component is None or component in BACKBONES
         native = naming.native(local) if is_backbone else None
@@ -134,7 +150,7 @@ def to_native(
     return made
 
 
-def _without_foreign(parts: Sequence[Part], naming: Naming) -> Iterator[Part]:
+def without_foreign(parts: Sequence[Part], naming: Naming) -> Iterator[Part]:
     """Yield ``parts``, diffusers' where they are under a native name that is never written."""
     for part in parts:
         component, local = component_of(part.module)

@@ -7,7 +7,6 @@ from typing import Final
 
 from loratool.adapter.part import Part
 from loratool.files.dtypes import DTYPES
-from loratool.names.pipelines import BACKBONES, component_of
 from loratool.write.conventions import Naming
 
 __all__ = ["dtype_notes", "unknown_notes"]
@@ -23,20 +22,12 @@ def dtype_notes(parts: Sequence[Part]) -> Iterator[str]:
         yield f"has factors of {', '.join(sorted(strange))}; few loaders read them (--dtype)"
 
 
-def unknown_notes(parts: Sequence[Part], naming: Naming) -> Iterator[str]:
+def unknown_notes(parts: Sequence[Part], naming: Naming, known: frozenset[str]) -> Iterator[str]:
     """Yield a note on modules of a backbone that its family does not have."""
-    if not naming.families:
-        return
-    places = [component_of(part.module) for part in parts]
-    foreign = [
-        local
-        for component, local in places
-        if component in (None, *BACKBONES)
-        and not any(family.has(local) for family in naming.families)
-    ]
+    modules = (part.module for part in parts)
+    foreign = naming.unknown(modules, known) if naming.families else []
     if foreign:
-        names = " or ".join(family.name for family in naming.families)
         yield (
-            f"{len(foreign)} modules are none of {names} and keep their names, such as "
+            f"{len(foreign)} modules are none of {naming} and keep their names, such as "
             f"{foreign[0]!r}"
         )

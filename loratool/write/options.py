@@ -22,6 +22,8 @@ class WriteOptions:
         dtype: The dtype to write (``F32``), or ``None`` for that of each tensor.
         family: Which pipeline the modules belong to, where names do not tell.
         naming: ``native`` or ``diffusers`` for the backbone, or ``None`` for what is usual.
+        keeps_naming: Whether a backbone goes by the names that were read, where the scheme is the
+            one that it was read in; else by those that are usual there.
         component: Write this component of a pipeline only, in its own names.
         name: The adapter's name inside the file, for schemes that have one.
         fold: Fold all scales into the factors.
@@ -34,6 +36,7 @@ class WriteOptions:
     dtype: str | None = None
     family: str | None = None
     naming: str | None = None
+    keeps_naming: bool = False
     component: str | None = None
     name: str | None = None
     fold: bool = False

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
 from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import Scheme
-from loratool.errors import AdapterError
+from loratool.errors import AdapterError, UnsupportedError
+from loratool.names.pipelines import BACKBONES, component_of
 from loratool.schemes import scheme_named
+from loratool.write.conventions import Naming
 
-__all__ = ["check_names"]
+__all__ = ["check_counterparts", "check_names"]
 
 
 def check_names(adapter: Adapter, scheme: Scheme | None = None) -> None:
@@ -57,4 +62,51 @@ def check_names(adapter: Adapter, scheme: Scheme | None = None) -> None:
         f"{count} module names are not known: {listed}{more}",
         hint="give --base, whose names settle it (only its headers are read), or leave them out "
         "with --skip",
+    )
+
+
+def check_counterparts(
+    modules: Collection[str],
+    naming: Naming,
+    scheme: Scheme,
+    known: frozenset[str],
+    *,
+    is_native: bool,
+) -> None:
+    """Refuse to go from one naming of a backbone to the other where not all names are known.
+
+    Names of no component and no family may be any model's, and are left to those who gave them.
+
+    Args:
+        modules: The modules, as they were read.
+        naming: The families that they may belong to.
+        scheme: The scheme that is written.
+        known: What is a component for certain.
+        is_native: Whether they will be named as in original checkpoints; else they were.
+
+    Raises:
+        UnsupportedError: A module has no name that is known in the other naming.
+    """
+    if naming.families:
+        is_alike = all(family.is_alike for family in naming.families)
+        unknown = [] if is_alike else naming.unknown(modules, known)
+    elif scheme.paths.has_components:
+        places = (component_of(module, known) for module in modules)
+        unknown = [local for component, local in places if component in BACKBONES]
+    else:
+        unknown = []
+    if not unknown:
+        return
+    hint = "--to peft keeps the names as they are"
+    if is_native:
+        hint = "--naming diffusers keeps the names as they are"
+    elif naming.families:
+        hint = f"leave it out with --skip '{re.escape(unknown[0])}'"
+    more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+    whose = "original checkpoints call" if is_native else "diffusers calls"
+    raise UnsupportedError(
+        unknown[0],
+        f"is no module of {naming if naming.families else 'a family that is known'}; what {whose} "
+        f"it, which {scheme.name!r} needs, is not known{more}",
+        hint=hint,
     )

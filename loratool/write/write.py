@@ -18,10 +18,11 @@ from loratool.names.pipelines import component_of, family_of_encoders, sole_comp
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
 from loratool.schemes import DEFAULT_SCHEME, scheme_named
 from loratool.write.adapter import NewAdapter
-from loratool.write.conventions import Naming, families_of, to_hub, to_native
+from loratool.write.conventions import Naming, families_of, to_hub, to_native, without_foreign
 from loratool.write.extras import placed_extras
 from loratool.write.notes import dtype_notes, unknown_notes
 from loratool.write.options import WriteOptions
+from loratool.write.refusals import check_counterparts
 from loratool.write.shapes import fitted, padded, slotted
 from loratool.write.tensors import alpha_output, part_specs
 
@@ -75,7 +76,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         *new.notes,
         *scheme.settings.notes(written),
         *dtype_notes([item.part for item in names]),
-        *unknown_notes(named.parts, named.naming),
+        *unknown_notes(named.parts, named.naming, named.known),
         *new.extras.notes,
     ]
     return AdapterPlan(
@@ -156,13 +157,16 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
     if base is not None:
         parts = [fitted(part, base) for part in parts]
     is_kept = _keeps_paths(new.scheme, scheme, options)
-    if is_kept:
-        pass
-    elif _is_written_native(new, scheme, naming, options.naming):
+    if not is_kept:
+        if options.keeps_naming and new.scheme == scheme.name:
+            is_native = new.is_native
+        else:
+            is_native = _is_written_native(new, scheme, naming, options.naming)
+            parts = list(without_foreign(parts, naming))
+        if new.is_native != is_native:
+            check_counterparts(paths, naming, scheme, known, is_native=is_native)
         shapes = base.shapes if base else {}
-        parts = to_native(parts, naming, shapes)
-    else:
-        parts = to_hub(parts, naming)
+        parts = to_native(parts, naming, shapes) if is_native else to_hub(parts, naming)
     alone = options.component
     if alone is None and not is_kept:
         alone = sole_component([part.module for part in parts], known)

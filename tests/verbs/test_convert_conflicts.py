@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,11 +161,60 @@ class TestFamilies:
                 f"transformer.{name}.lora_B.weight": torch.randn(12, 2),
             }
         save_file(tensors, tmp_path / "a.safetensors")
-        report = convert(tmp_path / "a.safetensors", "comfy", tmp_path / "c.safetensors")
+        with pytest.raises(UnsupportedError, match=r"^weird\.x: is no module of flux;") as error:
+            convert(tmp_path / "a.safetensors", "comfy", tmp_path / "c.safetensors")
+        assert "--naming diffusers" in str(error.value.hint)
+        convert(tmp_path / "a.safetensors", "comfy", tmp_path / "c.safetensors", naming="diffusers")
         names = {key.partition(".lora")[0] for key in load_file(tmp_path / "c.safetensors")}
-        assert "diffusion_model.single_blocks.0.linear1" in names
-        assert "diffusion_model.weird.x" in names
-        assert any("weird.x" in note for note in report.notes)
+        assert names > {
+            f"diffusion_model.{name}" for name in ("weird.x", "transformer_blocks.0.attn.to_q")
+        }
+
+    @pytest.mark.parametrize("to", ["diffusers", "diffusers-legacy"])
+    def test_native_names_of_an_unknown_family(self, to: str, tmp_path: Path) -> None:
+        tensors = lora("diffusion_model.foo.0.bar", 12, 12)
+        save_file(tensors, tmp_path / "a.safetensors")
+        with pytest.raises(
+            UnsupportedError, match=r"^foo\.0\.bar: is no module of a family"
+        ) as error:
+            convert(tmp_path / "a.safetensors", to, tmp_path / "c.safetensors")
+        assert "--to peft" in str(error.value.hint)
+        convert(tmp_path / "a.safetensors", "peft", tmp_path / "p")
+        names = load_file(tmp_path / "p" / "adapter_model.safetensors")
+        assert {key.rsplit(".", 2)[0] for key in names} == {"base_model.model.foo.0.bar"}
+        for kept, prefix in (
+            ("comfy", "diffusion_model.foo.0.bar"),
+            ("kohya", "lora_unet_foo_0_bar"),
+        ):
+            convert(tmp_path / "a.safetensors", kept, tmp_path / f"{kept}.safetensors")
+            assert f"{prefix}.alpha" in load_file(tmp_path / f"{kept}.safetensors")
+
+    def test_hub_names_of_an_unknown_family(self, tmp_path: Path) -> None:
+        save_file(lora("transformer.foo.0.bar", 12, 12), tmp_path / "a.safetensors")
+        with pytest.raises(UnsupportedError, match=r"^foo\.0\.bar: is no module of a family"):
+            convert(tmp_path / "a.safetensors", "comfy", tmp_path / "c.safetensors")
+        convert(tmp_path / "a.safetensors", "comfy", tmp_path / "c.safetensors", naming="diffusers")
+        assert "diffusion_model.foo.0.bar.alpha" in load_file(tmp_path / "c.safetensors")
+
+    def test_a_hint_of_a_module_to_leave_out_works(self, tmp_path: Path) -> None:
+        tensors = lora("diffusion_model.double_blocks.0.img_attn.qkv", 36, 12)
+        tensors |= lora("diffusion_model.single_blocks.0.linear1", 84, 12)
+        tensors |= lora("diffusion_model.weird.x", 12, 12)
+        save_file(tensors, tmp_path / "a.safetensors")
+        with pytest.raises(UnsupportedError, match=r"^weird\.x: is no module of flux;") as error:
+            convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "c.safetensors")
+        (pattern,) = re.findall("--skip '(.*)'", str(error.value.hint))
+        convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "c.safetensors", skip=[pattern])
+
+    def test_native_names_that_two_families_have_stay_native(self, tmp_path: Path) -> None:
+        """Z-Image's and Lumina 2's; nothing has to be known of them."""
+        save_file(
+            lora("diffusion_model.layers.0.attention.out", 12, 12), tmp_path / "a.safetensors"
+        )
+        convert(tmp_path / "a.safetensors", "kohya", tmp_path / "k.safetensors")
+        assert "lora_unet_layers_0_attention_out.alpha" in load_file(tmp_path / "k.safetensors")
+        with pytest.raises(UnsupportedError, match="different counterparts"):
+            convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "c.safetensors")
 
     def test_encoders_alone(self, tmp_path: Path) -> None:
         clip = "text_model.encoder.layers.0.self_attn.q_proj"

@@ -135,44 +135,166 @@ def test_an_adapter_in_native_names(family: Family, tmp_path: Path) -> None:
     check(family, weights, deltas, tmp_path)
 
 
-@each_family
-def test_a_conversion_from_one_naming_to_the_other_and_back(family: Family, tmp_path: Path) -> None:
+def cuts(family: Family) -> list[dict[str, Fusion]]:
+    """The further namings of a family, first blocks only, as few times each module as may be."""
+    found: list[dict[str, Fusion]] = []
+    for row in family.others:
+        native = row.native.replace(NUMBER, "0")
+        fusion = family.from_native(native)
+        assert fusion is not None
+        if "norm" in native.rpartition(".")[2] or is_embedding(native):
+            continue
+        free = [
+            cut
+            for cut in found
+            if not {m for f in cut.values() for m in f.modules} & {*fusion.modules}
+        ]
+        if not free:
+            free = [{}]
+            found += free
+        free[0][native] = fusion
+    return found
+
+
+each_other_naming = pytest.mark.parametrize(
+    ("family", "cut"),
+    [(family, cut) for family in families() for cut in cuts(family)],
+    ids=lambda value: value.name if isinstance(value, Family) else f"{len(value)} modules",
+)
+
+
+@each_other_naming
+def test_an_adapter_in_a_further_naming(
+    family: Family, cut: dict[str, Fusion], tmp_path: Path
+) -> None:
+    natives = modules(family)
+    weights = {
+        native: torch.randn(sum(heights(fusion)), WIDTH) for native, fusion in natives.items()
+    }
+    parts: Tensors = {
+        name: torch.zeros(part.shape, dtype=torch.float64)
+        for native, fusion in natives.items()
+        for name, part in hub_parts(fusion, weights[native]).items()
+    }
     factors: Tensors = {}
-    deltas: Tensors = {}
+    for name, fusion in cut.items():
+        one = lora(f"diffusion_model.{name}", sum(heights(fusion)), WIDTH)
+        down, up = (factor.double() for factor in one.values())
+        factors |= one
+        parts |= hub_parts(fusion, up @ down)
+    deltas = {native: native_whole(fusion, parts) for native, fusion in natives.items()}
+    save_file(factors, tmp_path / "adapter.safetensors")
+    check(family, weights, deltas, tmp_path)
+
+
+@each_other_naming
+@pytest.mark.parametrize("naming", ["native", "hub"])
+def test_a_base_in_a_further_naming(
+    naming: str, family: Family, cut: dict[str, Fusion], tmp_path: Path
+) -> None:
+    weights: Tensors = {}
+    parts: Tensors = {}
+    factors: Tensors = {}
+    for name, fusion in cut.items():
+        weights[name] = torch.randn(sum(heights(fusion)), WIDTH)
+        made = {f"transformer.{module}": Fusion((module,)) for module in fusion.modules}
+        if naming == "native":
+            wholes = (family.wholes(module)[0] for module in fusion.modules)
+            made = {f"diffusion_model.{native}": whole for native, whole in wholes}
+        for key, whole in made.items():
+            if f"{key}.lora_A.weight" not in factors:
+                one = lora(key, sum(heights(whole)), WIDTH)
+                down, up = (factor.double() for factor in one.values())
+                factors |= one
+                parts |= hub_parts(whole, up @ down)
+    save_file({f"{BEFORE}{name}.weight": w for name, w in weights.items()}, tmp_path / BASES[0])
+    save_file(factors, tmp_path / "adapter.safetensors")
+    found = merged(tmp_path, BASES[0])
+    for name, fusion in cut.items():
+        assert near(found[name].double(), weights[name].double() + native_whole(fusion, parts)), (
+            name
+        )
+
+
+def in_hub_names(file: Path) -> Tensors:
+    """The deltas of an adapter of diffusers, by module."""
+    found = load_file(file)
+    keys = {key.rsplit(".", 2)[0] for key in found}
+    return {
+        key.partition(".")[2]: found[f"{key}.lora_B.weight"].double()
+        @ found[f"{key}.lora_A.weight"].double()
+        for key in keys
+    }
+
+
+@pytest.mark.parametrize("through", ["comfy", "kohya"])
+@each_family
+def test_a_conversion_from_one_naming_to_the_other_and_back(
+    family: Family, through: str, tmp_path: Path
+) -> None:
+    """The names of all modules tell the family."""
+    factors: Tensors = {}
+    expected: Tensors = {}
     for native, fusion in modules(family).items():
         one = lora(f"diffusion_model.{native}", sum(heights(fusion)), WIDTH)
         down, up = (factor.double() for factor in one.values())
         factors |= one
-        deltas[native] = up @ down
-    save_file(factors, tmp_path / "comfy.safetensors")
-    loratool.convert(
-        tmp_path / "comfy.safetensors",
-        "diffusers",
-        tmp_path / "hub.safetensors",
-        family=family.name,
-    )
-    hub = load_file(tmp_path / "hub.safetensors")
-    expected = {
-        f"{family.backbone}.{name}": part
-        for native, delta in deltas.items()
-        for name, part in hub_parts(modules(family)[native], delta).items()
-    }
-    assert {key.rsplit(".", 2)[0] for key in hub} == set(expected)
-    for name, delta in expected.items():
-        found = hub[f"{name}.lora_B.weight"].double() @ hub[f"{name}.lora_A.weight"].double()
-        assert near(found, delta), name
-    loratool.convert(
-        tmp_path / "hub.safetensors",
-        "comfy",
-        tmp_path / "back.safetensors",
-        family=family.name,
-    )
-    back = load_file(tmp_path / "back.safetensors")
-    for native, delta in deltas.items():
-        key = f"diffusion_model.{native}.lora_"
-        scale = back[f"diffusion_model.{native}.alpha"].double() / len(back[f"{key}down.weight"])
-        found = scale * back[f"{key}up.weight"].double() @ back[f"{key}down.weight"].double()
-        assert near(found, delta), native
+        expected |= hub_parts(fusion, up @ down)
+    save_file(factors, tmp_path / "0.safetensors")
+    for index, to in enumerate((through, "diffusers", through, "diffusers")):
+        source, target = (tmp_path / f"{i}.safetensors" for i in (index, index + 1))
+        report = loratool.convert(source, to, target)
+        assert report.plan.family == family.name
+        if to == "diffusers":
+            deltas = in_hub_names(target)
+            assert set(deltas) == set(expected)
+            for name, delta in expected.items():
+                assert near(deltas[name], delta), name
+
+
+@pytest.mark.parametrize(
+    ("keys", "scheme"),
+    [
+        (("lora_unet_layers_0_attention_to_q", "lora_unet_layers_29_adaLN_modulation_0"), "kohya"),
+        (
+            ("lora_unet_double_blocks_0_img_attn_q", "lora_unet_double_blocks_53_txt_attn_v"),
+            "kohya",
+        ),
+        (("lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_single_blocks_0_linear2"), "kohya"),
+        (
+            (
+                "lora_unet_transformer_blocks_0_attn_to_q",
+                "lora_unet_single_transformer_blocks_37_proj_out",
+            ),
+            "kohya",
+        ),
+        (
+            (
+                "diffusion_model.double_blocks.0.img_attn.qkv",
+                "diffusion_model.single_blocks.39.linear2",
+            ),
+            "comfy",
+        ),
+        (
+            ("transformer.layers.0.attention.to_q", "transformer.layers.29.adaLN_modulation.0"),
+            "diffusers",
+        ),
+    ],
+)
+def test_a_verb_that_keeps_the_scheme_keeps_the_names(
+    keys: tuple[str, ...], scheme: str, tmp_path: Path
+) -> None:
+    factors: Tensors = {}
+    for key in keys:
+        down, up = lora("x", WIDTH, WIDTH).values()
+        names = ("lora_A", "lora_B") if scheme == "diffusers" else ("lora_down", "lora_up")
+        factors |= {f"{key}.{names[0]}.weight": down, f"{key}.{names[1]}.weight": up}
+        factors |= {f"{key}.alpha": torch.tensor(4.0)} if scheme != "diffusers" else {}
+    save_file(factors, tmp_path / "a.safetensors")
+    loratool.rescale(tmp_path / "a.safetensors", tmp_path / "r.safetensors", scale=2.0)
+    assert set(load_file(tmp_path / "r.safetensors")) == set(factors)
+    loratool.truncate(tmp_path / "a.safetensors", tmp_path / "t.safetensors", rank=1)
+    assert set(load_file(tmp_path / "t.safetensors")) == set(factors)
 
 
 def test_a_part_beside_the_whole_is_refused(tmp_path: Path) -> None:

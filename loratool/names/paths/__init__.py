@@ -123,10 +123,11 @@ def is_native(local: str) -> bool:
 def hub_paths(local: str, families: Sequence[Family]) -> tuple[str, ...]:
     """Return what a path of a backbone may be, with its component.
 
-    It stays as it is where the families have different names for it.
+    Backbones of families that no table has are transformers, as all have been of late. A path
+    stays as it is where the families have different names for it.
     """
     if not families:
-        return (local,)
+        return (f"transformer.{local}",)
     found = dict.fromkeys(hub_path(local, family) for family in families)
     if len(found) > 1:
         found = dict.fromkeys(f"{family.backbone}.{local}" for family in families)

@@ -268,8 +268,8 @@ class FlatPaths(EachAlone):
         if wish is not None:
             return wish == "native"
         usual = {family_named(family).is_trained_native for family in families}
-        # Stable Diffusion 1 or XL: what was read is what is written.
-        return usual.pop() if len(usual) == 1 else bool(usual) and is_native
+        # Stable Diffusion 1 or XL, or an unknown one: what was read is what is written.
+        return usual.pop() if len(usual) == 1 else is_native
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,14 @@ def from_native(modules: Sequence[str]) -> Names:
     for module, (part, local) in split.items():
         if part == "diffusion_model":
             paths[module] = hub_paths(local, families)
-            known |= {family.backbone for family in families}
+            known |= {family.backbone for family in families} or {"transformer"}
         else:
             component = encoder_component(part, name, COMFY_ENCODERS)
             paths[module] = (f"{component}.{local}",) if component else ()
             known |= {component} if component else set()
-    return Names(paths, name, frozenset(known), any(map(is_native, backbone)))
+    # Those of a family that no table has are native too: nothing else is said of them here.
+    is_unknown = bool(backbone) and not families
+    return Names(paths, name, frozenset(known), is_unknown or any(map(is_native, backbone)))
 
 
 def _natively_named(families: list[Family], backbone: Sequence[str]) -> list[Family]:
