@@ -44,6 +44,7 @@ CODES: Final = {
     "LT031": ("info", "worth knowing"),
     "LT032": ("error", "the file mixes schemes"),
     "LT033": ("warning", "a module whose path is not known"),
+    "LT034": ("error", "the head that was trained is in no file"),
     "LT101": ("error", "a tensor is missing"),
     "LT102": ("error", "a tensor that should not be there"),
     "LT103": ("error", "wrong dtype or shape"),

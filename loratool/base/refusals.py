@@ -9,6 +9,7 @@ from loratool.base.model import Model
 from loratool.codecs.codec import CodedTensor
 from loratool.errors import BaseModelError
 from loratool.files.dtypes import DTYPES
+from loratool.files.spec import StoredTensor
 
 __all__ = ["CODE", "UNREAD", "Unread", "check_base"]
 
@@ -54,6 +55,10 @@ def check_base(model: Model) -> list[str]:
         if isinstance(tensor, CodedTensor):
             is_coded = True
             continue
+        if _is_of_mlx(name, model):
+            raise BaseModelError(
+                model.path, f"is quantised (MLX): {name!r} scales codes of U32", hint=HINT
+            )
         if name.endswith(MARKS) or ".quant_state." in name:
             kind = next((kind.name for kind in UNREAD if name.endswith(kind.marks)), "by its names")
             raise BaseModelError(
@@ -67,3 +72,10 @@ def check_base(model: Model) -> list[str]:
     if method and not is_coded:
         return [f"the base's config.json names the quantisation {method!r}, its weights are not"]
     return []
+
+
+def _is_of_mlx(name: str, model: Model) -> bool:
+    """Whether a tensor is the scales of a weight that MLX has packed into words."""
+    module, _, leaf = name.rpartition(".")
+    weight = model.tensors.get(f"{module}.weight") if leaf == "scales" else None
+    return isinstance(weight, StoredTensor) and weight.spec.dtype == "U32"

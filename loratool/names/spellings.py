@@ -8,7 +8,9 @@ from typing import Final
 from loratool.adapter.model import Adapter, Extra, ExtraKind, Site
 from loratool.adapter.selectors import Spellings
 from loratool.names.canonical import canonical_path
+from loratool.names.families import claiming, family_named
 from loratool.names.paths import fusions, other_names
+from loratool.names.paths.component import with_component
 from loratool.names.pipelines import (
     BACKBONES,
     COMFY_ENCODERS,
@@ -66,21 +68,31 @@ def spellings_of_path(
         family: The pipeline that it belongs to, where known.
         components: What is a component for certain.
     """
-    component, local = component_of(module, components)
+    whole = with_component(module, _backbone(module, family, components), components)
+    component, local = component_of(whole, components)
     if component is None:
         return Spellings(tuple(dict.fromkeys((module, canonical_path(module)))))
     names = component_names(component, family)
-    locals_ = [local, canonical_path(local), *other_names(module, family)]
+    locals_ = [local, canonical_path(local), *other_names(whole, family)]
     parts: list[tuple[str, ...]] = []
-    for _, native, fusion in fusions(module, family):
+    for _, native, fusion in fusions(whole, family):
         inside = [part.removeprefix(f"{component}.") for part in fusion.modules]
-        if module in fusion.modules:
+        if whole in fusion.modules:
             locals_.append(native.removeprefix(f"{component}."))
         elif len(inside) == 1:
             locals_ += inside
         else:
             parts += [tuple(_behind(names, (part,))) for part in inside]
     return Spellings(tuple(dict.fromkeys((module, *_behind(names, locals_)))), tuple(parts))
+
+
+def _backbone(module: str, family: str | None, known: frozenset[str]) -> str | None:
+    """Return the component that a path without one is in, if a family has such a module."""
+    if component_of(module, known)[0] is not None:
+        return None
+    asked = [family_named(family)] if family else claiming([module])
+    found = {each.backbone for each in asked if each.has(module)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _spellings(module: str, adapter: Adapter) -> Spellings:

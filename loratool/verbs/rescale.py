@@ -345,8 +345,8 @@ def _is_stabilised(adapter: Adapter, *, to: bool, back: bool, fold: bool) -> boo
 def _without_pattern(joints: Sequence[Joint], *, is_alone: bool) -> set[str]:
     """Return the modules whose scale no pattern of PEFT's configuration can say for them alone.
 
-    PEFT warns about patterns that mean a raw parameter, and both projections of an
-    ``nn.MultiheadAttention`` go by one.
+    PEFT warns about patterns that mean a raw parameter, and loses those of experts that it fuses
+    on loading; both projections of an ``nn.MultiheadAttention`` go by one.
 
     Args:
         joints: The modules.
@@ -358,7 +358,7 @@ def _without_pattern(joints: Sequence[Joint], *, is_alone: bool) -> set[str]:
     return {
         joint.name
         for joint in joints
-        if (is_alone and joint.shape.parameter is not None)
+        if (is_alone and joint.shape.needs_default)
         or len(weights[joint.shape.pattern_path]) > 1
     }
 

@@ -11,6 +11,7 @@ from loratool.files.checkpoint import is_weight_like
 from loratool.files.links import DANGLING_LINK, NO_FILE, STRAY_LINK, link_roots, stays_inside
 from loratool.plan.sidecar import TOKENIZER_FILES, Sidecar
 from loratool.schemes import sidecar_names
+from loratool.schemes.companions import is_training_state
 
 __all__ = ["carried_files"]
 
@@ -63,6 +64,8 @@ def _files(adapter: Adapter) -> Iterator[tuple[Path, str]]:
 
 
 def _reason(path: Path) -> str:
+    if is_training_state(path):
+        return "training state"
     if is_weight_like(path):
-        return "weights or training state that were not read"
+        return "weights beside the adapter, which were not read"
     return "neither a tokenizer nor a description"

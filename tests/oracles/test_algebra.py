@@ -109,6 +109,38 @@ def test_rescaling_changes_what_peft_computes_and_back(case: Case, tmp_path: Pat
     assert float(error) < (1e-2 if "half" in case["case"] else 3e-6)
 
 
+UNLOADABLE = ("experts-per-expert", "llava-old-names")
+"""Without some modules PEFT loads them no more: it wants all experts, or other names of targets."""
+WEIGHED = [
+    (case, factor)
+    for case in RESCALED
+    for factor in (0.5, -2.0, 0.0)
+    if case["case"] != "bias-lora-only"  # whose biases a merge weighs too, by the same names
+    and (factor or case["case"] not in UNLOADABLE)
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "factor"), WEIGHED, ids=lambda x: x["case"] if isinstance(x, dict) else str(x)
+)
+def test_modules_that_are_weighed_apart_are_so_in_peft(
+    case: Case, factor: float, tmp_path: Path
+) -> None:
+    """What rescale records, PEFT applies; and it is what merge makes of the same weights."""
+    base, adapter = FIXTURES / case["base"], FIXTURES / case["adapters"][0]
+    modules = sorted({module.module for module in loratool.inspect(adapter).modules})
+    chosen = modules[1::2]
+    if not chosen:
+        pytest.skip("has one module")
+    weights = [f"glob:{module}={factor}" for module in chosen]
+    loratool.rescale(adapter, tmp_path / "out", weights=weights)
+    loratool.merge(base, [adapter], tmp_path / "merged", weights=weights, dtype="float32")
+    peft, _ = warnings_of(case, tmp_path / "out")
+    wanted = outputs_of(case, load_model(case, tmp_path / "merged"))
+    error = (outputs_of(case, peft) - wanted).abs().max() / wanted.abs().max()
+    assert float(error) < (1e-2 if "half" in case["case"] else 3e-6)
+
+
 COMPOSED = [
     ("lora-linear", "rslora", "rank-alpha-patterns-rslora"),
     ("alpha-pattern-only", "rank-pattern-only"),

@@ -12,9 +12,11 @@ from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter, ExtraKind, Site
 from loratool.adapter.patterns import matches_target, pattern_values, suffixes
 from loratool.adapter.problems import check_adapter
+from loratool.adapter.saved import absent_heads, absent_modules
 from loratool.errors import LoratoolError
 from loratool.names.tied import HEAD_LEAVES
 from loratool.schemes import scheme_named
+from loratool.schemes.companions import companions
 
 __all__ = ["check_config"]
 
@@ -121,20 +123,19 @@ def _targets(config: LoraConfig, adapter: Adapter, where: object) -> Iterator[Fi
 
 def _saved(config: LoraConfig, adapter: Adapter, where: object) -> Iterator[Finding]:
     full = [extra.name for extra in adapter.extras if extra.kind is ExtraKind.FULL]
-    for name in config.modules_to_save:
-        pattern = re.compile(rf"(^|.*\.){re.escape(name)}(\..*|$)")
-        if not any(pattern.match(found) for found in full):
-            # PEFT lists both for every classifier, whatever its head is called.
-            is_implicit = name in ("classifier", "score") and config.raw.get("task_type") in (
-                "SEQ_CLS",
-                "TOKEN_CLS",
+    for name in absent_modules(adapter):
+        yield finding(
+            "LT016", where, f"modules_to_save lists {name!r}, but the file has no such tensor"
+        )
+    if config.modules_to_save:
+        beside = [key for each in companions(adapter) for key in each.tensors]
+        for name in absent_heads(adapter, beside):
+            yield finding(
+                "LT034",
+                where,
+                f"modules_to_save lists {name!r}, and no file holds it: the trained head is lost",
+                "save the adapter again where it was trained; a loader would start it at random",
             )
-            if not is_implicit:
-                yield finding(
-                    "LT016",
-                    where,
-                    f"modules_to_save lists {name!r}, but the file has no such tensor",
-                )
     bias = config.raw.get("bias") or "none"
     for found in full:
         module = found.rpartition(".")[0]

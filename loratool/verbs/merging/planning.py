@@ -30,6 +30,7 @@ from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.plan.model import Blend, Edit, ModelPlan, OutputFile, SetRows, Step
 from loratool.plan.sidecar import Sidecar
 from loratool.schemes.opening import open_adapter
+from loratool.verbs.merging.companions import accompanied
 from loratool.verbs.merging.context import Changes, Share
 from loratool.verbs.merging.extras import plan_extras
 from loratool.verbs.merging.sidecars import collect_sidecars
@@ -91,17 +92,18 @@ def plan_merge(
     for adapter in opened:
         check_adapter(adapter)
     check_one_model(opened)
-    opened, strengths, left_out = with_strengths(opened, weights)
+    layers = _common_replication(opened)
+    tasks = [str(adapter.field("task_type")) for adapter in opened]
+    view = model.as_trained(tasks=tasks, layers=layers)
+    complete = [accompanied(adapter, view, skip) for adapter in opened]
+    opened, strengths, left_out = with_strengths([each.adapter for each in complete], weights)
     if not any(adapter.sites or adapter.extras for adapter in opened):
         raise MergeError("merge", "every weight is 0, so the merge would change nothing")
-    notes += left_out
+    notes += [*(note for each in complete for note in each.notes), *left_out]
     for adapter in opened:
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
         if unknown := unknown_scale(adapter):
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
-    layers = _common_replication(opened)
-    tasks = [str(adapter.field("task_type")) for adapter in opened]
-    view = model.as_trained(tasks=tasks, layers=layers)
     shares = [Share.of(*pair) for pair in zip(opened, strengths, strict=True)]
     for share in shares:
         plan_extras(share, view)
@@ -144,6 +146,7 @@ def plan_merge(
         stamps={
             **{shard.path: shard.stamp for shard in checkpoint.shards},
             **{adapter.weights: adapter.stamp for adapter in opened},
+            **{path: stamp for each in complete for path, stamp in each.stamps.items()},
         },
     )
 

@@ -143,6 +143,27 @@ def test_a_part_of_a_fused_projection_is_in_its_native_block(folder: Path) -> No
     assert meant(adapter, "img_attn") == set(hub[:2])
 
 
+def test_a_model_of_a_pipeline_alone_is_called_as_in_the_pipeline(folder: Path) -> None:
+    """PEFT's own files begin inside the model that they are for."""
+    flux = ("transformer_blocks.4.attn.to_q", "transformer_blocks.9.ff.net.2")
+    adapter = opened(folder, "alone", flux)
+    assert meant(adapter, "double_blocks.3-7") == {flux[0]}
+    assert meant(adapter, "transformer") == meant(adapter, "unet") == set(flux)
+    text = opened(folder, "text", ("text_model.encoder.layers.7.mlp.fc1",))
+    assert (
+        meant(text, "te") == meant(text, "text_encoder") == {"text_model.encoder.layers.7.mlp.fc1"}
+    )
+
+
+def test_names_that_are_not_known_are_meant_by_what_the_file_says(folder: Path) -> None:
+    odd = ("lora_unet_strange_thing_3_wobble", "lora_te1_strange_thing_3_wobble")
+    adapter = opened(folder, "odd", odd)
+    assert set(adapter.unresolved) == set(odd)
+    assert meant(adapter, "unet") == {odd[0]}
+    assert meant(adapter, "te1") == meant(adapter, "te") == {odd[1]}
+    assert meant(adapter, "strange_thing_*") == set(odd)
+
+
 def test_layers_of_language_models(llama: Adapter) -> None:
     assert meant(llama, "layers.0-11") == set(LLAMA[:6])
     assert meant(llama, "layers.1-1") == set(LLAMA[2:4])
