@@ -14,8 +14,8 @@ from loratool.names.tied import (
     APART_BIASES,
     EMBEDDING_LEAVES,
     INPUT_STACKS,
+    SHARED,
     SHARED_TABLES,
-    STACKS,
     TABLES,
 )
 
@@ -133,30 +133,32 @@ def _tables(base: Model) -> tuple[str, ...]:
     ]
     kind = base.config.model_type or ""
     named = stored or ([f"{TABLES[kind]}.weight"] if kind in TABLES else [])
-    shared, leaf = SHARED_TABLES.get(kind, ("shared", "embed_tokens"))
-    outer = dict.fromkeys(map(_outside, named))
-    tops = [name for name in named if name == f"{_outside(name)}{shared}.weight"]
-    if tops or len(outer) == 1:
-        prefix = _outside(tops[0]) if tops else next(iter(outer))
-        top = f"{prefix}{shared}.weight"
-        stacks = [s for s in STACKS if any(n.startswith(f"{prefix}{s}.") for n in base.tensors)]
-        is_both = any(stack.endswith("encoder") for stack in stacks) and base.config.shares_tables
-        if stacks and (top in base.tensors or (kind in SHARED_TABLES and is_both)):
-            return (top, *(f"{prefix}{stack}.{leaf}.weight" for stack in stacks))
-        decoder = f"{prefix}decoder.{leaf}.weight"
-        if kind == "fsmt":
-            return (decoder, f"{prefix}encoder.{leaf}.weight")
-        if decoder in stored or (kind in SHARED_TABLES and stacks):
-            return (decoder,)
-    return tuple(named) if len(named) == 1 else ()
+    paths = SHARED_TABLES.get(kind, SHARED)
+    prefixes = {path: [_before(name, path) for name in named] for path in paths}
+    found = dict.fromkeys(p for path in paths for p in prefixes[path] if p is not None)
+    if not found:
+        return tuple(named) if len(named) == 1 else ()
+    prefix = next(iter(found))
+    tables = [
+        f"{prefix}{path}.weight"
+        for path in paths
+        if "." not in path or _holds(base, f"{prefix}{path.partition('.')[0]}.")
+    ]
+    if tables[0] not in base.tensors:
+        has_encoder = any("encoder." in table for table in tables)
+        if kind not in SHARED_TABLES or not has_encoder or not base.config.shares_tables:
+            return (tables[-1],) if tables[-1] in stored or not stored else ()
+    return tuple(tables)
 
 
-def _outside(table: str) -> str:
-    """Return what comes before a table, and the stack that it is in: ``model.``."""
-    parts = table.split(".")[:-2]
-    if parts and parts[-1] in STACKS:
-        parts.pop()
-    return "".join(f"{part}." for part in parts)
+def _before(name: str, path: str) -> str | None:
+    """Return what comes before ``path`` in the name of a weight, if the one ends with the other."""
+    before, found, after = f".{name}".rpartition(f".{path}.weight")
+    return f"{before}."[1:] if found and not after else None
+
+
+def _holds(base: Model, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in base.tensors)
 
 
 def _beside_layers(base: Model) -> tuple[str, ...]:
@@ -183,8 +185,10 @@ def _head(base: Model, tables: Sequence[str], tasks: Collection[str]) -> str | N
 
 def _head_beside(table: str, name: str) -> str:
     """Name the head as a checkpoint would that names its table ``table``."""
-    if name.startswith(tuple(f"{stack}." for stack in STACKS)):
-        return f"{_outside(table)}{name}.weight"
+    first, _, rest = name.partition(".")
+    if rest and f".{first}." in f".{table}":
+        before, _, _ = f".{table}".partition(f".{first}.")
+        return f"{before}.{name}.weight"[1:]
     outer = table.partition(".model.")[0]
     prefix = f"{outer}." if outer != table and outer == "language_model" else ""
     return f"{prefix}{name}.weight"
