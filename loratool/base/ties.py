@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loratool.codecs.weights import Weight
+from loratool.errors import BaseModelError
 from loratool.files.inputs import InputFiles
 from loratool.files.rows import RowBytes
 from loratool.files.spec import StoredTensor
@@ -70,9 +71,6 @@ def possible_ties(base: Model, tasks: Collection[str] = ()) -> tuple[Sharing, ..
     Args:
         base: The base.
         tasks: The task types of the adapters, which may give it another head.
-
-    Raises:
-        BaseModelError: Several modules could be its head.
     """
     if not base.config or base.config.is_untied:
         return ()
@@ -172,7 +170,10 @@ def _head(base: Model, tables: Sequence[str], tasks: Collection[str]) -> str | N
     name = base.config.head(tasks)
     if name is None:
         return None
-    owner = base.index.find(name, parameter="weight")
+    try:
+        owner = base.index.find(name, parameter="weight")
+    except BaseModelError:  # several heads are stored, so none hangs on a weight of another name
+        return None
     is_said = base.config.is_tied is True or bool(base.config.architectures)
     stored = [base.shape(table) for table in tables if table in base.tensors]
     if owner is not None:
@@ -218,7 +219,8 @@ def have_same_values(first: Weight, second: Weight) -> bool:
     spec = first.spec
     if (spec.shape, spec.dtype) != (second.spec.shape, second.spec.dtype):
         return False
-    if not spec.elements:
+    places = [(each.path, each.offset, each.strides) for each in (first, second)]
+    if not spec.elements or places[0] == places[1]:
         return True
     rows = spec.shape[0] if spec.shape else 1
     files = InputFiles({})

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from samples import FIXTURES, lora
 
 import loratool
-from loratool.errors import BaseModelError, LoratoolError, MergeError, OutputError, UnsupportedError
+from loratool.errors import BaseModelError, LoratoolError, MergeError, OutputError
 from loratool.files.safetensors import read_header
 
 Make = Callable[..., Path]
@@ -434,20 +434,6 @@ def test_a_saved_weight_with_a_weight_is_interpolated(
     adapter = make_adapter(lora("a.q", 6, 5) | {"head.weight": saved}, modules_to_save=["head"])
     loratool.merge(base, [adapter], tmp_path / "out", weights=[0.5])
     torch.testing.assert_close(read_all(tmp_path / "out")["head.weight"], (head + saved) / 2)
-
-
-def test_encoder_decoders_are_not_untied(
-    make_base: Make, make_adapter: Make, tmp_path: Path
-) -> None:
-    config = {
-        "model_type": "t5",
-        "architectures": ["T5ForConditionalGeneration"],
-        "is_encoder_decoder": True,
-        "tie_word_embeddings": True,
-    }
-    base = make_base({"shared.weight": torch.randn(10, 6)}, config)
-    with pytest.raises(UnsupportedError, match="encoder-decoder"):
-        loratool.merge(base, [make_adapter(lora("lm_head", 10, 6))], tmp_path / "out")
 
 
 def test_dry_runs_write_nothing(tmp_path: Path) -> None:
