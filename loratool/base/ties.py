@@ -130,7 +130,7 @@ def _tables(base: Model) -> tuple[str, ...]:
         and name.split(".")[-2] in EMBEDDING_LEAVES
     ]
     kind = base.config.model_type or ""
-    named = stored or ([f"{TABLES[kind]}.weight"] if kind in TABLES else [])
+    named = stored or _usual_table(base, kind)
     paths = SHARED_TABLES.get(kind, SHARED)
     prefixes = {path: [_before(name, path) for name in named] for path in paths}
     found = dict.fromkeys(p for path in paths for p in prefixes[path] if p is not None)
@@ -147,6 +147,15 @@ def _tables(base: Model) -> tuple[str, ...]:
         if kind not in SHARED_TABLES or not has_encoder or not base.config.shares_tables:
             return (tables[-1],) if tables[-1] in stored or not stored else ()
     return tuple(tables)
+
+
+def _usual_table(base: Model, kind: str) -> list[str]:
+    """Return what the table of a model type is called, for a base that does not store it."""
+    path = TABLES.get(kind)
+    if path is None:
+        return []
+    outer, _, rest = path.partition(".")
+    return [f"{rest if rest and not _holds(base, f'{outer}.') else path}.weight"]
 
 
 def _before(name: str, path: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A merge that changes some of the parameters that share one weight, and what loaders make of it."""
+"""A merge that changes some of the names of one weight, and what a loader makes of it."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ BOTH_IN_MODEL = ("model.encoder", "model.decoder")
             ("led.shared", "led.encoder.embed_tokens", "led.decoder.embed_tokens", "lm_head"),
         ),
         (BERT, [WORDS], (), (WORDS, "cls.predictions.decoder")),
-        (BERT, ["cls.predictions.decoder"], (), (WORDS, "cls.predictions.decoder")),
+        (BERT, ["cls.predictions.decoder"], ("bert.encoder",), (WORDS, "cls.predictions.decoder")),
         (BERT | {"architectures": ["BertModel"]}, ["embeddings.word_embeddings"], (), ()),
         (
             {"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"]},
