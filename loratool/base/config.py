@@ -11,12 +11,13 @@ from typing import Any, Final
 from loratool.files.json import read_json_object
 from loratool.names.tied import (
     ALWAYS_TIED,
+    FLAG_KEPT,
     GENERATIVE,
     GENERATIVE_TASKS,
     HEADS,
     OTHER_TASKS,
+    OTHER_TIES,
     READ_DIRECTLY,
-    SCALED_BY_TIE,
 )
 
 __all__ = [
@@ -102,7 +103,7 @@ class ModelConfig:
     @property
     def can_untie(self) -> bool:
         """Whether saying that nothing is tied changes nothing else."""
-        return self.model_type not in SCALED_BY_TIE
+        return self.model_type not in FLAG_KEPT
 
     @property
     def shares_tables(self) -> bool:
@@ -153,9 +154,10 @@ class ModelConfig:
             or any(task in GENERATIVE_TASKS for task in tasks)
             or not classes
         )
-        if not generative or self._has_new_head:
+        kind = self.model_type or ""
+        if not generative or self._has_new_head or kind in OTHER_TIES:
             return None
-        return HEADS.get(str(self.raw.get("model_type")), "lm_head")
+        return HEADS.get(kind, "lm_head")
 
     @property
     def _has_new_head(self) -> bool:

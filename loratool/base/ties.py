@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loratool.codecs.weights import Weight
+from loratool.errors import BaseModelError
 from loratool.files.inputs import InputFiles
 from loratool.files.rows import RowBytes
 from loratool.files.spec import StoredTensor
@@ -14,8 +15,8 @@ from loratool.names.tied import (
     APART_BIASES,
     EMBEDDING_LEAVES,
     INPUT_STACKS,
+    SHARED,
     SHARED_TABLES,
-    STACKS,
     TABLES,
 )
 
@@ -70,9 +71,6 @@ def possible_ties(base: Model, tasks: Collection[str] = ()) -> tuple[Sharing, ..
     Args:
         base: The base.
         tasks: The task types of the adapters, which may give it another head.
-
-    Raises:
-        BaseModelError: Several modules could be its head.
     """
     if not base.config or base.config.is_untied:
         return ()
@@ -132,31 +130,42 @@ def _tables(base: Model) -> tuple[str, ...]:
         and name.split(".")[-2] in EMBEDDING_LEAVES
     ]
     kind = base.config.model_type or ""
-    named = stored or ([f"{TABLES[kind]}.weight"] if kind in TABLES else [])
-    shared, leaf = SHARED_TABLES.get(kind, ("shared", "embed_tokens"))
-    outer = dict.fromkeys(map(_outside, named))
-    tops = [name for name in named if name == f"{_outside(name)}{shared}.weight"]
-    if tops or len(outer) == 1:
-        prefix = _outside(tops[0]) if tops else next(iter(outer))
-        top = f"{prefix}{shared}.weight"
-        stacks = [s for s in STACKS if any(n.startswith(f"{prefix}{s}.") for n in base.tensors)]
-        is_both = any(stack.endswith("encoder") for stack in stacks) and base.config.shares_tables
-        if stacks and (top in base.tensors or (kind in SHARED_TABLES and is_both)):
-            return (top, *(f"{prefix}{stack}.{leaf}.weight" for stack in stacks))
-        decoder = f"{prefix}decoder.{leaf}.weight"
-        if kind == "fsmt":
-            return (decoder, f"{prefix}encoder.{leaf}.weight")
-        if decoder in stored or (kind in SHARED_TABLES and stacks):
-            return (decoder,)
-    return tuple(named) if len(named) == 1 else ()
+    named = stored or _usual_table(base, kind)
+    paths = SHARED_TABLES.get(kind, SHARED)
+    prefixes = {path: [_before(name, path) for name in named] for path in paths}
+    found = dict.fromkeys(p for path in paths for p in prefixes[path] if p is not None)
+    if not found:
+        return tuple(named) if len(named) == 1 else ()
+    prefix = next(iter(found))
+    tables = [
+        f"{prefix}{path}.weight"
+        for path in paths
+        if "." not in path or _holds(base, f"{prefix}{path.partition('.')[0]}.")
+    ]
+    if tables[0] not in base.tensors:
+        has_encoder = any("encoder." in table for table in tables)
+        if kind not in SHARED_TABLES or not has_encoder or not base.config.shares_tables:
+            return (tables[-1],) if tables[-1] in stored or not stored else ()
+    return tuple(tables)
 
 
-def _outside(table: str) -> str:
-    """Return what comes before a table, and the stack that it is in: ``model.``."""
-    parts = table.split(".")[:-2]
-    if parts and parts[-1] in STACKS:
-        parts.pop()
-    return "".join(f"{part}." for part in parts)
+def _usual_table(base: Model, kind: str) -> list[str]:
+    """Return what the table of a model type is called, for a base that does not store it."""
+    path = TABLES.get(kind)
+    if path is None:
+        return []
+    outer, _, rest = path.partition(".")
+    return [f"{rest if rest and not _holds(base, f'{outer}.') else path}.weight"]
+
+
+def _before(name: str, path: str) -> str | None:
+    """Return what comes before ``path`` in the name of a weight, if the one ends with the other."""
+    before, found, after = f".{name}".rpartition(f".{path}.weight")
+    return f"{before}."[1:] if found and not after else None
+
+
+def _holds(base: Model, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in base.tensors)
 
 
 def _beside_layers(base: Model) -> tuple[str, ...]:
@@ -170,7 +179,10 @@ def _head(base: Model, tables: Sequence[str], tasks: Collection[str]) -> str | N
     name = base.config.head(tasks)
     if name is None:
         return None
-    owner = base.index.find(name, parameter="weight")
+    try:
+        owner = base.index.find(name, parameter="weight")
+    except BaseModelError:  # several heads are stored, so none hangs on a weight of another name
+        return None
     is_said = base.config.is_tied is True or bool(base.config.architectures)
     stored = [base.shape(table) for table in tables if table in base.tensors]
     if owner is not None:
@@ -183,8 +195,10 @@ def _head(base: Model, tables: Sequence[str], tasks: Collection[str]) -> str | N
 
 def _head_beside(table: str, name: str) -> str:
     """Name the head as a checkpoint would that names its table ``table``."""
-    if name.startswith(tuple(f"{stack}." for stack in STACKS)):
-        return f"{_outside(table)}{name}.weight"
+    first, _, rest = name.partition(".")
+    if rest and f".{first}." in f".{table}":
+        before, _, _ = f".{table}".partition(f".{first}.")
+        return f"{before}.{name}.weight"[1:]
     outer = table.partition(".model.")[0]
     prefix = f"{outer}." if outer != table and outer == "language_model" else ""
     return f"{prefix}{name}.weight"
@@ -214,7 +228,8 @@ def have_same_values(first: Weight, second: Weight) -> bool:
     spec = first.spec
     if (spec.shape, spec.dtype) != (second.spec.shape, second.spec.dtype):
         return False
-    if not spec.elements:
+    places = [(each.path, each.offset, each.strides) for each in (first, second)]
+    if not spec.elements or places[0] == places[1]:
         return True
     rows = spec.shape[0] if spec.shape else 1
     files = InputFiles({})

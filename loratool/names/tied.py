@@ -10,6 +10,7 @@ __all__ = [
     "ALWAYS_TIED",
     "APART_BIASES",
     "EMBEDDING_LEAVES",
+    "FLAG_KEPT",
     "GENERATIVE",
     "GENERATIVE_TASKS",
     "HEADS",
@@ -17,10 +18,10 @@ __all__ = [
     "INNER_HEADS",
     "INPUT_STACKS",
     "OTHER_TASKS",
+    "OTHER_TIES",
     "READ_DIRECTLY",
-    "SCALED_BY_TIE",
+    "SHARED",
     "SHARED_TABLES",
-    "STACKS",
     "TABLES",
 ]
 
@@ -95,6 +96,7 @@ HEADS: Final = {
     "t5gemma2": "lm_head.out_proj",
     "tapas": _BERT,
     "trocr": "output_projection",
+    "ultrabert": "head.decoder",
     "vilt": "mlm_score.decoder",
     "visual_bert": _BERT,
     "whisper": "proj_out",
@@ -110,11 +112,8 @@ HEADS: Final = {
 INNER_HEADS: Final = tuple(sorted({head for head in HEADS.values() if head.endswith(".decoder")}))
 """Heads inside a module that other heads have too: no list of saved modules need name them."""
 
-APART_BIASES: Final = frozenset(("bridgetower", "esm", "gte", "lxmert", "vilt"))
+APART_BIASES: Final = frozenset(("bridgetower", "esm", "gte", "lxmert", "ultrabert", "vilt"))
 """Model types whose ``decoder`` has no bias to share with the module that it is in."""
-
-STACKS: Final = ("encoder", "decoder", "text_encoder", "text_decoder")
-"""The parts of an encoder-decoder that each have a table of tokens."""
 
 _WORDS: Final = "embeddings.word_embeddings"
 
@@ -160,23 +159,49 @@ TABLES: Final = (
 )
 """Model type to its table of tokens, where that is not ``embed_tokens`` beside its layers."""
 
-SHARED_TABLES: Final = {
-    kind: ("shared", "embed_tokens") for kind, path in TABLES.items() if path.endswith("shared")
-} | {"prophetnet": ("word_embeddings", "word_embeddings")}
-"""Model type to the name of the table that all stacks share, and of that of each stack."""
+SHARED: Final = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+"""The tables of an encoder-decoder that are one, the one that is copied to the others first."""
 
-INPUT_STACKS: Final = {"fsmt": None, "marian": "encoder"}
-"""Model type to the stack whose table counts as the input embedding, where the first does not."""
+SHARED_TABLES: Final = {
+    kind: SHARED for kind, path in TABLES.items() if path.rpartition(".")[2] == "shared"
+} | {
+    "fsmt": ("decoder.embed_tokens", "encoder.embed_tokens"),
+    "prophetnet": ("word_embeddings", "encoder.word_embeddings", "decoder.word_embeddings"),
+    "seamless_m4t": ("shared", "text_encoder.embed_tokens", "text_decoder.embed_tokens"),
+    "seamless_m4t_v2": ("shared", "text_encoder.embed_tokens", "text_decoder.embed_tokens"),
+    "t5gemma2": ("encoder.text_model.embed_tokens", "decoder.embed_tokens"),
+}
+"""Model type to such tables of its own."""
+
+INPUT_STACKS: Final = {
+    "fsmt": None,
+    "marian": "encoder",
+    "seamless_m4t": "text_decoder",
+    "seamless_m4t_v2": "text_decoder",
+    "t5gemma": None,
+}
+"""Model type to the stack whose table counts as the input embedding, where the first does not.
+
+With ``None`` it is none of those that share a weight.
+"""
 
 ALWAYS_TIED: Final = frozenset(("longt5", "mt5", "pop2piano", "t5", "udop", "umt5", "vilt"))
 """Model types whose weights are tied whatever ``tie_word_embeddings`` says."""
 
-SCALED_BY_TIE: Final = ALWAYS_TIED | {"switch_transformers"}
-"""Model types that read it otherwise: as whether the decoder's outputs are scaled, or not at all.
+FLAG_KEPT: Final = ALWAYS_TIED | {
+    "seamless_m4t",
+    "seamless_m4t_v2",
+    "switch_transformers",
+    "t5gemma2",
+}
+"""Model types to which it means more: whether the decoder's outputs are scaled, or other ties.
 
 Untied in the configuration they would compute something else; their loader keeps two weights apart
 whose stored values differ.
 """
+
+OTHER_TIES: Final = frozenset(("blt", "csm", "diffusion_gemma", "flava", "luke", "neomme"))
+"""Model types that share other weights than a table of tokens and a head."""
 
 READ_DIRECTLY: Final = {
     "deberta": ("word_embeddings",),
@@ -195,6 +220,12 @@ GENERATIVE: Final = (
     "ForMaskedLM",
     "ForPreTraining",
     "MTModel",
+    "DoubleHeadsModel",
+    "GenerationDecoder",
+    "ForCausalImageModeling",
+    "ForSpeechToText",
+    "ForTextToText",
+    "ForVisionText2Text",
 )
 GENERATIVE_TASKS: Final = frozenset(("CAUSAL_LM", "SEQ_2_SEQ_LM"))
 OTHER_TASKS: Final = frozenset(("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"))

@@ -39,9 +39,8 @@ class Untied:
         notes = [f"tied weights are no longer tied: {listed} is written apart"]
         if not self.in_config:
             notes.append(
-                "tie_word_embeddings keeps its value, which is about the scale of outputs in this "
-                "family: transformers 5 keeps apart what differs in the files, earlier versions "
-                "tie it again"
+                "the tie in config.json keeps its value, which means more in this family: "
+                "transformers 5 keeps apart what differs in the files, earlier versions do not"
             )
         return notes
 
