@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loratool.base.layout import Fused
 from loratool.base.place import Piece, Place
 from loratool.errors import BaseModelError
 from loratool.names.family import stretches
@@ -47,11 +48,15 @@ def fused_place(module: str, base: Model, family: str | None = None) -> Place | 
 
 def _known(module: str, base: Model, family: str | None) -> Iterator[tuple[str, Known]]:
     """Yield what ``module`` is or is a part of, each with what it goes by there."""
-    fused = base.layout.fused(module, base.config)
-    if fused is not None:
-        yield module, Known(fused.whole, fused.parts, lambda _, total: fused.sizes(total))
+    for fused in (base.live.fused(module), base.layout.fused(module, base.config)):
+        if fused is not None:
+            yield module, _one_after_the_other(fused)
     for name, whole, fusion in fusions(module, family):
         yield name, Known(whole, fusion.modules, fusion.heights, fusion.swapped)
+
+
+def _one_after_the_other(fused: Fused) -> Known:
+    return Known(fused.whole, fused.parts, lambda _, total: fused.sizes(total))
 
 
 def _place_in(module: str, known: Known, base: Model) -> Place | None:

@@ -256,8 +256,8 @@ def _placed(edit: AddDelta, kind: Arithmetic) -> Iterator[Delta]:
 def load_delta(site: Site, region: Region, scale: float, kind: Arithmetic) -> LowRank:
     """Read the factors of one delta, oriented as the region stores it."""
     down, up = _factors(site, region, kind)
-    if region.experts > 1:
-        return _expert(down, up, region.expert or 0, region, scale)
+    if region.expert is not None:  # also where there is but one, which may be cut in parts
+        return _expert(down, up, region.expert, region, scale)
     delta = LowRank(up, down, scale)
     return delta.mT if region.transposed else delta
 
