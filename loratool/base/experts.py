@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from typing import TYPE_CHECKING, Final
 
@@ -78,7 +79,8 @@ def _in_fused(
     if len(shape) != 3 or part.expert >= shape[0]:
         raise BaseModelError(label, f"the base's {name!r} has shape {list(shape)}")
     _, rows, columns = shape
-    if part.parts > 1 and base.config.model_types & INTERLEAVED:
+    is_interleaved = bool(base.config.model_types & INTERLEAVED) or _is_interleaved(part, base)
+    if part.parts > 1 and is_interleaved:
         raise UnsupportedError(
             label, f"the base interleaves gate and up in {name!r}, which is not supported"
         )
@@ -116,6 +118,11 @@ def _expert_part(module: str) -> ExpertPart | None:
         return None
     parameter = f"{match['container']}.{part.parameter}"
     return ExpertPart(parameter, int(match["expert"]), part.index, part.parts)
+
+
+def _is_interleaved(part: ExpertPart, base: Model) -> bool:
+    stack = base.live.stack(part.parameter)
+    return stack is not None and stack.is_interleaved
 
 
 def _is_declared(parameter: str, base: Model) -> bool:
@@ -278,7 +285,11 @@ def _stacked_regions(
     experts, rows, columns = shape
     fused = fused_tensor(parameter, base)
     if fused is not None:
-        return [(fused, Region(rows, columns, transposed=transposed, experts=experts))]
+        region = Region(rows, columns, transposed=transposed, experts=experts)
+        stack = base.live.stack(parameter)
+        if stack is not None and stack.is_interleaved:
+            region = replace(region, exchanged=(1, 2, rows // 2))
+        return [(fused, region)]
     places = []
     for expert, names in enumerate(_expert_tensors(parameter, base)):
         for index, name in enumerate(names):

@@ -19,10 +19,9 @@ __all__ = ["ExpertPart", "LiveModel", "Stack"]
 WEIGHT: Final = ".weight"
 RENAMED: Final = ((), ("transpose if needed",))
 """Operations that leave a tensor one parameter, as it is or as its shape tells."""
-ROWS: Final = {("cut 0",): False, ("split 0",): True}
-"""Operations that cut rows into parameters; whether by the sizes of attention heads."""
+ROWS: Final = ("cut", "split", "rope")
+"""Operations of which those consist that cut rows into parameters, or change their order."""
 ELSEWHERE: Final = {
-    "rope": "its rows paired for rotary embeddings, in another order than the live model",
     "interleave": "its two halves interleaved row by row, in another order than the live model",
     "transpose": "it transposed, other than the live model",
     "share": "its experts in one list for text and images, other than the live model",
@@ -38,11 +37,13 @@ class Stack:
             the experts apart.
         whole: The tensor that is all of it, where there is such.
         is_turned: Whether that has the two axes of an expert exchanged.
+        is_interleaved: Whether its two halves are row by row in that.
     """
 
     tensors: tuple[tuple[str, ...], ...] = ()
     whole: str | None = None
     is_turned: bool = False
+    is_interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class _Found:
     """What the tensors of the files are, by the names of the live model."""
 
     renamed: dict[str, str] = field(default_factory=dict)
-    turned: dict[str, str] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
     fused: dict[str, Fused] = field(default_factory=dict)
     elsewhere: dict[str, tuple[str, str]] = field(default_factory=dict)
     joined: dict[str, dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
@@ -105,9 +106,9 @@ class LiveModel:
             is_weight = name.endswith((WEIGHT, ".in_proj_weight"))
             if operations in RENAMED:
                 found.renamed[live.names[0]] = name
-            elif operations in ROWS and not is_weight:
+            elif _are_rows(live) and not is_weight:
                 continue  # the bias beside it
-            elif operations in ROWS:
+            elif _are_rows(live):
                 fused = self._fused(name, live)
                 found.fused |= dict.fromkeys((fused.whole, *fused.parts), fused)
             elif operations[0] == "list":
@@ -117,7 +118,9 @@ class LiveModel:
                 if sources.setdefault(live.source, name) != name:
                     found.elsewhere[live.names[0]] = (name, "it in shards")
             elif operations == ("transpose",) and len(self.tensors[name].spec.shape) == 3:
-                found.turned[live.names[0]] = name
+                found.stacks[live.names[0]] = Stack(whole=name, is_turned=True)
+            elif operations == ("interleave 1",) and len(self.tensors[name].spec.shape) == 3:
+                found.stacks[live.names[0]] = Stack(whole=name, is_interleaved=True)
             else:
                 word = next(w for o in operations if (w := o.partition(" ")[0]) in ELSEWHERE)
                 found.elsewhere |= dict.fromkeys(live.names, (name, ELSEWHERE[word]))
@@ -129,8 +132,25 @@ class LiveModel:
         return found
 
     def _fused(self, name: str, live: LiveParameters) -> Fused:
-        rows = self.config.projection_rows or () if ROWS[live.operations] else ()
-        return Fused(_module(name), tuple(map(_module, live.names)), rows)
+        rows: tuple[int, ...] = ()
+        paired: tuple[int, ...] = ()
+        for operation in live.operations:
+            word, *words = operation.split()
+            if word == "split":
+                rows = self.config.projection_rows or ()
+            elif word == "rope":
+                heads = self._heads(words[0])
+                paired = tuple(
+                    heads if not words[1:] or any(part in one for part in words[1:]) else 0
+                    for one in live.names
+                )
+        return Fused(_module(name), tuple(map(_module, live.names)), rows, paired=paired)
+
+    def _heads(self, key: str) -> int:
+        """Return the attention heads that the part ``key`` of the configuration tells."""
+        part = self.config.raw.get(key)
+        heads = (part if isinstance(part, dict) else self.config.raw).get("num_attention_heads")
+        return heads if isinstance(heads, int) else 1
 
     def tensor(self, name: str) -> str | None:
         """Return the tensor of the files that the parameter ``name`` of the live model is.
@@ -177,9 +197,8 @@ class LiveModel:
         if module in found.fused:
             return found.fused[module]
         live = self._naming.live(f"{module}{WEIGHT}")
-        if live.operations in ROWS:
-            rows = self._fused("", live).rows
-            return Fused(module, tuple(map(_module, live.names)), rows)
+        if _are_rows(live):
+            return self._fused(module, live)
         if live.operations[:1] and live.operations[0] == "join 0" and len(live.operations) == 1:
             whole = _module(live.names[0])
             parts = tuple(
@@ -201,8 +220,8 @@ class LiveModel:
         found = self._tensors
         if found is None:
             return None
-        if parameter in found.turned:
-            return Stack(whole=found.turned[parameter], is_turned=True)
+        if parameter in found.stacks:
+            return found.stacks[parameter]
         if parameter in found.experts:
             return self._listed(parameter, found.experts[parameter])
         if parameter in found.joined:
@@ -226,6 +245,12 @@ class LiveModel:
         if live.expert is None or live.operations[0] != "list":
             return None
         return ExpertPart(live.names[0], live.expert, live.source, live.sources)
+
+
+def _are_rows(live: LiveParameters) -> bool:
+    words = [operation.partition(" ")[0] for operation in live.operations]
+    by_rows = all(o in ("cut 0", "split 0") or o.startswith("rope") for o in live.operations)
+    return bool(words) and by_rows and all(word in ROWS for word in words)
 
 
 def _module(name: str) -> str:

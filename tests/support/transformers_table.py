@@ -48,7 +48,8 @@ def _operation(operation: Any) -> str:
     if word == "transpose":
         return "transpose if needed" if operation.check_dims else word
     if word == "rope":
-        return " ".join((word, *(operation.permute_layer_names or ())))
+        names = operation.permute_layer_names or ()
+        return " ".join((word, operation.subconfig_key or ".", *names))
     return word
 
 
