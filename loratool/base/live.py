@@ -17,6 +17,7 @@ from loratool.names.transformers import LiveParameters, Naming, naming_of
 __all__ = ["ExpertPart", "LiveModel", "Stack"]
 
 WEIGHT: Final = ".weight"
+ATTENTION: Final = ".in_proj_weight"
 RENAMED: Final = ((), ("transpose if needed",))
 """Operations that leave a tensor one parameter, as it is or as its shape tells."""
 ROWS: Final = ("cut", "split", "rope")
@@ -103,7 +104,7 @@ class LiveModel:
         for name in self.tensors:
             live = naming.live(name)
             operations = live.operations
-            is_weight = name.endswith((WEIGHT, ".in_proj_weight"))
+            is_weight = name.endswith((WEIGHT, ATTENTION))
             if operations in RENAMED:
                 found.renamed[live.names[0]] = name
             elif _are_rows(live) and not is_weight:
@@ -196,9 +197,11 @@ class LiveModel:
             return None
         if module in found.fused:
             return found.fused[module]
+        for leaf in (WEIGHT, ATTENTION):
+            live = self._naming.live(f"{module}{leaf}")
+            if _are_rows(live):
+                return self._fused(module, live)
         live = self._naming.live(f"{module}{WEIGHT}")
-        if _are_rows(live):
-            return self._fused(module, live)
         if live.operations[:1] and live.operations[0] == "join 0" and len(live.operations) == 1:
             whole = _module(live.names[0])
             parts = tuple(
@@ -255,4 +258,4 @@ def _are_rows(live: LiveParameters) -> bool:
 
 def _module(name: str) -> str:
     """Return the module of a weight, or of what a rule makes of a module's whole path."""
-    return name.removesuffix(WEIGHT).removesuffix(".in_proj_weight")
+    return name.removesuffix(WEIGHT).removesuffix(ATTENTION)
