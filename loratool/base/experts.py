@@ -15,7 +15,6 @@ from loratool.base.region import Region
 from loratool.errors import BaseModelError, UnsupportedError
 from loratool.names.experts import (
     FUSED,
-    FUSED_ALIASES,
     TRANSPOSED_MODEL_TYPES,
     fused_part_of,
     registration_index,
@@ -157,10 +156,7 @@ def fused_tensor(parameter: str, base: Model) -> str | None:
     if stack is not None:
         return stack.whole
     module, _, leaf = parameter.rpartition(".")
-    name = base.tensor(module, leaf) if module else None
-    if name is None and leaf in FUSED_ALIASES:
-        return base.tensor(f"{module.rpartition('.')[0]}.{FUSED_ALIASES[leaf]}", "weight")
-    return name
+    return base.tensor(module, leaf) if module else None
 
 
 def fused_shape(parameter: str, base: Model) -> tuple[int, ...] | None:

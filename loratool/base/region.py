@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from loratool.math.namespace import Array, array_namespace
+if TYPE_CHECKING:
+    from loratool.math.namespace import Array
 
 __all__ = ["Region"]
 
@@ -70,6 +72,8 @@ class Region:
 
 def _exchange(values: Array, count: int, outer: int, inner: int) -> Array:
     """Return rows that are seen as ``(count, outer, inner)`` with the last two exchanged."""
+    from loratool.math.namespace import array_namespace  # finding a module takes no numpy
+
     xp = array_namespace(values)
     seen = xp.reshape(values, (count, outer, inner, *values.shape[1:]))
     axes = (0, 2, 1, *range(3, seen.ndim))
