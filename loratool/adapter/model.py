@@ -37,7 +37,7 @@ HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "pr
 HISTORY_KEY: Final = "loratool"
 """Metadata of what loratool has written: where it records no alpha, the scale is 1."""
 
-FUSED_PARAMETERS: Final = ("gate_up_proj", "down_proj")
+FUSED_PARAMETERS: Final = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """The parameters of fused experts, in the order in which transformers registers them."""
 
 

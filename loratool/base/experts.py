@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from typing import TYPE_CHECKING, Final
 
-from loratool.adapter.model import Adapter, Site
+from loratool.adapter.model import FUSED_PARAMETERS, Adapter, Site
+from loratool.base.live import ExpertPart
 from loratool.base.place import Piece, Place
 from loratool.base.region import Region
 from loratool.errors import BaseModelError, UnsupportedError
 from loratool.names.experts import (
     FUSED,
-    FUSED_ALIASES,
     TRANSPOSED_MODEL_TYPES,
     fused_part_of,
     registration_index,
@@ -68,23 +70,20 @@ def _in_fused(
         base: The base.
         label: What to call it in errors.
     """
-    match = EXPERT.fullmatch(module)
-    part = fused_part_of(match["leaf"]) if match else None
-    if match is None or part is None:
-        return None
-    name = fused_tensor(f"{match['container']}.{part.parameter}", base)
-    if name is None:
+    part = base.live.expert(module) or _expert_part(module)
+    name = fused_tensor(part.parameter, base) if part is not None else None
+    if part is None or name is None:
         return None
     shape = base.shape(name)
-    expert = int(match["expert"])
-    if len(shape) != 3 or expert >= shape[0]:
+    if len(shape) != 3 or part.expert >= shape[0]:
         raise BaseModelError(label, f"the base's {name!r} has shape {list(shape)}")
     _, rows, columns = shape
-    if part.parts > 1 and base.config.model_types & INTERLEAVED:
+    is_interleaved = bool(base.config.model_types & INTERLEAVED) or _is_interleaved(part, base)
+    if part.parts > 1 and is_interleaved:
         raise UnsupportedError(
             label, f"the base interleaves gate and up in {name!r}, which is not supported"
         )
-    declared = bool(base.config.model_types & TRANSPOSED_MODEL_TYPES)
+    declared = _is_declared(part.parameter, base)
     if delta is None:
         outer, into = (columns, rows) if declared else (rows, columns)
         delta = (outer // part.parts, into)
@@ -96,7 +95,7 @@ def _in_fused(
         raise BaseModelError(
             label, f"a delta of {[out, into]} does not fit {name!r} of {list(shape)}"
         )
-    first_row, first_column = expert * rows, 0
+    first_row, first_column = part.expert * rows, 0
     if transposed:
         first_column = part.index * out
     else:
@@ -111,19 +110,40 @@ def _in_fused(
     return name, region
 
 
+def _expert_part(module: str) -> ExpertPart | None:
+    match = EXPERT.fullmatch(module)
+    part = fused_part_of(match["leaf"]) if match else None
+    if match is None or part is None:
+        return None
+    parameter = f"{match['container']}.{part.parameter}"
+    return ExpertPart(parameter, int(match["expert"]), part.index, part.parts)
+
+
+def _is_interleaved(part: ExpertPart, base: Model) -> bool:
+    stack = base.live.stack(part.parameter)
+    return stack is not None and stack.is_interleaved
+
+
+def _is_declared(parameter: str, base: Model) -> bool:
+    """Whether the files have the experts' ``parameter`` as ``(experts, in, out)``."""
+    stack = base.live.stack(parameter)
+    is_turned = stack is not None and stack.is_turned
+    return is_turned != bool(base.config.model_types & TRANSPOSED_MODEL_TYPES)
+
+
 def parameter_place(parameter: str, base: Model) -> Place | None:
     """Return the place of a stack of experts, in one parameter or in a tensor for each.
 
     Which way round square ones lie is told by the model type alone; an adapter's release may
     know better (:func:`locate_parameter`).
     """
-    if parameter.rpartition(".")[2] not in FUSED:
+    if parameter.rpartition(".")[2] not in FUSED_PARAMETERS:
         return None
     shape = fused_shape(parameter, base)
     if shape is None or len(shape) != 3:
         return None
     experts, rows, columns = shape
-    transposed = bool(base.config.model_types & TRANSPOSED_MODEL_TYPES)
+    transposed = _is_declared(parameter, base)
     regions = _stacked_regions(parameter, shape, base, transposed=transposed)
     pieces = tuple(Piece(name, base.tensors[name], region) for name, region in regions)
     pair = (columns, rows) if transposed else (rows, columns)
@@ -132,11 +152,11 @@ def parameter_place(parameter: str, base: Model) -> Place | None:
 
 def fused_tensor(parameter: str, base: Model) -> str | None:
     """Return the name of the base's tensor that is ``parameter``, or ``None``."""
+    stack = base.live.stack(parameter)
+    if stack is not None:
+        return stack.whole
     module, _, leaf = parameter.rpartition(".")
-    name = base.tensor(module, leaf) if module else None
-    if name is None and leaf in FUSED_ALIASES:
-        return base.tensor(f"{module.rpartition('.')[0]}.{FUSED_ALIASES[leaf]}", "weight")
-    return name
+    return base.tensor(module, leaf) if module else None
 
 
 def fused_shape(parameter: str, base: Model) -> tuple[int, ...] | None:
@@ -147,12 +167,18 @@ def fused_shape(parameter: str, base: Model) -> tuple[int, ...] | None:
     experts = _expert_tensors(parameter, base)
     if not experts:
         return None
-    rows, columns = base.shape(experts[0][0])
-    return (len(experts), rows * len(experts[0]), columns)
+    *stacked, rows, columns = base.shape(experts[0][0])
+    return (*(stacked or (len(experts),)), rows * len(experts[0]), columns)
 
 
-def _expert_tensors(parameter: str, base: Model) -> list[list[str]]:
-    """Return, for each expert, the names of the tensors that make up the fused ``parameter``."""
+def _expert_tensors(parameter: str, base: Model) -> Sequence[Sequence[str]]:
+    """Return, for each expert, the names of the tensors that make up the fused ``parameter``.
+
+    There may be one only, of tensors that stack all experts.
+    """
+    stack = base.live.stack(parameter)
+    if stack is not None:
+        return stack.tensors
     module, _, leaf = parameter.rpartition(".")
     container = base.index.find(module)
     if container is None or leaf not in FUSED:
@@ -255,7 +281,11 @@ def _stacked_regions(
     experts, rows, columns = shape
     fused = fused_tensor(parameter, base)
     if fused is not None:
-        return [(fused, Region(rows, columns, transposed=transposed, experts=experts))]
+        region = Region(rows, columns, transposed=transposed, experts=experts)
+        stack = base.live.stack(parameter)
+        if stack is not None and stack.is_interleaved:
+            region = replace(region, exchanged=(1, 2, rows // 2))
+        return [(fused, region)]
     places = []
     for expert, names in enumerate(_expert_tensors(parameter, base)):
         for index, name in enumerate(names):
@@ -264,7 +294,7 @@ def _stacked_regions(
                 columns,
                 transposed=transposed,
                 experts=experts,
-                expert=expert,
+                expert=expert if len(base.shape(name)) == 2 else None,
                 part=(index, len(names)),
             )
             places.append((name, region))
@@ -283,7 +313,7 @@ def _is_transposed(
     _, rows, columns = shape
     if rows != columns:
         return site.in_features == rows
-    declared = bool(base.config.model_types & TRANSPOSED_MODEL_TYPES)
+    declared = _is_declared(parameter, base)
     version = str(adapter.field("peft_version") or "0.17.0")
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if numbers < (0, 19, 0):

@@ -114,6 +114,13 @@ def _cut(site: Site, place: Place) -> list[Fit]:
     fits = site.variant.places(site, place.shape)
     if (site.out_features, site.in_features) != place.shape if site.is_plain else not fits:
         raise mismatch(site, place.shape, (site.out_features, site.in_features))
+    is_mixed = any(piece.region.exchanged for piece in place.pieces)
+    if is_mixed and not site.variant.has_factors:
+        raise UnsupportedError(
+            site.label,
+            "changes the weight itself, and the base has its outputs in another order",
+            hint="make it a plain LoRA: loratool convert ADAPTER --to-lora --base BASE --rank R",
+        )
     if len(place.pieces) == 1:
         (piece,) = place.pieces
         return [Fit(piece.name, piece.region, site, is_whole=False)]

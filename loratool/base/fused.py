@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loratool.base.layout import Fused
 from loratool.base.place import Piece, Place
 from loratool.errors import BaseModelError
 from loratool.names.family import stretches
@@ -26,12 +27,14 @@ class Known:
         parts: The others.
         heights: Returns how many outputs each of them has, given the inputs and all outputs.
         swapped: Whether the halves of its outputs are exchanged.
+        paired: As of :class:`~loratool.base.layout.Fused`.
     """
 
     whole: str
     parts: tuple[str, ...]
     heights: Callable[[int, int], tuple[int, ...] | None]
     swapped: bool = False
+    paired: tuple[int, ...] = ()
 
 
 def fused_place(module: str, base: Model, family: str | None = None) -> Place | None:
@@ -47,11 +50,18 @@ def fused_place(module: str, base: Model, family: str | None = None) -> Place | 
 
 def _known(module: str, base: Model, family: str | None) -> Iterator[tuple[str, Known]]:
     """Yield what ``module`` is or is a part of, each with what it goes by there."""
-    fused = base.layout.fused(module, base.config)
-    if fused is not None:
-        yield module, Known(fused.whole, fused.parts, lambda _, total: fused.sizes(total))
+    for fused in (base.live.fused(module), base.layout.fused(module, base.config)):
+        if fused is not None:
+            yield module, _one_after_the_other(fused)
     for name, whole, fusion in fusions(module, family):
         yield name, Known(whole, fusion.modules, fusion.heights, fusion.swapped)
+
+
+def _one_after_the_other(fused: Fused) -> Known:
+    sizes = fused.sizes
+    return Known(
+        fused.whole, fused.parts, lambda _, total: sizes(total), paired=fused.paired
+    )
 
 
 def _place_in(module: str, known: Known, base: Model) -> Place | None:
@@ -75,6 +85,8 @@ def _place_in(module: str, known: Known, base: Model) -> Place | None:
     pieces = [
         _rows(whole, each.native, each.count, each.first) for each in found if each.part == part
     ]
+    if known.paired and (heads := known.paired[part]):
+        pieces = [_exchanged(piece, (heads, 2, piece.outputs // heads // 2)) for piece in pieces]
     return _made_of(pieces, module, whole)
 
 
@@ -85,11 +97,17 @@ def _joined(known: Known, parts: Sequence[Place]) -> Place | None:
     found = stretches([part.shape[0] for part in parts], swapped=known.swapped)
     if found is None:
         return None
-    pieces = [
-        _rows(parts[each.part], each.first, each.count, each.native)
-        for each in sorted(found, key=lambda each: each.native)
-    ]
+    pieces = []
+    for each in sorted(found, key=lambda each: each.native):
+        piece = _rows(parts[each.part], each.first, each.count, each.native)
+        if known.paired and (heads := known.paired[each.part]):
+            piece = _exchanged(piece, (heads, piece.outputs // heads // 2, 2))
+        pieces.append(piece)
     return _made_of(pieces, known.whole, parts[0])
+
+
+def _exchanged(piece: Piece, axes: tuple[int, int, int]) -> Piece:
+    return replace(piece, region=replace(piece.region, exchanged=axes))
 
 
 def _rows(place: Place, first: int, count: int, to: int) -> Piece:

@@ -35,11 +35,14 @@ class Fused:
         whole: The module that holds all of them.
         parts: The modules that they are where each has a weight of its own, in their order.
         rows: The rows of each; empty where they are equal.
+        paired: The attention heads of each part whose rows are in pairs for rotary embeddings in
+            the whole, and in halves where it is apart; 0 for the others. Empty for none.
     """
 
     whole: str
     parts: tuple[str, ...]
     rows: tuple[int, ...] = ()
+    paired: tuple[int, ...] = ()
 
     def sizes(self, total: int) -> tuple[int, ...] | None:
         """Return the rows of each part of ``total``; ``None`` where they do not add up."""

@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from loratool.base.config import read_config
+from loratool.base.config import ModelConfig, read_config
 from loratool.base.experts import expert_place, parameter_place
 from loratool.base.fused import fused_place
 from loratool.base.layout import Headers, Layout
 from loratool.base.layouts import layout_of
+from loratool.base.live import LiveModel
 from loratool.base.modules import ModuleIndex
 from loratool.base.orientation import is_conv1d_by_shape, natural_region, natural_shape
 from loratool.base.place import Piece, Place
@@ -258,6 +259,12 @@ class Model:
         return {component: ModuleIndex(mine, types) for component, mine in names.items()}
 
     @cached_property
+    def live(self) -> LiveModel:
+        """The names of the live model, where its files have others."""
+        is_single = "" in self.checkpoints
+        return LiveModel(self.config if is_single else ModelConfig(), self.tensors)
+
+    @cached_property
     def _sharings(self) -> tuple[Sharing, ...]:
         return possible_ties(self, self._tasks)
 
@@ -332,6 +339,9 @@ class Model:
             if leaf == "weight" and path in self.modules:
                 return self.modules[path]
             return f"{self._own_modules.get(path, path)}.{leaf}" if found is not None else None
+        live = self.live.tensor(f"{module}.{leaf}") or self.live.find(module, leaf)
+        if live is not None:
+            return live
         owner = self.index.find(module, parameter=leaf)
         return f"{owner}.{leaf}" if owner is not None else None
 
@@ -432,6 +442,8 @@ class Model:
         for _, whole, fusion in fusions(module, family):
             if any(self._exact(name, family) for name in (whole, *fusion.modules)):
                 return None  # it is here, cut otherwise; what looks alike is another one
+        if self.live.fused(module) is not None:
+            return None
         return next(filter(None, map(self._like, self._spellings(module, family))), None)
 
     def _exact(self, module: str, family: str | None) -> str | None:
@@ -440,7 +452,8 @@ class Model:
             if f"{module}.{leaf}" in self.tensors:
                 return f"{module}.{leaf}"
         paths = self._spellings(module, family)
-        return next((self.modules[path] for path in paths if path in self.modules), None)
+        found = next((self.modules[path] for path in paths if path in self.modules), None)
+        return found or self.live.tensor(f"{module}.weight")
 
     def _spellings(self, module: str, family: str | None) -> Iterator[str]:
         """Yield what ``module`` may be called, what it is most likely called first."""

@@ -40,13 +40,15 @@ class Piece:
     def is_whole(self) -> bool:
         """Whether it is all of its tensor, and no stack."""
         region, elements = self.region, self.tensor.spec.elements
-        return region.experts == 1 and region.rows * region.columns == elements
+        is_all = region.experts == 1 and region.rows * region.columns == elements
+        return is_all and region.exchanged is None
 
     @property
     def view(self) -> StoredTensor | None:
         """The stored tensor that is just this part; ``None`` where that is no run of rows."""
         region, tensor = self.region, self.tensor
-        if not isinstance(tensor, StoredTensor) or region.columns != region.width:
+        is_mixed = region.columns != region.width or region.exchanged is not None
+        if not isinstance(tensor, StoredTensor) or is_mixed:
             return None
         if self.is_whole:
             return tensor

@@ -36,4 +36,6 @@ def _matrix(piece: Piece, files: InputFiles) -> NDArray[np.float64]:
     whole = read_matrix(piece.tensor, files).reshape(-1, region.width)
     rows = slice(region.first_row, region.first_row + region.rows)
     columns = slice(region.first_column, region.first_column + region.columns)
-    return np.ascontiguousarray(whole[rows, columns])
+    part = whole[rows, columns]
+    part = region.ordered(part.T).T if region.transposed else region.ordered(part)
+    return np.ascontiguousarray(part)

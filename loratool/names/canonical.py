@@ -31,22 +31,6 @@ STRUCTURE: Final = frozenset(
 )
 """Components that tell parts of a model apart: dropping one would change what is meant."""
 
-RENAMES: Final = (
-    # Mixtral's and its relatives' expert blocks, before and since transformers 5.
-    (".block_sparse_moe.", ".mlp."),
-    # ViT and its relatives, before and since transformers 5.
-    (".encoder.layer.", ".layers."),
-    (".attention.attention.query.", ".attention.q_proj."),
-    (".attention.attention.key.", ".attention.k_proj."),
-    (".attention.attention.value.", ".attention.v_proj."),
-    (".attention.output.dense.", ".attention.o_proj."),
-    (".intermediate.dense.", ".mlp.fc1."),
-    (".output.dense.", ".mlp.fc2."),
-    # GPT-NeoX's head.
-    (".embed_out.", ".lm_head."),
-)
-
-
 @lru_cache(maxsize=1 << 17)
 def canonical_path(module: str, towers: frozenset[str] = frozenset(TOWERS)) -> str:
     """Return the canonical spelling of a dotted module path.
@@ -62,10 +46,7 @@ def canonical_path(module: str, towers: frozenset[str] = frozenset(TOWERS)) -> s
         is_tower = part in towers or (part == "vision_model" and "vision_tower" in kept)
         if index >= first or not (part in WRAPPERS or is_tower):
             kept.append(part)
-    name = f".{'.'.join(kept)}."
-    for old, new in RENAMES:
-        name = name.replace(old, new)
-    return name.strip(".")
+    return ".".join(kept)
 
 
 def single_towers(model_types: frozenset[str]) -> frozenset[str]:

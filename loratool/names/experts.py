@@ -10,7 +10,6 @@ from loratool.adapter.model import FUSED_PARAMETERS
 
 __all__ = [
     "FUSED",
-    "FUSED_ALIASES",
     "TRANSPOSED_MODEL_TYPES",
     "FusedPart",
     "fused_part_of",
@@ -41,9 +40,6 @@ FUSED: Final = {
     "down_proj": (("w2", "down_proj"),),
 }
 """Fused parameter to its parts in order; each part with its names in the two conventions."""
-
-FUSED_ALIASES: Final = {"gate_up_proj": "input_linear", "down_proj": "output_linear"}
-"""The modules beside ``experts`` in which the Granite family stores the same on disk."""
 
 TRANSPOSED_MODEL_TYPES: Final = frozenset(("gpt_oss", "aria", "openai_privacy_filter"))
 """Models that store fused experts as ``(experts, in, out)`` and say so to PEFT."""

@@ -283,15 +283,15 @@ def load_delta(
 ) -> LowRank:
     """Read the factors of one delta, or of its outputs from ``first`` on, as the region has it."""
     down, up = _factors(site, region, kind, first)
-    if region.experts > 1:
-        return _expert(down, up, region.expert or 0, region, scale)
-    delta = LowRank(up, down, scale)
+    if region.expert is not None:  # also where there is but one, which may be cut in parts
+        return _expert(down, up, region.expert, region, scale)
+    delta = LowRank(region.stored(up), down, scale)
     return delta.mT if region.transposed else delta
 
 
 def _expert(down: Array, up: Array, expert: int, region: Region, scale: float) -> LowRank:
     """Return one expert's delta, oriented as the region stores it, or the part of it there."""
-    delta = expert_delta(down, up, expert, region.experts, scale)
+    delta = expert_delta(down, region.stored(up), expert, region.experts, scale)
     if region.transposed:
         delta = delta.mT
     index, parts = region.part

@@ -154,7 +154,7 @@ def _bias(part: Part, place: Place | None, base: Model | None, dtype: str) -> Ex
 
     def difference(bias: Array, *_: Array) -> tuple[Array, ...]:
         values = {slot: decode(tensor) for slot, tensor in site.slots.items()}
-        rows = bias[first : first + piece.outputs, None]
+        rows = region.ordered(bias[first : first + piece.outputs, None])
         return (np.asarray(variant.bias_change(site, values).difference(rows, 0, 0)),)
 
     made = Function("the change of its bias", (stored, *site.tensors), difference)

@@ -1,0 +1,261 @@
+"""Which tensors of the files the parameters of the live model are, where the two differ."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from loratool.base.config import ModelConfig
+from loratool.base.layout import Fused
+from loratool.base.modules import ModuleIndex
+from loratool.codecs.weights import Weight
+from loratool.errors import BaseModelError, UnsupportedError
+from loratool.names.transformers import LiveParameters, Naming, naming_of
+
+__all__ = ["ExpertPart", "LiveModel", "Stack"]
+
+WEIGHT: Final = ".weight"
+ATTENTION: Final = ".in_proj_weight"
+RENAMED: Final = ((), ("transpose if needed",))
+"""Operations that leave a tensor one parameter, as it is or as its shape tells."""
+ROWS: Final = ("cut", "split", "rope")
+"""Operations of which those consist that cut rows into parameters, or change their order."""
+ELSEWHERE: Final = {
+    "interleave": "its two halves interleaved row by row, in another order than the live model",
+    "transpose": "it transposed, other than the live model",
+    "share": "its experts in one list for text and images, other than the live model",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A parameter of the live model that is all experts' in one.
+
+    Attributes:
+        tensors: The tensors of each part of each expert, in their order, where the files have
+            the experts apart.
+        whole: The tensor that is all of it, where there is such.
+        is_turned: Whether that has the two axes of an expert exchanged.
+        is_interleaved: Whether its two halves are row by row in that.
+    """
+
+    tensors: tuple[tuple[str, ...], ...] = ()
+    whole: str | None = None
+    is_turned: bool = False
+    is_interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """Which part of a parameter of the live model one expert's projection is.
+
+    Attributes:
+        parameter: The parameter.
+        expert: Which expert.
+        index: Which of the parts along the output.
+        parts: How many there are.
+    """
+
+    parameter: str
+    expert: int
+    index: int
+    parts: int
+
+
+@dataclass
+class _Found:
+    """What the tensors of the files are, by the names of the live model."""
+
+    renamed: dict[str, str] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
+    fused: dict[str, Fused] = field(default_factory=dict)
+    elsewhere: dict[str, tuple[str, str]] = field(default_factory=dict)
+    joined: dict[str, dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
+    experts: dict[str, dict[int, dict[int, str]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
+
+
+class LiveModel:
+    """The names of the live model, for the tensors of its files.
+
+    Args:
+        config: What the model says of itself.
+        tensors: The tensors of the files.
+    """
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Weight]) -> None:
+        self.config = config
+        self.tensors = tensors
+        self._naming = naming_of(config.raw)
+        self._found: _Found | None = None
+        self._index: ModuleIndex | None = None
+
+    @property
+    def _tensors(self) -> _Found | None:
+        if self._found is None and self._naming is not None:
+            self._found = self._read(self._naming)
+        return self._found
+
+    def _read(self, naming: Naming) -> _Found:
+        found = _Found()
+        for name in self.tensors:
+            live = naming.live(name)
+            operations = live.operations
+            is_weight = name.endswith((WEIGHT, ATTENTION))
+            if operations in RENAMED:
+                found.renamed[live.names[0]] = name
+            elif _are_rows(live) and not is_weight:
+                continue  # the bias beside it
+            elif _are_rows(live):
+                fused = self._fused(name, live)
+                found.fused |= dict.fromkeys((fused.whole, *fused.parts), fused)
+            elif operations[0] == "list":
+                found.experts[live.names[0]][live.expert or 0][live.source] = name
+            elif operations[0].startswith("join") and len(operations) == 1:
+                sources = found.joined[live.names[0]]
+                if sources.setdefault(live.source, name) != name:
+                    found.elsewhere[live.names[0]] = (name, "it in shards")
+            elif operations == ("transpose",) and len(self.tensors[name].spec.shape) == 3:
+                found.stacks[live.names[0]] = Stack(whole=name, is_turned=True)
+            elif operations == ("interleave 1",) and len(self.tensors[name].spec.shape) == 3:
+                found.stacks[live.names[0]] = Stack(whole=name, is_interleaved=True)
+            else:
+                word = next(w for o in operations if (w := o.partition(" ")[0]) in ELSEWHERE)
+                found.elsewhere |= dict.fromkeys(live.names, (name, ELSEWHERE[word]))
+        for name, sources in found.joined.items():
+            if name.endswith(WEIGHT) and len(self.tensors[sources[min(sources)]].spec.shape) == 2:
+                parts = tuple(_module(sources[index]) for index in sorted(sources))
+                fused = Fused(_module(name), parts)
+                found.fused |= dict.fromkeys((fused.whole, *parts), fused)
+        return found
+
+    def _fused(self, name: str, live: LiveParameters) -> Fused:
+        rows: tuple[int, ...] = ()
+        paired: tuple[int, ...] = ()
+        for operation in live.operations:
+            word, *words = operation.split()
+            if word == "split":
+                rows = self.config.projection_rows or ()
+            elif word == "rope":
+                heads = self._heads(words[0])
+                paired = tuple(
+                    heads if not words[1:] or any(part in one for part in words[1:]) else 0
+                    for one in live.names
+                )
+        return Fused(_module(name), tuple(map(_module, live.names)), rows, paired=paired)
+
+    def _heads(self, key: str) -> int:
+        """Return the attention heads that the part ``key`` of the configuration tells."""
+        part = self.config.raw.get(key)
+        heads = (part if isinstance(part, dict) else self.config.raw).get("num_attention_heads")
+        return heads if isinstance(heads, int) else 1
+
+    def tensor(self, name: str) -> str | None:
+        """Return the tensor of the files that the parameter ``name`` of the live model is.
+
+        ``name`` may also be that of files of another release, or of the hub.
+
+        Raises:
+            UnsupportedError: The files have its values in another order.
+        """
+        found = self._tensors
+        if found is None or self._naming is None:
+            return None
+        if name in found.renamed:
+            return found.renamed[name]
+        live = self._naming.live(name)
+        for one in (name, *(live.names if live.operations in RENAMED else ())):
+            if one in found.elsewhere:
+                stored, why = found.elsewhere[one]
+                raise UnsupportedError(one, f"the files have {why}, in {stored!r}")
+            for tensor in (one, found.renamed.get(one)):
+                if tensor in self.tensors:
+                    return tensor
+        return None
+
+    def find(self, module: str, leaf: str) -> str | None:
+        """Return the module of the files that has ``leaf`` and is called much like ``module``.
+
+        Raises:
+            BaseModelError: Several modules could be meant.
+        """
+        found = self._tensors
+        if found is None:
+            return None
+        if self._index is None:
+            self._index = ModuleIndex(found.renamed, self.config.model_types)
+        owner = self._index.find(module, parameter=leaf)
+        return found.renamed[f"{owner}.{leaf}"] if owner is not None else None
+
+    def fused(self, module: str) -> Fused | None:
+        """Return the fused projection that ``module`` is or is a part of, here or in the files."""
+        found = self._tensors
+        if found is None or self._naming is None:
+            return None
+        if module in found.fused:
+            return found.fused[module]
+        for leaf in (WEIGHT, ATTENTION):
+            live = self._naming.live(f"{module}{leaf}")
+            if _are_rows(live):
+                return self._fused(module, live)
+        live = self._naming.live(f"{module}{WEIGHT}")
+        if live.operations[:1] and live.operations[0] == "join 0" and len(live.operations) == 1:
+            whole = _module(live.names[0])
+            parts = tuple(
+                module if index == live.source else f"{whole}[{index}]"
+                for index in range(live.sources)
+            )
+            return Fused(whole, parts)
+        if live.names != (f"{module}{WEIGHT}",) and not live.operations:
+            return found.fused.get(_module(live.names[0]))
+        return None
+
+    def stack(self, parameter: str) -> Stack | None:
+        """Return what the files have of the experts' parameter ``parameter``.
+
+        Raises:
+            BaseModelError: They have some of its experts or parts only.
+            UnsupportedError: They have its values in another order.
+        """
+        found = self._tensors
+        if found is None:
+            return None
+        if parameter in found.stacks:
+            return found.stacks[parameter]
+        if parameter in found.experts:
+            return self._listed(parameter, found.experts[parameter])
+        if parameter in found.joined:
+            sources = found.joined[parameter]
+            return Stack((tuple(sources[index] for index in sorted(sources)),))
+        whole = self.tensor(parameter)
+        return Stack(whole=whole) if whole is not None else None
+
+    def _listed(self, parameter: str, experts: Mapping[int, Mapping[int, str]]) -> Stack:
+        parts = {len(sources) for sources in experts.values()}
+        if sorted(experts) != list(range(len(experts))) or len(parts) != 1:
+            raise BaseModelError(parameter, "the files do not have all of its experts")
+        ordered = (experts[expert] for expert in range(len(experts)))
+        return Stack(tuple(tuple(one[index] for index in sorted(one)) for one in ordered))
+
+    def expert(self, module: str) -> ExpertPart | None:
+        """Return which part of which parameter ``module`` is, if it is one expert's projection."""
+        if self._naming is None:
+            return None
+        live = self._naming.live(f"{module}{WEIGHT}")
+        if live.expert is None or live.operations[0] != "list":
+            return None
+        return ExpertPart(live.names[0], live.expert, live.source, live.sources)
+
+
+def _are_rows(live: LiveParameters) -> bool:
+    words = [operation.partition(" ")[0] for operation in live.operations]
+    by_rows = all(o in ("cut 0", "split 0") or o.startswith("rope") for o in live.operations)
+    return bool(words) and by_rows and all(word in ROWS for word in words)
+
+
+def _module(name: str) -> str:
+    """Return the module of a weight, or of what a rule makes of a module's whole path."""
+    return name.removesuffix(WEIGHT).removesuffix(ATTENTION)
