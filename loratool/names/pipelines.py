@@ -77,9 +77,15 @@ class EncoderNames:
         found = {name: self.roles[role] for name, role in roles.items() if role in self.roles}
         return found if roles else self.unknown
 
-    def family(self, parts: Collection[str]) -> str | None:
-        """Return the family that the names of its encoders tell, without any backbone."""
-        return _family_of_roles({role for role, name in self.roles.items() if name in parts})
+    def family(self, parts: Collection[str], among: Collection[Family] = ()) -> str | None:
+        """Return the family that the names of its encoders tell.
+
+        Args:
+            parts: These names.
+            among: The families that the backbone leaves; all, where there are none.
+        """
+        roles = {role for role, name in self.roles.items() if name in parts}
+        return _family_of_roles(roles, among or families())
 
 
 KOHYA_ENCODERS: Final = EncoderNames(
@@ -246,12 +252,12 @@ def family_of_encoders(modules: Collection[str]) -> str | None:
     return _smallest(found)
 
 
-def _family_of_roles(roles: Collection[str]) -> str | None:
+def _family_of_roles(roles: Collection[str], among: Collection[Family]) -> str | None:
     """Return the family whose text encoders have these roles, and fewest others."""
     if set(roles) <= {CLIP_L}:  # which nearly all have
         return None
     return _smallest(
-        [f for f in families() if not f.refines and set(roles) <= set(f.encoders.values())]
+        [f for f in among if not f.refines and set(roles) <= set(f.encoders.values())]
     )
 
 

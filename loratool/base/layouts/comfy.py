@@ -32,7 +32,8 @@ class Comfy(SingleFile):
         families = plausible_families(
             [m.removeprefix(prefix) for m in headers.modules if prefix and m.startswith(prefix)]
         )
-        family = families[0].name if len(families) == 1 else COMFY_ENCODERS.family(tuple(names))
+        family = families[0].name if len(families) == 1 else None
+        family = family or COMFY_ENCODERS.family(tuple(names), families)
         found = [Section(prefix, VAE) for prefix in AUTOENCODERS]
         for name in names:
             component = encoder_component(name, family, COMFY_ENCODERS)

@@ -55,7 +55,7 @@ def from_flat(modules: Sequence[str], metadata: Mapping[str, str], base: Collect
     }
     parts = {part for part, _ in split.values()}
     families = _families_of(found, has_more_encoders=bool(parts & {"te1", "te2", "te3"}))
-    name = families[0].name if len(families) == 1 else KOHYA_ENCODERS.family(parts)
+    name = families[0].name if len(families) == 1 else KOHYA_ENCODERS.family(parts, families)
     of_base = _by_flat(base)
     paths: dict[str, tuple[str, ...]] = {}
     components = set()

@@ -48,7 +48,7 @@ def from_native(modules: Sequence[str]) -> Names:
     split = {module: split_native(module) for module in modules}
     backbone = [local for part, local in split.values() if part == "diffusion_model"]
     parts = {part for part, _ in split.values()} - {"diffusion_model", ""}
-    name = COMFY_ENCODERS.family(parts)
+    name = COMFY_ENCODERS.family(parts, plausible_families(backbone))
     guessed = {encoder_component(part, name, COMFY_ENCODERS) or "" for part in parts} - {""}
     families = _natively_named(plausible_families(backbone, guessed), backbone)
     name = families[0].name if len(families) == 1 else name
