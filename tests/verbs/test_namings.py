@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from samples import lora
 
 import loratool
-from loratool.errors import BaseModelError
+from loratool.errors import BaseModelError, UnsupportedError
 from loratool.names.embeddings import is_embedding
-from loratool.names.families import families
+from loratool.names.families import families, family_named
 from loratool.names.family import Family, Fusion
 from loratool.names.vocabulary import NUMBER
 
@@ -305,9 +306,28 @@ def test_a_part_beside_the_whole_is_refused(tmp_path: Path) -> None:
     save_file(factors, tmp_path / "adapter.safetensors")
     weights = {"double_blocks.0.img_attn.qkv.weight": torch.randn(3 * WIDTH, WIDTH)}
     save_file(weights, tmp_path / "base.safetensors")
-    with pytest.raises(BaseModelError, match="means rows of"):
-        loratool.merge(
-            tmp_path / "base.safetensors",
-            [tmp_path / "adapter.safetensors"],
-            tmp_path / "out.safetensors",
-        )
+    paths = tmp_path / "base.safetensors", [tmp_path / "adapter.safetensors"]
+    with pytest.raises(BaseModelError, match="means rows of") as error:
+        loratool.merge(*paths, tmp_path / "out.safetensors")
+    (pattern,) = re.findall("--skip '(.*)'", str(error.value.hint))
+    loratool.merge(*paths, tmp_path / "out.safetensors", skip=[pattern])
+
+
+@pytest.mark.parametrize(
+    ("shape", "family"), [((48, 16), "z-image"), ((40, 24), "lumina2"), ((40, 16), None)]
+)
+def test_shapes_tell_families_with_the_same_names(
+    shape: tuple[int, int], family: str | None, tmp_path: Path
+) -> None:
+    save_file(lora("diffusion_model.layers.0.attention.qkv", *shape), tmp_path / "a.safetensors")
+    if family is None:
+        with pytest.raises(UnsupportedError, match="different counterparts"):
+            loratool.convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "b.safetensors")
+        return
+    loratool.convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "b.safetensors")
+    fusion = family_named(family).from_native("layers.0.attention.qkv")
+    assert fusion is not None
+    heights = fusion.heights(shape[1], shape[0])
+    found = load_file(tmp_path / "b.safetensors")
+    for name, height in zip(fusion.modules, heights or (), strict=True):
+        assert len(found[f"transformer.{name}.lora_B.weight"]) == height
