@@ -78,15 +78,22 @@ class Naming:
         return next(iter(found), None)
 
 
-def families_of(modules: Collection[str], name: str | None) -> Naming:
+def families_of(modules: Collection[str], name: str | None, told: str | None = None) -> Naming:
     """Return the families that the backbone's ``modules`` may belong to.
+
+    Args:
+        modules: Paths, with their component or without.
+        name: The one that somebody named.
+        told: The one that the base is of, which is meant where it is one of several.
 
     Raises:
         OptionError: ``name`` is a family that has none of them.
     """
     locals_ = [local for component, local in map(component_of, modules) if component in PLACES]
     if name is None:
-        return Naming(tuple(families_of_modules(modules)))
+        found = families_of_modules(modules)
+        mine = [family for family in found if family.name == told]
+        return Naming(tuple(mine or found))
     family = family_named(name)
     is_empty = any(f.has(local) for f in claiming(locals_) for local in locals_)
     if is_empty and not any(map(family.has, locals_)):

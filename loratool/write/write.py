@@ -143,7 +143,9 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
     """Return the modules under the names of the component and the convention of the scheme."""
     parts = list(new.parts)
     paths = [part.module for part in parts]
-    naming = families_of(paths, options.family or new.family)
+    base = options.base
+    told = base.family if base is not None else None
+    naming = families_of(paths, options.family or new.family, told)
     family = options.family or new.family
     if family is None and len(naming.families) == 1:
         family = naming.families[0].name
@@ -153,7 +155,6 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
         backbone = naming.families[0].backbone if naming.families else None
         parts = [replace(p, module=with_component(p.module, backbone, known)) for p in parts]
         known |= {backbone} if backbone else set()
-    base = options.base
     if base is not None:
         parts = [fitted(part, base) for part in parts]
     is_kept = _keeps_paths(new.scheme, scheme, options)

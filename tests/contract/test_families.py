@@ -11,7 +11,7 @@ from fakes.finding import find_fakes
 from samples import FIXTURES
 
 from loratool.names.families import FILES, claiming, claiming_flat, families, family_named
-from loratool.names.family import Family, Fusion
+from loratool.names.family import Family, Fusion, stretches
 from loratool.names.pipelines import COMFY_ENCODERS, KOHYA_ENCODERS
 from loratool.names.vocabulary import NUMBER, filled, flatten
 
@@ -76,6 +76,25 @@ def test_it_is_asked_about_its_own_paths(family: Family) -> None:
         name = filled(template, ("0",) * template.count(NUMBER))
         assert family in claiming([name])
         assert family in claiming_flat(flatten(name))
+
+
+@each_family
+def test_its_fusions_share_every_output_once(family: Family) -> None:
+    made = [row.hub for row in (*family.rows, *family.others)]
+    kinds = {(len(f.modules), f.sizes, f.swapped, f.shares): f for f in made}
+    for fusion in kinds.values():
+        heights = fusion.heights(12, None, dict.fromkeys(fusion.modules[:1], 12))
+        assert heights is not None, "neither its shares nor one of its parts tell the others"
+        total = sum(heights)
+        assert fusion.heights(12, total) == heights
+        found = stretches(heights, swapped=fusion.swapped)
+        assert found is not None
+        natives = [each.native + i for each in found for i in range(each.count)]
+        assert sorted(natives) == list(range(total))
+        for part, height in enumerate(heights):
+            mine = [each for each in found if each.part == part]
+            hubs = [each.first + i for each in mine for i in range(each.count)]
+            assert hubs == list(range(height))
 
 
 @each_family

@@ -34,14 +34,20 @@ KINDS: Final = {
 """The kinds of models: a class of a model type is looked for in each; ``plain`` comes last."""
 
 SIZES: Final = (
-    (r"(num_)?(hidden_|encoder_|decoder_)?layers|n_layers?|depth|num_.*_(layers|blocks)|.*n_layer", 2),
+    (
+        r"(num_)?(hidden_|encoder_|decoder_)?layers|n_layers?|depth|num_.*_(layers|blocks)|.*n_layer",
+        2,
+    ),
     (r".*(num_key_value_heads|kv_heads|kv_n_heads|num_kv_heads|attention_groups)|head_kv", 2),
     (r".*(attention_heads|num_heads|n_heads?|decoder_heads|encoder_heads|heads)", 4),
     (r".*(head_dim|head_size|d_kv|d_head|attention_head_size|dim_head)", 8),
     (r"q_lora_rank|kv_lora_rank|.*_lora_rank", 12),
     (r"qk_nope_head_dim|qk_rope_head_dim|v_head_dim", 8),
-    (r".*(intermediate|ffn|d_ff|n_inner|feed_?forward|mlp_hidden|d_inner|shared_expert).*"
-     r"(size|dim|d_ff|n_inner|length)?", 48),
+    (
+        r".*(intermediate|ffn|d_ff|n_inner|feed_?forward|mlp_hidden|d_inner|shared_expert).*"
+        r"(size|dim|d_ff|n_inner|length)?",
+        48,
+    ),
     (r".*(num_experts_per_tok|top_?k|moe_k|num_experts_per_token|num_selected_experts)", 2),
     (r"n_group|topk_group|num_expert_groups|n_groups", 1),
     (r".*(num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts)", 4),
@@ -49,8 +55,11 @@ SIZES: Final = (
     (r"image_size|img_size|input_size", 32),
     (r"patch_size", 8),
     (r"max_position_embeddings|n_positions|max_.*positions|n_ctx|max_length|max_seq.*", 64),
-    (r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|model_dim|emb_dim|dim|projection_dim|"
-     r"width|embedding_size|output_dim|hidden_channels|decoder_hidden_size|embed_size)", 32),
+    (
+        r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|model_dim|emb_dim|dim|projection_dim|"
+        r"width|embedding_size|output_dim|hidden_channels|decoder_hidden_size|embed_size)",
+        32,
+    ),
 )
 """Sizes by the names of the attributes that have them; the first that fits holds."""
 TOKEN: Final = re.compile(r".*_token(_id|_index|_ids)?|.*_token_id.*|.*token_index")
@@ -102,7 +111,9 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
             config.use_timm_backbone = False
             config.backbone = None
             config.backbone_config = CONFIG_MAPPING["resnet"](
-                embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1],
+                embedding_size=8,
+                hidden_sizes=[8, 8, 8, 8],
+                depths=[1, 1, 1, 1],
                 out_features=["stage2", "stage3", "stage4"],
             )
     return config

@@ -235,7 +235,12 @@ def _run_embeddings(model: nn.Module, class_name: str, folder: Path, base: Path)
     adapted = _adapt(_load(class_name, base), modules, [], folder / "adapter")
     expected = {
         name: model.get_submodule(name).weight.detach().double().numpy()
-        + adapted.get_base_model().get_submodule(name).get_delta_weight("default").detach().double().numpy()
+        + adapted.get_base_model()
+        .get_submodule(name)
+        .get_delta_weight("default")
+        .detach()
+        .double()
+        .numpy()
         for name in modules
         if hasattr(adapted.get_base_model().get_submodule(name), "get_delta_weight")
     }
@@ -284,7 +289,9 @@ def _with_file_names(
     sites = _file_sites(model, stored)
     if not sites:
         raise Skip("no matrix of the files is in a linear layer as it is")
-    if all(places[0][0] == name and len({p[0] for p in places}) == 1 for name, places in sites.items()):
+    if all(
+        places[0][0] == name and len({p[0] for p in places}) == 1 for name, places in sites.items()
+    ):
         raise Skip("the files have the names of the live model")
     generator = torch.Generator().manual_seed(2)
     tensors, deltas = {}, {}
@@ -318,9 +325,7 @@ def _run_old(model: nn.Module, class_name: str, folder: Path, base: Path) -> str
     live.mkdir()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tensors = {
-        n: t.detach().clone().contiguous()
-        for n, t in model.state_dict().items()
-        if n not in tied
+        n: t.detach().clone().contiguous() for n, t in model.state_dict().items() if n not in tied
     }
     save_file(tensors, live / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(base / "config.json", live)

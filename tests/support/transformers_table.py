@@ -59,7 +59,9 @@ def _rule(transform: Any) -> list[Any]:
     branches = []
     for index, source in enumerate(transform.source_patterns):
         pattern = source.replace("*.", r".*\.")
-        pattern = next(p for p in (pattern + r"(?!\w)", pattern) if f"(?P<g{index}>{p})" in compiled)
+        pattern = next(
+            p for p in (pattern + r"(?!\w)", pattern) if f"(?P<g{index}>{p})" in compiled
+        )
         branches.append(pattern)
     operations = [_operation(one) for one in getattr(transform, "operations", ())]
     kind = type(transform).__name__
@@ -120,7 +122,9 @@ def trees() -> tuple[dict[str, Any], dict[str, str], list[str]]:
 
 
 def _names(model_type: str) -> list[str]:
-    mappings = [n for n in dir(modeling_auto) if n.startswith("MODEL_") and n.endswith("_MAPPING_NAMES")]
+    mappings = [
+        n for n in dir(modeling_auto) if n.startswith("MODEL_") and n.endswith("_MAPPING_NAMES")
+    ]
     found = [getattr(modeling_auto, mapping).get(model_type) for mapping in sorted(mappings)]
     listed = [[one] if isinstance(one, str) else list(one or ()) for one in found]
     return list(dict.fromkeys(name for names in listed for name in names if name.isidentifier()))

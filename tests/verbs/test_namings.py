@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from samples import lora
 
 import loratool
-from loratool.errors import BaseModelError
+from loratool.errors import BaseModelError, UnsupportedError
 from loratool.names.embeddings import is_embedding
-from loratool.names.families import families
+from loratool.names.families import families, family_named
 from loratool.names.family import Family, Fusion
 from loratool.names.vocabulary import NUMBER
 
@@ -297,6 +298,100 @@ def test_a_verb_that_keeps_the_scheme_keeps_the_names(
     assert set(load_file(tmp_path / "t.safetensors")) == set(factors)
 
 
+FINAL = "final_layer.adaLN_modulation.1"
+QKV = "double_blocks.0.img_attn.qkv"
+ATTENTION = "transformer_blocks.0.attn.to_"
+
+
+def flux_base(folder: Path) -> tuple[Tensors, Tensors]:
+    """Write a small Flux in both namings; return its tensors in each."""
+    native = {
+        f"{name}.{leaf}": torch.randn(rows, *inputs)
+        for name, rows in ((FINAL, 2 * WIDTH), (QKV, 3 * WIDTH))
+        for leaf, inputs in (("weight", (WIDTH,)), ("bias", ()))
+    }
+    hub = {}
+    for name, value in native.items():
+        module, _, leaf = name.rpartition(".")
+        fusion = family_named("flux").from_native(module)
+        assert fusion is not None
+        parts = (
+            hub_parts(fusion, value)
+            if module == QKV
+            else {"norm_out.linear": torch.cat(value.chunk(2)[::-1])}
+        )
+        hub |= {f"{part}.{leaf}": rows.clone() for part, rows in parts.items()}
+    save_file(native, folder / "native.safetensors")
+    (folder / "hub").mkdir()
+    save_file(hub, folder / "hub" / "diffusion_pytorch_model.safetensors")
+    return native, hub
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "bias", "lokr", "diff"])
+@pytest.mark.parametrize("naming", ["native", "hub"])
+def test_every_variant_fits_both_namings(naming: str, variant: str, tmp_path: Path) -> None:
+    """Halves that are exchanged, rows of a fused projection, and the parts that it is made of."""
+    native, hub = flux_base(tmp_path)
+    held = native if naming == "native" else hub
+    modules = (
+        [FINAL, QKV]
+        if naming == "native"
+        else ["norm_out.linear", f"{ATTENTION}q", f"{ATTENTION}v"]
+    )
+    tensors: Tensors = {}
+    expected = {name: value.double() for name, value in held.items()}
+    for module in modules:
+        weight, bias = (held[f"{module}.{leaf}"].double() for leaf in ("weight", "bias"))
+        key = f"diffusion_model.{module}" if naming == "native" else f"transformer.{module}"
+        down, up = (factor for factor in lora(key, len(weight), WIDTH).values())
+        delta = up.double() @ down.double()
+        made = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+        if variant == "dora":
+            made[f"{key}.dora_scale"] = torch.rand(len(weight), 1) + 0.5
+            changed = weight + delta
+            norms = changed.norm(dim=1, keepdim=True)
+            delta = made[f"{key}.dora_scale"].double() / norms * changed - weight
+        elif variant == "bias":
+            made[f"{key}.lora_B.bias"] = torch.randn(len(weight))
+            expected[f"{module}.bias"] = bias + made[f"{key}.lora_B.bias"].double()
+        elif variant == "lokr":
+            one, other = torch.randn(4, 4), torch.randn(len(weight) // 4, WIDTH // 4)
+            made = {f"{key}.lokr_w1": one, f"{key}.lokr_w2": other}
+            delta = torch.kron(one.double(), other.double())
+        elif variant == "diff":
+            made = {f"{key}.diff": torch.randn(weight.shape)}
+            delta = made[f"{key}.diff"].double()
+        tensors |= made
+        expected[f"{module}.weight"] = weight + delta
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    loratool.merge(
+        tmp_path / "native.safetensors",
+        [tmp_path / "adapter.safetensors"],
+        tmp_path / "n.safetensors",
+    )
+    loratool.merge(tmp_path / "hub", [tmp_path / "adapter.safetensors"], tmp_path / "h")
+    in_native = load_file(tmp_path / "n.safetensors")
+    in_hub = load_file(tmp_path / "h" / "diffusion_pytorch_model.safetensors")
+    for leaf in ("weight", "bias"):
+        swapped = torch.cat(in_native[f"{FINAL}.{leaf}"].chunk(2)[::-1])
+        assert torch.equal(swapped, in_hub[f"norm_out.linear.{leaf}"])
+        parts = [in_hub[f"{ATTENTION}{each}.{leaf}"] for each in "qkv"]
+        assert torch.equal(in_native[f"{QKV}.{leaf}"], torch.cat(parts))
+    found = in_native if naming == "native" else in_hub
+    for name, value in expected.items():
+        assert (found[name].double() - value).norm() <= 1e-6 * value.norm(), name
+
+
+def test_the_base_tells_a_family_that_names_leave_open(tmp_path: Path) -> None:
+    flux_base(tmp_path)
+    save_file(lora("transformer.norm_out.linear", 2 * WIDTH, WIDTH), tmp_path / "a.safetensors")
+    arguments = tmp_path / "a.safetensors", "comfy", tmp_path / "c.safetensors"
+    with pytest.raises(UnsupportedError, match="different counterparts"):
+        loratool.convert(*arguments)
+    loratool.convert(*arguments, base=tmp_path / "native.safetensors")
+    assert f"diffusion_model.{FINAL}.alpha" in load_file(tmp_path / "c.safetensors")
+
+
 def test_a_part_beside_the_whole_is_refused(tmp_path: Path) -> None:
     """Either of them would be added a second time."""
     module = "transformer.transformer_blocks.0.attn.to_k"
@@ -305,9 +400,28 @@ def test_a_part_beside_the_whole_is_refused(tmp_path: Path) -> None:
     save_file(factors, tmp_path / "adapter.safetensors")
     weights = {"double_blocks.0.img_attn.qkv.weight": torch.randn(3 * WIDTH, WIDTH)}
     save_file(weights, tmp_path / "base.safetensors")
-    with pytest.raises(BaseModelError, match="means rows of"):
-        loratool.merge(
-            tmp_path / "base.safetensors",
-            [tmp_path / "adapter.safetensors"],
-            tmp_path / "out.safetensors",
-        )
+    paths = tmp_path / "base.safetensors", [tmp_path / "adapter.safetensors"]
+    with pytest.raises(BaseModelError, match="means rows of") as error:
+        loratool.merge(*paths, tmp_path / "out.safetensors")
+    *_, option = shlex.split(str(error.value.hint))
+    loratool.merge(*paths, tmp_path / "out.safetensors", skip=[option])
+
+
+@pytest.mark.parametrize(
+    ("shape", "family"), [((48, 16), "z-image"), ((40, 24), "lumina2"), ((40, 16), None)]
+)
+def test_shapes_tell_families_with_the_same_names(
+    shape: tuple[int, int], family: str | None, tmp_path: Path
+) -> None:
+    save_file(lora("diffusion_model.layers.0.attention.qkv", *shape), tmp_path / "a.safetensors")
+    if family is None:
+        with pytest.raises(UnsupportedError, match="different counterparts"):
+            loratool.convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "b.safetensors")
+        return
+    loratool.convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "b.safetensors")
+    fusion = family_named(family).from_native("layers.0.attention.qkv")
+    assert fusion is not None
+    heights = fusion.heights(shape[1], shape[0])
+    found = load_file(tmp_path / "b.safetensors")
+    for name, height in zip(fusion.modules, heights or (), strict=True):
+        assert len(found[f"transformer.{name}.lora_B.weight"]) == height

@@ -36,7 +36,7 @@ def plan_sites(share: Share, base: Model) -> None:
         BaseModelError: A site has no place in the base, or does not fit it.
     """
     planner = SitePlanner(share, base)
-    taken: dict[tuple[str, Region], str] = {}
+    taken: dict[tuple[str, Region], Site] = {}
     missing: list[Site] = []
     for site in share.adapter.sites:
         try:
@@ -105,36 +105,39 @@ class SitePlanner:
         return replace(site, slots={**site.slots, Slot.MAGNITUDE: viewed})
 
 
-def _check_apart(share: Share, taken: Mapping[tuple[str, Region], str]) -> None:
+def _check_apart(share: Share, taken: Mapping[tuple[str, Region], Site]) -> None:
     """Refuse sites that change some rows of a tensor twice: a projection, and one it is part of.
 
     Raises:
         BaseModelError: There are two.
     """
-    rows: dict[tuple[str, int, int], list[tuple[int, int, str]]] = defaultdict(list)
-    for (name, region), label in taken.items():
+    spans: dict[tuple[str, int, int], list[tuple[Region, Site]]] = defaultdict(list)
+    for (name, region), site in taken.items():
         if region.experts == 1:
-            span = (region.first_row, region.first_row + region.rows, label)
-            rows[name, region.first_column, region.columns].append(span)
-    for (name, *_), spans in rows.items():
-        for (_, end, one), (first, _, other) in pairwise(sorted(spans)):
-            if first < end and one != other:
+            spans[name, region.first_column, region.columns].append((region, site))
+    for (name, *_), found in spans.items():
+        for (before, one), (after, other) in pairwise(sorted(found, key=_rows)):
+            if after.first_row < before.first_row + before.rows and one.label != other.label:
                 raise BaseModelError(
-                    share.where(other),
-                    f"means rows of {name!r} that {one!r} means too",
-                    hint="leave out one of them with --skip",
+                    share.where(own_name(other)),
+                    f"means rows of {name!r} that {own_name(one)!r} means too",
+                    hint=leave_out(other),
                 )
 
 
+def _rows(item: tuple[Region, Site]) -> tuple[int, int]:
+    return item[0].first_row, item[0].rows
+
+
 def _take(
-    taken: dict[tuple[str, Region], str], name: str, region: Region, share: Share, site: Site
+    taken: dict[tuple[str, Region], Site], name: str, region: Region, share: Share, site: Site
 ) -> None:
     """Note that a site changes part of a tensor.
 
     Raises:
         BaseModelError: Another one changes the same.
     """
-    other = taken.setdefault((name, region), site.label)
+    other = taken.setdefault((name, region), site).label
     if other != site.label:
         raise BaseModelError(
             share.where(own_name(site)),
