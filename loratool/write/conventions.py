@@ -12,6 +12,7 @@ from loratool.names.families import claiming, family_named
 from loratool.names.family import Family, Fusion
 from loratool.names.paths import families_of_modules
 from loratool.names.pipelines import BACKBONES, component_of
+from loratool.names.vocabulary import flatten
 from loratool.write.fused_projections import split_fused, swapped
 from loratool.write.fusion import fused
 
@@ -62,6 +63,16 @@ class Naming:
             local
             for component, local in places
             if component in PLACES and not any(family.has(local) for family in self.families)
+        ]
+
+    def originals(self, modules: Iterable[str], known: frozenset[str]) -> list[str]:
+        """Return those of ``modules`` that only original checkpoints have, by the vocabularies."""
+        unknown = {local: flatten(local) for local in self.unknown(modules, known)}
+        return [
+            local
+            for local, flat in unknown.items()
+            if any(local in family.native_names.parse(flat) for family in self.families)
+            and not any(local in family.hub_names.parse(flat) for family in self.families)
         ]
 
     def __str__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import Scheme
@@ -72,8 +72,11 @@ def check_counterparts(
     known: frozenset[str],
     *,
     is_native: bool,
+    crosses: bool,
 ) -> None:
     """Refuse to go from one naming of a backbone to the other where not all names are known.
+
+    Where an adapter stays in diffusers', names that only original checkpoints have are refused.
 
     Names of no component and no family may be any model's, and are left to those who gave them.
 
@@ -82,15 +85,19 @@ def check_counterparts(
         naming: The families that they may belong to.
         scheme: The scheme that is written.
         known: What is a component for certain.
-        is_native: Whether they will be named as in original checkpoints; else they were.
+        is_native: Whether they will be named as in original checkpoints.
+        crosses: Whether they were named in the other naming.
 
     Raises:
         UnsupportedError: A module has no name that is known in the other naming.
     """
     if naming.families:
         is_alike = all(family.is_alike for family in naming.families)
-        unknown = [] if is_alike else naming.unknown(modules, known)
-    elif scheme.paths.has_components:
+        originals = naming.originals(modules, known)
+        unknown = naming.unknown(modules, known) if crosses and not is_alike else originals
+        if is_native:
+            unknown = [local for local in unknown if local not in originals]
+    elif scheme.paths.has_components and crosses:
         places = (component_of(module, known) for module in modules)
         unknown = [local for component, local in places if component in BACKBONES]
     else:
@@ -101,7 +108,7 @@ def check_counterparts(
     if is_native:
         hint = "--naming diffusers keeps the names as they are"
     elif naming.families:
-        hint = f"leave it out with --skip '{re.escape(unknown[0])}'"
+        hint = f"leave out what has no name there, with --drop '{_beginning(unknown, modules)}'"
     more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
     whose = "original checkpoints call" if is_native else "diffusers calls"
     raise UnsupportedError(
@@ -110,3 +117,12 @@ def check_counterparts(
         f"it, which {scheme.name!r} needs, is not known{more}",
         hint=hint,
     )
+
+
+def _beginning(unknown: Sequence[str], modules: Collection[str]) -> str:
+    """Return a regular expression for paths that nobody knows, and for no other module."""
+    first = unknown[0].partition(".")[0]
+    alike = [module for module in modules if f".{first}." in f".{module}"]
+    if all(module.endswith(tuple(unknown)) for module in alike):
+        return re.escape(first)
+    return re.escape(unknown[0])

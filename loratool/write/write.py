@@ -164,8 +164,8 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
         else:
             is_native = _is_written_native(new, scheme, naming, options.naming)
             parts = list(without_foreign(parts, naming))
-        if new.is_native != is_native:
-            check_counterparts(paths, naming, scheme, known, is_native=is_native)
+        crosses = new.is_native != is_native
+        check_counterparts(paths, naming, scheme, known, is_native=is_native, crosses=crosses)
         shapes = base.shapes if base else {}
         parts = to_native(parts, naming, shapes) if is_native else to_hub(parts, naming)
     alone = options.component

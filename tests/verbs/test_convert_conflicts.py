@@ -203,8 +203,8 @@ class TestFamilies:
         save_file(tensors, tmp_path / "a.safetensors")
         with pytest.raises(UnsupportedError, match=r"^weird\.x: is no module of flux;") as error:
             convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "c.safetensors")
-        (pattern,) = re.findall("--skip '(.*)'", str(error.value.hint))
-        convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "c.safetensors", skip=[pattern])
+        (pattern,) = re.findall("--drop '(.*)'", str(error.value.hint))
+        convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "c.safetensors", drop=[pattern])
 
     def test_native_names_that_two_families_have_stay_native(self, tmp_path: Path) -> None:
         """Z-Image's and Lumina 2's; nothing has to be known of them."""

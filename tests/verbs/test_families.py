@@ -293,3 +293,32 @@ def test_the_only_text_encoder_of_a_family(
         assert [module for module in deltas(out) if "text_model" in module] == [expected_name]
         loratool.convert(out, "diffusers", back)
         assert_same(deltas(back), truth)
+
+
+@pytest.mark.parametrize(
+    ("known", "other"),
+    [
+        ("blocks.0.self_attn.q_proj", "llm_adapter.blocks.0.self_attn.q_proj"),
+        (
+            "transformer_blocks.0.audio_attn1.to_q",
+            "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q",
+        ),
+        ("blocks.0.self_attn.q", "control_adapter.conv"),
+        ("blocks.0.self_attn.q", "audio_injector.injector.0.q"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["comfy", "kohya"])
+def test_what_diffusers_does_not_have(known: str, other: str, scheme: str, tmp_path: Path) -> None:
+    """Its names are restored, and written where there are such; elsewhere it may be left out."""
+    tensors = lora(known, WIDTH, WIDTH, RANK) | lora(other, WIDTH, WIDTH, RANK)
+    prefix = {"comfy": "diffusion_model.", "kohya": "lora_unet_"}[scheme]
+    path = written(tmp_path / "a.safetensors", tensors, prefix, scheme)
+    for into, before in (("comfy", "diffusion_model."), ("kohya", "lora_unet_")):
+        loratool.convert(path, into, tmp_path / f"{into}.safetensors")
+        names = [flatten(name) if into == "kohya" else name for name in (known, other)]
+        assert set(deltas(tmp_path / f"{into}.safetensors")) == {before + name for name in names}
+    with pytest.raises(UnsupportedError, match="what diffusers calls it") as raised:
+        loratool.convert(path, "diffusers", tmp_path / "d.safetensors")
+    drop = str(raised.value.hint).partition("--drop '")[2].rstrip("'")
+    loratool.convert(path, "diffusers", tmp_path / "d.safetensors", drop=[drop])
+    assert len(deltas(tmp_path / "d.safetensors")) == 1

@@ -233,7 +233,8 @@ def in_hub_names(file: Path) -> Tensors:
 def test_a_conversion_from_one_naming_to_the_other_and_back(
     family: Family, through: str, tmp_path: Path
 ) -> None:
-    """The names of all modules tell the family."""
+    """The names of all modules tell the family, but for one whose names are another's too."""
+    told = None if family.name != "cosmos" else family.name
     factors: Tensors = {}
     expected: Tensors = {}
     for native, fusion in modules(family).items():
@@ -244,7 +245,7 @@ def test_a_conversion_from_one_naming_to_the_other_and_back(
     save_file(factors, tmp_path / "0.safetensors")
     for index, to in enumerate((through, "diffusers", through, "diffusers")):
         source, target = (tmp_path / f"{i}.safetensors" for i in (index, index + 1))
-        report = loratool.convert(source, to, target)
+        report = loratool.convert(source, to, target, family=told)
         assert report.plan.family == family.name
         if to == "diffusers":
             deltas = in_hub_names(target)

@@ -11,6 +11,7 @@ from typing import Final
 
 from loratool.names.family import T5, Family, Row, single
 from loratool.names.templates import expand
+from loratool.names.vocabulary import Vocabulary
 
 __all__ = ["CLAIM", "FAMILIES"]
 
@@ -20,6 +21,7 @@ CLAIM: Final = {
         "adaln_single",
         "audio_adaln_single",
         "audio_caption_projection",
+        "audio_embeddings_connector",
         "audio_patchify_proj",
         "audio_proj_in",
         "audio_proj_out",
@@ -40,8 +42,10 @@ CLAIM: Final = {
         "proj_out",
         "prompt_adaln",
         "prompt_adaln_single",
+        "text_embedding_projection",
         "time_embed",
         "transformer_blocks",
+        "video_embeddings_connector",
     ],
 }
 """How paths begin, in either naming."""
@@ -135,24 +139,37 @@ LTX: Final = Family(
 )
 """LTX-Video of 13 billion parameters, and the smaller one, which has fewer of the same blocks."""
 
+ROWS: Final = tuple(
+    rows(
+        PROJECTIONS | AUDIO_PROJECTIONS,
+        MODULATIONS,
+        ["caption_projection", "audio_caption_projection"],
+        GATED,
+        expand("{,audio_}{attn1,attn2}", "{audio_to_video_attn,video_to_audio_attn}"),
+        ["ff", "audio_ff"],
+    )
+)
+
+CONNECTORS: Final = expand("{video,audio}_embeddings_connector.transformer_1d_blocks.*")
+
 LTX2: Final = Family(
     "ltx-2",
     "transformer",
-    tuple(
-        rows(
-            PROJECTIONS | AUDIO_PROJECTIONS,
-            MODULATIONS,
-            ["caption_projection", "audio_caption_projection"],
-            GATED,
-            expand("{,audio_}{attn1,attn2}", "{audio_to_video_attn,video_to_audio_attn}"),
-            ["ff", "audio_ff"],
+    ROWS,
+    native_names=Vocabulary(
+        (
+            *(row.native for row in ROWS),
+            *(f"{block}.attn1.{inner}" for block in CONNECTORS for inner in GATED),
+            *(f"{block}.ff.{inner}" for block in CONNECTORS for inner in FEED_FORWARD),
+            *expand("text_embedding_projection.{,video_,audio_}aggregate_embed"),
         )
     ),
     refines="ltx-video",
 )
 """LTX-2, which has a second stream for sound, and its later releases.
 
-What it shares with LTX-Video is called alike in both, in either naming.
+What it shares with LTX-Video is called alike in both, in either naming. What connects it with its
+text encoder is a component of its own in diffusers.
 """
 
 FAMILIES: Final = (LTX, LTX2)
