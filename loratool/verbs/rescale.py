@@ -358,8 +358,7 @@ def _without_pattern(joints: Sequence[Joint], *, is_alone: bool) -> set[str]:
     return {
         joint.name
         for joint in joints
-        if (is_alone and joint.shape.needs_default)
-        or len(weights[joint.shape.pattern_path]) > 1
+        if (is_alone and joint.shape.needs_default) or len(weights[joint.shape.pattern_path]) > 1
     }
 
 
