@@ -1,4 +1,4 @@
-"""Modules that a configuration says are saved whole, and that no file holds."""
+"""Modules that a configuration says are saved whole, and those of them that no file holds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from typing import Final
 
 from loratool.adapter.model import Adapter, ExtraKind
 
-__all__ = ["absent_heads", "absent_modules"]
+__all__ = ["absent_heads", "absent_modules", "is_listed"]
 
 ALWAYS_LISTED: Final = ("classifier", "score")
 """What PEFT lists for every classifier, whatever its head is called."""
 CLASSIFIERS: Final = ("SEQ_CLS", "TOKEN_CLS")
+
+
+def is_listed(adapter: Adapter, module: str) -> bool:
+    """Whether ``modules_to_save`` lists a module, or one that it is inside of."""
+    names = adapter.config.modules_to_save if adapter.config else ()
+    return any(_is_of(name, module) for name in names)
 
 
 def absent_modules(adapter: Adapter, beside: Iterable[str] = ()) -> list[str]:

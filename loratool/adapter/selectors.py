@@ -22,6 +22,8 @@ __all__ = ["EXPRESSION", "GLOB", "PartlyMeantError", "Selector", "Spellings", "s
 EXPRESSION: Final = "re:"
 GLOB: Final = "glob:"
 MAX_LENGTH: Final = 2000
+MAX_STEPS: Final = 50_000_000
+"""Several times what the names of a hundred thousand modules take; some seconds."""
 RANGE: Final = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 NUMBER: Final = re.compile(r"[0-9]{1,9}(?=\.|\Z)")
 TOKEN: Final = re.compile(r"\*|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
@@ -155,11 +157,19 @@ class _Run:
 
     def __init__(self, text: str) -> None:
         self._tokens = tuple(_tokens(text))
+        self._steps = 0
 
     def search(self, name: str) -> bool:
-        """Whether ``name`` has such a run."""
+        """Whether ``name`` has such a run.
+
+        Raises:
+            ExpressionError: It takes too many steps.
+        """
         places = {0, *(place + 1 for place, char in enumerate(name) if char == ".")}
         for token in self._tokens:
+            self._steps += len(places)
+            if self._steps > MAX_STEPS:
+                raise ExpressionError("a pattern takes too many steps on these names")
             places = set(_after(token, name, places))
             if not places:
                 return False

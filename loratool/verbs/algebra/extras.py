@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from loratool.adapter.model import Adapter, Extra, ExtraKind
 from loratool.adapter.patterns import matches_target
+from loratool.adapter.saved import is_listed
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
@@ -71,7 +71,7 @@ def _check_conflicts(
         for adapter, _ in owner:
             if kind is ExtraKind.ROWS:
                 ways.setdefault(name, {}).setdefault("trained rows", adapter)
-            elif kind is ExtraKind.FULL and (leaf != "bias" or _is_saved(adapter, module)):
+            elif kind is ExtraKind.FULL and (leaf != "bias" or is_listed(adapter, module)):
                 ways.setdefault(module, {}).setdefault("saved weights", adapter)
     for module, found in ways.items():
         if len({id(adapter) for adapter in found.values()}) > 1:
@@ -81,11 +81,6 @@ def _check_conflicts(
                 f"has {words}; no adapter can have both",
                 hint="leave one out with --skip, or merge one of the adapters first",
             )
-
-
-def _is_saved(adapter: Adapter, module: str) -> bool:
-    names = adapter.config.modules_to_save if adapter.config else ()
-    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
 
 
 def _whole(name: str, owners: Sequence[tuple[Adapter, Extra]], policy: str) -> Expr:
@@ -196,7 +191,7 @@ def _config(
             # Nothing says what is saved, or a tie did that holds no more.
             whole = [extra.name for extra in adapter.extras if extra.kind is ExtraKind.FULL]
             modules = {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}
-            saved += sorted(m for m in modules if m and not _is_saved(adapter, m))
+            saved += sorted(m for m in modules if m and not is_listed(adapter, m))
             alone = {name.rpartition(".")[0] for name in whole} - modules
             if adapter.config is None and alone:
                 kinds.add("all")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -12,7 +11,7 @@ from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter, ExtraKind, Site
 from loratool.adapter.patterns import matches_target, pattern_values, suffixes
 from loratool.adapter.problems import check_adapter
-from loratool.adapter.saved import absent_heads, absent_modules
+from loratool.adapter.saved import absent_heads, absent_modules, is_listed
 from loratool.errors import LoratoolError
 from loratool.names.tied import HEAD_LEAVES
 from loratool.schemes import scheme_named
@@ -139,11 +138,7 @@ def _saved(config: LoraConfig, adapter: Adapter, where: object) -> Iterator[Find
     bias = config.raw.get("bias") or "none"
     for found in full:
         module = found.rpartition(".")[0]
-        listed = any(
-            re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module)
-            for name in config.modules_to_save
-        )
-        if not listed and not (found.endswith(".bias") and bias != "none"):
+        if not is_listed(adapter, module) and not (found.endswith(".bias") and bias != "none"):
             yield finding(
                 "LT030", found, "is stored whole, though modules_to_save does not list it"
             )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 from loratool.adapter.model import Extra, ExtraKind
 from loratool.adapter.patterns import matches_target
+from loratool.adapter.saved import is_listed
 from loratool.base.model import Model
 from loratool.errors import AdapterError, BaseModelError
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES, INNER_HEADS
@@ -72,10 +72,7 @@ def _plan_full(share: Share, extra: Extra, base: Model) -> None:
 
 
 def _is_saved(share: Share, module: str) -> bool:
-    config = share.adapter.config
-    names = config.modules_to_save if config else ()
-    listed = any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
-    listed |= module.endswith(INNER_HEADS)
+    listed = is_listed(share.adapter, module) or module.endswith(INNER_HEADS)
     return listed or any(part in IMPLICIT_HEADS for part in module.split("."))
 
 

@@ -110,6 +110,13 @@ def test_hostile_patterns_end(text: str) -> None:
     assert time.perf_counter() - begun < 5
 
 
+def test_steps_on_hostile_names_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.adapter.selectors.MAX_STEPS", 10_000)
+    found = selector("*a" * 100 + "b", "-w")
+    with pytest.raises(OptionError, match="too many steps"):
+        found.matches("a" * 1000)
+
+
 def test_flags_that_no_automaton_has_are_refused_by_name() -> None:
     with pytest.raises(ExpressionError, match="flags"):
         Expression("(?i)(a+)+$").search("a" * 50)
