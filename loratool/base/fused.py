@@ -59,9 +59,7 @@ def _known(module: str, base: Model, family: str | None) -> Iterator[tuple[str, 
 
 def _one_after_the_other(fused: Fused) -> Known:
     sizes = fused.sizes
-    return Known(
-        fused.whole, fused.parts, lambda _, total: sizes(total), paired=fused.paired
-    )
+    return Known(fused.whole, fused.parts, lambda _, total: sizes(total), paired=fused.paired)
 
 
 def _place_in(module: str, known: Known, base: Model) -> Place | None:

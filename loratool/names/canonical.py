@@ -31,6 +31,7 @@ STRUCTURE: Final = frozenset(
 )
 """Components that tell parts of a model apart: dropping one would change what is meant."""
 
+
 @lru_cache(maxsize=1 << 17)
 def canonical_path(module: str, towers: frozenset[str] = frozenset(TOWERS)) -> str:
     """Return the canonical spelling of a dotted module path.

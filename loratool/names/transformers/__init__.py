@@ -143,9 +143,7 @@ class Naming:
         for rule in self._converters:
             if (found := rule.apply(name)) is not None:
                 names, source = found
-                return LiveParameters(
-                    names, source, len(rule.patterns), operations=rule.operations
-                )
+                return LiveParameters(names, source, len(rule.patterns), operations=rule.operations)
         return LiveParameters((name,))
 
 
