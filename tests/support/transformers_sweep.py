@@ -136,6 +136,7 @@ def _linear(model: nn.Module) -> list[str]:
         and id(module.weight) not in shared
         and counts[id(module.weight)] == 1
         and not _inside_attention(model, name)
+        and module.weight.numel()
     ]
 
 
@@ -160,6 +161,14 @@ def _embeddings(model: nn.Module) -> list[str]:
     return found + [n for n, m in model.named_modules() if m is head and isinstance(m, nn.Linear)]
 
 
+def _has_embeddings(model: nn.Module) -> bool:
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _adapt(model: nn.Module, modules: list[str], parameters: list[str], folder: Path) -> nn.Module:
     config = peft.LoraConfig(
         r=RANK,
@@ -168,6 +177,8 @@ def _adapt(model: nn.Module, modules: list[str], parameters: list[str], folder: 
         target_parameters=parameters or None,
         bias="none",
     )
+    if not hasattr(model, "get_input_embeddings") or not _has_embeddings(model):
+        model.get_input_embeddings = lambda: None  # type: ignore[method-assign]
     try:
         adapted = peft.get_peft_model(model, config)
     except Exception as error:
@@ -360,9 +371,10 @@ def table(results: list[Result]) -> str:
     lines = []
     merged = [r for r in results if r.version != "all"]
     left_out = [r for r in results if r.version == "all"]
+    classes = {(r.model_type, r.class_name) for r in merged}
     types = {r.model_type for r in merged}
     lines.append(
-        f"{len({(r.model_type, r.class_name) for r in merged})} classes of {len(types)} model types "
+        f"{len(classes)} classes of {len(types)} model types "
         f"built, {len(left_out)} left out; transformers {transformers.__version__}, "
         f"PEFT {peft.__version__}"
     )

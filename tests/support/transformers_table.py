@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 import tiny_transformers as tiny
 import torch
 import transformers
-from torch import nn
-from transformers import conversion_mapping, core_model_loading
+from transformers import conversion_mapping
 from transformers.models.auto import modeling_auto
 
 import loratool.names.transformers
@@ -90,35 +90,42 @@ def rules() -> dict[str, Any]:
     return found
 
 
-def trees() -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Return the models inside of each class, the class of each model type, and what fails.
+def trees(model_types: Iterable[str]) -> tuple[dict[str, Any], set[str], set[str]]:
+    """Return the models inside of each class, which classes were built, and which were not.
 
     A class has ``[prefix, [path, class, model type, configuration]…]``; a configuration is the
-    dotted path of it in that of the whole.
+    dotted path of it in that of the whole. Those inside of what was built are there as well.
     """
-    known = set(rules())
-    classes: dict[str, Any] = {}
-    auto: dict[str, str] = {}
-    failed = []
-    for model_type in tiny.model_types():
-        plain = modeling_auto.MODEL_MAPPING_NAMES.get(model_type)
-        if plain is not None:
-            auto[model_type] = plain if isinstance(plain, str) else plain[0]
+    own: dict[str, Any] = {}
+    inner: dict[str, Any] = {}
+    failed = set()
+    for model_type in model_types:
         for name in _names(model_type):
             kind = getattr(transformers, name, None)
-            if kind is None or name in classes:
+            if kind is None or name in own:
                 continue
             try:
                 with warnings.catch_warnings(), torch.device("meta"):
                     warnings.simplefilter("ignore")
                     model = kind._from_config(tiny.tiny_config(model_type))
             except Exception:
-                failed.append(name)
+                failed.add(name)
                 continue
+            own[name] = _tree(model)
             for module in model.modules():
-                if isinstance(module, transformers.PreTrainedModel):
-                    classes.setdefault(type(module).__name__, _tree(module))
-    return _needed(classes, auto, known), auto, failed
+                if isinstance(module, transformers.PreTrainedModel) and module is not model:
+                    inner.setdefault(type(module).__name__, _tree(module))
+    return _needed(inner | own, plain_classes(), set(rules())), set(own), failed - set(own)
+
+
+def plain_classes() -> dict[str, str]:
+    """Return the class that each model type has without a head."""
+    names = modeling_auto.MODEL_MAPPING_NAMES
+    return {
+        model_type: name if isinstance(name, str) else name[0]
+        for model_type in tiny.model_types()
+        if (name := names.get(model_type)) is not None
+    }
 
 
 def _names(model_type: str) -> list[str]:
@@ -178,14 +185,15 @@ def _needed(classes: dict[str, Any], auto: dict[str, str], known: set[str]) -> d
 
 def table() -> dict[str, Any]:
     """Return the whole table."""
-    classes, auto, failed = trees()
+    classes, _, failed = trees(tiny.model_types())
     known = set(rules())
+    auto = sorted(plain_classes().items())
     return {
         "transformers": transformers.__version__,
         "rules": rules(),
         "classes": classes,
-        "auto": {k: v for k, v in sorted(auto.items()) if {k, v} & known or v in classes},
-        "not built": sorted(set(failed)),
+        "auto": {k: v for k, v in auto if {k, v} & known or v in classes},
+        "not built": sorted(failed),
     }
 
 
