@@ -19,6 +19,9 @@ TASK_SUFFIXES: Final = {
 }
 CAUSAL_SUFFIXES: Final = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "Model")
 
+DIFFUSERS_CLASS: Final = "_class_name"
+"""What a configuration of diffusers says instead of a model type."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigChanges:
@@ -75,7 +78,8 @@ def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, 
             for key in QUANTIZATION:
                 part.pop(key, None)
     dtype = changes.dtype or changes.decoded
-    if dtype and not any(key in edited for key in DTYPE_KEYS):
+    # diffusers' models take none of what their configuration does not know.
+    if dtype and DIFFUSERS_CLASS not in edited and not any(key in edited for key in DTYPE_KEYS):
         edited["dtype"] = dtype
     if changes.layers is not None:
         for part in parts:

@@ -108,6 +108,16 @@ class Model:
         return self.checkpoints[""]
 
     @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder, of one model or of several, else a file."""
+        return all(one.path.is_dir() for one in self.checkpoints.values())
+
+    @property
+    def folder(self) -> Path:
+        """Where the files beside the weights are."""
+        return self.path if "" not in self.checkpoints else self.checkpoints[""].folder
+
+    @property
     def shards(self) -> tuple[WeightsFile, ...]:
         """All weights files."""
         return tuple(shard for one in self.checkpoints.values() for shard in one.shards)
@@ -116,6 +126,15 @@ class Model:
     def stored(self) -> tuple[StoredTensor, ...]:
         """All tensors of the files, codes and scales apart."""
         return tuple(stored for shard in self.shards for stored in shard.tensors.values())
+
+    @cached_property
+    def raw(self) -> Mapping[str, StoredTensor]:
+        """The same by name; those of a component with its name before theirs."""
+        return {
+            f"{component}.{name}" if component else name: stored
+            for component, checkpoint in self.checkpoints.items()
+            for name, stored in checkpoint.tensors.items()
+        }
 
     @property
     def stamps(self) -> dict[Path, Stamp]:

@@ -256,9 +256,7 @@ def _family_of_roles(roles: Collection[str], among: Collection[Family]) -> str |
     """Return the family whose text encoders have these roles, and fewest others."""
     if set(roles) <= {CLIP_L}:  # which nearly all have
         return None
-    return _smallest(
-        [f for f in among if not f.refines and set(roles) <= set(f.encoders.values())]
-    )
+    return _smallest([f for f in among if not f.refines and set(roles) <= set(f.encoders.values())])
 
 
 def _smallest(found: Collection[Family]) -> str | None:

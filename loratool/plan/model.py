@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -291,18 +291,30 @@ class OutputFile:
         steps: list[Step],
         metadata: Mapping[str, str],
         original: WeightsFile | None,
+        prefix: str = "",
     ) -> OutputFile:
-        """Return the file that holds ``steps``: as the base lays it out where nothing moves."""
+        """Return the file that holds ``steps``: as the base lays it out where nothing moves.
+
+        Args:
+            name: Its name.
+            steps: Its tensors.
+            metadata: Of its header.
+            original: The base's file, if it is like one.
+            prefix: What the names of the tensors begin with here, and in the file do not.
+        """
+        by_name = {step.spec.name.removeprefix(prefix): step for step in steps}
+        specs = [
+            replace(step.spec, name=local) if prefix else step.spec
+            for local, step in by_name.items()
+        ]
         if (
             original is not None
             and original.header is not None
             and original.metadata.get("format") == "pt"
-            and [step.spec for step in steps]
-            == [stored.spec for stored in original.tensors.values()]
+            and specs == [stored.spec for stored in original.tensors.values()]
         ):
             return OutputFile(name, original.header, tuple(steps), original)
-        by_name = {step.spec.name: step for step in steps}
-        specs = canonical_order(step.spec for step in steps)
+        specs = canonical_order(specs)
         header = format_header(specs, {**metadata, "format": "pt"})
         return OutputFile(name, header, tuple(by_name[spec.name] for spec in specs))
 

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from loratool.adapter.findings import Finding, finding
-from loratool.base.config import DTYPE_KEYS, read_config
+from loratool.base.config import DTYPE_KEYS
 from loratool.base.model import Model, open_model
 from loratool.codecs.codec import CodedTensor
 from loratool.errors import LoratoolError
-from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.inputs import InputFiles
@@ -79,7 +78,7 @@ def verify(
     """
     original = open_model(Path(base))
     try:
-        checkpoint = open_checkpoint(Path(merged))
+        result = open_model(Path(merged))
     except LoratoolError as error:
         if not Path(merged).exists():
             raise
@@ -88,13 +87,13 @@ def verify(
         base,
         adapters,
         weights=weights,
-        dtype=_dtype_of(original, checkpoint),
+        dtype=_dtype_of(original, result),
         alpha=alpha,
         adapter_name=adapter_name,
         skip=skip,
     )
-    found = [*_check_layout(plan, checkpoint), *check_files(plan, checkpoint)]
-    sink = _CompareSink(checkpoint, {step.spec.name: step for step in plan.steps()})
+    found = [*_check_layout(plan, result), *check_files(plan, result)]
+    sink = _CompareSink(result.raw, {step.spec.name: step for step in plan.steps()})
     run(
         plan,
         sink,
@@ -107,11 +106,11 @@ def verify(
     return tuple(sorted(found, key=lambda item: (item.severity != "error", item.code, item.where)))
 
 
-def _dtype_of(base: Model, merged: Checkpoint) -> str | None:
+def _dtype_of(base: Model, merged: Model) -> str | None:
     """Return the ``--dtype`` that the merge must have been given, or ``None``."""
     pairs = {
         (base.tensors[name].spec.dtype, stored.spec.dtype)
-        for name, stored in merged.tensors.items()
+        for name, stored in merged.raw.items()
         if name in base.tensors and DTYPES[stored.spec.dtype].is_mergeable
     }
     targets = {new for _, new in pairs}
@@ -121,28 +120,29 @@ def _dtype_of(base: Model, merged: Checkpoint) -> str | None:
     name = names.get(targets.pop())
     if all(old == new for old, new in pairs):
         # Asked for all the same, if the configuration says so and the base's does not.
-        said = {read_config(merged.folder).raw.get(key) for key in DTYPE_KEYS}
+        said = {merged.config.raw.get(key) for key in DTYPE_KEYS}
         known = {base.config.raw.get(key) for key in DTYPE_KEYS}
         return name if name in said - known else None
     return name
 
 
-def _check_layout(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:
+def _check_layout(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
     expected = {step.spec.name: step for step in plan.steps()}
     for name, step in expected.items():
-        stored = merged.tensors.get(name)
+        stored = merged.raw.get(name)
         if stored is None:
             yield finding("LT101", name, f"is missing; expected {_words(step.spec)}")
         elif (stored.spec.dtype, stored.spec.shape) != (step.spec.dtype, step.spec.shape):
             yield finding("LT103", name, f"is {_words(stored.spec)}, expected {_words(step.spec)}")
-    for name in merged.tensors:
+    for name in merged.raw:
         if name not in expected:
             yield finding("LT102", name, "is neither in the base nor made by the adapters")
-    if merged.index is not None:
-        content = read_json_object(merged.index)
-        for name in merged.tensors:
-            if name not in content["weight_map"]:
-                yield finding("LT108", merged.index, f"does not list {name!r}")
+    for checkpoint in merged.checkpoints.values():
+        if checkpoint.index is not None:
+            content = read_json_object(checkpoint.index)
+            for name in checkpoint.tensors:
+                if name not in content["weight_map"]:
+                    yield finding("LT108", checkpoint.index, f"does not list {name!r}")
 
 
 def _words(spec: TensorSpec) -> str:
@@ -188,7 +188,7 @@ def _differing(
 class _CompareSink:
     """Compares instead of writing."""
 
-    merged: Checkpoint
+    merged: Mapping[str, StoredTensor]
     steps: Mapping[str, Step]
     joins: bool = False
     files: InputFiles = field(default_factory=lambda: InputFiles({}))
@@ -224,7 +224,7 @@ class _CompareSink:
         return self._bytes(source, position, size)
 
     def _read(self, spec: TensorSpec, position: int, size: int) -> memoryview | None:
-        stored = self.merged.tensors.get(spec.name)
+        stored = self.merged.get(spec.name)
         if stored is None or (stored.spec.dtype, stored.spec.shape) != (spec.dtype, spec.shape):
             return None
         return self._bytes(stored, position, size)
@@ -265,7 +265,7 @@ class _CompareSink:
         """Yield one finding for every tensor that differs."""
         self.files.close()
         for name, found in sorted(self.differences.items()):
-            total = self.merged.tensors[name].spec.elements
+            total = self.merged[name].spec.elements
             share = f"{found.elements} of {total} elements"
             if found.is_copy:
                 yield finding("LT104", name, f"differs from the base in {share}")

@@ -180,3 +180,56 @@ def test_keys_of_an_extraction_are_kohyas(base: Path, name: str, tmp_path: Path)
         "sd3": r"lora_(unet_(joint|context|x_emb|t_emb|y_emb|final)|te[123]_)",
     }
     assert all(re.match(prefixes[pipeline(name).family], key) for key in found)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A pipeline as diffusers saves it, its autoencoder and its tokenizer beside it."""
+    path = tmp_path / "pipeline"
+    for component, model in pipeline("sdxl").models.items():
+        model.save_pretrained(path / component)
+    (path / "vae").mkdir()
+    save_file({"decoder.conv_in.weight": torch.randn(4, 4)}, path / "vae/model.safetensors")
+    (path / "tokenizer").mkdir()
+    (path / "tokenizer/vocab.json").write_text("{}")
+    (path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    return path
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_pipeline_in_folders_is_merged_as_one(
+    folder: Path, dtype: str | None, tmp_path: Path
+) -> None:
+    save_file(trained("sdxl")[0], tmp_path / "lora.safetensors")
+    out = tmp_path / "out"
+    plan = loratool.plan_merge(folder, [tmp_path / "lora.safetensors"], output=out, dtype=dtype)
+    loratool.merge(folder, [tmp_path / "lora.safetensors"], out, dtype=dtype)
+    for component, expected in trained("sdxl")[1].items():
+        model = type(pipeline("sdxl").models[component]).from_pretrained(out / component)
+        kind = torch.float32 if dtype is None else torch.bfloat16
+        for key, value in model.state_dict().items():
+            wanted = expected[key]
+            assert torch.allclose(
+                value.to(kind), wanted.to(kind), rtol=1e-2 if dtype else 1e-6, atol=2e-6
+            ), key
+    for name in ("model_index.json", "tokenizer/vocab.json", "vae/model.safetensors"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    assert {file.name for file in plan.files} == {
+        path.relative_to(out).as_posix()
+        for path in out.rglob("*.safetensors")
+        if path.parent.name != "vae"
+    }
+    assert loratool.verify(out, base=folder, adapters=[tmp_path / "lora.safetensors"]) == ()
+
+
+def test_verify_finds_what_is_wrong_in_one_folder(folder: Path, tmp_path: Path) -> None:
+    lora, out = tmp_path / "lora.safetensors", tmp_path / "out"
+    save_file(trained("sdxl")[0], lora)
+    loratool.merge(folder, [lora], out)
+    file = out / "text_encoder_2/model.safetensors"
+    state = load_file(file)
+    key = next(key for key in state if key.endswith("layers.1.self_attn.q_proj.weight"))
+    state[key][0, 0] += 1
+    save_file(state, file, metadata={"format": "pt"})
+    found = loratool.verify(out, base=folder, adapters=[lora])
+    assert [(item.code, item.where) for item in found] == [("LT105", f"text_encoder_2.{key}")]

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from loratool.adapter.findings import Finding, finding
 from loratool.base.config import CONFIG_NAME
+from loratool.base.model import Model
 from loratool.errors import FileFormatError
-from loratool.files.checkpoint import Checkpoint
 from loratool.files.json import parse_json
 from loratool.plan.model import ModelPlan
 from loratool.plan.sidecar import Sidecar
@@ -33,7 +33,7 @@ OF_A_SAVE: Final = frozenset(
 """What differs with whoever saves a configuration, and decides nothing about weights."""
 
 
-def check_files(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:
+def check_files(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
     """Yield how configuration, tokenizer, index and metadata differ from what ``plan`` writes."""
     if plan.is_folder and merged.path.is_dir():
         for sidecar in plan.beside():
@@ -133,9 +133,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= LARGEST_SHOWN else f"{text[:LARGEST_SHOWN]}…"
 
 
-def _check_metadata(plan: ModelPlan, merged: Checkpoint) -> Iterator[Finding]:
+def _check_metadata(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
     """Yield what the headers say otherwise, of files that are called alike."""
-    by_name = {shard.path.name: shard for shard in merged.shards}
+    by_name = {
+        f"{component}/{shard.path.name}" if component else shard.path.name: shard
+        for component, checkpoint in merged.checkpoints.items()
+        for shard in checkpoint.shards
+    }
     alone = len(plan.files) == len(merged.shards) == 1
     for file in plan.files:
         shard = merged.shards[0] if alone else by_name.get(file.name)

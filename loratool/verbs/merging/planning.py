@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -83,12 +83,11 @@ def plan_merge(
     if not adapters:
         raise MergeError("merge", "no adapter was given")
     model = open_model(Path(base))
-    checkpoint = model.checkpoint
     _check_quantized(model, quantized)
     opened = [
         open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
     ]
-    notes = [*checkpoint.notes, *check_base(model)]
+    notes = [*model.notes, *check_base(model)]
     for adapter in opened:
         check_adapter(adapter)
     check_one_model(opened)
@@ -121,7 +120,7 @@ def plan_merge(
     steps = _steps(view, shares, dtype, untied)
     if not any(step.is_changed for step in steps.values()):
         raise MergeError(opened[0].path, "the merge would change nothing")
-    is_folder = _is_folder(checkpoint, output)
+    is_folder = _is_folder(model, output)
     changes = _config_changes(view, steps, opened, dtype, untied=untied, layers=layers)
     if not is_folder and (changes.untie or changes.vocabulary):
         raise UnsupportedError(
@@ -129,12 +128,12 @@ def plan_merge(
             "the merge changes what config.json has to say (ties or vocabulary)",
             hint="name a folder as the output",
         )
-    files = _files(checkpoint, view, steps, output if not is_folder else None)
+    files = _files(view, steps, output if not is_folder else None)
     tokenizer = _with_tokenizer(changes, opened)
     sidecars, left = collect_sidecars(model, changes, tokenizer) if is_folder else ([], [])
     notes += [f"{name} was not carried over: {why}" for name, why in left if why in NOT_FILES]
-    if is_folder and (len(files) > 1 or checkpoint.index):
-        sidecars.append(_index(checkpoint, files))
+    if is_folder:
+        sidecars += _indices(model, files)
     return ModelPlan(
         files=tuple(files),
         sidecars=tuple(sidecars),
@@ -144,7 +143,7 @@ def plan_merge(
         notes=tuple(dict.fromkeys(notes)),
         left_behind=tuple(left),
         stamps={
-            **{shard.path: shard.stamp for shard in checkpoint.shards},
+            **model.stamps,
             **{adapter.weights: adapter.stamp for adapter in opened},
             **{path: stamp for each in complete for path, stamp in each.stamps.items()},
         },
@@ -360,10 +359,10 @@ def _with_tokenizer(changes: ConfigChanges, adapters: Sequence[Adapter]) -> Adap
     return next((a for a in adapters if (a.folder / "tokenizer_config.json").is_file()), None)
 
 
-def _is_folder(checkpoint: Checkpoint, output: AnyPath | None) -> bool:
+def _is_folder(model: Model, output: AnyPath | None) -> bool:
     place = Path(output) if output is not None else Path()
     suffix = place.suffix
-    if checkpoint.path.is_dir():
+    if model.is_folder:
         if is_weights(place):
             raise OutputError(
                 output, f"the base is a folder, so the output is one; leave out {suffix!r}"
@@ -386,26 +385,43 @@ def _is_plain(stem: str) -> bool:
     return stem.startswith("pytorch_model")
 
 
-def _files(
-    checkpoint: Checkpoint, view: Model, steps: dict[str, Step], output: AnyPath | None
-) -> list[OutputFile]:
+def _files(view: Model, steps: dict[str, Step], output: AnyPath | None) -> list[OutputFile]:
     """Lay out the output: every tensor in the shard it came from, added ones in the last."""
-    by_shard: dict[Path, list[Step]] = {shard.path: [] for shard in checkpoint.shards}
-    last = checkpoint.shards[-1].path
+    lasts = {component: one.shards[-1].path for component, one in view.checkpoints.items()}
+    by_shard: dict[Path, list[Step]] = {shard.path: [] for shard in view.shards}
     for name, step in steps.items():
         stored = view.tensors.get(name)
+        last = lasts.get("") or lasts[name.partition(".")[0]]
         by_shard[path_of(stored) if stored is not None else last].append(step)
     files = []
-    for shard in checkpoint.shards:
-        name = Path(output).name if output is not None else _output_name(shard.path)
-        if by_shard[shard.path] or not shard.tensors:  # one with nothing but scales is gone
-            files.append(OutputFile.lay_out(name, by_shard[shard.path], shard.metadata, shard))
+    for component, checkpoint in view.checkpoints.items():
+        for shard in checkpoint.shards:
+            mine = by_shard[shard.path]
+            if not mine and shard.tensors:
+                continue  # one with nothing but scales is gone
+            name = Path(output).name if output is not None else _output_name(shard.path)
+            folder, prefix = (f"{component}/", f"{component}.") if component else ("", "")
+            files.append(OutputFile.lay_out(f"{folder}{name}", mine, shard.metadata, shard, prefix))
     return files
 
 
-def _index(checkpoint: Checkpoint, files: Sequence[OutputFile]) -> Sidecar:
+def _indices(model: Model, files: Sequence[OutputFile]) -> Iterator[Sidecar]:
+    """Yield the index of each component that needs one."""
+    for component, checkpoint in model.checkpoints.items():
+        folder = f"{component}/" if component else ""
+        mine = [file for file in files if not component or file.name.startswith(folder)]
+        if len(mine) > 1 or checkpoint.index:
+            yield _index(checkpoint, mine, component)
+
+
+def _index(checkpoint: Checkpoint, files: Sequence[OutputFile], component: str) -> Sidecar:
     """Return the index of the output: the base's own bytes where nothing in it changes."""
-    weight_map = {step.spec.name: file.name for file in files for step in file.steps}
+    folder, prefix = (f"{component}/", f"{component}.") if component else ("", "")
+    weight_map = {
+        step.spec.name.removeprefix(prefix): file.name.removeprefix(folder)
+        for file in files
+        for step in file.steps
+    }
     total = sum(step.spec.nbytes for file in files for step in file.steps)
     name = "model.safetensors.index.json"
     metadata: dict[str, Any] = {}
@@ -415,7 +431,7 @@ def _index(checkpoint: Checkpoint, files: Sequence[OutputFile]) -> Sidecar:
         found = content.get("metadata")
         metadata = dict(found) if isinstance(found, dict) else {}
         if weight_map == content["weight_map"] and metadata.get("total_size") == total:
-            return Sidecar(name, checkpoint.index)
+            return Sidecar(f"{folder}{name}", checkpoint.index)
     metadata["total_size"] = total
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(
@@ -423,7 +439,7 @@ def _index(checkpoint: Checkpoint, files: Sequence[OutputFile]) -> Sidecar:
         )
     content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    return Sidecar(name, None, text.encode(), "describes the tensors as written")
+    return Sidecar(f"{folder}{name}", None, text.encode(), "describes the tensors as written")
 
 
 def _index_name(path: Path) -> str:

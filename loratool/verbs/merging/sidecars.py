@@ -10,7 +10,7 @@ from typing import Any, Final
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter
 from loratool.base.config import CONFIG_NAME as MODEL_CONFIG
-from loratool.base.config import QUANTIZATION_FILES
+from loratool.base.config import QUANTIZATION_FILES, read_config
 from loratool.base.config_edits import ConfigChanges, edit_config
 from loratool.base.model import Model
 from loratool.files.checkpoint import is_weight_like
@@ -34,17 +34,17 @@ def collect_sidecars(
         changes: What changes in its ``config.json``.
         tokenizer_from: The adapter whose tokenizer replaces the base's, if any.
     """
-    checkpoint = model.checkpoint
     found: dict[str, Sidecar] = {}
     left: list[tuple[str, str]] = []
-    roots = link_roots(checkpoint.folder, (shard.path for shard in checkpoint.shards))
-    used = {shard.path.name for shard in checkpoint.shards}
-    if checkpoint.index:
-        used.add(checkpoint.index.name)
-    for path, name in _files_below(checkpoint.folder, roots, left):
+    shards = [shard.path for shard in model.shards]
+    roots = link_roots(model.folder, shards)
+    indices = [one.index for one in model.checkpoints.values() if one.index]
+    used = {path.relative_to(model.folder).as_posix() for path in (*shards, *indices)}
+    for path, name in _files_below(model.folder, roots, left):
         if name in used:
             continue
-        if is_weight_like(path):
+        is_merged = "" in model.checkpoints or name.rpartition("/")[0] in ("", *model.checkpoints)
+        if is_weight_like(path) and is_merged:
             left.append((name, "weights or training state of the unmerged base"))
         elif name in QUANTIZATION_FILES and changes.decoded:
             left.append((name, "describes codes that the output has not"))
@@ -52,12 +52,14 @@ def collect_sidecars(
             left.append((name, "it would make loaders look for an adapter"))
         else:
             found[name] = Sidecar(name, path)
-    if model.config:
-        edited = edit_config(model.config.raw, changes)
-        if edited != model.config.raw:
+    for component in model.checkpoints:
+        config = read_config(model.folder / component)
+        edited = edit_config(config.raw, changes) if config else config.raw
+        if edited != config.raw:
+            name = f"{component}/{MODEL_CONFIG}" if component else MODEL_CONFIG
             content = json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
-            why = _describe(model.config.raw, edited)
-            found[MODEL_CONFIG] = Sidecar(MODEL_CONFIG, None, content.encode(), why)
+            why = _describe(config.raw, edited)
+            found[name] = Sidecar(name, None, content.encode(), why)
     if tokenizer_from is not None:
         roots = link_roots(tokenizer_from.folder, [tokenizer_from.weights])
         for path in sorted(tokenizer_from.folder.iterdir()):
