@@ -129,6 +129,8 @@ def _is_turned(
     """
     if module.rpartition(".")[2] in EMBEDDING_LEAVES:
         return True
+    if base.is_turned(module):
+        return True
     if component_of(site.module)[0] is not None:
         return False  # no model of a pipeline is built of Conv1D
     conv1d = base.is_conv1d(module)

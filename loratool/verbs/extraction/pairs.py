@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Final
 
+from loratool.adapter.keys import transposed
 from loratool.adapter.model import FUSED_PARAMETERS, Kind
 from loratool.adapter.selectors import PartlyMeantError, Selector, selector
 from loratool.base.model import Model
+from loratool.base.place import Place
 from loratool.codecs.weights import Weight, is_alias
 from loratool.files.dtypes import DTYPES
+from loratool.files.spec import StoredTensor
 from loratool.names.conv1d import CONV1D_LEAVES
 from loratool.names.embeddings import is_embedding, is_router
 from loratool.names.experts import TRANSPOSED_MODEL_TYPES
@@ -21,6 +25,9 @@ from loratool.values.expr import widest
 
 __all__ = ["Leftover", "Pairing", "Selection", "Target", "pair"]
 
+BIAS: Final = "bias"
+FUSED_LEAVES: Final = ("in_proj_weight", "in_proj_bias")
+"""Parameters that hold several modules of libraries."""
 STACKED_LEAVES: Final = ("input_linear", "output_linear")
 """Modules whose three-dimensional weight stacks experts, not kernels."""
 
@@ -249,12 +256,15 @@ class Match:
         path: The module that libraries have for it.
         base: The base's weight.
         tuned: The finetuned one.
+        rows: Which outputs of the module they are, where the two models have these in another
+            order, and so in pieces.
     """
 
     name: str
     path: str
     base: Weight
     tuned: Weight
+    rows: tuple[int, int] | None = None
 
 
 def _matches(name: str, stored: Weight, tuned: Model, base: Model) -> list[Match] | str:
@@ -263,43 +273,81 @@ def _matches(name: str, stored: Weight, tuned: Model, base: Model) -> list[Match
     It is several things where one of the two models has several projections in one tensor and
     the other has not, or libraries have not.
     """
-    module, _, leaf = name.rpartition(".")
-    path = tuned.path_of(name)
+    path, leaf = tuned.path_of(name), name.rpartition(".")[2]
     is_weight = tuned.modules.get(path) == name
-    parts = tuned.layout.fused(path, tuned.config) if is_weight and leaf != "weight" else None
-    if parts is not None and parts.whole == path:
-        return _in_parts(parts.parts, tuned, base)
+    parts = tuned.layout.fused(path, tuned.config)
+    if parts is not None and parts.whole == path and leaf in FUSED_LEAVES:
+        return _in_parts(parts.parts, tuned, base, is_bias=not is_weight)
     if name in base.tensors and base.path_of(name) == path:
         return [Match(name, path, base.tensors[name], stored)]
-    place = base.find(path, family=tuned.family) if is_weight else None
-    if place is None:
-        own = base.parameter(path, leaf) if module else None
-        if own is None:
-            return "the base has no such tensor"
-        return [Match(own, path, base.weight(own), stored)]
-    names = [piece.name for piece in place.pieces]
-    if len(names) > 1:
-        if len(set(names)) < len(names):
-            return "the base has its rows in another order"
-        return _in_parts([base.path_of(one) for one in names], tuned, base)
-    view = place.pieces[0].tensor if place.is_whole else place.pieces[0].view
-    own_place = tuned.find(path)
-    if view is None or own_place is None or own_place.is_transposed != place.is_transposed:
-        return "the base has it the other way round"
-    return [Match(names[0], path, view, stored)]
+    place = base.find(path, family=tuned.family) if is_weight or leaf == BIAS else None
+    if place is not None and not (place.is_whole and leaf == BIAS):
+        names = dict.fromkeys(piece.name for piece in place.pieces)
+        paths = [path] if len(names) == 1 else [base.path_of(one) for one in names]
+        return _in_parts(paths, tuned, base, is_bias=not is_weight)
+    own = base.parameter(path, leaf, family=tuned.family) if path else None
+    if own is None:
+        return "the base has no such tensor"
+    return [Match(own, path, base.weight(own), stored)]
 
 
-def _in_parts(paths: Sequence[str], tuned: Model, base: Model) -> list[Match] | str:
-    """Return the parts of a fused projection, each by itself."""
-    found = []
+def _in_parts(
+    paths: Sequence[str], tuned: Model, base: Model, *, is_bias: bool
+) -> list[Match] | str:
+    """Return projections one by one, or their biases; in pieces where their rows are mixed."""
+    found: list[Match] = []
     for path in paths:
-        places = [model.find(path, family=tuned.family) for model in (base, tuned)]
-        pieces = [place.pieces[0] for place in places if place and len(place.pieces) == 1]
-        views = [piece.view for piece in pieces]
-        if len(views) < 2 or views[0] is None or views[1] is None:
-            return f"the base has no {path!r} that it is made of"
-        found.append(Match(pieces[0].name, path, views[0], views[1]))
+        mine, other = (model.find(path, family=tuned.family) for model in (tuned, base))
+        if mine is None or other is None:
+            return f"the base has no {path!r}"
+        if mine.is_transposed != other.is_transposed and not is_bias:
+            turned = _turned(path, mine, other)
+            if turned is None:
+                return "the base has it the other way round"
+            found.append(turned)
+            continue
+        firsts = {piece.first for place in (mine, other) for piece in place.pieces}
+        bounds = [*sorted(firsts), mine.shape[0]]
+        for first, last in pairwise(bounds):
+            own = _rows(other, first, last - first, base, is_bias=is_bias)
+            view = _rows(mine, first, last - first, tuned, is_bias=is_bias)
+            if own is None or view is None:
+                return "the base has it in another order" if not is_bias else "the base has no bias"
+            rows = (first, last) if len(bounds) > 2 else None
+            found.append(Match(own[0], path, own[1], view[1], rows))
     return found
+
+
+def _turned(path: str, mine: Place, other: Place) -> Match | None:
+    """Return a whole matrix that one of the two models stores as the transpose of the other's."""
+    weight = other.pieces[0].tensor
+    is_whole = mine.is_whole and other.is_whole and len(weight.spec.shape) == 2
+    if not is_whole or not isinstance(weight, StoredTensor):
+        return None
+    return Match(other.pieces[0].name, path, transposed(weight), mine.pieces[0].tensor)
+
+
+def _rows(
+    place: Place, first: int, count: int, model: Model, *, is_bias: bool
+) -> tuple[str, Weight] | None:
+    """Return the tensor that holds some outputs of a module, or of its bias, and these."""
+    piece = next(each for each in reversed(place.pieces) if each.first <= first)
+    region, start = piece.region, first - piece.first
+    if is_bias:
+        name = piece.name.removesuffix("weight") + BIAS
+        bias = model.tensors.get(name)
+        if not isinstance(bias, StoredTensor) or bias.strides or region.exchanged:
+            return None
+        start += region.first_column if region.transposed else region.first_row
+        size = DTYPES[bias.spec.dtype].bits // 8
+        spec = replace(bias.spec, shape=(count,))
+        return name, replace(bias, spec=spec, offset=bias.offset + start * size)
+    if (start, count) != (0, piece.outputs):
+        if region.exchanged or count > piece.outputs - start:
+            return None
+        piece = replace(piece, region=region.outputs(start, count))
+    weight = piece.tensor if piece.is_whole else piece.view
+    return (piece.name, weight) if weight is not None else None
 
 
 def _path_told(name: str, model: Model) -> str:
@@ -323,6 +371,10 @@ def _sort(
     def leave(why: str, *, can_be_carried: bool = True) -> None:
         found.leftovers.append(Leftover(name, why, base, tuned, can_be_carried, told))
 
+    if match.rows is not None:
+        name = f"{name}[{match.rows[0]}:{match.rows[1]}]"
+        leave("the base has its rows in another order", can_be_carried=False)
+        return
     if selection.saves(module):
         found.saved.append(Leftover(name, "saved whole as asked", base, tuned, path=told))
         return
@@ -398,8 +450,6 @@ def _target(
 
 def _nest(targets: list[Target]) -> None:
     """Say how deep raw parameters nest: those of one module, the first registered innermost."""
-    from dataclasses import replace
-
     by_module: dict[str, list[int]] = {}
     for index, target in enumerate(targets):
         if target.is_parameter:
