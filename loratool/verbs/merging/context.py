@@ -44,6 +44,11 @@ class Changes:
         return self.grown if self.source is None else self.source.spec.shape
 
     @property
+    def copies(self) -> list[Blend]:
+        """The copies of the base weight among the edits."""
+        return [e for e in self.edits if isinstance(e, Blend) and e.only_if_different]
+
+    @property
     def effects(self) -> list[Edit]:
         """The edits without copies of the base weight, which change nothing by themselves."""
         return [e for e in self.edits if not (isinstance(e, Blend) and e.only_if_different)]

@@ -58,7 +58,9 @@ def plan_extra(share: Share, extra: Extra, base: Model) -> None:
 def _plan_full(share: Share, extra: Extra, base: Model) -> None:
     module, _, leaf = extra.name.rpartition(".")
     name = (base.parameter(module, leaf) if module else None) or extra.name
-    if name in base.tensors or name in base.hidden:
+    if _is_copy(share, extra, name, base):
+        _plan_base_copy(share, extra, base)
+    elif name in base.tensors or name in base.hidden:
         _replace(share, extra, name, base)
     elif _is_saved(share, module):
         if share.weight != 1:
@@ -69,6 +71,17 @@ def _plan_full(share: Share, extra: Extra, base: Model) -> None:
         share.changes[extra.name].replacement = extra.tensor
     else:
         raise _no_place(share, extra, base)
+
+
+def _is_copy(share: Share, extra: Extra, name: str, base: Model) -> bool:
+    """Whether PEFT has stored a tied weight beside what it trained, so that all its names follow.
+
+    What it has trained of a tied module alone it lists, or says that it is tied again.
+    """
+    config = share.adapter.config
+    if config is None or config.flag("ensure_weight_tying") or not base.may_be_tied(name):
+        return False
+    return not is_listed(share.adapter, extra.name.rpartition(".")[0])
 
 
 def _is_saved(share: Share, module: str) -> bool:
@@ -100,7 +113,7 @@ def _replace(share: Share, extra: Extra, name: str, base: Model) -> None:
         changes.edits.insert(0, Blend(extra.tensor, share.weight))
         return
     if shape != old:
-        _check_resize(share, extra, name, old)
+        _check_resize(share, extra, name, base)
         if share.weight != 1:
             raise AdapterError(
                 share.where(extra.name),
@@ -109,11 +122,12 @@ def _replace(share: Share, extra: Extra, name: str, base: Model) -> None:
     changes.replacement = extra.tensor
 
 
-def _check_resize(share: Share, extra: Extra, name: str, old: tuple[int, ...]) -> None:
+def _check_resize(share: Share, extra: Extra, name: str, base: Model) -> None:
     """Allow another shape for vocabularies and heads, where it is what was trained."""
     module = name.rpartition(".")[0]
-    shape = extra.tensor.spec.shape
+    shape, old = extra.tensor.spec.shape, base.shape(name)
     is_vocabulary = module.rpartition(".")[2] in EMBEDDING_LEAVES | HEAD_LEAVES
+    is_vocabulary |= any(base.may_be_tied(one) for one in (name, f"{module}.weight"))
     if (is_vocabulary or _is_saved(share, module)) and shape[1:] == old[1:]:
         return
     raise BaseModelError(
@@ -134,7 +148,7 @@ def _plan_base_copy(share: Share, extra: Extra, base: Model) -> None:
             0, Blend(extra.tensor, share.weight, only_if_different=True)
         )
     else:
-        _check_resize(share, extra, name, base.shape(name))
+        _check_resize(share, extra, name, base)
         share.changes[name].base = extra.tensor
 
 
