@@ -31,7 +31,8 @@ class Changes:
     edits: list[Edit] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return self.replacement is not None or self.base is not None or bool(self.edits)
+        given = (self.replacement, self.base, self.grown)
+        return bool(self.edits) or any(each is not None for each in given)
 
     @property
     def source(self) -> StoredTensor | None:

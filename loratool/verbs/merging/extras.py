@@ -20,6 +20,9 @@ IMPLICIT_HEADS: Final = frozenset(
 )
 """Heads that PEFT saves for classification tasks without listing them."""
 
+LOGITS_BIAS: Final = "final_logits_bias"
+"""A buffer of BART and its relatives, which no adapter holds."""
+
 
 def plan_extras(share: Share, base: Model) -> None:
     """Add what the extras of an adapter change to ``share``.
@@ -40,6 +43,19 @@ def plan_extras(share: Share, base: Model) -> None:
     in_turn = {ExtraKind.FULL: 0, ExtraKind.BASE_COPY: 1}
     for extra in sorted(share.adapter.extras, key=lambda extra: in_turn.get(extra.kind, 2)):
         plan_extra(share.at(extra), extra, base)
+    _grow_logits_bias(share, base)
+
+
+def _grow_logits_bias(share: Share, base: Model) -> None:
+    """Give new tokens a zero in what is added to the logits, as transformers does."""
+    known = [name for name in share.changes if name in base.tensors or name in base.hidden]
+    sources = [(base.shape(name), share.changes[name].source) for name in known]
+    sizes = {(old[:1], new.spec.shape[:1]) for old, new in sources if new is not None}
+    for name in base.tensors:
+        for old, new in sizes if name.endswith(LOGITS_BIAS) else ():
+            shape = base.shape(name)
+            if shape[-1:] == old and new > old:
+                share.changes[name].grown = (*shape[:-1], *new)
 
 
 def plan_extra(share: Share, extra: Extra, base: Model) -> None:
