@@ -66,8 +66,10 @@ def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, 
     if changes.vocabulary:
         old, new = changes.vocabulary
         for part in parts:
-            if part.get("vocab_size") == old:
-                part["vocab_size"] = new
+            is_one = part.get("share_encoder_decoder_embeddings") is not False
+            for key in ("vocab_size", *(("decoder_vocab_size",) if is_one else ())):
+                if part.get(key) == old:
+                    part[key] = new
     if changes.dtype:
         for part in parts:
             for key in DTYPE_KEYS:

@@ -448,9 +448,13 @@ class Model:
             tie=self._tie_of(name),
         )
 
+    def may_be_tied(self, name: str) -> bool:
+        """Whether the parameter ``name`` is a side of a tie, if the stored values are alike."""
+        return any(name in sharing.names for sharing in self._sharings)
+
     def _tie_of(self, name: str) -> Tie | None:
         """Return the tie that a weight is a side of; what is no such is not looked at for it."""
-        if not any(name in sharing.names for sharing in self._sharings):
+        if not self.may_be_tied(name):
             return None
         return next((tie for tie in self.ties if name in tie.names), None)
 

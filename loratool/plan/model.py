@@ -220,7 +220,8 @@ class Step:
     @property
     def is_changed(self) -> bool:
         """Whether the values differ from the base's for another reason than the dtype."""
-        return bool(self.edits) or self.added or self.replaced
+        is_grown = self.spec.shape != self.source.spec.shape
+        return bool(self.edits) or self.added or self.replaced or is_grown
 
     @property
     def has_delta(self) -> bool:

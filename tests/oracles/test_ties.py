@@ -276,6 +276,21 @@ def test_whichever_names_the_base_stores(name: str, way: str, tmp_path: Path) ->
         check(base, model, told, tmp_path / str(number))
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "marian", "whisper", "roberta", "modernbert"])
+def test_a_vocabulary_that_grew_reaches_every_name(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    model = build(family)
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(44)
+    tuned = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules=[family.layer])
+    )
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    merged = type(model).from_pretrained(tmp_path / "out").eval()
+    assert (outputs(tuned.base_model.model.eval()) - outputs(merged)).abs().max() < 1e-5
+
+
 NOT_TABLES = re.compile(r"patch_embed|relative_bias|entity_|unembedding|codec|audio_tokens")
 OTHER_KINDS = frozenset(
     ("blt", "csm", "ctrl", "diffusion_gemma", "flava", "granite_speech5_ctc", "luke", "neomme")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from samples import lora
 
 import loratool
-from loratool.errors import UnsupportedError
+from loratool.errors import MergeError, UnsupportedError
 
 Make = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -234,3 +234,55 @@ def test_a_weight_that_a_head_reads_itself_is_refused_and_can_be_left_out(
     merged = read_all(tmp_path / "out")
     assert torch.equal(merged[f"{words}.weight"], TABLE)
     assert not torch.equal(merged[f"{query}.weight"], stored[f"{query}.weight"])
+
+
+def test_copies_of_a_tied_weight_are_meant_for_all_its_names(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    """PEFT stores them beside the deltas; only what it trains alone it lists."""
+    larger = torch.randn(TOKENS + 2, WIDTH)
+    copies = {f"{module}.weight": larger.clone() for module in ("shared", "lm_head")}
+    adapter = make_adapter(lora("encoder.layers.0.q", 4, WIDTH) | copies)
+    stored = {"shared.weight": TABLE, "final_logits_bias": BIAS[None]}
+    config = BART | {"vocab_size": TOKENS, "decoder_vocab_size": TOKENS}
+    loratool.merge(make_base(stored | LAYERS, config), [adapter], tmp_path / "out")
+    merged = read_all(tmp_path / "out")
+    assert merged.keys() == stored.keys() | LAYERS
+    assert torch.equal(merged["shared.weight"], larger)
+    assert torch.equal(merged["final_logits_bias"][0, :TOKENS], BIAS)
+    assert merged["final_logits_bias"][0, TOKENS:].tolist() == [0, 0]
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    assert told == config | {"vocab_size": TOKENS + 2, "decoder_vocab_size": TOKENS + 2}
+
+
+def test_copies_of_a_tied_weight_that_differ_are_refused_unless_listed(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base({"shared.weight": TABLE} | LAYERS, BART)
+    copies = {f"{module}.weight": torch.randn(TOKENS, WIDTH) for module in ("shared", "lm_head")}
+    tensors = lora("encoder.layers.0.q", 4, WIDTH) | copies
+    with pytest.raises(MergeError, match="one weight for both") as refusal:
+        loratool.merge(base, [make_adapter(tensors)], tmp_path / "out")
+    assert "modules_to_save" in (refusal.value.hint or "")
+    adapter = make_adapter(tensors, name="listed", modules_to_save=["shared", "lm_head"])
+    loratool.merge(base, [adapter], tmp_path / "out")
+    merged = read_all(tmp_path / "out")
+    for name, value in copies.items():
+        assert torch.equal(merged[name], value)
+    assert torch.equal(merged["decoder.embed_tokens.weight"], TABLE)
+
+
+def test_a_head_keeps_the_copy_that_the_embedding_came_with(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    """A copy that is not the base's is what was trained on, of every name of the weight."""
+    copy = torch.randn(TOKENS, WIDTH)
+    factors, _ = change("lm_head", "lora")
+    adapter = make_adapter(factors | {"shared.weight": copy})
+    base = make_base({"shared.weight": TABLE} | LAYERS, BART)
+    loratool.merge(base, [adapter], tmp_path / "out")
+    merged = read_all(tmp_path / "out")
+    for module in MODULES[:3]:
+        assert torch.equal(merged[f"{module}.weight"], copy)
+    delta = SCALE * factors["lm_head.lora_B.weight"] @ factors["lm_head.lora_A.weight"]
+    torch.testing.assert_close(merged["lm_head.weight"], copy + delta, rtol=1e-6, atol=1e-5)

@@ -31,7 +31,8 @@ class Changes:
     edits: list[Edit] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return self.replacement is not None or self.base is not None or bool(self.edits)
+        given = (self.replacement, self.base, self.grown)
+        return bool(self.edits) or any(each is not None for each in given)
 
     @property
     def source(self) -> StoredTensor | None:
@@ -42,6 +43,11 @@ class Changes:
     def shape(self) -> tuple[int, ...] | None:
         """The shape that the adapter gives it, if it gives it one."""
         return self.grown if self.source is None else self.source.spec.shape
+
+    @property
+    def copies(self) -> list[Blend]:
+        """The copies of the base weight among the edits."""
+        return [e for e in self.edits if isinstance(e, Blend) and e.only_if_different]
 
     @property
     def effects(self) -> list[Edit]:

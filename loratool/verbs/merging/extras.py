@@ -20,6 +20,9 @@ IMPLICIT_HEADS: Final = frozenset(
 )
 """Heads that PEFT saves for classification tasks without listing them."""
 
+LOGITS_BIAS: Final = "final_logits_bias"
+"""A buffer of BART and its relatives, which no adapter holds."""
+
 
 def plan_extras(share: Share, base: Model) -> None:
     """Add what the extras of an adapter change to ``share``.
@@ -40,6 +43,19 @@ def plan_extras(share: Share, base: Model) -> None:
     in_turn = {ExtraKind.FULL: 0, ExtraKind.BASE_COPY: 1}
     for extra in sorted(share.adapter.extras, key=lambda extra: in_turn.get(extra.kind, 2)):
         plan_extra(share.at(extra), extra, base)
+    _grow_logits_bias(share, base)
+
+
+def _grow_logits_bias(share: Share, base: Model) -> None:
+    """Give new tokens a zero in what is added to the logits, as transformers does."""
+    known = [name for name in share.changes if name in base.tensors or name in base.hidden]
+    sources = [(base.shape(name), share.changes[name].source) for name in known]
+    sizes = {(old[:1], new.spec.shape[:1]) for old, new in sources if new is not None}
+    for name in base.tensors:
+        for old, new in sizes if name.endswith(LOGITS_BIAS) else ():
+            shape = base.shape(name)
+            if shape[-1:] == old and new > old:
+                share.changes[name].grown = (*shape[:-1], *new)
 
 
 def plan_extra(share: Share, extra: Extra, base: Model) -> None:
@@ -58,7 +74,9 @@ def plan_extra(share: Share, extra: Extra, base: Model) -> None:
 def _plan_full(share: Share, extra: Extra, base: Model) -> None:
     module, _, leaf = extra.name.rpartition(".")
     name = (base.parameter(module, leaf) if module else None) or extra.name
-    if name in base.tensors or name in base.hidden:
+    if _is_copy(share, extra, name, base):
+        _plan_base_copy(share, extra, base)
+    elif name in base.tensors or name in base.hidden:
         _replace(share, extra, name, base)
     elif _is_saved(share, module):
         if share.weight != 1:
@@ -69,6 +87,17 @@ def _plan_full(share: Share, extra: Extra, base: Model) -> None:
         share.changes[extra.name].replacement = extra.tensor
     else:
         raise _no_place(share, extra, base)
+
+
+def _is_copy(share: Share, extra: Extra, name: str, base: Model) -> bool:
+    """Whether PEFT has stored a tied weight beside what it trained, so that all its names follow.
+
+    What it has trained of a tied module alone it lists, or says that it is tied again.
+    """
+    config = share.adapter.config
+    if config is None or config.flag("ensure_weight_tying") or not base.may_be_tied(name):
+        return False
+    return not is_listed(share.adapter, extra.name.rpartition(".")[0])
 
 
 def _is_saved(share: Share, module: str) -> bool:
@@ -100,7 +129,7 @@ def _replace(share: Share, extra: Extra, name: str, base: Model) -> None:
         changes.edits.insert(0, Blend(extra.tensor, share.weight))
         return
     if shape != old:
-        _check_resize(share, extra, name, old)
+        _check_resize(share, extra, name, base)
         if share.weight != 1:
             raise AdapterError(
                 share.where(extra.name),
@@ -109,11 +138,12 @@ def _replace(share: Share, extra: Extra, name: str, base: Model) -> None:
     changes.replacement = extra.tensor
 
 
-def _check_resize(share: Share, extra: Extra, name: str, old: tuple[int, ...]) -> None:
+def _check_resize(share: Share, extra: Extra, name: str, base: Model) -> None:
     """Allow another shape for vocabularies and heads, where it is what was trained."""
     module = name.rpartition(".")[0]
-    shape = extra.tensor.spec.shape
+    shape, old = extra.tensor.spec.shape, base.shape(name)
     is_vocabulary = module.rpartition(".")[2] in EMBEDDING_LEAVES | HEAD_LEAVES
+    is_vocabulary |= any(base.may_be_tied(one) for one in (name, f"{module}.weight"))
     if (is_vocabulary or _is_saved(share, module)) and shape[1:] == old[1:]:
         return
     raise BaseModelError(
@@ -134,7 +164,7 @@ def _plan_base_copy(share: Share, extra: Extra, base: Model) -> None:
             0, Blend(extra.tensor, share.weight, only_if_different=True)
         )
     else:
-        _check_resize(share, extra, name, base.shape(name))
+        _check_resize(share, extra, name, base)
         share.changes[name].base = extra.tensor
 
 

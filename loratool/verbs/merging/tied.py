@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from loratool.adapter.slots import Slot
 from loratool.base.model import Model
 from loratool.base.ties import Tie, have_same_values
+from loratool.errors import MergeError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
 from loratool.plan.model import AddDelta, SetRows
@@ -112,9 +113,28 @@ def _join(share: Share, tie: Tie, names: Sequence[str]) -> None:
     changes = [found for name in tie.names if (found := share.changes.pop(name, None))]
     if not changes:
         return
+    _check_copies(share, tie, changes)
     common = changes[0]
     common.base = next((each.base for each in changes if each.base), None)
     share.changes |= dict.fromkeys(names, common)
+
+
+def _check_copies(share: Share, tie: Tie, changes: Sequence[Changes]) -> None:
+    """Make sure that an adapter's copies of a tied weight are one.
+
+    Raises:
+        MergeError: They differ.
+    """
+    copies = [each.base for each in changes if each.base]
+    copies += [copy.tensor for each in changes for copy in each.copies]
+    for other in copies[1:]:
+        if not have_same_values(copies[0], other):
+            raise MergeError(
+                share.where(other.spec.name),
+                f"holds other values than {copies[0].spec.name!r}, and the base has one weight for "
+                f"both ({tie.source!r})",
+                hint="if both were trained, name their modules in modules_to_save",
+            )
 
 
 def _part(share: Share, tie: Tie) -> None:
@@ -122,8 +142,11 @@ def _part(share: Share, tie: Tie) -> None:
     changes = {name: share.changes[name] for name in tie.names}
     # All start from one weight: what is stored of it for one is meant for the others too.
     base = next((each.base for each in changes.values() if each.base), None)
+    copies = next((each.copies for each in changes.values() if each.copies), [])
     for each in changes.values():
         each.base = each.base or base
+        if each.replacement is None and not each.copies:
+            each.edits[:0] = copies
     if tie.input is None or not changes[tie.input].is_rows_only:
         return
     rows = changes.pop(tie.input)
