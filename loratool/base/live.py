@@ -153,6 +153,16 @@ class LiveModel:
         heads = (part if isinstance(part, dict) else self.config.raw).get("num_attention_heads")
         return heads if isinstance(heads, int) else 1
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules of the live model that have a weight, if its files may have other names."""
+        found = self._tensors
+        if found is None:
+            return ()
+        parts = (part for fused in found.fused.values() for part in fused.parts)
+        renamed = (_module(name) for name in found.renamed if name.endswith(WEIGHT))
+        return tuple(dict.fromkeys((*renamed, *parts)))
+
     def tensor(self, name: str) -> str | None:
         """Return the tensor of the files that the parameter ``name`` of the live model is.
 
