@@ -123,10 +123,19 @@ class LiveModel:
             elif operations == ("interleave 1",) and len(self.tensors[name].spec.shape) == 3:
                 found.stacks[live.names[0]] = Stack(whole=name, is_interleaved=True)
             else:
-                word = next(w for o in operations if (w := o.partition(" ")[0]) in ELSEWHERE)
-                found.elsewhere |= dict.fromkeys(live.names, (name, ELSEWHERE[word]))
+                words = (operation.partition(" ")[0] for operation in operations)
+                why = next(filter(None, map(ELSEWHERE.get, words)), "it in another form")
+                found.elsewhere |= dict.fromkeys(live.names, (name, why))
         for name, sources in found.joined.items():
-            if name.endswith(WEIGHT) and len(self.tensors[sources[min(sources)]].spec.shape) == 2:
+            stored = sources[min(sources)]
+            if not name.endswith(WEIGHT) or len(self.tensors[stored].spec.shape) != 2:
+                continue
+            if not all(each.endswith(WEIGHT) for each in sources.values()):
+                found.elsewhere[name] = (
+                    stored,
+                    f"it in {len(sources)} tensors that are no modules'",
+                )
+            elif name not in found.elsewhere:
                 parts = tuple(_module(sources[index]) for index in sorted(sources))
                 fused = Fused(_module(name), parts)
                 found.fused |= dict.fromkeys((fused.whole, *parts), fused)
