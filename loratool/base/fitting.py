@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from loratool.adapter.leaving import leave_out
 from loratool.adapter.model import Adapter, Site
+from loratool.adapter.slots import Slot
 from loratool.base.experts import locate_in_fused, locate_parameter
 from loratool.base.model import Model
 from loratool.base.orientation import mismatch, region_for
@@ -115,10 +116,10 @@ def _cut(site: Site, place: Place) -> list[Fit]:
     if (site.out_features, site.in_features) != place.shape if site.is_plain else not fits:
         raise mismatch(site, place.shape, (site.out_features, site.in_features))
     is_mixed = any(piece.region.exchanged for piece in place.pieces)
-    if is_mixed and not site.variant.has_factors:
+    if is_mixed and not _is_delta_alone(site):
         raise UnsupportedError(
             site.label,
-            "changes the weight itself, and the base has its outputs in another order",
+            "is no delta alone, and the base has the outputs of its weight in another order",
             hint="make it a plain LoRA: loratool convert ADAPTER --to-lora --base BASE --rank R",
         )
     if len(place.pieces) == 1:
@@ -134,6 +135,13 @@ def _cut(site: Site, place: Place) -> list[Fit]:
         Fit(piece.name, piece.region, site, piece.is_whole, piece.first, place.shape[0])
         for piece in place.pieces
     ]
+
+
+def _is_delta_alone(site: Site) -> bool:
+    """Whether all that a site does is to add a product of factors to the weight."""
+    variant = site.variant
+    has_more = Slot.MAGNITUDE in site.slots or Slot.UP_BIAS in site.slots
+    return variant.has_factors and (site.is_plain or not variant.has_change) and not has_more
 
 
 def _uncut(site: Site, words: str) -> UnsupportedError:

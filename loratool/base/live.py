@@ -123,10 +123,19 @@ class LiveModel:
             elif operations == ("interleave 1",) and len(self.tensors[name].spec.shape) == 3:
                 found.stacks[live.names[0]] = Stack(whole=name, is_interleaved=True)
             else:
-                word = next(w for o in operations if (w := o.partition(" ")[0]) in ELSEWHERE)
-                found.elsewhere |= dict.fromkeys(live.names, (name, ELSEWHERE[word]))
+                words = (operation.partition(" ")[0] for operation in operations)
+                why = next(filter(None, map(ELSEWHERE.get, words)), "it in another form")
+                found.elsewhere |= dict.fromkeys(live.names, (name, why))
         for name, sources in found.joined.items():
-            if name.endswith(WEIGHT) and len(self.tensors[sources[min(sources)]].spec.shape) == 2:
+            stored = sources[min(sources)]
+            if not name.endswith(WEIGHT) or len(self.tensors[stored].spec.shape) != 2:
+                continue
+            if not all(each.endswith(WEIGHT) for each in sources.values()):
+                found.elsewhere[name] = (
+                    stored,
+                    f"it in {len(sources)} tensors that are no modules'",
+                )
+            elif name not in found.elsewhere:
                 parts = tuple(_module(sources[index]) for index in sorted(sources))
                 fused = Fused(_module(name), parts)
                 found.fused |= dict.fromkeys((fused.whole, *parts), fused)
@@ -152,6 +161,16 @@ class LiveModel:
         part = self.config.raw.get(key)
         heads = (part if isinstance(part, dict) else self.config.raw).get("num_attention_heads")
         return heads if isinstance(heads, int) else 1
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules of the live model that have a weight, if its files may have other names."""
+        found = self._tensors
+        if found is None:
+            return ()
+        parts = (part for fused in found.fused.values() for part in fused.parts)
+        renamed = (_module(name) for name in found.renamed if name.endswith(WEIGHT))
+        return tuple(dict.fromkeys((*renamed, *parts)))
 
     def tensor(self, name: str) -> str | None:
         """Return the tensor of the files that the parameter ``name`` of the live model is.

@@ -218,10 +218,11 @@ class Model:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths of these, and of the parts of those that are several in one."""
+        """The paths of these, of the parts of those that are several in one, and live names."""
         fused = ((module, self.layout.fused(module, self.config)) for module in self.modules)
         parts = [part for module, one in fused if one and one.whole == module for part in one.parts]
-        return (*self.modules, *(part for part in parts if part not in self.modules))
+        others = dict.fromkeys((*parts, *self.live.modules))
+        return (*self.modules, *(path for path in others if path not in self.modules))
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

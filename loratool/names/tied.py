@@ -72,6 +72,7 @@ HEADS: Final = {
     "ibert": _ROBERTA,
     "jina_embeddings_v3": _ROBERTA,
     "kosmos-2": "text_model.lm_head",
+    "kosmos-2.5": "text_model.lm_head",
     "layoutlm": _BERT,
     "longformer": _ROBERTA,
     "lxmert": _BERT,

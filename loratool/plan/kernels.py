@@ -307,7 +307,7 @@ def _factors(site: Site, region: Region, kind: Arithmetic, first: int = 0) -> tu
         out, width = width, out
     # Factors may be products of what is stored.
     down, up = read_factors(site, kind if site.is_plain else kind.double(), width)
-    if region.experts == 1:
+    if region.experts == 1 and region.expert is None:
         up = up[first : first + out]
     if not site.is_plain:
         return kind.converted(down), kind.converted(up)

@@ -124,16 +124,14 @@ def _check_same(model: nn.Module, again: nn.Module) -> None:
 
 def _linear(model: nn.Module) -> list[str]:
     """Return all linear layers but a head that shares the weight of an embedding."""
-    shared = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
     counts = collections.Counter(
-        id(one.weight) for one in model.modules() if isinstance(one, (nn.Linear, Conv1D))
+        id(parameter) for one in model.modules() for parameter in one.parameters(recurse=False)
     )
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
         and name
-        and id(module.weight) not in shared
         and counts[id(module.weight)] == 1
         and not _inside_attention(model, name)
         and module.weight.numel()
@@ -280,7 +278,7 @@ def _file_sites(model: nn.Module, stored: dict[str, torch.Tensor]) -> dict[str, 
         rows |= {_digest(row): (name, i) for i, row in enumerate(flat.numpy())}
     found = {}
     for name, tensor in stored.items():
-        if tensor.ndim == 2 and name.endswith((".weight", "in_proj_weight")):
+        if tensor.ndim == 2 and tensor.numel() and name.endswith((".weight", "in_proj_weight")):
             places = [rows.get(_digest(row)) for row in tensor.numpy()]
             if all(places):
                 found[name] = places

@@ -84,8 +84,8 @@ def test_rows_in_halves_go_where_the_files_have_them_in_pairs(
     assert_close(after[WHOLE].double(), expected)
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3"])
-def test_what_changes_the_weight_itself_is_refused_where_rows_are_mixed(
+@pytest.mark.parametrize("kind", ["dora", "ia3", "bias"])
+def test_what_is_no_delta_alone_is_refused_where_rows_are_mixed(
     kind: str, make_base: Make, make_adapter: Make
 ) -> None:
     module = f"{LIVE}.k_proj"
@@ -94,11 +94,34 @@ def test_what_changes_the_weight_itself_is_refused_where_rows_are_mixed(
     if kind == "dora":
         factors = lora(module, 8, 8) | {f"{module}.lora_magnitude_vector": torch.rand(8)}
         settings = {"use_dora": True}
+    elif kind == "bias":
+        factors = lora(module, 8, 8) | {f"{module}.lora_B.bias": torch.rand(8)}
+        settings = {"lora_bias": True}
     adapter = make_adapter(factors, target_modules=["k_proj"], **settings)
     base = make_base({WHOLE: torch.randn(24, 8)}, config=KIMI)
-    with pytest.raises(UnsupportedError):
+    with pytest.raises(UnsupportedError, match="in another order"):
         loratool.merge(base, [adapter], output=base.parent / "out")
     assert not (base.parent / "out").exists()
+
+
+def test_the_way_out_of_that_is_one(make_base: Make, make_adapter: Make) -> None:
+    module = f"{LIVE}.k_proj"
+    factors = lora(module, 8, 8) | {f"{module}.lora_magnitude_vector": torch.rand(8) + 1}
+    adapter = make_adapter(factors, target_modules=["k_proj"], use_dora=True)
+    whole = torch.randn(24, 8)
+    base = make_base({WHOLE: whole}, config=KIMI)
+    with pytest.raises(UnsupportedError) as refused:
+        loratool.merge(base, [adapter], output=base.parent / "out")
+    assert "--to-lora --base BASE --rank R" in str(refused.value.hint)
+    plain = base.parent / "plain"
+    loratool.convert(adapter, "peft", plain, base=base, to_lora=True, rank=8)
+    after = merged(base, plain)[WHOLE].double()
+    keys = whole[8:16].double().reshape(HEADS, 2, 2, 8).transpose(1, 2).reshape(8, 8)
+    grown = keys + delta(factors, module)
+    magnitude = factors[f"{module}.lora_magnitude_vector"].double()
+    truth = magnitude[:, None] * grown / grown.norm(dim=1, keepdim=True)
+    paired = truth.reshape(HEADS, 2, 2, 8).transpose(1, 2).reshape(8, 8)
+    assert_close(after, torch.cat([whole[:8].double(), paired, whole[16:].double()]))
 
 
 def test_q_k_and_v_of_unequal_rows_merge_into_one(make_base: Make, make_adapter: Make) -> None:

@@ -159,3 +159,18 @@ def test_an_exchange_of_rows_undoes_itself(heads: int, outer: int, inner: int, w
     stored = region.stored(values).reshape(heads, inner, outer, width)
     seen = values.reshape(heads, outer, inner, width)
     assert np.array_equal(stored[0, inner - 1, 0], seen[0, 0, inner - 1])
+
+
+def test_flattened_names_may_be_those_of_either(opened: Callable[..., Model]) -> None:
+    base = {
+        "nomic_bert.encoder.layers.0.attn.Wqkv.weight": random(18, HIDDEN),
+        "nomic_bert.encoder.layers.0.mlp.fc2.weight": random(HIDDEN, 5),
+    }
+    paths = opened(base, "nomic_bert", "NomicBertForMaskedLM").paths
+    for path in (
+        "encoder.layers.0.attn.Wqkv",
+        "layers.0.self_attn.k_proj",
+        "layers.0.mlp.down_proj",
+    ):
+        assert f"nomic_bert.{path}" in paths
+    assert len(set(paths)) == len(paths)
