@@ -253,10 +253,11 @@ def _suggested(adapter: Adapter) -> Iterator[str]:
         at = next((i for i, word in enumerate(words) if i and is_number(word)), None)
         if at is not None:
             ranges[words[at - 1]].append(int(words[at]))
-        leaves[words[-1]] = None
+        leaves[next((word for word in reversed(words) if not is_number(word)), local)] = None
     yield from components
     for name, numbers in ranges.items():
-        yield f"{name}.{min(numbers)}-{max(numbers)}"
+        if len(set(numbers)) > 1:
+            yield f"{name}.{min(numbers)}-{max(numbers)}"
     yield from leaves
 
 

@@ -142,6 +142,28 @@ def test_modules_that_are_weighed_apart_are_so_in_peft(
     assert float(error) < (1e-2 if "half" in case["case"] else 3e-6)
 
 
+@pytest.mark.parametrize("left_out", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("verb", ["rescale", "compose", "skip"])
+def test_one_side_of_a_tie_alone_is_not_tied_again(
+    left_out: str, verb: str, tmp_path: Path
+) -> None:
+    """PEFT would give its delta to the other side too, if the configuration still said so."""
+    case = next(c for c in manifest() if c["case"] == "tied-ensure-weight-tying")
+    base, adapter = FIXTURES / case["base"], FIXTURES / case["adapters"][0]
+    weights = [f"{left_out}=0"]
+    if verb == "rescale":
+        loratool.rescale(adapter, tmp_path / "out", weights=weights)
+    elif verb == "compose":
+        loratool.compose([adapter], tmp_path / "out", weights=weights)
+    else:
+        loratool.rescale(adapter, tmp_path / "out", scale=1.0, skip=[left_out])
+    loratool.merge(base, [adapter], tmp_path / "merged", weights=weights, dtype="float32")
+    peft, _ = warnings_of(case, tmp_path / "out")
+    wanted = outputs_of(case, load_model(case, tmp_path / "merged"))
+    error = (outputs_of(case, peft) - wanted).abs().max() / wanted.abs().max()
+    assert float(error) < 3e-6
+
+
 COMPOSED = [
     ("lora-linear", "rslora", "rank-alpha-patterns-rslora"),
     ("alpha-pattern-only", "rank-pattern-only"),

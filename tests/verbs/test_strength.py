@@ -198,7 +198,7 @@ def test_rescale_multiplies_scale_and_weights_and_leaves_out_zeros(
 @pytest.mark.parametrize("scheme", ["kohya", "diffusers", "comfy", "module-path"])
 def test_rescale_in_schemes_with_other_homes_for_the_scale(tmp_path: Path, scheme: str) -> None:
     names = (
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "lora_unet_input_blocks_8_1_transformer_blocks_9_attn1_to_q",
         "lora_unet_output_blocks_0_0_in_layers_2",
         "lora_te2_text_model_encoder_layers_31_mlp_fc1",
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
-from loratool.adapter.model import HEAD_LEAVES, Adapter, Kind, unknown_scale
+from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import Slot
@@ -18,7 +18,7 @@ from loratool.plan.history import History, Source
 from loratool.schemes import DEFAULT_SCHEME, scheme_named, scheme_names
 from loratool.values.expr import Result, Together
 from loratool.verbs.algebra.extras import gather_extras
-from loratool.verbs.algebra.modules import Joint
+from loratool.verbs.algebra.modules import Joint, is_one_side
 from loratool.verbs.algebra.sums import Method, Spectrum, SumOfDeltas
 from loratool.write.adapter import NewAdapter
 from loratool.write.extras import Extras
@@ -234,12 +234,7 @@ class Combination:
         """Whether embedding and head are still one, so that PEFT may tie them again."""
         if not all(adapter.field("ensure_weight_tying") for adapter in self.adapters):
             return False
-        if any(joint.twin_of is not None for joint in self.joints):
-            return True
-        return not any(
-            joint.shape.kind is Kind.EMBEDDING or joint.name.rpartition(".")[2] in HEAD_LEAVES
-            for joint in self.joints
-        )
+        return not is_one_side(self.joints)
 
     def _kept_groups(self, ranks: Mapping[str, int]) -> set[str]:
         """Return the rank groups whose stored factors can all be written as they are."""

@@ -28,7 +28,7 @@ from loratool.names.strengths import Strength
 from loratool.values.expr import widest
 from loratool.verbs.algebra.shape import DeltaShape
 
-__all__ = ["Joint", "Term", "check_computable", "join", "module_name"]
+__all__ = ["Joint", "Term", "check_computable", "is_one_side", "join", "module_name"]
 
 EXPERTS: Final = "all experts"
 
@@ -338,6 +338,14 @@ def _with_twins(joints: list[Joint], adapters: Sequence[Adapter]) -> list[Joint]
             )
         marked.append(joint)
     return marked
+
+
+def is_one_side(joints: Sequence[Joint]) -> bool:
+    """Whether an embedding or a head is among the modules without the other one, tied to it."""
+    return not any(joint.twin_of is not None for joint in joints) and any(
+        joint.shape.kind is Kind.EMBEDDING or joint.name.rpartition(".")[2] in HEAD_LEAVES
+        for joint in joints
+    )
 
 
 def _ratios(head: Joint, table: Joint) -> set[float]:

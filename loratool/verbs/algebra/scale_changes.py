@@ -27,7 +27,7 @@ from loratool.schemes.parts.peft_config import exact_number, scale_fields, targe
 from loratool.values.arrays import Rounded
 from loratool.values.expr import Constant, Expr, Stored, is_power_of_two, spec_of
 from loratool.verbs.algebra.combination import input_notes
-from loratool.verbs.algebra.modules import Joint
+from loratool.verbs.algebra.modules import Joint, is_one_side
 from loratool.verbs.algebra.sums import Spectrum
 from loratool.write.metadata import without_hashes
 from loratool.write.sidecars import carried_files
@@ -211,6 +211,8 @@ def _config(
     raw = dict(adapter.config.raw)
     if adapter.skipped:
         raw |= target_fields([change.part for change in changes])
+        if raw.get("ensure_weight_tying"):
+            raw["ensure_weight_tying"] = not is_one_side([change.joint for change in changes])
     scale = options.get("scale")
     own = ("fold", "to_rslora", "from_rslora", "weights")
     is_form = any(options.get(name) for name in own)
