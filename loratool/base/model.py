@@ -372,12 +372,21 @@ class Model:
         Raises:
             BaseModelError: Several modules could be meant.
         """
-        paths = self._spellings(module, family)
-        found = next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
-        if found is None and self.hidden:
-            owner = self._hidden_index.find(module, parameter=leaf)
-            return f"{owner}.{leaf}" if owner is not None else None
-        return found
+        paths = list(dict.fromkeys(self._spellings(module, family)))
+        name = next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
+        if name is not None:
+            return name
+        # What has no weight of its own goes by the files' path, without any component.
+        split = (path.partition(".") for path in paths)
+        inside = [local for component, _, local in split if component in self.components and local]
+        owners = [self.index.find(local, parameter=leaf) for local in inside]
+        if self.hidden:
+            owners.append(self._hidden_index.find(module, parameter=leaf))
+        return next((f"{owner}.{leaf}" for owner in owners if owner is not None), None)
+
+    def holds(self, name: str) -> bool:
+        """Whether it has the parameter ``name``, stored or tied to one that is."""
+        return name in self.tensors or name in self.hidden
 
     def has(self, module: str) -> bool:
         """Whether it has ``module``, with parameters or as a container.
