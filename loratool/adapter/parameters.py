@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
@@ -28,6 +29,10 @@ class WholeParameters(Variant):
     def used(self) -> frozenset[Slot]:
         """The roles of its tensors."""
         return frozenset((*self.parameters, Slot.BIAS))
+
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return () if self.replaces else tuple(slot for slot in self.parameters if slot in slots)
 
     def problems(self, site: Site) -> Iterator[tuple[str, str]]:
         """See :class:`Variant`."""

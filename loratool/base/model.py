@@ -384,10 +384,6 @@ class Model:
             owners.append(self._hidden_index.find(module, parameter=leaf))
         return next((f"{owner}.{leaf}" for owner in owners if owner is not None), None)
 
-    def holds(self, name: str) -> bool:
-        """Whether it has the parameter ``name``, stored or tied to one that is."""
-        return name in self.tensors or name in self.hidden
-
     def has(self, module: str) -> bool:
         """Whether it has ``module``, with parameters or as a container.
 
