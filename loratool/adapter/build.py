@@ -37,6 +37,8 @@ INNER_WRAPPERS: Final = tuple(
 
 MAX_RANK: Final = 1 << 20
 SCALARS: Final = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
+WIDENED: Final = {"BF16": (b"\x00\x00", "<f"), "F8_E5M2": (b"\x00", "<e")}
+"""Types that others begin with: what lacks of those, and what they are."""
 UNSCALED: Final = Scaling(None, 0)
 SAVED_COPY: Final = re.compile(r"\.(modules_to_save|original_module)(\.[^.]+)?(?=\.)")
 
@@ -227,18 +229,30 @@ def read_scalar(tensor: StoredTensor) -> float:
         AdapterError: It has more elements than one, no numeric dtype, or is not finite.
     """
     spec = tensor.spec
-    if spec.elements != 1 or (spec.dtype not in SCALARS and spec.dtype != "BF16"):
+    if spec.elements != 1 or spec.dtype not in (*SCALARS, *WIDENED, "F8_E4M3"):
         raise AdapterError(
             spec.name, f"expected one number, found {spec.dtype} of shape {list(spec.shape)}"
         )
     data = read_bytes(tensor)
-    if spec.dtype == "BF16":
-        value = float(struct.unpack("<f", b"\x00\x00" + data)[0])
+    if spec.dtype == "F8_E4M3":
+        value = _e4m3(data[0])
+    elif spec.dtype in WIDENED:
+        zeros, form = WIDENED[spec.dtype]
+        value = float(struct.unpack(form, zeros + data)[0])
     else:
         value = float(struct.unpack(SCALARS[spec.dtype], data)[0])
     if not math.isfinite(value):
         raise AdapterError(spec.name, f"is {value}, expected a number")
     return value
+
+
+def _e4m3(code: int) -> float:
+    """Return the number that a byte is with 4 bits of exponent and 3 of mantissa (``e4m3fn``)."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    if (exponent, mantissa) == (15, 7):
+        return math.nan
+    size = math.ldexp(mantissa + 8 * (exponent > 0), max(exponent, 1) - 10)
+    return -size if code & 128 else size
 
 
 def adapter_names(keys: Mapping[str, AdapterKey | None]) -> list[str]:

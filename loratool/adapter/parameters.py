@@ -9,10 +9,9 @@ from typing import Any
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import Geometry, Settings, Shapes, Variant
+from loratool.files.dtypes import DTYPES
 
 __all__ = ["WholeParameters"]
-
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class WholeParameters(Variant):
@@ -42,5 +41,5 @@ class WholeParameters(Variant):
                     "LT001",
                     f"is {self.words}, and has {tensor.spec.name!r} beside it, which would be lost",
                 )
-            elif slot in self.used and tensor.spec.dtype not in FLOATS:
+            elif slot in self.used and not DTYPES[tensor.spec.dtype].is_factor:
                 yield "LT004", f"has a {slot} of dtype {tensor.spec.dtype}, expected a float"
