@@ -16,6 +16,7 @@ from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.adapter.variant import Choice, Variant
+from loratool.adapter.wrapped import without_wrapper
 from loratool.errors import AdapterError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
@@ -37,17 +38,27 @@ INNER_WRAPPERS: Final = tuple(
 
 MAX_RANK: Final = 1 << 20
 SCALARS: Final = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
+WIDENED: Final = {"BF16": (b"\x00\x00", "<f"), "F8_E5M2": (b"\x00", "<e")}
+"""Types that others begin with: what lacks of those, and what they are."""
 UNSCALED: Final = Scaling(None, 0)
 SAVED_COPY: Final = re.compile(r"\.(modules_to_save|original_module)(\.[^.]+)?(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the tensors of one adapter are."""
+    """What the tensors of one adapter are.
+
+    Attributes:
+        sites: Adapted modules.
+        extras: What belongs to no delta.
+        notes: What is worth knowing, one sentence each.
+        of_base: Keys of the weights of the base, where the file holds that too.
+    """
 
     sites: tuple[Site, ...]
     extras: tuple[Extra, ...]
     notes: tuple[str, ...]
+    of_base: frozenset[str] = frozenset()
 
 
 def strip_wrappers(module: str) -> str:
@@ -123,7 +134,8 @@ def build_sites(
     adapted = {site.module for site in sites}
     shared = {t.spec.name for site in sites if site.settings for t in site.tensors}
     extras = [replace(e, kind=ExtraKind.SHARED) if e.key in shared else e for e in extras]
-    extras = [_with_base_copies(extra, adapted) for extra in extras]
+    of_base = _of_base(extras, sites, config)
+    extras = [_with_base_copies(e, adapted) for e in extras if e.key not in of_base]
     notes = (
         (f"{wrapped} keys carry the prefix of a wrapper twice; PEFT would not apply them",)
         if wrapped and scheme.keys.prefix
@@ -131,7 +143,11 @@ def build_sites(
     )
     if orphans:
         notes = (*notes, f"{len(orphans)} alphas belong to no factors, such as {orphans[0][0]!r}")
-    return Parts(tuple(sites), tuple(extras), notes)
+    if of_base:
+        example = min(of_base)
+        words = f"{len(of_base)} weights of a base lie beside the factors, such as {example!r}"
+        notes = (*notes, f"{words}; they are not the adapter's, and are not used")
+    return Parts(tuple(sites), tuple(extras), notes, of_base)
 
 
 def _extra(key: str, tensor: StoredTensor, scheme: Scheme) -> Extra:
@@ -139,6 +155,32 @@ def _extra(key: str, tensor: StoredTensor, scheme: Scheme) -> Extra:
     if ".original_module." in name:
         return Extra(key, SAVED_COPY.sub("", name), ExtraKind.STATE, tensor)
     return Extra(key, SAVED_COPY.sub("", name), ExtraKind.FULL, tensor)
+
+
+def _of_base(extras: list[Extra], sites: list[Site], config: LoraConfig | None) -> frozenset[str]:
+    """Return the keys of a base's weights, where a file holds most of those that it adapts.
+
+    PEFT itself stores such a copy of embeddings and heads alone. What the configuration says was
+    trained as a whole belongs to the adapter.
+    """
+    whole = [extra for extra in extras if extra.kind is ExtraKind.FULL]
+    linear = {
+        site.module
+        for site in sites
+        if site.kind is not Kind.EMBEDDING and site.module.rpartition(".")[2] not in HEAD_LEAVES
+    }
+    names = {without_wrapper(extra.name, linear).removesuffix(".weight") for extra in whole}
+    if 2 * len(names & linear) <= len(linear) or not linear:
+        return frozenset()
+    saved = config.modules_to_save if config is not None else ()
+    has_biases = config is not None and config.raw.get("bias") not in (None, "none")
+
+    def is_trained(extra: Extra) -> bool:
+        module, _, leaf = extra.name.rpartition(".")
+        is_saved = any(name in module.split(".") for name in saved)
+        return is_saved or ".modules_to_save." in extra.key or (leaf == "bias" and has_biases)
+
+    return frozenset(extra.key for extra in whole if not is_trained(extra))
 
 
 def _with_base_copies(extra: Extra, adapted: set[str]) -> Extra:
@@ -227,18 +269,30 @@ def read_scalar(tensor: StoredTensor) -> float:
         AdapterError: It has more elements than one, no numeric dtype, or is not finite.
     """
     spec = tensor.spec
-    if spec.elements != 1 or (spec.dtype not in SCALARS and spec.dtype != "BF16"):
+    if spec.elements != 1 or spec.dtype not in (*SCALARS, *WIDENED, "F8_E4M3"):
         raise AdapterError(
             spec.name, f"expected one number, found {spec.dtype} of shape {list(spec.shape)}"
         )
     data = read_bytes(tensor)
-    if spec.dtype == "BF16":
-        value = float(struct.unpack("<f", b"\x00\x00" + data)[0])
+    if spec.dtype == "F8_E4M3":
+        value = _e4m3(data[0])
+    elif spec.dtype in WIDENED:
+        zeros, form = WIDENED[spec.dtype]
+        value = float(struct.unpack(form, zeros + data)[0])
     else:
         value = float(struct.unpack(SCALARS[spec.dtype], data)[0])
     if not math.isfinite(value):
         raise AdapterError(spec.name, f"is {value}, expected a number")
     return value
+
+
+def _e4m3(code: int) -> float:
+    """Return the number that a byte is with 4 bits of exponent and 3 of mantissa (``e4m3fn``)."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    if (exponent, mantissa) == (15, 7):
+        return math.nan
+    size = math.ldexp(mantissa + 8 * (exponent > 0), max(exponent, 1) - 10)
+    return -size if code & 128 else size
 
 
 def adapter_names(keys: Mapping[str, AdapterKey | None]) -> list[str]:

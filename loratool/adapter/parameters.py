@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import Geometry, Settings, Shapes, Variant
+from loratool.files.dtypes import DTYPES
 
 __all__ = ["WholeParameters"]
-
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class WholeParameters(Variant):
@@ -29,6 +29,10 @@ class WholeParameters(Variant):
         """The roles of its tensors."""
         return frozenset((*self.parameters, Slot.BIAS))
 
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return () if self.replaces else tuple(slot for slot in self.parameters if slot in slots)
+
     def problems(self, site: Site) -> Iterator[tuple[str, str]]:
         """See :class:`Variant`."""
         for slot, tensor in site.slots.items():
@@ -37,5 +41,5 @@ class WholeParameters(Variant):
                     "LT001",
                     f"is {self.words}, and has {tensor.spec.name!r} beside it, which would be lost",
                 )
-            elif slot in self.used and tensor.spec.dtype not in FLOATS:
+            elif slot in self.used and not DTYPES[tensor.spec.dtype].is_factor:
                 yield "LT004", f"has a {slot} of dtype {tensor.spec.dtype}, expected a float"

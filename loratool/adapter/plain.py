@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
@@ -32,6 +34,10 @@ class Plain(Variant):
         """See :class:`Variant`."""
         assert site.down is not None
         return math.prod(site.down.spec.shape[1:])
+
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return tuple(slot for slot in (Slot.UP, Slot.EMBEDDING_UP) if slot in slots)
 
     def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
         """See :class:`Variant`."""

@@ -11,6 +11,7 @@ from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import Variant
 from loratool.errors import AdapterError, UnsupportedError
+from loratool.files.dtypes import DTYPES
 
 __all__ = [
     "CONVERT_HINT",
@@ -242,7 +243,7 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
         yield "LT003", f"has a bias of shape {shape} beside B of shape {list(up.spec.shape)}"
     for slot in (Slot.DOWN, Slot.UP, Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP):
         stored = site.slots.get(slot)
-        if stored is not None and stored.spec.dtype not in ("F64", "F32", "F16", "BF16"):
+        if stored is not None and not DTYPES[stored.spec.dtype].is_factor:
             yield "LT004", f"has a factor of dtype {stored.spec.dtype}, expected a float"
     yield from site.variant.problems(site)
     if config is not None:

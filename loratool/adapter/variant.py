@@ -245,6 +245,13 @@ class Variant:
         """
         return 0 if self.needs_whole or self.needs_base else 1
 
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """Return the roles of tensors that the delta follows: these times a number make it so.
+
+        None where there are no such.
+        """
+        return ()
+
     def grown(self, site: Site) -> tuple[int, ...] | None:
         """Return the shape that the weight gets first, with zeros in what is new."""
         return None

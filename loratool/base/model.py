@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from loratool.adapter.wrapped import factor_names, own_names
 from loratool.base.config import ModelConfig, read_config
 from loratool.base.experts import expert_place, parameter_place
 from loratool.base.fused import fused_place
@@ -89,6 +90,20 @@ class Model:
         """
         tensors = replicate(self.tensors, layers, self.path) if layers else self.tensors
         return Model(self.path, self.checkpoints, tensors=tensors, tasks=tasks)
+
+    def as_unwrapped(self) -> Model:
+        """Return the model without the factors of an adapter that its files hold too."""
+        own = own_names(self.tensors)
+        tensors = {
+            new: replace(self.tensors[name], spec=replace(self.tensors[name].spec, name=new))
+            for name, new in own.items()
+        }
+        return Model(self.path, self.checkpoints, tensors=tensors, tasks=self._tasks)
+
+    @cached_property
+    def factors(self) -> tuple[str, ...]:
+        """The factors of an adapter that its files hold beside its weights."""
+        return tuple(factor_names(self.tensors))
 
     # --- what the files are
 
@@ -373,12 +388,17 @@ class Model:
         Raises:
             BaseModelError: Several modules could be meant.
         """
-        paths = self._spellings(module, family)
-        found = next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
-        if found is None and self.hidden:
-            owner = self._hidden_index.find(module, parameter=leaf)
-            return f"{owner}.{leaf}" if owner is not None else None
-        return found
+        paths = list(dict.fromkeys(self._spellings(module, family)))
+        name = next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
+        if name is not None:
+            return name
+        # What has no weight of its own goes by the files' path, without any component.
+        split = (path.partition(".") for path in paths)
+        inside = [local for component, _, local in split if component in self.components and local]
+        owners = [self.index.find(local, parameter=leaf) for local in inside]
+        if self.hidden:
+            owners.append(self._hidden_index.find(module, parameter=leaf))
+        return next((f"{owner}.{leaf}" for owner in owners if owner is not None), None)
 
     def has(self, module: str) -> bool:
         """Whether it has ``module``, with parameters or as a container.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,8 +47,16 @@ def check_base(model: Model) -> list[str]:
     """Refuse a base with codes that no codec reads; return notes on one that merely says so.
 
     Raises:
-        BaseModelError: There are such codes.
+        BaseModelError: There are such codes, or the factors of an adapter.
     """
+    if model.factors:
+        raise BaseModelError(
+            model.path,
+            f"holds {len(model.factors)} factors of an adapter beside its weights, such as "
+            f"{model.factors[0]!r}",
+            hint=f"fold them first: loratool merge {shlex.quote(str(model.path))} "
+            f"{shlex.quote(str(model.path))} -o OUT",
+        )
     told = model.config.quantization
     method = (told.get("quant_method") or "unknown") if told is not None else None
     is_coded = False

@@ -158,7 +158,7 @@ def _print_model(info: ModelInfo) -> None:
             ("tied embeddings", tied),
         ]
     )
-    render.print_notes(model.notes)
+    render.print_notes(info.notes)
 
 
 def _print_facts(facts: list[tuple[str, object]]) -> None:

@@ -43,6 +43,11 @@ class Dtype:
         return 2.0**self.exponent
 
     @property
+    def is_factor(self) -> bool:
+        """Whether factors are stored so: a float of 8 bits or more, and no exponent alone."""
+        return bool(self.digits) and self.bits >= 8
+
+    @property
     def is_mergeable(self) -> bool:
         """Whether a delta can be added to it directly: a float of 16 bits or more."""
         return self.is_float and self.bits >= 16

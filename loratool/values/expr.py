@@ -39,6 +39,7 @@ __all__ = [
     "Together",
     "Turned",
     "block_diagonal",
+    "computed_dtype",
     "concatenated",
     "contiguous_strides",
     "evaluated",
@@ -208,7 +209,7 @@ class Scaled(Expr):
 
     @property
     def dtype(self) -> str:
-        return self.value.dtype
+        return computed_dtype([self.value.dtype])
 
     def parts(self) -> tuple[Expr, ...]:
         return (self.value,)
@@ -562,9 +563,18 @@ def widest(dtypes: Sequence[str]) -> str:
     unique = set(dtypes)
     if len(unique) == 1:
         return unique.pop()
+    if all(DTYPES[name].is_float and DTYPES[name].bits == 8 for name in unique):
+        return "BF16"
     if unique == {"F16", "BF16"}:
         return "F32"
     return max(unique, key=lambda name: DTYPES[name].bits)
+
+
+def computed_dtype(dtypes: Sequence[str]) -> str:
+    """Return the dtype for numbers computed from ``dtypes``: never one of 8 bits."""
+    found = widest(dtypes)
+    is_narrow = DTYPES[found].is_float and DTYPES[found].bits < 16
+    return "BF16" if is_narrow else found
 
 
 def spec_of(name: str, value: Expr, dtype: str | None = None) -> TensorSpec:

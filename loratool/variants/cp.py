@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
@@ -42,6 +44,10 @@ class Cp(Variant):
     def factor_rank(self, site: Site) -> int:
         """See :class:`Variant`."""
         return site.slots[Slot.MID].spec.shape[0]
+
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return (Slot.UP,)
 
     def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
         """See :class:`Variant`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
@@ -97,6 +97,10 @@ class Glora(Variant):
         factors = tuple(values[slot] for slot in PARTS)
         is_old = is_old_glora(shape, *(factor.shape for factor in factors))
         return Moved(factors, values.get(CORE), scale, is_old=is_old)
+
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return (A1, B1)
 
     def outputs_together(self, site: Site) -> int:
         """See :class:`Variant`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
@@ -55,6 +55,10 @@ class Ia3(Variant):
     def places(self, site: Site, shape: tuple[int, ...]) -> bool:
         """Only the flag's value tells whether rows or columns are meant."""
         return site.out_features in shape[:2]
+
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return (Slot.IA3,)
 
     def outputs_together(self, site: Site) -> int:
         """See :class:`Variant`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
@@ -88,6 +88,10 @@ class Loha(Variant):
 
         used = [site.slots[slot].spec.shape if slot in site.slots else None for slot in PARTS]
         return hadamard_rank(*used)  # type: ignore[arg-type]
+
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return (W1_A,)
 
     def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
         """See :class:`Variant`."""

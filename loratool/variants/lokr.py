@@ -134,6 +134,10 @@ class Lokr(Variant):
         core = site.slots[CORE].spec.shape if CORE in site.slots else None
         return kronecker_rank(shapes(W1, (W1_A, W1_B)), shapes(W2, (W2_A, W2_B)), core)
 
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return (W1,) if W1 in slots else (W1_A,)
+
     def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
         """See :class:`Variant`."""
         from loratool.math.exact_variants import kronecker_factors

@@ -12,6 +12,7 @@ from loratool.adapter.patterns import matches_target
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import Array, Change, Geometry, Settings, Shapes, Slots, Variant
 from loratool.errors import AdapterError
+from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 
 __all__ = ["VARIANT"]
@@ -26,7 +27,6 @@ CLAIM = {
 
 VECTOR: Final = Slot("ia3_l")
 FEEDFORWARD: Final = "feedforward_modules"
-FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
 
 class Multiplied(Change):
@@ -100,7 +100,7 @@ class PeftIa3(Variant):
         spec = site.slots[VECTOR].spec
         if len(spec.shape) < 2 or max(spec.shape) != spec.elements:
             yield "LT003", f"has a vector of shape {list(spec.shape)}, expected one long side"
-        if spec.dtype not in FLOATS:
+        if not DTYPES[spec.dtype].is_factor:
             yield "LT004", f"has a vector of dtype {spec.dtype}, expected a float"
         if site.settings["is_on_input"] is None:
             yield (

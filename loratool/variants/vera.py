@@ -71,6 +71,10 @@ class Vera(Variant):
             return 0
         return shape[1] if shape[0] == site.out_features else shape[0]
 
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return (ROWS,)
+
     def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
         """See :class:`Variant`."""
         from loratool.math.exact_variants import vera_factors

@@ -130,6 +130,15 @@ class ModelInfo:
         return self.model.parameters
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing, one sentence each."""
+        factors = self.model.factors
+        if not factors:
+            return self.model.notes
+        words = f"holds {len(factors)} factors of an adapter beside its weights, such as"
+        return (*self.model.notes, f"{words} {factors[0]!r}")
+
+    @property
     def model_type(self) -> str | None:
         """What ``config.json`` calls the kind of model."""
         return self.model.config.model_type
@@ -159,7 +168,7 @@ class ModelInfo:
             "tensors": len(self.model.stored),
             "dtypes": dict(self.dtypes),
             "shards": len(self.model.shards),
-            "notes": list(self.model.notes),
+            "notes": list(self.notes),
         }
 
 

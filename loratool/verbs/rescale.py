@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.fields import LARGEST_NUMBER
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import Adapter, Site
 from loratool.adapter.problems import plain_hint
 from loratool.adapter.scheme import Scheme
+from loratool.adapter.slots import Slot
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.containers import USUAL, is_weights
@@ -29,6 +30,7 @@ from loratool.schemes.opening import open_adapter
 from loratool.variants import variant_named
 from loratool.verbs.algebra.combination import input_notes, write_or_refuse
 from loratool.verbs.algebra.extras import gather_extras
+from loratool.verbs.algebra.followed import Followed, followed_of
 from loratool.verbs.algebra.modules import Joint, check_computable, join
 from loratool.verbs.algebra.scale_changes import (
     Change,
@@ -149,11 +151,17 @@ def rescale(
     scheme = scheme_named(opened.scheme)
     check_names(opened, scheme)
     stabilised = to_rslora or from_rslora
-    _check_kinds(opened, fold=fold or stabilised or alpha is not None, stabilised=stabilised)
     (opened,), (strength,), left_out = with_strengths([opened], weights)
     if not opened.sites:
         raise OptionError("-w", "every weight is 0, so that nothing would be left")
-    joints, _ = join([opened], [strength])
+    is_strength = alpha is None and max_norm is None and not fold and not stabilised
+    others, plain = _others(opened) if is_strength else ((), opened)
+    ratios = {site.label: (1.0 if scale is None else scale) * strength.of(site) for site in others}
+    followed = followed_of(opened, ratios, others)
+    joints: Sequence[Joint] = ()
+    if plain.sites:
+        _check_kinds(plain, fold=fold or stabilised or alpha is not None, stabilised=stabilised)
+        joints, _ = join([plain], [strength])
     norms = _norms(joints, threads) if max_norm is not None else {}
     if stabilised and strength.sites:
         raise OptionError("-w", "patterns and the two rslora options do not go together")
@@ -196,17 +204,12 @@ def rescale(
     is_usual = not is_weights(place) or place.suffix.lower() == USUAL
     is_in_place = scheme.home.is_open and not scheme.roles.is_transposed and is_usual
     if is_in_place:
-        plan = plan_in_place(opened, changes, place, asked, written_dtype)
+        plan = plan_in_place(opened, changes, place, asked, written_dtype, followed)
         error = rounding_of(changes, plan, threads)
         is_measured = True
     else:
-        plan = _rewritten(
-            opened,
-            changes,
-            scheme,
-            WriteOptions(place, dtype=written_dtype, keeps_naming=True),
-            asked,
-        )
+        options = WriteOptions(place, dtype=written_dtype, keeps_naming=True)
+        plan = _rewritten(opened, changes, followed, scheme, options, asked)
         error, is_measured = 0.0, False
     if not dry_run:
         outcome = write_plan(
@@ -217,8 +220,14 @@ def rescale(
     if not is_measured:
         error = outcome.relative_error
     return RescaleReport(
-        scales={c.joint.name: (c.site.scaling.factor, c.scale) for c in changes},
-        ratios={c.joint.name: c.ratio for c in changes},
+        scales={
+            **{c.joint.name: (c.site.scaling.factor, c.scale) for c in changes},
+            **{other.site.label: other.scales for other in followed},
+        },
+        ratios={
+            **{c.joint.name: c.ratio for c in changes},
+            **{other.site.label: other.ratio for other in followed},
+        },
         relative_error=error,
         plan=plan,
         is_written=not dry_run,
@@ -229,6 +238,7 @@ def rescale(
 def _rewritten(
     adapter: Adapter,
     changes: Sequence[Change],
+    others: Sequence[Followed],
     scheme: Scheme,
     options: WriteOptions,
     asked: Mapping[str, Any],
@@ -236,7 +246,7 @@ def _rewritten(
     """Return the plan of the adapter in a scheme that keeps scales in a way of its own."""
     sidecars, left, notes = carried_files([adapter])
     new = NewAdapter(
-        parts=tuple(rescaled_parts(adapter, changes)),
+        parts=(*rescaled_parts(adapter, changes), *(other.part(adapter) for other in others)),
         extras=gather_extras([adapter]),
         scheme=adapter.scheme,
         config=dict(adapter.config.raw) if adapter.config is not None else None,
@@ -297,6 +307,13 @@ def _check_options(
         raise OptionError("--keep", "says what --alpha leaves alone, and needs it")
     if keep == "delta" and alpha == 0:
         raise OptionError("--alpha", "with alpha 0 no factors keep the delta")
+
+
+def _others(adapter: Adapter) -> tuple[tuple[Site, ...], Adapter]:
+    """Return the modules that are not made of A and B alone, and the adapter without them."""
+    found = tuple(s for s in adapter.sites if not s.is_plain or Slot.BIAS in s.slots)
+    rest = tuple(site for site in adapter.sites if site not in found)
+    return found, replace(adapter, sites=rest)
 
 
 def _check_kinds(adapter: Adapter, *, fold: bool, stabilised: bool) -> None:

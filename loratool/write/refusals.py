@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
+from loratool.adapter.leaving import option, pattern_for
 from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import Scheme
 from loratool.errors import AdapterError, UnsupportedError
@@ -108,7 +108,9 @@ def check_counterparts(
     if is_native:
         hint = "--naming diffusers keeps the names as they are"
     elif naming.families:
-        hint = f"leave out what has no name there, with --drop '{_beginning(unknown, modules)}'"
+        wanted = [m for m in modules if component_of(m, known)[1] in unknown]
+        pattern = pattern_for(wanted or unknown[:1], modules)
+        hint = f"leave out what has no name there, with {option('--drop', pattern)}"
     more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
     whose = "original checkpoints call" if is_native else "diffusers calls"
     raise UnsupportedError(
@@ -117,12 +119,3 @@ def check_counterparts(
         f"it, which {scheme.name!r} needs, is not known{more}",
         hint=hint,
     )
-
-
-def _beginning(unknown: Sequence[str], modules: Collection[str]) -> str:
-    """Return a regular expression for paths that nobody knows, and for no other module."""
-    first = unknown[0].partition(".")[0]
-    alike = [module for module in modules if f".{first}." in f".{module}"]
-    if all(module.endswith(tuple(unknown)) for module in alike):
-        return re.escape(first)
-    return re.escape(unknown[0])

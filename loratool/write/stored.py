@@ -12,7 +12,7 @@ from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.schemes import scheme_named
 from loratool.values.arrays import decode
-from loratool.values.expr import Expr, Function, Placed, Result, Stored, widest
+from loratool.values.expr import Expr, Function, Placed, Result, Stored, computed_dtype
 from loratool.variants import variant_named
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
         UnsupportedError: What its delta is only the base can tell.
     """
     for code, problem in site_problems(site, adapter):
-        if code == "LT004" and "F8" in problem:
-            continue  # 8-bit floats can be moved like any others
         raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
     values: dict[Slot, Expr] = {
         slot: Stored(tensor)
@@ -104,7 +102,7 @@ def _unstacked(part: Part, site: Site) -> Part:
 
 def _expanded(part: Part, site: Site, width: int) -> Part:
     """Return the A and B that a variant with compact or divided factors stands for."""
-    dtype = widest([part.down.dtype, part.up.dtype])
+    dtype = computed_dtype([part.down.dtype, part.up.dtype])
 
     def factors(*_: Array) -> tuple[Array, ...]:
         return site.variant.factors(site, decode, width)

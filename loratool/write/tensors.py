@@ -6,9 +6,10 @@ from loratool.adapter.part import Part
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.errors import UnsupportedError
+from loratool.files.dtypes import DTYPES
 from loratool.files.spec import TensorSpec
 from loratool.plan.adapter import Output
-from loratool.values.expr import spec_of
+from loratool.values.expr import computed_dtype, spec_of
 
 __all__ = ["alpha_output", "part_specs"]
 
@@ -30,8 +31,15 @@ def part_specs(
     """
     adapter = name if scheme.keys.names_adapter else None
     path = _nested(spelling, part)
+    factors = [part.values[slot] for slot in part.slots if slot in part.values]
+    # A factor of 8 bits beside one that was computed gets as many as that one has.
+    is_mixed = any(DTYPES[factor.dtype].is_mergeable for factor in factors)
     return {
-        slot: spec_of(_key(AdapterKey(path, slot, adapter), part, scheme), value, dtype)
+        slot: spec_of(
+            _key(AdapterKey(path, slot, adapter), part, scheme),
+            value,
+            dtype or (computed_dtype([value.dtype]) if is_mixed else None),
+        )
         for slot, value in part.values.items()
     }
 

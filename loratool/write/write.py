@@ -165,7 +165,9 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
             is_native = _is_written_native(new, scheme, naming, options.naming)
             parts = list(without_foreign(parts, naming))
         crosses = new.is_native != is_native
-        check_counterparts(paths, naming, scheme, known, is_native=is_native, crosses=crosses)
+        # What has no place there at all is refused for that.
+        placed = [p.module for p in new.parts if p.is_plain or scheme.roles.has_variants]
+        check_counterparts(placed, naming, scheme, known, is_native=is_native, crosses=crosses)
         shapes = base.shapes if base else {}
         parts = to_native(parts, naming, shapes) if is_native else to_hub(parts, naming)
     alone = options.component

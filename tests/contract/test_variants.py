@@ -193,6 +193,40 @@ def test_it_merges_without_a_detour(
     assert loratool.verify(output, base=base, adapters=[adapter], weights=[weight]) == ()
 
 
+LINEAR: Final = (*EXACT, "ia3", "glora", "full", "norm", "modulation", "diff-b")
+"""Variants whose delta a number multiplies, in some tensor of theirs."""
+
+
+@pytest.mark.parametrize("scheme", ["", "module-path"])
+@pytest.mark.parametrize("variant", LINEAR)
+def test_a_new_strength_is_a_weight_of_the_merge(variant: str, scheme: str, tmp_path: Path) -> None:
+    made, _ = as_merged(variant)
+    if scheme and made.config is None:
+        modules = {**{n: p for n, (p, _) in UNET_PATHS.items()}, "diffusion_model.blocks": "blocks"}
+        tensors = {}
+        for key, value in made.tensors.items():
+            own = next(name for name in modules if key.startswith(name))
+            tensors[modules[own] + key.removeprefix(own)] = value
+        made = replace(made, tensors=tensors)
+    base, adapter = made.write_base(tmp_path), made.write(tmp_path)
+    if scheme and variant == "ia3":
+        pytest.skip("(IA)³ of LyCORIS has a place in kohya's files alone")
+    stronger = tmp_path / ("stronger" if made.config else "stronger.safetensors")
+    report = loratool.rescale(adapter, stronger, scale=-0.7)
+    assert set(report.ratios.values()) == {-0.7}
+    loratool.merge(base, [adapter], tmp_path / "weighed", weights=[-0.7])
+    wanted = load_file(tmp_path / "weighed" / "model.safetensors")
+    found = merged(base, stronger, tmp_path / "found")
+    assert distance(found, {key: exact(value) for key, value in wanted.items()}) <= ALPHA
+
+
+@pytest.mark.parametrize("variant", ["oft", "boft", "replacement", "dora-of-inputs"])
+def test_what_no_number_multiplies_is_not_rescaled(variant: str, tmp_path: Path) -> None:
+    adapter = sample(variant).write(tmp_path)
+    with pytest.raises(UnsupportedError):
+        loratool.rescale(adapter, tmp_path / "out.safetensors", scale=0.5)
+
+
 @pytest.mark.parametrize("variant", CHANGES)
 def test_several_change_a_weight_in_turn(variant: str, tmp_path: Path) -> None:
     made, _ = as_merged(variant)

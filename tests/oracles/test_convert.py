@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save, save_file
 from samples import ROOT
 from torch import nn
 
-from loratool import convert
+from loratool import convert, merge
 from loratool.errors import LoratoolError, UnsupportedError
 
 pytestmark = pytest.mark.slow
@@ -1220,6 +1220,23 @@ class TestLycoris:
         )
         found = stored_deltas(tmp_path / "b.safetensors", "unet.")
         assert_same(found, {HUB[kind]: truth}, 5e-6)
+
+    @pytest.mark.parametrize("kind", HUB)
+    @pytest.mark.parametrize("variant", {**VARIANTS, **WITH_BASE})
+    def test_merged(self, variant: str, kind: str, lycoris: Any, tmp_path: Path) -> None:
+        """What a merge makes of the weight is what the module computes with it."""
+        if (variant, kind) == ("glora", "conv"):
+            pytest.skip("LyCORIS keeps no file of it that tells the kernel")
+        settings = {**VARIANTS, **WITH_BASE}[variant]
+        first, truth, base = lycoris_module(*settings, kind, tmp_path)
+        weight = base.weight
+        assert isinstance(weight, torch.Tensor)
+        key = f"{HUB[kind]}.weight"
+        save_file({key: weight.detach().clone()}, tmp_path / "base.safetensors")
+        merge(tmp_path / "base.safetensors", [first], tmp_path / "out.safetensors")
+        merged = load_file(tmp_path / "out.safetensors")[key]
+        found = (merged.double() - weight.detach().double()).flatten(1)
+        assert_same({key: found}, {key: truth}, 5e-6)
 
     def test_glora_of_a_convolution(self, lycoris: Any, tmp_path: Path) -> None:
         """Converted, or refused for what it is: nothing is missing from the file."""

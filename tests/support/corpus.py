@@ -635,7 +635,10 @@ def diff_b(draw: Draw, weights: Draw) -> Sample:
     """A bias of its own beside a delta: no scale multiplies it."""
     made = _with_factors(draw, weights, Sample("diff-b", {}, {}))
     added, bias = draw(24), weights(24)
-    merged = {**made.merged, "blocks.0.self_attn.q.bias": _added(bias, exact(added), added.numpy())}
+    merged = {
+        **made.merged,
+        "blocks.0.self_attn.q.bias": _added(bias, exact(added), np.abs(exact(added))),
+    }
     tensors = {**made.tensors, f"{WAN}.self_attn.q.diff_b": added}
     base = {**made.base, "blocks.0.self_attn.q.bias": bias}
     return replace(made, tensors=tensors, base=base, merged=merged)

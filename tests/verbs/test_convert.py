@@ -435,7 +435,7 @@ class TestVariants:
         run = {
             "compose": lambda: loratool.compose([first], tmp_path / "o"),
             "truncate": lambda: loratool.truncate(first, tmp_path / "o", energy=0.9),
-            "rescale": lambda: loratool.rescale(first, tmp_path / "o", scale=2),
+            "rescale": lambda: loratool.rescale(first, tmp_path / "o", fold=True),
             "spectrum": lambda: loratool.inspect(first, spectrum=True),
         }
         with pytest.raises(UnsupportedError, match="LoHa"):

@@ -12,7 +12,7 @@ from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
 from loratool.values.arrays import decode
-from loratool.values.expr import Expr, Mean, Stored, widest
+from loratool.values.expr import Expr, Mean, Stored, computed_dtype
 from loratool.write.extras import Extras, NewExtra
 
 __all__ = ["POLICIES", "gather_extras"]
@@ -93,7 +93,7 @@ def _whole(name: str, owners: Sequence[tuple[Adapter, Extra]], policy: str) -> E
     shapes = {tensor.spec.shape for tensor in chosen}
     if len(shapes) > 1:
         raise AdapterError(name, f"has different shapes: {', '.join(map(str, shapes))}")
-    return Mean(tuple(map(Stored, chosen)), (), widest([t.spec.dtype for t in chosen]))
+    return Mean(tuple(map(Stored, chosen)), (), computed_dtype([t.spec.dtype for t in chosen]))
 
 
 def _choose(
@@ -153,7 +153,7 @@ def _rows(
         rows.append(tuple(candidates))
     if len(owners) == 1:
         return Stored(tensors[0]), order
-    dtype = widest([tensor.spec.dtype for tensor in tensors])
+    dtype = computed_dtype([tensor.spec.dtype for tensor in tensors])
     return Mean(tuple(map(Stored, tensors)), tuple(rows), dtype), order
 
 

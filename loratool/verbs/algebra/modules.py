@@ -25,7 +25,7 @@ from loratool.names.one_model import check_one_model
 from loratool.names.paths import families_of_modules, is_fused
 from loratool.names.pipelines import component_of
 from loratool.names.strengths import Strength
-from loratool.values.expr import widest
+from loratool.values.expr import computed_dtype
 from loratool.verbs.algebra.shape import DeltaShape
 
 __all__ = ["Joint", "Term", "check_computable", "is_one_side", "join", "module_name"]
@@ -275,7 +275,7 @@ def _joint(name: str, terms: tuple[Term, ...], nesting: int | None, dtype: str |
     shape = DeltaShape(
         module=module,
         kind=first.kind,
-        dtype=dtype or widest(dtypes),
+        dtype=dtype or computed_dtype(dtypes),
         out=out,
         into=into,
         nesting=first.nesting if nesting is None else nesting,

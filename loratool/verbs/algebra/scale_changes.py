@@ -27,6 +27,7 @@ from loratool.schemes.parts.peft_config import exact_number, scale_fields, targe
 from loratool.values.arrays import Rounded
 from loratool.values.expr import Constant, Expr, Stored, is_power_of_two, spec_of
 from loratool.verbs.algebra.combination import input_notes
+from loratool.verbs.algebra.followed import Followed
 from loratool.verbs.algebra.modules import Joint, is_one_side
 from loratool.verbs.algebra.sums import Spectrum
 from loratool.write.metadata import without_hashes
@@ -147,6 +148,7 @@ def plan_in_place(
     output: Path,
     asked: Mapping[str, Any],
     dtype: str | None,
+    others: Sequence[Followed] = (),
 ) -> AdapterPlan:
     """Return the plan of the same file, key by key, with ``changes`` made.
 
@@ -157,6 +159,8 @@ def plan_in_place(
     """
     check_place(output, adapter.scheme, CONFIG_NAME if adapter.config is not None else "")
     special = dict(_special(changes))
+    for other in others:
+        special |= dict(other.in_place())
     carried = []
     for key, stored in adapter.tensors.items():
         value = special.get(stored.spec.name, Stored(stored))

@@ -11,6 +11,7 @@ from loratool.adapter.model import Adapter, ExtraKind, unknown_scale
 from loratool.adapter.problems import site_problems
 from loratool.errors import printable
 from loratool.files.container import read_bytes
+from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 
 __all__ = ["check_tensors"]
@@ -115,6 +116,10 @@ def _all_finite(stored: StoredTensor) -> bool:
         case "F16" | "F32" | "F64":
             kind = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[stored.spec.dtype]
             return bool(np.isfinite(np.frombuffer(data, kind)).all())
+        case dtype if DTYPES[dtype].is_factor:
+            from loratool.codecs.numbers import decode
+
+            return bool(np.isfinite(decode(data, dtype, (len(data),), np.float32)).all())
         case _:
             return True
 

@@ -12,7 +12,7 @@ from loratool.adapter.slots import Slot
 from loratool.base.model import Model
 from loratool.files.spec import StoredTensor
 from loratool.values.arrays import decode
-from loratool.values.expr import Expr, Function, Result, widest
+from loratool.values.expr import Expr, Function, Result, computed_dtype
 from loratool.variants import variant_named
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def exactly(part: Part, base: Model | None) -> Part:
     def factors(*_: Array) -> tuple[Array, Array]:
         return variant.factors(site, decode, width)
 
-    dtype = widest([t.spec.dtype for t in site.tensors if t not in _others(site)])
+    dtype = computed_dtype([t.spec.dtype for t in site.tensors if t not in _others(site)])
     note = f"{variant.name} written out as plain factors"
     both = Function(note, site.tensors, factors)
     down = Result(both, 0, (rank, width // math.prod(kernel), *kernel), dtype)

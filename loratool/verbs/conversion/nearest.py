@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,20 +16,19 @@ from loratool.base.model import Model
 from loratool.base.place import Place
 from loratool.base.values import read_place
 from loratool.errors import AdapterError, UnsupportedError
+from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.math.extraction import leading_part
 from loratool.math.randomness import generator_for
 from loratool.plan.outcome import Approximated
 from loratool.values.arrays import decode
-from loratool.values.expr import Expr, Function, Result, evaluated, widest
+from loratool.values.expr import Expr, Function, Result, computed_dtype, evaluated
 from loratool.variants import variant_named
 
 if TYPE_CHECKING:
     from loratool.values.expr import Array
 
 __all__ = ["nearest"]
-
-FACTOR_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 
 
 class Approximation:
@@ -197,8 +196,8 @@ def _is_turned(part: Part, shape: tuple[int, ...], base: Model) -> bool:
 
 
 def _dtype(part: Part) -> str:
-    found = [value.dtype for value in part.values.values() if value.dtype in FACTOR_DTYPES]
-    return widest(found) if found else "F32"
+    found = [v.dtype for v in part.values.values() if DTYPES[v.dtype].is_factor]
+    return computed_dtype(found) if found else "F32"
 
 
 def _dense(part: Part, place: Place | None, *, is_turned: bool) -> Array:

@@ -87,6 +87,8 @@ def plan_merge(
     opened = [
         open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
     ]
+    if model.factors and _is_one_file(model, opened):
+        model = model.as_unwrapped()
     notes = [*model.notes, *check_base(model)]
     for adapter in opened:
         check_adapter(adapter)
@@ -148,6 +150,12 @@ def plan_merge(
             **{path: stamp for each in complete for path, stamp in each.stamps.items()},
         },
     )
+
+
+def _is_one_file(model: Model, adapters: Sequence[Adapter]) -> bool:
+    """Whether the adapters are what the base's own files hold beside its weights."""
+    own = {shard.path.resolve() for shard in model.shards}
+    return all(adapter.weights.resolve() in own for adapter in adapters)
 
 
 def _common_replication(adapters: Sequence[Adapter]) -> list[int] | None:
