@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 from loratool.adapter.leaving import option, pattern_for
 from loratool.adapter.model import Adapter
+from loratool.adapter.part import Part
 from loratool.adapter.scheme import Scheme
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.names.pipelines import BACKBONES, component_of
-from loratool.schemes import scheme_named
+from loratool.schemes import DEFAULT_SCHEME, scheme_named
 from loratool.write.conventions import Naming
 
 __all__ = ["check_counterparts", "check_names"]
@@ -66,7 +67,7 @@ def check_names(adapter: Adapter, scheme: Scheme | None = None) -> None:
 
 
 def check_counterparts(
-    modules: Collection[str],
+    parts: Sequence[Part],
     naming: Naming,
     scheme: Scheme,
     known: frozenset[str],
@@ -81,7 +82,7 @@ def check_counterparts(
     Names of no component and no family may be any model's, and are left to those who gave them.
 
     Args:
-        modules: The modules, as they were read.
+        parts: The modules, as they were read.
         naming: The families that they may belong to.
         scheme: The scheme that is written.
         known: What is a component for certain.
@@ -91,6 +92,8 @@ def check_counterparts(
     Raises:
         UnsupportedError: A module has no name that is known in the other naming.
     """
+    modules = [part.module for part in parts]
+    places = {module: component_of(module, known) for module in modules}
     if naming.families:
         is_alike = all(family.is_alike for family in naming.families)
         originals = naming.originals(modules, known)
@@ -98,18 +101,20 @@ def check_counterparts(
         if is_native:
             unknown = [local for local in unknown if local not in originals]
     elif scheme.paths.has_components and crosses:
-        places = (component_of(module, known) for module in modules)
-        unknown = [local for component, local in places if component in BACKBONES]
+        unknown = [local for component, local in places.values() if component in BACKBONES]
     else:
         unknown = []
     if not unknown:
         return
-    hint = "--to peft keeps the names as they are"
+    labels = [part.label for part in parts if places[part.module][1] in unknown]
     if is_native:
         hint = "--naming diffusers keeps the names as they are"
-    elif naming.families:
-        wanted = [m for m in modules if component_of(m, known)[1] in unknown]
-        pattern = pattern_for(wanted or unknown[:1], modules)
+    elif not naming.families:
+        hint = f"--to {DEFAULT_SCHEME} keeps the names as they are"
+    elif len(labels) == len(parts):
+        hint = "write another scheme, such as with --to comfy"
+    else:
+        pattern = pattern_for(labels, [part.label for part in parts])
         hint = f"leave out what has no name there, with {option('--drop', pattern)}"
     more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
     whose = "original checkpoints call" if is_native else "diffusers calls"

@@ -47,6 +47,11 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
     except UnsupportedError:
         _check_names(named, scheme)  # what has no name needs no other place
         raise
+    if (is_native := named.is_native) is not None:
+        crosses = new.is_native != is_native
+        check_counterparts(
+            new.parts, named.naming, scheme, named.known, is_native=is_native, crosses=crosses
+        )
     names = _spelled(parts, scheme, named)
     name = options.name or new.name or "default"
     modules = [
@@ -130,6 +135,8 @@ class _Named:
         family: The one that they do, where known.
         known: What is a component for certain.
         alone: The component whose modules go by their own names, if there is one.
+        is_native: Whether a backbone goes by the names of original checkpoints; ``None`` where
+            names stay what they are.
     """
 
     parts: list[Part]
@@ -137,6 +144,7 @@ class _Named:
     family: str | None
     known: frozenset[str]
     alone: str | None
+    is_native: bool | None
 
 
 def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
@@ -157,23 +165,19 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
         known |= {backbone} if backbone else set()
     if base is not None:
         parts = [fitted(part, base) for part in parts]
-    is_kept = _keeps_paths(new.scheme, scheme, options)
-    if not is_kept:
+    is_native = None
+    if not _keeps_paths(new.scheme, scheme, options):
         if options.keeps_naming and new.scheme == scheme.name:
             is_native = new.is_native
         else:
             is_native = _is_written_native(new, scheme, naming, options.naming)
             parts = list(without_foreign(parts, naming))
-        crosses = new.is_native != is_native
-        # What has no place there at all is refused for that.
-        placed = [p.module for p in new.parts if p.is_plain or scheme.roles.has_variants]
-        check_counterparts(placed, naming, scheme, known, is_native=is_native, crosses=crosses)
         shapes = base.shapes if base else {}
         parts = to_native(parts, naming, shapes) if is_native else to_hub(parts, naming)
     alone = options.component
-    if alone is None and not is_kept:
+    if alone is None and is_native is not None:
         alone = sole_component([part.module for part in parts], known)
-    return _Named(parts, naming, family, known, alone)
+    return _Named(parts, naming, family, known, alone, is_native)
 
 
 def _keeps_paths(source: str, scheme: Scheme, options: WriteOptions) -> bool:
