@@ -322,3 +322,40 @@ def test_what_diffusers_does_not_have(known: str, other: str, scheme: str, tmp_p
     drop = str(raised.value.hint).partition("--drop '")[2].rstrip("'")
     loratool.convert(path, "diffusers", tmp_path / "d.safetensors", drop=[drop])
     assert len(deltas(tmp_path / "d.safetensors")) == 1
+
+
+@pytest.mark.parametrize(
+    ("prefix", "parts", "out"),
+    [
+        ("diffusion_model.down_blocks.0.2.attention.attn", ("to_q", "to_v"), "out_proj"),
+        ("prior.down_blocks.0.2.attention", ("to_q", "to_v"), "to_out.0"),
+    ],
+)
+def test_attention_of_one_parameter(
+    prefix: str, parts: tuple[str, ...], out: str, tmp_path: Path
+) -> None:
+    """Stable Cascade's checkpoints have queries, keys and values in one, behind no ``weight``."""
+    attention = "down_blocks.0.2.attention.attn"
+    base = {
+        f"{attention}.in_proj_weight": torch.randn(3 * WIDTH, WIDTH),
+        f"{attention}.in_proj_bias": torch.randn(3 * WIDTH),
+        f"{attention}.out_proj.weight": torch.randn(WIDTH, WIDTH),
+        "down_blocks.0.0.channelwise.0.weight": torch.randn(WIDTH, WIDTH),
+        "clip_txt_mapper.weight": torch.randn(WIDTH, WIDTH),
+    }
+    tensors = {}
+    for part in (*parts, out):
+        tensors |= lora(f"{prefix}.{part}", WIDTH, WIDTH, RANK)
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    found = deltas(tmp_path / "adapter.safetensors")
+    first, third, last = (found[f"{prefix}.{part}"] for part in (*parts, out))
+    merged = tmp_path / "merged.safetensors"
+    loratool.merge(tmp_path / "base.safetensors", [tmp_path / "adapter.safetensors"], merged)
+    changes = {
+        f"{attention}.in_proj_weight": torch.cat([first, torch.zeros_like(first), third]),
+        f"{attention}.out_proj.weight": last,
+    }
+    for name, value in load_file(merged).items():
+        truth = base[name].double() + changes.get(name, torch.zeros(1))
+        torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
