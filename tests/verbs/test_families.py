@@ -359,3 +359,20 @@ def test_attention_of_one_parameter(
     for name, value in load_file(merged).items():
         truth = base[name].double() + changes.get(name, torch.zeros(1))
         torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "layer", "family", "component"),
+    [
+        ("clip_g", "text_model.encoder.layers.0.mlp.fc1", "sdxl", "text_encoder_2"),
+        ("t5xxl", "encoder.block.0.layer.0.SelfAttention.q", "flux", "text_encoder_2"),
+    ],
+)
+def test_a_text_encoder_alone_is_of_a_family_with_several(
+    encoder: str, layer: str, family: str, component: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(lora(f"text_encoders.{encoder}.transformer.{layer}", WIDTH, WIDTH), path)
+    adapter = open_adapter(path)
+    assert adapter.family == family
+    assert [site.module for site in adapter.sites] == [f"{component}.{layer}"]
