@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -376,3 +377,42 @@ def test_a_text_encoder_alone_is_of_a_family_with_several(
     adapter = open_adapter(path)
     assert adapter.family == family
     assert [site.module for site in adapter.sites] == [f"{component}.{layer}"]
+
+
+def pipeline_of_experts(folder: Path) -> Deltas:
+    """Write the folder of Wan 2.2; return its weights."""
+    weights = {}
+    for component in EXPERTS:
+        (folder / component).mkdir(parents=True)
+        held = {
+            f"blocks.3.{layer}.weight": torch.randn(WIDTH, WIDTH)
+            for layer in ("attn1.to_q", "attn2.to_out.0", "ffn.net.2")
+        }
+        save_file(held, folder / component / "diffusion_pytorch_model.safetensors")
+        (folder / component / "config.json").write_text("{}")
+        weights |= {f"{component}.{name}": weight for name, weight in held.items()}
+    index = {component: ["diffusers", "WanTransformer3DModel"] for component in EXPERTS}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return weights
+
+
+@pytest.mark.parametrize("scheme", ["diffusers", "comfy"])
+def test_experts_are_merged_into_their_own(scheme: str, tmp_path: Path) -> None:
+    """Only the first one can be meant where names do not tell, and that is said."""
+    weights = pipeline_of_experts(tmp_path / "base")
+    second = experts(tmp_path / "second.safetensors", EXPERTS[1])
+    adapter = tmp_path / "a.safetensors"
+    loratool.convert(second, scheme, adapter)
+    report = loratool.merge(tmp_path / "base", [adapter], tmp_path / "out")
+    is_told = scheme == "diffusers"
+    said = [note for note in report.notes if "--component transformer_2" in note]
+    assert len(said) == (0 if is_told else 1)
+    changes = deltas(second)
+    for component in EXPERTS:
+        path = tmp_path / "out" / component / "diffusion_pytorch_model.safetensors"
+        for name, value in load_file(path).items():
+            module = f"{component}.{name.removesuffix('.weight')}"
+            own = module if is_told else module.replace("transformer.", f"{EXPERTS[1]}.")
+            is_changed = component == (EXPERTS[1] if is_told else EXPERTS[0])
+            truth = weights[f"{module}.weight"].double() + (changes[own] if is_changed else 0)
+            torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
