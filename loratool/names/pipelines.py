@@ -82,10 +82,12 @@ class EncoderNames:
 
         Args:
             parts: These names.
-            among: The families that the backbone leaves; all, where there are none.
+            among: The families that the backbone leaves; where there are none, all that have
+                several text encoders.
         """
         roles = {role for role, name in self.roles.items() if name in parts}
-        return _family_of_roles(roles, among or families())
+        several = [family for family in families() if len(family.encoders) > 1]
+        return _family_of_roles(roles, among or several)
 
 
 KOHYA_ENCODERS: Final = EncoderNames(

@@ -165,6 +165,12 @@ BACKBONES: dict[str, Build] = {
         "PixArtTransformer2DModel", caption_channels=4096, use_additional_conditions=True
     ),
     "sana": lambda: built("SanaTransformer2DModel", num_layers=60, qk_norm="rms_norm_across_heads"),
+    "sana-sprint": lambda: built(
+        "SanaTransformer2DModel",
+        num_layers=60,
+        qk_norm="rms_norm_across_heads",
+        guidance_embeds=True,
+    ),
     "sdxl-refiner": refiner,
     "stable-cascade": stable_cascade,
     "svd": stable_video,

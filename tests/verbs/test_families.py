@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -322,3 +323,96 @@ def test_what_diffusers_does_not_have(known: str, other: str, scheme: str, tmp_p
     drop = str(raised.value.hint).partition("--drop '")[2].rstrip("'")
     loratool.convert(path, "diffusers", tmp_path / "d.safetensors", drop=[drop])
     assert len(deltas(tmp_path / "d.safetensors")) == 1
+
+
+@pytest.mark.parametrize(
+    ("prefix", "parts", "out"),
+    [
+        ("diffusion_model.down_blocks.0.2.attention.attn", ("to_q", "to_v"), "out_proj"),
+        ("prior.down_blocks.0.2.attention", ("to_q", "to_v"), "to_out.0"),
+    ],
+)
+def test_attention_of_one_parameter(
+    prefix: str, parts: tuple[str, ...], out: str, tmp_path: Path
+) -> None:
+    """Stable Cascade's checkpoints have queries, keys and values in one, behind no ``weight``."""
+    attention = "down_blocks.0.2.attention.attn"
+    base = {
+        f"{attention}.in_proj_weight": torch.randn(3 * WIDTH, WIDTH),
+        f"{attention}.in_proj_bias": torch.randn(3 * WIDTH),
+        f"{attention}.out_proj.weight": torch.randn(WIDTH, WIDTH),
+        "down_blocks.0.0.channelwise.0.weight": torch.randn(WIDTH, WIDTH),
+        "clip_txt_mapper.weight": torch.randn(WIDTH, WIDTH),
+    }
+    tensors = {}
+    for part in (*parts, out):
+        tensors |= lora(f"{prefix}.{part}", WIDTH, WIDTH, RANK)
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    found = deltas(tmp_path / "adapter.safetensors")
+    first, third, last = (found[f"{prefix}.{part}"] for part in (*parts, out))
+    merged = tmp_path / "merged.safetensors"
+    loratool.merge(tmp_path / "base.safetensors", [tmp_path / "adapter.safetensors"], merged)
+    changes = {
+        f"{attention}.in_proj_weight": torch.cat([first, torch.zeros_like(first), third]),
+        f"{attention}.out_proj.weight": last,
+    }
+    for name, value in load_file(merged).items():
+        truth = base[name].double() + changes.get(name, torch.zeros(1))
+        torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "layer", "family", "component"),
+    [
+        ("clip_g", "text_model.encoder.layers.0.mlp.fc1", "sdxl", "text_encoder_2"),
+        ("t5xxl", "encoder.block.0.layer.0.SelfAttention.q", "flux", "text_encoder_2"),
+    ],
+)
+def test_a_text_encoder_alone_is_of_a_family_with_several(
+    encoder: str, layer: str, family: str, component: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(lora(f"text_encoders.{encoder}.transformer.{layer}", WIDTH, WIDTH), path)
+    adapter = open_adapter(path)
+    assert adapter.family == family
+    assert [site.module for site in adapter.sites] == [f"{component}.{layer}"]
+
+
+def pipeline_of_experts(folder: Path) -> Deltas:
+    """Write the folder of Wan 2.2; return its weights."""
+    weights = {}
+    for component in EXPERTS:
+        (folder / component).mkdir(parents=True)
+        held = {
+            f"blocks.3.{layer}.weight": torch.randn(WIDTH, WIDTH)
+            for layer in ("attn1.to_q", "attn2.to_out.0", "ffn.net.2")
+        }
+        save_file(held, folder / component / "diffusion_pytorch_model.safetensors")
+        (folder / component / "config.json").write_text("{}")
+        weights |= {f"{component}.{name}": weight for name, weight in held.items()}
+    index = {component: ["diffusers", "WanTransformer3DModel"] for component in EXPERTS}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return weights
+
+
+@pytest.mark.parametrize("scheme", ["diffusers", "comfy"])
+def test_experts_are_merged_into_their_own(scheme: str, tmp_path: Path) -> None:
+    """Only the first one can be meant where names do not tell, and that is said."""
+    weights = pipeline_of_experts(tmp_path / "base")
+    second = experts(tmp_path / "second.safetensors", EXPERTS[1])
+    adapter = tmp_path / "a.safetensors"
+    loratool.convert(second, scheme, adapter)
+    report = loratool.merge(tmp_path / "base", [adapter], tmp_path / "out")
+    is_told = scheme == "diffusers"
+    said = [note for note in report.notes if "--component transformer_2" in note]
+    assert len(said) == (0 if is_told else 1)
+    changes = deltas(second)
+    for component in EXPERTS:
+        path = tmp_path / "out" / component / "diffusion_pytorch_model.safetensors"
+        for name, value in load_file(path).items():
+            module = f"{component}.{name.removesuffix('.weight')}"
+            own = module if is_told else module.replace("transformer.", f"{EXPERTS[1]}.")
+            is_changed = component == (EXPERTS[1] if is_told else EXPERTS[0])
+            truth = weights[f"{module}.weight"].double() + (changes[own] if is_changed else 0)
+            torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)

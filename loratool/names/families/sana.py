@@ -5,17 +5,15 @@ Its feed-forward layers are convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from loratool.names.family import Family, Fusion, Row, single
-from loratool.names.templates import expand
-from loratool.names.vocabulary import Vocabulary
 
 __all__ = ["CLAIM", "FAMILIES"]
 
 CLAIM: Final = {
-    "families": ["sana"],
+    "families": ["sana", "sana-sprint"],
     "segments": [
         "attention_y_norm",
         "blocks",
@@ -39,13 +37,22 @@ BLOCKS: Final = 60
 
 ENDS: Final = {
     "x_embedder.proj": "patch_embed.proj",
-    "t_embedder.mlp.0": "time_embed.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_embed.emb.timestep_embedder.linear_2",
     "t_block.1": "time_embed.linear",
     "y_embedder.y_proj.fc1": "caption_projection.linear_1",
     "y_embedder.y_proj.fc2": "caption_projection.linear_2",
     "attention_y_norm": "caption_norm",
     "final_layer.linear": "proj_out",
+}
+
+TIME: Final = {
+    "t_embedder.mlp.0": "time_embed.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_embed.emb.timestep_embedder.linear_2",
+}
+GUIDED_TIME: Final = {
+    "t_embedder.mlp.0": "time_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_embed.timestep_embedder.linear_2",
+    "cfg_embedder.mlp.0": "time_embed.guidance_embedder.linear_1",
+    "cfg_embedder.mlp.2": "time_embed.guidance_embedder.linear_2",
 }
 
 BLOCK, HUB_BLOCK = "blocks.*", "transformer_blocks.*"
@@ -70,9 +77,9 @@ FUSED: Final = {
 }
 
 
-def rows() -> Iterator[Row]:
-    """Yield the table."""
-    for native, hub in ENDS.items():
+def rows(ends: Mapping[str, str]) -> Iterator[Row]:
+    """Yield the table of a model with these first and last layers."""
+    for native, hub in ends.items():
         yield single(native, hub)
     for native, hub in IN_BLOCK.items():
         yield single(f"{BLOCK}.{native}", f"{HUB_BLOCK}.{hub}", BLOCKS)
@@ -81,22 +88,22 @@ def rows() -> Iterator[Row]:
         yield Row(f"{BLOCK}.{native}", fusion, BLOCKS)
 
 
-ROWS: Final = tuple(rows())
-
 SANA: Final = Family(
     "sana",
     "transformer",
-    ROWS,
-    Vocabulary(
-        (
-            *(module for row in ROWS for module in row.hub.modules),
-            *expand("time_embed.{timestep_embedder,guidance_embedder}.linear_{1,2}"),
-        )
-    ),
-    Vocabulary((*(row.native for row in ROWS), *expand("cfg_embedder.mlp.{0,2}"))),
+    tuple(rows(ENDS | TIME)),
     depths=(20, 28),
     widths={".attn1.to_q": (1152, 2240), ".attn2.to_k": (1152, 2240)},
 )
-"""Sana and Sana 1.5 of any depth. Sprint's embedders of time and guidance are names alone."""
+"""Sana and Sana 1.5 of any depth."""
 
-FAMILIES: Final = (SANA,)
+SPRINT: Final = Family(
+    "sana-sprint",
+    "transformer",
+    tuple(rows(ENDS | GUIDED_TIME)),
+    refines="sana",
+    depths=(20, 28),
+)
+"""Sana Sprint, which embeds the strength of its guidance besides the time."""
+
+FAMILIES: Final = (SANA, SPRINT)

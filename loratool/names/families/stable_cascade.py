@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from loratool.names.family import CLIP_G, Family, Row, single
+from loratool.names.family import CLIP_G, Family, Fusion, Row, single
 from loratool.names.templates import expand
 from loratool.names.vocabulary import Vocabulary
 
@@ -65,6 +65,16 @@ def rows() -> Iterator[Row]:
                     yield single(f"{block}.{native}", f"{block}.{hub}")
 
 
+def fused_rows() -> Iterator[Row]:
+    """Yield what its checkpoints have in one parameter."""
+    for blocks, depths in DEPTHS.items():
+        for level, depth in enumerate(depths):
+            for number in range(KINDS.index(ATTENTION), depth * len(KINDS), len(KINDS)):
+                block = f"{blocks}.{level}.{number}.attention"
+                parts = tuple(f"{block}.to_{each}" for each in "qkv")
+                yield Row(f"{block}.attn", Fusion(parts))
+
+
 BLOCKS: Final = expand("{down_blocks,up_blocks}.*.*")
 
 STABLE_CASCADE: Final = Family(
@@ -72,7 +82,14 @@ STABLE_CASCADE: Final = Family(
     "prior",
     tuple(rows()),
     Vocabulary((*ENDS, *(f"{b}.{hub}" for b in BLOCKS for kind in KINDS for hub in kind.values()))),
-    Vocabulary((*ENDS, *(f"{b}.{native}" for b in BLOCKS for kind in KINDS for native in kind))),
+    Vocabulary(
+        (
+            *ENDS,
+            *(f"{b}.{native}" for b in BLOCKS for kind in KINDS for native in kind),
+            *(f"{b}.attention.attn" for b in BLOCKS),
+        )
+    ),
+    tuple(fused_rows()),
     encoders={"text_encoder": CLIP_G},
 )
 """Stable Cascade's larger prior (stage C)."""

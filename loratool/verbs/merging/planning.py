@@ -25,6 +25,7 @@ from loratool.files.json import read_json_object
 from loratool.files.links import NOT_FILES
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.names.one_model import check_one_model
+from loratool.names.pipelines import FIRST, SECOND
 from loratool.names.strengths import Weights, with_strengths
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.plan.model import Blend, Edit, ModelPlan, OutputFile, SetRows, Step
@@ -105,6 +106,7 @@ def plan_merge(
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
         if unknown := unknown_scale(adapter):
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
+    notes += _expert_notes(opened, model)
     shares = [Share.of(*pair) for pair in zip(opened, strengths, strict=True)]
     for share in shares:
         plan_extras(share, view)
@@ -365,6 +367,19 @@ def _with_tokenizer(changes: ConfigChanges, adapters: Sequence[Adapter]) -> Adap
     if changes.vocabulary is None:
         return None
     return next((a for a in adapters if (a.folder / "tokenizer_config.json").is_file()), None)
+
+
+def _expert_notes(adapters: Sequence[Adapter], base: Model) -> Iterator[str]:
+    """Yield that an adapter is of one of the base's two experts, and does not tell of which."""
+    for adapter in adapters:
+        is_told = any(f"{FIRST}." in key for key in adapter.tensors)
+        is_first = adapter.components & {FIRST, SECOND} == {FIRST}
+        if is_first and not is_told and SECOND in base.components:
+            yield (
+                f"{adapter.path}: its names do not tell for which of two experts it is, and it is "
+                f"merged into {FIRST}; if it is the other's, convert it --to diffusers with "
+                f"--component {SECOND} first"
+            )
 
 
 def _is_folder(model: Model, output: AnyPath | None) -> bool:
