@@ -260,10 +260,11 @@ def test_a_file_and_a_folder_are_compared(
     report = loratool.extract(
         first, second, tmp_path / "lora.safetensors", rank=4 * RANK, to="kohya"
     )
-    alone = {"first_stage_model.decoder.conv_in.weight"}
-    left = {item.name: item.why for item in report.leftovers if item.name not in alone}
+    # A file may have T5's table under both of its names, a folder has one; the rest is alike.
+    alone = ("first_stage_model.decoder.conv_in.weight", "encoder.embed_tokens.weight")
+    left = {item.name: item.why for item in report.leftovers if not item.name.endswith(alone)}
     # Whose halves are exchanged is compared, and has no factors that both have.
-    assert all("another order" in why for why in left.values())
+    assert {why for why in left.values()} <= {"the base has its rows in another order"}, left
     assert bool(left) == (name in ("flux", "sd3"))
     loratool.merge(base, [tmp_path / "lora.safetensors"], tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")

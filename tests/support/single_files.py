@@ -83,11 +83,9 @@ class Pipeline:
             if component in self.open_clip:
                 state = open_clip(state)
             elif component.startswith("text_encoder"):
+                inside = ("embeddings.", "encoder.layers.", "final_layer_norm")
                 state = {
-                    k
-                    if k.startswith(("text_model.", "text_projection", "encoder.block", "shared"))
-                    else f"text_model.{k}": v
-                    for k, v in state.items()
+                    f"text_model.{k}" if k.startswith(inside) else k: v for k, v in state.items()
                 }
             else:
                 state = native(state, family_named(self.family))

@@ -283,7 +283,8 @@ def test_prefixes_that_versions_add_and_drop(
 ) -> None:
     weight = torch.randn(6, 5)
     base = make_base(
-        {f"{base_module}.weight": weight, "other.layers.1.q.weight": torch.randn(6, 5)}
+        {f"{base_module}.weight": weight, "other.layers.1.q.weight": torch.randn(6, 5)},
+        {"model_type": "vit"} if "vit" in base_module else None,
     )
     factors = lora(adapter_module, 6, 5)
     loratool.merge(base, [make_adapter(factors)], tmp_path / "out")
