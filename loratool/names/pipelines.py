@@ -85,9 +85,7 @@ class EncoderNames:
             among: The families that the backbone leaves; where there are none, all that have
                 several text encoders.
         """
-        roles = {role for role, name in self.roles.items() if name in parts}
-        several = [family for family in families() if len(family.encoders) > 1]
-        return _family_of_roles(roles, among or several)
+        return _family_of_roles({role for role, name in self.roles.items() if name in parts}, among)
 
 
 KOHYA_ENCODERS: Final = EncoderNames(
@@ -258,6 +256,7 @@ def _family_of_roles(roles: Collection[str], among: Collection[Family]) -> str |
     """Return the family whose text encoders have these roles, and fewest others."""
     if set(roles) <= {CLIP_L}:  # which nearly all have
         return None
+    among = among or [family for family in families() if len(family.encoders) > 1]
     return _smallest([f for f in among if not f.refines and set(roles) <= set(f.encoders.values())])
 
 
