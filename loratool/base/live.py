@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, NoReturn
 
 from loratool.base.config import ModelConfig
@@ -22,15 +23,14 @@ RENAMED: Final = ((), ("transpose if needed",))
 """Operations that leave a tensor one parameter, as it is or as its shape tells."""
 ROWS: Final = ("cut", "split", "rope")
 """Operations of which those consist that cut rows into parameters, or change their order."""
+UNPAIRED: Final = "rows paired for rotary embeddings, and config.json does not tell the heads"
 ELSEWHERE: Final = {
-    "rope": "its rows paired for rotary embeddings, and config.json does not tell the heads",
+    "rope": f"its {UNPAIRED}",
     "interleave": "its two halves interleaved row by row, in another order than the live model",
     "transpose": "it transposed, other than the live model",
     "share": "its experts in one list for text and images, other than the live model",
 }
-
-
-UNPAIRED: Final = "has rows paired for rotary embeddings, and config.json does not tell the heads"
+"""What the operations make of a parameter that nothing can be put into here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,16 @@ class ExpertPart:
 
 @dataclass
 class _Found:
-    """What the tensors of the files are, by the names of the live model."""
+    """What the tensors of the files are, by the names of the live model.
+
+    Attributes:
+        renamed: The tensor of a parameter that is one.
+        stacks: Parameters of all experts that are one tensor, in another order.
+        fused: Projections of which live model and files have several in one, by all their names.
+        elsewhere: A tensor of a parameter into which nothing can be put, and why.
+        joined: The tensors that are joined to a parameter, by their place in it.
+        experts: The tensors of each expert, by the expert and their place in it.
+    """
 
     renamed: dict[str, str] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
@@ -101,7 +110,9 @@ class _Found:
 
     def unpaired(self, name: str) -> NoReturn:
         """Refuse a projection of which nothing tells the heads."""
-        raise UnsupportedError(name, UNPAIRED, hint="give the folder with the base's config.json")
+        raise UnsupportedError(
+            name, f"has {UNPAIRED}", hint="give the folder with the base's config.json"
+        )
 
 
 class LiveModel:
@@ -116,14 +127,15 @@ class LiveModel:
         self.config = config
         self.tensors = tensors
         self._naming = naming_of(config.raw)
-        self._found: _Found | None = None
-        self._index: ModuleIndex | None = None
 
-    @property
+    @cached_property
     def _tensors(self) -> _Found | None:
-        if self._found is None and self._naming is not None:
-            self._found = self._read(self._naming)
-        return self._found
+        return self._read(self._naming) if self._naming is not None else None
+
+    @cached_property
+    def _index(self) -> ModuleIndex:
+        found = self._tensors
+        return ModuleIndex(found.renamed if found else (), self.config.model_types)
 
     def _read(self, naming: Naming) -> _Found:
         found = _Found()
@@ -231,8 +243,6 @@ class LiveModel:
         found = self._tensors
         if found is None:
             return None
-        if self._index is None:
-            self._index = ModuleIndex(found.renamed, self.config.model_types)
         owner = self._index.find(module, parameter=leaf)
         return found.renamed[f"{owner}.{leaf}"] if owner is not None else None
 
