@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from functools import cached_property
+from typing import Final, NoReturn
 
 from loratool.base.config import ModelConfig
 from loratool.base.layout import Fused
@@ -22,11 +23,14 @@ RENAMED: Final = ((), ("transpose if needed",))
 """Operations that leave a tensor one parameter, as it is or as its shape tells."""
 ROWS: Final = ("cut", "split", "rope")
 """Operations of which those consist that cut rows into parameters, or change their order."""
+UNPAIRED: Final = "rows paired for rotary embeddings, and config.json does not tell the heads"
 ELSEWHERE: Final = {
+    "rope": f"its {UNPAIRED}",
     "interleave": "its two halves interleaved row by row, in another order than the live model",
     "transpose": "it transposed, other than the live model",
     "share": "its experts in one list for text and images, other than the live model",
 }
+"""What the operations make of a parameter that nothing can be put into here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,16 @@ class ExpertPart:
 
 @dataclass
 class _Found:
-    """What the tensors of the files are, by the names of the live model."""
+    """What the tensors of the files are, by the names of the live model.
+
+    Attributes:
+        renamed: The tensor of a parameter that is one.
+        stacks: Parameters of all experts that are one tensor, in another order.
+        fused: Projections of which live model and files have several in one, by all their names.
+        elsewhere: A tensor of a parameter into which nothing can be put, and why.
+        joined: The tensors that are joined to a parameter, by their place in it.
+        experts: The tensors of each expert, by the expert and their place in it.
+    """
 
     renamed: dict[str, str] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
@@ -76,6 +89,30 @@ class _Found:
     experts: dict[str, dict[int, dict[int, str]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(dict))
     )
+
+    def rename(self, live: str, name: str) -> None:
+        """Note that the tensor ``name`` is the parameter ``live``; its own name is the best."""
+        other = self.renamed.setdefault(live, name)
+        if other != name and live not in (other, name):
+            self.elsewhere[live] = (name, f"it twice, as {other!r} too")
+        elif name == live:
+            self.renamed[live] = name
+
+    def check(self, name: str) -> None:
+        """Refuse a parameter that the files have, but not as anything can be put there.
+
+        Raises:
+            UnsupportedError: It is one.
+        """
+        if name in self.elsewhere:
+            stored, why = self.elsewhere[name]
+            raise UnsupportedError(name, f"the files have {why}, in {stored!r}")
+
+    def unpaired(self, name: str) -> NoReturn:
+        """Refuse a projection of which nothing tells the heads."""
+        raise UnsupportedError(
+            name, f"has {UNPAIRED}", hint="give the folder with the base's config.json"
+        )
 
 
 class LiveModel:
@@ -90,14 +127,15 @@ class LiveModel:
         self.config = config
         self.tensors = tensors
         self._naming = naming_of(config.raw)
-        self._found: _Found | None = None
-        self._index: ModuleIndex | None = None
 
-    @property
+    @cached_property
     def _tensors(self) -> _Found | None:
-        if self._found is None and self._naming is not None:
-            self._found = self._read(self._naming)
-        return self._found
+        return self._read(self._naming) if self._naming is not None else None
+
+    @cached_property
+    def _index(self) -> ModuleIndex:
+        found = self._tensors
+        return ModuleIndex(found.renamed if found else (), self.config.model_types)
 
     def _read(self, naming: Naming) -> _Found:
         found = _Found()
@@ -106,14 +144,15 @@ class LiveModel:
             operations = live.operations
             is_weight = name.endswith((WEIGHT, ATTENTION))
             if operations in RENAMED:
-                found.renamed[live.names[0]] = name
+                found.rename(live.names[0], name)
             elif _are_rows(live) and not is_weight:
                 continue  # the bias beside it
-            elif _are_rows(live):
-                fused = self._fused(name, live)
+            elif _are_rows(live) and (fused := self._fused(name, live)) is not None:
                 found.fused |= dict.fromkeys((fused.whole, *fused.parts), fused)
             elif operations[0] == "list":
-                found.experts[live.names[0]][live.expert or 0][live.source] = name
+                sources = found.experts[live.names[0]][live.expert or 0]
+                if (other := sources.setdefault(live.source, name)) != name:
+                    found.elsewhere[live.names[0]] = (name, f"an expert of it twice, as {other!r}")
             elif operations[0].startswith("join") and len(operations) == 1:
                 sources = found.joined[live.names[0]]
                 if sources.setdefault(live.source, name) != name:
@@ -141,26 +180,28 @@ class LiveModel:
                 found.fused |= dict.fromkeys((fused.whole, *parts), fused)
         return found
 
-    def _fused(self, name: str, live: LiveParameters) -> Fused:
+    def _fused(self, name: str, live: LiveParameters) -> Fused | None:
+        """Return what ``name`` is in the live model; ``None`` where nothing tells its heads."""
         rows: tuple[int, ...] = ()
         paired: tuple[int, ...] = ()
         for operation in live.operations:
             word, *words = operation.split()
             if word == "split":
-                rows = self.config.projection_rows or ()
+                rows = self.config.projection_rows or (0,)  # which are never right
             elif word == "rope":
-                heads = self._heads(words[0])
+                if (heads := self._heads(words[0])) is None:
+                    return None
                 paired = tuple(
                     heads if not words[1:] or any(part in one for part in words[1:]) else 0
                     for one in live.names
                 )
         return Fused(_module(name), tuple(map(_module, live.names)), rows, paired=paired)
 
-    def _heads(self, key: str) -> int:
+    def _heads(self, key: str) -> int | None:
         """Return the attention heads that the part ``key`` of the configuration tells."""
         part = self.config.raw.get(key)
         heads = (part if isinstance(part, dict) else self.config.raw).get("num_attention_heads")
-        return heads if isinstance(heads, int) else 1
+        return heads if isinstance(heads, int) and heads > 0 else None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -183,13 +224,11 @@ class LiveModel:
         found = self._tensors
         if found is None or self._naming is None:
             return None
-        if name in found.renamed:
+        if name in found.renamed and name not in found.elsewhere:
             return found.renamed[name]
         live = self._naming.live(name)
         for one in (name, *(live.names if live.operations in RENAMED else ())):
-            if one in found.elsewhere:
-                stored, why = found.elsewhere[one]
-                raise UnsupportedError(one, f"the files have {why}, in {stored!r}")
+            found.check(one)
             for tensor in (one, found.renamed.get(one)):
                 if tensor in self.tensors:
                     return tensor
@@ -204,8 +243,6 @@ class LiveModel:
         found = self._tensors
         if found is None:
             return None
-        if self._index is None:
-            self._index = ModuleIndex(found.renamed, self.config.model_types)
         owner = self._index.find(module, parameter=leaf)
         return found.renamed[f"{owner}.{leaf}"] if owner is not None else None
 
@@ -219,7 +256,7 @@ class LiveModel:
         for leaf in (WEIGHT, ATTENTION):
             live = self._naming.live(f"{module}{leaf}")
             if _are_rows(live):
-                return self._fused(module, live)
+                return self._fused(module, live) or found.unpaired(f"{module}{leaf}")
         live = self._naming.live(f"{module}{WEIGHT}")
         if live.operations[:1] and live.operations[0] == "join 0" and len(live.operations) == 1:
             whole = _module(live.names[0])
@@ -242,6 +279,7 @@ class LiveModel:
         found = self._tensors
         if found is None:
             return None
+        found.check(parameter)
         if parameter in found.stacks:
             return found.stacks[parameter]
         if parameter in found.experts:

@@ -7,13 +7,16 @@ for its table.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import peft
 import pytest
 import tiny_transformers as tiny
 import torch
 import transformers
 import transformers_sweep as sweep
 import transformers_table as made
+from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping
 from transformers.core_model_loading import (
     GroupWeightRename,
@@ -23,13 +26,14 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+import loratool
 from loratool.names.transformers import naming_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-EVERY = 12
+EVERY = 20
 """Of the classes that can be built, each of so many is compared name by name."""
-EVERY_TYPE = 20
+EVERY_TYPE = 30
 """Of the model types, each of so many is built."""
 MERGED = {
     "aria_text": "AriaTextForCausalLM",
@@ -77,7 +81,7 @@ def test_the_models_inside_of_models_are_those_of_the_installed_transformers() -
     again = "run tests/support/transformers_table.py"
     for name in sorted(built):
         assert known.get(name) == classes.get(name), f"{name}: {again}"
-    assert len(built) > 50
+    assert len(built) > 40
 
 
 def test_names_are_turned_as_transformers_turns_them() -> None:
@@ -115,3 +119,40 @@ def test_merges_are_peft_s(model_type: str) -> None:
     assert told["live"] == ("right", ""), told
     for version in ("files", "old"):
         assert told[version][0] == "right" or "names of the live model" in told[version][1], told
+
+
+EXPERTS = {
+    "mixtral": ("MixtralForCausalLM", ["w1", "w2", "w3"]),
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", ["gate_proj", "up_proj", "down_proj"]),
+}
+"""Models with several experts, and with one: their classes, and the projections of an expert."""
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_experts_apart_and_fused_by_peft_merge_alike(model_type: str, tmp_path: Path) -> None:
+    name, leaves = EXPERTS[model_type]
+    tiny.build(name, tiny.tiny_config(model_type)).save_pretrained(tmp_path / "base")
+    model = sweep.load(name, tmp_path / "base")
+    factors = {}
+    for key, weight in load_file(tmp_path / "base" / "model.safetensors").items():
+        if ".experts." in key:
+            module = f"base_model.model.{key.removesuffix('.weight')}"
+            factors[f"{module}.lora_A.weight"] = torch.randn(3, weight.shape[1])
+            factors[f"{module}.lora_B.weight"] = torch.randn(weight.shape[0], 3)
+    apart, fused = tmp_path / "apart", tmp_path / "fused"
+    apart.mkdir()
+    save_file(factors, apart / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": leaves}
+    (apart / "adapter_config.json").write_text(json.dumps(config))
+    adapted = peft.PeftModel.from_pretrained(model, str(apart))
+    adapted.save_pretrained(str(fused))
+    ranks = {key: len(v) for key, v in load_file(fused / "adapter_model.safetensors").items()}
+    gate_up = next(rows for key, rows in ranks.items() if "experts.base_layer.lora_A" in key)
+    down = next(rows for key, rows in ranks.items() if "experts.lora_A" in key)
+    assert gate_up == 2 * down  # PEFT keeps the ranks of gate and up apart
+    truth = adapted.merge_and_unload().state_dict()
+    for adapter in (apart, fused):
+        loratool.merge(tmp_path / "base", [adapter], output=tmp_path / f"of {adapter.name}")
+        found = sweep.load(name, tmp_path / f"of {adapter.name}").state_dict()
+        for key, weight in truth.items():
+            torch.testing.assert_close(found[key], weight, msg=f"{adapter.name}: {key}")

@@ -42,7 +42,7 @@ from transformers.pytorch_utils import Conv1D
 import loratool
 from loratool.errors import LoratoolError
 
-__all__ = ["VERSIONS", "Result", "main", "sweep_class"]
+__all__ = ["VERSIONS", "Result", "load", "main", "sweep_class"]
 
 VERSIONS: Final = ("live", "files", "old", "embeddings")
 RANK: Final = 3
@@ -75,7 +75,7 @@ def sweep_class(
             config = tiny.tiny_config(model_type)
             model = tiny.build(class_name, config)
             model.save_pretrained(place / "base")
-            again = _load(class_name, place / "base")
+            again = load(class_name, place / "base")
             _check_same(model, again)
         except Exception as error:
             return [Result(model_type, class_name, "all", "skipped", _line(error))]
@@ -101,7 +101,8 @@ def _line(error: BaseException) -> str:
     return (text or type(error).__name__)[:220]
 
 
-def _load(class_name: str, folder: Path) -> nn.Module:
+def load(class_name: str, folder: Path) -> nn.Module:
+    """Return the model in a folder."""
     kind = getattr(transformers, class_name)
     model: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
@@ -194,7 +195,7 @@ def _against_peft(
     class_name: str, folder: Path, base: Path, modules: list[str], parameters: list[str]
 ) -> str:
     """Return what differs from PEFT's merge; nothing where they are the same."""
-    model = _load(class_name, base)
+    model = load(class_name, base)
     if not modules and not parameters:
         raise Skip("nothing to adapt")
     try:
@@ -203,13 +204,13 @@ def _against_peft(
         kept = [m for m in modules if "out_proj" not in m.rpartition(".")[2]]
         if len(kept) == len(modules) or not kept:
             raise
-        adapted = _adapt(_load(class_name, base), kept, parameters, folder / "adapter")
+        adapted = _adapt(load(class_name, base), kept, parameters, folder / "adapter")
     loratool.merge(base, [folder / "adapter"], output=folder / "out")
     try:
         expected = adapted.merge_and_unload().state_dict()
     except Exception as error:
         raise Skip(f"PEFT: {_line(error)}") from error
-    found = _load(class_name, folder / "out").state_dict()
+    found = load(class_name, folder / "out").state_dict()
     return _difference(
         {n: t.double().numpy() for n, t in expected.items() if t.is_floating_point()},
         {n: t.double().numpy() for n, t in found.items() if t.is_floating_point()},
@@ -241,7 +242,7 @@ def _run_embeddings(model: nn.Module, class_name: str, folder: Path, base: Path)
     modules = _embeddings(model)
     if not modules:
         raise Skip("nothing to adapt")
-    adapted = _adapt(_load(class_name, base), modules, [], folder / "adapter")
+    adapted = _adapt(load(class_name, base), modules, [], folder / "adapter")
     expected = {
         name: model.get_submodule(name).weight.detach().double().numpy()
         + adapted.get_base_model()
@@ -255,7 +256,7 @@ def _run_embeddings(model: nn.Module, class_name: str, folder: Path, base: Path)
     }
     with torch.no_grad():
         loratool.merge(base, [folder / "adapter"], output=folder / "out")
-    merged = _load(class_name, folder / "out")
+    merged = load(class_name, folder / "out")
     found = {name: merged.get_submodule(name).weight.detach().double().numpy() for name in expected}
     return _difference(expected, found)
 

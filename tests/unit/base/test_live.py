@@ -174,3 +174,31 @@ def test_flattened_names_may_be_those_of_either(opened: Callable[..., Model]) ->
     ):
         assert f"nomic_bert.{path}" in paths
     assert len(set(paths)) == len(paths)
+
+
+def test_pairs_without_the_number_of_heads_are_refused(opened: Callable[..., Model]) -> None:
+    disk = {"vision_tower.encoder.blocks.0.wqkv.weight": random(36, HIDDEN)}
+    live = {
+        f"model.vision_tower.layers.0.attn.{part}_proj.weight": random(HIDDEN, HIDDEN)
+        for part in "qkv"
+    }
+    kind = ("kimi_k25", "Kimi_K25ForConditionalGeneration")
+    with pytest.raises(UnsupportedError, match="does not tell the heads"):
+        opened(disk, *kind).find("model.vision_tower.layers.0.attn.q_proj")
+    with pytest.raises(UnsupportedError, match="does not tell the heads"):
+        opened(live, *kind).find("vision_tower.encoder.blocks.0.wqkv")
+
+
+def test_a_parameter_that_the_files_have_twice_is_refused(opened: Callable[..., Model]) -> None:
+    layer = "model.layers.0.mlp"
+    names = (f"{layer}.shared_mlp.up_proj", f"{layer}.shared_experts.up_proj")
+    both = {f"{name}.weight": random(3, 4) for name in names}
+    model = opened(both, "hy_v3", "HYV3ForCausalLM")
+    for name in names:  # each by the name that it has
+        (piece,) = model.place(name).pieces
+        assert piece.name == f"{name}.weight"
+    kind = ("kimi_linear", "KimiLinearForCausalLM")
+    blocks = ("block_sparse_moe", "mlp")
+    twice = {f"model.layers.1.{b}.experts.0.w2.weight": random(3, 4) for b in blocks}
+    with pytest.raises(UnsupportedError, match="an expert of it twice"):
+        opened(twice, *kind).find("model.layers.1.mlp.experts.down_proj")
