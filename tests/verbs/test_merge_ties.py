@@ -286,3 +286,18 @@ def test_a_head_keeps_the_copy_that_the_embedding_came_with(
         assert torch.equal(merged[f"{module}.weight"], copy)
     delta = SCALE * factors["lm_head.lora_B.weight"] @ factors["lm_head.lora_A.weight"]
     torch.testing.assert_close(merged["lm_head.weight"], copy + delta, rtol=1e-6, atol=1e-5)
+
+
+def test_what_was_untied_is_extracted_and_merges_back(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base({"shared.weight": TABLE} | LAYERS, BART | {"is_encoder_decoder": True})
+    sides = ("encoder.embed_tokens", "lm_head")
+    tensors = {key: value for side in sides for key, value in change(side, "lora")[0].items()}
+    loratool.merge(base, [make_adapter(tensors)], tmp_path / "one")
+    loratool.extract(base, tmp_path / "one", tmp_path / "again", rank=4, embeddings=True)
+    loratool.merge(base, [tmp_path / "again"], tmp_path / "two")
+    first, second = read_all(tmp_path / "one"), read_all(tmp_path / "two")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-4)

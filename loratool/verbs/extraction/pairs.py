@@ -388,7 +388,7 @@ def _sort(
     target = _target(f"{module}.{leaf}", module, leaf, base, tuned, view, base_view)
     if isinstance(target, str):
         leave(target)
-    elif is_embedding(module) and view.config.is_encoder_decoder:
+    elif _is_shared_table(match, name, view, base_view):
         leave("a table that an encoder-decoder may tie in several places", can_be_carried=False)
     elif is_router(module, view.index.paths):
         leave("a router, which PEFT does not adapt")
@@ -401,6 +401,14 @@ def _sort(
             leave(refused)
         else:
             found.targets.append(target)
+
+
+def _is_shared_table(match: Match, name: str, view: Model, base_view: Model) -> bool:
+    """Whether a table of an encoder-decoder may be several, of which an adapter has to name all."""
+    if not is_embedding(match.path) or not view.config.is_encoder_decoder:
+        return False
+    is_tied = any(name in tie.names for tie in view.ties)
+    return is_tied or not base_view.may_be_tied(match.name)
 
 
 def _target(
