@@ -157,15 +157,16 @@ def check_plain(site: Site, adapter: Adapter, *, is_named: bool = True) -> None:
             where,
             "has a bias of its own beside A and B (diff_b)",
             hint="convert it first: loratool convert ADAPTER --to peft -o OUT"
-            if all(each.is_plain for each in adapter.sites)
+            if all(each.is_plain and not each.variant.undetermined for each in adapter.sites)
             else plain_hint(site, adapter),
         )
 
 
 def plain_hint(site: Site, adapter: Adapter) -> str:
     """Return the hint to make plain LoRAs of all modules, leaving out what cannot be one."""
-    if site.variant.undetermined and not (site.variant.has_change or site.variant.needs_shape):
-        return site.variant.remedy
+    for variant in (site.variant, *(other.variant for other in adapter.sites)):
+        if variant.undetermined and not (variant.has_change or variant.needs_shape):
+            return variant.remedy
     options = sorted({plain_options(s.variant, s.slots) for s in adapter.sites if is_matrix(s)})
     if not options:
         return leave_out(site)

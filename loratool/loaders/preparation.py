@@ -70,6 +70,7 @@ def uniform_rank(parts: Sequence[Part], loader: Loader) -> int | None:
                 part.module,
                 f"stacks {part.experts} experts of rank {part.rank}, which are not filled up "
                 f"to rank {wanted}",
+                hint="merge it into the base: loratool merge BASE ADAPTER -o OUT",
             )
     return wanted
 

@@ -31,7 +31,7 @@ class Control(Plain):
         "is a control LoRA: the weight has to grow first (reshape_weight), so that it cannot "
         "{verb} without a base"
     )
-    remedy = "merge it into its base"
+    remedy = "merge it into its base: loratool merge BASE ADAPTER -o OUT"
 
     def problems(self, site: Site) -> Iterator[tuple[str, str]]:
         """See :class:`Variant`."""

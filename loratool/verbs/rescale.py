@@ -321,7 +321,9 @@ def _check_kinds(adapter: Adapter, *, fold: bool, stabilised: bool) -> None:
     plain = replace(
         adapter,
         sites=tuple(
-            replace(site, variant=variant_named("lora")) if site.variant.undetermined else site
+            replace(site, variant=variant_named("lora"))
+            if site.variant.undetermined and Slot.BIAS not in site.slots
+            else site
             for site in adapter.sites
         ),
     )

@@ -344,6 +344,50 @@ def option(hint: str | None, name: str) -> str:
     return words[words.index(name) + 1]
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_control_lora_of_flux_is_told_by_its_norms(prefix: str, tmp_path: Path) -> None:
+    """Black Forest Labs' own files: no key says that ``img_in`` has more inputs."""
+    draw, qkv = Draw("flux control", "F64"), "double_blocks.0.img_attn.qkv"
+    norm = "double_blocks.0.img_attn.norm.key_norm.scale"
+    base = {"img_in.weight": draw(6, 4), "img_in.bias": draw(6), norm: draw(2)}
+    base |= {f"{qkv}.weight": draw(18, 6), f"{qkv}.bias": draw(18)}
+    tensors, wanted = {norm: draw(2)}, {}
+    for name, out, into in (("img_in", 6, 8), (qkv, 18, 6)):
+        down, up, added = draw(3, into), draw(out, 3), draw(out)
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        tensors |= {f"{name}.lora_B.bias": added}
+        weight = exact(base[f"{name}.weight"])
+        weight = np.pad(weight, ((0, 0), (0, into - weight.shape[1])))
+        wanted[f"{name}.weight"] = weight + exact(up) @ exact(down)
+        wanted[f"{name}.bias"] = exact(base[f"{name}.bias"] + added)
+    wanted[norm] = exact(tensors[norm])
+    save_file({prefix + key: value for key, value in base.items()}, tmp_path / "base.safetensors")
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    report = loratool.merge(
+        tmp_path / "base.safetensors",
+        [tmp_path / "adapter.safetensors"],
+        tmp_path / "o.safetensors",
+    )
+    assert any("grew from [6, 4] to [6, 8]" in note for note in report.notes)
+    found = {
+        k.removeprefix(prefix): exact(v) for k, v in load_file(tmp_path / "o.safetensors").items()
+    }
+    assert distance(found, wanted) <= CLOSE
+
+
+def test_a_wider_adapter_of_another_model_does_not_let_it_grow(tmp_path: Path) -> None:
+    base = {"img_in.weight": torch.ones(6, 4), "double_blocks.0.img_mlp.0.weight": torch.ones(6, 6)}
+    save_file(base, tmp_path / "base.safetensors")
+    pair = {"img_in.lora_A.weight": torch.ones(3, 8), "img_in.lora_B.weight": torch.ones(6, 3)}
+    save_file(pair, tmp_path / "adapter.safetensors")
+    with pytest.raises(LoratoolError, match="shape"):
+        loratool.merge(
+            tmp_path / "base.safetensors",
+            [tmp_path / "adapter.safetensors"],
+            tmp_path / "out.safetensors",
+        )
+
+
 @pytest.mark.parametrize("elements", [kernels.BLOCK_ELEMENTS, 30])
 @pytest.mark.parametrize("kernel", [(), (2, 2)])
 def test_a_control_lora_lets_the_weight_grow(

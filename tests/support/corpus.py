@@ -676,6 +676,26 @@ def dora_of_outputs_conv(draw: Draw, weights: Draw) -> Sample:
     return _lycoris_dora(draw, weights, of_inputs=False, kernel=(3, 3))
 
 
+def control(draw: Draw, weights: Draw) -> Sample:
+    """A layer that gets as many inputs again, zeros in the base's weight."""
+    name, weight, bias = "diffusion_model.patch_embedding", weights(6, 4), weights(6)
+    down, up, added = draw(RANK, 8), draw(6, RANK), draw(6)
+    tensors = {
+        f"{name}.lora_A.weight": down,
+        f"{name}.lora_B.weight": up,
+        f"{name}.diff_b": added,
+        f"{name}.reshape_weight": torch.tensor([6, 8]),
+    }
+    base = {"patch_embedding.weight": weight, "patch_embedding.bias": bias}
+    delta, size = _product(1.0, up, down)
+    grown = torch.from_numpy(np.pad(exact(weight), ((0, 0), (0, 4))))
+    merged = {
+        "patch_embedding.weight": _added(grown, delta, size),
+        "patch_embedding.bias": _added(bias, exact(added), np.abs(exact(added))),
+    }
+    return _with_factors(draw, weights, Sample("control", tensors, base, None, None, {}, merged))
+
+
 Builder = Callable[[Draw, Draw], Sample]
 MERGEABLE: Final[dict[str, Builder]] = {
     "lora": lora,
@@ -721,7 +741,9 @@ LYCORIS_DORAS: Final[dict[str, Builder]] = {
     "dora-of-inputs-conv": dora_of_inputs_conv,
     "dora-of-outputs-conv": dora_of_outputs_conv,
 }
-VARIANTS: Final = MERGEABLE | EXACT | NEAREST | WHOLE | LYCORIS_DORAS | {"kohya": kohya}
+GROWING: Final[dict[str, Builder]] = {"control": control}
+"""What is for a weight with more inputs than that of the base."""
+VARIANTS: Final = MERGEABLE | EXACT | NEAREST | WHOLE | LYCORIS_DORAS | GROWING | {"kohya": kohya}
 
 
 def sample(variant: str, dtype: str = "F32", base: str | None = None, seed: str = "") -> Sample:

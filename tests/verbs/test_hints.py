@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from samples import SCHEMES, place
 
 from loratool.cli.main import _run as run_command_line
+from loratool.loaders import loader_named, loader_names
 
 COMMAND: Final = re.compile(
     r"loratool (?:merge|convert|compose|extract|truncate) .*?-o (?:OUT|MERGED)"
@@ -75,6 +76,9 @@ def commands(case: Case) -> Iterator[tuple[str, Callable[[Path], list[str]], str
     yield "merge", lambda a: ["merge", str(case.base), str(a)], "peft"
     for scheme in SCHEMES:
         yield f"convert to {scheme}", lambda a, s=scheme: ["convert", str(a), "--to", s], scheme
+    for loader in loader_names():
+        scheme = loader_named(loader).scheme
+        yield f"for {loader}", lambda a, n=loader: ["convert", str(a), "--for", n], scheme
     yield "to-lora", lambda a: ["convert", str(a), "--to", "peft", "--to-lora"], "peft"
     yield "compose", lambda a: ["compose", str(a), str(a), "--to", "peft"], "peft"
     for options in (["--scale", "0.5"], ["--fold"], ["--alpha", "3"], ["--max-norm", "0.1"]):
@@ -103,7 +107,7 @@ def attempt(
     words = [*make(adapter), *more]
     if "--to" in more:
         scheme = more[list(more).index("--to") + 1]
-        words = without_option(make(adapter), "--to") + list(more)
+        words = without_option(without_option(make(adapter), "--to"), "--for") + list(more)
     if scheme == "":
         scheme = "peft" if adapter.is_dir() else "kohya"
     output = ["-o", str(case.output(scheme))] if scheme != "none" else []

@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
+from typing import Final
 
 from loratool.adapter.leaving import leave_out, own_name
-from loratool.adapter.model import Adapter, Site
+from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.problems import CONVERT_HINT, is_whole
 from loratool.adapter.slots import Slot
 from loratool.base.experts import assign_parameters
@@ -23,6 +24,10 @@ from loratool.verbs.merging.missing import missing_modules
 from loratool.verbs.merging.parameters import add_bias, plan_parameters
 
 __all__ = ["SitePlanner", "plan_sites"]
+
+INPUT_LAYERS: Final = ("img_in", "x_embedder")
+"""What Flux calls the layer that sees the image, and the control beside it."""
+WHOLE_NORM: Final = ".key_norm.scale"
 
 
 def plan_sites(share: Share, base: Model) -> None:
@@ -82,7 +87,8 @@ class SitePlanner:
         if is_whole(site):
             return list(plan_parameters(share.at(site), site, base))
         site = self._with_magnitude(site)
-        if (shape := site.variant.grown(site)) is not None:
+        shape = site.variant.grown(site) or self._widened(site)
+        if shape is not None:
             self._resized |= _grown(share, site, shape, base)
         places = fit(site, share.adapter, base, assigned, resized=self._resized)
         is_doubled = _is_attention_output(site, base, self._attention)
@@ -94,6 +100,22 @@ class SitePlanner:
                 if slot in site.slots:
                     add_bias(weighed, place, site.slots[slot], base, factor)
         return [(place.name, place.region) for place in places]
+
+    def _widened(self, site: Site) -> tuple[int, ...] | None:
+        """Return the shape of the input layer that a control LoRA of Flux is for.
+
+        Its files do not say that the layer has more inputs; whole norms beside the factors are
+        what they are told by.
+        """
+        is_input = site.module.rpartition(".")[2] in INPUT_LAYERS and site.is_plain
+        if not is_input or site.kind is not Kind.LINEAR:
+            return None
+        extras = self.share.adapter.extras
+        if not any(extra.name.endswith(WHOLE_NORM) for extra in extras):
+            return None
+        place = self.base.find(site.module, family=self.share.adapter.family)
+        is_wider = place is not None and site.in_features > place.shape[1]
+        return (site.out_features, site.in_features) if is_wider else None
 
     def _with_magnitude(self, site: Site) -> Site:
         """Return a site with magnitudes of outputs as ``(out,)``, of inputs as ``(1, in, …)``."""
