@@ -19,18 +19,23 @@ from loratool.names.vocabulary import is_number
 __all__ = ["check_one_model"]
 
 
-def check_one_model(adapters: Sequence[Adapter]) -> None:
+def check_one_model(adapters: Sequence[Adapter], *, has_base: bool = False) -> None:
     """Refuse adapters that are for different models.
 
     Two adapters without a module in common may still be for one: of its U-Net and of its text
     encoder, or of different layers. They are not where their backbones are of different families,
     or where both say what their base is, and it is called and built otherwise.
 
+    Args:
+        adapters: The adapters.
+        has_base: Whether there is a base, which tells what is a language model of a pipeline.
+
     Raises:
         UnsupportedError: Two of them are.
     """
     for one, other in combinations(map(_Kin, adapters), 2):
-        if not one.differs_from(other) or one.names & other.names:
+        is_told = not has_base or (one.families and other.families)
+        if not (is_told and one.differs_from(other)) or one.names & other.names:
             continue
         paths = f"{one.adapter.path} and {other.adapter.path}"
         raise UnsupportedError(

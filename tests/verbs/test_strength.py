@@ -363,3 +363,25 @@ def test_include_and_exclude_take_the_same_patterns(
         base, tuned, tmp_path / "out", rank=2, include=include, exclude=exclude
     )
     assert {module.module for module in report.modules} == set(found)
+
+
+SINGLE = [
+    case
+    for case in json.loads((FIXTURES / "cases.json").read_text())
+    if case["expect"] == "merge" and len(case["adapters"]) == 1
+]
+
+
+@pytest.mark.parametrize("case", SINGLE, ids=lambda case: case["case"])
+def test_a_pattern_reaches_whatever_a_number_reaches(case: dict[str, Any], tmp_path: Path) -> None:
+    """Deltas of every variant, saved heads, biases and rows: one weight for all, said twice."""
+    base, adapter = FIXTURES / case["base"], FIXTURES / case["adapters"][0]
+    outcomes = []
+    for number, weights in enumerate(([0.5], ["re:.=0.5"], ["re:.=-1", 2, "glob:*=0.25"])):
+        out = tmp_path / str(number)
+        try:
+            loratool.merge(base, [adapter], out, weights=weights)
+            outcomes.append({f.name: f.read_bytes() for f in sorted(out.iterdir())})
+        except loratool.errors.LoratoolError as error:
+            outcomes.append({"refused": str(error).encode()})
+    assert outcomes[0] == outcomes[1] == outcomes[2]

@@ -93,7 +93,7 @@ def plan_merge(
     notes = [*model.notes, *check_base(model)]
     for adapter in opened:
         check_adapter(adapter)
-    check_one_model(opened)
+    check_one_model(opened, has_base=True)
     layers = _common_replication(opened)
     tasks = [str(adapter.field("task_type")) for adapter in opened]
     view = model.as_trained(tasks=tasks, layers=layers)

@@ -13,7 +13,7 @@ from samples import lora
 
 import loratool
 from loratool.adapter.model import Adapter
-from loratool.errors import UnsupportedError
+from loratool.errors import BaseModelError, UnsupportedError
 from loratool.names.one_model import check_one_model
 from loratool.schemes.opening import open_adapter
 
@@ -78,12 +78,23 @@ def test_two_families_are_refused_by_both_their_names(
         "compare": lambda: loratool.compare(paths),
         "merge": lambda: loratool.merge(base, paths, out),
     }
+    if verb == "merge" and LLAMA in (one, other):
+        with pytest.raises(BaseModelError, match="no such module"):
+            verbs[verb]()
+        return
     with pytest.raises(UnsupportedError, match="are for different models") as error:
         verbs[verb]()
     assert all(str(path) in str(error.value) for path in paths)
     told = error.value.what.partition("(")[2].partition(")")[0].split("; ")
     assert all(word in each.split(" or ") for word, each in zip(words, told, strict=True))
     assert not out.exists()
+
+
+def test_a_base_tells_whether_a_language_model_is_of_a_pipeline(tmp_path: Path) -> None:
+    adapters = [opened(tmp_path, "one", FLUX_HUB), opened(tmp_path, "other", LLAMA)]
+    check_one_model(adapters, has_base=True)
+    with pytest.raises(UnsupportedError, match="for different models"):
+        check_one_model(adapters)
 
 
 @pytest.mark.parametrize(
