@@ -284,7 +284,9 @@ def test_prefixes_that_versions_add_and_drop(
     weight = torch.randn(6, 5)
     base = make_base(
         {f"{base_module}.weight": weight, "other.layers.1.q.weight": torch.randn(6, 5)},
-        {"model_type": "vit"} if "vit" in base_module else None,
+        {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+        if base_module.startswith("vit.")
+        else None,
     )
     factors = lora(adapter_module, 6, 5)
     loratool.merge(base, [make_adapter(factors)], tmp_path / "out")
