@@ -144,18 +144,24 @@ def _mean(spectra: list[tuple[float, ...]]) -> list[float]:
 def _print_model(info: ModelInfo) -> None:
     model, coded = info.model, info.model.quantization
     tied = {True: "yes", False: "no", None: "not said"}[info.is_tied]
+    parts = [f"{name} {render.human_count(count)}" for name, count in info.components.items()]
+    what: list[tuple[str, object]] = [
+        ("type", info.model_type or "not said"),
+        ("architecture", ", ".join(info.architectures) or "not said"),
+    ]
+    if parts:
+        what = [("family", model.family or "not known"), ("components", ", ".join(parts))]
     _print_facts(
         [
             ("model", model.path),
-            ("type", info.model_type or "not said"),
-            ("architecture", ", ".join(info.architectures) or "not said"),
+            *what,
             ("parameters", render.human_count(info.parameters)),
             ("size", render.human_bytes(model.bytes)),
             ("tensors", len(model.stored)),
             ("shards", len(model.shards)),
             ("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in info.dtypes.items())),
             ("quantised", f"{coded.modules} weights in {coded.format}" if coded else "no"),
-            ("tied embeddings", tied),
+            *([] if parts else [("tied embeddings", tied)]),
         ]
     )
     render.print_notes(info.notes)

@@ -144,6 +144,20 @@ class ModelInfo:
         return self.model.config.model_type
 
     @property
+    def components(self) -> dict[str, int]:
+        """The parameters of each component of a pipeline; empty for a single model."""
+        from loratool.codecs.weights import is_alias  # no adapter needs it
+
+        model = self.model
+        counts: dict[str, int] = dict.fromkeys(model.components, 0)
+        if counts:
+            for name, weight in model.tensors.items():
+                component = model.path_of(name).partition(".")[0]
+                if component in counts and not is_alias(weight):
+                    counts[component] += weight.spec.elements
+        return counts
+
+    @property
     def architectures(self) -> list[str]:
         """The classes that ``config.json`` names."""
         return list(self.model.config.architectures)
@@ -162,6 +176,9 @@ class ModelInfo:
             "path": str(self.model.path),
             "model_type": self.model_type,
             "architectures": self.architectures,
+            "layout": self.model.layout.name,
+            "family": self.model.family,
+            "components": self.components,
             "parameters": self.parameters,
             "bytes": self.model.bytes,
             "quantization": asdict(found) if (found := self.model.quantization) else None,

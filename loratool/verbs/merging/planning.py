@@ -25,7 +25,7 @@ from loratool.files.json import read_json_object
 from loratool.files.links import NOT_FILES
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.names.one_model import check_one_model
-from loratool.names.pipelines import FIRST, SECOND
+from loratool.names.pipelines import AVERAGES, FIRST, SECOND, UNTRAINED
 from loratool.names.strengths import Weights, with_strengths
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.plan.model import Blend, Edit, ModelPlan, OutputFile, SetRows, Step
@@ -118,6 +118,8 @@ def plan_merge(
         notes.append(f"{found.modules} weights in {found.format} were written as plain numbers")
         if dropped := model.activation_scales:
             notes.append(f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}")
+    if AVERAGES in view.components:
+        notes.append(f"{UNTRAINED[AVERAGES]} that the file holds besides stay as they are")
     if untied:
         notes += untied.notes
     notes += row_notes(shares, view, untied)
