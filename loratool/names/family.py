@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 CLIP_L, CLIP_G, T5 = "clip-l", "clip-g", "t5"
-"""The roles of text encoders; what a scheme calls them is its own business."""
+"""The roles of text encoders that several families have; what a scheme calls these is its own
+business. One of another role is called by its role, as ComfyUI does (``qwen25_7b``)."""
 NONE: Final = Vocabulary(())
 
 

@@ -51,6 +51,7 @@ COMPONENTS: Final = (
     "text_encoder",
     "text_encoder_2",
     "text_encoder_3",
+    "text_encoder_4",
 )
 """The folders of a pipeline that hold models which adapters are for."""
 
@@ -63,19 +64,32 @@ class EncoderNames:
         roles: By the role that the encoder has in its family.
         unknown: By component, where the family is not known.
         alone: The only encoder of a family; empty where it is called by its role.
+        has_others: Whether encoders of other roles are called as these are; where not, the
+            encoders of a family that has such are numbered.
     """
 
     roles: Mapping[str, str]
     unknown: Mapping[str, str]
     alone: str = ""
+    has_others: bool = False
 
     def of(self, family: str | None) -> Mapping[str, str]:
         """Return the name of each component that is a text encoder of ``family``."""
         roles = family_named(family).encoders if family else {}
         if self.alone and len(roles) == 1:
             return dict.fromkeys(roles, self.alone)
-        found = {name: self.roles[role] for name, role in roles.items() if role in self.roles}
+        found = {name: self.roles.get(role, role) for name, role in roles.items()}
+        if not self.has_others and not self.roles.keys() >= set(roles.values()):
+            found = {name: f"te{number}" for number, name in enumerate(roles, 1)}
         return found if roles else self.unknown
+
+    def component(self, part: str, family: str | None) -> str | None:
+        """Return the component that ``part`` may be, where that of the family is not called so."""
+        known = {name: component for component, name in self.unknown.items()}
+        if part in known:
+            return known[part] if family is None else None
+        first = family_named(family).encoders.get(ENCODERS[0]) if family else None
+        return ENCODERS[0] if first not in self.roles else None
 
     def family(self, parts: Collection[str], among: Collection[Family] = ()) -> str | None:
         """Return the family that the names of its encoders tell.
@@ -85,7 +99,10 @@ class EncoderNames:
             among: The families that the backbone leaves; where there are none, all that have
                 several text encoders.
         """
-        return _family_of_roles({role for role, name in self.roles.items() if name in parts}, among)
+        by_name = {name: role for role, name in self.roles.items()}
+        others = set(parts) if self.has_others else set()
+        roles = {by_name.get(part, part) for part in parts if part in by_name or part in others}
+        return _family_of_roles(roles, among)
 
 
 KOHYA_ENCODERS: Final = EncoderNames(
@@ -98,6 +115,7 @@ KOHYA_ENCODERS: Final = EncoderNames(
 COMFY_ENCODERS: Final = EncoderNames(
     {CLIP_L: "clip_l", CLIP_G: "clip_g", T5: "t5xxl"},
     {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
+    has_others=True,
 )
 """ComfyUI's names."""
 
@@ -111,7 +129,7 @@ LYCORIS: Final = re.compile(r"lycoris_(?:(?P<part>unet|te\d?)_)?(?P<flat>.+)", r
 NATIVE_ENCODER: Final = re.compile(
     r"text_encoders\.(?P<encoder>[a-z0-9_]+)\.transformer\.(?P<local>.+)", re.DOTALL
 )
-ENCODERS: Final = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ENCODERS: Final = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 VAE: Final = "vae"
 AVERAGES: Final = "ema"
 """Copies of a backbone, averaged over its training, which nothing but training reads."""
@@ -197,17 +215,11 @@ def encoder_component(part: str, family: str | None, names: EncoderNames) -> str
     part = part.removeprefix("prior_")
     if part in found:
         return found[part]
-    if part not in {*names.roles.values(), *names.unknown.values()} and names is COMFY_ENCODERS:
-        return _component_of_other(family)
+    if names.has_others:
+        # One that the family is not known to have, or of no family: by what it is.
+        return names.component(part, family)
     # OneTrainer calls Flux's T5 te2, and some tools SD 1.5's encoder te1.
     return {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}.get(part)
-
-
-def _component_of_other(family: str | None) -> str:
-    """Return the component of a text encoder that is called by what it is (``qwen3_4b``)."""
-    roles = family_named(family).encoders if family else {}
-    others = [name for name, role in roles.items() if role not in COMFY_ENCODERS.roles]
-    return others[0] if others else "text_encoder"
 
 
 def split_native(module: str) -> tuple[str, str]:

@@ -426,3 +426,42 @@ def test_shapes_tell_families_with_the_same_names(
     found = load_file(tmp_path / "b.safetensors")
     for name, height in zip(fusion.modules, heights or (), strict=True):
         assert len(found[f"transformer.{name}.lora_B.weight"]) == height
+
+
+LLM = "model.layers.3.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("family", "backbone", "encoder", "component"),
+    [
+        ("qwen-image", "transformer_blocks.0.img_mlp.net.2", "qwen25_7b", "text_encoder"),
+        ("z-image", "layers.0.feed_forward.w1", "qwen3_4b", "text_encoder"),
+        ("lumina2", "layers.0.feed_forward.w1", "gemma2_2b", "text_encoder"),
+        ("hunyuan-video", "double_blocks.0.img_mod.linear", "llama", "text_encoder"),
+        ("hidream", "double_stream_blocks.0.block.ff_t.w1", "llama", "text_encoder_4"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["comfy", "kohya", "diffusers"])
+def test_encoders_that_are_language_models(
+    family: str, backbone: str, encoder: str, component: str, scheme: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source.safetensors"
+    names = (f"diffusion_model.{backbone}", f"text_encoders.{encoder}.transformer.{LLM}")
+    save_file({k: v for name in names for k, v in lora(name, 6, 5).items()}, source)
+    out = tmp_path / f"{scheme}.safetensors"
+    loratool.convert(source, scheme, out, family=family)
+    modules = {module.module for module in loratool.inspect(out).modules}
+    assert any(module.startswith("transformer.") for module in modules)
+    assert f"{component}.{LLM}" in modules
+    back = tmp_path / "back.safetensors"
+    loratool.convert(out, "comfy", back, family=family)
+    assert any(key.startswith(names[1]) for key in load_file(back))
+    weights = (f"model.{names[0]}.weight", f"{names[1]}.weight")
+    save_file({name: torch.randn(6, 5) for name in weights}, tmp_path / "base.safetensors")
+    loratool.merge(tmp_path / "base.safetensors", [out], tmp_path / "merged.safetensors")
+    before, after, factors = map(
+        load_file, (tmp_path / "base.safetensors", tmp_path / "merged.safetensors", source)
+    )
+    for name, weight in zip(names, weights, strict=True):
+        delta = factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"]
+        assert torch.allclose(after[weight] - before[weight], delta, atol=1e-6)

@@ -83,7 +83,9 @@ def rows() -> Iterator[Row]:
         )
 
 
-AURAFLOW: Final = Family("auraflow", "transformer", tuple(rows()))
+AURAFLOW: Final = Family(
+    "auraflow", "transformer", tuple(rows()), encoders={"text_encoder": "pile_t5xl"}
+)
 """AuraFlow 0.1 to 0.3, and what is built on it (Pony 7)."""
 
 FAMILIES: Final = (AURAFLOW,)

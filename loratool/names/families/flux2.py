@@ -109,6 +109,7 @@ FLUX2: Final = Family(
         Proportion("_mlp.0", 6.0, widens=True),
         Proportion("_mlp.2", 3.0, widens=False),
     ),
+    encoders={"text_encoder": "mistral3_24b"},
 )
 """Flux.2 dev, and the smaller klein, which has fewer of the same blocks."""
 

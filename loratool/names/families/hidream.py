@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from loratool.names.family import Family, Row, same
+from loratool.names.family import CLIP_G, CLIP_L, T5, Family, Row, same
 from loratool.names.templates import expand
 
 __all__ = ["CLAIM", "FAMILIES"]
@@ -59,7 +59,17 @@ def rows() -> Iterator[Row]:
         yield same(f"single_stream_blocks.*.{name}", SINGLE_BLOCKS)
 
 
-HIDREAM: Final = Family("hidream", "transformer", tuple(rows()))
+HIDREAM: Final = Family(
+    "hidream",
+    "transformer",
+    tuple(rows()),
+    encoders={
+        "text_encoder": CLIP_L,
+        "text_encoder_2": CLIP_G,
+        "text_encoder_3": T5,
+        "text_encoder_4": "llama",
+    },
+)
 """HiDream-I1, full, dev and fast, and its editing model E1."""
 
 FAMILIES: Final = (HIDREAM,)

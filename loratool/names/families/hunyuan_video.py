@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from loratool.names.family import Family, Fusion, Row, single
+from loratool.names.family import CLIP_L, Family, Fusion, Row, single
 from loratool.names.templates import expand
 
 __all__ = ["CLAIM", "FAMILIES"]
@@ -207,6 +207,7 @@ HUNYUAN_VIDEO: Final = Family(
     ROWS,
     others=tuple(renamed(ROWS)),
     refines="flux",
+    encoders={"text_encoder": "llama", "text_encoder_2": CLIP_L},
 )
 """HunyuanVideo from text and from images, and what is built on it (SkyReels V1, FramePack).
 
@@ -220,6 +221,7 @@ HUNYUAN_VIDEO_15: Final = Family(
     NEW_ROWS,
     others=(*apart_rows(), *renamed(NEW_ROWS)),
     refines="flux",
+    encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "byt5_small"},
 )
 """HunyuanVideo 1.5, from text and from images."""
 

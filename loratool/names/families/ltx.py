@@ -165,6 +165,7 @@ LTX2: Final = Family(
         )
     ),
     refines="ltx-video",
+    encoders={"text_encoder": "gemma3_12b"},
 )
 """LTX-2, which has a second stream for sound, and its later releases.
 

@@ -79,6 +79,7 @@ LUMINA2: Final = Family(
         Proportion(".feed_forward.w2", 4.0, widens=False),
         Proportion(".feed_forward.w3", 4.0, widens=True),
     ),
+    encoders={"text_encoder": "gemma2_2b"},
 )
 """Lumina-Image 2.0, and what is built on it (Neta Lumina)."""
 

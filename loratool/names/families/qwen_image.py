@@ -44,6 +44,7 @@ QWEN_IMAGE: Final = Family(
     "qwen-image",
     "transformer",
     (*(same(name) for name in ENDS), *(same(name, BLOCKS) for name in BLOCK)),
+    encoders={"text_encoder": "qwen25_7b"},
 )
 """Qwen-Image, -Edit (2509, 2511) and -Layered."""
 

@@ -94,6 +94,7 @@ SANA: Final = Family(
     tuple(rows(ENDS | TIME)),
     depths=(20, 28),
     widths={".attn1.to_q": (1152, 2240), ".attn2.to_k": (1152, 2240)},
+    encoders={"text_encoder": "gemma2_2b"},
 )
 """Sana and Sana 1.5 of any depth."""
 
@@ -103,6 +104,7 @@ SPRINT: Final = Family(
     tuple(rows(ENDS | GUIDED_TIME)),
     refines="sana",
     depths=(20, 28),
+    encoders={"text_encoder": "gemma2_2b"},
 )
 """Sana Sprint, which embeds the strength of its guidance besides the time."""
 

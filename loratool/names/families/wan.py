@@ -134,7 +134,14 @@ NATIVE_NAMES: Final = Vocabulary(
 )
 """With names of what diffusers has not: Fun's control, and models that speak."""
 
-WAN: Final = Family("wan", "transformer", WAN_ROWS, native_names=NATIVE_NAMES, depths=(30,))
+WAN: Final = Family(
+    "wan",
+    "transformer",
+    WAN_ROWS,
+    native_names=NATIVE_NAMES,
+    depths=(30,),
+    encoders={"text_encoder": "umt5xxl"},
+)
 """Wan 2.1 and 2.2, from text, from images, and VACE; smaller models have fewer of the blocks."""
 
 FACE_BLOCKS: Final = 8
@@ -178,7 +185,13 @@ def animate_rows() -> Iterator[Row]:
     yield Row(f"{FACE}.linear1_kv", halves, FACE_BLOCKS)
 
 
-WAN_ANIMATE: Final = Family("wan-animate", "transformer", (*ROWS, *animate_rows()), refines="wan")
+WAN_ANIMATE: Final = Family(
+    "wan-animate",
+    "transformer",
+    (*ROWS, *animate_rows()),
+    refines="wan",
+    encoders={"text_encoder": "umt5xxl"},
+)
 """Wan 2.2 Animate, which fuses keys and values for the face."""
 
 FAMILIES: Final = (WAN, WAN_ANIMATE)

@@ -78,6 +78,7 @@ Z_IMAGE: Final = Family(
         Proportion(".feed_forward.w2", 8 / 3, widens=False),
         Proportion(".feed_forward.w3", 8 / 3, widens=True),
     ),
+    encoders={"text_encoder": "qwen3_4b"},
 )
 """Z-Image, its Turbo and its editing model."""
 
