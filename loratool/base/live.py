@@ -28,7 +28,6 @@ ELSEWHERE: Final = {
     "rope": f"its {UNPAIRED}",
     "interleave": "its two halves interleaved row by row, in another order than the live model",
     "transpose": "it transposed, other than the live model",
-    "share": "its experts in one list for text and images, other than the live model",
 }
 """What the operations make of a parameter that nothing can be put into here."""
 
@@ -78,6 +77,7 @@ class _Found:
         fused: Projections of which live model and files have several in one, by all their names.
         elsewhere: A tensor of a parameter into which nothing can be put, and why.
         joined: The tensors that are joined to a parameter, by their place in it.
+        shared: The tensors of each expert of several parameters, whose experts are in one list.
         experts: The tensors of each expert, by the expert and their place in it.
     """
 
@@ -86,6 +86,9 @@ class _Found:
     fused: dict[str, Fused] = field(default_factory=dict)
     elsewhere: dict[str, tuple[str, str]] = field(default_factory=dict)
     joined: dict[str, dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
+    shared: dict[tuple[str, ...], dict[int, dict[int, str]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
     experts: dict[str, dict[int, dict[int, str]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(dict))
     )
@@ -153,6 +156,8 @@ class LiveModel:
                 sources = found.experts[live.names[0]][live.expert or 0]
                 if (other := sources.setdefault(live.source, name)) != name:
                     found.elsewhere[live.names[0]] = (name, f"an expert of it twice, as {other!r}")
+            elif operations[0] == "share":
+                found.shared[live.names][live.expert or 0][live.source] = name
             elif operations[0].startswith("join") and len(operations) == 1:
                 sources = found.joined[live.names[0]]
                 if sources.setdefault(live.source, name) != name:
@@ -165,6 +170,10 @@ class LiveModel:
                 words = (operation.partition(" ")[0] for operation in operations)
                 why = next(filter(None, map(ELSEWHERE.get, words)), "it in another form")
                 found.elsewhere |= dict.fromkeys(live.names, (name, why))
+        for names, experts in found.shared.items():
+            size = -(-len(experts) // len(names))
+            for expert, sources in experts.items():
+                found.experts[names[expert // size]][expert % size] = sources
         for name, sources in found.joined.items():
             stored = sources[min(sources)]
             if not name.endswith(WEIGHT) or len(self.tensors[stored].spec.shape) != 2:
@@ -302,9 +311,18 @@ class LiveModel:
         if self._naming is None:
             return None
         live = self._naming.live(f"{module}{WEIGHT}")
-        if live.expert is None or live.operations[0] != "list":
+        if live.expert is None:
             return None
-        return ExpertPart(live.names[0], live.expert, live.source, live.sources)
+        size = self._experts(live.names[0]) if live.operations[0] == "share" else live.expert + 1
+        which, expert = divmod(live.expert, size) if size else (0, live.expert)
+        if which >= len(live.names):
+            return None
+        return ExpertPart(live.names[which], expert, live.source, live.sources)
+
+    def _experts(self, parameter: str) -> int:
+        """Return how many experts a parameter stacks here; 0 where they are apart."""
+        shape = self.tensors[parameter].spec.shape if parameter in self.tensors else ()
+        return shape[0] if len(shape) == 3 else 0
 
 
 def _are_rows(live: LiveParameters) -> bool:

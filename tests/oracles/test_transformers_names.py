@@ -44,6 +44,7 @@ MERGED = {
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
     "inkling2_text": "Inkling2ForCausalLM",
     "inkling_text": "InklingForCausalLM",
+    "ernie4_5_vl_moe": "Ernie4_5_VLMoeForConditionalGeneration",
     "kimi_k25": "Kimi_K25ForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
     "mistral_large4": "MistralLarge4ForConditionalGeneration",

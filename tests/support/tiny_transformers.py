@@ -152,6 +152,9 @@ def _shrink(config: Any, seen: set[int]) -> None:
         config.num_key_value_heads = heads
     if "head_dim" in before and before["head_dim"] is None and isinstance(heads, int):
         config.head_dim = getattr(config, "hidden_size", 32) // heads
+    rope = before.get("rope_parameters")
+    if isinstance(rope, dict) and ("mrope_section" in rope or "ernie4_5_vl" in config.model_type):
+        config.rope_parameters = rope | {"mrope_section": [1, 1, 2]}
     if "vocab_size_per_layer_input" in before:
         config.vocab_size_per_layer_input = getattr(config, "vocab_size", 99)
     if isinstance(before.get("stage_names"), list):

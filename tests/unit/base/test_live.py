@@ -202,3 +202,26 @@ def test_a_parameter_that_the_files_have_twice_is_refused(opened: Callable[..., 
     twice = {f"model.layers.1.{b}.experts.0.w2.weight": random(3, 4) for b in blocks}
     with pytest.raises(UnsupportedError, match="an expert of it twice"):
         opened(twice, *kind).find("model.layers.1.mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize("kind", ["files", "live"])
+def test_experts_of_text_and_images_are_in_one_list(
+    kind: str, opened: Callable[..., Model]
+) -> None:
+    text, image = random(2, 5, HIDDEN), random(2, 5, HIDDEN)
+    layer = "model.language_model.layers.1.mlp"
+    base = {f"{layer}.text_moe.experts.down_proj": text}
+    base[f"{layer}.vision_moe.experts.down_proj"] = image
+    if kind == "files":
+        listed = [*text, *image]
+        base = {f"model.layers.1.mlp.experts.{i}.down_proj.weight": w for i, w in enumerate(listed)}
+    model = opened(base, "ernie4_5_vl_moe", "Ernie4_5_VLMoeForConditionalGeneration")
+    for first, part in enumerate(("text_moe", "vision_moe")):
+        place = model.place(f"{layer}.{part}.experts.down_proj")
+        assert (place.experts, place.shape) == (2, (5, HIDDEN))
+        if kind == "files":
+            found = [piece.name.split(".")[-3] for piece in place.pieces]
+            assert found == [str(2 * first), str(2 * first + 1)]
+    for expert, values in enumerate((*text, *image)):
+        place = model.place(f"model.layers.1.mlp.experts.{expert}.down_proj")
+        assert np.array_equal(read_place(place), values.numpy())
