@@ -36,8 +36,8 @@ class Untied:
     @property
     def notes(self) -> list[str]:
         """What a user should know."""
-        listed = ", ".join(map(repr, self.names)) or "what the base stores"
-        notes = [f"tied weights are no longer tied: {listed} is written apart"]
+        added = f"; added: {', '.join(map(repr, self.names))}" if self.names else ""
+        notes = [f"weights are no longer tied{added}"]
         if not self.in_config:
             notes.append(
                 "the tie in config.json keeps its value, which means more in this family: "
@@ -65,7 +65,7 @@ def settle_ties(shares: Sequence[Share], base: Model) -> Untied | None:
     for number, tie in enumerate(ties):
         for share in shares:
             if number in uneven and not _are_alike(share, tie):
-                _part(share, tie)
+                _part(share, tie, base)
             else:
                 _join(share, tie, tie.names)
     if base.config.can_untie:
@@ -137,12 +137,14 @@ def _check_copies(share: Share, tie: Tie, changes: Sequence[Changes]) -> None:
             )
 
 
-def _part(share: Share, tie: Tie) -> None:
+def _part(share: Share, tie: Tie, model: Model) -> None:
     """Complete the changes of parameters that do not change alike."""
     changes = {name: share.changes[name] for name in tie.names}
     # All start from one weight: what is stored of it for one is meant for the others too.
     base = next((each.base for each in changes.values() if each.base), None)
     copies = next((each.copies for each in changes.values() if each.copies), [])
+    stored = model.tensors[tie.source]
+    copies = [copy for copy in copies if not have_same_values(copy.tensor, stored)]
     for each in changes.values():
         each.base = each.base or base
         if each.replacement is None and not each.copies:
