@@ -267,16 +267,16 @@ def test_it_computes_with_tensors_as_with_arrays(variant: str, tmp_path: Path) -
             width = site.variant.width(site, shape)
             arrays = site.variant.factors(site, decode, width)
             tensors = site.variant.factors(site, read_tensor, width)
-        else:
+            for one, two in zip(arrays, tensors, strict=True):
+                assert np.allclose(one, two.numpy(), atol=1e-12)
+        if site.variant.has_change:
             values = {slot: decode(stored) for slot, stored in site.slots.items()}
             weight = np.random.default_rng(1).standard_normal(shape)
             change = site.variant.change(site, values, shape, 1.5)
-            arrays = (change.changed(weight, 0, 0),)
             turned = {slot: torch.from_numpy(value) for slot, value in values.items()}
             other = site.variant.change(site, turned, shape, 1.5)
-            tensors = (other.changed(torch.from_numpy(weight), 0, 0),)
-        for one, two in zip(arrays, tensors, strict=True):
-            assert np.allclose(one, two.numpy(), atol=1e-12)
+            found = other.changed(torch.from_numpy(weight), 0, 0).numpy()
+            assert np.allclose(change.changed(weight, 0, 0), found, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", [*EXACT, *CHANGES])
@@ -336,6 +336,48 @@ def test_magnitudes_that_mean_nothing_are_not_left_out(variant: str, tmp_path: P
     loratool.merge(base, [adapter], tmp_path / "out", skip=[skip])
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert distance({k: exact(v) for k, v in found.items()}, wanted) <= CLOSE
+
+
+WAN_BASES: Final = {
+    "native": ("blocks.0.self_attn.q.weight", "blocks.0.modulation", "head.modulation"),
+    "single file": (
+        "model.diffusion_model.blocks.0.self_attn.q.weight",
+        "model.diffusion_model.blocks.0.modulation",
+        "model.diffusion_model.head.modulation",
+    ),
+    "diffusers": (
+        "blocks.0.attn1.to_q.weight",
+        "blocks.0.scale_shift_table",
+        "scale_shift_table",
+    ),
+}
+
+
+@pytest.mark.parametrize("naming", WAN_BASES)
+def test_modulation_has_a_name_in_every_naming(naming: str, tmp_path: Path) -> None:
+    weight, block, head = WAN_BASES[naming]
+    draw, of = Draw("wan", "F64"), "diffusion_model."
+    base = {weight: draw(8, 8), block: draw(1, 6, 8), head: draw(1, 2, 8)}
+    tensors = {
+        f"{of}blocks.0.self_attn.q.lora_A.weight": draw(2, 8),
+        f"{of}blocks.0.self_attn.q.lora_B.weight": draw(8, 2),
+        f"{of}blocks.0.diff_m": draw(1, 6, 8),
+        f"{of}head.diff_m": draw(1, 2, 8),
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    output = tmp_path / "out.safetensors"
+    loratool.merge(tmp_path / "base.safetensors", [tmp_path / "adapter.safetensors"], output)
+    wanted = {
+        weight: exact(
+            base[weight]
+            + tensors[f"{of}blocks.0.self_attn.q.lora_B.weight"]
+            @ tensors[f"{of}blocks.0.self_attn.q.lora_A.weight"]
+        ),
+        block: exact(base[block] + tensors[f"{of}blocks.0.diff_m"]),
+        head: exact(base[head] + tensors[f"{of}head.diff_m"]),
+    }
+    assert distance({k: exact(v) for k, v in load_file(output).items()}, wanted) <= CLOSE
 
 
 def option(hint: str | None, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -271,3 +272,28 @@ def test_a_bias_that_the_base_lacks_can_be_left_out(
     assert status == 2
     (option,) = (shlex.split(match) for match in OPTION.findall(said))
     assert run([*words, *option], capsys)[0] == 0
+
+
+def test_tensors_without_a_place_can_be_left_out_all_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    q = "model.layers.0.self_attn.q_proj"
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    tensors = {f"{q}.lora_A.weight": torch.ones(2, 8), f"{q}.lora_B.weight": torch.ones(8, 2)}
+    tensors |= {f"strange.{i}.thing": torch.ones(3) for i in range(3)}
+    tensors |= {f"{q}.base_layer.bias": torch.ones(8)}
+    save_file(
+        {f"base_model.model.{k}": v for k, v in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "lora_only"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    base = write_model(tmp_path / "base", {f"{q}.weight": torch.zeros(8, 8)})
+    words = ["merge", str(base), str(folder), "-o", str(tmp_path / "out")]
+    status, said = run(words, capsys)
+    assert status == 2
+    assert "nor are 3 more" in said
+    (option,) = (shlex.split(match) for match in OPTION.findall(said))
+    assert run([*words, *option], capsys)[0] == 0
+    assert load_file(tmp_path / "out" / "model.safetensors")[f"{q}.weight"].any()

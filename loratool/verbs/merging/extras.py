@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
-from loratool.adapter.model import Extra, ExtraKind
+from loratool.adapter.leaving import option, pattern_for
+from loratool.adapter.model import Adapter, Extra, ExtraKind
 from loratool.adapter.patterns import matches_target
 from loratool.adapter.saved import is_listed
 from loratool.base.model import Model
-from loratool.errors import AdapterError, BaseModelError
+from loratool.errors import AdapterError, BaseModelError, MissingModuleError
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES, INNER_HEADS
 from loratool.plan.model import Blend, SetRows
 from loratool.verbs.merging.context import Share
@@ -41,9 +43,31 @@ def plan_extras(share: Share, base: Model) -> None:
             f"{len(state)} tensors that only training needs were not used, such as {state[0]!r}"
         )
     in_turn = {ExtraKind.FULL: 0, ExtraKind.BASE_COPY: 1}
+    homeless: list[tuple[Extra, MissingModuleError]] = []
     for extra in sorted(share.adapter.extras, key=lambda extra: in_turn.get(extra.kind, 2)):
-        plan_extra(share.at(extra), extra, base)
+        try:
+            plan_extra(share.at(extra), extra, base)
+        except MissingModuleError as error:
+            homeless.append((extra, error))
+    if homeless:
+        raise _all_of(homeless, share.adapter)
     _grow_logits_bias(share, base)
+
+
+def _all_of(
+    homeless: Sequence[tuple[Extra, MissingModuleError]], adapter: Adapter
+) -> MissingModuleError:
+    """Return the error of the first of several, with a hint that is good for all of them."""
+    first = homeless[0][1]
+    keys = [extra.key for extra, _ in homeless]
+    more = f", nor are {len(keys) - 1} more" if len(keys) > 1 else ""
+    which = "it" if len(keys) == 1 else "them"
+    hint = f"leave {which} out with {option('--skip', pattern_for(keys, adapter.tensors))}"
+    if set(keys) == set(adapter.tensors):
+        hint = "is this the base that the adapter was trained on?"
+    elif first.hint is not None:
+        hint = f"{first.hint}, or {hint}"
+    return MissingModuleError(first.where, f"{first.what}{more}", hint=hint)
 
 
 def _grow_logits_bias(share: Share, base: Model) -> None:
@@ -105,20 +129,18 @@ def _is_saved(share: Share, module: str) -> bool:
     return listed or any(part in IMPLICIT_HEADS for part in module.split("."))
 
 
-def _no_place(share: Share, extra: Extra, base: Model) -> BaseModelError:
+def _no_place(share: Share, extra: Extra, base: Model) -> MissingModuleError:
     module, _, leaf = extra.name.rpartition(".")
     if leaf == "bias" and base.has(module):
-        return BaseModelError(
-            share.where(extra.key),
-            f"the base's {module!r} has no bias that it could replace",
-            hint="give --skip 'bias$' to merge without it",
+        return MissingModuleError(
+            share.where(extra.key), f"the base's {module!r} has no bias that it could replace"
         )
     nearest = base.nearest(module)
     words = f" (nearest: {', '.join(nearest)})" if nearest else ""
-    return BaseModelError(
+    return MissingModuleError(
         share.where(extra.key),
         f"is neither part of a delta nor a tensor of the base{words}",
-        hint="list its module in modules_to_save to add it, or leave it out with --skip",
+        hint="list its module in modules_to_save to add it",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Final
 
 from loratool.adapter.leaving import leave_out
 from loratool.adapter.model import Site
@@ -20,6 +21,9 @@ from loratool.plan.model import AddTensor, Blend
 from loratool.verbs.merging.context import Share
 
 __all__ = ["add_bias", "plan_parameters"]
+
+UNNAMED: Final = "head"
+"""A module of original checkpoints whose own parameters are the model's in diffusers (Wan)."""
 
 
 def plan_parameters(share: Share, site: Site, base: Model) -> Iterator[tuple[str, Region]]:
@@ -132,6 +136,9 @@ def _named(
     parent, _, leaf = site.module.rpartition(".")
     if "weight" in leaves and parent:
         return base.parameter(parent, leaf, family=family)
+    if leaf == UNNAMED:
+        own = (name for each in leaves for name in (each, f"{parent}.{each}"))
+        return next((name for name in own if name in base.tensors), None)
     return None
 
 
