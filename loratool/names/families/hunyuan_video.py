@@ -220,6 +220,7 @@ HUNYUAN_VIDEO_15: Final = Family(
     NEW_ROWS,
     others=(*apart_rows(), *renamed(NEW_ROWS)),
     refines="flux",
+    widths={".attn.to_q": (2048,), ".img_attn_qkv": (2048,), ".img_attn.qkv": (2048,)},
 )
 """HunyuanVideo 1.5, from text and from images."""
 

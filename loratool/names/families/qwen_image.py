@@ -44,6 +44,7 @@ QWEN_IMAGE: Final = Family(
     "qwen-image",
     "transformer",
     (*(same(name) for name in ENDS), *(same(name, BLOCKS) for name in BLOCK)),
+    widths={".attn.to_q": (3072,)},
 )
 """Qwen-Image, -Edit (2509, 2511) and -Layered."""
 
