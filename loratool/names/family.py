@@ -335,7 +335,8 @@ class Family:
         if found is None:
             return False
         (row, *_), number = found
-        return row.count > 1 and number in {str(each - 1) for each in (row.count, *self.depths)}
+        # Stacks of two are refiners of the input, which all models of their kind have.
+        return row.count > 2 and number in {str(each - 1) for each in (row.count, *self.depths)}
 
     def parse(self, flat: str) -> tuple[str, ...]:
         """Return the modules, in either naming, whose flattened name is ``flat``."""

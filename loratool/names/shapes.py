@@ -52,7 +52,7 @@ def family_by_shape(
         if proportion.fits(local, outputs, inputs)
     }
     return _only(f for f in fitting if f.name in votes) or _only(
-        f for f in unrefined(fitting) if _has_widths(f, layers)
+        unrefined([f for f in fitting if _has_widths(f, layers)])
     )
 
 

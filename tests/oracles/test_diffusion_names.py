@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from backbones import Build
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from loratool.errors import OptionError
 from loratool.names.families import claiming, families, family_named, unrefined
@@ -23,6 +26,7 @@ from loratool.names.family import Family, Fusion, Row, single, stretches
 from loratool.names.flattening import BACKBONE, ENCODER_KINDS, KINDS, unflatten, vocabulary
 from loratool.names.templates import expand
 from loratool.names.vocabulary import NUMBER, Vocabulary, filled, flatten
+from loratool.schemes.opening import open_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -620,6 +624,70 @@ def test_a_family_is_known_by_all_of_its_modules(family: Family) -> None:
 def test_which_family(names: str, family: str | None) -> None:
     found = family_of(expand(names))
     assert (found.name if found else None) == family
+
+
+TOLD: dict[str, dict[str, str]] = {
+    "auraflow": {},
+    "chroma": {"attention": "flux"},  # whose modules these are too, under the same names
+    "flux": {},
+    "flux2": {},
+    "hidream": {},
+    "hunyuan-video": {},
+    "hunyuan-video-1.5": {},
+    "lumina2": {},
+    "qwen-image": {},
+    "sd3": {},
+    "sd3-large": {},
+    "z-image": {},
+}
+"""Families that adapters of the real size tell, but for some that are another's as well."""
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("which", ["attention", "blocks"])
+@pytest.mark.parametrize("name", TOLD)
+def test_an_adapter_of_the_real_size_tells_its_family(
+    name: str, which: str, native: bool, tmp_path: Path
+) -> None:
+    family = family_named(name)
+    with torch.device("meta"):
+        built = BACKBONES[name]()
+    assert isinstance(built, torch.nn.Module)
+    shapes = {
+        module: tuple(layer.weight.shape)
+        for module, layer in built.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    tensors = {}
+    for path, fusion in table(family):
+        parts = [part for part in fusion.modules if part in shapes]
+        is_meant = re.search("attn|attention" if which == "attention" else r"\.\d+\.", path)
+        if not parts or not is_meant:
+            continue
+        layers = {path: parts} if native else {part: [part] for part in parts}
+        for layer, held in layers.items():
+            key = f"diffusion_model.{layer}" if native else f"transformer.{layer}"
+            rows = sum(shapes[part][0] for part in held)
+            tensors[f"{key}.lora_A.weight"] = torch.zeros(1, shapes[held[0]][1]).half()
+            tensors[f"{key}.lora_B.weight"] = torch.zeros(rows, 1).half()
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    assert open_adapter(tmp_path / "adapter.safetensors").family == TOLD[name].get(which, name)
+
+
+@pytest.mark.parametrize(
+    ("width", "family"),
+    [(1536, "sd3"), (2432, "sd3-large"), (2048, "hunyuan-video-1.5"), (3072, None)],
+)
+def test_widths_tell_what_the_first_blocks_leave_open(
+    width: int, family: str | None, tmp_path: Path
+) -> None:
+    tensors = {}
+    for number in range(12):
+        key = f"transformer.transformer_blocks.{number}.attn.to_q"
+        tensors[f"{key}.lora_A.weight"] = torch.zeros(1, width)
+        tensors[f"{key}.lora_B.weight"] = torch.zeros(width, 1)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    assert open_adapter(tmp_path / "adapter.safetensors").family == family
 
 
 def test_no_modules_are_of_no_family() -> None:

@@ -68,6 +68,7 @@ FLUX: Final = Family(
         Proportion("_mlp.0", 4.0, widens=True),
         Proportion("_mlp.2", 4.0, widens=False),
     ),
+    widths={".attn.to_q": (3072,)},
 )
 """Flux.1, dev and schnell, and what is built on it without new modules (Fill, Kontext, Krea)."""
 

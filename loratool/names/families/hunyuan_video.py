@@ -222,6 +222,7 @@ HUNYUAN_VIDEO_15: Final = Family(
     others=(*apart_rows(), *renamed(NEW_ROWS)),
     refines="flux",
     encoders={"text_encoder": "qwen25_7b", "text_encoder_2": "byt5_small"},
+    widths={".attn.to_q": (2048,), ".img_attn_qkv": (2048,), ".img_attn.qkv": (2048,)},
 )
 """HunyuanVideo 1.5, from text and from images."""
 

@@ -45,6 +45,7 @@ QWEN_IMAGE: Final = Family(
     "transformer",
     (*(same(name) for name in ENDS), *(same(name, BLOCKS) for name in BLOCK)),
     encoders={"text_encoder": "qwen25_7b"},
+    widths={".attn.to_q": (3072,)},
 )
 """Qwen-Image, -Edit (2509, 2511) and -Layered."""
 

@@ -103,7 +103,12 @@ ENCODERS: Final = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encod
 RELEASES: Final = (Release("sd3m", "stable-diffusion-3"),)
 
 SD3: Final = Family(
-    "sd3", "transformer", tuple(rows(depth=24, dual=13)), encoders=ENCODERS, releases=RELEASES
+    "sd3",
+    "transformer",
+    tuple(rows(depth=24, dual=13)),
+    encoders=ENCODERS,
+    releases=RELEASES,
+    widths={".attn.to_q": (1536,), ".x_block.attn.qkv": (1536,)},
 )
 """Stable Diffusion 3 medium and 3.5 medium."""
 
@@ -116,6 +121,7 @@ SD3_LARGE: Final = Family(
     encoders=ENCODERS,
     refines="sd3",
     releases=RELEASES,
+    widths={".attn.to_q": (2432,), ".x_block.attn.qkv": (2432,)},
 )
 """Stable Diffusion 3.5 large."""
 
