@@ -196,7 +196,9 @@ def _bare_candidates(flat: str) -> tuple[str, ...]:
             kinds = ("clip", "t5") if is_text else (BACKBONE,)
             found = candidates(rest, kinds)
             if found:
-                return tuple(f"{component}.{path}" for path in found)
+                # A backbone may begin with a word that is a component's name too.
+                inside = tuple(f"{component}.{path}" for path in found)
+                return inside if is_text else (*inside, *candidates(flat, (BACKBONE,)))
     return candidates(flat, ("any",))
 
 
