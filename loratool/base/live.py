@@ -212,6 +212,10 @@ class LiveModel:
         heads = (part if isinstance(part, dict) else self.config.raw).get("num_attention_heads")
         return heads if isinstance(heads, int) and heads > 0 else None
 
+    def name(self, stored: str) -> str:
+        """Return what the live model calls a tensor that the files have, or might have."""
+        return stored if self._naming is None else self._naming.live(stored).names[0]
+
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules of the live model that have a weight, if its files may have other names."""

@@ -319,8 +319,17 @@ class Model:
         return hidden_names(self, self._sharings)
 
     @cached_property
-    def _hidden_index(self) -> ModuleIndex:
-        return ModuleIndex(self.hidden, self.config.model_types)
+    def _hidden_names(self) -> tuple[tuple[ModuleIndex, Mapping[str, str]], ...]:
+        """These by the names of the files, then by those of the live model."""
+        spelled = ({one: one for one in self.hidden}, {self.live.name(n): n for n in self.hidden})
+        return tuple((ModuleIndex(names, self.config.model_types), names) for names in spelled)
+
+    def _hidden_name(self, module: str, leaf: str) -> str | None:
+        for index, names in self._hidden_names if self.hidden else ():
+            owner = index.find(module, parameter=leaf)
+            if owner is not None:
+                return names[f"{owner}.{leaf}"]
+        return None
 
     def weight(self, name: str) -> Weight:
         """Return what holds the values of the parameter ``name``, stored under its name or not."""
@@ -396,9 +405,8 @@ class Model:
         split = (path.partition(".") for path in paths)
         inside = [local for component, _, local in split if component in self.components and local]
         owners = [self.index.find(local, parameter=leaf) for local in inside]
-        if self.hidden:
-            owners.append(self._hidden_index.find(module, parameter=leaf))
-        return next((f"{owner}.{leaf}" for owner in owners if owner is not None), None)
+        found = next((f"{owner}.{leaf}" for owner in owners if owner is not None), None)
+        return found or self._hidden_name(module, leaf)
 
     def has(self, module: str) -> bool:
         """Whether it has ``module``, with parameters or as a container.
@@ -531,10 +539,10 @@ class Model:
 
     def _hidden_place(self, module: str) -> Place | None:
         """Return the place of a module whose weight is tied to another and not stored."""
-        owner = self._hidden_index.find(module, parameter="weight") if self.hidden else None
-        if owner is None:
+        name = self._hidden_name(module, "weight")
+        if name is None:
             return None
-        name = f"{owner}.weight"
+        owner = name.removesuffix(".weight")
         stored = self.weight(name)
         region = natural_region(owner, stored.spec.shape, self)
         shape = natural_shape(stored.spec.shape, transposed=region.transposed)

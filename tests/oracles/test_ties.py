@@ -103,6 +103,7 @@ MODERNBERT = {
     "sep_token_id": 4,
 }
 SWITCH = {"num_experts": 2, "num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0}
+TIED = {"tie_word_embeddings": True}
 GENERATION, MASKED = "ForConditionalGeneration", "ForMaskedLM"
 
 
@@ -148,6 +149,7 @@ FAMILIES = {
     "deberta": Family("Deberta", BERT, MASKED, "in_proj"),
     "deberta-v2": Family("DebertaV2", BERT, MASKED, "query_proj"),
     "modernbert": Family("ModernBert", BERT | MODERNBERT, MASKED, "Wqkv"),
+    "gpt-neox": Family("GPTNeoX", BERT | TIED, "ForCausalLM", "query_key_value"),
     "mpnet": Family("MPNet", BERT, MASKED, "q"),
 }
 CASES = ("each", "all", "save one", "tokens", "tokens of the head", "ensure")
