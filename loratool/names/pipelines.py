@@ -120,10 +120,11 @@ COMFY_ENCODERS: Final = EncoderNames(
 """ComfyUI's names."""
 
 FLAT: Final = re.compile(
-    r"(?:lora|oft|boft)_(?:(?P<part>unet|transformer|te\d?|prior_unet|prior_te)_)?_?"
-    r"(?:unet_)?(?P<flat>.+)",
+    r"(?:lora|oft|boft|Hunyuan_video_I2V_lora)_"
+    r"(?:(?P<part>unet|transformer|te\d?|prior_unet|prior_te)_)?_?(?:unet_)?(?P<flat>.+)",
     re.DOTALL,
 )
+"""kohya's names, and those of HunyuanVideo's own trainer."""
 LYCORIS: Final = re.compile(r"lycoris_(?:(?P<part>unet|te\d?)_)?(?P<flat>.+)", re.DOTALL)
 """The wrapper of LyCORIS flattens the path inside one model; some tools add a component."""
 NATIVE_ENCODER: Final = re.compile(

@@ -28,7 +28,7 @@ from loratool.variants import variant_templates
 
 __all__ = ["CLAIM", "SCHEME"]
 
-CLAIM: Final = {"keys": r"^(lora|lycoris|oft|boft)_[^.]+\.\w"}
+CLAIM: Final = {"keys": r"^(lora|lycoris|oft|boft|Hunyuan_video_I2V_lora)_[^.]+\.\w"}
 
 HASH_KEY: Final = "sshs_model_hash"
 LEGACY_HASH_KEY: Final = "sshs_legacy_hash"
@@ -143,7 +143,7 @@ SCHEME = Scheme(
     summary="sd-scripts, LyCORIS, A1111: flattened paths and alphas",
     example="lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
     keys=KeyTable(
-        modules=r"(lora|lycoris|oft|boft)_[^.]+",
+        modules=r"(lora|lycoris|oft|boft|Hunyuan_video_I2V_lora)_[^.]+",
         templates=(
             Template("{module}.lora_down.weight", Slot.DOWN),
             Template("{module}.lora_up.weight", Slot.UP),

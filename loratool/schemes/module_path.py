@@ -44,7 +44,7 @@ SCHEME = Scheme(
     example="model.layers.0.self_attn.q_proj.lora_A.weight",
     keys=KeyTable(
         foreign=("base_model.model.", "diffusion_model.", "text_encoders."),
-        modules=r"(?!(lora|lycoris|oft|boft)_[^.]+$).+",
+        modules=r"(?!(lora|lycoris|oft|boft|Hunyuan_video_I2V_lora)_[^.]+$).+",
         templates=(
             Template("{module}.lora_A.weight", Slot.DOWN),
             Template("{module}.lora_B.weight", Slot.UP),

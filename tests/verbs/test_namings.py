@@ -164,6 +164,28 @@ each_other_naming = pytest.mark.parametrize(
 )
 
 
+def test_the_flat_names_of_hunyuan_videos_own_trainer(tmp_path: Path) -> None:
+    flat = ("double_blocks_19_img_attn_qkv", "single_blocks_39_linear2", "img_in_proj")
+    factors: Tensors = {}
+    for name in flat:
+        rows = 3 * WIDTH if name.endswith("qkv") else WIDTH
+        down, up = lora("x", rows, WIDTH).values()
+        key = f"Hunyuan_video_I2V_lora_{name}"
+        factors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        factors |= {f"{key}.alpha": torch.tensor(4.0)}
+    save_file(factors, tmp_path / "a.safetensors")
+    report = loratool.convert(tmp_path / "a.safetensors", "comfy", tmp_path / "b.safetensors")
+    assert report.plan.family == "hunyuan-video"
+    found = load_file(tmp_path / "b.safetensors")
+    for name, native in zip(
+        flat,
+        ("double_blocks.19.img_attn_qkv", "single_blocks.39.linear2", "img_in.proj"),
+        strict=True,
+    ):
+        up = found[f"diffusion_model.{native}.lora_up.weight"]
+        assert torch.equal(up, factors[f"Hunyuan_video_I2V_lora_{name}.lora_up.weight"])
+
+
 @each_other_naming
 def test_an_adapter_in_a_further_naming(
     family: Family, cut: dict[str, Fusion], tmp_path: Path
