@@ -78,7 +78,11 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "reformer": {"axial_pos_embds_dim": [16, 16]},
-    "beit": {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3]},
+    "beit": {
+        "num_hidden_layers": 4,
+        "stage_names": ["stem", "stage1", "stage2", "stage3", "stage4"],
+        "out_indices": [1, 2, 3, 4],
+    },
 }
 
 
@@ -152,6 +156,8 @@ def _shrink(config: Any, seen: set[int]) -> None:
         config.num_key_value_heads = heads
     if "head_dim" in before and before["head_dim"] is None and isinstance(heads, int):
         config.head_dim = getattr(config, "hidden_size", 32) // heads
+    if "per_layer_config" in before:
+        config.per_layer_config = {}
     rope = before.get("rope_parameters")
     if isinstance(rope, dict) and ("mrope_section" in rope or "ernie4_5_vl" in config.model_type):
         config.rope_parameters = rope | {"mrope_section": [1, 1, 2]}
@@ -159,8 +165,9 @@ def _shrink(config: Any, seen: set[int]) -> None:
         config.vocab_size_per_layer_input = getattr(config, "vocab_size", 99)
     if isinstance(before.get("stage_names"), list):
         count = len(before.get("depths") or ()) or getattr(config, "num_hidden_layers", 2)
-        config.stage_names = ["stem", *(f"stage{i + 1}" for i in range(count))]
-        config._out_features, config._out_indices = [f"stage{count}"], [count]
+        stem = [name for name in before["stage_names"][:1] if name == "stem"]
+        config.stage_names = [*stem, *(f"stage{i + 1}" for i in range(count))]
+        config._out_features, config._out_indices = [f"stage{count}"], [count - (not stem)]
     layers = next((v for n, v in before.items() if n in ("num_hidden_layers", "n_layer")), None)
     count = getattr(config, "num_hidden_layers", None)
     for name, value in before.items():
@@ -187,6 +194,8 @@ def _small(name: str, value: Any) -> Any:
             if re.fullmatch(pattern, name):
                 return min(value, size) if value > 0 else value
         return value
+    if isinstance(value, tuple):
+        return type(value)(_small(name, list(value)))
     if isinstance(value, list) and value and all(type(one) is int for one in value):
         if re.fullmatch(r"depths|num_blocks|layers|num_.*blocks", name):
             return [1 for _ in value]

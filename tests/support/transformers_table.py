@@ -98,6 +98,7 @@ def trees(model_types: Iterable[str]) -> tuple[dict[str, Any], set[str], set[str
     """
     own: dict[str, Any] = {}
     inner: dict[str, Any] = {}
+    guessed: dict[str, Any] = {}
     failed = set()
     for model_type in model_types:
         for name in _names(model_type):
@@ -110,12 +111,18 @@ def trees(model_types: Iterable[str]) -> tuple[dict[str, Any], set[str], set[str
                     model = kind._from_config(tiny.tiny_config(model_type))
             except Exception:
                 failed.add(name)
+                if issubclass(kind, transformers.PreTrainedModel):
+                    guessed[name] = _guess(kind, model_type)
                 continue
             own[name] = _tree(model)
             for module in model.modules():
                 if isinstance(module, transformers.PreTrainedModel) and module is not model:
                     inner.setdefault(type(module).__name__, _tree(module))
-    return _needed(inner | own, plain_classes(), set(rules())), set(own), failed - set(own)
+    return (
+        _needed(guessed | inner | own, plain_classes(), set(rules())),
+        set(own),
+        failed - set(own),
+    )
 
 
 def plain_classes() -> dict[str, str]:
@@ -149,6 +156,16 @@ def _tree(model: Any) -> list[Any]:
         key = _key(model.config, module.config)
         parts.append([path, type(module).__name__, module.config.model_type, key])
     return [model.config.model_type, model.base_model_prefix, *parts]
+
+
+def _guess(kind: Any, model_type: str) -> list[Any]:
+    """Return the tree of a class that cannot be built: the plain model under its usual name."""
+    prefix = kind.base_model_prefix
+    plain = plain_classes().get(model_type)
+    parts = (
+        [[prefix, plain, model_type, ""]] if prefix and plain not in (None, kind.__name__) else []
+    )
+    return [model_type, prefix, *parts]
 
 
 def _key(config: Any, part: Any, depth: int = 0) -> str:

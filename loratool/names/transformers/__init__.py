@@ -160,6 +160,8 @@ def naming_of(config: Mapping[str, Any]) -> Naming | None:
     table = _table()
     name = listed[0] if isinstance(listed, list) and listed else ""
     name = name if isinstance(name, str) else ""
+    if name not in table["classes"] and name not in table["rules"]:
+        name = table["auto"].get(model_type, name)
     prefix = str(table["classes"].get(name, [""])[0])
     rules: list[Rule] = []
     seen: dict[str, list[str]] = {}
