@@ -397,15 +397,8 @@ class Model:
         Raises:
             BaseModelError: Several modules could be meant.
         """
-        paths = list(dict.fromkeys(self._spellings(module, family)))
-        name = next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
-        if name is not None:
-            return name
-        # What has no weight of its own goes by the files' path, without any component.
-        split = (path.partition(".") for path in paths)
-        inside = [local for component, _, local in split if component in self.components and local]
-        owners = [self.index.find(local, parameter=leaf) for local in inside]
-        found = next((f"{owner}.{leaf}" for owner in owners if owner is not None), None)
+        paths = dict.fromkeys(self._spellings(module, family))
+        found = next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
         return found or self._hidden_name(module, leaf)
 
     def has(self, module: str) -> bool:
