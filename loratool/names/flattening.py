@@ -41,8 +41,9 @@ def unflatten(flat: str, kind: str) -> tuple[str, ...]:
 
 
 def _of_backbones(flat: str) -> tuple[str, ...]:
-    found = (path for family in claiming_flat(flat) for path in family.parse(flat))
-    return tuple(dict.fromkeys(found))
+    families = claiming_flat(flat)  # several of which have one vocabulary
+    found = {id(v): v for family in families for v in (family.hub_names, family.native_names)}
+    return tuple(dict.fromkeys(path for each in found.values() for path in each.parse(flat)))
 
 
 @cache
