@@ -271,3 +271,46 @@ def test_a_file_and_a_folder_are_compared(
     for key, value in as_in_file(name, tuned).items():
         if "final_layer.adaLN" not in key and "23.context_block.adaLN" not in key:
             assert torch.allclose(back[key], value, atol=2e-3), key
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        *((name, scheme) for name in ("sd1", "sdxl") for scheme in ("kohya", "diffusers")),
+        ("flux", "diffusers"),  # its converter knows Flux's own widths alone
+    ],
+    indirect=["name"],
+)
+def test_what_is_extracted_loads_in_diffusers(
+    name: str, base: Path, scheme: str, tmp_path: Path
+) -> None:
+    """Every layer of the backbone that attention adapts, loaded and fused by the library."""
+    from diffusers import loaders
+
+    one, (backbone, mixin) = pipeline(name), MIXINS[name]
+    wanted = [path for path in linear(one.models[backbone]) if ATTENDING.search(path)]
+    states, tuned = one.states(), one.states()
+    for path in wanted:
+        tuned[backbone][f"{path}.weight"] = trained(name)[1][backbone][f"{path}.weight"]
+    save_file(one.file(states), base)
+    save_file(one.file(tuned), tmp_path / "tuned.safetensors")
+    lora = tmp_path / "lora.safetensors"
+    rank = RANK if backbone == "unet" else 4 * RANK  # of as many as are fused in its files
+    loratool.extract(base, tmp_path / "tuned.safetensors", lora, rank=rank, to=scheme)
+    options = {"unet_config": one.config} if backbone == "unet" else {}
+    state = getattr(loaders, mixin).lora_state_dict(str(tmp_path), weight_name=lora.name, **options)
+    state, alphas = state if isinstance(state, tuple) else (state, None)
+    model = copy.deepcopy(one.models[backbone])
+    model.load_lora_adapter(state, prefix=backbone, network_alphas=alphas)
+    model.fuse_lora()
+    model.unload_lora()
+    for key, value in model.state_dict().items():
+        assert torch.allclose(value, tuned[backbone][key], atol=5e-3), key
+
+
+ATTENDING = re.compile(r"attn\d?\.to_(q|k|v|out\.0)$|attn\.add_[qkv]_proj$|\.ff\.net|proj_mlp$")
+MIXINS = {
+    "sd1": ("unet", "StableDiffusionLoraLoaderMixin"),
+    "sdxl": ("unet", "StableDiffusionXLLoraLoaderMixin"),
+    "flux": ("transformer", "FluxLoraLoaderMixin"),
+}
