@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-__all__ = ["KINDS", "build", "classes_of", "model_types", "tiny_config"]
+__all__ = ["KINDS", "all_classes", "build", "classes_of", "model_types", "tiny_config"]
 
 KINDS: Final = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
