@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-__all__ = ["KINDS", "build", "classes_of", "model_types", "tiny_config"]
+__all__ = ["KINDS", "all_classes", "build", "classes_of", "model_types", "tiny_config"]
 
 KINDS: Final = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -109,7 +109,7 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     """Return a configuration of a model type with small sizes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = CONFIG_MAPPING[model_type]()
+        config = CONFIG_MAPPING[model_type](**_alike(model_type))
         _shrink(config, seen=set())
         for key, value in (CHANGES.get(model_type, {}) | changes).items():
             setattr(config, key, value)
@@ -126,6 +126,16 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
             return type(config).from_dict(config.to_dict())  # what is derived, derived again
         except Exception:
             return config
+
+
+def _alike(model_type: str) -> dict[str, Any]:
+    """Return settings with which all layers of a configuration are alike."""
+    kind = CONFIG_MAPPING[model_type]
+    if "gemma4" not in model_type and "embedding_gemma2" not in model_type:
+        return {}
+    if "text_config" in getattr(kind, "sub_configs", {}):
+        return {"text_config": {"per_layer_config": {}}}
+    return {"per_layer_config": {}} if model_type.endswith("_text") else {}
 
 
 def _shrink(config: Any, seen: set[int]) -> None:
@@ -156,8 +166,6 @@ def _shrink(config: Any, seen: set[int]) -> None:
         config.num_key_value_heads = heads
     if "head_dim" in before and before["head_dim"] is None and isinstance(heads, int):
         config.head_dim = getattr(config, "hidden_size", 32) // heads
-    if "per_layer_config" in before:
-        config.per_layer_config = {}
     rope = before.get("rope_parameters")
     if isinstance(rope, dict) and ("mrope_section" in rope or "ernie4_5_vl" in config.model_type):
         config.rope_parameters = rope | {"mrope_section": [1, 1, 2]}
