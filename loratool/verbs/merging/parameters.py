@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
+from loratool.adapter.keys import transposed
 from loratool.adapter.leaving import leave_out
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
@@ -44,7 +45,8 @@ def plan_parameters(share: Share, site: Site, base: Model) -> Iterator[tuple[str
             continue
         for fit, columns in _places(share, site, leaves, tensor, base):
             if site.variant.replaces:
-                _replace(share, site, fit, tensor, base)
+                is_turned = fit.region.transposed
+                _replace(share, site, fit, transposed(tensor) if is_turned else tensor, base)
             else:
                 viewed = _as_matrix(tensor, columns)
                 edit = AddTensor(viewed, share.weight, fit.region, fit.first)
@@ -110,13 +112,16 @@ def _places(
     if name is None:
         raise _missing(share, site, leaves, tensor, place, base)
     old = base.shape(name)
-    if _squeezed(old) != _squeezed(shape) and not site.variant.replaces:
+    is_turned = place is not None and "weight" in leaves and base.is_turned(place.module)
+    if _squeezed(old[::-1] if is_turned else old) != _squeezed(shape) and not site.variant.replaces:
         raise _mismatch(share, site, shape, old)
     rows, columns = matrix_shape(old)
     region = place.pieces[0].region if place is not None and "weight" in leaves else None
     if region is not None and (region.rows, region.width) != (rows, columns):
         columns = region.width  # a stack of experts is seen as one matrix
         rows = math.prod(old) // columns
+    if is_turned:
+        return [(Fit(name, Region(rows, columns, transposed=True), site), rows)]
     return [(Fit(name, Region(rows, columns), site), columns)]
 
 
