@@ -14,6 +14,7 @@ from loratool.errors import AdapterError, BaseModelError, MissingModuleError
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES, INNER_HEADS
 from loratool.plan.model import Blend, SetRows
 from loratool.verbs.merging.context import Share
+from loratool.verbs.merging.saved import place_of_saved, plan_cut
 
 __all__ = ["plan_extra", "plan_extras"]
 
@@ -100,7 +101,13 @@ def _plan_full(share: Share, extra: Extra, base: Model) -> None:
     name = (base.parameter(module, leaf) if module else None) or extra.name
     if _is_copy(share, extra, name, base):
         _plan_base_copy(share, extra, base)
-    elif name in base.tensors or name in base.hidden:
+    elif name in base.tensors and not base.is_turned(module):
+        _replace(share, extra, name, base)
+    elif (place := place_of_saved(extra, base)) is not None and place.pieces[
+        0
+    ].name in base.tensors:
+        plan_cut(share, extra, place, base)
+    elif name in base.hidden:
         _replace(share, extra, name, base)
     elif _is_saved(share, module):
         if share.weight != 1:

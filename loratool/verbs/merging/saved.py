@@ -1,0 +1,126 @@
+"""Saved tensors whose module the base has cut otherwise: their rows go where they lie there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from loratool.adapter.keys import transposed
+from loratool.adapter.leaving import option
+from loratool.adapter.model import Extra
+from loratool.base.model import Model
+from loratool.base.place import Piece, Place
+from loratool.errors import BaseModelError, UnsupportedError
+from loratool.files.dtypes import DTYPES
+from loratool.files.spec import StoredTensor
+from loratool.plan.model import Blend, SetRows
+from loratool.verbs.merging.context import Share
+
+__all__ = ["place_of_saved", "plan_cut"]
+
+BIAS: Final = "bias"
+
+
+def place_of_saved(extra: Extra, base: Model) -> Place | None:
+    """Return where the base has a saved parameter that is no tensor of it by itself.
+
+    Raises:
+        BaseModelError: Several modules could be meant.
+        UnsupportedError: The base has its values in another order.
+    """
+    module, _, leaf = extra.name.rpartition(".")
+    place = base.find(module if leaf in ("weight", BIAS) else extra.name) if module else None
+    return place if place is not None and place.pieces[0].name in base.tensors else None
+
+
+def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
+    """Put the rows of a saved tensor where the base has them.
+
+    Args:
+        share: The adapter's part; filled in.
+        extra: The tensor.
+        place: Where its module's weight is.
+        base: The base.
+
+    Raises:
+        BaseModelError: It has another shape, or the base has no bias there.
+        UnsupportedError: The base has its values in another order.
+    """
+    is_bias = extra.name.endswith(f".{BIAS}")
+    shape = (place.experts, *place.shape) if place.experts > 1 else place.shape
+    wanted = shape[:1] if is_bias else shape
+    found = extra.tensor.spec.shape
+    if place.is_transposed and place.is_whole and found == wanted and len(found) == 2:
+        _put(share, place.pieces[0].name, None, transposed(extra.tensor), base)
+        return
+    if any(piece.region.exchanged or piece.region.transposed for piece in place.pieces):
+        raise UnsupportedError(
+            share.where(extra.key),
+            f"is saved whole, and {place.pieces[0].name!r} of the base has its values in another "
+            "order",
+            hint=f"leave it out with {option('--skip', f'^{extra.key}$')}",
+        )
+    if found != wanted:
+        raise BaseModelError(
+            share.where(extra.name),
+            f"has shape {list(found)}, the base's weight {list(wanted)}",
+            hint="is this the base that the adapter was trained on?",
+        )
+    for piece in place.pieces:
+        name = piece.name.removesuffix("weight") + BIAS if is_bias else piece.name
+        if not base.holds(name):
+            raise BaseModelError(share.where(extra.key), f"the base has no {name!r} to replace")
+        region = piece.region
+        count = region.rows * (region.experts if region.expert is None else 1)
+        view = _rows(extra.tensor, _first(piece, place), count)
+        rows = range(region.first_row, region.first_row + count)
+        _put(
+            share,
+            name,
+            None if len(rows) == _height(name, region.width, base) else rows,
+            view,
+            base,
+        )
+
+
+def _first(piece: Piece, place: Place) -> int:
+    """Return which row of the saved tensor, as one matrix, the first of a piece is."""
+    region = piece.region
+    if region.expert is None:
+        return piece.first
+    index, parts = region.part
+    return region.expert * place.shape[0] + index * (place.shape[0] // parts)
+
+
+def _height(name: str, width: int, base: Model) -> int:
+    """Return how many rows a tensor of the base has, seen as a matrix of ``width`` columns."""
+    elements = base.weight(name).spec.elements
+    return elements if len(base.shape(name)) == 1 else elements // width
+
+
+def _rows(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
+    """Return some rows of a tensor, seen as a matrix, which lie where they are."""
+    spec = tensor.spec
+    if tensor.strides is not None:
+        return tensor
+    width = spec.shape[-1] if len(spec.shape) > 1 else 1
+    shape = (count, width) if len(spec.shape) > 1 else (count,)
+    size = DTYPES[spec.dtype].bits // 8
+    return replace(
+        tensor, spec=replace(spec, shape=shape), offset=tensor.offset + first * width * size
+    )
+
+
+def _put(share: Share, name: str, rows: range | None, tensor: StoredTensor, base: Model) -> None:
+    """Put a tensor in the place of the base's, or of some rows of it."""
+    changes = share.changes[name]
+    if rows is not None:
+        changes.edits.append(SetRows(tuple(rows), tensor, share.weight))
+        return
+    shape = base.shape(name)
+    if tensor.strides is None:
+        tensor = replace(tensor, spec=replace(tensor.spec, shape=shape))
+    if share.weight != 1:
+        changes.edits.insert(0, Blend(tensor, share.weight))
+    else:
+        changes.replacement = tensor
