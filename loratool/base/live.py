@@ -216,6 +216,14 @@ class LiveModel:
         """Return what the live model calls a tensor that the files have, or might have."""
         return stored if self._naming is None else self._naming.live(stored).names[0]
 
+    def path(self, module: str, leaf: str = "weight") -> str:
+        """Return what the live model calls a module of the files, if it has it as it is."""
+        if self._naming is None:
+            return module
+        live = self._naming.live(f"{module}.{leaf}")
+        is_same = live.operations in RENAMED and len(live.names) == 1
+        return live.names[0].rpartition(".")[0] if is_same else module
+
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules of the live model that have a weight, if its files may have other names."""

@@ -83,6 +83,14 @@ class Place:
     experts: int = 1
     tie: Tie | None = None
 
+    def start(self, piece: Piece) -> int:
+        """Return which row a piece begins with, of all such weights one below the other."""
+        region = piece.region
+        if region.expert is None:
+            return piece.first
+        index, parts = region.part
+        return region.expert * self.shape[0] + index * (self.shape[0] // parts)
+
     @property
     def is_transposed(self) -> bool:
         """Whether it is stored as ``(in, out)``."""

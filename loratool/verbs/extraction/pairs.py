@@ -258,6 +258,7 @@ class Match:
         tuned: The finetuned one.
         rows: Which outputs of the module they are, where the two models have these in another
             order, and so in pieces.
+        leaf: Which of its parameters it is, where the finetuned tensor's name does not tell.
     """
 
     name: str
@@ -265,6 +266,7 @@ class Match:
     base: Weight
     tuned: Weight
     rows: tuple[int, int] | None = None
+    leaf: str = ""
 
 
 def _matches(name: str, stored: Weight, tuned: Model, base: Model) -> list[Match] | str:
@@ -275,20 +277,51 @@ def _matches(name: str, stored: Weight, tuned: Model, base: Model) -> list[Match
     """
     path, leaf = tuned.path_of(name), name.rpartition(".")[2]
     is_weight = tuned.modules.get(path) == name
-    parts = tuned.layout.fused(path, tuned.config)
-    if parts is not None and parts.whole == path and leaf in FUSED_LEAVES:
-        return _in_parts(parts.parts, tuned, base, is_bias=not is_weight)
+    parts = _apart(path, leaf, tuned)
+    if parts is not None:
+        return _in_parts(parts, tuned, base, is_bias=not is_weight)
+    live = tuned.live.path(path, leaf)
     if name in base.tensors and base.path_of(name) == path:
-        return [Match(name, path, base.tensors[name], stored)]
+        return [Match(name, live, base.tensors[name], stored)]
     place = base.find(path, family=tuned.family) if is_weight or leaf == BIAS else None
     if place is not None and not (place.is_whole and leaf == BIAS):
         names = dict.fromkeys(piece.name for piece in place.pieces)
         paths = [path] if len(names) == 1 else [base.path_of(one) for one in names]
         return _in_parts(paths, tuned, base, is_bias=not is_weight)
     own = base.parameter(path, leaf, family=tuned.family) if path else None
-    if own is None:
-        return "the base has no such tensor"
-    return [Match(own, path, base.weight(own), stored)]
+    if own is not None:
+        return [Match(own, live, base.weight(own), stored)]
+    stack = base.find(name) if leaf in FUSED_PARAMETERS else None
+    return _experts(stack, stored, base) if stack is not None else "the base has no such tensor"
+
+
+def _apart(path: str, leaf: str, tuned: Model) -> Sequence[str] | None:
+    """Return the modules of libraries that a fused projection of the files is, if they have these.
+
+    Not those of a family of diffusion models, of which an adapter may have either.
+    """
+    fused = tuned.layout.fused(path, tuned.config) if leaf in FUSED_LEAVES else None
+    if fused is None and leaf in ("weight", BIAS):
+        fused = tuned.live.fused(path)
+        if fused is not None and fused.whole in tuned.live.modules:
+            return None
+    return fused.parts if fused is not None and fused.whole == path else None
+
+
+def _experts(place: Place, stored: Weight, base: Model) -> list[Match] | str:
+    """Return a stack of experts in the parts that the base has, each by itself."""
+    found = []
+    for piece in place.pieces:
+        region, weight = piece.region, piece.tensor
+        is_plain = region.expert is not None and not region.transposed and not region.exchanged
+        if not is_plain or not isinstance(stored, StoredTensor) or stored.strides is not None:
+            return "the base has its experts in another order"
+        size = DTYPES[stored.spec.dtype].bits // 8
+        offset = stored.offset + place.start(piece) * region.columns * size
+        spec = replace(stored.spec, shape=(region.rows, region.columns))
+        view = replace(stored, spec=spec, offset=offset)
+        found.append(Match(piece.name, base.path_of(piece.name), weight, view, leaf="weight"))
+    return found
 
 
 def _in_parts(
@@ -347,6 +380,10 @@ def _rows(
             return None
         piece = replace(piece, region=region.outputs(start, count))
     weight = piece.tensor if piece.is_whole else piece.view
+    shape = weight.spec.shape if weight is not None else ()
+    if isinstance(weight, StoredTensor) and len(shape) == 3 and len(place.shape) == 2:
+        # One of a stack, or the only one.
+        weight = replace(weight, spec=replace(weight.spec, shape=(region.rows, region.columns)))
     return (piece.name, weight) if weight is not None else None
 
 
@@ -366,7 +403,8 @@ def _sort(
 ) -> None:
     base, tuned, module = match.base, match.tuned, match.path
     told = _path_told(name, view)
-    leaf = "weight" if view.modules.get(view.path_of(name)) == name else name.rpartition(".")[2]
+    is_weight = view.modules.get(view.path_of(name)) == name
+    leaf = match.leaf or ("weight" if is_weight else name.rpartition(".")[2])
 
     def leave(why: str, *, can_be_carried: bool = True) -> None:
         found.leftovers.append(Leftover(name, why, base, tuned, can_be_carried, told))

@@ -9,7 +9,7 @@ from loratool.adapter.keys import transposed
 from loratool.adapter.leaving import option
 from loratool.adapter.model import Extra
 from loratool.base.model import Model
-from loratool.base.place import Piece, Place
+from loratool.base.place import Place
 from loratool.errors import BaseModelError, UnsupportedError
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
@@ -72,7 +72,7 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
             raise BaseModelError(share.where(extra.key), f"the base has no {name!r} to replace")
         region = piece.region
         count = region.rows * (region.experts if region.expert is None else 1)
-        view = _rows(extra.tensor, _first(piece, place), count)
+        view = _rows(extra.tensor, place.start(piece), count)
         rows = range(region.first_row, region.first_row + count)
         _put(
             share,
@@ -81,15 +81,6 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
             view,
             base,
         )
-
-
-def _first(piece: Piece, place: Place) -> int:
-    """Return which row of the saved tensor, as one matrix, the first of a piece is."""
-    region = piece.region
-    if region.expert is None:
-        return piece.first
-    index, parts = region.part
-    return region.expert * place.shape[0] + index * (place.shape[0] // parts)
 
 
 def _height(name: str, width: int, base: Model) -> int:
