@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,10 @@ class TestEveryPair:
     def test_a_language_model(self, llama: Path, tmp_path: Path) -> None:
         truth = dense_deltas(llama)
         schemes = [name for name in SCHEMES if name != "cloneofsimo"]
-        self._check(llama, truth, schemes, tmp_path)
+        # Behind the prefix of a transformer it is of a family of which nobody knows two namings.
+        pairs = [("comfy", name) for name in ("diffusers", "diffusers-legacy")]
+        refused = {*pairs, *((other, one) for one, other in pairs)}
+        self._check(llama, truth, schemes, tmp_path, refused)
 
     @pytest.mark.slow
     def test_stable_diffusion(self, tmp_path: Path) -> None:
@@ -82,7 +85,11 @@ class TestEveryPair:
 
     @staticmethod
     def _check(
-        first: Path, truth: dict[str, torch.Tensor], schemes: list[str], folder: Path
+        first: Path,
+        truth: dict[str, torch.Tensor],
+        schemes: list[str],
+        folder: Path,
+        refused: Collection[tuple[str, str]] = (),
     ) -> None:
         made = {}
         for name in schemes:
@@ -90,6 +97,10 @@ class TestEveryPair:
             convert(first, name, made[name])
         for number, (one, other) in enumerate(itertools.product(schemes, schemes)):
             target = place(folder, other, f"{number}")
+            if (one, other) in refused:
+                with pytest.raises(UnsupportedError, match="no module of a family"):
+                    convert(made[one], other, target)
+                continue
             convert(made[one], other, target)
             convert(target, "peft", folder / f"{number}-back")
             found = dense_deltas(folder / f"{number}-back")
