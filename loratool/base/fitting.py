@@ -120,7 +120,8 @@ def _cut(site: Site, place: Place) -> list[Fit]:
         raise UnsupportedError(
             site.label,
             "is no delta alone, and the base has the outputs of its weight in another order",
-            hint="make it a plain LoRA: loratool convert ADAPTER --to-lora --base BASE --rank R",
+            hint="make it a plain LoRA: loratool convert ADAPTER --to peft --to-lora --base BASE "
+            "--rank R -o OUT",
         )
     if len(place.pieces) == 1:
         (piece,) = place.pieces

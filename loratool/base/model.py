@@ -503,7 +503,9 @@ class Model:
     def _spellings(self, module: str, family: str | None) -> Iterator[str]:
         """Yield what ``module`` may be called, what it is most likely called first."""
         yield module
-        module = self._in_backbone(module)
+        if (inside := self._in_backbone(module)) != module:
+            module = inside
+            yield module
         component, _, local = module.partition(".")
         is_inside = component in self.components
         if component in COMPONENTS and not is_inside:

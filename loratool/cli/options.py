@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -199,9 +199,11 @@ force: Decorator = click.option("--force", is_flag=True, help="Replace an existi
 dry_run: Decorator = click.option(
     "--dry-run", is_flag=True, help="Say what would be written, and write nothing."
 )
+SHORT_DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 dtype: Decorator = click.option(
     "--dtype",
-    type=click.Choice(list(OUTPUT_DTYPES)),
+    type=click.Choice([*OUTPUT_DTYPES, *SHORT_DTYPES]),
+    callback=lambda context, parameter, value: SHORT_DTYPES.get(value, value),
     help="Write floats in this; by default as the input.",
 )
 plot: Decorator = click.option(

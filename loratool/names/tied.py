@@ -86,6 +86,7 @@ HEADS: Final = {
     "mra": _BERT,
     "nomic_bert": _BERT,
     "nystromformer": _BERT,
+    "pix2struct": "decoder.lm_head",
     "roberta": _ROBERTA,
     "roberta-prelayernorm": _ROBERTA,
     "roc_bert": _BERT,

@@ -138,6 +138,7 @@ def write_files(
 
 def _begin(path: Path, work: FileWork) -> None:
     """Create an output file as long as it will be, its header in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(descriptor, work.size)

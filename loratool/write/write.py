@@ -161,7 +161,13 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
     known = new.components | ({options.component} if options.component else set())
     if scheme.paths.has_components:
         backbone = naming.families[0].backbone if naming.families else None
-        parts = [replace(p, module=with_component(p.module, backbone, known)) for p in parts]
+        parts = [
+            # A flat name that nobody knows is none of a module inside anything.
+            part
+            if "." not in part.module and scheme.keys.accepts(part.module)
+            else replace(part, module=with_component(part.module, backbone, known))
+            for part in parts
+        ]
         known |= {backbone} if backbone else set()
     if base is not None:
         parts = [fitted(part, base) for part in parts]

@@ -36,7 +36,7 @@ from loratool.verbs.merging.context import Changes, Share
 from loratool.verbs.merging.extras import plan_extras
 from loratool.verbs.merging.sidecars import collect_sidecars
 from loratool.verbs.merging.sites import plan_sites
-from loratool.verbs.merging.tied import Untied, row_notes, settle_ties
+from loratool.verbs.merging.tied import Untied, row_notes, settle_ties, unknown_ties
 
 __all__ = ["QUANTIZED", "plan_merge"]
 
@@ -120,8 +120,7 @@ def plan_merge(
             notes.append(f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}")
     if AVERAGES in view.components:
         notes.append(f"{UNTRAINED[AVERAGES]} that the file holds besides stay as they are")
-    if untied:
-        notes += untied.notes
+    notes += untied.notes if untied else unknown_ties(shares, view)
     notes += row_notes(shares, view, untied)
     steps = _steps(view, shares, dtype, untied)
     if not any(step.is_changed for step in steps.values()):

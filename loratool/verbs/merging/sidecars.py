@@ -10,7 +10,7 @@ from typing import Any, Final
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter
 from loratool.base.config import CONFIG_NAME as MODEL_CONFIG
-from loratool.base.config import QUANTIZATION_FILES, read_config
+from loratool.base.config import QUANTIZATION_FILES, is_model_folder, read_config
 from loratool.base.config_edits import ConfigChanges, edit_config
 from loratool.base.model import Model
 from loratool.files.checkpoint import is_weight_like
@@ -40,7 +40,9 @@ def collect_sidecars(
     roots = link_roots(model.folder, shards)
     indices = [one.index for one in model.checkpoints.values() if one.index]
     used = {path.relative_to(model.folder).as_posix() for path in (*shards, *indices)}
-    for path, name in _files_below(model.folder, roots, left):
+    # What lies beside a file that is no library's folder is not the model's.
+    is_library = model.is_folder or is_model_folder(model.folder)
+    for path, name in _files_below(model.folder, roots, left) if is_library else ():
         if name in used:
             continue
         is_merged = "" in model.checkpoints or name.rpartition("/")[0] in ("", *model.checkpoints)
@@ -88,7 +90,7 @@ def _files_below(
             continue
         if path.is_symlink() and not stays_inside(path, roots):
             left.append((name, STRAY_LINK))
-        elif path.is_dir() and not path.is_symlink():
+        elif path.is_dir() and (not path.is_symlink() or path.resolve() in roots):
             if depth < MAX_DEPTH:
                 found += _files_below(path, roots, left, f"{name}/", depth + 1)
             else:

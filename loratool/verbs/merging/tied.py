@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
+from loratool.adapter.model import Kind
 from loratool.adapter.slots import Slot
 from loratool.base.model import Model
 from loratool.base.ties import Tie, have_same_values
 from loratool.errors import MergeError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
+from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.plan.model import AddDelta, SetRows
 from loratool.verbs.merging.context import Changes, Share
 
-__all__ = ["Untied", "row_notes", "settle_ties"]
+__all__ = ["Untied", "row_notes", "settle_ties", "unknown_ties"]
+
+HEADS: Final = frozenset((*HEAD_LEAVES, "decoder"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,37 @@ def settle_ties(shares: Sequence[Share], base: Model) -> Untied | None:
             else:
                 names[name] = tie.source
     return Untied(names, in_config=False)
+
+
+def unknown_ties(shares: Sequence[Share], base: Model) -> list[str]:
+    """Return a note where a table changes that a loader may tie to a head that is not known.
+
+    Such are models with a decoder of any class in them, and classes that no table lists.
+    """
+    if base.ties or not base.config or base.config.is_untied:
+        return []
+    tables = [name for name in base.tensors if any(_is_table(name, share) for share in shares)]
+    shapes = {base.shape(name) for name in tables}
+    heads = [
+        name
+        for name in base.tensors
+        if name not in tables and base.shape(name) in shapes and name.split(".")[-2] in HEADS
+    ]
+    if not tables or heads:
+        return []
+    return [
+        f"{tables[0]!r} changes, and the base stores no output head: if its loader ties one to "
+        "this table, that changes too"
+    ]
+
+
+def _is_table(name: str, share: Share) -> bool:
+    changes = share.changes.get(name)
+    if not changes or len(name.split(".")) < 2:
+        return False
+    sites = [edit.site for edit in changes.edits if isinstance(edit, AddDelta)]
+    is_known = name.split(".")[-2] in EMBEDDING_LEAVES and name.endswith(".weight")
+    return is_known or any(site.kind is Kind.EMBEDDING for site in sites)
 
 
 def row_notes(shares: Sequence[Share], base: Model, untied: Untied | None) -> list[str]:
