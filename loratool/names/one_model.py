@@ -24,7 +24,8 @@ def check_one_model(adapters: Sequence[Adapter], *, has_base: bool = False) -> N
 
     Two adapters without a module in common may still be for one: of its U-Net and of its text
     encoder, or of different layers. They are not where their backbones are of different families,
-    or where both say what their base is, and it is called and built otherwise.
+    whatever their text encoders and single layers are called, or where both say what their base
+    is, and it is called and built otherwise.
 
     Args:
         adapters: The adapters.
@@ -35,12 +36,16 @@ def check_one_model(adapters: Sequence[Adapter], *, has_base: bool = False) -> N
     """
     for one, other in combinations(map(_Kin, adapters), 2):
         is_told = not has_base or (one.families and other.families)
-        if not (is_told and one.differs_from(other)) or one.names & other.names:
+        if not (is_told and one.differs_from(other)):
+            continue
+        has_common = bool(one.names & other.names)
+        if has_common and not (one.families and other.families):
             continue
         paths = f"{one.adapter.path} and {other.adapter.path}"
+        more = "" if has_common else ", and have no module in common"
         raise UnsupportedError(
             paths,
-            f"are for different models ({one.words}; {other.words}), and have no module in common",
+            f"are for different models ({one.words}; {other.words}){more}",
             hint="take adapters of one model at a time",
         )
 
