@@ -35,8 +35,8 @@ from loratool.names.pipelines import BACKBONES, COMPONENTS
 
 __all__ = ["Model", "Quantization", "open_model"]
 
-WEIGHT_LEAVES: Final = ("weight", "in_proj_weight")
-"""What the parameter of a module is called whose delta an adapter has."""
+WEIGHT_LEAVES: Final = ("weight", "in_proj_weight", "scale")
+"""What the parameter of a module is called that libraries call its weight: of norms a scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +268,14 @@ class Model:
         """Return the path of the module that libraries have for the tensor called ``name``."""
         module = name.rpartition(".")[0]
         return self._parameters.get(name) or self._spelled.get(module, module)
+
+    def library_name(self, name: str) -> str:
+        """Return what libraries call the parameter that the tensor called ``name`` is."""
+        path, leaf = self.path_of(name), name.rpartition(".")[2]
+        if not path:
+            return name
+        leaf = "weight" if self.modules.get(path) == name else leaf
+        return f"{self.live.path(path, leaf)}.{leaf}"
 
     @cached_property
     def index(self) -> ModuleIndex:

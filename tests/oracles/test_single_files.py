@@ -314,3 +314,20 @@ MIXINS = {
     "sdxl": ("unet", "StableDiffusionXLLoraLoaderMixin"),
     "flux": ("transformer", "FluxLoraLoaderMixin"),
 }
+
+
+@pytest.mark.parametrize("name", ["flux"], indirect=True)
+def test_norms_whose_weight_is_called_a_scale(name: str, base: Path, tmp_path: Path) -> None:
+    one = pipeline(name)
+    tuned = one.states()
+    for key, value in tuned["transformer"].items():
+        if "norm_q" in key or "norm_added_k" in key or key.endswith("blocks.0.attn.to_q.weight"):
+            tuned["transformer"][key] = value + torch.randn_like(value)
+    second = as_folders(name, tuned, tmp_path / "tuned")
+    loratool.extract(base, second, tmp_path / "lora", rank=16, residual="carry")
+    loratool.merge(base, [tmp_path / "lora"], tmp_path / "back.safetensors")
+    assert_close = torch.testing.assert_close
+    back = load_file(tmp_path / "back.safetensors")
+    for key, value in one.file(tuned).items():
+        assert_close(back[key], value, atol=1e-5, rtol=0)
+    assert set(back) == set(load_file(base))

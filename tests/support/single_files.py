@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from loratool.names.family import Family, Fusion
 from loratool.names.open_clip import OPEN_CLIP, PARAMETERS
 
 State = dict[str, torch.Tensor]
+SCALED = re.compile(r"(\.(?:query|key)_norm)\.weight$")
 
 
 def native(state: Mapping[str, torch.Tensor], family: Family) -> State:
@@ -89,6 +91,8 @@ class Pipeline:
                 }
             else:
                 state = native(state, family_named(self.family))
+                if self.family == "flux":  # whose norms have scales in its own code
+                    state = {SCALED.sub(r"\1.scale", k): v for k, v in state.items()}
             found |= {f"{self.prefixes[component]}{k}": v for k, v in state.items()}
         return {k: v.contiguous().clone() for k, v in found.items()}
 

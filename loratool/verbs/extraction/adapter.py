@@ -95,7 +95,17 @@ class Difference:
         tie = self.tuned.tie
         if self.base.tie is None or tie is None or tie.source == tie.head:
             return None
-        return None if self.tuned.config.is_encoder_decoder else tie
+        return None if self.tuned.config.is_encoder_decoder else self._in_library(tie)
+
+    def _in_library(self, tie: Tie) -> Tie:
+        """Return a tie under the names that libraries have, as the modules are."""
+        called = self.tuned.library_name
+        return Tie(
+            tuple(map(called, tie.names)),
+            tuple(map(called, tie.stored)),
+            None if tie.input is None else called(tie.input),
+            None if tie.head is None else called(tie.head),
+        )
 
     def plan(self, ranks: Mapping[str, int], *, keep: bool = True) -> AdapterPlan:
         """Return the plan for ``ranks``, by rank group; rank 0 leaves a module out.
@@ -146,7 +156,7 @@ class Difference:
 
     def _is_tied_whole(self, tie: Tie | None) -> bool:
         """Whether the shared weight of embedding and head is carried along whole."""
-        return tie is not None and any(item.name == tie.source for item in self.carried)
+        return tie is not None and any(item.key == tie.source for item in self.carried)
 
     def _saved(self, adapted: set[str], tie: Tie | None) -> list[str]:
         """Return the modules that are saved whole: all of whose tensors the file has to hold.
@@ -167,8 +177,9 @@ class Difference:
             tensors[tie.names[-1]] = tensors[tie.source]
         for module in saved:
             for name, stored in self.tuned.tensors.items():
-                if self.tuned.path_of(name) == module:
-                    tensors.setdefault(f"{module}.{name.rpartition('.')[2]}", stored)
+                called = self.tuned.library_name(name)
+                if called.rpartition(".")[0] == module:
+                    tensors.setdefault(called, stored)
         for name, stored in tensors.items():
             if isinstance(stored, CodedTensor):
                 raise UnsupportedError(
@@ -211,7 +222,8 @@ class Difference:
         Libraries rename what comes before the layers from version to version; endings last.
         """
         wanted = {part.pattern_path for part in parts if part.parameter is None and part.is_target}
-        paths = (self.tuned.path_of(name).split(".") for name in self.tuned.tensors)
+        names = map(self.tuned.library_name, self.tuned.tensors)
+        paths = (name.split(".")[:-1] for name in names)
         others = {
             ".".join(pieces[:count]) for pieces in paths for count in range(1, len(pieces) + 1)
         } - wanted

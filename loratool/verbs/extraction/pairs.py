@@ -93,7 +93,7 @@ class Leftover:
         base: The base's tensor, if it has one.
         tuned: The finetuned one, if there is one.
         can_be_carried: Whether an adapter can hold the finetuned tensor whole.
-        path: The module that libraries have for it; empty where that is the name's own.
+        called: What libraries call it, where they call it otherwise.
     """
 
     name: str
@@ -101,12 +101,12 @@ class Leftover:
     base: Weight | None
     tuned: Weight | None
     can_be_carried: bool = True
-    path: str = ""
+    called: str = ""
 
     @property
     def key(self) -> str:
         """What an adapter calls it."""
-        return f"{self.path}.{self.name.rpartition('.')[2]}" if self.path else self.name
+        return self.called or self.name
 
     @property
     def is_comparable(self) -> bool:
@@ -225,8 +225,8 @@ def pair(base: Model, tuned: Model, selection: Selection) -> Pairing:
             continue
         matches = _matches(name, stored, tuned, base)
         if isinstance(matches, str):
-            path = _path_told(name, tuned)
-            found.leftovers.append(Leftover(name, matches, None, stored, path=path))
+            called = tuned.library_name(name)
+            found.leftovers.append(Leftover(name, matches, None, stored, called=called))
             continue
         for match in matches:
             renamed += match.name != name
@@ -387,12 +387,6 @@ def _rows(
     return (piece.name, weight) if weight is not None else None
 
 
-def _path_told(name: str, model: Model) -> str:
-    """Return the path of a tensor's module, where it is not what its name begins with."""
-    path = model.path_of(name)
-    return path if path != name.rpartition(".")[0] else ""
-
-
 def _sort(
     match: Match,
     name: str,
@@ -402,19 +396,19 @@ def _sort(
     found: Pairing,
 ) -> None:
     base, tuned, module = match.base, match.tuned, match.path
-    told = _path_told(name, view)
+    called = view.library_name(name)
     is_weight = view.modules.get(view.path_of(name)) == name
     leaf = match.leaf or ("weight" if is_weight else name.rpartition(".")[2])
 
     def leave(why: str, *, can_be_carried: bool = True) -> None:
-        found.leftovers.append(Leftover(name, why, base, tuned, can_be_carried, told))
+        found.leftovers.append(Leftover(name, why, base, tuned, can_be_carried, called))
 
     if match.rows is not None:
         name = f"{name}[{match.rows[0]}:{match.rows[1]}]"
         leave("the base has its rows in another order", can_be_carried=False)
         return
     if selection.saves(module):
-        found.saved.append(Leftover(name, "saved whole as asked", base, tuned, path=told))
+        found.saved.append(Leftover(name, "saved whole as asked", base, tuned, called=called))
         return
     if base.spec.shape != tuned.spec.shape:
         leave(f"another shape: {list(base.spec.shape)} in the base, {list(tuned.spec.shape)} here")

@@ -109,7 +109,7 @@ def _plan_full(share: Share, extra: Extra, base: Model) -> None:
         plan_cut(share, extra, place, base)
     elif name in base.hidden:
         _replace(share, extra, name, base)
-    elif _is_saved(share, module):
+    elif _is_saved(share, module) and not base.components:
         if share.weight != 1:
             raise AdapterError(
                 share.where(extra.name),
