@@ -267,6 +267,22 @@ class LiveModel:
         owner = self._index.find(module, parameter=leaf)
         return found.renamed[f"{owner}.{leaf}"] if owner is not None else None
 
+    @cached_property
+    def _cut(self) -> ModuleIndex:
+        """The modules that the files have cut otherwise: projections, and stacks of experts."""
+        found = self._tensors
+        fused = (f"{module}{WEIGHT}" for module in found.fused) if found else ()
+        stacks = (*found.experts, *found.stacks, *found.joined) if found else ()
+        return ModuleIndex((*fused, *(f"{name}{WEIGHT}" for name in stacks)))
+
+    def like(self, name: str) -> str | None:
+        """Return the one module, or parameter of experts, here that is called much like ``name``.
+
+        Raises:
+            BaseModelError: Several could be meant.
+        """
+        return self._cut.find(name, parameter="weight") if self._tensors is not None else None
+
     def fused(self, module: str) -> Fused | None:
         """Return the fused projection that ``module`` is or is a part of, here or in the files."""
         found = self._tensors
@@ -309,6 +325,8 @@ class LiveModel:
             sources = found.joined[parameter]
             return Stack((tuple(sources[index] for index in sorted(sources)),))
         whole = self.tensor(parameter)
+        if whole is None and (other := self.like(parameter)) not in (None, parameter):
+            return self.stack(str(other))
         return Stack(whole=whole) if whole is not None else None
 
     def _listed(self, parameter: str, experts: Mapping[int, Mapping[int, str]]) -> Stack:

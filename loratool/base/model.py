@@ -405,7 +405,7 @@ class Model:
         Raises:
             BaseModelError: Several modules could be meant.
         """
-        paths = dict.fromkeys(self._spellings(module, family))
+        paths = dict.fromkeys(self._spellings(module, self.family or family))
         found = next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
         return found or self._hidden_name(module, leaf)
 
@@ -425,18 +425,26 @@ class Model:
 
         Args:
             module: Its path in the live model, in the files, or in another library.
-            family: The family of diffusion models that the path is of, where that is known.
+            family: The family of diffusion models that the path is of, where the model does not
+                tell it.
 
         Raises:
             BaseModelError: Several modules could be meant.
         """
+        family = self.family or family
         return (
             self.own_place(module, family)
             or expert_place(module, self)
             or fused_place(self._in_backbone(module), self, family)
             or parameter_place(module, self)
             or self._hidden_place(module)
+            or self._place_alike(module)
         )
+
+    def _place_alike(self, module: str) -> Place | None:
+        """Return the place of what a live model of another class calls ``module``."""
+        other = self.live.like(module)
+        return self.find(other) if other is not None and other != module else None
 
     def place(self, module: str) -> Place:
         """Return where the weight of ``module`` is.
@@ -464,7 +472,7 @@ class Model:
         Raises:
             BaseModelError: Several modules could be meant.
         """
-        name = self._name_of(module, family)
+        name = self._name_of(module, self.family or family)
         if name is None:
             return None
         path = self.path_of(name)

@@ -8,6 +8,7 @@ from typing import Final
 from loratool.adapter.model import Adapter, Extra, ExtraKind, Site
 from loratool.adapter.selectors import Spellings
 from loratool.names.canonical import canonical_path
+from loratool.names.experts import registration_index
 from loratool.names.families import claiming, family_named
 from loratool.names.paths import fusions, other_names
 from loratool.names.paths.component import with_component
@@ -47,8 +48,25 @@ def component_names(component: str, family: str | None) -> tuple[str, ...]:
 def spellings_of(site: Site, adapter: Adapter) -> Spellings:
     """Return what the module of a site is called."""
     found = _spellings(site.module, adapter)
-    own = (site.label, *site.parameters, *((site.spelled,) if site.spelled else ()))
-    return Spellings(tuple(dict.fromkeys((*own, *found.names))), found.parts)
+    parameters = _own_parameters(site)
+    own = (site.label, *((site.spelled,) if site.spelled else ()))
+    if len(parameters) > 1:  # one of these, and nothing tells which
+        parts = (*found.parts, *((parameter,) for parameter in parameters))
+        return Spellings(tuple(dict.fromkeys((*own, *found.names))), parts)
+    return Spellings(tuple(dict.fromkeys((*own, *parameters, *found.names))), found.parts)
+
+
+def _own_parameters(site: Site) -> tuple[str, ...]:
+    """Return the parameter that a site is on, or all that it may be on.
+
+    Those of one module nest in each other, the first one that transformers registers innermost.
+    """
+    places = {one: registration_index(one.rpartition(".")[2]) for one in site.parameters}
+    known = {one: place for one, place in places.items() if place is not None}
+    if len(known) < len(places) or site.nesting >= len(known):
+        return site.parameters
+    ordered = sorted(known, key=known.__getitem__)
+    return (ordered[len(ordered) - 1 - site.nesting],)
 
 
 def spellings_of_extra(extra: Extra, adapter: Adapter) -> Spellings:
