@@ -80,7 +80,8 @@ def fit(
         found = locate_parameter(site, assigned[site.label], adapter, base)
         return [Fit(name, region, site, is_whole=False) for name, region in found]
     in_fused = None
-    place = base.own_place(site.module, adapter.family)
+    own = site.spelled if f"{site.spelled}.weight" in base.tensors else site.module
+    place = base.own_place(own, adapter.family)
     if place is None:
         in_fused = locate_in_fused(site, base)
     if in_fused is not None:

@@ -14,7 +14,12 @@ from loratool.errors import OptionError, OutputError, UnsupportedError
 from loratool.files.container import Container
 from loratool.files.containers import container_of, is_weights
 from loratool.names.paths.component import with_component
-from loratool.names.pipelines import component_of, family_of_encoders, sole_component
+from loratool.names.pipelines import (
+    ENCODERS,
+    component_of,
+    family_of_encoders,
+    sole_component,
+)
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
 from loratool.schemes import DEFAULT_SCHEME, scheme_named
 from loratool.write.adapter import NewAdapter
@@ -183,6 +188,8 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
     alone = options.component
     if alone is None and is_native is not None:
         alone = sole_component([part.module for part in parts], known)
+        if alone in ENCODERS and len(new.components) > 1:
+            alone = None  # of a model with others, which its paths alone do not tell
     return _Named(parts, naming, family, known, alone, is_native)
 
 

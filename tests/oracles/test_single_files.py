@@ -331,3 +331,42 @@ def test_norms_whose_weight_is_called_a_scale(name: str, base: Path, tmp_path: P
     for key, value in one.file(tuned).items():
         assert_close(back[key], value, atol=1e-5, rtol=0)
     assert set(back) == set(load_file(base))
+
+
+@pytest.mark.parametrize("scheme", ["diffusers", "kohya"])
+@pytest.mark.parametrize("name", ["sd3"], indirect=True)
+def test_the_base_tells_which_block_is_the_last(
+    name: str, base: Path, scheme: str, tmp_path: Path
+) -> None:
+    """The halves of the last block's modulation are exchanged, whatever the adapter reaches."""
+    module = "transformer_blocks.23.norm1_context.linear"
+    keys = [f"transformer.{module}.lora_{factor}.weight" for factor in "AB"]
+    lora = tmp_path / "lora.safetensors"
+    save_file({key: trained(name)[0][key] for key in keys}, lora)
+    if scheme != "diffusers":
+        loratool.convert(lora, scheme, tmp_path / "other.safetensors", family=name)
+        lora = tmp_path / "other.safetensors"
+    loratool.merge(base, [lora], tmp_path / "out.safetensors")
+    states = pipeline(name).states()
+    states["transformer"][f"{module}.weight"] = trained(name)[1]["transformer"][f"{module}.weight"]
+    vae = {key: value for key, value in load_file(base).items() if key.startswith("first_stage")}
+    assert_same(load_file(tmp_path / "out.safetensors"), as_in_file(name, states) | vae)
+
+
+@pytest.mark.parametrize("scheme", ["peft", "module-path", "kohya"])
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "unet"])
+@pytest.mark.parametrize("name", ["sdxl"], indirect=True)
+def test_one_component_of_several_changed(
+    name: str, component: str, base: Path, scheme: str, tmp_path: Path
+) -> None:
+    states = pipeline(name).states()
+    states[component] = trained(name)[1][component]
+    kept = {key: value for key, value in load_file(base).items() if key.startswith("first_stage")}
+    tuned = as_in_file(name, states) | kept
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    lora = tmp_path / ("lora" if scheme == "peft" else "lora.safetensors")
+    loratool.extract(base, tmp_path / "tuned.safetensors", lora, rank=4 * RANK, to=scheme)
+    loratool.merge(base, [lora], tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    for key, value in tuned.items():
+        assert torch.allclose(back[key], value, atol=2e-3), key

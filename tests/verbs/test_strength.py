@@ -385,3 +385,34 @@ def test_a_pattern_reaches_whatever_a_number_reaches(case: dict[str, Any], tmp_p
         except loratool.errors.LoratoolError as error:
             outcomes.append({"refused": str(error).encode()})
     assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+@pytest.mark.parametrize("pattern", ["gate_up_proj", "down_proj", "re:down_proj", "*.gate_up_proj"])
+def test_one_parameter_of_experts_is_weighed_alone(
+    pattern: str, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    experts, path = 2, "model.layers.0.mlp.experts"
+    shapes = {"gate_up_proj": (10, 8), "down_proj": (8, 5)}
+    weights = {f"{path}.{name}": torch.randn(experts, *shape) for name, shape in shapes.items()}
+    config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+    factors: dict[str, torch.Tensor] = {}
+    for module, (out, into) in zip((f"{path}.base_layer", path), shapes.values(), strict=True):
+        factors[f"{module}.lora_A.weight"] = torch.randn(experts * 2, into)
+        factors[f"{module}.lora_B.weight"] = torch.randn(out, experts * 2)
+    adapter = make_adapter(
+        factors,
+        r=2,
+        lora_alpha=2,
+        target_modules=[],
+        target_parameters=[f"experts.{name}" for name in shapes],
+        peft_version="0.21.2",
+    )
+    base = make_base(weights, config)
+    changes = []
+    for number, options in enumerate(({}, {"weights": [f"{pattern}=0.5"]})):
+        loratool.merge(base, [adapter], tmp_path / f"{number}", **options)
+        merged = load_file(tmp_path / f"{number}" / "model.safetensors")
+        changes.append({name: merged[name] - value for name, value in weights.items()})
+    for name in weights:
+        factor = 0.5 if name.endswith(pattern.removeprefix("re:").removeprefix("*.")) else 1.0
+        assert torch.allclose(changes[1][name], factor * changes[0][name], atol=1e-5), name

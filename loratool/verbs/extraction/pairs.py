@@ -397,6 +397,8 @@ def _sort(
 ) -> None:
     base, tuned, module = match.base, match.tuned, match.path
     called = view.library_name(name)
+    if not match.leaf and match.path != called.rpartition(".")[0]:  # a part of it
+        called = f"{match.path}.{called.rpartition('.')[2]}"
     is_weight = view.modules.get(view.path_of(name)) == name
     leaf = match.leaf or ("weight" if is_weight else name.rpartition(".")[2])
 
