@@ -248,9 +248,13 @@ def _left_out(module: Extracted) -> ModuleResult:
 
 def _tie_notes(plan: AdapterPlan) -> list[str]:
     """Return a warning where PEFT is known not to tie embedding and head again."""
-    is_twin = any(not item.part.is_target for item in plan.parts)
-    tables = [item.part.module for item in plan.parts if item.part.kind is Kind.EMBEDDING]
-    if not is_twin or not tables or tables[0].endswith("embed_tokens"):
+    heads = {item.part.up.shape[0] for item in plan.parts if not item.part.is_target}
+    tables = [
+        item.part.module
+        for item in plan.parts
+        if item.part.kind is Kind.EMBEDDING and item.part.down.shape[1] in heads
+    ]
+    if not tables or tables[0].endswith("embed_tokens"):
         return []
     return [
         f"{tables[0]!r} is tied to the head; PEFT ties only embeddings called embed_tokens again, "

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from loratool.adapter.keys import transposed
-from loratool.adapter.leaving import leave_out
+from loratool.adapter.leaving import leave_out, option, pattern_for
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
 from loratool.base.fitting import Fit
@@ -74,7 +74,7 @@ def add_bias(share: Share, place: Fit, tensor: StoredTensor, base: Model, factor
         raise BaseModelError(
             share.where(site.label),
             f"trains a bias, but the base has no {name!r} to add it to",
-            hint=f"merge without it: {leave_out(site, key)}",
+            hint=f"merge without it: {_without_biases(share, key, base)}",
         )
     outputs = place.outputs or region.rows
     if tensor.spec.elements != outputs:
@@ -84,6 +84,21 @@ def add_bias(share: Share, place: Fit, tensor: StoredTensor, base: Model, factor
         )
     edit = AddTensor(_as_matrix(tensor, 1), share.weight * factor, region, place.first)
     share.changes[name].edits.append(edit)
+
+
+def _without_biases(share: Share, key: str, base: Model) -> str:
+    """Return the hint to leave out this bias, and all others that have no place in the base."""
+    keys = {key}
+    for site in share.adapter.sites:
+        own = [
+            site.slots[slot].spec.name for slot in (Slot.UP_BIAS, Slot.BIAS) if slot in site.slots
+        ]
+        place = base.find(site.module, family=share.adapter.family) if own else None
+        if place is not None:
+            weights = (piece.name.removesuffix("weight") for piece in place.pieces)
+            keys |= {each for each in own if not all(base.holds(f"{w}bias") for w in weights)}
+    pattern = pattern_for(sorted(keys), share.adapter.tensors)
+    return f"leave {'it' if len(keys) == 1 else 'them'} out with {option('--skip', pattern)}"
 
 
 def _as_matrix(tensor: StoredTensor, columns: int) -> StoredTensor:
