@@ -22,6 +22,9 @@ __all__ = ["BACKBONES", "Section", "SingleFile"]
 BACKBONES: Final = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "net.", "")
 """What may stand before the backbone's names, the longest first."""
 
+BACKBONE: Final = "unet"
+"""What a backbone of no family that is known is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -42,7 +45,7 @@ class Section:
         if self.is_open_clip and (fusion := OPEN_CLIP.from_native(local)) is not None:
             parts = fusion.modules
             local = parts[0] if len(parts) == 1 else parts[0].rpartition(".")[0]
-        return f"{self.component}.{local}"
+        return f"{self.component}.{local}" if local else self.component
 
 
 class SingleFile(Layout):
@@ -66,7 +69,7 @@ class SingleFile(Layout):
             if section.component:
                 found[module] = section.path(local)
             else:
-                found[module] = hub_path(local, family) if family else f"unet.{local}"
+                found[module] = hub_path(local, family) if family else f"{BACKBONE}.{local}"
         return found
 
     def family(self, headers: Headers) -> str | None:
@@ -106,8 +109,12 @@ class SingleFile(Layout):
         return component in ENCODERS and local == TEXT_PROJECTION
 
     def components(self, headers: Headers) -> tuple[str, ...]:
-        paths = self.paths(replace(headers, owners=())).values()
-        return tuple(dict.fromkeys(path.partition(".")[0] for path in paths))
+        sections = self._sorted(headers).values()
+        others = {section.component for section in sections if section.component}
+        family = self._family(headers)
+        backbone = family.backbone if family else BACKBONE
+        has_backbone = any(not section.component for section in sections)
+        return (*((backbone,) if has_backbone else ()), *sorted(others))
 
     def fused(self, module: str, config: ModelConfig) -> Fused | None:
         parent, _, leaf = module.rpartition(".")

@@ -28,7 +28,7 @@ class StableDiffusion(SingleFile):
             Section(f"{ENCODER}transformer.", "text_encoder"),
             Section(f"{ENCODER}model.", "text_encoder", is_open_clip=True),
             Section("first_stage_model.", VAE),
-            Section("model_ema.", AVERAGES),
+            Section("model_ema", AVERAGES),
         )
 
 

@@ -29,7 +29,7 @@ class StableDiffusionXL(SingleFile):
             Section(f"{ENCODERS}1.model.", "text_encoder_2", is_open_clip=True),
             Section(f"{ENCODERS}0.model.", "text_encoder_2", is_open_clip=True),
             Section("first_stage_model.", VAE),
-            Section("model_ema.", AVERAGES),
+            Section("model_ema", AVERAGES),
         )
 
 
