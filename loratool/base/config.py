@@ -11,6 +11,7 @@ from typing import Any, Final
 from loratool.files.json import read_json_object
 from loratool.names.tied import (
     ALWAYS_TIED,
+    COMPOSED,
     FLAG_KEPT,
     GENERATIVE,
     GENERATIVE_TASKS,
@@ -88,6 +89,14 @@ class ModelConfig:
     def is_encoder_decoder(self) -> bool:
         """Whether it is an encoder with a decoder."""
         return bool(self.raw.get("is_encoder_decoder"))
+
+    @property
+    def decoder(self) -> ModelConfig | None:
+        """That of the language model inside a model of an encoder and a decoder of any class."""
+        part = self.raw.get("decoder")
+        if self.model_type not in COMPOSED or not isinstance(part, dict):
+            return None
+        return ModelConfig({**part, "architectures": [GENERATIVE[0]]})
 
     @property
     def is_tied(self) -> bool | None:

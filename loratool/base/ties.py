@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import cached_property
+from typing import Final, Protocol
 
+from loratool.base.config import ModelConfig
+from loratool.base.modules import ModuleIndex
 from loratool.codecs.weights import Weight
 from loratool.errors import BaseModelError
 from loratool.files.inputs import InputFiles
@@ -20,12 +23,48 @@ from loratool.names.tied import (
     TABLES,
 )
 
-if TYPE_CHECKING:
-    from loratool.base.model import Model
-
 __all__ = ["Sharing", "Tie", "find_ties", "have_same_values", "hidden_names", "possible_ties"]
 
 BLOCK_BYTES: Final = 4 << 20
+DECODER: Final = "decoder."
+
+
+class Named(Protocol):
+    """What ties are found by: a model, or one inside of it."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What it says of itself."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Weight]:
+        """Its tensors by name."""
+        ...
+
+    @property
+    def index(self) -> ModuleIndex:
+        """Its modules."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """The model inside another one."""
+
+    config: ModelConfig
+    tensors: Mapping[str, Weight]
+
+    @cached_property
+    def index(self) -> ModuleIndex:
+        return ModuleIndex(self.tensors, self.config.model_types)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].spec.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +104,16 @@ class Tie:
         return self.stored[0]
 
 
-def possible_ties(base: Model, tasks: Collection[str] = ()) -> tuple[Sharing, ...]:
+def possible_ties(base: Named, tasks: Collection[str] = ()) -> tuple[Sharing, ...]:
     """Return what ``base`` shares by its names and its configuration; no values are read.
 
     Args:
         base: The base.
         tasks: The task types of the adapters, which may give it another head.
     """
+    inside = base.config.decoder
+    if inside is not None:
+        return _inside(base, inside, tasks)
     if not base.config or base.config.is_untied:
         return ()
     tables = _tables(base)
@@ -86,7 +128,26 @@ def possible_ties(base: Model, tasks: Collection[str] = ()) -> tuple[Sharing, ..
     return (weight, bias) if bias else (weight,)
 
 
-def hidden_names(base: Model, sharings: Sequence[Sharing]) -> Mapping[str, str]:
+def _inside(base: Named, config: ModelConfig, tasks: Collection[str]) -> tuple[Sharing, ...]:
+    """Return what the decoder inside ``base`` shares, which it does as by itself."""
+    tensors = {
+        name.removeprefix(DECODER): weight
+        for name, weight in base.tensors.items()
+        if name.startswith(DECODER)
+    }
+
+    def outer(name: str | None) -> str | None:
+        return None if name is None else f"{DECODER}{name}"
+
+    return tuple(
+        Sharing(
+            tuple(f"{DECODER}{name}" for name in each.names), outer(each.input), outer(each.head)
+        )
+        for each in possible_ties(_Decoder(config, tensors), tasks)
+    )
+
+
+def hidden_names(base: Named, sharings: Sequence[Sharing]) -> Mapping[str, str]:
     """Return the parameters that ``base`` does not store, and the tensor that has their values."""
     return {
         name: _source(base, sharing)
@@ -96,7 +157,7 @@ def hidden_names(base: Model, sharings: Sequence[Sharing]) -> Mapping[str, str]:
     }
 
 
-def find_ties(base: Model, sharings: Sequence[Sharing]) -> tuple[Tie, ...]:
+def find_ties(base: Named, sharings: Sequence[Sharing]) -> tuple[Tie, ...]:
     """Return what is shared indeed: loaders keep apart what is stored with different values."""
     found = []
     for sharing in sharings:
@@ -116,11 +177,11 @@ def find_ties(base: Model, sharings: Sequence[Sharing]) -> tuple[Tie, ...]:
     return tuple(found)
 
 
-def _source(base: Model, sharing: Sharing) -> str:
+def _source(base: Named, sharing: Sharing) -> str:
     return next(name for name in sharing.names if name in base.tensors)
 
 
-def _tables(base: Model) -> tuple[str, ...]:
+def _tables(base: Named) -> tuple[str, ...]:
     """Return the tables of tokens that are one weight, those that are not stored included."""
     stored = [
         name
@@ -149,7 +210,7 @@ def _tables(base: Model) -> tuple[str, ...]:
     return tuple(tables)
 
 
-def _usual_table(base: Model, kind: str) -> list[str]:
+def _usual_table(base: Named, kind: str) -> list[str]:
     """Return what the table of a model type is called, for a base that does not store it."""
     path = TABLES.get(kind)
     if path is None:
@@ -164,17 +225,17 @@ def _before(name: str, path: str) -> str | None:
     return f"{before}."[1:] if found and not after else None
 
 
-def _holds(base: Model, prefix: str) -> bool:
+def _holds(base: Named, prefix: str) -> bool:
     return any(name.startswith(prefix) for name in base.tensors)
 
 
-def _beside_layers(base: Model) -> tuple[str, ...]:
+def _beside_layers(base: Named) -> tuple[str, ...]:
     """Return the table beside the layers, for a base that stores the head alone."""
     found = dict.fromkeys(n.partition("layers.0.")[0] for n in base.tensors if "layers.0." in n)
     return tuple(f"{prefix}embed_tokens.weight" for prefix in found) if len(found) == 1 else ()
 
 
-def _head(base: Model, tables: Sequence[str], tasks: Collection[str]) -> str | None:
+def _head(base: Named, tables: Sequence[str], tasks: Collection[str]) -> str | None:
     """Return the head that may share the weight of ``tables``, stored or not."""
     name = base.config.head(tasks)
     if name is None:
@@ -204,7 +265,7 @@ def _head_beside(table: str, name: str) -> str:
     return f"{prefix}{name}.weight"
 
 
-def _input(base: Model, names: Sequence[str]) -> str | None:
+def _input(base: Named, names: Sequence[str]) -> str | None:
     kind = base.config.model_type
     if kind not in INPUT_STACKS or not base.config.is_encoder_decoder:
         return names[0]
@@ -212,7 +273,7 @@ def _input(base: Model, names: Sequence[str]) -> str | None:
     return next((name for name in names if inside in f".{name}"), None)
 
 
-def _bias(base: Model, head: str) -> Sharing | None:
+def _bias(base: Named, head: str) -> Sharing | None:
     """Return the bias that a head shares with the module that it is in, if it has such."""
     inner = f"{head.removesuffix('weight')}bias"
     outer = f"{head.removesuffix('decoder.weight')}bias"

@@ -9,6 +9,7 @@ from loratool.adapter.model import HEAD_LEAVES
 __all__ = [
     "ALWAYS_TIED",
     "APART_BIASES",
+    "COMPOSED",
     "EMBEDDING_LEAVES",
     "FLAG_KEPT",
     "GENERATIVE",
@@ -190,13 +191,22 @@ With ``None`` it is none of those that share a weight.
 ALWAYS_TIED: Final = frozenset(("longt5", "mt5", "pop2piano", "t5", "udop", "umt5", "vilt"))
 """Model types whose weights are tied whatever ``tie_word_embeddings`` says."""
 
-FLAG_KEPT: Final = ALWAYS_TIED | {
-    "seamless_m4t",
-    "seamless_m4t_v2",
-    "switch_transformers",
-    "t5gemma2",
-}
+COMPOSED: Final = frozenset(("encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"))
+"""Model types with a decoder of any class inside, which ties as it does by itself."""
+
+FLAG_KEPT: Final = (
+    ALWAYS_TIED
+    | COMPOSED
+    | {
+        "seamless_m4t",
+        "seamless_m4t_v2",
+        "switch_transformers",
+        "t5gemma2",
+    }
+)
 """Model types to which it means more: whether the decoder's outputs are scaled, or other ties.
+
+In those that are composed it means nothing.
 
 Untied in the configuration they would compute something else; their loader keeps two weights apart
 whose stored values differ.

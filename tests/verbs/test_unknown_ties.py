@@ -25,10 +25,10 @@ TABLE = "decoder.bert.embeddings.word_embeddings"
     ("config", "table", "head", "is_noted"),
     [
         (CTRL, "transformer.w", None, True),
-        (BERT2BERT, TABLE, None, True),
-        (BERT2BERT, TABLE, "decoder.cls.predictions.decoder", False),
-        (BERT2BERT | {"tie_word_embeddings": False}, TABLE, None, False),
-        (LLAMA, "model.embed_tokens", None, False),  # a tie that is known
+        (BERT2BERT, TABLE, None, False),  # a tie that is known
+        (CTRL, "transformer.w", "lm_head", False),
+        (CTRL | {"tie_word_embeddings": False}, "transformer.w", None, False),
+        (LLAMA, "model.embed_tokens", None, False),
     ],
 )
 def test_a_note_says_so(
