@@ -81,7 +81,7 @@ def fit(
         return [Fit(name, region, site, is_whole=False) for name, region in found]
     in_fused = None
     own = site.spelled if f"{site.spelled}.weight" in base.tensors else site.module
-    place = base.own_place(own, adapter.family)
+    place = base.own_place(own, base.family or adapter.family)
     if place is None:
         in_fused = locate_in_fused(site, base)
     if in_fused is not None:

@@ -36,7 +36,9 @@ from loratool.names.pipelines import BACKBONES, COMPONENTS
 __all__ = ["Model", "Quantization", "open_model"]
 
 WEIGHT_LEAVES: Final = ("weight", "in_proj_weight", "scale")
-"""What the parameter of a module is called that libraries call its weight: of norms a scale."""
+"""What the parameter of a module is called that libraries call its weight."""
+NORM: Final = "norm"
+"""How modules are called whose scale that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +195,8 @@ class Model:
 
     @cached_property
     def _headers(self) -> Headers:
-        suffixes = tuple(f".{leaf}" for leaf in WEIGHT_LEAVES)
-        modules = {n.rpartition(".")[0]: None for n in self.tensors if n.endswith(suffixes)}
+        split = (name.rpartition(".") for name in self.tensors)
+        modules = {module: None for module, _, leaf in split if _is_weight(module, leaf)}
         owners = {owner: None for n in self.tensors if (owner := n.rpartition(".")[0])}
         others = tuple(owner for owner in owners if owner not in modules)
         components = tuple(c for c in self.checkpoints if c)
@@ -226,7 +228,7 @@ class Model:
         for leaf in reversed(WEIGHT_LEAVES):
             for name in self.tensors:
                 module, _, last = name.rpartition(".")
-                if last == leaf and module:
+                if last == leaf and _is_weight(module, leaf):
                     found[self._spelled.get(module, module)] = name
         found |= {path: name for name, path in self._parameters.items()}
         return found
@@ -405,7 +407,8 @@ class Model:
         Raises:
             BaseModelError: Several modules could be meant.
         """
-        paths = dict.fromkeys(self._spellings(module, self.family or family))
+        families = dict.fromkeys((self.family or family, family))
+        paths = dict.fromkeys(path for one in families for path in self._spellings(module, one))
         found = next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
         return found or self._hidden_name(module, leaf)
 
@@ -425,13 +428,18 @@ class Model:
 
         Args:
             module: Its path in the live model, in the files, or in another library.
-            family: The family of diffusion models that the path is of, where the model does not
-                tell it.
+            family: The family of diffusion models that the path is of, where that is known; what
+                the model itself tells comes first.
 
         Raises:
             BaseModelError: Several modules could be meant.
         """
-        family = self.family or family
+        found = self._find(module, self.family or family)
+        if found is None and self.family not in (None, family):
+            found = self._find(module, family)
+        return found
+
+    def _find(self, module: str, family: str | None) -> Place | None:
         return (
             self.own_place(module, family)
             or expert_place(module, self)
@@ -472,7 +480,7 @@ class Model:
         Raises:
             BaseModelError: Several modules could be meant.
         """
-        name = self._name_of(module, self.family or family)
+        name = self._name_of(module, family)
         if name is None:
             return None
         path = self.path_of(name)
@@ -510,7 +518,7 @@ class Model:
     def _exact(self, module: str, family: str | None) -> str | None:
         """Return the weight of a module that has one of the names that this one may have."""
         for leaf in WEIGHT_LEAVES:
-            if f"{module}.{leaf}" in self.tensors:
+            if f"{module}.{leaf}" in self.tensors and _is_weight(module, leaf):
                 return f"{module}.{leaf}"
         paths = self._spellings(module, family)
         found = next((self.modules[path] for path in paths if path in self.modules), None)
@@ -545,7 +553,7 @@ class Model:
             found = self._spelled_index.find(module, parameter="weight")
             if found is not None:
                 return self.modules[found]
-        names = (self.tensor(module, leaf) for leaf in WEIGHT_LEAVES)
+        names = (self.tensor(module, leaf) for leaf in WEIGHT_LEAVES if _is_weight(module, leaf))
         return next((name for name in names if name is not None), None)
 
     def _hidden_place(self, module: str) -> Place | None:
@@ -559,6 +567,11 @@ class Model:
         shape = natural_shape(stored.spec.shape, transposed=region.transposed)
         piece = Piece(name, stored, region)
         return Place(owner, shape, stored.spec.dtype, (piece,), tie=self._tie_of(name))
+
+
+def _is_weight(module: str, leaf: str) -> bool:
+    """Whether a parameter is what libraries call the weight of its module."""
+    return bool(module) and leaf in WEIGHT_LEAVES and (leaf != "scale" or module.endswith(NORM))
 
 
 def open_model(path: Path) -> Model:

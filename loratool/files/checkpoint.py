@@ -16,9 +16,10 @@ from loratool.files.containers import is_weights, model_suffixes, open_weights
 from loratool.files.json import read_json_object
 from loratool.files.spec import StoredTensor
 
-__all__ = ["Checkpoint", "is_weight_like", "open_checkpoint"]
+__all__ = ["Checkpoint", "is_index", "is_weight_like", "open_checkpoint"]
 
-INDEX_SUFFIX: Final = ".index.json"
+INDEX: Final = re.compile(r".*\.index(\.[a-z0-9]+)?\.json", re.DOTALL)
+"""Names of indices: those of a variant have its name in theirs (``….index.fp16.json``)."""
 PREFERRED: Final = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
@@ -82,16 +83,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file() and not path.is_dir():
         raise BaseModelError(path, "neither a file nor a folder")
     if path.is_file():
-        if path.name.endswith(INDEX_SUFFIX):
+        if is_index(path.name):
             return _open_indexed(path.parent, path)
         shards = (open_weights(path),)
         return Checkpoint(path, shards, None, _other(shards))
     for suffix in model_suffixes():
         indexes = sorted(
             index
-            for index in path.glob(f"*{suffix}{INDEX_SUFFIX}")
-            if not index.name.startswith(IGNORED_STEMS)
+            for index in path.glob(f"*{suffix}.index*.json")
+            if is_index(index.name) and not index.name.startswith(IGNORED_STEMS)
         )
+        plain = [index for index in indexes if index.name.endswith(f"{suffix}.index.json")]
+        indexes = plain or indexes
         if len(indexes) > 1:
             raise BaseModelError(path, f"several indexes: {', '.join(i.name for i in indexes)}")
         if indexes:
@@ -106,13 +109,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def is_index(name: str) -> bool:
+    """Whether a file is called as the index of a checkpoint in shards."""
+    return INDEX.fullmatch(name) is not None
+
+
 def is_weight_like(path: Path) -> bool:
     """Whether a file in a model folder holds weights in any format, or points to such."""
     name = path.name
     return (
         is_weights(path)
         or path.suffix.lower() in FOREIGN_SUFFIXES
-        or name.endswith(INDEX_SUFFIX)
+        or is_index(name)
         or name.startswith("consolidated.")
     )
 

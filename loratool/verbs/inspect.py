@@ -14,7 +14,7 @@ from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import looks_like_adapter
 from loratool.errors import AdapterError, BaseModelError, OptionError
-from loratool.files.checkpoint import open_checkpoint
+from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
 from loratool.schemes import claimed, sidecar_names, weights_names
 from loratool.schemes.detection import forms
@@ -231,9 +231,7 @@ def inspect(
 
 def _is_adapter(path: Path) -> bool:
     if path.is_file():
-        return path.name in sidecar_names() or (
-            not path.name.endswith(".index.json") and _holds_factors(path)
-        )
+        return path.name in sidecar_names() or (not is_index(path.name) and _holds_factors(path))
     if any((path / name).exists() for name in (*sidecar_names(), *weights_names())):
         return True
     if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None:

@@ -126,6 +126,8 @@ def test_a_projection_that_the_file_has_turned(leaf: str, rows: int, tmp_path: P
     tensors = {f"{name}.{leaf}": value}
     if leaf == "weight":
         tensors |= lora(other, 4, 4)
+    if leaf == "set_weight":
+        tensors |= lora("diffusion_model.input_blocks.4.1.proj_in", 4, 4)
     save_file(tensors, tmp_path / "lora.safetensors")
     loratool.merge(
         tmp_path / "base.safetensors", [tmp_path / "lora.safetensors"], tmp_path / "o.safetensors"

@@ -12,6 +12,7 @@ from loratool.adapter.findings import Finding, finding
 from loratool.base.config import CONFIG_NAME
 from loratool.base.model import Model
 from loratool.errors import FileFormatError
+from loratool.files.checkpoint import is_index
 from loratool.files.json import parse_json
 from loratool.plan.model import ModelPlan
 from loratool.plan.sidecar import Sidecar
@@ -20,7 +21,6 @@ __all__ = ["check_files"]
 
 BLOCK: Final = 1 << 20
 LARGEST_SHOWN: Final = 60
-INDEX: Final = ".index.json"
 OF_A_SAVE: Final = frozenset(
     (
         "transformers_version",
@@ -44,14 +44,14 @@ def check_files(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
 def _check_sidecar(sidecar: Sidecar, path: Path, shards: int) -> Iterator[Finding]:
     name = sidecar.name
     if not path.is_file():
-        is_needed = name == CONFIG_NAME or (name.endswith(INDEX) and shards > 1)
-        if is_needed or not name.endswith(INDEX):
+        is_needed = name == CONFIG_NAME or (is_index(name) and shards > 1)
+        if is_needed or not is_index(name):
             code = "LT107" if name == CONFIG_NAME else "LT108" if is_needed else "LT111"
             yield finding(code, name, "is missing")
         return
     if _is_same(sidecar, path):
         return
-    code = "LT107" if name == CONFIG_NAME else "LT108" if name.endswith(INDEX) else "LT110"
+    code = "LT107" if name == CONFIG_NAME else "LT108" if is_index(name) else "LT110"
     wanted = _content(sidecar)
     try:
         if not name.endswith(".json"):
@@ -68,7 +68,7 @@ def _check_sidecar(sidecar: Sidecar, path: Path, shards: int) -> Iterator[Findin
         if not _are_equal(expected, found):
             yield finding(code, name, "differs from what the merge carries over")
         return
-    if name.endswith(INDEX):  # which tensor lies where is another's business, and may differ
+    if is_index(name):  # which tensor lies where is another's business, and may differ
         expected, found = (
             {key: value for key, value in each.items() if key != "weight_map"}
             for each in (expected, found)

@@ -30,7 +30,10 @@ def place_of_saved(extra: Extra, base: Model) -> Place | None:
     """
     module, _, leaf = extra.name.rpartition(".")
     place = base.find(module if leaf in ("weight", BIAS) else extra.name) if module else None
-    return place if place is not None and place.pieces[0].name in base.tensors else None
+    if place is None or place.pieces[0].name not in base.tensors:
+        return None
+    names = (_parameter(piece.name, is_bias=leaf == BIAS) for piece in place.pieces)
+    return place if all(map(base.holds, names)) else None
 
 
 def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
@@ -43,7 +46,7 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
         base: The base.
 
     Raises:
-        BaseModelError: It has another shape, or the base has no bias there.
+        BaseModelError: It has another shape.
         UnsupportedError: The base has its values in another order.
     """
     is_bias = extra.name.endswith(f".{BIAS}")
@@ -67,9 +70,7 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
             hint="is this the base that the adapter was trained on?",
         )
     for piece in place.pieces:
-        name = piece.name.removesuffix("weight") + BIAS if is_bias else piece.name
-        if not base.holds(name):
-            raise BaseModelError(share.where(extra.key), f"the base has no {name!r} to replace")
+        name = _parameter(piece.name, is_bias=is_bias)
         region = piece.region
         count = region.rows * (region.experts if region.expert is None else 1)
         view = _rows(extra.tensor, place.start(piece), count)
@@ -81,6 +82,10 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
             view,
             base,
         )
+
+
+def _parameter(weight: str, *, is_bias: bool) -> str:
+    return weight.removesuffix("weight") + BIAS if is_bias else weight
 
 
 def _height(name: str, width: int, base: Model) -> int:
