@@ -263,14 +263,11 @@ def test_a_file_and_a_folder_are_compared(
     # A file may have T5's table under both of its names, a folder has one; the rest is alike.
     alone = ("first_stage_model.decoder.conv_in.weight", "encoder.embed_tokens.weight")
     left = {item.name: item.why for item in report.leftovers if not item.name.endswith(alone)}
-    # Whose halves are exchanged is compared, and has no factors that both have.
-    assert set(left.values()) <= {"the base has its rows in another order"}, left
-    assert bool(left) == (name in ("flux", "sd3"))
+    assert left == {}
     loratool.merge(base, [tmp_path / "lora.safetensors"], tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     for key, value in as_in_file(name, tuned).items():
-        if "final_layer.adaLN" not in key and "23.context_block.adaLN" not in key:
-            assert torch.allclose(back[key], value, atol=2e-3), key
+        assert torch.allclose(back[key], value, atol=2e-3), key
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Final
 
 from loratool.adapter.keys import transposed
 from loratool.adapter.model import FUSED_PARAMETERS, Kind
 from loratool.adapter.selectors import PartlyMeantError, Selector, selector
+from loratool.base.joined import is_joined, joined
 from loratool.base.model import Model
-from loratool.base.place import Place
+from loratool.base.place import Piece, Place
 from loratool.codecs.weights import Weight, is_alias
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
@@ -256,8 +256,6 @@ class Match:
         path: The module that libraries have for it.
         base: The base's weight.
         tuned: The finetuned one.
-        rows: Which outputs of the module they are, where the two models have these in another
-            order, and so in pieces.
         leaf: Which of its parameters it is, where the finetuned tensor's name does not tell.
     """
 
@@ -265,7 +263,6 @@ class Match:
     path: str
     base: Weight
     tuned: Weight
-    rows: tuple[int, int] | None = None
     leaf: str = ""
 
 
@@ -327,7 +324,7 @@ def _experts(place: Place, stored: Weight, base: Model) -> list[Match] | str:
 def _in_parts(
     paths: Sequence[str], tuned: Model, base: Model, *, is_bias: bool
 ) -> list[Match] | str:
-    """Return projections one by one, or their biases; in pieces where their rows are mixed."""
+    """Return projections one by one, or their biases."""
     found: list[Match] = []
     for path in paths:
         mine, other = (model.find(path, family=tuned.family) for model in (tuned, base))
@@ -339,16 +336,24 @@ def _in_parts(
                 return "the base has it the other way round"
             found.append(turned)
             continue
-        firsts = {piece.first for place in (mine, other) for piece in place.pieces}
-        bounds = [*sorted(firsts), mine.shape[0]]
-        for first, last in pairwise(bounds):
-            own = _rows(other, first, last - first, base, is_bias=is_bias)
-            view = _rows(mine, first, last - first, tuned, is_bias=is_bias)
-            if own is None or view is None:
-                return "the base has it in another order" if not is_bias else "the base has no bias"
-            rows = (first, last) if len(bounds) > 2 else None
-            found.append(Match(own[0], path, own[1], view[1], rows))
+        own = _whole(other, base, is_bias=is_bias)
+        view = _whole(mine, tuned, is_bias=is_bias)
+        if own is None or view is None:
+            return "the base has no bias" if is_bias else "the base has it in another order"
+        found.append(Match(own[0], path, own[1], view[1]))
     return found
+
+
+def _whole(place: Place, model: Model, *, is_bias: bool) -> tuple[str, Weight] | None:
+    """Return the first tensor that holds a module's weight, or its bias, and the whole of it."""
+    rows = [_rows(place, piece, model, is_bias=is_bias) for piece in place.pieces]
+    parts = [each for each in rows if each is not None]
+    if len(parts) < len(rows) or len(parts) == 1:
+        return parts[0] if parts and len(parts) == len(rows) else None
+    stored = [weight for _, weight in parts if isinstance(weight, StoredTensor)]
+    shape = place.shape[:1] if is_bias else place.shape
+    one = joined(parts[0][0], shape, stored) if len(stored) == len(parts) else None
+    return (parts[0][0], one) if one is not None else None
 
 
 def _turned(path: str, mine: Place, other: Place) -> Match | None:
@@ -360,25 +365,18 @@ def _turned(path: str, mine: Place, other: Place) -> Match | None:
     return Match(other.pieces[0].name, path, transposed(weight), mine.pieces[0].tensor)
 
 
-def _rows(
-    place: Place, first: int, count: int, model: Model, *, is_bias: bool
-) -> tuple[str, Weight] | None:
-    """Return the tensor that holds some outputs of a module, or of its bias, and these."""
-    piece = next(each for each in reversed(place.pieces) if each.first <= first)
-    region, start = piece.region, first - piece.first
+def _rows(place: Place, piece: Piece, model: Model, *, is_bias: bool) -> tuple[str, Weight] | None:
+    """Return the tensor that holds a piece of a module, or of its bias, and just that."""
+    region = piece.region
     if is_bias:
         name = piece.name.removesuffix("weight") + BIAS
         bias = model.tensors.get(name)
         if not isinstance(bias, StoredTensor) or bias.strides or region.exchanged:
             return None
-        start += region.first_column if region.transposed else region.first_row
+        start = region.first_column if region.transposed else region.first_row
         size = DTYPES[bias.spec.dtype].bits // 8
-        spec = replace(bias.spec, shape=(count,))
+        spec = replace(bias.spec, shape=(piece.outputs,))
         return name, replace(bias, spec=spec, offset=bias.offset + start * size)
-    if (start, count) != (0, piece.outputs):
-        if region.exchanged or count > piece.outputs - start:
-            return None
-        piece = replace(piece, region=region.outputs(start, count))
     weight = piece.tensor if piece.is_whole else piece.view
     shape = weight.spec.shape if weight is not None else ()
     if isinstance(weight, StoredTensor) and len(shape) == 3 and len(place.shape) == 2:
@@ -402,13 +400,9 @@ def _sort(
     is_weight = view.modules.get(view.path_of(name)) == name
     leaf = match.leaf or ("weight" if is_weight else name.rpartition(".")[2])
 
-    def leave(why: str, *, can_be_carried: bool = True) -> None:
+    def leave(why: str, *, can_be_carried: bool = not is_joined(tuned)) -> None:
         found.leftovers.append(Leftover(name, why, base, tuned, can_be_carried, called))
 
-    if match.rows is not None:
-        name = f"{name}[{match.rows[0]}:{match.rows[1]}]"
-        leave("the base has its rows in another order", can_be_carried=False)
-        return
     if selection.saves(module):
         found.saved.append(Leftover(name, "saved whole as asked", base, tuned, called=called))
         return
