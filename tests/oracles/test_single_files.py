@@ -367,3 +367,24 @@ def test_one_component_of_several_changed(
     back = load_file(tmp_path / "back.safetensors")
     for key, value in tuned.items():
         assert torch.allclose(back[key], value, atol=2e-3), key
+
+
+@pytest.mark.parametrize("name", ["sdxl"], indirect=True)
+def test_biases_in_one_are_told_one_by_one(name: str, base: Path, tmp_path: Path) -> None:
+    tuned = load_file(base)
+    key = "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_bias"
+    other = "conditioner.embedders.1.model.transformer.resblocks.1.mlp.c_fc.weight"
+    tuned[key][12:24] += 1  # of the keys
+    tuned[other] += 1
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    report = loratool.extract(base, tmp_path / "tuned.safetensors", tmp_path / "lora", rank=2)
+    left = {item.name: item.squared_change for item in report.leftovers}
+    path = "text_encoder_2.text_model.encoder.layers.1.self_attn.k_proj.bias"
+    assert left == {path: pytest.approx(12.0)}
+    loratool.extract(
+        base, tmp_path / "tuned.safetensors", tmp_path / "all", rank=2, residual="carry"
+    )
+    loratool.merge(base, [tmp_path / "all"], tmp_path / "back.safetensors")
+    for name_, value in tuned.items():
+        found = load_file(tmp_path / "back.safetensors")[name_]
+        assert torch.allclose(found, value, atol=1e-5), name_

@@ -340,7 +340,8 @@ def _in_parts(
         view = _whole(mine, tuned, is_bias=is_bias)
         if own is None or view is None:
             return "the base has no bias" if is_bias else "the base has it in another order"
-        found.append(Match(own[0], path, own[1], view[1]))
+        leaf = BIAS if is_bias else "weight"
+        found.append(Match(own[0], tuned.live.path(path), own[1], view[1], leaf))
     return found
 
 
@@ -395,10 +396,10 @@ def _sort(
 ) -> None:
     base, tuned, module = match.base, match.tuned, match.path
     called = view.library_name(name)
-    if not match.leaf and match.path != called.rpartition(".")[0]:  # a part of it
-        called = f"{match.path}.{called.rpartition('.')[2]}"
-    is_weight = view.modules.get(view.path_of(name)) == name
-    leaf = match.leaf or ("weight" if is_weight else name.rpartition(".")[2])
+    own, _, leaf = called.rpartition(".")
+    leaf = match.leaf or leaf
+    if match.path != own:  # a part of it
+        name = called = f"{match.path}.{leaf}"
 
     def leave(why: str, *, can_be_carried: bool = not is_joined(tuned)) -> None:
         found.leftovers.append(Leftover(name, why, base, tuned, can_be_carried, called))
