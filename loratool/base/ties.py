@@ -238,7 +238,7 @@ def _beside_layers(base: Named) -> tuple[str, ...]:
 def _head(base: Named, tables: Sequence[str], tasks: Collection[str]) -> str | None:
     """Return the head that may share the weight of ``tables``, stored or not."""
     name = base.config.head(tasks)
-    if name is None:
+    if name is None or not (tables or base.config.is_tied):
         return None
     try:
         owner = base.index.find(name, parameter="weight")
