@@ -12,7 +12,7 @@ from loratool.adapter.slots import Slot
 from loratool.base.experts import locate_in_fused, locate_parameter
 from loratool.base.model import Model
 from loratool.base.orientation import mismatch, region_for
-from loratool.base.place import Place
+from loratool.base.place import Place, bias_beside
 from loratool.base.region import Region
 from loratool.errors import MissingModuleError, UnsupportedError
 
@@ -50,8 +50,7 @@ class Fit:
         region = self.region
         first = region.first_column if region.transposed else region.first_row
         count = region.columns if region.transposed else region.rows
-        name = self.name.removesuffix("weight") + "bias"
-        return name, Region(count, 1, first_row=first)
+        return bias_beside(self.name), Region(count, 1, first_row=first)
 
 
 def fit(

@@ -10,7 +10,7 @@ from loratool.base.config import ModelConfig
 __all__ = ["Fused", "Headers", "Layout"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Headers:
     """What a layout is recognised by: no tensor data is read.
 

@@ -271,7 +271,7 @@ class Model:
         module = name.rpartition(".")[0]
         return self._parameters.get(name) or self._spelled.get(module, module)
 
-    def library_name(self, name: str) -> str:
+    def name_in_libraries(self, name: str) -> str:
         """Return what libraries call the parameter that the tensor called ``name`` is."""
         path, leaf = self.path_of(name), name.rpartition(".")[2]
         if not path:

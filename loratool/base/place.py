@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loratool.base.region import Region
 from loratool.base.ties import Tie
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
-from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 
-__all__ = ["Piece", "Place"]
+__all__ = ["Piece", "Place", "bias_beside"]
+
+
+def bias_beside(weight: str) -> str:
+    """Return what the bias beside a weight is called, in the layer that has both."""
+    return weight.removesuffix("weight") + "bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,11 @@ class Piece:
         return self.region.columns if self.region.transposed else self.region.rows
 
     @property
+    def bias(self) -> str:
+        """What the bias beside that tensor is called, if there is one."""
+        return bias_beside(self.name)
+
+    @property
     def is_whole(self) -> bool:
         """Whether it is all of its tensor, and no stack."""
         region, elements = self.region, self.tensor.spec.elements
@@ -52,14 +61,9 @@ class Piece:
             return None
         if self.is_whole:
             return tensor
-        if tensor.strides is not None or region.experts > 1:
+        if region.experts > 1:
             return None
-        size = DTYPES[tensor.spec.dtype].bits // 8
-        return replace(
-            tensor,
-            spec=replace(tensor.spec, shape=(region.rows, region.columns)),
-            offset=tensor.offset + region.first_row * region.width * size,
-        )
+        return tensor.rows(region.first_row, region.rows, region.width)
 
 
 @dataclass(frozen=True, slots=True)

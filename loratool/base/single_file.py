@@ -7,7 +7,8 @@ other. Each stands behind a prefix, with the names of the code that it was publi
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from loratool.base.config import ModelConfig
@@ -62,7 +63,7 @@ class SingleFile(Layout):
         raise NotImplementedError
 
     def paths(self, headers: Headers) -> Mapping[str, str]:
-        sections, family = self._sorted(headers), self._family(headers)
+        sections, family = _sorted(self, headers), _family(self, headers)
         found = {}
         for module, section in sections.items():
             local = module.removeprefix(section.prefix)
@@ -73,28 +74,8 @@ class SingleFile(Layout):
         return found
 
     def family(self, headers: Headers) -> str | None:
-        found = self._family(headers)
+        found = _family(self, headers)
         return found.name if found is not None else None
-
-    def _sorted(self, headers: Headers) -> dict[str, Section]:
-        """Return the section of each module; that of the backbone's has no component."""
-        sections = (*self.sections(headers), Section(backbone_prefix(headers.modules)))
-        found = {}
-        for module in (*headers.modules, *headers.owners):
-            mine = next((each for each in sections if module.startswith(each.prefix)), None)
-            if mine is not None:
-                found[module] = mine
-        return found
-
-    def _family(self, headers: Headers) -> Family | None:
-        """Return the family of the backbone."""
-        sections = self._sorted(replace(headers, owners=()))
-        encoders = {section.component for section in sections.values()} & set(ENCODERS)
-        backbone = [m.removeprefix(s.prefix) for m, s in sections.items() if not s.component]
-        families = plausible_families(backbone, encoders)
-        fitting = [family for family in families if family.name in self.usual]
-        fitting = fitting or [f for f in families if set(f.encoders) == encoders]
-        return next(iter(fitting or families), None)
 
     def parameters(self, headers: Headers) -> Mapping[str, str]:
         return {
@@ -109,9 +90,9 @@ class SingleFile(Layout):
         return component in ENCODERS and local == TEXT_PROJECTION
 
     def components(self, headers: Headers) -> tuple[str, ...]:
-        sections = self._sorted(headers).values()
+        sections = _sorted(self, headers).values()
         others = {section.component for section in sections if section.component}
-        family = self._family(headers)
+        family = _family(self, headers)
         backbone = family.backbone if family else BACKBONE
         has_backbone = any(not section.component for section in sections)
         return (*((backbone,) if has_backbone else ()), *sorted(others))
@@ -127,3 +108,28 @@ class SingleFile(Layout):
 def backbone_prefix(modules: Collection[str]) -> str:
     """Return what stands before the names of the backbone."""
     return next(p for p in BACKBONES if not p or any(m.startswith(p) for m in modules))
+
+
+@lru_cache(maxsize=2)
+def _sorted(layout: SingleFile, headers: Headers) -> Mapping[str, Section]:
+    """Return the section of each module; that of the backbone's has no component."""
+    sections = (*layout.sections(headers), Section(backbone_prefix(headers.modules)))
+    found = {}
+    for module in (*headers.modules, *headers.owners):
+        mine = next((each for each in sections if module.startswith(each.prefix)), None)
+        if mine is not None:
+            found[module] = mine
+    return found
+
+
+@lru_cache(maxsize=2)
+def _family(layout: SingleFile, headers: Headers) -> Family | None:
+    """Return the family of the backbone."""
+    sections = {module: _sorted(layout, headers).get(module) for module in headers.modules}
+    known = {module: section for module, section in sections.items() if section is not None}
+    encoders = {section.component for section in known.values()} & set(ENCODERS)
+    backbone = [m.removeprefix(s.prefix) for m, s in known.items() if not s.component]
+    families = plausible_families(backbone, encoders)
+    fitting = [family for family in families if family.name in layout.usual]
+    fitting = fitting or [f for f in families if set(f.encoders) == encoders]
+    return next(iter(fitting or families), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -62,6 +62,27 @@ class StoredTensor:
             (size - 1) * stride for size, stride in zip(self.spec.shape, self.strides, strict=True)
         )
         return (last + 1) * DTYPES[self.spec.dtype].bits // 8
+
+    def rows(self, first: int, count: int, width: int) -> StoredTensor | None:
+        """Return some of its rows, which lie where they are.
+
+        Args:
+            first: The first of them.
+            count: How many.
+            width: Columns of the matrix that it is seen as; 1 for a vector, which stays one.
+
+        Returns:
+            ``(count, width)``, or ``(count,)``; ``None`` where it does not lie in such rows.
+        """
+        shape, strides = self.spec.shape, self.strides
+        if strides is not None and (len(shape) > 2 or width != (*shape, 1)[1]):
+            return None
+        row = width if strides is None else strides[0]
+        return replace(
+            self,
+            spec=replace(self.spec, shape=(count, width) if len(shape) > 1 else (count,)),
+            offset=self.offset + first * row * DTYPES[self.spec.dtype].bits // 8,
+        )
 
 
 class TensorSource(Protocol):

@@ -145,7 +145,7 @@ def _bias(part: Part, place: Place | None, base: Model | None, dtype: str) -> Ex
     if site is None or place is None or base is None or not variant.changes_bias(site):
         return None
     (piece,) = place.pieces
-    stored = base.tensors.get(piece.name.removesuffix("weight") + "bias")
+    stored = base.tensors.get(piece.bias)
     if not isinstance(stored, StoredTensor):
         return None
     region = piece.region

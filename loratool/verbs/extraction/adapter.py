@@ -95,11 +95,11 @@ class Difference:
         tie = self.tuned.tie
         if self.base.tie is None or tie is None or tie.source == tie.head:
             return None
-        return None if self.tuned.config.is_encoder_decoder else self._in_library(tie)
+        return None if self.tuned.config.is_encoder_decoder else self._in_libraries(tie)
 
-    def _in_library(self, tie: Tie) -> Tie:
+    def _in_libraries(self, tie: Tie) -> Tie:
         """Return a tie under the names that libraries have, as the modules are."""
-        called = self.tuned.library_name
+        called = self.tuned.name_in_libraries
         return Tie(
             tuple(map(called, tie.names)),
             tuple(map(called, tie.stored)),
@@ -177,7 +177,7 @@ class Difference:
             tensors[tie.names[-1]] = tensors[tie.source]
         for module in saved:
             for name, stored in self.tuned.tensors.items():
-                called = self.tuned.library_name(name)
+                called = self.tuned.name_in_libraries(name)
                 if called.rpartition(".")[0] == module:
                     tensors.setdefault(called, stored)
         for name, stored in tensors.items():
@@ -222,7 +222,7 @@ class Difference:
         Libraries rename what comes before the layers from version to version; endings last.
         """
         wanted = {part.pattern_path for part in parts if part.parameter is None and part.is_target}
-        names = map(self.tuned.library_name, self.tuned.tensors)
+        names = map(self.tuned.name_in_libraries, self.tuned.tensors)
         paths = (name.split(".")[:-1] for name in names)
         others = {
             ".".join(pieces[:count]) for pieces in paths for count in range(1, len(pieces) + 1)

@@ -225,7 +225,7 @@ def pair(base: Model, tuned: Model, selection: Selection) -> Pairing:
             continue
         matches = _matches(name, stored, tuned, base)
         if isinstance(matches, str):
-            called = tuned.library_name(name)
+            called = tuned.name_in_libraries(name)
             found.leftovers.append(Leftover(name, matches, None, stored, called=called))
             continue
         for match in matches:
@@ -311,12 +311,11 @@ def _experts(place: Place, stored: Weight, base: Model) -> list[Match] | str:
     for piece in place.pieces:
         region, weight = piece.region, piece.tensor
         is_plain = region.expert is not None and not region.transposed and not region.exchanged
-        if not is_plain or not isinstance(stored, StoredTensor) or stored.strides is not None:
+        view = None
+        if is_plain and isinstance(stored, StoredTensor):
+            view = stored.rows(place.start(piece), region.rows, region.columns)
+        if view is None:
             return "the base has its experts in another order"
-        size = DTYPES[stored.spec.dtype].bits // 8
-        offset = stored.offset + place.start(piece) * region.columns * size
-        spec = replace(stored.spec, shape=(region.rows, region.columns))
-        view = replace(stored, spec=spec, offset=offset)
         found.append(Match(piece.name, base.path_of(piece.name), weight, view, leaf="weight"))
     return found
 
@@ -370,14 +369,12 @@ def _rows(place: Place, piece: Piece, model: Model, *, is_bias: bool) -> tuple[s
     """Return the tensor that holds a piece of a module, or of its bias, and just that."""
     region = piece.region
     if is_bias:
-        name = piece.name.removesuffix("weight") + BIAS
-        bias = model.tensors.get(name)
-        if not isinstance(bias, StoredTensor) or bias.strides or region.exchanged:
+        bias = model.tensors.get(piece.bias)
+        if not isinstance(bias, StoredTensor) or region.exchanged:
             return None
         start = region.first_column if region.transposed else region.first_row
-        size = DTYPES[bias.spec.dtype].bits // 8
-        spec = replace(bias.spec, shape=(piece.outputs,))
-        return name, replace(bias, spec=spec, offset=bias.offset + start * size)
+        view = bias.rows(start, piece.outputs, 1)
+        return (piece.bias, view) if view is not None else None
     weight = piece.tensor if piece.is_whole else piece.view
     shape = weight.spec.shape if weight is not None else ()
     if isinstance(weight, StoredTensor) and len(shape) == 3 and len(place.shape) == 2:
@@ -395,7 +392,7 @@ def _sort(
     found: Pairing,
 ) -> None:
     base, tuned, module = match.base, match.tuned, match.path
-    called = view.library_name(name)
+    called = view.name_in_libraries(name)
     own, _, leaf = called.rpartition(".")
     leaf = match.leaf or leaf
     if match.path != own:  # a part of it

@@ -95,8 +95,8 @@ def _without_biases(share: Share, key: str, base: Model) -> str:
         ]
         place = base.find(site.module, family=share.adapter.family) if own else None
         if place is not None:
-            weights = (piece.name.removesuffix("weight") for piece in place.pieces)
-            keys |= {each for each in own if not all(base.holds(f"{w}bias") for w in weights)}
+            has_place = all(base.holds(piece.bias) for piece in place.pieces)
+            keys |= set() if has_place else set(own)
     pattern = pattern_for(sorted(keys), share.adapter.tensors)
     return f"leave {'it' if len(keys) == 1 else 'them'} out with {option('--skip', pattern)}"
 
@@ -148,7 +148,7 @@ def _named(
         if place is not None and leaf == "weight":
             return place.pieces[0].name
         if place is not None and leaf == "bias":
-            beside = place.pieces[0].name.removesuffix("weight") + "bias"
+            beside = place.pieces[0].bias
             return beside if beside in base.tensors else None
         found = base.parameter(site.module, leaf, family=family)
         if found is not None:

@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Final
 
 from loratool.adapter.keys import transposed
-from loratool.adapter.leaving import option
+from loratool.adapter.leaving import option, pattern_for
 from loratool.adapter.model import Extra
 from loratool.base.model import Model
 from loratool.base.place import Place
 from loratool.errors import BaseModelError, UnsupportedError
-from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.plan.model import Blend, SetRows
 from loratool.verbs.merging.context import Share
@@ -32,8 +31,8 @@ def place_of_saved(extra: Extra, base: Model) -> Place | None:
     place = base.find(module if leaf in ("weight", BIAS) else extra.name) if module else None
     if place is None or place.pieces[0].name not in base.tensors:
         return None
-    names = (_parameter(piece.name, is_bias=leaf == BIAS) for piece in place.pieces)
-    return place if all(map(base.holds, names)) else None
+    has_all = leaf != BIAS or all(base.holds(piece.bias) for piece in place.pieces)
+    return place if has_all else None
 
 
 def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
@@ -57,12 +56,7 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
         _put(share, place.pieces[0].name, None, transposed(extra.tensor), base)
         return
     if any(piece.region.exchanged or piece.region.transposed for piece in place.pieces):
-        raise UnsupportedError(
-            share.where(extra.key),
-            f"is saved whole, and {place.pieces[0].name!r} of the base has its values in another "
-            "order",
-            hint=f"leave it out with {option('--skip', f'^{extra.key}$')}",
-        )
+        raise _uncut(share, extra, place)
     if found != wanted:
         raise BaseModelError(
             share.where(extra.name),
@@ -70,10 +64,12 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
             hint="is this the base that the adapter was trained on?",
         )
     for piece in place.pieces:
-        name = _parameter(piece.name, is_bias=is_bias)
+        name = piece.bias if is_bias else piece.name
         region = piece.region
         count = region.rows * (region.experts if region.expert is None else 1)
-        view = _rows(extra.tensor, place.start(piece), count)
+        view = extra.tensor.rows(place.start(piece), count, 1 if is_bias else region.width)
+        if view is None:
+            raise _uncut(share, extra, place)
         rows = range(region.first_row, region.first_row + count)
         _put(
             share,
@@ -84,27 +80,19 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
         )
 
 
-def _parameter(weight: str, *, is_bias: bool) -> str:
-    return weight.removesuffix("weight") + BIAS if is_bias else weight
+def _uncut(share: Share, extra: Extra, place: Place) -> UnsupportedError:
+    pattern = pattern_for([extra.key], share.adapter.tensors)
+    return UnsupportedError(
+        share.where(extra.key),
+        f"is saved whole, and {place.pieces[0].name!r} of the base has its values in another order",
+        hint=f"leave it out with {option('--skip', pattern)}",
+    )
 
 
 def _height(name: str, width: int, base: Model) -> int:
     """Return how many rows a tensor of the base has, seen as a matrix of ``width`` columns."""
     elements = base.weight(name).spec.elements
     return elements if len(base.shape(name)) == 1 else elements // width
-
-
-def _rows(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
-    """Return some rows of a tensor, seen as a matrix, which lie where they are."""
-    spec = tensor.spec
-    if tensor.strides is not None:
-        return tensor
-    width = spec.shape[-1] if len(spec.shape) > 1 else 1
-    shape = (count, width) if len(spec.shape) > 1 else (count,)
-    size = DTYPES[spec.dtype].bits // 8
-    return replace(
-        tensor, spec=replace(spec, shape=shape), offset=tensor.offset + first * width * size
-    )
 
 
 def _put(share: Share, name: str, rows: range | None, tensor: StoredTensor, base: Model) -> None:
