@@ -38,7 +38,11 @@ TIE: Final = "tie_word_embeddings"
 TEXT_PARTS: Final = ("text_config", "llm_config")
 """Where models of several modalities describe their language model."""
 QUANTIZATION: Final = ("quantization_config", "compression_config", "quantization")
-QUANTIZATION_FILES: Final = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+QUANTIZATION_FILES: Final = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 """Where a model says how its weights are quantised: keys, and files of some tools beside it."""
 DTYPE_KEYS: Final = ("dtype", "torch_dtype")
 DTYPES: Final = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -50,9 +54,11 @@ class ModelConfig:
 
     Attributes:
         raw: The parsed file.
+        beside: What a file beside it says of quantisation.
     """
 
     raw: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.raw)
@@ -135,8 +141,8 @@ class ModelConfig:
         for part in self._parts():
             for key in QUANTIZATION:
                 if isinstance(part.get(key), dict):
-                    return dict(part[key])
-        return None
+                    return {**self.beside, **part[key]}
+        return dict(self.beside) or None
 
     @property
     def projection_rows(self) -> tuple[int, int, int] | None:
@@ -198,7 +204,20 @@ def read_config(folder: Path) -> ModelConfig:
         FileFormatError: It is no JSON object.
     """
     path = folder / CONFIG_NAME
-    return ModelConfig(read_json_object(path) if path.is_file() else {})
+    raw = read_json_object(path) if path.is_file() else {}
+    return ModelConfig(raw, _read_beside(folder))
+
+
+def _read_beside(folder: Path) -> dict[str, Any]:
+    """Return what files of tools say of quantisation, as a configuration would say it."""
+    found: dict[str, Any] = {}
+    for name, method in QUANTIZATION_FILES.items():
+        path = folder / name
+        if path.is_file():
+            said = read_json_object(path)
+            inner = said.get("quantization")
+            found |= {"quant_method": method, **said, **(inner if isinstance(inner, dict) else {})}
+    return found
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from loratool.codecs.codec import CodedTensor, Read
+from loratool.codecs.codec import CodedTensor, Description, Encoder, Parts
 from loratool.codecs.weights import Weight
 from loratool.files.spec import StoredTensor, TensorSpec
 
@@ -21,7 +21,7 @@ class _Joined:
     name: Final = "rows in another order"
 
     def recognise(
-        self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
+        self, tensors: Mapping[str, StoredTensor], said: Description
     ) -> dict[str, CodedTensor]:
         """Recognise nothing: what is joined is told by its place."""
         return {}
@@ -31,7 +31,7 @@ class _Joined:
         coded: CodedTensor,
         start: int,
         stop: int,
-        read: Read,
+        parts: Parts,
         kind: DTypeLike = "float64",
     ) -> NDArray[Any]:
         """Return rows ``start`` to ``stop``, from wherever they are."""
@@ -44,17 +44,13 @@ class _Joined:
             rows = part.spec.shape[0]
             begin, end = max(start - first, 0), min(stop - first, rows)
             if begin < end:
-                data = read(part, begin, end)
+                data = parts.rows(part, begin, end)
                 shape = (end - begin, coded.width)
                 found.append(numbers.decode(data, part.spec.dtype, shape, kind))
             first += rows
         return np.concatenate(found) if found else np.empty((0, coded.width), kind)
 
-    def row_step(self, coded: CodedTensor) -> int:
-        """Return that rows are independent."""
-        return 1
-
-    def encode_rows(self, *arguments: Any, **options: Any) -> Any:
+    def encoder(self, coded: CodedTensor) -> Encoder:
         """Refuse: nothing is written this way."""
         raise NotImplementedError
 

@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from typing import Final
 
 from loratool.base.config import read_config
-from loratool.codecs.codec import recognise
+from loratool.codecs.codec import Description, recognise
 from loratool.codecs.weights import Weight
 from loratool.files.checkpoint import Checkpoint
 
 __all__ = ["ACTIVATION_SCALES", "logical_tensors"]
 
-ACTIVATION_SCALES: Final = frozenset(("input_scale", "k_scale", "v_scale", "output_scale"))
+ACTIVATION_SCALES: Final = frozenset(
+    (
+        *("input_scale", "output_scale", "input_global_scale", "scale_input"),
+        *("q_scale", "k_scale", "v_scale", "prob_output_scale", "scaled_fp8"),
+    )
+)
 """What coded models hold of numbers that are no weights: plain ones have no use for it."""
 
 
@@ -29,7 +34,7 @@ def logical_tensors(checkpoints: Mapping[str, Checkpoint]) -> Mapping[str, Weigh
 
 def _decoded(checkpoint: Checkpoint) -> Mapping[str, Weight]:
     """Return the tensors of a checkpoint, with one weight where it has codes and scales."""
-    coded = recognise(checkpoint.tensors, read_config(checkpoint.folder).raw)
+    coded = recognise(checkpoint.tensors, _description(checkpoint))
     if not coded:
         return checkpoint.tensors
     owners = {part.spec.name: one for one in coded.values() for part in one.parts.values()}
@@ -43,3 +48,9 @@ def _decoded(checkpoint: Checkpoint) -> Mapping[str, Weight]:
         elif name == next(iter(owner.parts.values())).spec.name:
             found[owner.spec.name] = owner
     return found
+
+
+def _description(checkpoint: Checkpoint) -> Description:
+    config = read_config(checkpoint.folder)
+    metadata = {key: text for shard in checkpoint.shards for key, text in shard.metadata.items()}
+    return Description(config.quantization or {}, config.dtype, metadata)

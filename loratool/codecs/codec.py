@@ -7,38 +7,85 @@ the files, and a file is imported only once its claim matches. No list is edited
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from loratool.discovery import Plugins
 from loratool.errors import UnsupportedError
-from loratool.files.dtypes import DTYPES, dtype_named
+from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-    from loratool.codecs.number import Codes
+    from loratool.codecs.numbers.number import Codes
 
 __all__ = [
     "Claim",
     "Codec",
     "CodedTensor",
-    "Read",
+    "Description",
+    "Encoder",
+    "Parts",
     "claims",
     "codec_named",
-    "logical_dtype",
-    "quantization_of",
     "recognise",
 ]
 
-Read = Callable[[StoredTensor, int, int], Any]
-"""Returns the bytes of some rows of a stored tensor, from the first to one before the last.
-
-Rows run along the first axis; a scalar has one.
-"""
 FILES: Final = Plugins(__package__ or "", "CODEC")
+
+
+class Parts(Protocol):
+    """Reads the stored tensors that a weight is made of."""
+
+    def rows(self, part: StoredTensor, start: int, stop: int) -> memoryview:
+        """Return the bytes of some rows, from the first to one before the last.
+
+        Rows run along the first axis; a scalar has one.
+        """
+        ...
+
+    def columns(
+        self, part: StoredTensor, start: int, stop: int, rows: tuple[int, int] | None = None
+    ) -> memoryview:
+        """Return the bytes of some columns of some rows, by default of all, row by row.
+
+        Columns are what is beyond the first axis, as one.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a model says of itself that tells how its weights are stored.
+
+    Attributes:
+        quantization: What its configuration, or a file beside it, says of quantisation.
+        dtype: The float that its weights are meant as (``BF16``), where it says so.
+        metadata: What the headers of its files say.
+    """
+
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str | None:
+        """The ``quant_method``, in lower case."""
+        method = self.quantization.get("quant_method")
+        return method.lower() if isinstance(method, str) else None
+
+    def logical_dtype(self, scale: str | None = None) -> str:
+        """Return the float that coded weights stand for, as a header calls it.
+
+        Args:
+            scale: The dtype of the scales: the next witness, where it has 16 bits.
+        """
+        if self.dtype is not None:
+            return self.dtype
+        is_half = scale in DTYPES and DTYPES[scale].is_mergeable and DTYPES[scale].bits == 16
+        return scale if scale is not None and is_half else "BF16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +94,65 @@ class CodedTensor:
 
     Attributes:
         codec: What understands them.
-        parts: The stored tensors by their role, such as ``weight`` and ``scale``.
+        parts: The stored tensors by their role, such as ``weight`` and ``scale``: all that belong
+            to this weight, those too that its numbers do not depend on.
         spec: What the weight is called, what shape it has, and what float it stands for.
         settings: What else the codec has to know.
+        columns: Of the matrix that rows are decoded of; 0 for all that is beyond the first axis.
     """
 
     codec: Codec
     parts: Mapping[str, StoredTensor]
     spec: TensorSpec
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the weight as a matrix."""
-        return self.spec.shape[0] if self.spec.shape else 1
+    columns: int = 0
 
     @property
     def width(self) -> int:
-        """Its columns, kernels flattened."""
-        return self.spec.elements // self.rows if self.rows else 0
+        """Columns of the weight as a matrix: kernels flattened, stacks one below the other."""
+        if self.columns or not self.spec.shape:
+            return self.columns or 1
+        rows = self.spec.shape[0]
+        return self.spec.elements // rows if rows else 0
+
+    @property
+    def rows(self) -> int:
+        """Its rows."""
+        return self.spec.elements // self.width if self.width else 0
+
+
+class Encoder(Protocol):
+    """Writes one weight again, rounded once, with scales of its own.
+
+    Attributes:
+        step: How many rows share scales: cuts are multiples of it.
+        needs_largest: Whether a scale depends on the largest magnitude of the whole weight.
+    """
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def needs_largest(self) -> bool: ...
+
+    def encode(
+        self, start: int, stop: int, values: NDArray[Any], largest: float | None = None
+    ) -> dict[str, tuple[int, Codes]]:
+        """Return rows ``start`` to ``stop`` as they are stored.
+
+        Args:
+            start: A multiple of the step.
+            stop: A multiple of it, or the end.
+            values: ``(stop - start, width)``, finite.
+            largest: The largest magnitude of the whole weight, where that is needed.
+
+        Returns:
+            By the role of a part, its first row and its rows as they are stored. Parts that are
+            not in it stay as they are.
+
+        Raises:
+            ValueError: The rows are cut elsewhere, or a value is not finite.
+        """
+        ...
 
 
 class Codec(Protocol):
@@ -79,12 +166,15 @@ class Codec(Protocol):
     def name(self) -> str: ...
 
     def recognise(
-        self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
+        self, tensors: Mapping[str, StoredTensor], said: Description
     ) -> dict[str, CodedTensor]:
-        """Return the weights that are stored in this way, by their modules; headers only.
+        """Return the weights that are stored in this way, by their modules.
+
+        Headers only, but for what describes a single weight and lies in a tensor.
 
         Raises:
             FileFormatError: Tensors that can be nothing else do not fit together.
+            UnsupportedError: They are of a kind that is not read.
         """
         ...
 
@@ -93,35 +183,23 @@ class Codec(Protocol):
         coded: CodedTensor,
         start: int,
         stop: int,
-        read: Read,
+        parts: Parts,
         kind: DTypeLike = "float64",
     ) -> NDArray[Any]:
-        """Return rows ``start`` to ``stop`` as numbers, ``(stop - start, width)``.
+        """Return rows ``start`` to ``stop`` as numbers, a new array ``(stop - start, width)``.
 
         In float64 they are exact; float32 rounds the product of code and scale.
+
+        Raises:
+            FileFormatError: A scale is NaN or infinite, or codes are out of range.
         """
         ...
 
-    def row_step(self, coded: CodedTensor) -> int:
-        """Return how many rows share scales: cuts for :meth:`encode_rows` are multiples of it."""
-        ...
-
-    def encode_rows(
-        self, coded: CodedTensor, start: int, stop: int, values: NDArray[Any]
-    ) -> dict[str, tuple[int, Codes]]:
-        """Return rows ``start`` to ``stop``, rounded once, with scales of their own.
-
-        Args:
-            coded: Says how.
-            start: A multiple of :meth:`row_step`.
-            stop: A multiple of it, or the end.
-            values: ``(stop - start, width)``, finite.
-
-        Returns:
-            By the role of a part, its first row and its rows as they are stored.
+    def encoder(self, coded: CodedTensor) -> Encoder:
+        """Return what writes the weight again with other values.
 
         Raises:
-            ValueError: The rows are cut elsewhere, or a value is not finite.
+            UnsupportedError: That takes data for calibration, a search, or is not done here.
         """
         ...
 
@@ -133,18 +211,23 @@ class Claim:
     Attributes:
         codec: The name of its file.
         suffixes: Endings of tensor names, of which one is there wherever the codec is.
+        dtypes: Dtypes of tensors, of which one is there wherever the codec is.
         methods: Values of ``quant_method`` in a configuration.
+        metadata: Keys of a header's metadata that describe its codes, and nothing else.
     """
 
     codec: str
-    suffixes: tuple[str, ...]
-    methods: tuple[str, ...]
+    suffixes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    metadata: tuple[str, ...] = ()
 
 
 def claims() -> tuple[Claim, ...]:
     """Return the claims of all codecs, in the order of their names; none is imported."""
+    keys = ("suffixes", "dtypes", "methods", "metadata")
     return tuple(
-        Claim(name, tuple(claim.get("suffixes", ())), tuple(claim.get("methods", ())))
+        Claim(name, *(tuple(claim.get(key, ())) for key in keys))
         for name, claim in FILES.claims().items()
     )
 
@@ -161,20 +244,18 @@ def codec_named(name: str) -> Codec:
     return codec
 
 
-def recognise(
-    tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
-) -> dict[str, CodedTensor]:
+def recognise(tensors: Mapping[str, StoredTensor], said: Description) -> dict[str, CodedTensor]:
     """Return all weights of a model that are no plain tensors, by their modules.
 
     Where several codecs see a weight, the one that explains most tensors is right.
 
     Raises:
-        UnsupportedError: Two explain as many.
+        UnsupportedError: Two explain as many, or see :meth:`Codec.recognise`.
         FileFormatError: See :meth:`Codec.recognise`.
     """
     found: dict[str, CodedTensor] = {}
-    for codec in _claimed(tensors, config):
-        for module, coded in codec.recognise(tensors, config).items():
+    for codec in _claimed(tensors, said):
+        for module, coded in codec.recognise(tensors, said).items():
             other = found.setdefault(module, coded)
             if other is coded:
                 continue
@@ -186,37 +267,14 @@ def recognise(
     return found
 
 
-def _claimed(tensors: Iterable[str], config: Mapping[str, Any]) -> Iterator[Codec]:
-    method = quantization_of(config).get("quant_method")
+def _claimed(tensors: Mapping[str, StoredTensor], said: Description) -> Iterator[Codec]:
     endings = tuple(suffix for claim in claims() for suffix in claim.suffixes)
     names = [name for name in tensors if name.endswith(endings)] if endings else []
+    dtypes = {stored.spec.dtype for stored in tensors.values()}
     for claim in claims():
-        if method in claim.methods or any(name.endswith(claim.suffixes) for name in names):
+        if (
+            said.method in claim.methods
+            or not dtypes.isdisjoint(claim.dtypes)
+            or any(name.endswith(claim.suffixes) for name in names)
+        ):
             yield codec_named(claim.codec)
-
-
-def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what ``config.json`` says of quantisation; empty where it says nothing."""
-    parts = (config, config.get("text_config"))
-    for part in parts:
-        for key in ("quantization_config", "compression_config"):
-            found = part.get(key) if isinstance(part, Mapping) else None
-            if isinstance(found, Mapping):
-                return found
-    return {}
-
-
-def logical_dtype(config: Mapping[str, Any], scale: str | None = None) -> str:
-    """Return the float that quantised weights stand for, as a header calls it.
-
-    Args:
-        config: ``config.json``, which may name it.
-        scale: The dtype of the scales: the next witness, where it has 16 bits.
-    """
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping):
-            named = dtype_named(str(part.get("dtype") or part.get("torch_dtype")))
-            if named is not None and named.is_mergeable:
-                return named.name
-    is_half = scale in DTYPES and DTYPES[scale].is_mergeable and DTYPES[scale].bits == 16
-    return scale if scale is not None and is_half else "BF16"

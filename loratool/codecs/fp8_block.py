@@ -13,15 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loratool.codecs.codec import (
-    Codec,
-    CodedTensor,
-    Read,
-    logical_dtype,
-    quantization_of,
-)
-from loratool.codecs.number import Codes
+from loratool.codecs.codec import Codec, CodedTensor, Description, Parts
 from loratool.codecs.numbers import decode, encode
+from loratool.codecs.numbers.number import Codes
+from loratool.codecs.parts import scales
 from loratool.errors import FileFormatError
 from loratool.files.spec import StoredTensor, TensorSpec
 
@@ -44,10 +39,10 @@ class _Fp8Block:
     name: Final = "fp8-block"
 
     def recognise(
-        self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
+        self, tensors: Mapping[str, StoredTensor], said: Description
     ) -> dict[str, CodedTensor]:
         """See :class:`Codec`; a scale that is no grid belongs to another way of storing FP8."""
-        given = quantization_of(config).get("weight_block_size")
+        given = said.quantization.get("weight_block_size")
         found = {}
         for name, scale in tensors.items():
             module = name.removesuffix(SUFFIX)
@@ -58,7 +53,7 @@ class _Fp8Block:
                 continue
             if scale.spec.dtype not in SCALES:
                 raise FileFormatError(name, f"is {scale.spec.dtype}, which is no scale of blocks")
-            dtype = logical_dtype(config, scale.spec.dtype)
+            dtype = said.logical_dtype(scale.spec.dtype)
             found[module] = CodedTensor(
                 CODEC,
                 {"weight": weight, "scale": scale},
@@ -72,52 +67,63 @@ class _Fp8Block:
         coded: CodedTensor,
         start: int,
         stop: int,
-        read: Read,
+        parts: Parts,
         kind: DTypeLike = np.float64,
     ) -> NDArray[Any]:
         """See :class:`Codec`."""
         weight, scale = coded.parts["weight"], coded.parts["scale"]
         height, breadth = coded.settings["block"]
         values = decode(
-            read(weight, start, stop), weight.spec.dtype, (stop - start, coded.width), kind
+            parts.rows(weight, start, stop), weight.spec.dtype, (stop - start, coded.width), kind
         )
         first, last = start // height, -(-stop // height)
         grid = (last - first, scale.spec.shape[1])
-        scales = decode(read(scale, first, last), _scale_dtype(scale), grid, kind)
+        data = parts.rows(scale, first, last)
+        factors = scales(scale, data, grid, kind, dtype=_scale_dtype(scale))
         for row in range(first, last):
             rows = slice(max(0, row * height - start), (row + 1) * height - start)
-            values[rows] *= np.repeat(scales[row - first], breadth)[: coded.width]
+            values[rows] *= np.repeat(factors[row - first], breadth)[: coded.width]
         return values
 
-    def row_step(self, coded: CodedTensor) -> int:
+    def encoder(self, coded: CodedTensor) -> _Encoder:
         """See :class:`Codec`."""
-        height: int = coded.settings["block"][0]
-        return height
+        return _Encoder(coded)
 
-    def encode_rows(
-        self, coded: CodedTensor, start: int, stop: int, values: NDArray[Any]
+
+class _Encoder:
+    """The largest number of each block becomes the largest code."""
+
+    needs_largest: Final = False
+
+    def __init__(self, coded: CodedTensor) -> None:
+        self.coded = coded
+        self.step: int = coded.settings["block"][0]
+
+    def encode(
+        self, start: int, stop: int, values: NDArray[Any], largest: float | None = None
     ) -> dict[str, tuple[int, Codes]]:
-        """See :class:`Codec`: the largest number of each block becomes the largest code."""
+        """See :class:`Encoder`."""
+        coded = self.coded
         height, breadth = coded.settings["block"]
         if start % height or (stop % height and stop != coded.rows):
             raise ValueError(f"rows {start} to {stop} are no blocks of {height}")
         scale = coded.parts["scale"]
         dtype = _scale_dtype(scale)
         first, last = start // height, -(-stop // height)
-        largest = np.empty((last - first, scale.spec.shape[1]))
+        peaks = np.empty((last - first, scale.spec.shape[1]))
         for row in range(last - first):
             columns = np.abs(values[row * height : (row + 1) * height]).max(axis=0)
-            largest[row] = np.maximum.reduceat(columns, np.arange(0, coded.width, breadth))
-        if not np.isfinite(largest).all():
+            peaks[row] = np.maximum.reduceat(columns, np.arange(0, coded.width, breadth))
+        if not np.isfinite(peaks).all():
             raise ValueError("a value is not finite")
-        scales = encode(_scales(largest, dtype), dtype)
-        divisors = decode(scales, dtype, scales.shape)
+        factors = encode(_scales(peaks, dtype), dtype)
+        divisors = decode(factors, dtype, factors.shape)
         scaled = values.astype(np.float64)
         for row in range(last - first):
             rows = slice(row * height, (row + 1) * height)
             scaled[rows] /= np.repeat(divisors[row], breadth)[: coded.width]
         codes = encode(np.clip(scaled, -LARGEST, LARGEST, out=scaled), "F8_E4M3")
-        return {"weight": (start, codes), "scale": (first, scales)}
+        return {"weight": (start, codes), "scale": (first, factors)}
 
 
 def _scales(largest: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:

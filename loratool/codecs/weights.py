@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -63,7 +62,9 @@ class CodedRows:
         self.coded = coded
         self.width = width
         self.row_bytes = 4 * width
-        self._parts = {part: RowBytes(part, _width(part), files) for part in coded.parts.values()}
+        from loratool.codecs.parts import FileParts
+
+        self._parts = FileParts(coded.parts, files)
 
     @property
     def dtype(self) -> str:
@@ -72,7 +73,7 @@ class CodedRows:
 
     def values(self, row: int, end: int, kind: DTypeLike) -> NDArray[Any]:
         """Return rows of the weight as the codec has them, ``(end - row, width)``."""
-        return self.coded.codec.decode_rows(self.coded, row, end, self._read, kind)
+        return self.coded.codec.decode_rows(self.coded, row, end, self._parts, kind)
 
     def read(self, start: int, rows: int, buffer: memoryview | None = None) -> memoryview:
         """Return rows from ``start`` on as the bytes of float32 numbers."""
@@ -89,9 +90,6 @@ class CodedRows:
         view = buffer[: data.nbytes]
         view[:] = data
         return view
-
-    def _read(self, part: StoredTensor, start: int, stop: int) -> memoryview:
-        return self._parts[part].read(start, stop - start)
 
 
 class PaddedRows:
@@ -128,11 +126,6 @@ class PaddedRows:
             data = np.frombuffer(self._reader.read(start, count), np.uint8)
             whole[:count, :own] = data.reshape(count, own)
         return view
-
-
-def _width(part: StoredTensor) -> int:
-    """Return the elements of one row along the first axis; a scalar is one row."""
-    return math.prod(part.spec.shape[1:])
 
 
 def rows_of(weight: Weight, width: int, files: InputFiles) -> RowSource:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from loratool.codecs import numbers
-from loratool.codecs.scratch import Scratch
+from loratool.codecs.numbers.scratch import Scratch
 from loratool.codecs.weights import RowSource
 from loratool.files.container import read_view
 from loratool.files.spec import StoredTensor

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import numpy as np
 
 from loratool.codecs import numbers
-from loratool.codecs.scratch import Scratch
+from loratool.codecs.numbers.scratch import Scratch
 from loratool.codecs.weights import RowSource, Weight, rows_of
 from loratool.files.inputs import InputFiles
 from loratool.math.extraction import noise_floor, row_squares, spacing_squares, sum_of_squares

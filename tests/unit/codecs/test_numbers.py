@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.codecs.number import rounded_to_odd
 from loratool.codecs.numbers import decode, decode_into, encode, encode_into, number
-from loratool.codecs.scratch import Scratch
+from loratool.codecs.numbers.number import rounded_to_odd
+from loratool.codecs.numbers.scratch import Scratch
 from loratool.files.dtypes import DTYPES
 
 SIXTEEN = ("F16", "BF16")

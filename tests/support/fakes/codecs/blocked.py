@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loratool.codecs.codec import CodedTensor, Read, logical_dtype
+from loratool.codecs.codec import CodedTensor, Description, Parts
 from loratool.files.spec import StoredTensor, TensorSpec
 
 CLAIM = {"suffixes": [".blocked_codes"], "methods": ["blocked"]}
@@ -19,7 +19,7 @@ class Blocked:
     name = "blocked"
 
     def recognise(
-        self, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
+        self, tensors: Mapping[str, StoredTensor], said: Description
     ) -> dict[str, CodedTensor]:
         found = {}
         for name, codes in tensors.items():
@@ -27,27 +27,24 @@ class Blocked:
             if leaf == "blocked_codes":
                 parts = {"codes": codes}
                 parts |= {k: tensors[f"{module}.blocked_{k}"] for k in ("scales", "shifts")}
-                spec = TensorSpec(f"{module}.weight", logical_dtype(config), codes.spec.shape)
+                spec = TensorSpec(f"{module}.weight", said.logical_dtype(), codes.spec.shape)
                 found[module] = CodedTensor(CODEC, parts, spec)
         return found
 
     def decode_rows(
-        self, coded: CodedTensor, start: int, stop: int, read: Read, kind: Any = np.float64
+        self, coded: CodedTensor, start: int, stop: int, parts: Parts, kind: Any = np.float64
     ) -> Any:
-        codes = np.frombuffer(read(coded.parts["codes"], start, stop), np.int8)
+        codes = np.frombuffer(parts.rows(coded.parts["codes"], start, stop), np.int8)
         values = codes.reshape(stop - start, coded.width).astype(kind)
         first, last = start // HEIGHT, math.ceil(stop / HEIGHT)
         grids = []
-        for part in ("scales", "shifts"):
-            grid = np.frombuffer(read(coded.parts[part], first, last), np.float32)
+        for role in ("scales", "shifts"):
+            grid = np.frombuffer(parts.rows(coded.parts[role], first, last), np.float32)
             grid = grid.reshape(last - first, -1).repeat(HEIGHT, 0).repeat(BREADTH, 1)
             grids.append(grid[start - first * HEIGHT :][: stop - start, : coded.width])
         return values * grids[0].astype(kind) + grids[1].astype(kind)
 
-    def row_step(self, coded: CodedTensor) -> int:
-        return HEIGHT
-
-    def encode_rows(self, coded: CodedTensor, start: int, stop: int, values: Any) -> Any:
+    def encoder(self, coded: CodedTensor) -> Any:
         raise NotImplementedError
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loratool.codecs.number import Array, Codes, are_surely_below, rounded_to_odd
-from loratool.codecs.scratch import Scratch
+from loratool.codecs.numbers.number import Array, Codes, are_surely_below, rounded_to_odd
+from loratool.codecs.numbers.scratch import Scratch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratool.codecs import floats
-from loratool.codecs.number import Array, Codes, Number
-from loratool.codecs.scratch import Scratch
+from loratool.codecs.numbers import floats
+from loratool.codecs.numbers.number import Array, Codes, Number
+from loratool.codecs.numbers.scratch import Scratch
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
@@ -25,10 +25,10 @@ def number(dtype: str) -> Number:
     if dtype in floats.NUMBERS:
         return floats.NUMBERS[dtype]
     if dtype.startswith("F8"):
-        from loratool.codecs import float8
+        from loratool.codecs.numbers import float8
 
         return float8.NUMBERS[dtype]
-    from loratool.codecs import integers
+    from loratool.codecs.numbers import integers
 
     return integers.NUMBERS[dtype]
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from loratool.codecs.scratch import Scratch
+from loratool.codecs.numbers.scratch import Scratch
 
 __all__ = ["LARGE", "Array", "Codes", "Number", "are_finite", "are_surely_below", "rounded_to_odd"]
 

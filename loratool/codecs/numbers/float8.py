@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loratool.codecs.minifloat import Minifloat
-from loratool.codecs.number import Array, Codes, Number, rounded_to_odd
-from loratool.codecs.scratch import Scratch
+from loratool.codecs.numbers.minifloat import Minifloat
+from loratool.codecs.numbers.number import Array, Codes, Number, rounded_to_odd
+from loratool.codecs.numbers.scratch import Scratch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

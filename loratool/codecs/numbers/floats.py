@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from loratool.codecs.minifloat import Minifloat
-from loratool.codecs.number import (
+from loratool.codecs.numbers.minifloat import Minifloat
+from loratool.codecs.numbers.number import (
     LARGE,
     Array,
     Codes,
@@ -21,7 +21,7 @@ from loratool.codecs.number import (
     are_surely_below,
     rounded_to_odd,
 )
-from loratool.codecs.scratch import Scratch
+from loratool.codecs.numbers.scratch import Scratch
 
 __all__ = ["NUMBERS"]
 

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from loratool.codecs.number import Array, Codes, Number
-from loratool.codecs.scratch import Scratch
+from loratool.codecs.numbers.number import Array, Codes, Number
+from loratool.codecs.numbers.scratch import Scratch
 
 __all__ = ["NUMBERS"]
 
