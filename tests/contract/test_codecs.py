@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from coded import MODULE, MemoryParts, Sample, all_samples
+from coded.fp8_block import samples as fp8_block_samples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +27,6 @@ from loratool.codecs.weights import read_matrix, rows_of
 from loratool.errors import FileFormatError, LoratoolError, UnsupportedError
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import TensorSpec
-from tests.support.codecs import MODULE, MemoryParts, Sample, all_samples
-from tests.support.codecs.fp8_block import samples as fp8_block_samples
 
 ALL = list(all_samples())
 BLOCKS = list(fp8_block_samples())

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coded.fp8_block import samples
 
 from loratool.codecs.codec import Description, recognise
 from loratool.codecs.numbers import decode
 from loratool.errors import FileFormatError
-from tests.support.codecs.fp8_block import samples
 
 BLOCKS = list(samples())
 

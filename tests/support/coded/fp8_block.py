@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from coded import MODULE, Sample
 from loratool.codecs.codec import Description
 from loratool.codecs.numbers import decode
-from tests.support.codecs import MODULE, Sample
 
 
 def samples() -> Iterator[Sample]:
