@@ -60,11 +60,13 @@ def encoded(coded: CodedTensor, values: np.ndarray, cuts: list[int], sample: Sam
     written = {}
     for start, stop in zip([0, *cuts], [*cuts, coded.rows], strict=True):
         for role, (first, rows) in encoder.encode(start, stop, values[start:stop], largest).items():
+            assert role in encoder.roles
             array = written.setdefault(role, np.full_like(parts[role], 0))
             if array.ndim:
                 array[first : first + len(rows)] = rows
             else:
                 array[...] = rows.reshape(())
+    assert not values.size or set(written) == set(encoder.roles)
     made = parts | written
     return MemoryParts({coded.parts[role].spec.name: a.tobytes() for role, a in made.items()})
 
