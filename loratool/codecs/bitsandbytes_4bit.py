@@ -127,9 +127,7 @@ def _parts(
     return states[0], found | {"state": states[0]}
 
 
-def _settings(
-    name: str, state: StoredTensor, parts: Mapping[str, StoredTensor]
-) -> dict[str, Any]:
+def _settings(name: str, state: StoredTensor, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """Return what a description says, once all of its tensors are as it says.
 
     Raises:
@@ -149,7 +147,11 @@ def _settings(
             state.spec.name, f"says {said['quant_type']!r:.20} of itself, named {kind!r}"
         )
     where, shape = state.spec.name, said.get("shape")
-    if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 < n < 1 << 48 for n in shape):
+    if (
+        not isinstance(shape, list)
+        or not shape
+        or not all(type(n) is int and 0 < n < 1 << 48 for n in shape)
+    ):
         raise FileFormatError(where, f"has the shape {shape!r:.60}, which is none")
     size = _positive(said.get("blocksize"), "blocksize", where)
     count = math.prod(shape)

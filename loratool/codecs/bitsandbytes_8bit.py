@@ -109,9 +109,7 @@ def _check_format(part: StoredTensor) -> None:
         )
     number = read_bytes(part)[0]
     if number >= len(FORMATS):
-        raise FileFormatError(
-            part.spec.name, f"is {number}, expected 0 to {len(FORMATS) - 1}"
-        )
+        raise FileFormatError(part.spec.name, f"is {number}, expected 0 to {len(FORMATS) - 1}")
     if number:
         raise UnsupportedError(
             part.spec.name,

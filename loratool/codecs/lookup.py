@@ -12,7 +12,24 @@ if TYPE_CHECKING:
 
 __all__ = ["E2M1", "group_bytes", "look_up", "multiply_groups"]
 
-E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E2M1: Final = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
 """What the codes of a float with two bits of exponent and one of mantissa stand for."""
 WORDS: Final = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 8: 8}
 """How many bits are looked up at once, by the bits of a code: a few whole codes."""
@@ -72,9 +89,7 @@ def _words(data: NDArray[np.uint8], bits: int) -> NDArray[Any]:
     return words.reshape(-1)
 
 
-def multiply_groups(
-    values: NDArray[Any], factors: NDArray[Any], size: int, first: int = 0
-) -> None:
+def multiply_groups(values: NDArray[Any], factors: NDArray[Any], size: int, first: int = 0) -> None:
     """Multiply, in place, each group of ``size`` numbers by its factor.
 
     Args:
