@@ -57,7 +57,8 @@ class FileParts:
         """Return the bytes of some columns of some rows, row by row."""
         first, last = rows or (0, part.spec.shape[0])
         bits, width = DTYPES[part.spec.dtype].bits, _width(part)
-        if part.strides is not None or (last - first) * width * bits // 8 <= WHOLE:
+        is_small = last - first != 1 and (last - first) * width * bits // 8 <= WHOLE
+        if part.strides is not None or is_small:
             whole = np.frombuffer(self.rows(part, first, last), np.uint8)
             cut = whole.reshape(last - first, -1)[:, start * bits // 8 : stop * bits // 8]
             return np.ascontiguousarray(cut).reshape(-1).data
