@@ -185,13 +185,17 @@ def _check_plain(module: str, tensors: Mapping[str, StoredTensor]) -> None:
     for name in NESTED:
         if f"{module}.{name}" in tensors:
             raise UnsupportedError(
-                module, f"has {name!r}: zero points or scales that are codes are not read", hint=HINT
+                module,
+                f"has {name!r}: zero points or scales that are codes are not read",
+                hint=HINT,
             )
     for name in ("quant_zero", "quant_scale"):
         part = tensors.get(f"{module}.{name}")
         if part is not None and _number(part):
             raise UnsupportedError(
-                module, f"says {name!r}: zero points or scales that are codes are not read", hint=HINT
+                module,
+                f"says {name!r}: zero points or scales that are codes are not read",
+                hint=HINT,
             )
 
 
@@ -211,9 +215,7 @@ def _settings(
     said = round(_number(parts["nbits"]), 2)
     bits = HELD_IN.get(said, said)
     if bits not in SLOTS:
-        raise FileFormatError(
-            parts["nbits"].spec.name, f"is {said:g}, which HQQ has no codes of"
-        )
+        raise FileFormatError(parts["nbits"].spec.name, f"is {said:g}, which HQQ has no codes of")
     axis = _number(parts["axis"])
     if axis not in (0, 1):
         raise FileFormatError(parts["axis"].spec.name, f"is {axis:g}, expected 0 or 1")
@@ -289,9 +291,7 @@ def _numbers(part: StoredTensor) -> list[float]:
         raise FileFormatError(
             part.spec.name, f"has {part.spec.elements} elements, expected one or two numbers"
         )
-    found: list[float] = decode(
-        read_bytes(part), part.spec.dtype, (part.spec.elements,)
-    ).tolist()
+    found: list[float] = decode(read_bytes(part), part.spec.dtype, (part.spec.elements,)).tolist()
     return found
 
 

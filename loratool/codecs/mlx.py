@@ -112,7 +112,7 @@ class _Mlx:
         raise UnsupportedError(
             coded.spec.name,
             "is not written in MLX's codes again: most of an update would be rounded away",
-            hint="merge to 16 bits with --quantized dequantize, then quantise with mlx_lm.convert -q",
+            hint="merge to 16 bits with --quantized dequantize, then quantise with mlx_lm.convert",
         )
 
 

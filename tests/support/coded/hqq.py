@@ -19,7 +19,9 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     height = -(-len(codes) // slots)
     whole = np.zeros((height * slots, codes.shape[1]), np.int64)
     whole[: len(codes)] = codes
-    words = sum(whole[k * height : (k + 1) * height] << bits * (slots - 1 - k) for k in range(slots))
+    words = sum(
+        whole[k * height : (k + 1) * height] << bits * (slots - 1 - k) for k in range(slots)
+    )
     return np.asarray(words).astype("<i4" if bits == 3 else "u1")
 
 

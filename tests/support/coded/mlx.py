@@ -23,7 +23,9 @@ def packed(codes: np.ndarray, bits: int) -> bytes:
 def e4m3(code: int) -> float:
     sign = -1.0 if code & 128 else 1.0
     exponent, mantissa = code >> 3 & 15, code & 7
-    return sign * (mantissa / 8 * 2.0**-6 if not exponent else (1 + mantissa / 8) * 2.0**(exponent - 7))
+    return sign * (
+        mantissa / 8 * 2.0**-6 if not exponent else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    )
 
 
 def sample(
