@@ -90,7 +90,7 @@ class _FourBits:
 
 def _weights(tensors: Mapping[str, StoredTensor]) -> list[str]:
     """Return the names of the weights that a map or a description lies beside."""
-    names = {}
+    names: dict[str, None] = {}
     for name in tensors:
         weight, found, kind = name.rpartition(f".{STATE}")
         if found and kind in TYPES:
