@@ -1,4 +1,4 @@
-"""Codes of a few bits as numbers: each byte, or word of a few bits more, is looked up as a whole."""
+"""Codes of a few bits as numbers: each byte, or word of some bits more, is looked up whole."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ SAY: Final = "say which in config.json: quantization.bits and quantization.group
 
 
 class _Mlx:
-    """``weight`` U32 ``(…, out, in · bits / 32)``, ``scales`` and ``biases`` ``(…, out, groups)``."""
+    """``weight`` U32 ``(…, out, in · bits / 32)``, ``scales``, ``biases`` ``(…, out, groups)``."""
 
     name: Final = "mlx"
 
