@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loratool.codecs.codec import Codec, CodedTensor, Description, Encoder, Parts
-from loratool.codecs.parts import scales
-from loratool.codecs.small import beside
+from loratool.codecs.parts import beside, scales
 from loratool.codecs.words import INDICES, group_index, scale_groups
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.spec import StoredTensor, TensorSpec

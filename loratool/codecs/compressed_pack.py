@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loratool.codecs.codec import Codec, CodedTensor, Description, Encoder, Parts
-from loratool.codecs.parts import needed, scales
-from loratool.codecs.small import beside, read_small
+from loratool.codecs.parts import beside, needed, scales
 from loratool.codecs.words import (
     INDICES,
     WORD,
@@ -25,6 +24,7 @@ from loratool.codecs.words import (
     words_for,
 )
 from loratool.errors import FileFormatError, UnsupportedError
+from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -174,8 +174,12 @@ def _shape(part: StoredTensor) -> tuple[int, int]:
     Raises:
         FileFormatError: It does not.
     """
-    told = np.frombuffer(read_small(part), SHAPES[part.spec.dtype]).tolist()
-    if len(told) != 2 or min(told) < 1:
+    if part.spec.shape != (2,):
+        raise FileFormatError(
+            part.spec.name, f"has shape {list(part.spec.shape)}, expected outputs and inputs"
+        )
+    told = np.frombuffer(read_bytes(part), SHAPES[part.spec.dtype]).tolist()
+    if min(told) < 1:
         raise FileFormatError(part.spec.name, f"says {told}, expected the shape of a matrix")
     return told[0], told[1]
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loratool.codecs.codec import Codec, CodedTensor, Description, Encoder, Parts
-from loratool.codecs.parts import needed, scales
-from loratool.codecs.small import beside
+from loratool.codecs.parts import beside, needed, scales
 from loratool.codecs.words import (
     INDICES,
     WORD,

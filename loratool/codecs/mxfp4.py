@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loratool.codecs.codec import Codec, CodedTensor, Description, Parts
-from loratool.codecs.fp4 import LARGEST, decode_pairs, encode_pairs, nearest, numbers
+from loratool.codecs.fp4 import LARGEST, in_bytes, nearest
+from loratool.codecs.lookup import E2M1, look_up
 from loratool.codecs.numbers.number import Codes
-from loratool.codecs.parts import needed, scales
-from loratool.codecs.small import beside
+from loratool.codecs.parts import beside, needed, scales
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.spec import StoredTensor, TensorSpec
 
@@ -83,7 +83,7 @@ class _Mxfp4:
         shape = (stop - start, scale.spec.shape[1])
         factors = scales(scale, parts.rows(scale, start, stop), shape, kind, dtype="F8_E8M0")
         data = np.frombuffer(parts.rows(codes, start, stop), np.uint8)
-        values = decode_pairs(data, kind).reshape(*shape, BLOCK)
+        values = look_up(data, E2M1, kind).reshape(*shape, BLOCK)
         values *= factors[:, :, None]
         return values.reshape(stop - start, coded.width)
 
@@ -95,6 +95,7 @@ class _Mxfp4:
 class _Encoder:
     """The scale of a block is one of two powers of two: whichever is nearer to its numbers."""
 
+    roles: Final = ("codes", "scales")
     needs_largest: Final = False
 
     def __init__(self, coded: CodedTensor) -> None:
@@ -148,7 +149,7 @@ def _encode(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]
         codes[is_cut] = np.where(is_nearer[:, None], other, codes[is_cut])
         exponents[is_cut] += is_nearer
     exponents[peaks == 0] = -BIAS
-    return encode_pairs(codes), (exponents + BIAS).astype(np.uint8)
+    return in_bytes(codes), (exponents + BIAS).astype(np.uint8)
 
 
 def _rounded(
@@ -157,7 +158,7 @@ def _rounded(
     """Return the codes of blocks, and the sum of squares that rounding loses in each."""
     scaled = np.ldexp(blocks, -exponents[..., None])
     codes = nearest(scaled)
-    rest = np.ldexp(scaled - numbers(np.float64)[codes], exponents[..., None])
+    rest = np.ldexp(scaled - np.array(E2M1)[codes], exponents[..., None])
     return codes, np.square(rest).sum(axis=-1)
 
 
@@ -191,7 +192,7 @@ def _decode_expert(
     data = np.frombuffer(parts.rows(codes, expert, expert + 1), np.uint8).reshape(out, into // 2)
     # Bytes are turned, half a one for each number; each then makes two rows.
     turned = np.ascontiguousarray(data[:, begin * BYTES : end * BYTES].T)
-    table = numbers(values.dtype)
+    table = np.array(E2M1, values.dtype)
     for parity, nibbles in enumerate((turned & 15, turned >> 4)):
         first = (rows[0] + 1 - parity) // 2 - begin * BYTES
         last = (rows[1] + 1 - parity) // 2 - begin * BYTES

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loratool.codecs.codec import Codec, CodedTensor, Description, Parts
-from loratool.codecs.fp4 import LARGEST, decode_pairs, encode_pairs, nearest
-from loratool.codecs.numbers import decode, encode
+from loratool.codecs.fp4 import LARGEST, in_bytes, nearest
+from loratool.codecs.lookup import E2M1, look_up
+from loratool.codecs.numbers import decode, encode, number
 from loratool.codecs.numbers.number import Codes
-from loratool.codecs.parts import needed, scales
-from loratool.codecs.small import beside, read_small
+from loratool.codecs.parts import beside, needed, scales
 from loratool.errors import FileFormatError, UnsupportedError
+from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class _Nvfp4:
             scale, parts.rows(scale, start, stop), (stop - start, scale.spec.shape[1]), kind
         )
         data = np.frombuffer(parts.rows(codes, start, stop), np.uint8)
-        values = decode_pairs(data, kind).reshape(*blocks.shape, BLOCK)
+        values = look_up(data, E2M1, kind).reshape(*blocks.shape, BLOCK)
         if leaf == "weight":
             values *= blocks[:, :, None]
             values *= np.asarray(one, kind)
@@ -115,9 +116,14 @@ class _Encoder:
         self.leaf: str = coded.settings["leaf"]
         self.whole = coded.parts[FACTORS[self.leaf]]
         siblings = coded.settings["siblings"]
-        data = read_small(self.whole) if siblings else b""
+        data = read_bytes(self.whole) if siblings else b""
         # A scale that several modules share stays, as long as it is large enough.
-        self.kept = data if any(read_small(part) == data for part in siblings) else None
+        self.kept = data if any(read_bytes(part) == data for part in siblings) else None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """See :class:`Encoder`."""
+        return (self.leaf, "weight_scale", FACTORS[self.leaf])
 
     def encode(
         self, start: int, stop: int, values: NDArray[Any], largest: float | None = None
@@ -131,23 +137,18 @@ class _Encoder:
         wanted = np.where(peaks > 0, np.clip(peaks / LARGEST / factor, SMALLEST, PEAK), 1.0)
         scale = encode(wanted, "F8_E4M3")
         blocks /= (decode(scale, "F8_E4M3", scale.shape) * factor)[:, :, None]
-        packed = encode_pairs(nearest(blocks).reshape(values.shape))
-        made: dict[str, tuple[int, Codes]] = {
-            self.leaf: (start, packed),
-            "weight_scale": (start, scale),
-        }
-        if data is not None:
-            made[FACTORS[self.leaf]] = (0, data)
-        return made
+        packed = in_bytes(nearest(blocks).reshape(values.shape))
+        return dict(zip(self.roles, ((start, packed), (start, scale), (0, data)), strict=True))
 
-    def _factor(self, largest: float) -> tuple[float, Codes | None]:
-        """Return what products are multiplied by, and how it is stored where it is a new one."""
+    def _factor(self, largest: float) -> tuple[float, Codes]:
+        """Return what products are multiplied by, and how it is stored."""
         dtype, divides = self.whole.spec.dtype, self.leaf != "weight"
         if self.kept is not None:
-            kept = float(decode(self.kept, dtype, (1,))[0])
+            data = np.frombuffer(self.kept, number(dtype).code)
+            kept = float(decode(data, dtype, (1,))[0])
             factor = 1 / kept if divides and kept > 0 else kept
             if 0 < factor < math.inf and largest <= LARGEST * PEAK * factor:
-                return factor, None
+                return factor, data
         wanted = largest / (LARGEST * PEAK) if largest > 0 else 1.0
         data = encode(np.array([1 / wanted if divides else wanted]), dtype)
         stored = float(decode(data, dtype, (1,))[0])

@@ -20,7 +20,6 @@ __all__ = [
     "INDICES",
     "WORD",
     "group_index",
-    "pack",
     "scale_groups",
     "turned_words",
     "unpack",
@@ -71,15 +70,6 @@ def unpack(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
             code |= data[:, :, byte + 1] << np.uint8(8 - shift)
         np.bitwise_and(code, mask, out=codes[:, :, number])
     return codes.reshape(rows, runs * 8)[:, :count]
-
-
-def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Return rows of codes as rows of bytes that are whole words."""
-    rows, count = codes.shape
-    spread = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
-    stream = np.zeros((rows, words_for(count, bits) * WORD), np.uint8)
-    stream[:, : count * bits] = spread.reshape(rows, count * bits)
-    return np.packbits(stream, axis=1, bitorder="little")
 
 
 def turned_words(parts: Parts, part: StoredTensor, start: int, stop: int) -> NDArray[np.uint8]:
