@@ -19,7 +19,7 @@ from loratool.files.transfer import read_into
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["FileParts", "needed", "scales"]
+__all__ = ["FileParts", "beside", "needed", "scales"]
 
 KEPT: Final = 1 << 20
 """Reads of this many bytes and more are kept till the next one: neighbours often want the same."""
@@ -97,6 +97,14 @@ def needed(tensors: Mapping[str, StoredTensor], module: str, leaf: str, why: str
             hint="download the model again, or the shard that is missing",
         )
     return found
+
+
+def beside(
+    tensors: Mapping[str, StoredTensor], module: str, leaves: tuple[str, ...]
+) -> dict[str, StoredTensor]:
+    """Return those of the tensors ``leaves`` that a module has, by these."""
+    found = ((leaf, tensors.get(f"{module}.{leaf}")) for leaf in leaves)
+    return {leaf: stored for leaf, stored in found if stored is not None}
 
 
 def scales(
