@@ -432,8 +432,11 @@ def factors_for(peaks: NDArray[np.float64], dtype: str, largest: float) -> Codes
     else:
         found = np.maximum(found, {"F16": 2.0**-24}.get(dtype, 2.0**-126))
     codes = encode(found, dtype)
-    if not np.isfinite(decode(codes, dtype, codes.shape)).all():
+    back = decode(codes, dtype, codes.shape)
+    if not np.isfinite(back).all():
         raise ValueError(f"a value is not finite as a scale of {dtype}")
+    if dtype == "F16":  # whose smallest are so coarse that quotients would be too large
+        codes += back < found * (1 - 2.0**-10)
     return codes
 
 
