@@ -253,7 +253,6 @@ def test_a_dequantised_twin_of_the_base_has_not_changed(make_base: Make, tmp_pat
         ("SCB", torch.float32, "bitsandbytes, 8 bits"),
         ("weight.quant_state.bitsandbytes__nf4", torch.uint8, "bitsandbytes, 4 bits"),
         ("weight_scale", torch.float32, "scaled codes"),
-        ("weight", torch.float8_e5m2, "is F8_E5M2"),
     ],
 )
 def test_codes_that_nothing_reads_are_refused_by_name(
