@@ -35,7 +35,7 @@ def recorded(library: str, name: str) -> tuple[dict[str, torch.Tensor], torch.Te
     with safe_open(FOLDER / f"{library}.safetensors", "pt") as file:
         parts = {
             key.removeprefix(f"{name}."): file.get_tensor(key)
-            for key in file.keys()
+            for key in file.keys()  # noqa: SIM118 - it is no mapping
             if key.startswith(f"{name}.")
         }
         return parts, parts.pop("truth"), json.loads(file.metadata()[name])
