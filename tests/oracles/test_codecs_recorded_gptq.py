@@ -27,7 +27,7 @@ def cases() -> list[tuple[str, str]]:
     found = []
     for library in LIBRARIES:
         with safe_open(FOLDER / f"{library}.safetensors", "pt") as file:
-            found += [(library, name) for name in file.metadata()]
+            found += [(library, name) for name in sorted(file.metadata())]
     return found
 
 
