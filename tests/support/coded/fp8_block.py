@@ -35,10 +35,10 @@ def samples() -> Iterator[Sample]:
     ):
         yield _sample(random, shape, block, scale, fp8(block))
     for label, block, leaf, said in (
-        ("deepseek", (128, 128), "scale", Description()),
+        ("deepseek", (128, 128), "scale", Description({"quant_method": "fp8"})),
         ("ct", (64, 32), "weight_scale", structured("64x32")),
         ("ct-list", (64, 32), "weight_scale", structured([64, 32])),
-        ("modelopt", (128, 128), "weight_scale", Description({"quant_algo": "FP8_PB_WO"})),
+        ("modelopt", (128, 128), "weight_scale", Description({"quant_method": "modelopt"})),
     ):
         yield _sample(random, (200, 150), block, "F32", said, label, leaf=leaf)
     yield _sample(random, (9, 96), (1, 32), "U8", fp8((128, 128)), "micro")

@@ -86,7 +86,7 @@ def _halves(random: np.random.Generator) -> Sample:
         "fp8_scaled",
         "gate and up in one",
         {f"{module}.weight": weight, f"{module}.weight_scale": factor},
-        Description(),
+        Description({"quant_method": "modelopt"}),
         values * np.repeat(numbers, 13)[:, None],
         module=module,
         name=f"{module}.weight",
