@@ -274,8 +274,10 @@ def _codes(
     coded: CodedTensor, weight: StoredTensor, start: int, stop: int, parts: Parts, kind: DTypeLike
 ) -> NDArray[Any]:
     """Return rows of the codes as numbers; a stack is one matrix below the other."""
-    data = stacked_rows(parts, weight, start, stop) if _each(coded, weight) > 1 else parts.rows(
-        weight, start, stop
+    data = (
+        stacked_rows(parts, weight, start, stop)
+        if _each(coded, weight) > 1
+        else parts.rows(weight, start, stop)
     )
     return decode(data, weight.spec.dtype, (stop - start, coded.width), kind)
 
@@ -306,8 +308,6 @@ class BlockEncoder:
         coded: The weight.
         blocks: Its blocks.
     """
-
-    roles: Final = ("weight", "scale")
 
     roles: Final = ("weight", "scale")
 
