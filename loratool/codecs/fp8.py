@@ -17,6 +17,7 @@ from loratool.codecs.comfy import Marks
 from loratool.codecs.numbers import decode, encode
 from loratool.codecs.numbers.number import Codes
 from loratool.codecs.parts import scales
+from loratool.codecs.stacks import stacked_rows
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.spec import StoredTensor
 
@@ -273,20 +274,12 @@ def _codes(
     coded: CodedTensor, weight: StoredTensor, start: int, stop: int, parts: Parts, kind: DTypeLike
 ) -> NDArray[Any]:
     """Return rows of the codes as numbers; a stack is one matrix below the other."""
-    width, dtype = coded.width, weight.spec.dtype
-    each = _each(coded, weight)
-    if each == 1:
-        return decode(parts.rows(weight, start, stop), dtype, (stop - start, width), kind)
-    found = np.empty((stop - start, width), dtype=kind)
-    row = start
-    while row < stop:
-        one, first = divmod(row, each)
-        last = min(each, first + stop - row)
-        data = parts.columns(weight, first * width, last * width, (one, one + 1))
-        rows = found[row - start : row - start + last - first]
-        rows[...] = decode(data, dtype, rows.shape, kind)
-        row += last - first
-    return found
+    data = (
+        stacked_rows(parts, weight, start, stop)
+        if _each(coded, weight) > 1
+        else parts.rows(weight, start, stop)
+    )
+    return decode(data, weight.spec.dtype, (stop - start, coded.width), kind)
 
 
 def _each(coded: CodedTensor, weight: StoredTensor) -> int:

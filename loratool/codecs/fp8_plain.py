@@ -100,6 +100,7 @@ class _Fp8Plain:
 class _Encoder:
     """Every number by itself; what is too large becomes the largest."""
 
+    roles: Final = ("weight",)
     step: Final = 1
     needs_largest: Final = False
 
@@ -129,7 +130,8 @@ def _sorted(names: list[str], tensors: Mapping[str, StoredTensor]) -> tuple[list
     Raises:
         UnsupportedError: One is in AMD's FP8, whose codes stand for other numbers.
     """
-    bare, scaled = [], []
+    bare: list[str] = []
+    scaled: list[str] = []
     for name in names:
         spec = tensors[name].spec
         if spec.dtype in OF_AMD:
