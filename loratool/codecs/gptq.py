@@ -43,7 +43,6 @@ SUFFIX: Final = ".qweight"
 BITS: Final = (2, 3, 4, 8, 5, 6, 7)
 """Widths of codes, those first that people use."""
 SCALES: Final = ("F16", "BF16", "F32")
-SMALLEST_GROUP: Final = 16
 READ: Final = ("", "gptq", "gptq_v2")
 """Values of ``checkpoint_format`` that are read."""
 HINT: Final = "merge on the 16-bit original"
@@ -124,9 +123,11 @@ def _is_ours(
     if scale is None or len(scale.spec.shape) != 2 or len(words.spec.shape) != 2:
         # What is not whole belongs to whom the model names.
         return words.spec.dtype == "I32" and said.method in ("gptq", "gptqmodel")
-    if words.spec.dtype != "I32" or said.method == "awq":
+    if words.spec.dtype != "I32" or said.method == "awq" or scale.spec.dtype not in SCALES:
         return False
-    return scale.spec.shape[1] == words.spec.shape[1] and scale.spec.dtype in SCALES
+    # With a word for each group it could be AWQ, turned; a group of GPTQ's fills more.
+    is_taller = words.spec.shape[0] > scale.spec.shape[0] or said.method is not None
+    return is_taller and scale.spec.shape[1] == words.spec.shape[1]
 
 
 def _coded(
