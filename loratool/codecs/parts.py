@@ -56,16 +56,16 @@ class FileParts:
     ) -> memoryview:
         """Return the bytes of some columns of some rows, row by row."""
         first, last = rows or (0, part.spec.shape[0])
-        bits, width = DTYPES[part.spec.dtype].bits, _width(part)
-        if part.strides is not None or (last - first) * width * bits // 8 <= WHOLE:
+        size_of, width = DTYPES[part.spec.dtype].size, _width(part)
+        row, skipped, size = size_of(width), size_of(start), size_of(stop) - size_of(start)
+        if part.strides is not None or (last - first) * row <= WHOLE:
             whole = np.frombuffer(self.rows(part, first, last), np.uint8)
-            cut = whole.reshape(last - first, -1)[:, start * bits // 8 : stop * bits // 8]
+            cut = whole.reshape(last - first, -1)[:, skipped : skipped + size]
             return np.ascontiguousarray(cut).reshape(-1).data
-        row, size = width * bits // 8, (stop - start) * bits // 8
         found = memoryview(bytearray((last - first) * size))
         with self._files.using(part.path) as descriptor:
             for number in range(last - first):
-                offset = part.offset + (first + number) * row + start * bits // 8
+                offset = part.offset + (first + number) * row + skipped
                 view = found[number * size : (number + 1) * size]
                 read_into(descriptor, view, offset, path=part.path)
         return found

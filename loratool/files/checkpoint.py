@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from loratool.errors import BaseModelError, FileFormatError
 from loratool.files.container import WeightsFile
-from loratool.files.containers import is_weights, model_suffixes, open_weights
+from loratool.files.containers import is_split, is_weights, model_suffixes, open_weights
 from loratool.files.json import read_json_object
 from loratool.files.spec import StoredTensor
 
@@ -27,7 +27,10 @@ PREFERRED: Final = (
     "diffusion_pytorch_model.bin",
 )
 SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.\w+")
-IGNORED_STEMS: Final = ("consolidated", "adapter_model", "training_args", "optimizer", "scheduler")
+IGNORED_STEMS: Final = (
+    *("consolidated", "adapter_model", "training_args", "optimizer", "scheduler"),
+    "mmproj",  # llama.cpp's projector of images, beside a language model
+)
 FOREIGN_SUFFIXES: Final = (".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz", ".ckpt")
 
 
@@ -72,7 +75,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a model: read every header, move no tensor data.
 
     A folder may hold ``model.safetensors``, shards with an index, or the ``.bin`` equivalents;
-    safetensors win. ``consolidated.*`` files repeat the same weights and are left out.
+    safetensors win. ``consolidated.*`` files repeat the same weights and are left out. Any part of
+    a GGUF file in several stands for all of them.
 
     Raises:
         BaseModelError: Nothing there is a model, shards are missing, or names repeat.
@@ -85,6 +89,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         if is_index(path.name):
             return _open_indexed(path.parent, path)
+        match = SHARD.fullmatch(path.name)
+        if match is not None and is_split(path):
+            return _open_files(path, _parts(path, match))
         shards = (open_weights(path),)
         return Checkpoint(path, shards, None, _other(shards))
     for suffix in model_suffixes():
@@ -149,8 +156,14 @@ def _weights_in(folder: Path, suffix: str) -> list[Path]:
     return files or sorted(folder.glob(f"consolidated{suffix}"))
 
 
+def _parts(path: Path, match: re.Match[str]) -> list[Path]:
+    """Return the files beside ``path`` that are called like it and differ in their numbers."""
+    found = ((file, SHARD.fullmatch(file.name)) for file in path.parent.glob(f"*{path.suffix}"))
+    return sorted(file for file, m in found if m and (m[1], m[3]) == (match[1], match[3]))
+
+
 def _open_files(folder: Path, files: list[Path]) -> Checkpoint:
-    """Open a folder without an index: one file, or a complete set of numbered shards."""
+    """Open what has no index: one file, or a complete set of numbered shards."""
     matches = [match for file in files if (match := SHARD.fullmatch(file.name))]
     if matches:
         families = {(match[1], match[3]) for match in matches}
@@ -162,7 +175,8 @@ def _open_files(folder: Path, files: list[Path]) -> Checkpoint:
             )
     shards = tuple(open_weights(file) for file in files)
     _check_unique(folder, shards)
-    notes = ("there is no index; all shards were read",) if len(files) > 1 else ()
+    is_told = len(files) == 1 or is_split(files[0])
+    notes = () if is_told else ("there is no index; all shards were read",)
     return Checkpoint(folder, shards, None, (*notes, *_other(shards)))
 
 

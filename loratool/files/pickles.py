@@ -149,7 +149,7 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
             if info is None:
                 raise FileFormatError(path, f"storage {_short(storage.key)} is missing")
             _check_stored(path, info)
-            held = storage.elements * (DTYPES[storage.dtype].bits // 8)
+            held = DTYPES[storage.dtype].size(storage.elements)
             if info.file_size != held:
                 word = "shorter" if info.file_size < held else "longer"
                 raise FileFormatError(path, f"storage {_short(storage.key)} is {word} than claimed")
@@ -291,7 +291,7 @@ def _read_legacy(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
             word = "shorter" if elements < storage.elements else "longer"
             raise FileFormatError(path, f"storage {_short(key)} is {word} than claimed")
         places[key] = used + 8
-        used += 8 + elements * (DTYPES[storage.dtype].bits // 8)
+        used += 8 + DTYPES[storage.dtype].size(elements)
     missing = next((key for key in storages if key not in places), None)
     if missing is not None:
         raise FileFormatError(path, f"storage {_short(missing)} is missing")
@@ -381,7 +381,7 @@ class _Collector:
 
     def _stored(self, name: str, tensor: PickledTensor) -> StoredTensor:
         spec = TensorSpec(name, tensor.dtype, tensor.shape)
-        width = DTYPES[spec.dtype].bits // 8
+        width = DTYPES[spec.dtype].size(1)
         strides = None if _is_contiguous(tensor.shape, tensor.strides) else tensor.strides
         if tensor.storage.key not in self.places:
             raise FileFormatError(self.path, f"storage {tensor.storage.key!r} is missing")
@@ -389,7 +389,7 @@ class _Collector:
         identity = (spec.dtype, tensor.storage.key, tensor.offset, tensor.shape, tensor.strides)
         owner = self.owners.setdefault(identity, name) if spec.elements else name
         stored = StoredTensor(spec, self.path, offset, strides, owner if owner != name else None)
-        held = tensor.storage.elements * (DTYPES[tensor.storage.dtype].bits // 8)
+        held = DTYPES[tensor.storage.dtype].size(tensor.storage.elements)
         if stored.span > max(0, held - tensor.offset * width):
             raise FileFormatError(self.path, f"tensor {name!r} reaches beyond its storage")
         return stored

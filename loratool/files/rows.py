@@ -23,7 +23,7 @@ class RowBytes:
     def __init__(self, stored: StoredTensor, width: int, files: InputFiles) -> None:
         self.stored = stored
         self.width = width
-        self.row_bytes = width * DTYPES[stored.spec.dtype].bits // 8
+        self.row_bytes = DTYPES[stored.spec.dtype].size(width)
         self._files = files
         self._whole = read_view(stored) if stored.strides is not None else None
 

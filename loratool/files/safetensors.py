@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.container import WeightsFile
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import stamp_of
@@ -74,12 +74,19 @@ def format_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> b
 
     The bytes are those of the reference writer: compact JSON, padded with spaces so that the
     data begins at a multiple of eight; metadata in sorted order, so that they never vary.
+
+    Raises:
+        UnsupportedError: The format has no such dtype.
     """
     fields: dict[str, Any] = {}
     if metadata:
         fields[METADATA_KEY] = dict(sorted(metadata.items()))
     offset = 0
     for spec in specs:
+        if DTYPES[spec.dtype].block is not None:
+            raise UnsupportedError(
+                spec.name, f"is {spec.dtype}, blocks of GGUF, which safetensors does not have"
+            )
         end = offset + spec.nbytes
         fields[spec.name] = {
             "dtype": spec.dtype,
@@ -174,7 +181,7 @@ def _check_field(path: Path, name: str, field: Any) -> tuple[TensorSpec, int, in
         raise _wrong(path, name, "has a name that is no text") from None
     dtype, shape, offsets = field.get("dtype"), field.get("shape"), field.get("data_offsets")
     kind = DTYPES.get(dtype) if isinstance(dtype, str) else None
-    if kind is None:
+    if kind is None or kind.block is not None:
         raise _wrong(path, name, f"has the unknown dtype {reprlib.repr(dtype)}")
     if (
         not isinstance(shape, list)

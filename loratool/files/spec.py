@@ -29,7 +29,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Size of the data in bytes."""
-        return self.elements * DTYPES[self.dtype].bits // 8
+        return DTYPES[self.dtype].size(self.elements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class StoredTensor:
         last = sum(
             (size - 1) * stride for size, stride in zip(self.spec.shape, self.strides, strict=True)
         )
-        return (last + 1) * DTYPES[self.spec.dtype].bits // 8
+        return DTYPES[self.spec.dtype].size(last + 1)
 
     def rows(self, first: int, count: int, width: int) -> StoredTensor | None:
         """Return some of its rows, which lie where they are.
@@ -81,7 +81,7 @@ class StoredTensor:
         return replace(
             self,
             spec=replace(self.spec, shape=(count, width) if len(shape) > 1 else (count,)),
-            offset=self.offset + first * row * DTYPES[self.spec.dtype].bits // 8,
+            offset=self.offset + DTYPES[self.spec.dtype].size(first * row),
         )
 
 

@@ -56,7 +56,7 @@ def _check_finite(data: memoryview, step: Step, source: memoryview, dtype: str) 
     """
     if not step.is_changed:
         after, before = (
-            np.isfinite(numbers.decode(raw, kind, (raw.nbytes * 8 // DTYPES[kind].bits,)))
+            np.isfinite(numbers.decode(raw, kind, (DTYPES[kind].elements(raw.nbytes),)))
             for raw, kind in ((data, step.spec.dtype), (source, dtype))
         )
         if np.array_equal(after, before):

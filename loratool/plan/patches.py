@@ -88,7 +88,7 @@ class Patch:
             measure=index % kernel.stride == 0,
             allow_nonfinite=run.allow_nonfinite,
         )
-        row_bytes = kernel.width * DTYPES[kernel.output].bits // 8
+        row_bytes = DTYPES[kernel.output].size(kernel.width)
         run.sink.write(self.spot, start * row_bytes, data)
         run.count(len(data))
         run.note(*sums, is_empty=kernel.is_empty)

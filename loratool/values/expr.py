@@ -189,7 +189,7 @@ class Stored(Expr):
             StoredTensor(
                 replace(tensor.spec, shape=shape),
                 tensor.path,
-                tensor.offset + begin * DTYPES[tensor.spec.dtype].bits // 8,
+                tensor.offset + DTYPES[tensor.spec.dtype].size(begin),
                 None if is_flat else strides,
                 tensor.alias_of,
             )

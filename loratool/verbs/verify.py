@@ -171,12 +171,12 @@ def _differing(
 
     kind = DTYPES[dtype]
     if not kind.is_float or kind.bits < 8:
-        words = np.dtype(f"V{kind.bits // 8}") if kind.bits > 8 else np.dtype(np.uint8)
+        words = np.dtype(f"V{kind.block[1] if kind.block else max(8, kind.bits) // 8}")
         count = int(
             np.count_nonzero(np.frombuffer(expected, words) != np.frombuffer(actual, words))
         )
         return count, count, float(count > 0)
-    shape = (len(expected) * 8 // kind.bits,)
+    shape = (kind.elements(len(expected)),)
     wanted, found, old = (
         None if data is None else numbers.decode(data, dtype, shape)
         for data in (expected, actual, before)

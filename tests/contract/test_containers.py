@@ -33,7 +33,7 @@ SPECS = (
     TensorSpec("naïve.β", "BF16", (7,)),
     TensorSpec("scalar", "F64", ()),
     TensorSpec("nothing", "F16", (0, 4)),
-    TensorSpec("codes", "U8", (2, 2, 2)),
+    TensorSpec("codes", "I8", (2, 2, 2)),
 )
 METADATA = {"one": "1", "zwei": "2"}
 
@@ -155,7 +155,7 @@ def test_suffixes_tell_the_container_whatever_their_case() -> None:
         assert container_of(suffix) is container_of(Path(f"x{suffix.upper()}")) is CONTAINERS[file]
         assert is_weights(Path(f"x{suffix}"))
     assert not is_weights(Path("x.txt")) and not is_weights(Path("safetensors"))
-    assert model_suffixes() == (USUAL, ".bin", ".fake")
+    assert model_suffixes() == (USUAL, ".bin", ".fake", ".gguf")
     with pytest.raises(FileFormatError, match=r"\.safetensors, \.bin"):
         container_of("x.txt")
 

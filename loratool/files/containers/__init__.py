@@ -1,8 +1,9 @@
 """Containers of weights, one file each. A new file with a ``CONTAINER`` in it is found.
 
 Its ``CLAIM`` says by which suffixes it is known, and which of them weights of a model in a folder
-have; where several kinds lie side by side, those of the higher ``preference`` are the model. A
-container is imported when a file of it is met.
+have; where several kinds lie side by side, those of the higher ``preference`` are the model. Under
+``splits`` it says which of them are parts that know each other by their names, so that one stands
+for all. A container is imported when a file of it is met.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from loratool.files.container import Container, WeightsFile
 
-__all__ = ["USUAL", "container_of", "is_weights", "model_suffixes", "open_weights"]
+__all__ = ["USUAL", "container_of", "is_split", "is_weights", "model_suffixes", "open_weights"]
 
 FILES: Final = Plugins(__name__, "CONTAINER")
 USUAL: Final = ".safetensors"
@@ -28,6 +29,11 @@ USUAL: Final = ".safetensors"
 def is_weights(path: PurePath) -> bool:
     """Whether a path is named like a weights file that can be read."""
     return path.suffix.lower() in FILES.claimed("suffixes")
+
+
+def is_split(path: PurePath) -> bool:
+    """Whether one of several files of this name and numbers stands for all of them."""
+    return path.suffix.lower() in FILES.claimed("splits")
 
 
 def model_suffixes() -> tuple[str, ...]:

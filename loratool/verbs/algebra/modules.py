@@ -384,7 +384,7 @@ def _is_transposed(head: Site, table: Site) -> bool:
         assert one is not None and other is not None
         if one.spec.dtype != other.spec.dtype or one.spec.shape != other.spec.shape[::-1]:
             return False
-        width = DTYPES[one.spec.dtype].bits // 8
+        width = DTYPES[one.spec.dtype].size(1)
         first, second = (
             np.frombuffer(read_bytes(t), dtype=f"V{width}").reshape(t.spec.shape)
             for t in (one, other)

@@ -71,7 +71,7 @@ class DeltaShape:
     @property
     def rank_bytes(self) -> int:
         """Bytes that one rank takes in both factors."""
-        return self.experts * (self.out + self.columns) * DTYPES[self.dtype].bits // 8
+        return DTYPES[self.dtype].size(self.experts * (self.out + self.columns))
 
     def part(self, of: Together, rank: int) -> Part:
         """Return the module whose A, B and bias or magnitude are the tensors of ``of``, in order.
