@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from loratool.adapter.scheme import Told
 from loratool.adapter.wrapped import factor_names, own_names
 from loratool.base.config import ModelConfig, read_config
 from loratool.base.experts import expert_place, parameter_place
@@ -192,6 +193,12 @@ class Model:
         return Quantization(str(told.get("quant_method") or name), name, len(coded))
 
     # --- what it is
+
+    @property
+    def told(self) -> Told:
+        """What it says of itself to the schemes of adapters that depend on it."""
+        metadata = self.shards[0].metadata if self.shards else {}
+        return Told(base=metadata, config=self.config.raw)
 
     @cached_property
     def _headers(self) -> Headers:

@@ -144,6 +144,8 @@ KINDS: Final = {
 }
 """What is written otherwise than as a string; arrays come as JSON."""
 
+HEADS: Final = (".attention.head_count", ".attention.head_count_kv")
+
 
 @dataclass(frozen=True, slots=True)
 class Array:
@@ -543,12 +545,19 @@ def format_values(metadata: Mapping[str, str]) -> tuple[bytes, int]:
     """
     made = []
     for key, text in metadata.items():
-        kind = KINDS.get(key, "str")
+        kind = _kind_written(key, text)
         try:
             made.append(_string(key) + _value(text, kind))
         except (ValueError, TypeError, struct.error):
             raise UnsupportedError(key, f"is {reprlib.repr(text)}, and has to be {kind}") from None
     return b"".join(made), len(made)
+
+
+def _kind_written(key: str, text: str) -> str:
+    """Return what a text is written as: of heads, one number or one for each layer."""
+    if key.endswith(HEADS):
+        return "[u32]" if text.startswith("[") else "u32"
+    return KINDS.get(key, "str")
 
 
 def _string(text: str) -> bytes:

@@ -8,6 +8,7 @@ known.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ __all__ = [
     "attention_in_config",
     "attention_in_values",
     "layer_of",
+    "plain_path",
 ]
 
 PREFIXES: Final = re.compile(
@@ -298,21 +300,26 @@ def _group(block: Any) -> int:
 
 
 def attention_in_values(architecture: str, values: Mapping[str, Any]) -> Attention | None:
-    """Return the attention heads that the key values of a GGUF file tell, if they do."""
+    """Return the attention heads that the key values of a GGUF file tell, if they do.
+
+    Args:
+        architecture: What ``general.architecture`` says.
+        values: The key values; those that are texts are JSON.
+    """
     query = _counts(values.get(f"{architecture}.attention.head_count"))
     key = _counts(values.get(f"{architecture}.attention.head_count_kv")) or query
     return Attention(query, key) if query else None
 
 
 def _counts(value: Any) -> tuple[int, ...]:
-    if isinstance(value, str | bytes) or value is None:
-        return ()
-    try:
-        counts = tuple(value)
-    except TypeError:
-        counts = (value,)
-    is_good = all(isinstance(int(one), int) for one in counts)
-    return tuple(int(one) for one in counts) if is_good else ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return ()
+    counts = tuple(value) if isinstance(value, list | tuple) else (value,)
+    is_good = all(isinstance(one, int) and not isinstance(one, bool) for one in counts)
+    return counts if is_good else ()
 
 
 def _is_count(value: Any) -> bool:

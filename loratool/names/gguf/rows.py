@@ -164,6 +164,15 @@ class Rows:
         count, outer, inner = run.view
         return count, outer, inner
 
+    @property
+    def swapped(self) -> tuple[int, int, int] | None:
+        """The same where each of ``(n, a, b)`` may be several rows that stay together."""
+        run = self.runs[0]
+        is_whole = len(self.runs) == 1 and run.taken == run.view
+        if is_whole and run.order == (1, 0, 2):
+            return 1, run.view[0], run.view[1]
+        return self.exchanged
+
 
 SAME: Final = Rows()
 
@@ -188,6 +197,10 @@ def _sorted(heads: Heads) -> Rows:
 def _falcon(heads: Heads) -> Rows:
     """Return the same of each group of heads that share keys and values."""
     size = heads.groups
+    if heads.key == 1:
+        return SAME
+    if size == 1:
+        return _sorted(heads)
     view = (heads.key, size + 2, -1)
     cuts = ((0, size), (size, size + 1), (size + 1, size + 2))
     return Rows(tuple(Run(view, (0, 1, 2), 1, first, last) for first, last in cuts))

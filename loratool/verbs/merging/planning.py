@@ -86,7 +86,8 @@ def plan_merge(
     model = open_model(Path(base))
     _check_quantized(model, quantized)
     opened = [
-        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
+        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=model.told)
+        for path in adapters
     ]
     if model.factors and _is_one_file(model, opened):
         model = model.as_unwrapped()
