@@ -48,7 +48,7 @@ class Quantization:
 
     Attributes:
         method: What its configuration calls it.
-        format: The codec of most of them.
+        format: The codec of most of them, or what it calls their format.
         modules: How many are coded.
     """
 
@@ -185,7 +185,11 @@ class Model:
     @cached_property
     def quantization(self) -> Quantization | None:
         """How its weights are coded; ``None`` where they are plain numbers."""
-        coded = [one.codec.name for one in self.tensors.values() if isinstance(one, CodedTensor)]
+        coded = [
+            one.settings.get("format", one.codec.name)
+            for one in self.tensors.values()
+            if isinstance(one, CodedTensor)
+        ]
         if not coded:
             return None
         ((name, _),) = Counter(coded).most_common(1)

@@ -12,7 +12,7 @@ from loratool.cli.folding import fold_names
 from loratool.errors import printable
 from loratool.plan.model import ModelPlan
 from loratool.verbs.merge import MergeReport, merge, plan_merge
-from loratool.verbs.merging.planning import QUANTIZED
+from loratool.verbs.merging.coding import QUANTIZED
 
 __all__ = ["command"]
 

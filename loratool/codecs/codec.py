@@ -125,10 +125,13 @@ class Encoder(Protocol):
     """Writes one weight again, rounded once, with scales of its own.
 
     Attributes:
+        roles: The parts that it writes; the others stay as they are.
         step: How many rows share scales: cuts are multiples of it.
         needs_largest: Whether a scale depends on the largest magnitude of the whole weight.
     """
 
+    @property
+    def roles(self) -> tuple[str, ...]: ...
     @property
     def step(self) -> int: ...
     @property
@@ -146,8 +149,8 @@ class Encoder(Protocol):
             largest: The largest magnitude of the whole weight, where that is needed.
 
         Returns:
-            By the role of a part, its first row and its rows as they are stored. Parts that are
-            not in it stay as they are.
+            By the role of a part, its first row and its rows as they are stored; of what has no
+            rows of its own, such as the scale of a whole weight, the same from every call.
 
         Raises:
             ValueError: The rows are cut elsewhere, or a value is not finite.

@@ -93,6 +93,7 @@ class _Fp8Block:
 class _Encoder:
     """The largest number of each block becomes the largest code."""
 
+    roles: Final = ("weight", "scale")
     needs_largest: Final = False
 
     def __init__(self, coded: CodedTensor) -> None:

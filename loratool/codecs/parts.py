@@ -58,7 +58,8 @@ class FileParts:
         first, last = rows or (0, part.spec.shape[0])
         size_of, width = DTYPES[part.spec.dtype].size, _width(part)
         row, skipped, size = size_of(width), size_of(start), size_of(stop) - size_of(start)
-        if part.strides is not None or (last - first) * row <= WHOLE:
+        is_small = last - first != 1 and (last - first) * row <= WHOLE
+        if part.strides is not None or is_small:
             whole = np.frombuffer(self.rows(part, first, last), np.uint8)
             cut = whole.reshape(last - first, -1)[:, skipped : skipped + size]
             return np.ascontiguousarray(cut).reshape(-1).data

@@ -12,7 +12,7 @@ from loratool.files.spec import StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import DTypeLike, NDArray
+    from numpy.typing import NDArray
 
 __all__ = [
     "PaddedRows",
@@ -48,6 +48,10 @@ class RowSource(Protocol):
         """Return rows from ``start`` on, in ``buffer`` where there is one."""
         ...
 
+    def values(self, start: int, rows: int, *, is_double: bool) -> NDArray[Any] | None:
+        """Return rows from ``start`` on as new numbers, where that is quicker than their bytes."""
+        ...
+
 
 class CodedRows:
     """RowSource of a coded weight, decoded to float32.
@@ -71,20 +75,23 @@ class CodedRows:
         """What a header calls the numbers that are returned."""
         return "F32"
 
-    def values(self, row: int, end: int, kind: DTypeLike) -> NDArray[Any]:
-        """Return rows of the weight as the codec has them, ``(end - row, width)``."""
-        return self.coded.codec.decode_rows(self.coded, row, end, self._parts, kind)
+    def values(self, start: int, rows: int, *, is_double: bool = True) -> NDArray[Any]:
+        """Return rows from ``start`` on as new numbers, ``(rows, width)``."""
+        import numpy as np
+
+        whole, kind = self.coded.width, np.float64 if is_double else np.float32
+        first, last = start * self.width, (start + rows) * self.width
+        row, end = first // whole, -(-last // whole)
+        found = self.coded.codec.decode_rows(self.coded, row, end, self._parts, kind)
+        cut = found.reshape(-1)[first - row * whole : last - row * whole]
+        return cut.reshape(rows, self.width)
 
     def read(self, start: int, rows: int, buffer: memoryview | None = None) -> memoryview:
         """Return rows from ``start`` on as the bytes of float32 numbers."""
         import numpy as np
 
-        whole = self.coded.width
-        first, last = start * self.width, (start + rows) * self.width
-        row, end = first // whole, -(-last // whole)
-        flat = self.values(row, end, np.float32).reshape(-1)
-        wanted = np.ascontiguousarray(flat[first - row * whole : last - row * whole])
-        data: memoryview = wanted.view(np.uint8).data
+        wanted = np.ascontiguousarray(self.values(start, rows, is_double=False))
+        data: memoryview = wanted.reshape(-1).view(np.uint8).data
         if buffer is None:
             return data
         view = buffer[: data.nbytes]
@@ -111,6 +118,9 @@ class PaddedRows:
     def dtype(self) -> str:
         """What a header calls the numbers that are returned."""
         return self._reader.dtype
+
+    def values(self, start: int, rows: int, *, is_double: bool) -> None:
+        """Leave it to :meth:`read`."""
 
     def read(self, start: int, rows: int, buffer: memoryview | None = None) -> memoryview:
         """Return rows from ``start`` on."""
@@ -146,7 +156,7 @@ def read_matrix(weight: Weight, files: InputFiles) -> NDArray[np.float64]:
         return np.empty(shape)
     if isinstance(weight, CodedTensor):
         reader = CodedRows(weight, weight.width, files)
-        return reader.values(0, weight.rows, np.float64).reshape(shape)
+        return reader.values(0, weight.rows).reshape(shape)
     data = RowBytes(weight, weight.spec.elements, files).read(0, 1)
     return numbers.decode(data, weight.spec.dtype, shape)
 

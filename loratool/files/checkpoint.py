@@ -16,7 +16,7 @@ from loratool.files.containers import is_split, is_weights, model_suffixes, open
 from loratool.files.json import read_json_object
 from loratool.files.spec import StoredTensor
 
-__all__ = ["Checkpoint", "is_index", "is_weight_like", "open_checkpoint"]
+__all__ = ["SHARD", "Checkpoint", "is_index", "is_weight_like", "open_checkpoint"]
 
 INDEX: Final = re.compile(r".*\.index(\.[a-z0-9]+)?\.json", re.DOTALL)
 """Names of indices: those of a variant have its name in theirs (``….index.fp16.json``)."""
@@ -27,6 +27,7 @@ PREFERRED: Final = (
     "diffusion_pytorch_model.bin",
 )
 SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.\w+")
+"""Names of files that are parts of a model: the model's, which part, and of how many."""
 IGNORED_STEMS: Final = (
     *("consolidated", "adapter_model", "training_args", "optimizer", "scheduler"),
     "mmproj",  # llama.cpp's projector of images, beside a language model

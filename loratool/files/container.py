@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -12,7 +13,7 @@ from loratool.errors import FileFormatError
 from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor, TensorSpec
 
-__all__ = ["Container", "Layout", "WeightsFile", "read_bytes", "read_view"]
+__all__ = ["Container", "KeptLayout", "Layout", "WeightsFile", "read_bytes", "read_view"]
 
 WORDS: Final = {1: "u1", 2: "u2", 4: "u4", 8: "u8"}
 """Bytes of an element to a numpy dtype that moves as one word."""
@@ -70,12 +71,39 @@ class Layout(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class KeptLayout:
+    """Where everything lies in a file that has been read, for one that is laid out like it."""
+
+    original: WeightsFile
+
+    @property
+    def size(self) -> int:
+        """See :class:`Layout`."""
+        return self.original.size
+
+    @cached_property
+    def offsets(self) -> Mapping[str, int]:
+        """See :class:`Layout`."""
+        return {name: stored.offset for name, stored in self.original.tensors.items()}
+
+    @property
+    def header(self) -> bytes:
+        """See :class:`Layout`."""
+        return self.original.header or b""
+
+    def seal(self, descriptor: int, metadata: Mapping[str, str], *, path: Path) -> None:
+        """Write nothing: the header is known before the data."""
+
+
 class Container(Protocol):
     """A format of weights files.
 
     Attributes:
         name: What it is called in messages.
         has_metadata: Whether a file has a place for metadata.
+        keeps_codes: Whether weights may be coded or not one by one, as their dtypes say: what
+            nobody changes then stays coded beside what somebody does.
     """
 
     @property
@@ -83,6 +111,9 @@ class Container(Protocol):
 
     @property
     def has_metadata(self) -> bool: ...
+
+    @property
+    def keeps_codes(self) -> bool: ...
 
     def open(self, path: Path) -> WeightsFile:
         """Read the description of a file, and no tensor data.
@@ -93,7 +124,11 @@ class Container(Protocol):
         ...
 
     def lay_out(
-        self, specs: Sequence[TensorSpec], metadata: Mapping[str, str], name: str
+        self,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str],
+        name: str,
+        like: WeightsFile | None = None,
     ) -> Layout:
         """Find out where everything lies in a file of these tensors.
 
@@ -101,6 +136,9 @@ class Container(Protocol):
             specs: The tensors, in the order of their data.
             metadata: As long as what will be written.
             name: The name of the file.
+            like: A file of a model, of any container, that this one takes the place of: where
+                nothing in it moves it is laid out like it, and what it says besides is kept. The
+                order of the tensors is then the container's to choose.
 
         Raises:
             UnsupportedError: The format is only read, or has no such dtype.

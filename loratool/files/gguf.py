@@ -442,10 +442,9 @@ def _as_text(value: int | float | bool | str, kind: str) -> str:
     if kind != "f32":
         return str(value)
     # The shortest that is the same float32.
-    texts = (f"{value:.{digits}g}" for digits in range(6, 10))
-    form = SCALARS[NUMBERS[kind]][1]
-    found = next((t for t in texts if form.pack(float(t)) == form.pack(value)), str(value))
-    return found if set(found) & set(".en") else f"{found}.0"
+    near = (float(f"{value:.{digits}g}") for digits in range(6, 10))
+    pack = SCALARS[NUMBERS[kind]][1].pack
+    return str(next((each for each in near if pack(each) == pack(value)), value))
 
 
 def _alignment(path: Path, values: Mapping[str, KeyValue]) -> int:

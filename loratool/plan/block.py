@@ -7,11 +7,12 @@ import numpy as np
 from loratool.codecs import numbers
 from loratool.errors import MergeError
 from loratool.files.dtypes import DTYPES
+from loratool.math.namespace import Array
 from loratool.plan.blocks import Bench
 from loratool.plan.kernels import Kernel
 from loratool.plan.model import Step
 
-__all__ = ["compute_block"]
+__all__ = ["changed_block", "compute_block"]
 
 
 def compute_block(
@@ -29,23 +30,39 @@ def compute_block(
     Raises:
         MergeError: A number in the result is not finite.
     """
-    source = kernel.reader.read(start, rows, bench.input(rows * kernel.reader.row_bytes))
     if kernel.is_move:
-        return source, (0.0, 0.0)
-    shape = (rows, kernel.width)
-    block = bench.load(source, kernel.reader.dtype, shape, is_double=kernel.is_double)
+        size = rows * kernel.reader.row_bytes
+        return kernel.reader.read(start, rows, bench.input(size)), (0.0, 0.0)
     measure = measure and step.has_delta
-    original = bench.kept(block) if measure or kernel.needs_original else block
-    for delta in kernel.deltas:
-        delta.apply(block, original, start, bench.products)
+    block, original = changed_block(kernel, start, rows, bench, keep=measure)
     data, is_finite = bench.store(block, kernel.output)
     if not (is_finite or allow_nonfinite):
+        source = kernel.reader.read(start, rows)
         _check_finite(data, step, source, kernel.reader.dtype)
     if not measure:
         return data, (0.0, 0.0)
     kept, total = bench.surviving(block, original, kernel.output)
-    scale = kernel.blocks / -(-kernel.blocks // kernel.stride)
-    return data, (scale * kept, scale * total)
+    return data, (kernel.share * kept, kernel.share * total)
+
+
+def changed_block(
+    kernel: Kernel, start: int, rows: int, bench: Bench, *, keep: bool
+) -> tuple[Array, Array]:
+    """Return some rows with every delta applied, and as they were before where ``keep`` says so.
+
+    Both are the bench's, and good until its next block.
+    """
+    shape = (rows, kernel.width)
+    values = kernel.reader.values(start, rows, is_double=kernel.is_double)
+    if values is None:
+        source = kernel.reader.read(start, rows, bench.input(rows * kernel.reader.row_bytes))
+        block = bench.load(source, kernel.reader.dtype, shape, is_double=kernel.is_double)
+    else:
+        block = bench.take(values)
+    original = bench.kept(block) if keep or kernel.needs_original else block
+    for delta in kernel.deltas:
+        delta.apply(block, original, start, bench.products)
+    return block, original
 
 
 def _check_finite(data: memoryview, step: Step, source: memoryview, dtype: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loratool.codecs.weights import RowSource
 from loratool.files.spec import StoredTensor
 from loratool.math.namespace import Array
 from loratool.math.products import Products
 from loratool.plan.devices import check_torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["Arithmetic", "Bench", "arithmetic_on", "bench_on"]
 
@@ -53,6 +56,14 @@ class Bench(Protocol):
         self, data: memoryview, dtype: str, shape: tuple[int, int], *, is_double: bool = False
     ) -> Array:
         """Return stored numbers as a block that may be changed until the next call."""
+        ...
+
+    def take(self, values: Array) -> Array:
+        """Return new numbers of the processor as a block that may be changed."""
+        ...
+
+    def given(self, block: Array) -> NDArray[Any]:
+        """Return a block as an array of the processor, good until the next one."""
         ...
 
     def input(self, size: int) -> memoryview:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,14 @@ class TorchBench:
         values = torch.frombuffer(data, dtype=torch_dtype(dtype)).view(shape)
         kind = torch.float64 if is_double else torch.float32
         return values.to(self.device, kind, copy=True)
+
+    def take(self, values: Any) -> Tensor:
+        """Return new numbers of the processor as a block."""
+        return torch.from_numpy(values).to(self.device)
+
+    def given(self, block: Tensor) -> Any:
+        """Return a block as an array of the processor."""
+        return block.cpu().numpy()
 
     def kept(self, block: Tensor) -> Tensor:
         """Return a copy."""

@@ -30,6 +30,9 @@ class HostArithmetic:
 
     def rows(self, reader: RowSource, start: int, count: int) -> Any:
         """Return rows of a stored tensor as numbers, ``(count, width)``."""
+        values = reader.values(start, count, is_double=self.dtype == "float64")
+        if values is not None:
+            return values
         shape = (count, reader.width)
         return numbers.decode(reader.read(start, count), reader.dtype, shape, self.dtype)
 
@@ -73,6 +76,14 @@ class HostBench:
         made = numbers.number(dtype)
         block = self._scratch.array("block", shape, np.float64 if is_double else np.float32)
         made.decode_into(np.frombuffer(data, made.code).reshape(shape), block, self._scratch)
+        return block
+
+    def take(self, values: Any) -> Any:
+        """Return new numbers as a block: themselves."""
+        return values
+
+    def given(self, block: Any) -> Any:
+        """Return a block as an array: itself."""
         return block
 
     def kept(self, block: Any) -> Any:

@@ -107,6 +107,11 @@ class Kernel:
         """Every how many blocks the surviving share of the update is measured."""
         return max(1, self.blocks // MEASURED_BLOCKS)
 
+    @property
+    def share(self) -> float:
+        """What the sums over a measured block are multiplied by to stand for the whole."""
+        return self.blocks / -(-self.blocks // self.stride)
+
 
 def compile_step(step: Step, files: InputFiles, device: str, products: Products) -> Kernel:
     """Load the small tensors that ``step`` needs and return its arithmetic.

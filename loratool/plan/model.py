@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 from loratool.adapter.model import Adapter, Site
 from loratool.base.region import Region
+from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
 from loratool.errors import MergeError
-from loratool.files.container import WeightsFile
+from loratool.files.container import Layout, WeightsFile
+from loratool.files.containers import container_of
 from loratool.files.inputs import Stamp
-from loratool.files.json import parse_json
-from loratool.files.safetensors import canonical_order, format_header
 from loratool.files.spec import StoredTensor, TensorSpec
-from loratool.plan.lanes import Spot
+from loratool.plan.lanes import Spot, Task
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork
 from loratool.plan.sidecar import Sidecar, files_read
@@ -31,6 +31,7 @@ __all__ = [
     "Edit",
     "ModelPlan",
     "OutputFile",
+    "Recoded",
     "Residual",
     "SetRows",
     "Step",
@@ -184,6 +185,19 @@ Edit = AddDelta | Decompose | ChangeWeight | Residual | Blend | SetRows | AddTen
 
 
 @dataclass(frozen=True, slots=True)
+class Recoded:
+    """A coded weight whose codes are written again.
+
+    Attributes:
+        weight: The weight.
+        names: The output tensors by the role of the part that each is; one step writes them all.
+    """
+
+    weight: CodedTensor
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """How one output tensor comes about.
 
@@ -194,6 +208,7 @@ class Step:
         base: The base's tensor, where the source is another one that replaces it.
         added: Whether the base has no tensor of this name.
         replaced: Whether an adapter's tensor takes the place of the base's.
+        recoded: Of which coded weight it is a part, where that is written in its own codes.
     """
 
     spec: TensorSpec
@@ -202,6 +217,12 @@ class Step:
     base: Weight | None = None
     added: bool = False
     replaced: bool = False
+    recoded: Recoded | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one, of all parts of a coded weight, that has them written."""
+        return self.recoded is None or self.spec.name == next(iter(self.recoded.names.values()))
 
     @property
     def copied(self) -> StoredTensor | None:
@@ -220,8 +241,9 @@ class Step:
     @property
     def is_changed(self) -> bool:
         """Whether the values differ from the base's for another reason than the dtype."""
-        is_grown = self.spec.shape != self.source.spec.shape
-        return bool(self.edits) or self.added or self.replaced or is_grown
+        if self.edits or self.added or self.replaced:
+            return True
+        return self.recoded is None and self.spec.shape != self.source.spec.shape
 
     @property
     def has_delta(self) -> bool:
@@ -243,81 +265,90 @@ class OutputFile:
 
     Attributes:
         name: Its name in the output folder.
-        header: The bytes before the data.
+        layout: Where everything lies in it.
         steps: Its tensors in the order of their data.
+        metadata: What its header says of it as a whole.
         original: The base's file, where header and layout are those of it.
+        prefix: What the names of the tensors begin with here, and in the file do not.
     """
 
     name: str
-    header: bytes
+    layout: Layout
     steps: tuple[Step, ...]
+    metadata: Mapping[str, str]
     original: WeightsFile | None = None
+    prefix: str = ""
 
     @property
     def size(self) -> int:
         """Size of the file in bytes."""
-        return len(self.header) + sum(step.spec.nbytes for step in self.steps)
+        return self.layout.size
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What the header says of the file as a whole."""
-        found = parse_json(self.header[8:], where=self.name).get("__metadata__")
-        return dict(found or {})
-
-    def placed(self) -> Iterator[tuple[Step, int]]:
-        """Yield every step with the offset of its tensor in the file."""
-        offset = len(self.header)
+    def spots(self, number: int) -> Iterator[Spot]:
+        """Yield where each tensor goes, as the output file of this number."""
+        places = self.layout.offsets
         for step in self.steps:
-            yield step, offset
-            offset += step.spec.nbytes
+            yield Spot(step.spec, number, places[step.spec.name.removeprefix(self.prefix)])
 
-    def work(self, number: int) -> FileWork:
-        """Return what is to be done for it, as the output file of this number."""
+    def work(self, number: int, spots: Mapping[str, Spot]) -> FileWork:
+        """Return what is to be done for it.
+
+        Args:
+            number: Which of the output files it is.
+            spots: Where the tensors of all files go, by name.
+        """
         from loratool.plan.patches import Patch
 
         moves: list[tuple[Spot, StoredTensor]] = []
-        tasks: list[Patch] = []
-        for step, offset in self.placed():
-            spot = Spot(step.spec, number, offset)
+        tasks: list[Task] = []
+        for step in self.steps:
+            spot = spots[step.spec.name]
             if step.copied is not None:
                 moves.append((spot, step.copied))
+            elif step.recoded is not None:
+                if step.leads:
+                    tasks.append(_recode(step, step.recoded, spots))
             elif step.spec.nbytes:
                 tasks.append(Patch(step, spot))
         original = self.original.path if self.original is not None else None
-        return FileWork(self.name, self.size, self.header, moves, tasks, original)
+        return FileWork(self.name, self.size, self.layout.header, moves, tasks, original)
 
     @staticmethod
     def lay_out(
         name: str,
-        steps: list[Step],
+        steps: Sequence[Step],
         metadata: Mapping[str, str],
-        original: WeightsFile | None,
+        original: WeightsFile,
         prefix: str = "",
     ) -> OutputFile:
         """Return the file that holds ``steps``: as the base lays it out where nothing moves.
 
         Args:
-            name: Its name.
+            name: Its name; the container is told by its ending.
             steps: Its tensors.
             metadata: Of its header.
-            original: The base's file, if it is like one.
+            original: The base's file that it takes the place of.
             prefix: What the names of the tensors begin with here, and in the file do not.
         """
-        by_name = {step.spec.name.removeprefix(prefix): step for step in steps}
-        specs = [
-            replace(step.spec, name=local) if prefix else step.spec
-            for local, step in by_name.items()
-        ]
-        if (
-            original is not None
-            and original.header is not None
-            and original.metadata.get("format") == "pt"
-            and specs == [stored.spec for stored in original.tensors.values()]
-        ):
-            return OutputFile(name, original.header, tuple(steps), original)
-        specs = canonical_order(specs)
-        header = format_header(specs, {**metadata, "format": "pt"})
-        return OutputFile(name, header, tuple(by_name[spec.name] for spec in specs))
+        container = container_of(PurePath(name))
+        if prefix:
+            specs = [replace(s.spec, name=s.spec.name.removeprefix(prefix)) for s in steps]
+        else:
+            specs = [step.spec for step in steps]
+        metadata = {**metadata, "format": "pt"}
+        layout = container.lay_out(specs, metadata, name, original)
+        places = layout.offsets
+        ordered = sorted(steps, key=lambda step: places[step.spec.name.removeprefix(prefix)])
+        kept = original if layout.header and layout.header is original.header else None
+        return OutputFile(name, layout, tuple(ordered), metadata, kept, prefix)
+
+
+def _recode(step: Step, recoded: Recoded, spots: Mapping[str, Spot]) -> Task:
+    from loratool.plan.recoding import Recoding
+
+    weight = recoded.weight
+    whole = replace(step, spec=replace(weight.spec, name=step.spec.name), recoded=None)
+    return Recoding(whole, weight, {role: spots[name] for role, name in recoded.names.items()})
 
 
 def _working_bytes(step: Step) -> int:
@@ -372,7 +403,12 @@ class ModelPlan:
 
     def works(self, outcome: Outcome) -> list[FileWork]:
         """Return what is to be done for each of the files."""
-        return [file.work(number) for number, file in enumerate(self.files)]
+        spots = {
+            spot.spec.name: spot
+            for number, file in enumerate(self.files)
+            for spot in file.spots(number)
+        }
+        return [file.work(number, spots) for number, file in enumerate(self.files)]
 
     def beside(self) -> Iterator[Sidecar]:
         """Yield the other files."""

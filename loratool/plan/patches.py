@@ -58,10 +58,7 @@ class Patch:
             if self._is_taken:
                 return None
             if self._kernel is None:
-                from loratool.plan.kernels import compile_step
-
-                products = run.bench.products
-                self._kernel = compile_step(self.step, run.files, run.device, products)
+                self._kernel = self.compile(run)
             kernel, index = self._kernel, self._next_block
             if index == kernel.blocks:  # there may be none at all
                 self._finish()
@@ -69,13 +66,20 @@ class Patch:
             self._next_block += 1
             if self._next_block == kernel.blocks:
                 self._finish()
-        return lambda: self._compute(run, kernel, index)
+        return lambda: self.compute(run, kernel, index)
+
+    def compile(self, run: Run) -> Kernel:
+        """Return the arithmetic of the weight."""
+        from loratool.plan.kernels import compile_step
+
+        return compile_step(self.step, run.files, run.device, run.bench.products)
 
     def _finish(self) -> None:
         self._is_taken = True
         self._kernel = None
 
-    def _compute(self, run: Run, kernel: Kernel, index: int) -> None:
+    def compute(self, run: Run, kernel: Kernel, index: int) -> None:
+        """Compute one block and hand it over."""
         from loratool.plan.block import compute_block
 
         start = index * kernel.block_rows

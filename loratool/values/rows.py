@@ -35,5 +35,8 @@ class StoredRows:
 
     def rows(self, start: int, count: int, kind: DTypeLike = np.float32) -> NDArray[Any]:
         """Return rows ``start`` to ``start + count`` as numbers, ``(count, width)``."""
+        values = self._source.values(start, count, is_double=np.dtype(kind) == np.float64)
+        if values is not None:
+            return values
         shape = (count, self._source.width)
         return numbers.decode(self._source.read(start, count), self.dtype, shape, kind)

@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from loratool.adapter.findings import Finding, finding
+from loratool.base.trained_on import training_notes
 from loratool.errors import AdapterError, LoratoolError
 from loratool.loaders import loader_named
 from loratool.loaders.checks import check_for
@@ -61,5 +62,8 @@ def validate(
         found.append(finding("LT015", error.where, error.what, error.hint))
     if base is not None:
         found += check_against_base(opened, Path(base))
+    elif opened.config:
+        notes = training_notes(opened.config.base_model)
+        found += [finding("LT035", opened.path, note) for note in notes]
     order = {"error": 0, "warning": 1, "info": 2}
     return tuple(sorted(dict.fromkeys(found), key=lambda item: (order[item.severity], item.code)))

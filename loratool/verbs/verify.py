@@ -91,6 +91,7 @@ def verify(
         alpha=alpha,
         adapter_name=adapter_name,
         skip=skip,
+        quantized="keep" if _is_kept(original, result) else "dequantize",
     )
     found = [*_check_layout(plan, result), *check_files(plan, result)]
     sink = _CompareSink(result.raw, {step.spec.name: step for step in plan.steps()})
@@ -104,6 +105,12 @@ def verify(
     )
     found += sink.findings()
     return tuple(sorted(found, key=lambda item: (item.severity != "error", item.code, item.where)))
+
+
+def _is_kept(base: Model, merged: Model) -> bool:
+    """Whether every coded weight of the base is coded in the merged model too."""
+    coded = [name for name, one in base.tensors.items() if isinstance(one, CodedTensor)]
+    return bool(coded) and all(isinstance(merged.tensors.get(n), CodedTensor) for n in coded)
 
 
 def _dtype_of(base: Model, merged: Model) -> str | None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from samples import FIXTURES, lora
 
 import loratool
-from loratool.errors import BaseModelError, LoratoolError, MergeError, OutputError
+from loratool.errors import BaseModelError, LoratoolError, MergeError, OutputError, UnsupportedError
 from loratool.files.safetensors import read_header
 
 Make = Callable[..., Path]
@@ -323,7 +323,7 @@ def test_quantised_bases_are_refused(
     tmp_path: Path,
 ) -> None:
     base = make_base(tensors, config)
-    with pytest.raises(BaseModelError, match="quantised"):
+    with pytest.raises(UnsupportedError, match="quantised"):
         loratool.merge(base, [make_adapter(lora("a.q", 6, 5))], tmp_path / "out")
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from samples import lora
 
 import loratool
-from loratool.errors import BaseModelError, OptionError, UnsupportedError
+from loratool.errors import MergeError, OptionError, UnsupportedError
+from loratool.verbs.merging import planning
 
 Make = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -174,17 +175,108 @@ def test_the_dtype_is_the_configured_one_else_bfloat16(
     assert {merged[f"{module}.weight"].dtype for module in MODULES} == {expected}
 
 
-@parametrised
-def test_keep_is_refused_by_name(
-    kind: str, make_base: Make, make_adapter: Make, tmp_path: Path
+def test_keep_is_refused_by_name_where_it_takes_data(
+    make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
-    stored, _, config = model(kind)
+    stored, _, config = model("blocked")
     base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
-    with pytest.raises(UnsupportedError, match=f"keep: {FORMATS[kind]}"):
+    with pytest.raises(UnsupportedError, match="blocked codes need data") as caught:
         loratool.merge(base, [adapter], tmp_path / "out", quantized="keep")
+    assert caught.value.hint
     with pytest.raises(OptionError, match="dequantize, keep"):
         loratool.merge(base, [adapter], tmp_path / "out", quantized="both")
+    with pytest.raises(OptionError, match="--dtype"):
+        loratool.merge(base, [adapter], tmp_path / "out", quantized="keep", dtype="bfloat16")
     assert not (tmp_path / "out").exists()
+
+
+def test_keep_writes_new_codes_and_scales_of_what_changed_and_the_rest_as_it_is(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, truth, config = model("fp8")
+    stored |= {f"{MODULES[0]}.input_scale": torch.ones(1), "model.layers.0.k_scale": torch.ones(())}
+    base, (adapter, delta) = make_base(stored, config), adapter_of(make_adapter)
+    out = tmp_path / "out"
+    report = loratool.merge(base, [adapter], out, quantized="keep")
+    merged = load_file(out / "model.safetensors")
+    assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert list(merged) == list(load_file(base / "model.safetensors"))
+    assert (report.merged, report.copied) == (2, len(stored) - 2)
+    assert not [note for note in report.notes if "plain numbers" in note]
+    codes, scales = (f"{MODULES[0]}.weight{end}" for end in ("", "_scale_inv"))
+    for name, tensor in stored.items():
+        assert merged[name].dtype == tensor.dtype
+        same = torch.equal(merged[name].double(), tensor.double())
+        assert same == (name not in (codes, scales)), name
+    wanted = truth[f"{MODULES[0]}.weight"] + delta
+    for rows, columns in ((slice(0, 8), slice(8, 16)), (slice(8, 13), slice(16, 17))):
+        largest = wanted[rows, columns].abs().max() / 448
+        row, column = rows.start // 8, columns.start // 8
+        assert merged[scales][row, column].item() == pytest.approx(largest.item(), rel=1e-5)
+    found = merged[codes].double() * spread(merged[scales], 8, 8)
+    step = spread(merged[scales], 8, 8) * torch.clamp(
+        2.0**-4 * merged[codes].double().abs(), 2**-10
+    )
+    assert ((found - wanted).abs() <= step * (1 + 1e-3)).all()
+    change = found - truth[f"{MODULES[0]}.weight"]
+    assert report.retention == pytest.approx(((change * delta).sum() / delta.square().sum()).item())
+    assert not loratool.verify(out, base=base, adapters=[adapter])
+    merged[codes].view(torch.uint8)[0, 0] ^= 16
+    save_file(merged, out / "model.safetensors", metadata={"format": "pt"})
+    assert [f.code for f in loratool.verify(out, base=base, adapters=[adapter])] == ["LT105"]
+
+
+def test_keep_writes_parts_to_the_shards_that_they_came_from(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, truth, config = model("fp8")
+    base = make_base(stored, config)
+    (base / "model.safetensors").unlink()
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    split: dict[str, Tensors] = {file: {} for file in files}
+    for name, tensor in stored.items():
+        split[files[name.endswith("_inv")]][name] = tensor
+    for file, tensors in split.items():
+        save_file(tensors, base / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, tensors in split.items() for name in tensors}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    adapter, delta = adapter_of(make_adapter)
+    loratool.merge(base, [adapter], tmp_path / "out", quantized="keep")
+    merged = {file: load_file(tmp_path / "out" / file) for file in split}
+    assert {file: set(t) for file, t in merged.items()} == {f: set(t) for f, t in split.items()}
+    codes, scales = merged.values()
+    name = f"{MODULES[0]}.weight"
+    found = codes[name].double() * spread(scales[f"{name}_scale_inv"], 8, 8)
+    wanted = truth[name] + delta
+    assert (found - wanted).norm() <= 0.04 * wanted.norm()
+    assert not loratool.verify(tmp_path / "out", base=base, adapters=[adapter])
+
+
+def test_keep_does_not_hide_an_overflow(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    made = lora(MODULES[0], OUT, INTO)
+    adapter = make_adapter({name: tensor * 1e30 for name, tensor in made.items()})
+    with pytest.raises(MergeError, match="not finite"):
+        loratool.merge(make_base(stored, config), [adapter], tmp_path / "out", quantized="keep")
+
+
+def test_files_that_decoding_makes_too_large_are_cut(
+    make_base: Make, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, truth, config = model("fp8")
+    adapter, _ = adapter_of(make_adapter)
+    monkeypatch.setattr(planning, "LARGEST_SHARD", 2 * OUT * INTO)
+    base, out = make_base(stored, config), tmp_path / "out"
+    loratool.merge(base, [adapter], out)
+    content = json.loads((out / "model.safetensors.index.json").read_text())
+    assert sorted(content["weight_map"]) == sorted((*truth, NORM))
+    assert len(set(content["weight_map"].values())) == 3
+    for name, file in content["weight_map"].items():
+        assert file.endswith("-of-00003.safetensors")
+        assert name in load_file(out / file)
+    assert not loratool.verify(out, base=base, adapters=[adapter])
 
 
 @parametrised
@@ -248,12 +340,11 @@ def test_a_dequantised_twin_of_the_base_has_not_changed(make_base: Make, tmp_pat
 @pytest.mark.parametrize(
     ("name", "dtype", "words"),
     [
-        ("qweight", torch.int32, "GPTQ or AWQ"),
-        ("weight_packed", torch.int32, "compressed-tensors"),
-        ("SCB", torch.float32, "bitsandbytes, 8 bits"),
-        ("weight.quant_state.bitsandbytes__nf4", torch.uint8, "bitsandbytes, 4 bits"),
-        ("weight_scale", torch.float32, "scaled codes"),
-        ("weight", torch.float8_e5m2, "is F8_E5M2"),
+        ("codebooks", torch.float16, "AQLM"),
+        ("weight_scales", torch.float16, "EETQ"),
+        ("tables2", torch.float16, "HIGGS"),
+        ("weight", torch.int8, "is I8"),
+        ("weight", torch.float8_e4m3fnuz, "is F8_E4M3FNUZ"),
     ],
 )
 def test_codes_that_nothing_reads_are_refused_by_name(
@@ -266,6 +357,6 @@ def test_codes_that_nothing_reads_are_refused_by_name(
 ) -> None:
     base = make_base({f"{MODULES[0]}.{name}": torch.ones(8, 8).to(dtype)})
     adapter = make_adapter(lora(MODULES[0], 8, 8))
-    with pytest.raises(BaseModelError, match=words):
+    with pytest.raises(UnsupportedError, match=words):
         loratool.merge(base, [adapter], tmp_path / "out")
     assert "LT027" in [finding.code for finding in loratool.validate(adapter, base=base)]

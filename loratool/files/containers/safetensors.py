@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from loratool.files.container import Container, WeightsFile
-from loratool.files.safetensors import format_header, read_header
+from loratool.files.container import Container, KeptLayout, Layout, WeightsFile
+from loratool.files.safetensors import canonical_order, format_header, read_header
 from loratool.files.spec import TensorSpec
 from loratool.files.transfer import write_all
 
 __all__ = ["CLAIM", "CONTAINER"]
 
+SUFFIX: Final = ".safetensors"
 CLAIM: Final = {"suffixes": [".safetensors"], "models": [".safetensors"], "preference": 2}
 
 
@@ -45,6 +46,7 @@ class _Layout:
 
 class _Safetensors:
     name: Final = "safetensors"
+    keeps_codes: Final = False
     has_metadata: Final = True
 
     def open(self, path: Path) -> WeightsFile:
@@ -52,10 +54,29 @@ class _Safetensors:
         return read_header(path)
 
     def lay_out(
-        self, specs: Sequence[TensorSpec], metadata: Mapping[str, str], name: str
-    ) -> _Layout:
+        self,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str],
+        name: str,
+        like: WeightsFile | None = None,
+    ) -> Layout:
         """See :class:`Container`."""
-        return _Layout(tuple(specs), format_header(specs, metadata))
+        if like is None:
+            return _Layout(tuple(specs), format_header(specs, metadata))
+        if _stays(specs, metadata, like):
+            return KeptLayout(like)
+        ordered = tuple(canonical_order(specs))
+        return _Layout(ordered, format_header(ordered, metadata))
+
+
+def _stays(specs: Sequence[TensorSpec], metadata: Mapping[str, str], like: WeightsFile) -> bool:
+    """Whether a file of this container has these tensors, in any order, and says the same."""
+    if like.header is None or like.path.suffix.lower() != SUFFIX or like.metadata != metadata:
+        return False
+    stored = like.tensors
+    return len(specs) == len(stored) and all(
+        spec.name in stored and stored[spec.name].spec == spec for spec in specs
+    )
 
 
 CONTAINER: Final[Container] = _Safetensors()

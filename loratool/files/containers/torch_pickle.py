@@ -37,6 +37,7 @@ class _Layout:
 
 class _TorchPickle:
     name: Final = "torch pickle"
+    keeps_codes: Final = False
     has_metadata: Final = False
 
     def open(self, path: Path) -> WeightsFile:
@@ -46,7 +47,11 @@ class _TorchPickle:
         return WeightsFile(file.path, file.tensors, {}, file.size, file.stamp, notes=notes)
 
     def lay_out(
-        self, specs: Sequence[TensorSpec], metadata: Mapping[str, str], name: str
+        self,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str],
+        name: str,
+        like: WeightsFile | None = None,
     ) -> _Layout:
         """See :class:`Container`."""
         return _Layout(lay_out(specs, archive_stem(Path(name))))

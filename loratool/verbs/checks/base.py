@@ -11,7 +11,8 @@ from loratool.adapter.problems import site_problems
 from loratool.base.model import open_model
 from loratool.base.refusals import CODE, check_base
 from loratool.base.replication import layer_ranges
-from loratool.errors import BaseModelError, LoratoolError, MissingModuleError
+from loratool.base.trained_on import training_notes
+from loratool.errors import LoratoolError, MissingModuleError, UnsupportedError
 from loratool.verbs.merging.context import Share
 from loratool.verbs.merging.extras import plan_extra
 from loratool.verbs.merging.sites import SitePlanner
@@ -25,12 +26,15 @@ def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
     Raises:
         LoratoolError: The base itself cannot be read.
     """
-    base = open_model(path)
     try:
+        base = open_model(path)
         check_base(base)
-    except BaseModelError as error:
+    except UnsupportedError as error:  # codes of a kind that is known and not read
         yield finding(CODE, error.where, error.what, error.hint)
         return
+    recorded = adapter.config.base_model if adapter.config else None
+    for note in training_notes(recorded, base):
+        yield finding("LT035", adapter.path, note)
     try:
         layers = layer_ranges(adapter.field("layer_replication"), adapter.path)
         view = base.as_trained(tasks=[str(adapter.field("task_type"))], layers=layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -15,10 +15,11 @@ from loratool.base.model import Model, open_model
 from loratool.base.refusals import check_base
 from loratool.base.replication import layer_ranges
 from loratool.base.ties import have_same_values
-from loratool.codecs.codec import CodedTensor
-from loratool.codecs.weights import Weight, path_of
-from loratool.errors import BaseModelError, MergeError, OptionError, OutputError, UnsupportedError
-from loratool.files.checkpoint import Checkpoint
+from loratool.codecs.codec import CodedTensor, claims
+from loratool.codecs.weights import Weight
+from loratool.errors import BaseModelError, MergeError, OutputError, UnsupportedError
+from loratool.files.checkpoint import SHARD, Checkpoint
+from loratool.files.container import WeightsFile
 from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.json import read_json_object
@@ -31,6 +32,7 @@ from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.plan.model import Blend, Edit, ModelPlan, OutputFile, SetRows, Step
 from loratool.plan.sidecar import Sidecar
 from loratool.schemes.opening import open_adapter
+from loratool.verbs.merging.coding import Placed, check_quantized, written
 from loratool.verbs.merging.companions import accompanied
 from loratool.verbs.merging.context import Changes, Share
 from loratool.verbs.merging.extras import plan_extras
@@ -38,9 +40,11 @@ from loratool.verbs.merging.sidecars import collect_sidecars
 from loratool.verbs.merging.sites import plan_sites
 from loratool.verbs.merging.tied import Untied, row_notes, settle_ties, unknown_ties
 
-__all__ = ["QUANTIZED", "plan_merge"]
+__all__ = ["plan_merge"]
 
 AnyPath = str | PathLike[str]
+LARGEST_SHARD: Final = 5_000_000_000
+"""Bytes of a file that decoding makes larger than it was: what other tools cut models at."""
 LABEL_HEADS: Final = (
     "classifier",
     "score",
@@ -53,8 +57,6 @@ LABEL_HEADS: Final = (
     "distillation_classifier",
 )
 """Modules with one output for each label; what feeds them (``pre_classifier``) has others."""
-QUANTIZED: Final = ("dequantize", "keep")
-"""What may become of quantised weights."""
 VOCABULARY_BIASES: Final = (
     "final_logits_bias",
     "lm_head.bias",
@@ -84,7 +86,6 @@ def plan_merge(
     if not adapters:
         raise MergeError("merge", "no adapter was given")
     model = open_model(Path(base))
-    _check_quantized(model, quantized)
     opened = [
         open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=model.told)
         for path in adapters
@@ -96,6 +97,7 @@ def plan_merge(
         check_adapter(adapter)
     check_one_model(opened, has_base=True)
     layers = _common_replication(opened)
+    check_quantized(model, quantized, dtype=dtype, is_replicated=layers is not None)
     tasks = [str(adapter.field("task_type")) for adapter in opened]
     view = model.as_trained(tasks=tasks, layers=layers)
     complete = [accompanied(adapter, view, skip) for adapter in opened]
@@ -114,11 +116,6 @@ def plan_merge(
         plan_sites(share, view)
     notes += [note for share in shares for note in share.notes]
     untied = settle_ties(shares, view)
-    if model.quantization is not None:
-        found = model.quantization
-        notes.append(f"{found.modules} weights in {found.format} were written as plain numbers")
-        if dropped := model.activation_scales:
-            notes.append(f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}")
     if AVERAGES in view.components:
         notes.append(f"{UNTRAINED[AVERAGES]} that the file holds besides stay as they are")
     notes += untied.notes if untied else unknown_ties(shares, view)
@@ -127,14 +124,17 @@ def plan_merge(
     if not any(step.is_changed for step in steps.values()):
         raise MergeError(opened[0].path, "the merge would change nothing")
     is_folder = _is_folder(model, output)
-    changes = _config_changes(view, steps, opened, dtype, untied=untied, layers=layers)
+    placed = list(written(view, steps, quantized))
+    decoded = _decoded(placed)
+    notes += _decoding_notes(model, decoded, quantized)
+    changes = _config_changes(view, steps, opened, dtype, decoded, untied=untied, layers=layers)
     if not is_folder and (changes.untie or changes.vocabulary):
         raise UnsupportedError(
             output or "OUT",
             "the merge changes what config.json has to say (ties or vocabulary)",
             hint="name a folder as the output",
         )
-    files = _files(view, steps, output if not is_folder else None)
+    files = _files(view, placed, output if not is_folder else None, is_decoded=bool(decoded))
     tokenizer = _with_tokenizer(changes, opened)
     sidecars, left = collect_sidecars(model, changes, tokenizer) if is_folder else ([], [])
     notes += [f"{name} was not carried over: {why}" for name, why in left if why in NOT_FILES]
@@ -257,6 +257,7 @@ def _config_changes(
     steps: dict[str, Step],
     adapters: Sequence[Adapter],
     dtype: str | None,
+    decoded: Sequence[Step],
     *,
     untied: Untied | None,
     layers: list[int] | None,
@@ -280,7 +281,7 @@ def _config_changes(
         labels=labels,
         layers=tuple(layers) if layers else None,
         architecture=_architecture(adapters) if labels else None,
-        decoded=_decoded_dtype(steps),
+        decoded=DTYPES[decoded[0].spec.dtype].torch_name if decoded else None,
     )
 
 
@@ -311,28 +312,10 @@ def _is_label_head(name: str) -> bool:
     return module != name and f".{module}".endswith(tuple(f".{head}" for head in LABEL_HEADS))
 
 
-def _check_quantized(model: Model, quantized: str) -> None:
-    """Refuse what is not done with a quantised base.
-
-    Raises:
-        OptionError: ``--quantized`` is neither of its values.
-        UnsupportedError: Its codes would have to be written again.
-    """
-    if quantized not in QUANTIZED:
-        raise OptionError("--quantized", f"{quantized!r} is none of {', '.join(QUANTIZED)}")
-    if quantized == "keep" and model.quantization is not None:
-        raise UnsupportedError(
-            model.path,
-            f"--quantized keep: {model.quantization.format} is not written again yet",
-            hint="leave it out to write plain numbers, and quantise the result",
-        )
-
-
-def _decoded_dtype(steps: Mapping[str, Step]) -> str | None:
-    """Return the dtype (``bfloat16``) that coded weights are written in; ``None`` without any."""
-    coded = (step.spec.dtype for step in steps.values() if isinstance(step.base, CodedTensor))
-    found = next(coded, None)
-    return DTYPES[found].torch_name if found is not None else None
+def _decoded(steps: Sequence[Placed]) -> list[Step]:
+    """Return the steps of coded weights that are written as plain numbers."""
+    coded = (step for step, _ in steps if isinstance(step.base, CodedTensor))
+    return [step for step in coded if step.recoded is None]
 
 
 def _check_vocabulary(steps: dict[str, Step], old: int, new: int) -> None:
@@ -410,24 +393,70 @@ def _is_plain(stem: str) -> bool:
     return stem.startswith("pytorch_model")
 
 
-def _files(view: Model, steps: dict[str, Step], output: AnyPath | None) -> list[OutputFile]:
-    """Lay out the output: every tensor in the shard it came from, added ones in the last."""
+def _files(
+    view: Model, steps: Sequence[Placed], output: AnyPath | None, *, is_decoded: bool
+) -> list[OutputFile]:
+    """Lay out the output: every tensor in the shard it came from, added ones in the last.
+
+    Files that decoding has made too large are cut.
+    """
     lasts = {component: one.shards[-1].path for component, one in view.checkpoints.items()}
     by_shard: dict[Path, list[Step]] = {shard.path: [] for shard in view.shards}
-    for name, step in steps.items():
-        stored = view.tensors.get(name)
-        last = lasts.get("") or lasts[name.partition(".")[0]]
-        by_shard[path_of(stored) if stored is not None else last].append(step)
+    for step, path in steps:
+        last = lasts.get("") or lasts[step.spec.name.partition(".")[0]]
+        by_shard[path or last].append(step)
+    about_codes = {key for claim in claims() for key in claim.metadata} if is_decoded else set()
     files = []
     for component, checkpoint in view.checkpoints.items():
+        folder, prefix = (f"{component}/", f"{component}.") if component else ("", "")
+        contents: list[tuple[WeightsFile, list[Step]]] = []
         for shard in checkpoint.shards:
             mine = by_shard[shard.path]
             if not mine and shard.tensors:
                 continue  # one with nothing but scales is gone
-            name = Path(output).name if output is not None else _output_name(shard.path)
-            folder, prefix = (f"{component}/", f"{component}.") if component else ("", "")
-            files.append(OutputFile.lay_out(f"{folder}{name}", mine, shard.metadata, shard, prefix))
+            is_cut = is_decoded and output is None
+            contents += [(shard, part) for part in (_cut(mine) if is_cut else [mine])]
+        names = _names(checkpoint, [shard for shard, _ in contents])
+        for (shard, mine), name in zip(contents, names, strict=True):
+            name = Path(output).name if output is not None else name
+            metadata = {k: v for k, v in shard.metadata.items() if k not in about_codes}
+            files.append(OutputFile.lay_out(f"{folder}{name}", mine, metadata, shard, prefix))
     return files
+
+
+def _cut(steps: list[Step]) -> list[list[Step]]:
+    """Return the tensors of one file, in several where they are too large for one."""
+    parts: list[list[Step]] = [[]]
+    size = 0
+    for step in steps:
+        if parts[-1] and size + step.spec.nbytes > LARGEST_SHARD:
+            parts.append([])
+            size = 0
+        parts[-1].append(step)
+        size += step.spec.nbytes
+    return parts
+
+
+def _names(checkpoint: Checkpoint, shards: Sequence[WeightsFile]) -> list[str]:
+    """Return the names of the files that take the place of ``shards``, some of which are cut."""
+    names = [_output_name(shard.path) for shard in shards]
+    if len(set(names)) == len(names):
+        return names
+    match = SHARD.fullmatch(names[0])
+    stem = match[1] if match is not None else Path(names[0]).stem
+    count = len(names)
+    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _decoding_notes(model: Model, decoded: Sequence[Step], quantized: str) -> Iterator[str]:
+    """Yield what was written as plain numbers, and what was dropped with it."""
+    if decoded:
+        kinds = dict.fromkeys(
+            step.base.codec.name for step in decoded if isinstance(step.base, CodedTensor)
+        )
+        yield f"{len(decoded)} weights in {', '.join(kinds)} were written as plain numbers"
+    if quantized != "keep" and (dropped := model.activation_scales):
+        yield f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}"
 
 
 def _indices(model: Model, files: Sequence[OutputFile]) -> Iterator[Sidecar]:
@@ -448,7 +477,7 @@ def _index(checkpoint: Checkpoint, files: Sequence[OutputFile], component: str) 
         for step in file.steps
     }
     total = sum(step.spec.nbytes for file in files for step in file.steps)
-    name = "model.safetensors.index.json"
+    name = _index_of(files[0].name.removeprefix(folder))
     metadata: dict[str, Any] = {}
     if checkpoint.index is not None:
         content = read_json_object(checkpoint.index)
@@ -465,6 +494,12 @@ def _index(checkpoint: Checkpoint, files: Sequence[OutputFile], component: str) 
     content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     return Sidecar(f"{folder}{name}", None, text.encode(), "describes the tensors as written")
+
+
+def _index_of(name: str) -> str:
+    """Return what the index of files is called whose first is called ``name``."""
+    match = SHARD.fullmatch(name)
+    return f"{match[1] if match is not None else 'model'}.safetensors.index.json"
 
 
 def _index_name(path: Path) -> str:

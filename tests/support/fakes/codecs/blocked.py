@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from loratool.codecs.codec import CodedTensor, Description, Parts
+from loratool.errors import UnsupportedError
 from loratool.files.spec import StoredTensor, TensorSpec
 
 CLAIM = {"suffixes": [".blocked_codes"], "methods": ["blocked"]}
@@ -45,7 +46,7 @@ class Blocked:
         return values * grids[0].astype(kind) + grids[1].astype(kind)
 
     def encoder(self, coded: CodedTensor) -> Any:
-        raise NotImplementedError
+        raise UnsupportedError(coded.spec.name, "blocked codes need data", hint="merge to 16 bits")
 
 
 CODEC = Blocked()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loratool.errors import FileFormatError
 from loratool.files.container import WeightsFile
@@ -38,6 +39,7 @@ class FakeLayout:
 class Fake:
     name = "fake"
     has_metadata = True
+    keeps_codes = False
 
     def open(self, path: Path) -> WeightsFile:
         stamp = stamp_of(path)
@@ -62,7 +64,7 @@ class Fake:
         return WeightsFile(path, tensors, metadata, stamp.size, stamp)
 
     def lay_out(
-        self, specs: Sequence[TensorSpec], metadata: Mapping[str, str], name: str
+        self, specs: Sequence[TensorSpec], metadata: Mapping[str, str], name: str, like: Any = None
     ) -> FakeLayout:
         place, offsets = len(head(specs, metadata)), {}
         for spec in specs:
