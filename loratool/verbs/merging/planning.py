@@ -15,6 +15,7 @@ from loratool.base.model import Model, open_model
 from loratool.base.refusals import check_base
 from loratool.base.replication import layer_ranges
 from loratool.base.ties import have_same_values
+from loratool.base.trained_on import training_notes
 from loratool.codecs.codec import CodedTensor, claims
 from loratool.codecs.weights import Weight
 from loratool.errors import BaseModelError, MergeError, OutputError, UnsupportedError
@@ -109,6 +110,8 @@ def plan_merge(
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
         if unknown := unknown_scale(adapter):
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
+        recorded = adapter.config.base_model if adapter.config else None
+        notes += [f"{adapter.path}: {note}" for note in training_notes(recorded, model)]
     notes += _expert_notes(opened, model)
     shares = [Share.of(*pair) for pair in zip(opened, strengths, strict=True)]
     for share in shares:
