@@ -158,6 +158,7 @@ class _Gguf:
 class _Encoder:
     """Rows of blocks, as llama.cpp rounds them."""
 
+    roles: Final = ("weight",)
     step: Final = 1
     needs_largest: Final = False
 

@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 MAGIC: Final = b"GGUF"
+HEAD: Final = 24
+"""Bytes before the key values: the magic number, the version, and two counts."""
 VERSIONS: Final = (2, 3)
 ALIGNMENT: Final = 32
 """What data lie at multiples of where ``general.alignment`` says nothing else."""
@@ -191,6 +193,12 @@ class GgufFile(WeightsFile):
     values: Mapping[str, KeyValue] = field(default_factory=dict)
     alignment: int = ALIGNMENT
     version: int = VERSIONS[-1]
+
+    @property
+    def raw_values(self) -> bytes:
+        """The bytes of all key values."""
+        ends = [each.place[1] for each in self.values.values()]
+        return (self.header or b"")[HEAD:][: max(ends, default=HEAD) - HEAD]
 
 
 def aligned(offset: int, alignment: int) -> int:
