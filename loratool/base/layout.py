@@ -144,6 +144,10 @@ class Layout:
         """
         return ()
 
+    def unlike(self, path: str, config: ModelConfig) -> str | None:
+        """Return why a module of the files is none of libraries, by itself; ``None`` if it is."""
+        return None
+
     def live(self, config: ModelConfig, tensors: Mapping[str, Weight]) -> LiveModel | None:
         """Return what the live model calls the tensors; ``None`` where the model type tells."""
         return None

@@ -281,6 +281,12 @@ class Model:
         """Whether the files have a linear layer as ``(in, out)`` that libraries have otherwise."""
         return path in self._parameters.values() and self.layout.is_turned(path)
 
+    def is_exchanged(self, path: str) -> bool:
+        """Whether the files have the outputs of a module in another order than libraries."""
+        name = self.modules.get(path)
+        rows = self.tensors[name].spec.shape[0] if name is not None else 0
+        return bool(rows) and self.layout.exchanged(path, rows, self.config) is not None
+
     def path_of(self, name: str) -> str:
         """Return the path of the module that libraries have for the tensor called ``name``."""
         module = name.rpartition(".")[0]

@@ -58,10 +58,10 @@ class _Live(LiveModel):
         return f"{held.module}.{leaf}" if held is not None else stored
 
     def tensor(self, name: str) -> str | None:
-        """Return the tensor that a parameter of transformers is, with its rows in any order."""
+        """Return the tensor that a parameter of transformers is, with its rows in their order."""
         module, _, leaf = name.rpartition(".")
         held = _held(self._architecture, module)
-        if len(held) != 1 or held[0].form not in WHOLE or held[0].is_stack:
+        if len(held) != 1 or not held[0].is_same or held[0].is_stack:
             return None
         found = f"{held[0].tensor}.{leaf}"
         return found if found in self.tensors and _is_plain(self._architecture, found) else None
@@ -110,6 +110,14 @@ class Gguf(Layout):
         architecture = _known(headers.config)
         own = {module: _own(architecture, module) for module in headers.modules}
         return {module: held.module for module, held in own.items() if held is not None}
+
+    def unlike(self, path: str, config: ModelConfig) -> str | None:
+        found = _known(config).modules(path)
+        if not found or _own(_known(config), path) is not None:
+            return None
+        if path.endswith("_exps"):
+            return "a stack of experts, which is cut otherwise in llama.cpp than in libraries"
+        return "its rows, or its values, are others in llama.cpp than in libraries"
 
     def live(self, config: ModelConfig, tensors: Mapping[str, Weight]) -> LiveModel | None:
         return _Live(_known(config), tensors)
