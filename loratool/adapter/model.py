@@ -20,6 +20,7 @@ __all__ = [
     "FUSED_PARAMETERS",
     "HEAD_LEAVES",
     "HISTORY_KEY",
+    "INVOCATION_KEY",
     "Adapter",
     "Extra",
     "ExtraKind",
@@ -36,6 +37,9 @@ HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "pr
 
 HISTORY_KEY: Final = "loratool"
 """Metadata of what loratool has written: where it records no alpha, the scale is 1."""
+
+INVOCATION_KEY: Final = "adapter.alora.invocation_tokens"
+"""Metadata of what acts after its tokens only."""
 
 FUSED_PARAMETERS: Final = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """The parameters of fused experts, in the order in which transformers registers them."""
@@ -285,6 +289,12 @@ class Adapter:
     def nbytes(self) -> int:
         """Size of all its tensors in bytes."""
         return sum(tensor.spec.nbytes for tensor in self.tensors.values())
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether it acts after its invocation tokens only (aLoRA)."""
+        is_told = self.config is not None and self.config.flag("alora_invocation_tokens")
+        return is_told or INVOCATION_KEY in self.metadata
 
     def field(self, name: str) -> Any:
         """Return a raw field of its configuration, or ``None``."""

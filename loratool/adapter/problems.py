@@ -41,14 +41,14 @@ def check_adapter(adapter: Adapter) -> None:
     """
     check_unmixed(adapter)
     config = adapter.config
+    if adapter.is_conditional:
+        raise UnsupportedError(
+            adapter.path,
+            "an activated LoRA (aLoRA): it acts only after its invocation tokens, which no "
+            "merged weight can do",
+            hint="serve it as an adapter",
+        )
     if config is not None:
-        if config.flag("alora_invocation_tokens"):
-            raise UnsupportedError(
-                adapter.path,
-                "an activated LoRA (aLoRA): it acts only after its invocation tokens, which no "
-                "merged weight can do",
-                hint="serve it as an adapter",
-            )
         if config.flag("arrow_config"):
             raise UnsupportedError(
                 adapter.path, "an Arrow router: it mixes adapters by input; no weights equal it"

@@ -28,6 +28,7 @@ __all__ = [
     "Settings",
     "Spelled",
     "Tokens",
+    "Told",
     "Written",
 ]
 
@@ -80,6 +81,21 @@ class Context:
     family: str | None = None
     known: frozenset[str] = frozenset()
     alone: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is known of the model that an adapter is for, to a scheme that depends on it.
+
+    Attributes:
+        metadata: What the adapter's file says of itself.
+        base: What the base's weights file does.
+        config: The base's parsed ``config.json``; empty where there is none.
+    """
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +203,10 @@ class Paths(Protocol):
         """Return why ``count`` modules are not known, where the scheme itself can tell."""
         ...
 
+    def parameter(self, name: str) -> str:
+        """Return the path of a parameter that a file holds beside the deltas."""
+        ...
+
 
 class Scale(Protocol):
     """Where the number that multiplies ``B @ A`` goes.
@@ -221,6 +241,7 @@ class Settings(Protocol):
         names_saved: Whether it says which modules are saved as a whole.
         stale: A regular expression for metadata that describes the form of such a file.
         naming: The same for what stays true as long as the scheme is the same.
+        keeps_invocation: Whether it says after which tokens an adapter acts.
     """
 
     @property
@@ -233,6 +254,8 @@ class Settings(Protocol):
     def stale(self) -> str: ...
     @property
     def naming(self) -> str: ...
+    @property
+    def keeps_invocation(self) -> bool: ...
 
     def claims(self, raw: Mapping[str, Any]) -> bool:
         """Whether a configuration is this scheme's, and not PEFT's."""
@@ -368,12 +391,14 @@ class Home:
         weights_name: The weights file in a folder; empty for ``<folder>``'s name.
         suffix: The ending of its weights file.
         is_open: Whether tensors that are no deltas may lie beside the factors.
+        dtype: What factors of other schemes are written as unless somebody says; empty for theirs.
         tokens: How trained tokens are stored; ``None`` where they are not.
     """
 
     weights_name: str = ""
     suffix: str = ".safetensors"
     is_open: bool = False
+    dtype: str = ""
     tokens: Tokens | None = None
 
 
@@ -395,6 +420,7 @@ class Scheme:
         beside: What is used instead where PEFT's configuration, or alphas, lie beside the input.
         resembles: Patterns of keys that are of its tool and no factors, with what they are.
         priority: Which scheme is meant where two recognise as many keys: the higher.
+        follows: Returns the scheme for one model, where names or rows depend on which that is.
     """
 
     name: str
@@ -410,6 +436,11 @@ class Scheme:
     beside: Mapping[str, tuple[Scale, Settings]] = field(default_factory=dict)
     resembles: tuple[tuple[str, str], ...] = ()
     priority: int = 0
+    follows: Callable[[Told], Scheme] | None = None
+
+    def of(self, told: Told) -> Scheme:
+        """Return the scheme as it is for one model."""
+        return self.follows(told) if self.follows is not None else self
 
     def recorded(self, *, has_config: bool, has_alphas: bool) -> Scheme:
         """Return the scheme with the scale kept where the input has it, if it leaves that open."""

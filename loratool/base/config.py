@@ -56,10 +56,12 @@ class ModelConfig:
     Attributes:
         raw: The parsed file.
         beside: What a file beside it says of quantisation.
+        is_inside: Whether it stands in the file of the weights, and is written with them.
     """
 
     raw: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
+    is_inside: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.raw)

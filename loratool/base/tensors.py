@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from loratool.base.config import read_config
+from loratool.base.key_values import config_of
 from loratool.codecs.codec import Description, recognise
 from loratool.codecs.weights import Weight
 from loratool.files.checkpoint import Checkpoint
@@ -51,6 +51,6 @@ def _decoded(checkpoint: Checkpoint) -> Mapping[str, Weight]:
 
 
 def _description(checkpoint: Checkpoint) -> Description:
-    config = read_config(checkpoint.folder)
+    config = config_of(checkpoint)
     metadata = {key: text for shard in checkpoint.shards for key, text in shard.metadata.items()}
     return Description(config.quantization or {}, config.dtype, metadata)

@@ -64,8 +64,11 @@ class Dtype:
 
     @property
     def is_factor(self) -> bool:
-        """Whether factors are stored so: a float of 8 bits or more, and no exponent alone."""
-        return bool(self.digits) and self.bits >= 8
+        """Whether factors are stored so: a float of 8 bits or more, and no exponent alone.
+
+        llama.cpp also has factors in its simplest blocks of 8 bits.
+        """
+        return (bool(self.digits) and self.bits >= 8) or self.block == (32, 34)
 
     @property
     def is_mergeable(self) -> bool:

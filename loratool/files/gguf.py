@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 MAGIC: Final = b"GGUF"
+HEAD: Final = 24
+"""Bytes before the key values: the magic number, the version, and two counts."""
 VERSIONS: Final = (2, 3)
 ALIGNMENT: Final = 32
 """What data lie at multiples of where ``general.alignment`` says nothing else."""
@@ -144,6 +146,8 @@ KINDS: Final = {
 }
 """What is written otherwise than as a string; arrays come as JSON."""
 
+HEADS: Final = (".attention.head_count", ".attention.head_count_kv")
+
 
 @dataclass(frozen=True, slots=True)
 class Array:
@@ -189,6 +193,12 @@ class GgufFile(WeightsFile):
     values: Mapping[str, KeyValue] = field(default_factory=dict)
     alignment: int = ALIGNMENT
     version: int = VERSIONS[-1]
+
+    @property
+    def raw_values(self) -> bytes:
+        """The bytes of all key values."""
+        ends = [each.place[1] for each in self.values.values()]
+        return (self.header or b"")[HEAD:][: max(ends, default=HEAD) - HEAD]
 
 
 def aligned(offset: int, alignment: int) -> int:
@@ -440,10 +450,9 @@ def _as_text(value: int | float | bool | str, kind: str) -> str:
     if kind != "f32":
         return str(value)
     # The shortest that is the same float32.
-    texts = (f"{value:.{digits}g}" for digits in range(6, 10))
-    form = SCALARS[NUMBERS[kind]][1]
-    found = next((t for t in texts if form.pack(float(t)) == form.pack(value)), str(value))
-    return found if set(found) & set(".en") else f"{found}.0"
+    near = (float(f"{value:.{digits}g}") for digits in range(6, 10))
+    pack = SCALARS[NUMBERS[kind]][1].pack
+    return str(next((each for each in near if pack(each) == pack(value)), value))
 
 
 def _alignment(path: Path, values: Mapping[str, KeyValue]) -> int:
@@ -543,12 +552,19 @@ def format_values(metadata: Mapping[str, str]) -> tuple[bytes, int]:
     """
     made = []
     for key, text in metadata.items():
-        kind = KINDS.get(key, "str")
+        kind = _kind_written(key, text)
         try:
             made.append(_string(key) + _value(text, kind))
         except (ValueError, TypeError, struct.error):
             raise UnsupportedError(key, f"is {reprlib.repr(text)}, and has to be {kind}") from None
     return b"".join(made), len(made)
+
+
+def _kind_written(key: str, text: str) -> str:
+    """Return what a text is written as: of heads, one number or one for each layer."""
+    if key.endswith(HEADS):
+        return "[u32]" if text.startswith("[") else "u32"
+    return KINDS.get(key, "str")
 
 
 def _string(text: str) -> bytes:

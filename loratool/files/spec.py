@@ -43,6 +43,8 @@ class StoredTensor:
         strides: Element strides where the data is not contiguous in row-major order (only
             pickled checkpoints can hold such), else ``None``.
         alias_of: Name of another tensor that owns the same bytes, or ``None``.
+        exchanged: ``(n, a, b)`` where its rows, seen as ``(n, a, b, …)``, lie with the axes a and b
+            exchanged; it has strides then, those of its file.
     """
 
     spec: TensorSpec
@@ -50,6 +52,7 @@ class StoredTensor:
     offset: int
     strides: tuple[int, ...] | None = None
     alias_of: str | None = None
+    exchanged: tuple[int, int, int] | None = None
 
     @property
     def span(self) -> int:
@@ -75,6 +78,8 @@ class StoredTensor:
             ``(count, width)``, or ``(count,)``; ``None`` where it does not lie in such rows.
         """
         shape, strides = self.spec.shape, self.strides
+        if self.exchanged is not None:
+            return None
         if strides is not None and (len(shape) > 2 or width != (*shape, 1)[1]):
             return None
         row = width if strides is None else strides[0]
@@ -83,6 +88,20 @@ class StoredTensor:
             spec=replace(self.spec, shape=(count, width) if len(shape) > 1 else (count,)),
             offset=self.offset + DTYPES[self.spec.dtype].size(first * row),
         )
+
+    def exchanging(self, axes: tuple[int, int, int]) -> StoredTensor | None:
+        """Return it with its rows, seen as ``(*axes, …)``, with the last two axes exchanged.
+
+        Returns:
+            ``None`` where it lies in no such rows.
+        """
+        count, outer, inner = axes
+        if self.exchanged == axes:
+            return replace(self, exchanged=None, strides=None)
+        shape = self.spec.shape
+        if self.strides is not None or len(shape) not in (1, 2) or shape[0] % math.prod(axes):
+            return None
+        return replace(self, strides=(*shape[1:], 1), exchanged=(count, inner, outer))
 
 
 class TensorSource(Protocol):

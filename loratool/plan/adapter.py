@@ -43,8 +43,8 @@ class Output:
     @property
     def moved(self) -> StoredTensor | None:
         """The stored tensor whose bytes it is, maybe in another order; else ``None``."""
-        is_moved = isinstance(self.value, Stored) and self.value.dtype == self.spec.dtype
-        return self.value.tensor if is_moved and isinstance(self.value, Stored) else None
+        tensor = self.value.tensor if isinstance(self.value, Stored) else None
+        return tensor if tensor is not None and tensor.spec.dtype == self.spec.dtype else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
 from loratool.math.products import TorchProducts
+from loratool.values.arrays import decode
 
 __all__ = [
     "Arithmetic",
@@ -34,7 +35,9 @@ _tf32_lock = Lock()
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return torch's dtype for a dtype name of a header (``"BF16"``)."""
+    """Return torch's dtype for a dtype name of a header (``"BF16"``); float32 for blocks."""
+    if DTYPES[name].block:
+        return torch.float32
     attribute = DTYPES[name].torch_name
     if attribute is None:
         raise FileFormatError("dtype", f"torch has no {name}")
@@ -170,6 +173,8 @@ def read_tensor(stored: StoredTensor, kind: Arithmetic | None = None) -> Tensor:
     dtype = torch_dtype(stored.spec.dtype)
     if stored.spec.elements == 0:
         values = torch.empty(stored.spec.shape, dtype=dtype)
+    elif DTYPES[stored.spec.dtype].block:
+        values = torch.from_numpy(decode(stored)).to(dtype)
     else:
         values = torch.frombuffer(bytearray(read_bytes(stored)), dtype=dtype)
         values = values.reshape(stored.spec.shape)

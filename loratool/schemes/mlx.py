@@ -17,13 +17,13 @@ from loratool.adapter.part import Part
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Home, Scheme, Written
 from loratool.adapter.slots import Slot
-from loratool.errors import AdapterError, UnsupportedError
+from loratool.errors import AdapterError
 from loratool.names.paths.dotted import PathPaths
 from loratool.names.switched import stacked_path
 from loratool.schemes.parts.roles import FactorsOfTable, Roles
 from loratool.schemes.parts.scales import MultiplierScale
 from loratool.schemes.parts.settings import Settings
-from loratool.values.expr import Piled
+from loratool.schemes.parts.stacks import stacked
 
 __all__ = ["CLAIM", "SCHEME"]
 
@@ -53,26 +53,7 @@ class MlxRoles(Roles):
                 made.append(part)
             else:
                 groups[place[0]][place[1]] = part
-        return [*made, *(_stacked(name, members) for name, members in groups.items())]
-
-
-def _stacked(name: str, members: dict[int, Part]) -> Part:
-    ordered = [members[index] for index in sorted(members)]
-    first = ordered[0]
-    if sorted(members) != list(range(len(members))):
-        missing = next(index for index in range(len(members)) if index not in members)
-        raise UnsupportedError(
-            name, f"stacks the experts of a layer, and expert {missing} is not adapted"
-        )
-    shapes = {(part.down.shape, part.up.shape) for part in ordered}
-    if len(shapes) > 1 or not all(part.is_plain for part in ordered):
-        raise UnsupportedError(name, "stacks experts, which have different shapes or kinds")
-    scales = {part.scale for part in ordered}
-    scale = scales.pop() if len(scales) == 1 else 1.0
-    ups = [part.up if part.scale == scale else part.up.scaled(part.scale) for part in ordered]
-    down = Piled(tuple(part.down for part in ordered))
-    joint = first.factored(down, Piled(tuple(ups)), scale=scale, note="experts stacked")
-    return replace(joint, module=name, rank=first.rank)
+        return [*made, *(stacked(name, members) for name, members in groups.items())]
 
 
 class MlxSettings(Settings):

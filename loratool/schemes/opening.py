@@ -14,7 +14,7 @@ from loratool.adapter.fields import is_number
 from loratool.adapter.model import Adapter, ExtraKind, Site, without
 from loratool.adapter.recognise import PEFT_TYPES
 from loratool.adapter.scaling import Scaling
-from loratool.adapter.scheme import Scheme
+from loratool.adapter.scheme import Scheme, Told
 from loratool.adapter.selectors import PartlyMeantError, Selector, Spellings, selector
 from loratool.adapter.slots import Slot
 from loratool.errors import OptionError, UnsupportedError
@@ -37,6 +37,7 @@ def open_adapter(
     skip: Sequence[str] = (),
     scheme: str | None = None,
     base_modules: Collection[str] = (),
+    base: Told | None = None,
     enabled: Sequence[bool] = (),
 ) -> Adapter:
     """Open the adapter at ``path``: headers only, no tensor data.
@@ -49,6 +50,7 @@ def open_adapter(
             ``glob:`` before them patterns for modules too, as those of ``weights``.
         scheme: The key scheme to read it in; by default the one that recognises most of it.
         base_modules: Module paths of the base, from which flattened names are restored.
+        base: What the base says of itself, for schemes whose names or rows depend on it.
         enabled: Which parts of a merged projection stacked factors are for (``enable_lora``),
             where no configuration says so.
 
@@ -68,7 +70,8 @@ def open_adapter(
         skip=skip,
         enabled=enabled,
     )
-    found = spell_out(opened, scheme_named(opened.scheme), base_modules)
+    told = replace(base or Told(), metadata=opened.metadata)
+    found = spell_out(opened, scheme_named(opened.scheme).of(told), base_modules)
     found = _without_meant(found, [each for each in _selectors(skip) if each.is_marked])
     mixed = tuple(_foreign_factors(found))
     scheme_named(opened.scheme).keys.forget()

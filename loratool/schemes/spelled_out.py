@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import Adapter, Extra
 from loratool.adapter.scheme import Scheme
 from loratool.names.shapes import family_by_shape
 
@@ -46,11 +46,17 @@ def spell_out(adapter: Adapter, scheme: Scheme, base: Collection[str] = ()) -> A
     return replace(
         adapter,
         sites=tuple(sites),
+        extras=tuple(_named(extra, scheme) for extra in adapter.extras),
         unresolved=unresolved,
         family=names.family,
         components=names.components,
         is_native=names.is_native,
     )
+
+
+def _named(extra: Extra, scheme: Scheme) -> Extra:
+    name = scheme.paths.parameter(extra.name)
+    return extra if name == extra.name else replace(extra, name=name)
 
 
 def _clashes(paths: Mapping[str, tuple[str, ...]]) -> set[str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Constant",
     "Cut",
+    "Exchanged",
     "Expr",
     "Function",
     "Held",
@@ -36,6 +37,7 @@ __all__ = [
     "Results",
     "Scaled",
     "Stored",
+    "Taken",
     "Together",
     "Turned",
     "block_diagonal",
@@ -135,6 +137,10 @@ class Expr:
         """Return it times ``factor``."""
         return self if factor == 1 else Scaled(self, factor)
 
+    def exchanged(self, axes: tuple[int, int, int]) -> Expr:
+        """Return its rows, seen as ``(*axes, …)``, with the last two of ``axes`` exchanged."""
+        return Exchanged(self, axes)
+
     def _cut(self, axis: int, start: int, stop: int) -> Expr:
         return Cut(self, axis, start, stop)
 
@@ -157,7 +163,8 @@ class Stored(Expr):
 
     @property
     def dtype(self) -> str:
-        return self.tensor.spec.dtype
+        dtype = self.tensor.spec.dtype
+        return "F32" if DTYPES[dtype].block else dtype
 
     def evaluate(self, results: Results = NOTHING) -> Array:
         from loratool.values.arrays import decode
@@ -165,20 +172,34 @@ class Stored(Expr):
         return decode(self.tensor)
 
     @property
+    def is_viewed(self) -> bool:
+        """Whether parts of it are views of its bytes."""
+        tensor = self.tensor
+        return tensor.exchanged is None and DTYPES[tensor.spec.dtype].block is None
+
+    @property
     def _strides(self) -> tuple[int, ...]:
         return self.tensor.strides or contiguous_strides(self.shape)
 
+    def exchanged(self, axes: tuple[int, int, int]) -> Expr:
+        tensor = self.tensor.exchanging(axes)
+        return Stored(tensor) if tensor is not None else Exchanged(self, axes)
+
     def _cut(self, axis: int, start: int, stop: int) -> Expr:
+        if not self.is_viewed:
+            return Cut(self, axis, start, stop)
         shape = list(self.shape)
         shape[axis] = stop - start
         return self._view(tuple(shape), self._strides, start * self._strides[axis])
 
     def _turned(self) -> Expr:
+        if not self.is_viewed:
+            return Turned(self)
         rows, columns = self.shape
         return self._view((columns, rows), self._strides[::-1], 0)
 
     def _reshaped(self, shape: tuple[int, ...]) -> Expr:
-        if self.tensor.strides is not None:
+        if self.tensor.strides is not None or not self.is_viewed:
             return Reshaped(self, shape)
         return Stored(replace(self.tensor, spec=replace(self.tensor.spec, shape=shape)))
 
@@ -468,6 +489,52 @@ class Turned(Expr):
 
 
 @dataclass(frozen=True, slots=True)
+class Exchanged(Expr):
+    """A matrix whose rows, seen as ``(n, a, b, …)``, have the axes a and b exchanged."""
+
+    value: Expr
+    axes: tuple[int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.value.dtype
+
+    def parts(self) -> tuple[Expr, ...]:
+        return (self.value,)
+
+    def evaluate(self, results: Results = NOTHING) -> Array:
+        values = self.value.evaluate(results)
+        seen = values.reshape(*self.axes, -1).transpose(0, 2, 1, 3)
+        return seen.reshape(values.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken(Expr):
+    """Some rows of an expression, in any order."""
+
+    value: Expr
+    indices: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.indices), *self.value.shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        return self.value.dtype
+
+    def parts(self) -> tuple[Expr, ...]:
+        return (self.value,)
+
+    def evaluate(self, results: Results = NOTHING) -> Array:
+        return self.value.evaluate(results)[list(self.indices)]
+
+
+@dataclass(frozen=True, slots=True)
 class Reshaped(Expr):
     """An expression in another shape, where no view does it."""
 
@@ -559,8 +626,8 @@ def is_power_of_two(factor: float) -> bool:
 
 
 def widest(dtypes: Sequence[str]) -> str:
-    """Return the dtype that holds all of ``dtypes``; float32 for both halves."""
-    unique = set(dtypes)
+    """Return the dtype that holds all of ``dtypes``; float32 for both halves, and for blocks."""
+    unique = {"F32" if DTYPES[name].block else name for name in dtypes}
     if len(unique) == 1:
         return unique.pop()
     if all(DTYPES[name].is_float and DTYPES[name].bits == 8 for name in unique):

@@ -183,6 +183,7 @@ def convert(
         skip=skip,
         scheme=source,
         base_modules=opened_base.paths if opened_base is not None else (),
+        base=opened_base.told if opened_base is not None else None,
         enabled=enable_lora,
     )
     asked = {

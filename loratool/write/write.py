@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter.part import Part
-from loratool.adapter.scheme import Context, Scheme, Spelled, Written
+from loratool.adapter.scheme import Context, Scheme, Spelled, Told, Written
 from loratool.errors import OptionError, OutputError, UnsupportedError
 from loratool.files.container import Container
 from loratool.files.containers import container_of, is_weights
@@ -43,6 +43,9 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         OptionError: An option means nothing here.
     """
     check_place(options.output, scheme.name, scheme.settings.file)
+    scheme = scheme.of(_told(new, options))
+    if scheme.home.dtype and options.dtype is None and new.scheme != scheme.name:
+        options = replace(options, dtype=scheme.home.dtype)
     named = _named(new, scheme, options)
     try:
         parts = padded(named.parts, options.pad, scheme)
@@ -108,6 +111,13 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         notes=tuple(dict.fromkeys(notes)),
         dropped=(*new.dropped, *new.extras.dropped, *left),
     )
+
+
+def _told(new: NewAdapter, options: WriteOptions) -> Told:
+    """Return what is known of the model that an adapter is for."""
+    if options.base is None:
+        return Told(metadata=new.metadata)
+    return options.base.told
 
 
 def check_place(output: Path, scheme: str, config_name: str) -> None:

@@ -25,6 +25,7 @@ from loratool.codecs.codec import (
 from loratool.codecs.numbers import number
 from loratool.codecs.weights import read_matrix, rows_of
 from loratool.errors import FileFormatError, LoratoolError, UnsupportedError
+from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import InputFiles
 from loratool.files.spec import TensorSpec
 
@@ -47,12 +48,17 @@ def encoder_of(coded: CodedTensor) -> Encoder:
     pytest.skip("it is not written again")
 
 
+def elements(data: bytes, spec: TensorSpec) -> np.ndarray:
+    """Return the elements of a part; rows of bytes, where they are in blocks."""
+    if DTYPES[spec.dtype].block:
+        return np.frombuffer(data, np.uint8).reshape(spec.elements // spec.shape[-1], -1)
+    return np.frombuffer(data, number(spec.dtype).code).reshape(spec.shape)
+
+
 def encoded(coded: CodedTensor, values: np.ndarray, cuts: list[int], sample: Sample) -> MemoryParts:
     """Encode by blocks of rows and put the parts together."""
     parts = {
-        role: np.frombuffer(
-            sample.tensors[stored.spec.name][2], number(stored.spec.dtype).code
-        ).reshape(stored.spec.shape)
+        role: elements(sample.tensors[stored.spec.name][2], stored.spec)
         for role, stored in coded.parts.items()
     }
     encoder = encoder_of(coded)

@@ -9,6 +9,7 @@ import numpy as np
 from loratool.codecs.numbers import floats
 from loratool.codecs.numbers.number import Array, Codes, Number
 from loratool.codecs.numbers.scratch import Scratch
+from loratool.files.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
@@ -54,6 +55,10 @@ def decode(
         shape: Of the result.
         kind: float32 or float64; the latter holds every value of every float.
     """
+    if DTYPES[dtype].block is not None:
+        from loratool.codecs.numbers import blocks
+
+        return blocks.decode(data, dtype, shape, kind)
     made = number(dtype)
     out = np.empty(shape, dtype=kind)
     made.decode_into(np.frombuffer(data, made.code).reshape(shape), out, Scratch())

@@ -36,6 +36,10 @@ class Paths:
         """Know no reason."""
         return None
 
+    def parameter(self, name: str) -> str:
+        """Return the name."""
+        return name
+
 
 @dataclass(frozen=True)
 class EachAlone(Paths):

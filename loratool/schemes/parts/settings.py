@@ -23,6 +23,7 @@ class Settings:
     names_saved: bool = False
     stale: str = ""
     naming: str = ""
+    keeps_invocation: bool = False
 
     def claims(self, raw: Mapping[str, Any]) -> bool:
         """Claim no configuration."""

@@ -382,7 +382,8 @@ def _is_transposed(head: Site, table: Site) -> bool:
     pairs = ((head.down, table.up), (head.up, table.down))
     for one, other in pairs:
         assert one is not None and other is not None
-        if one.spec.dtype != other.spec.dtype or one.spec.shape != other.spec.shape[::-1]:
+        is_same = one.spec.dtype == other.spec.dtype and one.spec.shape == other.spec.shape[::-1]
+        if not is_same or DTYPES[one.spec.dtype].block:
             return False
         width = DTYPES[one.spec.dtype].size(1)
         first, second = (

@@ -119,7 +119,7 @@ def _all_finite(stored: StoredTensor) -> bool:
         case dtype if DTYPES[dtype].is_factor:
             from loratool.codecs.numbers import decode
 
-            return bool(np.isfinite(decode(data, dtype, (len(data),), np.float32)).all())
+            return bool(np.isfinite(decode(data, dtype, stored.spec.shape, np.float32)).all())
         case _:
             return True
 

@@ -61,10 +61,14 @@ def check_config(adapter: Adapter, scheme: Scheme, *, has_initial: bool) -> None
         UnsupportedError: It is such an adapter.
     """
     config = adapter.config
+    if adapter.is_conditional and not scheme.settings.keeps_invocation:
+        raise UnsupportedError(
+            adapter.path,
+            "alora_invocation_tokens: it is an activated LoRA, which acts after its tokens only",
+        )
     if config is None:
         return
     for field, words in (
-        ("alora_invocation_tokens", "an activated LoRA, which acts after its tokens only"),
         ("arrow_config", "an Arrow router, which mixes adapters by input"),
         ("layer_replication", "for a stack of replicated layers, which only PEFT can name"),
     ):

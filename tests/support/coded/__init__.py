@@ -103,10 +103,10 @@ class MemoryParts:
         self, part: StoredTensor, start: int, stop: int, rows: tuple[int, int] | None = None
     ) -> memoryview:
         first, last = rows or (0, part.spec.shape[0])
-        size = DTYPES[part.spec.dtype].bits // 8
+        size = DTYPES[part.spec.dtype].size
         whole = np.frombuffer(self.rows(part, first, last), np.uint8).reshape(last - first, -1)
-        cut = whole[:, start * size : stop * size]
-        assert cut.shape[1] == (stop - start) * size
+        cut = whole[:, size(start) : size(stop)]
+        assert cut.shape[1] == size(stop - start)
         return np.ascontiguousarray(cut).reshape(-1).data
 
 

@@ -1,0 +1,30 @@
+"""Blocks of codes with a scale in front, as llama.cpp also stores small tensors: Q8_0."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loratool.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["decode"]
+
+Q8_0: Final = np.dtype([("scale", "<f2"), ("codes", "i1", 32)])
+
+
+def decode(data: Any, dtype: str, shape: tuple[int, ...], kind: DTypeLike) -> NDArray[Any]:
+    """Return the numbers in whole blocks.
+
+    Raises:
+        UnsupportedError: They are of another type than Q8_0.
+    """
+    if dtype != "Q8_0":
+        raise UnsupportedError(dtype, "is read in weights of a model only")
+    found = np.frombuffer(data, Q8_0)
+    values = found["scale"].astype(kind)[:, None] * found["codes"]
+    made: NDArray[Any] = values.astype(kind, copy=False).reshape(shape)
+    return made
