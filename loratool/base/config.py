@@ -43,6 +43,7 @@ QUANTIZATION_FILES: Final = {
     "hf_quant_config.json": "modelopt",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
+    "quanto_qmap.json": "quanto",
 }
 """Where a model says how its weights are quantised: keys, and files of some tools beside it."""
 ARCHITECTURE: Final = "general.architecture"

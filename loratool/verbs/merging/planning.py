@@ -467,6 +467,8 @@ def _files(
         last = lasts.get("") or lasts[step.spec.name.partition(".")[0]]
         by_shard[path or last].append(step)
     about_codes = {key for claim in claims() for key in claim.metadata} if is_decoded else set()
+    if about_codes:
+        about_codes |= view.tensors.keys()  # what is said of a tensor is how it was stored
     files = []
     for component, checkpoint in view.checkpoints.items():
         folder, prefix = (f"{component}/", f"{component}.") if component else ("", "")
