@@ -244,6 +244,7 @@ class Adapter:
         sidecar: ``adapter_config.json``, where it is another tool's than PEFT's.
         unresolved: Modules whose dotted path the file does not tell, with the paths that it
             may be; none where the name is unknown altogether.
+        unknown: Why that is so, where the scheme itself can tell.
         family: The pipeline that its modules belong to (``sdxl``, ``flux``), where known.
         components: What begins its paths and is a component of a pipeline for certain.
         is_native: Whether its backbone was named as in original checkpoints.
@@ -264,6 +265,7 @@ class Adapter:
     skipped: tuple[str, ...] = field(default=())
     sidecar: Mapping[str, Any] | None = None
     unresolved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unknown: str | None = None
     family: str | None = None
     components: frozenset[str] = frozenset()
     is_native: bool = False

@@ -119,7 +119,7 @@ def _check_name(site: Site, adapter: Adapter) -> None:
     if site.module in adapter.unresolved:
         raise UnsupportedError(
             f"{adapter.path}: {site.label}",
-            "is a flattened name, and nothing tells which module it is",
+            adapter.unknown or "is a flattened name, and nothing tells which module it is",
             hint="restore the names first: loratool convert ADAPTER --to peft --base BASE -o OUT",
         )
 

@@ -347,9 +347,8 @@ def _architecture(told: Told) -> Architecture | None:
 
 
 SETTINGS: Final = GgufSettings(
-    stale=r"general\.(type|alignment|file_type|quantization_version)|adapter\.(type|lora\.alpha)"
-    r"|.*\.attention\.head_count(_kv)?",
-    naming=r"general\..*|adapter\..*",
+    stale=r"general\.(type|alignment|file_type|quantization_version)|adapter\.(type|lora\.alpha)",
+    naming=r"general\..*|adapter\..*|.*\.attention\.head_count(_kv)?",
 )
 
 SCHEME = Scheme(

@@ -48,6 +48,7 @@ def spell_out(adapter: Adapter, scheme: Scheme, base: Collection[str] = ()) -> A
         sites=tuple(sites),
         extras=tuple(_named(extra, scheme) for extra in adapter.extras),
         unresolved=unresolved,
+        unknown=scheme.paths.refusal(len(unresolved)) if unresolved else None,
         family=names.family,
         components=names.components,
         is_native=names.is_native,

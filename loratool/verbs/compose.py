@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.adapter.model import Adapter, ExtraKind
+from loratool.base.model import open_model
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.math.combining import Settings
@@ -41,6 +42,7 @@ def compose(
     epsilon: float | None = None,
     seed: int = 0,
     extras: str = "error",
+    base: AnyPath | None = None,
     to: str | None = None,
     rank: int | None = None,
     energy: float | None = None,
@@ -80,6 +82,8 @@ def compose(
         seed: Of the methods that draw at random.
         extras: What to do where adapters bring different saved heads, biases or token rows:
             ``error``, ``first``, ``last`` or ``average`` (the plain mean of those that have it).
+        base: The model that they are for, whose headers alone are read: its names settle flattened
+            paths, and llama.cpp's files need what it says of itself.
         to: The scheme to write; by default that of the inputs, ``peft`` if they differ.
         rank: As in :func:`truncate`, like all options up to ``rank_multiple``.
         energy: See :func:`truncate`.
@@ -110,8 +114,18 @@ def compose(
     truncation = Truncation(
         rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
     )
+    model = open_model(Path(base)) if base is not None else None
+    told = model.told if model is not None else None
     opened = [
-        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
+        open_adapter(
+            path,
+            adapter_name=adapter_name,
+            alpha=alpha,
+            skip=skip,
+            base_modules=model.paths if model is not None else (),
+            base=told,
+        )
+        for path in adapters
     ]
     for adapter in opened:
         check_computable(adapter, verb="add up")
@@ -131,6 +145,7 @@ def compose(
         "epsilon": epsilon if method == "della" else None,
         "seed": seed if is_random else None,
         "extras": extras,
+        "base": Path(base).resolve().name if base is not None else None,
         "to": to,
         **truncation.recorded,
         "dtype": dtype,
@@ -143,7 +158,7 @@ def compose(
         adapters=opened,
         joints=joints,
         scheme=output_scheme(opened, to),
-        options=WriteOptions(Path(output), dtype=written_dtype, keeps_naming=True),
+        options=WriteOptions(Path(output), told=told, dtype=written_dtype, keeps_naming=True),
         asked=options,
         method=Method(method, Settings(density, epsilon), seed, mover_to(device)),
         policy=extras,

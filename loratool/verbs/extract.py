@@ -162,7 +162,9 @@ def extract(
         targets=pairing.targets,
         carried=pairing.saved,
         scheme=scheme,
-        options=WriteOptions(place, dtype=None if variant == "dora" else written),
+        options=WriteOptions(
+            place, told=models[0].told, dtype=None if variant == "dora" else written
+        ),
         dtype=written,
         asked=asked,
         modules={},

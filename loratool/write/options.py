@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.adapter.scheme import Told
 from loratool.base.model import Model
 
 __all__ = ["WriteOptions"]
@@ -19,6 +20,7 @@ class WriteOptions:
     Attributes:
         output: Where it goes.
         base: The base, where one was given.
+        told: What the base says of itself, where it is at hand and nothing else of it is needed.
         dtype: The dtype to write (``F32``), or ``None`` for that of each tensor.
         family: Which pipeline the modules belong to, where names do not tell.
         naming: ``native`` or ``diffusers`` for the backbone, or ``None`` for what is usual.
@@ -33,6 +35,7 @@ class WriteOptions:
 
     output: Path
     base: Model | None = None
+    told: Told | None = None
     dtype: str | None = None
     family: str | None = None
     naming: str | None = None

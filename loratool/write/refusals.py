@@ -55,9 +55,8 @@ def check_names(adapter: Adapter, scheme: Scheme | None = None) -> None:
             f"{' or '.join(map(repr, paths[:4]))}",
             hint="give --base, whose names settle it (only its headers are read)",
         )
-    reason = own.paths.refusal(count)
-    if reason is not None:
-        raise AdapterError(adapter.path, reason)
+    if adapter.unknown is not None:
+        raise AdapterError(adapter.path, adapter.unknown)
     raise AdapterError(
         adapter.path,
         f"{count} module names are not known: {listed}{more}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from loratool.files.containers import open_weights
 from loratool.schemes import builtin_schemes, claims, scheme_named, scheme_names, weights_names
 from loratool.schemes.detection import detect_scheme
 from loratool.schemes.opening import open_adapter, open_as_spelled
+from loratool.values.arrays import decode
 
 NAMES = (*scheme_names(), "turned")
 
@@ -47,6 +49,8 @@ def spell(scheme: Scheme, dotted: str) -> str:
     """Return a module path as the keys of ``scheme`` have it."""
     if scheme.paths.is_whole:
         return f"unet:{len(dotted)}"
+    if scheme.follows is not None:  # whose names are those of one model
+        return f"blk.{len(dotted)}.attn_q"
     context = Context(scheme.name, scheme.keys.accepts, known=frozenset({"unet"}))
     path = f"unet.{dotted}" if scheme.paths.has_components else dotted
     (name,) = scheme.paths.spell([path], context)
@@ -141,7 +145,8 @@ class TestKeySchemeContract:
         one, other = (tmp_path / number / f"a{suffix}" for number in ("1", "2"))
         for folder in (one.parent, other.parent):
             folder.mkdir()
-        loratool.convert(source, scheme.name, one)
+        base = a_base(tmp_path / "base", name) if scheme.follows is not None else None
+        loratool.convert(source, scheme.name, one, base=base)
         loratool.convert(one, scheme.name, other)
         (module_of_one,) = open_adapter(one).sites
         (module_of_other,) = open_adapter(other).sites
@@ -149,8 +154,20 @@ class TestKeySchemeContract:
         assert _tensors(one) == _tensors(other)
 
 
+def a_base(folder: Path, module: str) -> Path:
+    """Return the folder of a model that tells its architecture and its heads."""
+    folder.mkdir()
+    save_file({f"{module}.weight": torch.zeros(8, 8)}, folder / "model.safetensors")
+    config = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def _tensors(path: Path) -> dict[str, list[float]]:
     weights = path if path.is_file() else open_adapter(path).weights
+    if weights.suffix == ".gguf":
+        tensors = open_weights(weights).tensors
+        return {key: decode(stored).flatten().tolist() for key, stored in tensors.items()}
     if weights.suffix == ".bin":
         tensors = torch.load(weights, weights_only=True)
     else:

@@ -14,6 +14,9 @@ from samples import SCHEMES, place, stable_diffusion
 
 import loratool
 from loratool.errors import LoratoolError, UnsupportedError
+from loratool.files.container import read_bytes
+from loratool.files.containers import open_weights
+from loratool.schemes import scheme_named
 
 WIDTH: Final = 8
 LINEAR: Final = {
@@ -37,6 +40,8 @@ def _language_model(folder: Path) -> Inputs:
     found = {"base": folder / "base", "tuned": folder / "tuned"}
     for name, tensors in (("base", weights), ("tuned", changed)):
         _save(found[name] / "model.safetensors", tensors)
+        config = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4}
+        (found[name] / "config.json").write_text(json.dumps(config))
     for name in ("one", "two"):
         tensors = {}
         for module, (out, into) in LINEAR.items():
@@ -82,18 +87,26 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Inputs]:
             found = dict(sources[is_counted])
             for name in ("one", "two"):
                 found[f"{name} in it"] = place(folder, scheme, f"{scheme}-{name}")
-                loratool.convert(found[name], scheme, found[f"{name} in it"])
+                loratool.convert(
+                    found[name], scheme, found[f"{name} in it"], base=_told(scheme, found)
+                )
             made[scheme] = found
         return made[scheme]
 
     return get
 
 
+def _told(scheme: str, given: Inputs) -> Path | None:
+    """Return the base, for a scheme whose names or rows depend on it."""
+    return given["base"] if scheme_named(scheme).follows is not None else None
+
+
 def perform(verb: str, scheme: str, given: Inputs, output: Path, **options: Any) -> Any:
     """Let ``verb`` write ``output`` in ``scheme``."""
     match verb:
         case "convert":
-            return loratool.convert(given["one"], scheme, output, **options)
+            base = _told(scheme, given)
+            return loratool.convert(given["one"], scheme, output, base=base, **options)
         case "compose":
             pair = [given["one in it"], given["two in it"]]
             return loratool.compose(pair, output, weights=[0.75, -1.5], to=scheme, **options)
@@ -126,6 +139,10 @@ def files_of(output: Path) -> dict[str, int]:
 
 def contents(path: Path) -> Any:
     """Return everything in a weights file except how it came to be."""
+    if path.suffix == ".gguf":
+        file = open_weights(path)
+        metadata = {key: text for key, text in file.metadata.items() if key != "loratool"}
+        return metadata, [(stored.spec, read_bytes(stored)) for stored in file.tensors.values()]
     if path.suffix != ".safetensors":
         loaded = torch.load(path, weights_only=True)
         return [(key, _raw(value)) for key, value in loaded.items()]

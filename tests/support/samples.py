@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from loratool.names.positions import text_paths, unet_paths
-from loratool.schemes import scheme_names
+from loratool.schemes import scheme_named, scheme_names
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "fixtures"
@@ -22,7 +22,7 @@ def place(folder: Path, scheme: str, name: str) -> Path:
     """Return where an adapter of ``scheme`` may be written."""
     if scheme in FOLDERS:
         return folder / name
-    return folder / f"{name}{'.bin' if scheme == 'prefixed' else '.safetensors'}"
+    return folder / f"{name}{scheme_named(scheme).home.suffix}"
 
 
 def lora(module: str, out: int, into: int, rank: int = 4, **kinds: Any) -> dict[str, torch.Tensor]:

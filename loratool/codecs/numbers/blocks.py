@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loratool.codecs.ggml.legacy import DECODERS
 from loratool.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["decode"]
 
-Q8_0: Final = np.dtype([("scale", "<f2"), ("codes", "i1", 32)])
+ELEMENTS: Final = 32
+BYTES: Final = 34
 
 
 def decode(data: Any, dtype: str, shape: tuple[int, ...], kind: DTypeLike) -> NDArray[Any]:
@@ -24,7 +26,7 @@ def decode(data: Any, dtype: str, shape: tuple[int, ...], kind: DTypeLike) -> ND
     """
     if dtype != "Q8_0":
         raise UnsupportedError(dtype, "is read in weights of a model only")
-    found = np.frombuffer(data, Q8_0)
-    values = found["scale"].astype(kind)[:, None] * found["codes"]
-    made: NDArray[Any] = values.astype(kind, copy=False).reshape(shape)
-    return made
+    found = np.frombuffer(data, np.uint8).reshape(-1, BYTES)
+    values = np.empty((len(found), ELEMENTS), kind)
+    DECODERS[dtype](found, values)
+    return values.reshape(shape)

@@ -371,7 +371,7 @@ ARCHITECTURES: Final[dict[str, tuple[Line, ...]]] = {
         *MAMBA,
     ),
     "deci": LLAMA,
-    "minicpm": (*LLAMA, *MIXTRAL),
+    "minicpm": LLAMA,
     "olmo": _of(LLAMA, without="attn_norm ffn_norm output_norm"),
     "xverse": _of(QWEN, attn_q="queries", attn_k="keys by group"),
     "deepseek": (*LLAMA, *EXPERTS, *SHARED_EXPERTS),

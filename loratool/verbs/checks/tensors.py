@@ -35,7 +35,8 @@ def check_tensors(adapter: Adapter, *, deep: bool) -> Iterator[Finding]:
         )
     for module, paths in adapter.unresolved.items():
         words = f"could be {' or '.join(paths[:4])}" if paths else "is not known"
-        yield finding("LT033", module, f"is a flattened name, and its path {words}")
+        reason = f"is not known: {adapter.unknown}" if adapter.unknown is not None else None
+        yield finding("LT033", module, reason or f"is a flattened name, and its path {words}")
     yield from _names(adapter)
     yield from _dtypes(adapter)
     yield from _notes(adapter)

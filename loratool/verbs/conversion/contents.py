@@ -104,7 +104,7 @@ def converted(
         is_native=adapter.is_native,
         name=adapter.name,
         stem=adapter.weights.stem,
-        metadata=kept_metadata(adapter),
+        metadata=kept_metadata(adapter, scheme.name),
         history=history,
         sidecars=tuple(sidecars),
         stamps=_stamps(adapter, conversion),
