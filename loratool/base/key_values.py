@@ -7,17 +7,18 @@ there under the names that it gives them as well.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
-from loratool.base.config import QUANTIZATION, TIE, ModelConfig, read_config
+from loratool.base.config import ARCHITECTURE, QUANTIZATION, TIE, ModelConfig, read_config
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.container import WeightsFile
 from loratool.files.dtypes import DTYPES
 from loratool.files.gguf import Array, GgufFile
+from loratool.files.spec import StoredTensor
 
-__all__ = ["ARCHITECTURE", "config_of"]
+__all__ = ["HEAD", "TABLE", "config_of", "own_shapes"]
 
-ARCHITECTURE: Final = "general.architecture"
 NAMES: Final = {
     "num_attention_heads": "attention.head_count",
     "num_key_value_heads": "attention.head_count_kv",
@@ -29,8 +30,33 @@ NAMES: Final = {
     "vocab_size": "vocab_size",
 }
 """What ``config.json`` calls what stands behind the architecture's name."""
+ORIGINAL: Final = "comfy.gguf.orig_shape."
 TABLE: Final = "token_embd.weight"
 HEAD: Final = "output.weight"
+
+
+def own_shapes(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
+    """Return the tensors of a checkpoint, plain ones in the shapes that they are known by.
+
+    GGUF has four dimensions; files of diffusion models say what shape a tensor had before.
+
+    Raises:
+        FileFormatError: A shape is none.
+    """
+    tensors = checkpoint.tensors
+    said = {key: text for shard in checkpoint.shards for key, text in shard.metadata.items()}
+    if not any(key.startswith(ORIGINAL) for key in said):
+        return tensors
+    from loratool.codecs.gguf import original_shape
+
+    found = {}
+    for name, stored in tensors.items():
+        spec = stored.spec
+        if f"{ORIGINAL}{name}" in said and DTYPES[spec.dtype].block is None:
+            shape = original_shape(name, spec.shape, said)
+            stored = replace(stored, spec=replace(spec, shape=shape))
+        found[name] = stored
+    return found
 
 
 def config_of(checkpoint: Checkpoint) -> ModelConfig:

@@ -15,7 +15,7 @@ from loratool.adapter.wrapped import factor_names, own_names
 from loratool.base.config import ModelConfig, read_config
 from loratool.base.experts import expert_place, parameter_place
 from loratool.base.fused import fused_place
-from loratool.base.key_values import config_of
+from loratool.base.key_values import config_of, own_shapes
 from loratool.base.layout import Headers, Layout
 from loratool.base.layouts import layout_of
 from loratool.base.live import LiveModel
@@ -155,7 +155,7 @@ class Model:
         return {
             f"{component}.{name}" if component else name: stored
             for component, checkpoint in self.checkpoints.items()
-            for name, stored in checkpoint.tensors.items()
+            for name, stored in own_shapes(checkpoint).items()
         }
 
     @property

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 import loratool
 from loratool.errors import LoratoolError
 from loratool.files.containers import open_weights
+from loratool.verbs.inspect import ModelInfo
 
 gguf = pytest.importorskip("gguf")
 from gguf_files import LLAMA, QWEN2, paired, read_gguf, write_gguf  # noqa: E402
@@ -372,14 +373,34 @@ def test_two_files_are_compared_and_extracted(tmp_path: Path) -> None:
 
 def test_what_a_file_says_of_itself(tmp_path: Path) -> None:
     types = {"embed_tokens": "Q8_0", "": "Q4_0"}
-    base = write_gguf(tmp_path / "base.gguf", weights(), CONFIG, LLAMA, types)
-    found = loratool.inspect(base)
-    print(found)
+    base = write_gguf(tmp_path / "base.gguf", weights(), CONFIG, LLAMA, types, tokens=100)
+    info = loratool.inspect(base)
+    assert isinstance(info, ModelInfo)
+    found = info.as_json()
+    assert found["quantization"] == {"method": "gguf", "format": "Q4_0", "modules": 16}
+    assert found["parameters"] == sum(values.size for values in weights().values())
+    assert found["dtypes"] == {"Q4_0": 15, "F32": 5, "Q8_0": 1}
+    assert (found["model_type"], found["layout"]) == ("llama", "gguf")
+    assert found["metadata"]["llama.attention.head_count"] == "4"
+    assert "tokenizer.ggml.tokens" not in found["metadata"]
+
+
+def test_an_adapter_is_checked_against_a_file(tmp_path: Path) -> None:
+    base = write_gguf(tmp_path / "base.gguf", weights(is_tied=True), CONFIG, LLAMA, "Q4_0")
     adapter(tmp_path / "adapter")
-    assert loratool.validate(tmp_path / "adapter", base=base) == ()
-    adapter(tmp_path / "other", ("lm_head",))
-    tied = write_gguf(tmp_path / "tied.gguf", weights(is_tied=True), CONFIG, QWEN2, "F16")
-    print(loratool.validate(tmp_path / "other", base=tied))
+    (found,) = loratool.validate(tmp_path / "adapter", base=base)
+    assert found.severity == "info" and "Q4_0" in found.message
+    adapter(tmp_path / "head", ("lm_head", "mlp.up_proj"))
+    found = [f for f in loratool.validate(tmp_path / "head", base=base) if f.severity != "info"]
+    assert found == []
+    other = write_gguf(
+        tmp_path / "wide.gguf",
+        {name: np.ones((24, 64), "f4") for name in ("model.layers.0.mlp.up_proj.weight",)},
+        CONFIG,
+        LLAMA,
+    )
+    codes = [f.code for f in loratool.validate(tmp_path / "head", base=other)]
+    assert "LT021" in codes and "LT022" in codes
 
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
@@ -389,3 +410,81 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
         loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out.safetensors")
     loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["base.gguf"]
+
+
+@pytest.mark.parametrize("dtype", ["Q8_0", "F16"])
+def test_diffusion_models_have_their_own_names_and_shapes(dtype: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    base = tmp_path / "wan.gguf"
+    writer = gguf.GGUFWriter(base, "wan")
+    kind = gguf.GGMLQuantizationType[dtype]
+    shapes = {
+        "patch_embedding.weight": (64, 4, 1, 2, 2),
+        "text_embedding.0.weight": (64, 64),
+        "time_projection.1.weight": (64, 64),
+        "head.head.weight": (64, 64),
+        **{
+            f"blocks.0.{module}.weight": (64, 64)
+            for module in (
+                *(f"self_attn.{leaf}" for leaf in "qkvo"),
+                *(f"cross_attn.{leaf}" for leaf in "qkvo"),
+                *("ffn.0", "ffn.2"),
+            )
+        },
+    }
+    for name, shape in shapes.items():
+        values = random.standard_normal(shape).astype("f4")
+        if len(shape) > 4:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
+            values = values.reshape(32, 32)
+        writer.add_tensor(
+            name,
+            values.astype("f2") if dtype == "F16" else gguf.quantize(values, kind),
+            raw_dtype=kind,
+        )
+    writer.add_tensor("blocks.0.modulation", np.zeros((1, 6, 64), "f4"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    info = loratool.inspect(base)
+    assert isinstance(info, ModelInfo) and info.model.family == "wan"
+    assert info.model_type == "wan"
+    tensors, deltas = {}, {}
+    for module, into in (("blocks.0.self_attn.q", 64), ("patch_embedding", 16)):
+        down = random.standard_normal((2, into)).astype("f4")
+        up = random.standard_normal((64, 2)).astype("f4")
+        deltas[f"{module}.weight"] = up.astype("f8") @ down
+        kernel = shapes[f"{module}.weight"][1:]
+        tensors[f"diffusion_model.{module}.lora_down.weight"] = down.reshape(2, *kernel)
+        tensors[f"diffusion_model.{module}.lora_up.weight"] = up.reshape(
+            64, 2, *[1] * (len(kernel) - 1)
+        )
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    for options in ({}, {"quantized": "keep"}):
+        out = tmp_path / f"out-{len(options)}.gguf"
+        loratool.merge(base, [tmp_path / "adapter.safetensors"], out, **options)
+        before, after = read_gguf(base), read_gguf(out)
+        for name, (old, values, raw) in before.items():
+            if name not in deltas:
+                assert after[name][0] == old and after[name][2] == raw
+                continue
+            wanted = values.astype("f8") + deltas[name].reshape(values.shape)
+            assert after[name][0] == (dtype if options else "F16")
+            limit = 0.05 if options and dtype == "Q8_0" else 0.01
+            np.testing.assert_allclose(after[name][1], wanted, atol=limit)
+        verified = loratool.verify(out, base=base, adapters=[tmp_path / "adapter.safetensors"])
+        assert verified == ()
+
+
+def test_adapters_of_llama_cpp_are_merged_as_those_of_peft(tmp_path: Path) -> None:
+    base = write_gguf(tmp_path / "base.gguf", weights(), CONFIG, LLAMA, "Q8_0")
+    adapter(tmp_path / "adapter")
+    loratool.convert(tmp_path / "adapter", to="gguf", output=tmp_path / "adapter.gguf", base=base)
+    for number, path in enumerate((tmp_path / "adapter", tmp_path / "adapter.gguf")):
+        loratool.merge(base, [path], tmp_path / f"{number}.gguf")
+    one, other = (read_gguf(tmp_path / f"{number}.gguf") for number in (0, 1))
+    assert one.keys() == other.keys()
+    for name, (kind, values, _) in one.items():
+        assert other[name][0] == kind
+        np.testing.assert_allclose(other[name][1], values, rtol=2.0**-10, atol=1e-7)

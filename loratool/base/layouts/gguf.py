@@ -13,8 +13,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
-from loratool.base.config import ModelConfig
-from loratool.base.key_values import ARCHITECTURE, HEAD, TABLE
+from loratool.base.config import ARCHITECTURE, ModelConfig
+from loratool.base.key_values import HEAD, TABLE
 from loratool.base.layout import Headers, Layout, Stretch
 from loratool.base.live import ExpertPart, LiveModel, Stack
 from loratool.base.ties import Sharing
