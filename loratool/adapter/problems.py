@@ -189,7 +189,8 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     config = adapter.config
     down, up = site.down, site.up
     if not site.is_plain and Slot.MID not in site.slots:
-        if not site.in_features and not site.out_features:
+        is_told = site.in_features or site.out_features or site.variant.needs_places
+        if not is_told:
             yield "LT001", f"is {site.variant.words}, but lacks some of its tensors"
         else:
             yield from site.variant.problems(site)

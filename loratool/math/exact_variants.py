@@ -23,6 +23,7 @@ __all__ = [
     "kronecker_halves",
     "kronecker_part",
     "kronecker_rank",
+    "shortest",
     "vera_factors",
 ]
 
@@ -269,3 +270,8 @@ def _smallest_rank(half: Shape | tuple[Shape, Shape], core: Shape | None) -> int
 
 def _is_pair(half: Shape | tuple[Shape, Shape]) -> TypeGuard[tuple[Shape, Shape]]:
     return isinstance(half[0], tuple)
+
+
+def shortest(up: Array, down: Array) -> Factors:
+    """Return factors of no more columns than the smaller side of their product has."""
+    return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else _split(up @ down)
