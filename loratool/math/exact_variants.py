@@ -23,6 +23,7 @@ __all__ = [
     "kronecker_halves",
     "kronecker_part",
     "kronecker_rank",
+    "repeated_block",
     "shortest",
     "vera_factors",
 ]
@@ -275,3 +276,18 @@ def _is_pair(half: Shape | tuple[Shape, Shape]) -> TypeGuard[tuple[Shape, Shape]
 def shortest(up: Array, down: Array) -> Factors:
     """Return factors of no more columns than the smaller side of their product has."""
     return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else _split(up @ down)
+
+
+def repeated_block(block: Array, out: int, into: int) -> Factors:
+    """Return the factors of ``Δ[o, i] = block[i mod r, o mod c]``.
+
+    Args:
+        block: ``(r, c)``.
+        out: Rows, a multiple of c.
+        into: Columns; the last repetition may be cut.
+    """
+    xp = array_namespace(block)
+    rank, columns = block.shape
+    up = xp.concat([block.mT] * (out // columns), axis=0)
+    eye = xp.eye(rank, dtype=block.dtype, device=block.device)
+    return up, xp.concat([eye] * -(-into // rank), axis=1)[:, :into]

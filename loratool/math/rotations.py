@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bounded",
-    "butterfly_order",
+    "butterfly_inputs",
     "cayley",
     "mirrored",
     "neumann",
     "orthonormal",
+    "pair_factors",
     "skew_from_triangle",
     "turned_inputs",
     "turned_pairs",
@@ -96,22 +97,36 @@ def turned_inputs(weight: Array, blocks: Array) -> Array:
     return xp.permute_dims(apart @ blocks.mT, (1, 0, 2)).reshape(weight.shape)
 
 
-@cache
-def butterfly_order(width: int, blocks: int, size: int, stage: int) -> NDArray[Any]:
-    """Return in which order a stage of PEFT's butterfly has its inputs.
+def butterfly_inputs(weight: Array, blocks: Array) -> Array:
+    """Return ``W · R₁ᵀ … Rₘᵀ``, a butterfly of blocks that turn inputs.
 
     Args:
-        width: How many inputs there are.
-        blocks: How many blocks they are cut into.
-        size: Inputs of a block.
-        stage: From 0 on; each mixes blocks twice as far apart as the one before.
+        weight: ``(rows, n · b)``.
+        blocks: Of each stage, ``(m, n, b, b)``; stage i mixes ``2ⁱ`` blocks.
     """
-    step = width // (blocks >> stage)
-    half = size // 2
-    # Halves of blocks, those of even places first, inside each group of 2**stage blocks.
-    halves = np.arange(step).reshape((step // half, half))
+    xp = array_namespace(weight, blocks)
+    count, size = blocks.shape[1:3]
+    for stage in range(blocks.shape[0]):
+        order = _butterfly_order(count, size, stage)
+        back = beside(order, weight)
+        there = beside(np.argsort(order), weight)
+        turned = turned_inputs(xp.take(weight, there, axis=1), blocks[stage, ...])
+        weight = xp.take(turned, back, axis=1)
+    return weight
+
+
+@cache
+def _butterfly_order(count: int, size: int, stage: int) -> NDArray[Any]:
+    """Return the order of the inputs in one stage of PEFT's butterfly.
+
+    In each group of ``2**stage`` blocks the halves of even places come first.
+    """
+    if stage == 0:
+        return np.arange(count * size)
+    halves = np.arange(size << stage).reshape((-1, size // 2))
     order = np.concatenate((halves[0::2], halves[1::2])).reshape(-1)
-    return (np.arange(width // step)[:, None] * step + order).reshape(-1)
+    starts = np.arange(0, count * size, size << stage)
+    return (starts[:, None] + order).reshape(-1)
 
 
 def mirrored(weight: Array, planes: Array) -> Array:
@@ -149,3 +164,23 @@ def turned_pairs(rows: Array, cosines: Array, sines: Array, group: int) -> Array
     halves = rows.reshape((-1, 2, group // 2, rows.shape[1]))
     turned = xp.stack([-halves[:, 1, ...], halves[:, 0, ...]], axis=1).reshape(rows.shape)
     return rows * cosines[:, None] + turned * sines[:, None]
+
+
+def pair_factors(angles: Array, lengths: Array, group: int, halves: int) -> tuple[Array, Array]:
+    """Return what rows are multiplied by, and what their turned ones are, ``(rows,)`` each.
+
+    Args:
+        angles: Of each pair of rows one, two or four, group by group.
+        lengths: Of the same shape.
+        group: Rows of a group.
+        halves: How many a pair has.
+    """
+    xp = array_namespace(angles, lengths)
+    width = group // 2 * min(halves, 2)
+    shape = (-1, 2 if halves == 4 else 1, width)
+    angles, lengths = angles.reshape(shape), lengths.reshape(shape)
+    first = lengths[:, 0, :] * xp.cos(angles[:, 0, :])
+    second = lengths[:, -1, :] * xp.sin(angles[:, -1, :])
+    if halves == 1:  # both halves of a group have the same
+        first, second = (xp.concat([each, each], axis=1) for each in (first, second))
+    return first.reshape(-1), second.reshape(-1)
