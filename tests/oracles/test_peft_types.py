@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,82 @@ for at, more in (
 ):
     case(f"hira{at}", "HiraConfig", {"r": 3}, lora=NEAR, **more)
 
+case(
+    "boft-stages",
+    "BOFTConfig",
+    {"boft_block_size": 4, "boft_n_butterfly_factor": 2},
+    **TURNED,
+    targets=("wide",),
+)
+case("boft-three", "BOFTConfig", {"boft_block_size": 2, "boft_n_butterfly_factor": 3}, **TURNED)
+case(
+    "boft-stages-conv",
+    "BOFTConfig",
+    {"boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 2},
+    **TURNED,
+    targets=("conv",),
+)
+case("shira", "ShiraConfig", {"r": 3}, lora=NEAR)
+case("c3a", "C3AConfig", {"block_size": 6}, lora=NEAR, exact=1e-8)
+case(
+    "c3a-pattern",
+    "C3AConfig",
+    {"block_size": 12, "block_size_pattern": {"square": 8}},
+    lora=NEAR,
+    exact=1e-8,
+)
+case("delora", "DeloraConfig", {"r": 4, "delora_lambda": 3})
+case("delora-flat", "DeloraConfig", {"r": 4, "delora_lambda": 3}, size=1e-6, exact=1e-11)
+for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
+    case(f"gralora{at}", "GraloraConfig", {"r": 4, "gralora_k": 2, "alpha": 9}, **more)
+    hybrid = {"r": 6, "gralora_k": 3, "hybrid_r": 2}
+    case(f"gralora-hybrid{at}", "GraloraConfig", hybrid, **more)
+    bank = {"r": 3, "vector_length": 4, "num_vectors": 9, "topk": 3}
+    case(f"vblora{at}", "VBLoRAConfig", bank, **more)
+    case(
+        f"vblora-topk{at}",
+        "VBLoRAConfig",
+        {**bank, "save_only_topk_weights": True},
+        **more,
+        exact=1e-12,
+    )
+case("ln_tuning", "LNTuningConfig", {}, lora=NEVER, several=False, targets=("norm",))
+case(
+    "ln_tuning-all",
+    "LNTuningConfig",
+    {},
+    lora=NEVER,
+    several=False,
+    targets=("norm", "conv", "tall", "embed_tokens", "wide"),
+)
+case("beft", "BeftConfig", {}, lora=NEVER, targets=("tall", "square"))
 
-def trained(chosen: Case, folder: Path, dtype: torch.dtype, count: int = 1) -> Any:
+
+class Diagonal:
+    """What PEFT's extension for BOFT does, which only a GPU has."""
+
+    @staticmethod
+    def forward(blocks: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.stack([torch.block_diag(*each) for each in blocks])]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    return partial(_trained, monkeypatch)
+
+
+def _trained(
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: Case,
+    folder: Path,
+    dtype: torch.dtype,
+    count: int = 1,
+) -> Any:
     """Write a base and adapters on it; return the model that PEFT has them on."""
     import peft
 
+    if chosen.options.get("boft_n_butterfly_factor", 1) > 1:
+        monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: Diagonal)
     torch.manual_seed(3)
     model = chosen.build().to(dtype)
     for parameter in model.parameters():
@@ -213,7 +285,9 @@ def changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
-def test_it_merges_as_peft_does(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_it_merges_as_peft_does(
+    name: str, dtype: torch.dtype, tmp_path: Path, trained: Callable[..., Any]
+) -> None:
     chosen = CASES[name]
     made = trained(chosen, tmp_path, dtype)
     base, adapter = tmp_path / "base", tmp_path / "adapters" / "a0"
@@ -232,7 +306,7 @@ def test_it_merges_as_peft_does(name: str, dtype: torch.dtype, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", [name for name, each in CASES.items() if each.several])
-def test_several_merge_as_peft_does(name: str, tmp_path: Path) -> None:
+def test_several_merge_as_peft_does(name: str, tmp_path: Path, trained: Callable[..., Any]) -> None:
     chosen = CASES[name]
     made = trained(chosen, tmp_path, torch.float64, count=2)
     adapters = [tmp_path / "adapters" / f"a{index}" for index in range(2)]
@@ -242,7 +316,9 @@ def test_several_merge_as_peft_does(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_weight_is_a_share_or_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_weight_is_a_share_or_is_refused(
+    name: str, tmp_path: Path, trained: Callable[..., Any]
+) -> None:
     chosen = CASES[name]
     made = trained(chosen, tmp_path, torch.float64)
     base, adapter = tmp_path / "base", tmp_path / "adapters" / "a0"
@@ -261,7 +337,9 @@ def test_a_weight_is_a_share_or_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", [name for name, each in CASES.items() if each.lora != NEVER and each.changes]
 )
-def test_a_plain_lora_of_it_merges_to_the_same(name: str, tmp_path: Path) -> None:
+def test_a_plain_lora_of_it_merges_to_the_same(
+    name: str, tmp_path: Path, trained: Callable[..., Any]
+) -> None:
     from peft import PeftModel
 
     chosen = CASES[name]
@@ -284,7 +362,7 @@ def test_a_plain_lora_of_it_merges_to_the_same(name: str, tmp_path: Path) -> Non
     compare(loaded(tmp_path / "out"), wanted, max(1e-6, chosen.exact))
 
 
-def test_without_a_base_nothing_is_guessed(tmp_path: Path) -> None:
+def test_without_a_base_nothing_is_guessed(tmp_path: Path, trained: Callable[..., Any]) -> None:
     for name in CASES:
         folder = tmp_path / name
         folder.mkdir()
