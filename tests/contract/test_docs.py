@@ -14,6 +14,7 @@ from samples import FIXTURES, ROOT
 
 import loratool
 from loratool.cli.main import COMMANDS, cli
+from loratool.codecs.codec import claims, codec_named
 
 MARK = (
     "<!-- The rest of this page is written by tests/contract/test_docs.py: "
@@ -50,6 +51,12 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_codec_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "quantised.md").read_text()
+    for claim in claims():
+        assert f"`{codec_named(claim.codec).name}`" in page, claim.codec
 
 
 def test_public_names_are_sorted_documented_and_there() -> None:
