@@ -169,7 +169,7 @@ def _layout(
     weight, scale = parts["weight"].spec, parts["scales"].spec
     words, groups = weight.shape[-1], scale.shape[-1]
     mode = told.get("mode") or (AFFINE if "biases" in parts else None)
-    if mode is not None and mode != AFFINE and mode not in MODES:
+    if mode is not None and mode not in (AFFINE, *MODES):
         raise UnsupportedError(
             module,
             f"is quantised in MLX's mode {mode!r:.20}, which is not read",
