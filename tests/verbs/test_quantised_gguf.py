@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import loratool
 from loratool.errors import LoratoolError
@@ -488,3 +488,28 @@ def test_adapters_of_llama_cpp_are_merged_as_those_of_peft(tmp_path: Path) -> No
     for name, (kind, values, _) in one.items():
         assert other[name][0] == kind
         np.testing.assert_allclose(other[name][1], values, rtol=2.0**-10, atol=1e-7)
+
+
+def test_magnitudes_lie_as_rows_do(tmp_path: Path) -> None:
+    base = write_gguf(tmp_path / "base.gguf", weights(), CONFIG, LLAMA, "F32")
+    deltas = adapter(tmp_path / "adapter", ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    random = np.random.default_rng(0)
+    tensors = load_file(path)
+    magnitudes = {}
+    for module, delta in deltas.items():
+        magnitudes[module] = 1 + random.random(len(delta)).astype("f4")
+        tensors[f"base_model.model.{module}.lora_magnitude_vector"] = magnitudes[module]
+    save_file(tensors, path)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out.gguf")
+    after = read_gguf(tmp_path / "out.gguf")
+    for module, delta in deltas.items():
+        values = weights()[f"{module}.weight"].astype("f8") + delta
+        values *= (magnitudes[module] / np.linalg.norm(values, axis=1))[:, None]
+        np.testing.assert_allclose(
+            after[stored_name(module)][1], stored_delta(module, values), rtol=1e-5, atol=1e-6
+        )
+    verified = loratool.verify(tmp_path / "out.gguf", base=base, adapters=[tmp_path / "adapter"])
+    assert verified == ()
