@@ -22,6 +22,7 @@ from loratool.names.tied import (
 )
 
 __all__ = [
+    "ARCHITECTURE",
     "CONFIG_NAME",
     "DTYPE_KEYS",
     "QUANTIZATION",
@@ -42,8 +43,11 @@ QUANTIZATION_FILES: Final = {
     "hf_quant_config.json": "modelopt",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
+    "quanto_qmap.json": "quanto",
 }
 """Where a model says how its weights are quantised: keys, and files of some tools beside it."""
+ARCHITECTURE: Final = "general.architecture"
+"""Where the key values of a GGUF file say what kind of model is in it."""
 DTYPE_KEYS: Final = ("dtype", "torch_dtype")
 DTYPES: Final = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
@@ -55,10 +59,12 @@ class ModelConfig:
     Attributes:
         raw: The parsed file.
         beside: What a file beside it says of quantisation.
+        is_inside: Whether it stands in the file of the weights, and is written with them.
     """
 
     raw: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
+    is_inside: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.raw)
@@ -85,6 +91,12 @@ class ModelConfig:
         """What the model as a whole calls its kind."""
         kind = self.raw.get("model_type")
         return kind if isinstance(kind, str) else None
+
+    @property
+    def called(self) -> str | None:
+        """What it calls the kind of model, in the words of transformers or of llama.cpp."""
+        kind = self.raw.get(ARCHITECTURE)
+        return self.model_type or (kind if isinstance(kind, str) else None)
 
     @cached_property
     def architectures(self) -> tuple[str, ...]:

@@ -50,7 +50,8 @@ class Fit:
         region = self.region
         first = region.first_column if region.transposed else region.first_row
         count = region.columns if region.transposed else region.rows
-        return bias_beside(self.name), Region(count, 1, first_row=first)
+        rows = Region(count, 1, first_row=first, exchanged=region.exchanged)
+        return bias_beside(self.name), rows
 
 
 def fit(

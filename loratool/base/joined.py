@@ -1,4 +1,7 @@
-"""A weight whose rows lie in several places, as one: read in their order, joined in no file."""
+"""A weight whose rows lie in several places, or in another order, as one: read in their order.
+
+It is in no file as it is.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from loratool.files.spec import StoredTensor, TensorSpec
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["is_joined", "joined"]
+__all__ = ["is_joined", "joined", "ordered"]
 
 
 class _Joined:
@@ -55,7 +58,45 @@ class _Joined:
         raise NotImplementedError
 
 
+class _Ordered:
+    """Codec of a coded weight of whose rows, seen as ``(n, a, b)``, the last two axes are changed.
+
+    Its parts are those of the weight as it lies there.
+    """
+
+    name: Final = "rows in another order"
+
+    def recognise(
+        self, tensors: Mapping[str, StoredTensor], said: Description
+    ) -> dict[str, CodedTensor]:
+        """Recognise nothing: what is in another order is told by its place."""
+        return {}
+
+    def decode_rows(
+        self,
+        coded: CodedTensor,
+        start: int,
+        stop: int,
+        parts: Parts,
+        kind: DTypeLike = "float64",
+    ) -> NDArray[Any]:
+        """Return rows ``start`` to ``stop``, of which each ``a · b`` lie together."""
+        weight: CodedTensor = coded.settings["weight"]
+        _, outer, inner = coded.settings["axes"]
+        size = outer * inner
+        first, last = start // size, -(-stop // size)
+        found = weight.codec.decode_rows(weight, first * size, last * size, parts, kind)
+        seen = found.reshape(last - first, inner, outer, -1).swapaxes(1, 2)
+        rows: NDArray[Any] = seen.reshape(found.shape)[start - first * size :][: stop - start]
+        return rows
+
+    def encoder(self, coded: CodedTensor) -> Encoder:
+        """Refuse: nothing is written this way."""
+        raise NotImplementedError
+
+
 JOINED: Final = _Joined()
+ORDERED: Final = _Ordered()
 
 
 def joined(name: str, shape: tuple[int, ...], parts: Sequence[StoredTensor]) -> CodedTensor | None:
@@ -74,5 +115,20 @@ def joined(name: str, shape: tuple[int, ...], parts: Sequence[StoredTensor]) -> 
 
 
 def is_joined(weight: Weight | None) -> bool:
-    """Whether a weight is in no file as it is, for its rows lie in several places."""
-    return isinstance(weight, CodedTensor) and weight.codec is JOINED
+    """Whether a weight is in no file as it is, for its rows lie elsewhere or otherwise."""
+    return isinstance(weight, CodedTensor) and weight.codec in (JOINED, ORDERED)
+
+
+def ordered(weight: Weight, axes: tuple[int, int, int]) -> Weight | None:
+    """Return a weight with its rows in their order; ``None`` where that is not known.
+
+    Args:
+        weight: As it lies there.
+        axes: ``(n, a, b)`` where the rows, seen so, lie with the last two axes exchanged.
+    """
+    count, outer, inner = axes
+    if isinstance(weight, StoredTensor):
+        return weight.exchanging((count, inner, outer))
+    if len(weight.spec.shape) != 2 or weight.rows != count * outer * inner:
+        return None
+    return CodedTensor(ORDERED, weight.parts, weight.spec, {"weight": weight, "axes": axes})

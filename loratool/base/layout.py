@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loratool.base.config import ModelConfig
 
-__all__ = ["Fused", "Headers", "Layout"]
+if TYPE_CHECKING:
+    from loratool.base.live import LiveModel
+    from loratool.base.ties import Sharing
+    from loratool.codecs.weights import Weight
+
+__all__ = ["Fused", "Headers", "Layout", "Stretch"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,14 +57,33 @@ class Fused:
         return rows if sum(rows) == total and min(rows) > 0 else None
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Some outputs of a module, as rows of a tensor.
+
+    Attributes:
+        tensor: The tensor.
+        row: Which of its rows is the first.
+        first: Which output of the module that is.
+        count: How many there are.
+    """
+
+    tensor: str
+    row: int
+    first: int
+    count: int
+
+
 class Layout:
     """One layout. A file in ``layouts`` defines one as ``LAYOUT``; what it leaves out is plain.
 
     Attributes:
         name: What it is called.
+        is_linear: Whether all weights are ``(out, in)``, those too that libraries have turned.
     """
 
     name: str = ""
+    is_linear: bool = False
 
     def claims(self, headers: Headers) -> int:
         """Return how specifically this layout fits; 0 if it does not.
@@ -92,4 +117,41 @@ class Layout:
 
     def fused(self, module: str, config: ModelConfig) -> Fused | None:
         """Return the fused projection that ``module`` is, or is a part of."""
+        return None
+
+    def exchanged(self, path: str, rows: int, config: ModelConfig) -> tuple[int, int, int] | None:
+        """Return the axes of the outputs of a module, the last two of which are exchanged.
+
+        Args:
+            path: The module.
+            rows: How many outputs it has.
+            config: What the model says of itself.
+        """
+        return None
+
+    def stretches(
+        self, path: str, rows: Callable[[str], int | None], config: ModelConfig
+    ) -> tuple[Stretch, ...]:
+        """Return where the outputs of a module lie that is in no tensor by itself.
+
+        Args:
+            path: The module.
+            rows: Returns how many rows a tensor has; ``None`` where there is none.
+            config: What the model says of itself.
+
+        Returns:
+            All of its outputs in their order; nothing where it is not told.
+        """
+        return ()
+
+    def unlike(self, path: str, config: ModelConfig) -> str | None:
+        """Return why a module of the files is none of libraries, by itself; ``None`` if it is."""
+        return None
+
+    def live(self, config: ModelConfig, tensors: Mapping[str, Weight]) -> LiveModel | None:
+        """Return what the live model calls the tensors; ``None`` where the model type tells."""
+        return None
+
+    def sharings(self, names: Mapping[str, Weight]) -> tuple[Sharing, ...] | None:
+        """Return what tensors share one weight; ``None`` where names and configuration tell."""
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +15,14 @@ from loratool.adapter.wrapped import factor_names, own_names
 from loratool.base.config import ModelConfig, read_config
 from loratool.base.experts import expert_place, parameter_place
 from loratool.base.fused import fused_place
+from loratool.base.key_values import config_of, own_shapes
 from loratool.base.layout import Headers, Layout
 from loratool.base.layouts import layout_of
 from loratool.base.live import LiveModel
 from loratool.base.modules import ModuleIndex
 from loratool.base.orientation import is_conv1d_by_shape, natural_region, natural_shape
 from loratool.base.place import Piece, Place
+from loratool.base.region import Region
 from loratool.base.replication import replicate
 from loratool.base.tensors import ACTIVATION_SCALES, logical_tensors
 from loratool.base.ties import Sharing, Tie, find_ties, hidden_names, possible_ties
@@ -77,7 +80,8 @@ class Model:
     ) -> None:
         self.path = path
         self.checkpoints = checkpoints
-        self.config = read_config(path if path.is_dir() else path.parent)
+        single = checkpoints.get("")
+        self.config = read_config(path) if single is None else config_of(single)
         self.tensors = logical_tensors(checkpoints) if tensors is None else tensors
         self._tasks = tuple(tasks)
 
@@ -151,7 +155,7 @@ class Model:
         return {
             f"{component}.{name}" if component else name: stored
             for component, checkpoint in self.checkpoints.items()
-            for name, stored in checkpoint.tensors.items()
+            for name, stored in own_shapes(checkpoint).items()
         }
 
     @property
@@ -277,6 +281,12 @@ class Model:
         """Whether the files have a linear layer as ``(in, out)`` that libraries have otherwise."""
         return path in self._parameters.values() and self.layout.is_turned(path)
 
+    def is_exchanged(self, path: str) -> bool:
+        """Whether the files have the outputs of a module in another order than libraries."""
+        name = self.modules.get(path)
+        rows = self.tensors[name].spec.shape[0] if name is not None else 0
+        return bool(rows) and self.layout.exchanged(path, rows, self.config) is not None
+
     def path_of(self, name: str) -> str:
         """Return the path of the module that libraries have for the tensor called ``name``."""
         module = name.rpartition(".")[0]
@@ -318,11 +328,13 @@ class Model:
     def live(self) -> LiveModel:
         """The names of the live model, where its files have others."""
         is_single = "" in self.checkpoints
-        return LiveModel(self.config if is_single else ModelConfig(), self.tensors)
+        told = self.layout.live(self.config, self.tensors)
+        return told or LiveModel(self.config if is_single else ModelConfig(), self.tensors)
 
     @cached_property
     def _sharings(self) -> tuple[Sharing, ...]:
-        return possible_ties(self, self._tasks)
+        told = self.layout.sharings(self.tensors)
+        return possible_ties(self, self._tasks) if told is None else told
 
     @cached_property
     def ties(self) -> tuple[Tie, ...]:
@@ -379,6 +391,8 @@ class Model:
         types = self.config.model_types
         if self.is_turned(module):
             return True
+        if self.layout.is_linear:
+            return False
         if module.rpartition(".")[2] in CONV1D_LEAVES:
             if self._widening is not None:
                 return self._widening
@@ -454,6 +468,7 @@ class Model:
         return (
             self.own_place(module, family)
             or expert_place(module, self)
+            or self._cut_place(module)
             or fused_place(self._in_backbone(module), self, family)
             or parameter_place(module, self)
             or self._hidden_place(module)
@@ -497,6 +512,9 @@ class Model:
         path = self.path_of(name)
         stored = self.tensors[name]
         region = natural_region(path, stored.spec.shape, self)
+        exchanged = self.layout.exchanged(path, region.rows, self.config)
+        if exchanged is not None:
+            region = replace(region, exchanged=exchanged)
         return Place(
             path,
             natural_shape(stored.spec.shape, transposed=region.transposed),
@@ -504,6 +522,29 @@ class Model:
             (Piece(name, stored, region),),
             tie=self._tie_of(name),
         )
+
+    def _cut_place(self, module: str) -> Place | None:
+        """Return the place of a module whose outputs the layout has in several stretches."""
+
+        def rows(name: str) -> int | None:
+            return self.tensors[name].spec.shape[0] if name in self.tensors else None
+
+        found = self.layout.stretches(module, rows, self.config)
+        if not found:
+            return None
+        like = self.tensors[found[0].tensor]
+        columns = math.prod(like.spec.shape[1:])
+        pieces = tuple(
+            Piece(
+                each.tensor,
+                self.tensors[each.tensor],
+                Region(each.count, columns, each.row),
+                each.first,
+            )
+            for each in found
+        )
+        count = sum(each.count for each in found)
+        return Place(module, (count, *like.spec.shape[1:]), like.spec.dtype, pieces)
 
     def may_be_tied(self, name: str) -> bool:
         """Whether the parameter ``name`` is a side of a tie, if the stored values are alike."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loratool.base.joined import ordered
 from loratool.base.region import Region
 from loratool.base.ties import Tie
 from loratool.codecs.codec import CodedTensor
@@ -51,6 +52,16 @@ class Piece:
         region, elements = self.region, self.tensor.spec.elements
         is_all = region.experts == 1 and region.rows * region.columns == elements
         return is_all and region.exchanged is None
+
+    @property
+    def ordered(self) -> Weight | None:
+        """All of its tensor with the rows in their order; ``None`` where it is not all of it."""
+        region = self.region
+        exchanged = region.exchanged
+        is_all = region.rows * region.columns == self.tensor.spec.elements
+        if exchanged is None or not is_all or region.transposed or region.experts > 1:
+            return None
+        return ordered(self.tensor, exchanged)
 
     @property
     def view(self) -> StoredTensor | None:

@@ -49,7 +49,8 @@ UNREAD: Final = (
     Unread("GPTQ or AWQ", (".qweight", ".qzeros", ".g_idx")),
     Unread("compressed-tensors", (".weight_packed",)),
     Unread("scaled codes", (".weight_scale", ".weight_scale_inv", ".scale_weight")),
-    Unread("MXFP4", ("_proj_blocks", "_proj_scales")),
+    Unread("scaled experts", ("_weight_scale", "_weight_scale_2", "_weight_scale_inv")),
+    Unread("MXFP4", ("_proj_blocks", "_proj_scales", "_weight.blocks", "_weight.scales")),
 )
 MARKS: Final = tuple(mark for kind in UNREAD for mark in kind.marks)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from loratool.base.config import read_config
+from loratool.base.key_values import config_of, own_shapes
 from loratool.codecs.codec import Description, recognise
 from loratool.codecs.weights import Weight
 from loratool.files.checkpoint import Checkpoint
@@ -34,12 +34,13 @@ def logical_tensors(checkpoints: Mapping[str, Checkpoint]) -> Mapping[str, Weigh
 
 def _decoded(checkpoint: Checkpoint) -> Mapping[str, Weight]:
     """Return the tensors of a checkpoint, with one weight where it has codes and scales."""
-    coded = recognise(checkpoint.tensors, _description(checkpoint))
+    tensors = own_shapes(checkpoint)
+    coded = recognise(tensors, _description(checkpoint))
     if not coded:
-        return checkpoint.tensors
+        return tensors
     owners = {part.spec.name: one for one in coded.values() for part in one.parts.values()}
     found: dict[str, Weight] = {}
-    for name, stored in checkpoint.tensors.items():
+    for name, stored in tensors.items():
         owner = owners.get(name)
         if owner is None:
             # What only computing with codes needs goes where the codes do.
@@ -51,6 +52,6 @@ def _decoded(checkpoint: Checkpoint) -> Mapping[str, Weight]:
 
 
 def _description(checkpoint: Checkpoint) -> Description:
-    config = read_config(checkpoint.folder)
+    config = config_of(checkpoint)
     metadata = {key: text for shard in checkpoint.shards for key, text in shard.metadata.items()}
     return Description(config.quantization or {}, config.dtype, metadata)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
+from typing import Final
 
 import click
 
@@ -17,6 +18,10 @@ from loratool.errors import printable
 from loratool.verbs.inspect import AdapterInfo, ModelInfo, ModuleInfo, inspect
 
 __all__ = ["command"]
+
+SAID: Final = "general."
+"""What the keys begin with of what a file says of any model."""
+LONG: Final = 80
 
 
 @click.command("inspect")
@@ -162,9 +167,22 @@ def _print_model(info: ModelInfo) -> None:
             ("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in info.dtypes.items())),
             ("quantised", f"{coded.modules} weights in {coded.format}" if coded else "no"),
             *([] if parts else [("tied embeddings", tied)]),
+            *_said(info),
         ]
     )
     render.print_notes(info.notes)
+
+
+def _said(info: ModelInfo) -> list[tuple[str, object]]:
+    """Return what a file with key values says of its model, but for what is told already."""
+    if not info.model.config.is_inside:
+        return []
+    said = {key: text for key, text in info.metadata.items() if key.startswith(SAID)}
+    return [
+        (key.removeprefix(SAID), text if len(text) <= LONG else f"{text[:LONG]}…")
+        for key, text in said.items()
+        if text != info.model_type
+    ]
 
 
 def _print_facts(facts: list[tuple[str, object]]) -> None:

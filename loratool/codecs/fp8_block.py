@@ -2,22 +2,29 @@
 
 ``W[i, j] = Q[i, j] · s[i // b0, j // b1]``. The scale multiplies, whatever its name,
 ``weight_scale_inv``, suggests. The last blocks are ragged. Scales are floats, or exponents alone
-(E8M0), some of these in bytes that claim to be whole numbers.
+(E8M0), some of these in bytes that claim to be whole numbers. Stacks of experts have a grid each,
+in which gate and up may have blocks of their own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
-from loratool.codecs.codec import Codec, CodedTensor, Description, Parts
-from loratool.codecs.numbers import decode, encode
-from loratool.codecs.numbers.number import Codes
-from loratool.codecs.parts import scales
-from loratool.errors import FileFormatError
+from loratool.codecs.codec import Codec, CodedTensor, Description, Encoder, Parts
+from loratool.codecs.fp8 import (
+    GATE_UP,
+    BlockEncoder,
+    Blocks,
+    Scaled,
+    decode_blocks,
+    few_scales,
+    scaled_weights,
+)
+from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.spec import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -25,12 +32,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CLAIM", "CODEC"]
 
-CLAIM: Final = {"suffixes": [".weight_scale_inv"]}
+CLAIM: Final = {"dtypes": ["F8_E4M3"]}
 
-SUFFIX: Final = ".weight_scale_inv"
-LARGEST: Final = 448.0
 USUAL_BLOCK: Final = (128, 128)
-SCALES: Final = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+MICRO: Final = (1, 32)
+"""Blocks of scales that are exponents, where those of the others are larger."""
+Block: TypeAlias = tuple[int, int]
 
 
 class _Fp8Block:
@@ -42,23 +49,18 @@ class _Fp8Block:
         self, tensors: Mapping[str, StoredTensor], said: Description
     ) -> dict[str, CodedTensor]:
         """See :class:`Codec`; a scale that is no grid belongs to another way of storing FP8."""
-        given = said.quantization.get("weight_block_size")
+        given = _given(said.quantization)
         found = {}
-        for name, scale in tensors.items():
-            module = name.removesuffix(SUFFIX)
-            weight = tensors.get(f"{module}.weight")
-            if module == name or weight is None or weight.spec.dtype != "F8_E4M3":
+        for one in scaled_weights(tensors, said, ("F8_E4M3",)):
+            if few_scales(one, said) is not None:
                 continue
-            if len(weight.spec.shape) != 2 or len(scale.spec.shape) != 2:
-                continue
-            if scale.spec.dtype not in SCALES:
-                raise FileFormatError(name, f"is {scale.spec.dtype}, which is no scale of blocks")
-            dtype = said.logical_dtype(scale.spec.dtype)
-            found[module] = CodedTensor(
+            shape, dtype = one.weight.spec.shape, said.logical_dtype(one.scale.spec.dtype)
+            found[one.module] = CodedTensor(
                 CODEC,
-                {"weight": weight, "scale": scale},
-                TensorSpec(weight.spec.name, dtype, weight.spec.shape),
-                {"block": _block(name, weight.spec.shape, scale.spec.shape, given)},
+                one.parts,
+                TensorSpec(one.weight.spec.name, dtype, shape),
+                {"blocks": _blocks(one, given)},
+                columns=shape[-1] if len(shape) == 3 else 0,
             )
         return found
 
@@ -71,97 +73,105 @@ class _Fp8Block:
         kind: DTypeLike = np.float64,
     ) -> NDArray[Any]:
         """See :class:`Codec`."""
-        weight, scale = coded.parts["weight"], coded.parts["scale"]
-        height, breadth = coded.settings["block"]
-        values = decode(
-            parts.rows(weight, start, stop), weight.spec.dtype, (stop - start, coded.width), kind
-        )
-        first, last = start // height, -(-stop // height)
-        grid = (last - first, scale.spec.shape[1])
-        data = parts.rows(scale, first, last)
-        factors = scales(scale, data, grid, kind, dtype=_scale_dtype(scale))
-        for row in range(first, last):
-            rows = slice(max(0, row * height - start), (row + 1) * height - start)
-            values[rows] *= np.repeat(factors[row - first], breadth)[: coded.width]
-        return values
+        return decode_blocks(coded, coded.settings["blocks"], start, stop, parts, kind)
 
-    def encoder(self, coded: CodedTensor) -> _Encoder:
+    def encoder(self, coded: CodedTensor) -> Encoder:
         """See :class:`Codec`."""
-        return _Encoder(coded)
+        return BlockEncoder(coded, coded.settings["blocks"])
 
 
-class _Encoder:
-    """The largest number of each block becomes the largest code."""
+def _given(quantization: Mapping[str, Any]) -> Block | None:
+    """Return the size of blocks that a configuration names, where it names one.
 
-    roles: Final = ("weight", "scale")
-    needs_largest: Final = False
-
-    def __init__(self, coded: CodedTensor) -> None:
-        self.coded = coded
-        self.step: int = coded.settings["block"][0]
-
-    def encode(
-        self, start: int, stop: int, values: NDArray[Any], largest: float | None = None
-    ) -> dict[str, tuple[int, Codes]]:
-        """See :class:`Encoder`."""
-        coded = self.coded
-        height, breadth = coded.settings["block"]
-        if start % height or (stop % height and stop != coded.rows):
-            raise ValueError(f"rows {start} to {stop} are no blocks of {height}")
-        scale = coded.parts["scale"]
-        dtype = _scale_dtype(scale)
-        first, last = start // height, -(-stop // height)
-        peaks = np.empty((last - first, scale.spec.shape[1]))
-        for row in range(last - first):
-            columns = np.abs(values[row * height : (row + 1) * height]).max(axis=0)
-            peaks[row] = np.maximum.reduceat(columns, np.arange(0, coded.width, breadth))
-        if not np.isfinite(peaks).all():
-            raise ValueError("a value is not finite")
-        factors = encode(_scales(peaks, dtype), dtype)
-        divisors = decode(factors, dtype, factors.shape)
-        scaled = values.astype(np.float64)
-        for row in range(last - first):
-            rows = slice(row * height, (row + 1) * height)
-            scaled[rows] /= np.repeat(divisors[row], breadth)[: coded.width]
-        codes = encode(np.clip(scaled, -LARGEST, LARGEST, out=scaled), "F8_E4M3")
-        return {"weight": (start, codes), "scale": (first, factors)}
-
-
-def _scales(largest: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
-    """Return what to divide blocks by whose largest numbers are ``largest``; never zero."""
-    scales = np.where(largest > 0, largest / LARGEST, 1.0)
-    if dtype == "F8_E8M0":
-        mantissa, exponent = np.frexp(scales)
-        powers: NDArray[np.float64] = np.ldexp(
-            1.0, np.clip(exponent - (mantissa == 0.5), -127, 127)
+    Raises:
+        FileFormatError: It names something else.
+    """
+    given: Any = quantization.get("weight_block_size")
+    if given is None:
+        given = _block_structure(quantization)
+    if given is None:
+        return None
+    is_pair = isinstance(given, list | tuple) and len(given) == 2
+    if not is_pair or not all(type(size) is int and size > 0 for size in given):
+        raise FileFormatError(
+            "weight_block_size", f"is {given!r:.40}, expected the rows and columns of a block"
         )
-        return powers
-    return np.maximum(scales, {"F16": 2.0**-24}.get(dtype, 2.0**-126))
+    return given[0], given[1]
 
 
-def _scale_dtype(scale: StoredTensor) -> str:
-    return "F8_E8M0" if scale.spec.dtype == "U8" else scale.spec.dtype
+def _block_structure(quantization: Mapping[str, Any]) -> Any:
+    """Return the size of blocks that compressed-tensors' groups agree on, ``128x128`` as a list."""
+    groups = quantization.get("config_groups")
+    each = groups.values() if isinstance(groups, dict) else ()
+    weights = [one.get("weights") for one in each if isinstance(one, dict)]
+    found = [
+        one["block_structure"]
+        for one in weights
+        if isinstance(one, dict) and one.get("block_structure")
+    ]
+    if not found or any(one != found[0] for one in found):
+        return None
+    text = found[0]
+    if not isinstance(text, str):
+        return text
+    return [int(size) if size.isdecimal() else size for size in text.split("x")]
 
 
-def _block(name: str, shape: tuple[int, ...], grid: tuple[int, ...], given: Any) -> tuple[int, int]:
+def _blocks(one: Scaled, given: Block | None) -> Blocks:
+    """Return the blocks of a weight, from their size as it is told or as the shapes tell.
+
+    Raises:
+        FileFormatError: The scales are no grid of it.
+        UnsupportedError: They are one for the whole expert, or one for each of its halves.
+    """
+    shape, grid = one.weight.spec.shape, one.scale.spec.shape
+    if len(grid) == 4 and grid[1::2] == (1, 1):
+        grid = grid[::2]
+    if len(shape) == 2 and len(grid) == 2:
+        return Blocks.of((shape[0], shape[1]), *_block(one, shape, grid, given))
+    if len(shape) != 3 or len(grid) != 3 or grid[0] != shape[0]:
+        raise FileFormatError(
+            one.scale.spec.name, f"has shape {list(grid)}, which is no grid for {list(shape)}"
+        )
+    count, rows, width = shape
+    whole = (count * rows, width)
+    half = rows // 2
+    if one.module.endswith(GATE_UP) and rows % 2 == 0 and grid[1] % 2 == 0:
+        # Gate and up were quantised by themselves, so that blocks begin anew at the second.
+        size = given if given is not None else (half, width) if grid[1:] == (2, 1) else None
+        try:
+            height, breadth = _block(one, (half, width), (grid[1] // 2, grid[2]), size)
+        except FileFormatError:
+            pass
+        else:
+            if half % height and _makes((rows, width), (height, breadth), grid[1:]):
+                raise UnsupportedError(
+                    one.scale.spec.name,
+                    f"has {grid[1]} rows of scales for {rows} rows, of which gate and up may have "
+                    "some each, or share one",
+                    hint="merge on the original whose experts are apart, or on the 16-bit one",
+                )
+            return Blocks.of(whole, height, breadth, half)
+    return Blocks.of(whole, *_block(one, shape[1:], grid[1:], given), rows)
+
+
+def _block(
+    one: Scaled, shape: tuple[int, ...], grid: tuple[int, ...], given: Block | None
+) -> Block:
     """Return rows and columns of a block: the configured ones, else what the shapes tell.
 
     Without a configuration blocks are the usual ones, else of a power of two that divides the
     weight evenly: with ragged edges several sizes make the same grid.
 
     Raises:
-        FileFormatError: The configured size is none, blocks of it do not make this grid, or
-            nothing tells which size does.
+        FileFormatError: Blocks of the configured size do not make this grid, or nothing tells
+            which size does.
     """
-    block = USUAL_BLOCK
-    if given is not None:
-        is_pair = isinstance(given, list | tuple) and len(given) == 2
-        if not is_pair or not all(type(size) is int and size > 0 for size in given):
-            raise FileFormatError(
-                "weight_block_size", f"is {given!r:.40}, expected the rows and columns of a block"
-            )
-        block = (given[0], given[1])
-    elif not _makes(shape, block, grid):
+    name = one.scale.spec.name
+    block = given or USUAL_BLOCK
+    if not _makes(shape, block, grid) and _is_micro(one.scale, shape, grid):
+        return MICRO
+    if given is None and not _makes(shape, block, grid):
         height, breadth = (_length(size, n) for size, n in zip(shape, grid, strict=True))
         if not height or not breadth:
             raise FileFormatError(
@@ -180,6 +190,11 @@ def _block(name: str, shape: tuple[int, ...], grid: tuple[int, ...], given: Any)
     return block
 
 
+def _is_micro(scale: StoredTensor, shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:
+    """Whether scales are of 32 numbers each, which one checkpoint may have beside larger ones."""
+    return scale.spec.dtype in ("F8_E8M0", "U8") and _makes(shape, MICRO, grid)
+
+
 def _length(size: int, count: int) -> int:
     """Return how long ``count`` blocks of an axis are; 0 where that cannot be told."""
     if count == 1:
@@ -188,7 +203,7 @@ def _length(size: int, count: int) -> int:
     return length if not rest and length.bit_count() == 1 else 0
 
 
-def _makes(shape: tuple[int, ...], block: tuple[int, int], grid: tuple[int, ...]) -> bool:
+def _makes(shape: tuple[int, ...], block: Block, grid: tuple[int, ...]) -> bool:
     """Whether a weight has this many blocks of this size."""
     return grid == tuple(math.ceil(size / step) for size, step in zip(shape, block, strict=True))
 

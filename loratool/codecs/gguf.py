@@ -25,7 +25,7 @@ from loratool.files.spec import StoredTensor, TensorSpec
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["CLAIM", "CODEC"]
+__all__ = ["CLAIM", "CODEC", "original_shape"]
 
 CLAIM: Final = {
     "dtypes": [
@@ -93,7 +93,7 @@ class _Gguf:
             found[module] = CodedTensor(
                 CODEC,
                 parts,
-                TensorSpec(name, said.dtype or "F16", _original(name, shape, said)),
+                TensorSpec(name, said.dtype or "F16", original_shape(name, shape, said.metadata)),
                 {"format": stored.spec.dtype},
                 shape[-1],
             )
@@ -158,6 +158,7 @@ class _Gguf:
 class _Encoder:
     """Rows of blocks, as llama.cpp rounds them."""
 
+    roles: Final = ("weight",)
     step: Final = 1
     needs_largest: Final = False
 
@@ -222,13 +223,15 @@ def _outer_scale(
     return found[np.arange(start, stop) // (coded.rows // count)][:, None]
 
 
-def _original(name: str, shape: tuple[int, ...], said: Description) -> tuple[int, ...]:
-    """Return the shape that a tensor had before it was stored as one of rows of blocks.
+def original_shape(
+    name: str, shape: tuple[int, ...], metadata: Mapping[str, str]
+) -> tuple[int, ...]:
+    """Return the shape that a tensor had before it was stored in one that GGUF has.
 
     Raises:
         FileFormatError: That is no shape, or one of another size.
     """
-    text = said.metadata.get(f"{ORIGINAL}{name}")
+    text = metadata.get(f"{ORIGINAL}{name}")
     if text is None:
         return shape
     try:

@@ -1,4 +1,4 @@
-"""Codes of a few bits as numbers: each byte, or word of a few bits more, is looked up as a whole."""
+"""Codes of a few bits as numbers: each byte, or word of some bits more, is looked up whole."""
 
 from __future__ import annotations
 
@@ -10,34 +10,15 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["E2M1", "group_bytes", "look_up", "multiply_groups"]
+__all__ = ["E2M1", "look_up", "multiply_groups"]
 
 E2M1: Final = (
-    0.0,
-    0.5,
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    4.0,
-    6.0,
-    -0.0,
-    -0.5,
-    -1.0,
-    -1.5,
-    -2.0,
-    -3.0,
-    -4.0,
-    -6.0,
+    *(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    *(-0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
 )
 """What the codes of a float with two bits of exponent and one of mantissa stand for."""
 WORDS: Final = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 8: 8}
 """How many bits are looked up at once, by the bits of a code: a few whole codes."""
-
-
-def group_bytes(bits: int) -> int:
-    """Return how many bytes of a stream of codes begin and end with a code."""
-    return {8: 1, 12: 3, 10: 5}[WORDS[bits]]
 
 
 def look_up(

@@ -39,7 +39,7 @@ SAY: Final = "say which in config.json: quantization.bits and quantization.group
 
 
 class _Mlx:
-    """``weight`` U32 ``(…, out, in · bits / 32)``, ``scales`` and ``biases`` ``(…, out, groups)``."""
+    """``weight`` U32 ``(…, out, in · bits / 32)``, ``scales``, ``biases`` ``(…, out, groups)``."""
 
     name: Final = "mlx"
 
@@ -193,6 +193,13 @@ def _layout(
             f"{mode or 'any of ' + ', '.join(MODES)}",
         )
     bits, group = told.get("bits"), told.get("group_size")
+    if group is not None and group not in GROUPS:
+        raise UnsupportedError(
+            module,
+            f"is quantised by MLX in groups of {group!r:.10}; those of MLX have "
+            f"{', '.join(map(str, GROUPS))} weights",
+            hint="merge on the 16-bit original",
+        )
     sizes = [
         (b, g)
         for b in (BITS if bits is None else (bits,))

@@ -19,10 +19,11 @@ from loratool.files.transfer import read_into
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["FileParts", "needed", "scales"]
+__all__ = ["FileParts", "beside", "needed", "scales"]
 
 KEPT: Final = 1 << 20
-"""Reads of this many bytes and more are kept till the next one: neighbours often want the same."""
+"""Reads of this many bytes and more are kept till the next one of their part: neighbours often want
+the same."""
 WHOLE: Final = 32 << 20
 """A part up to this size is read as a whole when some of its columns are wanted."""
 
@@ -38,17 +39,16 @@ class FileParts:
     def __init__(self, parts: Mapping[str, StoredTensor], files: InputFiles) -> None:
         self._files = files
         self._rows = {id(part): RowBytes(part, _width(part), files) for part in parts.values()}
-        self._kept: tuple[tuple[int, int, int], memoryview] | None = None
+        self._kept: dict[int, tuple[int, int, memoryview]] = {}
 
     def rows(self, part: StoredTensor, start: int, stop: int) -> memoryview:
         """Return the bytes of some rows; a scalar has one."""
-        key = (id(part), start, stop)
-        kept = self._kept
-        if kept is not None and kept[0] == key:
-            return kept[1]
+        kept = self._kept.get(id(part))
+        if kept is not None and kept[:2] == (start, stop):
+            return kept[2]
         data = self._rows[id(part)].read(start, stop - start)
         if len(data) >= KEPT:
-            self._kept = (key, data)
+            self._kept[id(part)] = (start, stop, data)
         return data
 
     def columns(
@@ -97,6 +97,14 @@ def needed(tensors: Mapping[str, StoredTensor], module: str, leaf: str, why: str
             hint="download the model again, or the shard that is missing",
         )
     return found
+
+
+def beside(
+    tensors: Mapping[str, StoredTensor], module: str, leaves: tuple[str, ...]
+) -> dict[str, StoredTensor]:
+    """Return those of the tensors ``leaves`` that a module has, by these."""
+    found = ((leaf, tensors.get(f"{module}.{leaf}")) for leaf in leaves)
+    return {leaf: stored for leaf, stored in found if stored is not None}
 
 
 def scales(

@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 MAGIC: Final = b"GGUF"
+HEAD: Final = 24
+"""Bytes before the key values: the magic number, the version, and two counts."""
 VERSIONS: Final = (2, 3)
 ALIGNMENT: Final = 32
 """What data lie at multiples of where ``general.alignment`` says nothing else."""
@@ -62,7 +64,8 @@ MAX_SIZE: Final = 1 << 62
 MAX_ALIGNMENT: Final = 1 << 24
 SHORT_NUMBERS: Final = 4096
 SHORT_STRINGS: Final = 64
-"""Arrays up to these lengths are read."""
+MAX_ELEMENTS: Final = 1_000_000
+"""Arrays up to these lengths are read, until as many elements have been."""
 START: Final = 64 << 10
 CHUNK: Final = 1 << 20
 
@@ -192,6 +195,12 @@ class GgufFile(WeightsFile):
     alignment: int = ALIGNMENT
     version: int = VERSIONS[-1]
 
+    @property
+    def raw_values(self) -> bytes:
+        """The bytes of all key values."""
+        ends = [each.place[1] for each in self.values.values()]
+        return (self.header or b"")[HEAD:][: max(ends, default=HEAD) - HEAD]
+
 
 def aligned(offset: int, alignment: int) -> int:
     """Return the first multiple of ``alignment`` from ``offset`` on."""
@@ -234,6 +243,8 @@ class _Header:
         self.at = 0
         self._file = file
         self._strings = 0
+        self._elements = 0
+        self._arrays = 0
 
     def wrong(self, what: str) -> FileFormatError:
         """Return the error that the header breaks a rule."""
@@ -278,6 +289,26 @@ class _Header:
         self.at += length
         # Of values only: what cannot be decoded is still there in the raw bytes.
         return raw.decode("utf-8", "replace")
+
+    def can_read(self, count: int, most: int) -> bool:
+        """Whether an array of so many elements, ``most`` at most, is read and not skipped."""
+        if count > most or self._elements + count > MAX_ELEMENTS:
+            return False
+        self._elements += count
+        return True
+
+    def nest(self, count: int) -> None:
+        """Note that there are so many arrays in one."""
+        self._arrays += count
+        if self._arrays > MAX_KEY_VALUES:
+            raise self.wrong(f"has more than {MAX_KEY_VALUES} arrays in arrays")
+
+    def numbers(self, what: struct.Struct, count: int) -> tuple[int | float, ...]:
+        """Return the next ``count`` numbers."""
+        self.need(count * what.size)
+        found = struct.unpack_from(f"<{count}{what.format[1:]}", self.data, self.at)
+        self.at += count * what.size
+        return found
 
     def skip_strings(self, count: int) -> None:
         """Walk over so many strings."""
@@ -404,17 +435,19 @@ def _read_array(header: _Header, key: str, depth: int) -> tuple[str, Value]:
             f"{reprlib.repr(key)} claims {count} elements, and {left} bytes are left"
         )
     if kind == ARRAY:
-        if depth == MAX_DEPTH or count > MAX_KEY_VALUES:
+        if depth == MAX_DEPTH:
             raise header.wrong(f"{reprlib.repr(key)} is of arrays in arrays")
+        header.nest(count)
         for _ in range(count):
             _read_array(header, key, depth + 1)
-    elif kind == STRING and count <= SHORT_STRINGS:
+    elif kind == STRING and header.can_read(count, SHORT_STRINGS):
         texts = [header.text(MAX_HEADER_BYTES, "a string") for _ in range(count)]
         return "[str]", tuple(texts)
     elif kind == STRING:
         header.skip_strings(count)
-    elif count <= SHORT_NUMBERS:
-        return f"[{name}]", tuple(_read_scalar(header, key, kind) for _ in range(count))
+    elif header.can_read(count, SHORT_NUMBERS):
+        numbers = header.numbers(form, count)
+        return f"[{name}]", tuple(map(bool, numbers)) if name == "bool" else numbers
     else:
         header.need(count * form.size)
         header.at += count * form.size
@@ -560,6 +593,8 @@ def _kind_written(key: str, text: str) -> str:
 
 
 def _string(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError
     raw = text.encode()
     return U64.pack(len(raw)) + raw
 

@@ -99,9 +99,9 @@ class StoredTensor:
         if self.exchanged == axes:
             return replace(self, exchanged=None, strides=None)
         shape = self.spec.shape
-        if self.strides is not None or len(shape) != 2 or shape[0] % math.prod(axes):
+        if self.strides is not None or len(shape) not in (1, 2) or shape[0] % math.prod(axes):
             return None
-        return replace(self, strides=(shape[1], 1), exchanged=(count, inner, outer))
+        return replace(self, strides=(*shape[1:], 1), exchanged=(count, inner, outer))
 
 
 class TensorSource(Protocol):

@@ -273,6 +273,13 @@ def _offset(edit: AddTensor, matrix: _Matrix) -> Offset:
         def rows(start: int, count: int) -> Array:
             return turned[start : start + count]
 
+    elif region.exchanged is not None:
+        values = matrix.kind.read(edit.tensor).reshape((-1, region.columns))
+        ordered = region.stored(values[first : first + region.rows])
+
+        def rows(start: int, count: int) -> Array:
+            return ordered[start : start + count]
+
     else:
         read = partial(matrix.kind.rows, rows_of(edit.tensor, region.columns, matrix.files))
 

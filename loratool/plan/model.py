@@ -335,7 +335,8 @@ class OutputFile:
             specs = [replace(s.spec, name=s.spec.name.removeprefix(prefix)) for s in steps]
         else:
             specs = [step.spec for step in steps]
-        metadata = {**metadata, "format": "pt"}
+        if not container.keeps_codes:  # there what the base says is kept as it is
+            metadata = {**metadata, "format": "pt"}
         layout = container.lay_out(specs, metadata, name, original)
         places = layout.offsets
         ordered = sorted(steps, key=lambda step: places[step.spec.name.removeprefix(prefix)])

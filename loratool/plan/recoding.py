@@ -78,7 +78,7 @@ class Recoding(Patch):
         for role, (row, codes) in made.items():
             spot = self.spots[role]
             data = np.ascontiguousarray(codes).reshape(-1).view(np.uint8).data
-            row_bytes = math.prod(spot.spec.shape[1:]) * DTYPES[spot.spec.dtype].bits // 8
+            row_bytes = len(data) // codes.shape[0] if codes.ndim else 0
             run.sink.write(spot, row * row_bytes, data)
             done += len(data)
         sums = (0.0, 0.0)
@@ -162,8 +162,13 @@ class _Encoded:
         """Return the bytes of some columns of some rows."""
         if id(part) not in self._made:
             return self._others.columns(part, start, stop, rows)
-        bits = DTYPES[part.spec.dtype].bits
         first, last = rows or (0, part.spec.shape[0])
+        kind = DTYPES[part.spec.dtype]
+        if kind.block is not None:  # rows of blocks, of all matrices of a stack
+            width, height = part.spec.shape[-1], math.prod(part.spec.shape[1:-1])
+            assert last == first + 1
+            row = first * height + start // width
+            return self.rows(part, row, row + (stop - start) // width)
         whole = np.frombuffer(self.rows(part, first, last), np.uint8).reshape(last - first, -1)
-        cut = whole[:, start * bits // 8 : stop * bits // 8]
+        cut = whole[:, kind.size(start) : kind.size(stop)]
         return np.ascontiguousarray(cut).reshape(-1).data

@@ -140,8 +140,13 @@ class ModelInfo:
 
     @property
     def model_type(self) -> str | None:
-        """What ``config.json`` calls the kind of model."""
-        return self.model.config.model_type
+        """What ``config.json``, or the file itself, calls the kind of model."""
+        return self.model.config.called
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the first of its files says of itself."""
+        return dict(self.model.shards[0].metadata) if self.model.shards else {}
 
     @property
     def components(self) -> dict[str, int]:
@@ -185,6 +190,7 @@ class ModelInfo:
             "tensors": len(self.model.stored),
             "dtypes": dict(self.dtypes),
             "shards": len(self.model.shards),
+            "metadata": self.metadata,
             "notes": list(self.notes),
         }
 

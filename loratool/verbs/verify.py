@@ -118,7 +118,9 @@ def _dtype_of(base: Model, merged: Model) -> str | None:
     pairs = {
         (base.tensors[name].spec.dtype, stored.spec.dtype)
         for name, stored in merged.raw.items()
-        if name in base.tensors and DTYPES[stored.spec.dtype].is_mergeable
+        if name in base.tensors
+        and DTYPES[stored.spec.dtype].is_mergeable
+        and (not base.config.is_inside or isinstance(base.tensors[name], CodedTensor))
     }
     targets = {new for _, new in pairs}
     if len(targets) != 1:

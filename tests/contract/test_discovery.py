@@ -110,11 +110,11 @@ def test_folders_may_be_named_in_turn(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_claim_is_read_without_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = 'CLAIM: Final = {\n    "suffixes": [".x"],\n}\nOTHER = {"a": 1}\nraise SystemExit\n'
+    text = 'CLAIM: Final = {\n    "own": [".x"],\n}\nOTHER = {"a": 1}\nraise SystemExit\n'
     made(tmp_path, text, "loud")
     monkeypatch.setenv(PLUGINS, str(tmp_path))
-    assert codec.FILES.claims()["loud"] == {"suffixes": [".x"]}
-    assert codec.FILES.claimed("suffixes")[".x"] == "loud"
+    assert codec.FILES.claims()["loud"] == {"own": [".x"]}
+    assert codec.FILES.claimed("own")[".x"] == "loud"
     assert Plugins("loratool.codecs", "CODEC").names() == codec.FILES.names()
 
 

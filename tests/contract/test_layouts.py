@@ -42,6 +42,10 @@ SAMPLES = {
     "comfy": Headers(ALL_IN_ONE, ModelConfig()),
     "backbone": Headers(FLUX, ModelConfig()),
     "diffusers": Headers(("unet.conv_in",), ModelConfig(), ("unet",)),
+    "gguf": Headers(
+        ("token_embd", "blk.0.attn_q", "blk.0.ffn_up", "blk.0.ffn_up_exps", "output"),
+        ModelConfig({"general.architecture": "llama"}),
+    ),
     "trifold": Headers(("blk.0.self_attn.wqkv",), ModelConfig({"model_type": "trifold"})),
 }
 

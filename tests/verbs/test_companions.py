@@ -249,22 +249,3 @@ def test_a_head_that_is_left_out_as_asked_is_not_missed(
     report = loratool.merge(base, [adapter], tmp_path / "out", skip=["score"])
     assert report.unused == ("base_model.model.score.weight",)
     assert not any("no file holds it" in note for note in report.notes)
-
-
-@pytest.mark.parametrize("config", [{"quantization": {"group_size": 16, "bits": 4}}, {}])
-def test_a_base_that_mlx_has_quantised_is_refused_as_such(
-    make_base: Make, adapter: Path, tmp_path: Path, config: dict[str, Any]
-) -> None:
-    base = make_base(
-        {
-            f"{Q}.weight": torch.zeros(6, 2, dtype=torch.uint32),
-            f"{Q}.scales": torch.randn(6, 1).half(),
-            f"{Q}.biases": torch.randn(6, 1).half(),
-        },
-        {"model_type": "llama"} | config,
-    )
-    with pytest.raises(loratool.errors.UnsupportedError, match=r"is quantised.*U32") as error:
-        loratool.merge(base, [adapter], tmp_path / "out")
-    assert "original" in (error.value.hint or "")
-    assert not (tmp_path / "out").exists()
-    assert {f.code for f in loratool.validate(adapter, base=base)} >= {"LT027"}

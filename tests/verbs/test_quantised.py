@@ -344,7 +344,7 @@ def test_a_dequantised_twin_of_the_base_has_not_changed(make_base: Make, tmp_pat
         ("weight_scales", torch.float16, "EETQ"),
         ("tables2", torch.float16, "HIGGS"),
         ("weight", torch.int8, "is I8"),
-        ("weight", torch.float8_e4m3fnuz, "is F8_E4M3FNUZ"),
+        ("weight", torch.float8_e4m3fnuz, "F8_E4M3FNUZ"),
     ],
 )
 def test_codes_that_nothing_reads_are_refused_by_name(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from loratool.files.container import Container
+from loratool.files.container import Container, KeptLayout, Layout, WeightsFile
 from loratool.files.gguf import (
     ALIGNMENT,
     GgufFile,
@@ -27,10 +27,23 @@ CLAIM: Final = {"suffixes": [".gguf"], "models": [".gguf"], "preference": 0, "sp
 
 @dataclass(frozen=True)
 class _Layout:
+    """A header, then the data, each tensor at a multiple of the alignment.
+
+    Attributes:
+        specs: The tensors in their order.
+        head: The header.
+        alignment: Of the data.
+        is_told: Whether nothing in the header depends on the data.
+    """
+
     specs: tuple[TensorSpec, ...]
     head: bytes
     alignment: int
-    header: bytes = b""
+    is_told: bool = False
+
+    @property
+    def header(self) -> bytes:
+        return self.head if self.is_told else b""
 
     @cached_property
     def offsets(self) -> Mapping[str, int]:
@@ -46,7 +59,9 @@ class _Layout:
         return aligned(next(ends, len(self.head)), self.alignment)
 
     def seal(self, descriptor: int, metadata: Mapping[str, str], *, path: Path) -> None:
-        """See :class:`Layout`."""
+        """See :class:`Layout`; what fills up the tensors is zero already in a new file."""
+        if self.is_told:
+            return
         head = format_header(self.specs, *format_values(metadata), self.alignment)
         if len(head) != len(self.head):
             raise ValueError(f"{path}: the metadata are not as long as was said")
@@ -63,6 +78,7 @@ class _Layout:
 
 class _Gguf:
     name: Final = "GGUF"
+    keeps_codes: Final = True
     has_metadata: Final = True
 
     def open(self, path: Path) -> GgufFile:
@@ -70,12 +86,38 @@ class _Gguf:
         return read_gguf(path)
 
     def lay_out(
-        self, specs: Sequence[TensorSpec], metadata: Mapping[str, str], name: str
-    ) -> _Layout:
-        """See :class:`Container`; ``general.alignment`` is kept."""
+        self,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str],
+        name: str,
+        like: WeightsFile | None = None,
+    ) -> Layout:
+        """See :class:`Container`; of another file of this format all key values are kept."""
+        if isinstance(like, GgufFile):
+            return _like(specs, like)
         alignment = int(metadata.get("general.alignment", ALIGNMENT))
         head = format_header(specs, *format_values(metadata), alignment)
         return _Layout(tuple(specs), head, alignment)
+
+
+def _like(specs: Sequence[TensorSpec], like: GgufFile) -> Layout:
+    """Return the layout of a file that takes the place of another: the same key values and order.
+
+    A tensor that is stored in another shape than it has is stored so again.
+    """
+    given = {spec.name: spec for spec in specs}
+    names = [*(name for name in like.tensors if name in given)]
+    names += [spec.name for spec in specs if spec.name not in like.tensors]
+    ordered = []
+    for name in names:
+        old = like.tensors.get(name)
+        is_same = old is not None and old.spec.elements == given[name].elements
+        shape = old.spec.shape if old is not None and is_same else given[name].shape
+        ordered.append(replace(given[name], shape=shape))
+    if ordered == [stored.spec for stored in like.tensors.values()]:
+        return KeptLayout(like)
+    head = format_header(ordered, like.raw_values, len(like.values), like.alignment)
+    return _Layout(tuple(ordered), head, like.alignment, is_told=True)
 
 
 CONTAINER: Final[Container] = _Gguf()

@@ -274,11 +274,15 @@ def _matches(name: str, stored: Weight, tuned: Model, base: Model) -> list[Match
     """
     path, leaf = tuned.path_of(name), name.rpartition(".")[2]
     is_weight = tuned.modules.get(path) == name
+    if (why := tuned.layout.unlike(path, tuned.config)) is not None:
+        return why
     parts = _apart(path, leaf, tuned)
     if parts is not None:
         return _in_parts(parts, tuned, base, is_bias=not is_weight)
     live = tuned.live.path(path, leaf)
-    if name in base.tensors and base.path_of(name) == path:
+    is_ordered = not is_weight and leaf != BIAS
+    is_ordered = is_ordered or (not base.is_exchanged(path) and not tuned.is_exchanged(path))
+    if name in base.tensors and base.path_of(name) == path and is_ordered:
         return [Match(name, live, base.tensors[name], stored)]
     place = base.find(path, family=tuned.family) if is_weight or leaf == BIAS else None
     if place is not None and not (place.is_whole and leaf == BIAS):
@@ -370,12 +374,15 @@ def _rows(place: Place, piece: Piece, model: Model, *, is_bias: bool) -> tuple[s
     region = piece.region
     if is_bias:
         bias = model.tensors.get(piece.bias)
-        if not isinstance(bias, StoredTensor) or region.exchanged:
+        if not isinstance(bias, StoredTensor):
             return None
         start = region.first_column if region.transposed else region.first_row
         view = bias.rows(start, piece.outputs, 1)
+        if view is not None and region.exchanged is not None:
+            count, outer, inner = region.exchanged
+            view = view.exchanging((count, inner, outer))
         return (piece.bias, view) if view is not None else None
-    weight = piece.tensor if piece.is_whole else piece.view
+    weight = piece.tensor if piece.is_whole else piece.view or piece.ordered
     shape = weight.spec.shape if weight is not None else ()
     if isinstance(weight, StoredTensor) and len(shape) == 3 and len(place.shape) == 2:
         # One of a stack, or the only one.

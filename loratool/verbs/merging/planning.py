@@ -15,12 +15,13 @@ from loratool.base.model import Model, open_model
 from loratool.base.refusals import check_base
 from loratool.base.replication import layer_ranges
 from loratool.base.ties import have_same_values
+from loratool.base.trained_on import training_notes
 from loratool.codecs.codec import CodedTensor, claims
 from loratool.codecs.weights import Weight
 from loratool.errors import BaseModelError, MergeError, OutputError, UnsupportedError
 from loratool.files.checkpoint import SHARD, Checkpoint
 from loratool.files.container import WeightsFile
-from loratool.files.containers import USUAL, is_weights
+from loratool.files.containers import USUAL, container_of, is_weights
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.json import read_json_object
 from loratool.files.links import NOT_FILES
@@ -109,6 +110,8 @@ def plan_merge(
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
         if unknown := unknown_scale(adapter):
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
+        recorded = adapter.config.base_model if adapter.config else None
+        notes += [f"{adapter.path}: {note}" for note in training_notes(recorded, model)]
     notes += _expert_notes(opened, model)
     shares = [Share.of(*pair) for pair in zip(opened, strengths, strict=True)]
     for share in shares:
@@ -128,6 +131,9 @@ def plan_merge(
     decoded = _decoded(placed)
     notes += _decoding_notes(model, decoded, quantized)
     changes = _config_changes(view, steps, opened, dtype, decoded, untied=untied, layers=layers)
+    if view.config.is_inside:
+        _check_inside(changes, view)
+        changes = ConfigChanges()
     if not is_folder and (changes.untie or changes.vocabulary):
         raise UnsupportedError(
             output or "OUT",
@@ -154,6 +160,26 @@ def plan_merge(
             **{path: stamp for each in complete for path, stamp in each.stamps.items()},
         },
     )
+
+
+def _check_inside(changes: ConfigChanges, base: Model) -> None:
+    """Refuse a merge that changes what the weights' own file says of the model.
+
+    Raises:
+        UnsupportedError: It does: the vocabulary, the layers, or what kind of model it is.
+    """
+    what = {
+        "the vocabulary": changes.vocabulary,
+        "the number of layers": changes.layers,
+        "the head": changes.labels,
+    }
+    changed = next((words for words, value in what.items() if value), None)
+    if changed is not None:
+        raise UnsupportedError(
+            base.path,
+            f"the merge changes {changed}, which the key values of the file tell",
+            hint="merge into the model of transformers, and convert that",
+        )
 
 
 def _is_one_file(model: Model, adapters: Sequence[Adapter]) -> bool:
@@ -207,7 +233,7 @@ def _step(
     _check_edits(name, edits, source)
     if edits and not DTYPES[kept].is_mergeable:
         raise BaseModelError(name, f"is {kept}; a delta can only be added to floating point")
-    if dtype is not None and DTYPES[kept].is_mergeable:
+    if dtype is not None and DTYPES[kept].is_mergeable and _follows(original):
         kept = OUTPUT_DTYPES[dtype]
     return Step(
         spec=TensorSpec(name, kept, source.spec.shape if shape is None else shape),
@@ -217,6 +243,16 @@ def _step(
         added=stored is None,
         replaced=stored is not None and source is not stored,
     )
+
+
+def _follows(original: Weight | None) -> bool:
+    """Whether a tensor is written as ``--dtype`` says.
+
+    Where coded weights lie beside others, that says what they become; the others keep theirs.
+    """
+    if original is None or isinstance(original, CodedTensor):
+        return True
+    return not container_of(original.path).keeps_codes
 
 
 def _only_one(name: str, tensors: Sequence[StoredTensor | None], words: str) -> StoredTensor | None:
@@ -370,6 +406,8 @@ def _expert_notes(adapters: Sequence[Adapter], base: Model) -> Iterator[str]:
 def _is_folder(model: Model, output: AnyPath | None) -> bool:
     place = Path(output) if output is not None else Path()
     suffix = place.suffix
+    if _keeps_container(model):
+        return _is_folder_like(model, output, place)
     if model.is_folder:
         if is_weights(place):
             raise OutputError(
@@ -381,9 +419,32 @@ def _is_folder(model: Model, output: AnyPath | None) -> bool:
     return suffix != USUAL
 
 
+def _keeps_container(model: Model) -> bool:
+    """Whether its files are written in their own format."""
+    return all(container_of(shard.path).keeps_codes for shard in model.shards)
+
+
+def _is_folder_like(model: Model, output: AnyPath | None, place: Path) -> bool:
+    """Return the same for a base whose files are written in their own format."""
+    suffix = model.shards[0].path.suffix
+    if not is_weights(place):
+        return True
+    if place.suffix.lower() != suffix.lower():
+        raise OutputError(
+            output, f"the base is {suffix[1:].upper()}, so the output is: end the name in {suffix}"
+        )
+    if len(model.shards) > 1:
+        raise OutputError(
+            output,
+            f"the base is in {len(model.shards)} files, so the output is a folder; leave out "
+            f"{suffix!r}",
+        )
+    return False
+
+
 def _output_name(path: Path) -> str:
-    """Return the name of the safetensors file that a weights file becomes."""
-    if path.suffix == ".safetensors":
+    """Return the name of the file that a weights file becomes: safetensors, or its own format."""
+    if path.suffix == ".safetensors" or container_of(path).keeps_codes:
         return path.name
     stem = path.stem.replace("pytorch_model", "model", 1) if _is_plain(path.stem) else path.stem
     return f"{stem}.safetensors"
@@ -406,6 +467,8 @@ def _files(
         last = lasts.get("") or lasts[step.spec.name.partition(".")[0]]
         by_shard[path or last].append(step)
     about_codes = {key for claim in claims() for key in claim.metadata} if is_decoded else set()
+    if about_codes:
+        about_codes |= view.tensors.keys()  # what is said of a tensor is how it was stored
     files = []
     for component, checkpoint in view.checkpoints.items():
         folder, prefix = (f"{component}/", f"{component}.") if component else ("", "")
@@ -414,7 +477,7 @@ def _files(
             mine = by_shard[shard.path]
             if not mine and shard.tensors:
                 continue  # one with nothing but scales is gone
-            is_cut = is_decoded and output is None
+            is_cut = is_decoded and output is None and not _keeps_container(view)
             contents += [(shard, part) for part in (_cut(mine) if is_cut else [mine])]
         names = _names(checkpoint, [shard for shard, _ in contents])
         for (shard, mine), name in zip(contents, names, strict=True):
@@ -462,6 +525,8 @@ def _decoding_notes(model: Model, decoded: Sequence[Step], quantized: str) -> It
 def _indices(model: Model, files: Sequence[OutputFile]) -> Iterator[Sidecar]:
     """Yield the index of each component that needs one."""
     for component, checkpoint in model.checkpoints.items():
+        if model.config.is_inside:
+            continue
         folder = f"{component}/" if component else ""
         mine = [file for file in files if not component or file.name.startswith(folder)]
         if len(mine) > 1 or checkpoint.index:

@@ -55,7 +55,8 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
     if place.is_transposed and place.is_whole and found == wanted and len(found) == 2:
         _put(share, place.pieces[0].name, None, transposed(extra.tensor), base)
         return
-    if any(piece.region.exchanged or piece.region.transposed for piece in place.pieces):
+    is_stack = place.experts > 1
+    if any(p.region.transposed or (p.region.exchanged and is_stack) for p in place.pieces):
         raise _uncut(share, extra, place)
     if found != wanted:
         raise BaseModelError(
@@ -68,6 +69,8 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
         region = piece.region
         count = region.rows * (region.experts if region.expert is None else 1)
         view = extra.tensor.rows(place.start(piece), count, 1 if is_bias else region.width)
+        if view is not None and region.exchanged is not None:
+            view = view.exchanging(region.exchanged)
         if view is None:
             raise _uncut(share, extra, place)
         rows = range(region.first_row, region.first_row + count)

@@ -95,11 +95,11 @@ def sample(
 
 def samples() -> Iterator[Sample]:
     for bits in (8, 4, 3, 2, 1):
-        yield sample((16, 64), bits, 1, 32)
-        yield sample((16, 64), bits, 0, 16)
+        yield sample((16, 64), bits, 1, 32, is_bare=bits != 4)
+        yield sample((16, 64), bits, 0, 16, is_bare=bits != 3)
     yield sample((6, 40), 4, 1, 60, scale="BF16", is_bare=True)  # a row and a half a group
-    yield sample((6, 40), 3, 0, 24, scale="F16")  # strips of ten columns
-    yield sample((7, 20), 3, 1, 20)
+    yield sample((6, 40), 3, 0, 24, scale="F16", is_bare=True)  # strips of ten columns
+    yield sample((7, 20), 3, 1, 20, is_bare=True)
     yield sample((16, 64), 4, 1, 64, storage="BF16")
     yield sample((16, 60), 4, 0, 16, storage="F32")
     yield sample((16, 64), 3, 1, 32, storage="F16")

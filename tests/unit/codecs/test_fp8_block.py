@@ -21,7 +21,7 @@ def test_block_fp8_needs_a_grid_that_fits() -> None:
     with pytest.raises(FileFormatError, match="64 × 64"):
         recognise(sample.stored(), wrong)
     (inferred,) = recognise(sample.stored(), Description()).values()
-    assert inferred.settings["block"] == (128, 128)
+    assert (inferred.settings["blocks"].height, inferred.settings["blocks"].breadth) == (128, 128)
     (found,) = recognise(sample.stored(), Description(dtype="F16")).values()
     assert found.spec.dtype == "F16"
 

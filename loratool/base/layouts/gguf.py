@@ -1,0 +1,215 @@
+"""A language model as llama.cpp has it: other names, and rows of some modules in another order.
+
+The names of each architecture are those of :mod:`loratool.names.gguf`. Rotary embeddings take
+neighbours there where transformers takes halves; fused projections are cut, or sorted by what they
+are; all experts of a layer are one tensor for each projection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from itertools import pairwise
+from typing import Final
+
+from loratool.base.config import ARCHITECTURE, ModelConfig
+from loratool.base.key_values import HEAD, TABLE
+from loratool.base.layout import Headers, Layout, Stretch
+from loratool.base.live import ExpertPart, LiveModel, Stack
+from loratool.base.ties import Sharing
+from loratool.codecs.weights import Weight
+from loratool.errors import UnsupportedError
+from loratool.names.gguf import (
+    Architecture,
+    Attention,
+    Held,
+    architecture_named,
+    attention_in_values,
+)
+
+__all__ = ["LAYOUT"]
+
+WHOLE: Final = frozenset(("", "queries", "keys", "keys by group"))
+"""The forms of tensors that are all of one module."""
+SHIFTED: Final = re.compile(r"gemma[23]?|nemotron|qwen3next|qwen35(moe)?")
+"""Where norms are stored with 1 added, so that they are no module's of transformers."""
+MOST: Final = 4096
+"""Stretches of rows that one module may be put together from."""
+WEIGHT: Final = ".weight"
+
+
+class _Live(LiveModel):
+    """What transformers calls the tensors.
+
+    Args:
+        architecture: Their names.
+        tensors: The tensors of the files.
+    """
+
+    def __init__(self, architecture: Architecture, tensors: Mapping[str, Weight]) -> None:
+        super().__init__(ModelConfig(), tensors)
+        self._architecture = architecture
+
+    def name(self, stored: str) -> str:
+        """Return what transformers calls a tensor that the files have, or might have."""
+        module, _, leaf = stored.rpartition(".")
+        held = _own(self._architecture, module)
+        return f"{held.module}.{leaf}" if held is not None else stored
+
+    def tensor(self, name: str) -> str | None:
+        """Return the tensor that a parameter of transformers is, with its rows in their order."""
+        module, _, leaf = name.rpartition(".")
+        held = _held(self._architecture, module)
+        if len(held) != 1 or not held[0].is_same or held[0].is_stack:
+            return None
+        found = f"{held[0].tensor}.{leaf}"
+        return found if found in self.tensors and _is_plain(self._architecture, found) else None
+
+    def stack(self, parameter: str) -> Stack | None:
+        """Return what the files have of the experts' parameter ``parameter``.
+
+        Raises:
+            UnsupportedError: They have its values in another order.
+        """
+        if f"{parameter}{WEIGHT}" in self.tensors and "_exps" in parameter:
+            return Stack(whole=f"{parameter}{WEIGHT}")  # as :meth:`expert` calls it
+        held = [one for one in _held(self._architecture, parameter) if not one.is_stack]
+        names = [f"{one.tensor}{WEIGHT}" for one in held]
+        if not names or not all(_is_stack(self.tensors.get(name)) for name in names):
+            return None
+        forms = [one.form for one in held]
+        _, rows, columns = self.tensors[names[0]].spec.shape
+        is_unclear = held[0].is_turned and rows == columns
+        if is_unclear or forms not in ([""], ["first half", "second half"]):
+            raise UnsupportedError(
+                parameter,
+                f"is in {names[0]!r} with its rows in another order",
+                hint="merge the adapter into the model of transformers instead",
+            )
+        return Stack((tuple(names),)) if len(names) > 1 else Stack(whole=names[0])
+
+    def expert(self, module: str) -> ExpertPart | None:
+        """Return which part of which tensor one expert's projection is."""
+        held = [one for one in _held(self._architecture, module) if one.expert is not None]
+        if len(held) != 1 or held[0].form or f"{held[0].tensor}{WEIGHT}" not in self.tensors:
+            return None
+        return ExpertPart(held[0].tensor, held[0].expert or 0, 0, 1)
+
+
+class Gguf(Layout):
+    """Every language model with key values that say which architecture it is of."""
+
+    name = "gguf"
+    is_linear = True
+
+    def claims(self, headers: Headers) -> int:
+        return 4 if _architecture(headers.config) is not None else 0
+
+    def paths(self, headers: Headers) -> Mapping[str, str]:
+        architecture = _known(headers.config)
+        own = {module: _own(architecture, module) for module in headers.modules}
+        return {module: held.module for module, held in own.items() if held is not None}
+
+    def unlike(self, path: str, config: ModelConfig) -> str | None:
+        found = _known(config).modules(path)
+        if not found or _own(_known(config), path) is not None:
+            return None
+        if path.endswith("_exps"):
+            return "a stack of experts, which is cut otherwise in llama.cpp than in libraries"
+        return "its rows, or its values, are others in llama.cpp than in libraries"
+
+    def live(self, config: ModelConfig, tensors: Mapping[str, Weight]) -> LiveModel | None:
+        return _Live(_known(config), tensors)
+
+    def sharings(self, names: Mapping[str, Weight]) -> tuple[Sharing, ...] | None:
+        if TABLE not in names:
+            return ()
+        return () if HEAD in names else (Sharing((TABLE, HEAD), TABLE, HEAD),)
+
+    def exchanged(self, path: str, rows: int, config: ModelConfig) -> tuple[int, int, int] | None:
+        held = _held(_known(config), path)
+        if len(held) != 1 or held[0].is_same or held[0].form not in WHOLE:
+            return None
+        found = held[0].rows(_attention(config)).of_tensor(rows, held[0].tensor)
+        return found.exchanged
+
+    def stretches(
+        self, path: str, rows: Callable[[str], int | None], config: ModelConfig
+    ) -> tuple[Stretch, ...]:
+        held = _held(_known(config), path)
+        if not held or any(one.is_stack for one in held):
+            return ()
+        if len(held) == 1 and held[0].form in WHOLE:
+            return ()
+        counts = [rows(f"{one.tensor}{WEIGHT}") for one in held]
+        if None in counts:
+            return ()
+        attention = _attention(config)
+        found: list[Stretch] = []
+        for one, count in zip(held, counts, strict=True):
+            found += _cut(one, attention, count or 0)
+        return tuple(sorted(found, key=lambda each: each.first))
+
+
+def _cut(held: Held, attention: Attention | None, count: int) -> Iterator[Stretch]:
+    """Yield the rows of a tensor that lie there as they do in their module.
+
+    Raises:
+        UnsupportedError: Hardly any do.
+    """
+    rows = held.rows(attention).of_tensor(count, held.tensor)
+    order = [int(row) for row in rows.indices()]
+    starts = [0, *(n for n in range(1, count) if order[n] != order[n - 1] + 1), count]
+    if len(starts) > min(MOST, max(4, count // 4)):
+        raise UnsupportedError(
+            held.module,
+            f"is in {held.tensor!r} with its rows in another order, one by one",
+            hint="merge the adapter into the model of transformers instead",
+        )
+    for start, stop in pairwise(starts):
+        yield Stretch(f"{held.tensor}{WEIGHT}", start, order[start], stop - start)
+
+
+def _architecture(config: ModelConfig) -> Architecture | None:
+    name = config.raw.get(ARCHITECTURE)
+    return architecture_named(name) if isinstance(name, str) else None
+
+
+def _known(config: ModelConfig) -> Architecture:
+    found = _architecture(config)
+    assert found is not None
+    return found
+
+
+def _attention(config: ModelConfig) -> Attention | None:
+    return attention_in_values(str(config.raw.get(ARCHITECTURE)), config.raw)
+
+
+@lru_cache(maxsize=4096)
+def _held(architecture: Architecture, path: str) -> tuple[Held, ...]:
+    return architecture.held(path)
+
+
+@lru_cache(maxsize=4096)
+def _own(architecture: Architecture, module: str) -> Held | None:
+    """Return the module of transformers that the tensor of a module is, and nothing else."""
+    if not _is_plain(architecture, f"{module}{WEIGHT}"):
+        return None
+    found = architecture.modules(module)
+    if not found or found[0].form not in WHOLE or any("experts." in one.module for one in found):
+        return None
+    return found[0] if len(architecture.held(found[0].module)) == 1 else None
+
+
+def _is_plain(architecture: Architecture, name: str) -> bool:
+    """Whether a tensor has the values that transformers has, but for their order."""
+    is_norm = name.rpartition(".")[0].endswith("norm")
+    return not is_norm or SHIFTED.fullmatch(architecture.name) is None
+
+
+def _is_stack(weight: Weight | None) -> bool:
+    return weight is not None and len(weight.spec.shape) == 3
+
+
+LAYOUT = Gguf()
