@@ -36,7 +36,7 @@ SCALES: Final = ("U8", "F8_E8M0")
 SIX_BITS: Final = 6
 OTHERS: Final = ("input_scale", "input_global_scale", "output_scale")
 STEP: Final = 1 << 19
-"""Numbers that are encoded at a time."""
+"""Numbers that are decoded or encoded at a time."""
 HINT: Final = "merge on the 16-bit original"
 
 
@@ -168,10 +168,11 @@ def _decode_stack(
     """Return rows of a stack of experts, one below the other, each turned."""
     _, into, out = coded.spec.shape
     values = np.empty((stop - start, out), kind)
+    count = max(1, STEP // max(1, out) // BLOCK) * BLOCK
     row = start
     while row < stop:
         expert, first = divmod(row, into)
-        last = min(into, first + stop - row)
+        last = min(into, first + stop - row, first // BLOCK * BLOCK + count)
         _decode_expert(coded, expert, (first, last), parts, values[row - start :][: last - first])
         row += last - first
     return values

@@ -16,7 +16,7 @@ from loratool.errors import MergeError
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.plan.block import changed_block
-from loratool.plan.kernels import Kernel
+from loratool.plan.kernels import BLOCK_ELEMENTS, Kernel
 from loratool.plan.lanes import Spot
 from loratool.plan.model import Step
 from loratool.plan.patches import Patch
@@ -118,11 +118,19 @@ class Recoding(Patch):
         """Return ``⟨W' - W, Δ⟩`` and ``‖Δ‖²`` of a block that was encoded."""
         weight = self.weight
         parts = _Encoded(weight, made, FileParts(weight.parts, run.files))
-        last = first + block.size // weight.width
-        stored = weight.codec.decode_rows(weight, first, last, parts, block.dtype)
-        change = (block - original).reshape(-1)
-        kept = stored.reshape(-1) - original.reshape(-1)
-        return float(kept.dot(change)), float(change.dot(change))
+        before, after = (array.reshape(-1, weight.width) for array in (original, block))
+        kept = total = 0.0
+        # An expert may be one block, which is too large for several copies of it.
+        count = max(1, BLOCK_ELEMENTS // max(1, weight.width))
+        for row in range(0, len(after), count):
+            rows = slice(row, min(row + count, len(after)))
+            start, stop = first + rows.start, first + rows.stop
+            stored = weight.codec.decode_rows(weight, start, stop, parts, block.dtype)
+            change = (after[rows] - before[rows]).reshape(-1)
+            stored -= before[rows]
+            kept += float(stored.reshape(-1).dot(change))
+            total += float(change.dot(change))
+        return kept, total
 
 
 @dataclass

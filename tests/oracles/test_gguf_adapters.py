@@ -13,8 +13,8 @@ import gguf
 import numpy as np
 import pytest
 import tiny_gguf as tiny
-from samples import FIXTURES
 from safetensors.numpy import load_file
+from samples import FIXTURES
 
 import loratool
 from loratool.names.gguf import architecture_named
