@@ -8,10 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.scheme import Scheme, Told
-from loratool.base.config import is_model_folder, read_config
-from loratool.base.model import Model, open_model
-from loratool.errors import BaseModelError, OptionError, UnsupportedError
+from loratool.adapter.scheme import Scheme
+from loratool.base.told import open_told
+from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.loaders import loader_named
@@ -176,7 +175,11 @@ def convert(
         raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
-    opened_base, told = _base(Path(base), scheme) if base is not None else (None, None)
+    opened_base, told = (
+        open_told(Path(base), needs_weights=scheme.follows is None)
+        if base is not None
+        else (None, None)
+    )
     opened = open_adapter(
         origin,
         adapter_name=adapter_name,
@@ -241,21 +244,6 @@ def convert(
         is_written=not dry_run,
         notes=(*plan.notes, *_found(outcome)),
     )
-
-
-def _base(path: Path, scheme: Scheme) -> tuple[Model | None, Told]:
-    """Return the base, and what it says of itself, which a folder without weights does too.
-
-    Raises:
-        BaseModelError: It has no weights, and they are needed.
-    """
-    try:
-        found = open_model(path)
-    except BaseModelError:
-        if scheme.follows is None or not is_model_folder(path):
-            raise
-        return None, Told(config=read_config(path).raw)
-    return found, found.told
 
 
 def _scheme_name(to: str | None, loader: Loader | None) -> str:

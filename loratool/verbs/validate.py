@@ -6,8 +6,8 @@ from os import PathLike
 from pathlib import Path
 
 from loratool.adapter.findings import Finding, finding
-from loratool.base.trained_on import training_notes
 from loratool.base.model import open_model
+from loratool.base.trained_on import training_notes
 from loratool.errors import AdapterError, LoratoolError
 from loratool.loaders import loader_named
 from loratool.loaders.checks import check_for
