@@ -65,7 +65,7 @@ def test_it_is_read_as_it_was(name: str, tmp_path: Path) -> None:
     adapter = tiny.write_adapter(tmp_path / "adapter", name)
     loratool.convert(adapter, "gguf", tmp_path / "made.gguf", base=base)
     if not is_read_back(name):
-        with pytest.raises(loratool.LoratoolError, match="fused|same as another"):
+        with pytest.raises(loratool.LoratoolError, match=r"fused|same as another"):
             loratool.convert(tmp_path / "made.gguf", "peft", tmp_path / "back", base=base)
         return
     loratool.convert(tmp_path / "made.gguf", "peft", tmp_path / "back", base=base)
