@@ -64,7 +64,12 @@ class _Mlx:
                 CODEC,
                 parts,
                 TensorSpec(name, said.logical_dtype(scale), shape),
-                {"mode": mode, "group_size": group, "bits": bits},
+                {
+                    "format": mode if mode != AFFINE else f"{AFFINE}-{bits}bit",
+                    "mode": mode,
+                    "group_size": group,
+                    "bits": bits,
+                },
                 shape[-1] if len(shape) > 2 else 0,
             )
         return found
