@@ -16,7 +16,7 @@ from loratool.codecs.codec import Codec, CodedTensor, Description, Parts
 from loratool.codecs.fp4 import LARGEST, in_bytes, nearest
 from loratool.codecs.lookup import E2M1, look_up
 from loratool.codecs.numbers.number import Codes
-from loratool.codecs.parts import beside, needed, scales
+from loratool.codecs.parts import beside, needed, refuse_rotated, scales
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.spec import StoredTensor, TensorSpec
 
@@ -144,7 +144,7 @@ def _encode(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]
     is_cut = (peaks > np.ldexp(LARGEST, exponents)) & (exponents < BIAS)
     codes = nearest(_scaled(blocks, exponents))
     if is_cut.any():
-        cut, powers = blocks[is_cut].astype(np.float64), exponents[is_cut]
+        cut, powers = blocks[is_cut], exponents[is_cut]
         other = nearest(_scaled(cut, powers + 1))
         is_nearer = 4 * _lost(cut, other, powers + 1) < _lost(cut, codes[is_cut], powers)
         codes[is_cut] = np.where(is_nearer[:, None], other, codes[is_cut])
@@ -159,11 +159,9 @@ def _scaled(blocks: NDArray[Any], exponents: NDArray[Any]) -> NDArray[Any]:
     return scaled
 
 
-def _lost(
-    blocks: NDArray[np.float64], codes: NDArray[np.uint8], exponents: NDArray[Any]
-) -> NDArray[Any]:
+def _lost(blocks: NDArray[Any], codes: NDArray[np.uint8], exponents: NDArray[Any]) -> NDArray[Any]:
     """Return the sum of squares that rounding loses in each block, in units of its scale."""
-    rest = np.array(E2M1)[codes] - _scaled(blocks, exponents)
+    rest = np.array(E2M1, blocks.dtype).take(codes, mode="clip") - _scaled(blocks, exponents)
     found: NDArray[Any] = np.square(rest).sum(axis=-1)
     return found
 
@@ -246,6 +244,7 @@ def _matrix(
         FileFormatError: Its tensors do not fit together.
         UnsupportedError: Its codes have six bits, or it is no matrix.
     """
+    refuse_rotated(module, said)
     scale = needed(tensors, module, "weight_scale", "codes of FP4")
     if len(codes.spec.shape) != 2:
         raise UnsupportedError(
