@@ -119,6 +119,10 @@ class Layout:
         """Return the fused projection that ``module`` is, or is a part of."""
         return None
 
+    def can_add(self, name: str, config: ModelConfig) -> bool:
+        """Whether a loader takes a tensor that the files do not have."""
+        return True
+
     def exchanged(self, path: str, rows: int, config: ModelConfig) -> tuple[int, int, int] | None:
         """Return the axes of the outputs of a module, the last two of which are exchanged.
 

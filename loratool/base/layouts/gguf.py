@@ -61,10 +61,11 @@ class _Live(LiveModel):
         """Return the tensor that a parameter of transformers is, with its rows in their order."""
         module, _, leaf = name.rpartition(".")
         held = _held(self._architecture, module)
-        if len(held) != 1 or not held[0].is_same or held[0].is_stack:
+        if not all(one.is_same and not one.is_stack for one in held):
             return None
-        found = f"{held[0].tensor}.{leaf}"
-        return found if found in self.tensors and _is_plain(self._architecture, found) else None
+        names = (f"{one.tensor}.{leaf}" for one in held)  # which of several, the model tells
+        found = next((name for name in names if name in self.tensors), None)
+        return found if found and _is_plain(self._architecture, found) else None
 
     def stack(self, parameter: str) -> Stack | None:
         """Return what the files have of the experts' parameter ``parameter``.
@@ -127,6 +128,9 @@ class Gguf(Layout):
             return ()
         return () if HEAD in names else (Sharing((TABLE, HEAD), TABLE, HEAD),)
 
+    def can_add(self, name: str, config: ModelConfig) -> bool:
+        return name == HEAD and bool(_known(config).modules("output"))
+
     def exchanged(self, path: str, rows: int, config: ModelConfig) -> tuple[int, int, int] | None:
         held = _held(_known(config), path)
         if len(held) != 1 or held[0].is_same or held[0].form not in WHOLE:
@@ -138,18 +142,20 @@ class Gguf(Layout):
         self, path: str, rows: Callable[[str], int | None], config: ModelConfig
     ) -> tuple[Stretch, ...]:
         held = _held(_known(config), path)
-        if not held or any(one.is_stack for one in held):
-            return ()
-        if len(held) == 1 and held[0].form in WHOLE:
-            return ()
-        counts = [rows(f"{one.tensor}{WEIGHT}") for one in held]
-        if None in counts:
+        if any(one.is_stack or one.form in WHOLE for one in held):
             return ()
         attention = _attention(config)
         found: list[Stretch] = []
-        for one, count in zip(held, counts, strict=True):
-            found += _cut(one, attention, count or 0)
-        return tuple(sorted(found, key=lambda each: each.first))
+        seen, total, wanted = set(), 0, 0
+        for one in held:
+            count = rows(f"{one.tensor}{WEIGHT}")
+            if count is None or one.form in seen:
+                continue  # a model has one of several tensors for the same rows
+            seen.add(one.form)
+            total += count
+            wanted = one.rows(attention).of_tensor(count, one.tensor).module_rows
+            found += _cut(one, attention, count)
+        return tuple(sorted(found, key=lambda each: each.first)) if total == wanted else ()
 
 
 def _cut(held: Held, attention: Attention | None, count: int) -> Iterator[Stretch]:
@@ -199,7 +205,8 @@ def _own(architecture: Architecture, module: str) -> Held | None:
     found = architecture.modules(module)
     if not found or found[0].form not in WHOLE or any("experts." in one.module for one in found):
         return None
-    return found[0] if len(architecture.held(found[0].module)) == 1 else None
+    all_of_it = all(one.form in WHOLE for one in architecture.held(found[0].module))
+    return found[0] if all_of_it else None
 
 
 def _is_plain(architecture: Architecture, name: str) -> bool:
