@@ -66,12 +66,14 @@ class Stretch:
         row: Which of its rows is the first.
         first: Which output of the module that is.
         count: How many there are.
+        exchanged: Their axes, as of a :class:`~loratool.base.region.Region`.
     """
 
     tensor: str
     row: int
     first: int
     count: int
+    exchanged: tuple[int, int, int] | None = None
 
 
 class Layout:

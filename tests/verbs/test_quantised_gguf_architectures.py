@@ -18,8 +18,6 @@ from loratool.names.gguf.tables import ARCHITECTURES
 
 gguf = pytest.importorskip("gguf")
 
-ONE_BY_ONE = {"baichuan", "internlm2"}
-"""Where rows of one module lie in several tensors, in pairs."""
 ONE_TABLE = {"command-r", "cohere2", "gemma", "gemma2", "gemma3n"}
 """Where loaders know no head apart from the embedding."""
 
@@ -78,10 +76,6 @@ def test_it_is_what_llama_cpp_adds(name: str, tmp_path: Path) -> None:
     before = write_base(
         tmp_path / "base.gguf", name, {key: delta.shape for key, delta in deltas.items()}
     )
-    if name in ONE_BY_ONE:
-        with pytest.raises(LoratoolError, match="its rows in another order"):
-            loratool.merge(tmp_path / "base.gguf", [adapter], tmp_path / "out.gguf")
-        return
     skip = []
     if name in ONE_TABLE:
         with pytest.raises(LoratoolError, match=r"'token_embd\.weight' is both for them"):

@@ -8,7 +8,7 @@ are; all experts of a layer are one tensor for each projection.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Final
@@ -166,15 +166,43 @@ def _cut(held: Held, attention: Attention | None, count: int) -> Iterator[Stretc
     """
     rows = held.rows(attention).of_tensor(count, held.tensor)
     order = [int(row) for row in rows.indices()]
-    starts = [0, *(n for n in range(1, count) if order[n] != order[n - 1] + 1), count]
-    if len(starts) > min(MOST, max(4, count // 4)):
+    half = order[1] - order[0] if count > 1 else 1
+    found = list(_in_pairs(order, half) if half > 1 else _in_order(order))
+    if len(found) > min(MOST, max(4, count // 4)):
         raise UnsupportedError(
             held.module,
             f"is in {held.tensor!r} with its rows in another order, one by one",
             hint="merge the adapter into the model of transformers instead",
         )
-    for start, stop in pairwise(starts):
-        yield Stretch(f"{held.tensor}{WEIGHT}", start, order[start], stop - start)
+    for start, stop in found:
+        axes = ((stop - start) // half // 2, 2, half) if half > 1 else None
+        yield Stretch(f"{held.tensor}{WEIGHT}", start, order[start], stop - start, axes)
+
+
+def _in_order(order: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where rows begin and end that are one after the other."""
+    count = len(order)
+    starts = [0, *(n for n in range(1, count) if order[n] != order[n - 1] + 1), count]
+    yield from pairwise(starts)
+
+
+def _in_pairs(order: Sequence[int], half: int) -> Iterator[tuple[int, int]]:
+    """Yield the same of rows that are in pairs, those of the two halves of a head in turn.
+
+    Rows in no such order are told one by one.
+    """
+    size = 2 * half
+    pattern = [part * half + n for n in range(half) for part in (0, 1)]
+    blocks = [order[n : n + size] for n in range(0, len(order), size)]
+    if any([row - block[0] for row in block] != pattern for block in blocks):
+        yield from ((n, n + 1) for n in range(len(order)))
+        return
+    firsts = [block[0] for block in blocks]
+    begin = 0
+    for n in range(1, len(firsts) + 1):
+        if n == len(firsts) or firsts[n] != firsts[n - 1] + size:
+            yield begin * size, n * size
+            begin = n
 
 
 def _architecture(config: ModelConfig) -> Architecture | None:
