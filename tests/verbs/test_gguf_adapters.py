@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import gguf
 import loratool
 from loratool.errors import AdapterError, LoratoolError, OutputError, UnsupportedError
 from loratool.files.containers import open_weights
