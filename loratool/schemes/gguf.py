@@ -350,7 +350,8 @@ def _architecture(told: Told) -> Architecture | None:
     for metadata in (told.metadata, told.base):
         name = metadata.get("general.architecture")
         if name is not None:
-            return architecture_named(name)
+            has_experts = metadata.get(f"{name}.expert_count", "1") != "0"
+            return architecture_named(name, has_experts=has_experts)
     return architecture_of(told.config)
 
 

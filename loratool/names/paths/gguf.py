@@ -22,7 +22,9 @@ STACKED: Final = re.compile(
 """One expert of a stack, as it is called before its path is known."""
 PARAMETER: Final = re.compile(r"(?P<stack>.+\.experts)\.(gate_up|down)_proj")
 BASE_HINT: Final = "give --base: the folder with its config.json, or its .gguf file"
-SHIFTED: Final = frozenset(("gemma", "gemma2", "gemma3", "nemotron", "qwen3next", "qwen35"))
+SHIFTED: Final = frozenset(
+    ("gemma", "gemma2", "gemma3", "nemotron", "qwen3next", "qwen35", "qwen35moe")
+)
 """Where norms are stored with 1 added."""
 
 
