@@ -278,6 +278,7 @@ def _claimed(tensors: Mapping[str, StoredTensor], said: Description) -> Iterator
         if (
             said.method in claim.methods
             or not dtypes.isdisjoint(claim.dtypes)
+            or not said.metadata.keys().isdisjoint(claim.metadata)
             or any(name.endswith(claim.suffixes) for name in names)
         ):
             yield codec_named(claim.codec)

@@ -11,7 +11,7 @@ from loratool.files.container import read_view
 from loratool.files.json import parse_json
 from loratool.files.spec import StoredTensor
 
-__all__ = ["LEAF", "METADATA", "Marks"]
+__all__ = ["LEAF", "METADATA", "Marks", "logical_rows"]
 
 LEAF: Final = "comfy_quant"
 """The tensor of JSON beside a weight."""
@@ -85,3 +85,21 @@ class Marks:
             if rest != module and rest in self._layers and not is_other:
                 return METADATA, self._layers[rest]
         return METADATA, None
+
+
+def logical_rows(
+    tensors: Mapping[str, StoredTensor], module: str, stored: int, multiple: int
+) -> int:
+    """Return how many rows a weight has whose rows were padded: as many as its bias, if that fits.
+
+    Args:
+        tensors: All of a model.
+        module: Whose weight it is.
+        stored: Rows that are stored.
+        multiple: What they were padded to.
+    """
+    bias = tensors.get(f"{module}.bias")
+    if bias is None or len(bias.spec.shape) != 1:
+        return stored
+    (rows,) = bias.spec.shape
+    return rows if 0 < rows <= stored < rows + multiple else stored

@@ -6,6 +6,7 @@ Every scaling is one of blocks: of a whole tensor, a row, an expert, or a rectan
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +17,7 @@ from loratool.codecs.codec import CodedTensor, Description, Parts
 from loratool.codecs.comfy import Marks
 from loratool.codecs.numbers import decode, encode
 from loratool.codecs.numbers.number import Codes
+from loratool.codecs.numbers.scratch import Scratch
 from loratool.codecs.parts import scales
 from loratool.codecs.stacks import stacked_rows
 from loratool.errors import FileFormatError, UnsupportedError
@@ -435,37 +437,70 @@ def factors_for(peaks: NDArray[np.float64], dtype: str, largest: float) -> Codes
     return codes
 
 
-TIE: Final = np.uint32(0x7FFFF)
-"""Bits of a float32 that are zero in each number halfway between two of 4 bits or fewer."""
-SHORT: Final = np.uint32(0x1F)
-"""Bits of a float32 that are zero in a divisor of at most 19 bits."""
+LAYOUTS: Final = {"F8_E4M3": (3, 7, 0x7E), "F8_E5M2": (2, 15, 0x7B)}
+"""Bits of the mantissa, what is subtracted from the exponent, and the largest code."""
+LOCAL: Final = threading.local()
 
 
 def rounded(values: NDArray[Any], divisors: NDArray[np.float64], dtype: str) -> Codes:
     """Return ``values / divisors`` as codes of an 8-bit float, as if rounded once.
 
-    A quotient in float32 rounds on to the right code, unless it lies exactly between two: the true
-    one may lie beside. With divisors of few bits it does not: a tie times such a divisor is a
-    float32, so that another value is away from it by at least the distance of two of these, and its
-    quotient no tie. Elsewhere quotients that are ties are computed again, in float64.
+    What is too large becomes the largest. Quotients of float32 are made smaller by a power of two,
+    so that their exponents are those of the code: its bits are then the upper ones, below which
+    rounding looks at the rest. Only where a quotient lies exactly between two codes may the true
+    one lie beside: those are computed again, in float64.
 
     Args:
         values: float32 or float64, finite.
         divisors: float32 numbers that go with the values by broadcasting.
         dtype: Of the codes.
     """
-    if values.dtype != np.float32:
-        return encode(values / divisors, dtype)
-    single = divisors.astype(np.float32)
-    quotients = values / single
-    codes = encode(quotients, dtype)
-    bits = single.view(np.uint32)
-    if single.size and not (bits & SHORT).any() and single.min() > 2.0**-100:
-        return codes
-    doubtful = np.flatnonzero((quotients.view(np.uint32) & TIE) == 0)
-    doubtful = doubtful[quotients.reshape(-1)[doubtful] != 0]
+    mantissa, bias, largest = LAYOUTS[dtype]
+    wide = np.ldexp(divisors, 127 - bias)
+    if values.dtype != np.float32 or not wide.max(initial=0.0) < np.finfo(np.float32).max:
+        limit = LARGEST[dtype]
+        return encode(np.clip(values / divisors, -limit, limit), dtype)
+    scratch = _scratch()
+    quotients = np.divide(
+        values,
+        wide.astype(np.float32),
+        out=scratch.array("quotients", values.shape, np.float32),
+    )
+    bits = quotients.view(np.uint32)
+    shift = 23 - mantissa
+    half = np.uint32(1 << (shift - 1))
+    other = np.bitwise_and(
+        bits, np.uint32((1 << shift) - 1), out=scratch.array("other", values.shape, np.uint32)
+    )
+    doubtful = np.flatnonzero(other == half)
+    np.right_shift(bits, np.uint32(shift), out=other)
+    np.bitwise_and(other, np.uint32(1), out=other)
+    np.add(other, half - np.uint32(1), out=other)
+    np.add(other, bits, out=other)
+    np.right_shift(other, np.uint32(16), out=other)
+    upper = scratch.array("upper", values.shape, np.uint16)
+    np.copyto(upper, other, casting="unsafe")
+    found = np.bitwise_and(
+        upper, np.uint16(0x7FFF), out=scratch.array("found", values.shape, np.uint16)
+    )
+    np.right_shift(found, np.uint16(shift - 16), out=found)
+    too_large = found > largest
+    if too_large.any():
+        found[too_large] = largest
+    np.right_shift(upper, np.uint16(8), out=upper)
+    np.bitwise_and(upper, np.uint16(0x80), out=upper)
+    np.bitwise_or(found, upper, out=found)
+    codes: Codes = found.astype(np.uint8)
     if doubtful.size:
         whole = np.broadcast_to(divisors, values.shape)
         places = np.unravel_index(doubtful, values.shape)
         codes[places] = encode(values[places].astype(np.float64) / whole[places], dtype)
     return codes
+
+
+def _scratch() -> Scratch:
+    """Return memory of this thread that is used again."""
+    found: Scratch | None = getattr(LOCAL, "scratch", None)
+    if found is None:
+        found = LOCAL.scratch = Scratch()
+    return found

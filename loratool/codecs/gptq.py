@@ -40,6 +40,11 @@ CLAIM: Final = {
 }
 
 SUFFIX: Final = ".qweight"
+OURS: Final = ("gptq", "gptqmodel")
+AWQ: Final = 8
+"""Outputs in a word of AWQ, where GPTQ has one."""
+PACKED: Final = ("I8", "I16", "I64")
+"""Other words that GPTQModel can pack into."""
 BITS: Final = (2, 3, 4, 8, 5, 6, 7)
 """Widths of codes, those first that people use."""
 SCALES: Final = ("F16", "BF16", "F32")
@@ -66,7 +71,7 @@ class _Gptq:
             module = name.removesuffix(SUFFIX)
             if module == name or not _is_ours(tensors, module, words, said):
                 continue
-            _check_format(module, said)
+            _check_format(module, words, said)
             found[module] = _coded(tensors, module, words, said)
         return found
 
@@ -120,14 +125,18 @@ def _is_ours(
     if f"{module}.g_idx" in tensors:
         return True
     scale = tensors.get(f"{module}.scales")
-    if scale is None or len(scale.spec.shape) != 2 or len(words.spec.shape) != 2:
+    is_whole = scale is not None and len(scale.spec.shape) == len(words.spec.shape) == 2
+    if scale is None or not is_whole:
         # What is not whole belongs to whom the model names.
-        return words.spec.dtype == "I32" and said.method in ("gptq", "gptqmodel")
+        return said.method in OURS
+    columns, other = words.spec.shape[1], scale.spec.shape[1]
+    if said.method in OURS:
+        return other != AWQ * columns
     if words.spec.dtype != "I32" or said.method == "awq" or scale.spec.dtype not in SCALES:
         return False
     # With a word for each group it could be AWQ, turned; a group of GPTQ's fills more.
     is_taller = words.spec.shape[0] > scale.spec.shape[0] or said.method is not None
-    return is_taller and scale.spec.shape[1] == words.spec.shape[1]
+    return is_taller and other == columns
 
 
 def _coded(
@@ -257,15 +266,17 @@ def _is_of_gptqmodel(said: Description) -> bool:
     return any(str(name).lower().startswith("gptqmodel") for name in names)
 
 
-def _check_format(module: str, said: Description) -> None:
+def _check_format(module: str, words: StoredTensor, said: Description) -> None:
     """Refuse words in another order.
 
     Raises:
-        UnsupportedError: The configuration names such a format.
+        UnsupportedError: The configuration names such a format, or they are no words of 32 bits.
     """
+    if words.spec.dtype in PACKED:
+        raise UnsupportedError(module, f"is GPTQ packed into {words.spec.dtype}", hint=HINT)
     packing = said.quantization.get("packing_format")
     told = _format(said)
-    if said.method in ("gptq", "gptqmodel") and told not in READ:
+    if said.method in OURS and told not in READ:
         raise UnsupportedError(module, f"is GPTQ in the format {told!r}", hint=HINT)
     if isinstance(packing, str) and "marlin" in packing.lower():
         raise UnsupportedError(module, f"is GPTQ packed for {packing!r}", hint=HINT)

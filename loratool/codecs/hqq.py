@@ -36,6 +36,7 @@ SLOTS: Final = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 HELD_IN: Final = {5: 8, 6: 8, 1.58: 2}
 """Bits of codes that lie in more than they need."""
 FLOATS: Final = ("F32", "F16", "BF16")
+NUMBERS: Final = (*FLOATS, "BOOL", "U8", "I32", "I64")
 DESCRIBED: Final = ("shape", "nbits", "axis")
 OTHERS: Final = (
     *("group_size", "packing", "view_as_float", "unpack_view_dtype", "quant_scale", "quant_zero"),
@@ -231,6 +232,7 @@ def _settings(
     rows = size if axis == 0 else groups
     slots = SLOTS[int(bits)]
     settings = {
+        "format": f"hqq-{said:g}bit",
         "bits": int(bits),
         "axis": int(axis),
         "groups": groups,
@@ -287,9 +289,10 @@ def _check_codes(codes: StoredTensor, settings: Mapping[str, Any], columns: int)
 
 def _numbers(part: StoredTensor) -> list[float]:
     """Return the few numbers of a part that describes a weight."""
-    if part.spec.nbytes > 64:
+    if part.spec.nbytes > 64 or part.spec.dtype not in NUMBERS:
         raise FileFormatError(
-            part.spec.name, f"has {part.spec.elements} elements, expected one or two numbers"
+            part.spec.name,
+            f"is {part.spec.dtype} {list(part.spec.shape)}, expected one or two numbers",
         )
     found: list[float] = decode(read_bytes(part), part.spec.dtype, (part.spec.elements,)).tolist()
     return found

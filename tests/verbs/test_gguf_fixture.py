@@ -18,8 +18,8 @@ from loratool.codecs.weights import read_matrix
 from loratool.files.inputs import InputFiles
 from loratool.verbs.inspect import ModelInfo
 
-BASE = FIXTURES / "gguf" / "llama-mixed.gguf"
-RECORDED = json.loads((FIXTURES / "gguf" / "llama-mixed.json").read_text())["values"]
+BASE = FIXTURES / "llamacpp" / "llama-mixed.gguf"
+RECORDED = json.loads((FIXTURES / "llamacpp" / "llama-mixed.json").read_text())["values"]
 
 
 @pytest.fixture(autouse=True)

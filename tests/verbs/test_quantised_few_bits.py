@@ -31,6 +31,15 @@ ALL = [
 ]
 ONE_OF_EACH = list({sample.codec: sample for sample in reversed(ALL)}.values())
 
+FORMATS = {
+    "bitsandbytes_4bit": "nf4",
+    "bitsandbytes_8bit": "int8",
+    "mlx": "affine-1bit",
+    "hqq": "hqq-8bit",
+    "quanto": "qint8",
+    "torchao": "Float8Tensor",
+}
+
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors of any dtype, by their bytes."""
@@ -110,6 +119,7 @@ def test_verbs_see_logical_weights(sample: Sample, make_adapter: Make, tmp_path:
     )
     assert found["parameters"] == 2 * (out * into + biases) + 8
     assert found["quantization"]["modules"] == 2
+    assert found["quantization"]["format"] == FORMATS[sample.codec]
     good = make_adapter(lora(MODULE, out, into))
     assert not [f for f in loratool.validate(good, base=base) if f.code.startswith("LT02")]
     bad = make_adapter(lora(MODULE, out + 1, into), "bad")
@@ -185,3 +195,33 @@ def test_damaged_codes_are_named(make_adapter: Make, tmp_path: Path) -> None:
     adapter, _ = adapter_of(sample, make_adapter)
     with pytest.raises(FileFormatError, match=f"{MODULE}.*absmax"):
         loratool.merge(base, [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize("has_cut", [False, True], ids=["whole", "in blocks"])
+def test_stacks_of_experts_are_changed_expert_by_expert(
+    has_cut: bool, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if has_cut:  # blocks end within an expert, and within a block of codes
+        monkeypatch.setattr("loratool.plan.kernels.BLOCK_ELEMENTS", 50)
+    module, experts, rank, out, into = "model.layers.0.mlp.experts", 3, 2, 8, 20
+    sample = bitsandbytes_4bit.sample((experts, out, into), nested=2, name=f"{module}.down_proj")
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base" / "model.safetensors", sample.tensors, {})
+    config = {"model_type": "qwen3_moe", "quantization_config": sample.said.quantization}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    down, up = torch.randn(experts * rank, into), torch.randn(out, experts * rank)
+    adapter = make_adapter(
+        {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up},
+        r=rank,
+        lora_alpha=rank,
+        target_modules=[],
+        target_parameters=["experts.down_proj"],
+        peft_version="0.21.2",
+    )
+    loratool.merge(tmp_path / "base", [adapter], tmp_path / "out", dtype="float32")
+    merged = load_file(tmp_path / "out" / "model.safetensors")[sample.name].double()
+    downs = down.double().reshape(experts, rank, into)
+    ups = up.double().reshape(out, rank, experts)
+    truth = torch.from_numpy(sample.truth) + torch.einsum("ore,eri->eoi", ups, downs)
+    assert merged.shape == truth.shape
+    assert (merged - truth).abs().max() <= 1e-6 * truth.abs().max()

@@ -113,6 +113,8 @@ def test_mlx_refuses_what_does_not_fit(
 def test_mlx_refuses_modes_by_name(tmp_path: Path) -> None:
     said = Description({"mode": "ternary", "bits": 2, "group_size": 64})
     refused(MLX, tmp_path, "mode 'ternary'", UnsupportedError, said)
+    listed = Description({"mode": ["affine"]})
+    refused(MLX, tmp_path, r"mode \['affine'\]", UnsupportedError, listed)
     sample = mlx.sample((5, 96), 4, 32, mode="mxfp4")
     refused(sample, tmp_path, "nvfp4", said=Description({"mode": "nvfp4"}))
     refused(sample, tmp_path, "'affine' by config", said=Description({"mode": "affine"}))
@@ -130,13 +132,14 @@ def word(text: str) -> Tensor:
         ({"packing": word("3bit_32")}, "packed as '3bit_32'", UnsupportedError),
         ({"nbits": hqq.scalar(7, "I32")}, "is 7, which HQQ", None),
         ({"nbits": hqq.scalar(float("nan"), "F32")}, "expected one number", None),
-        ({"nbits": ("I32", (20,), bytes(80))}, "20 elements", None),
+        ({"nbits": ("I32", (20,), bytes(80))}, "one or two numbers", None),
+        ({"nbits": ("C64", (), bytes(8))}, "is C64", None),
         ({"axis": hqq.scalar(2, "I32")}, "is 2, expected 0 or 1", None),
         ({"axis": hqq.scalar(0, "I32")}, "along axis 0", None),
         ({"group_size": hqq.scalar(64, "I32")}, "is 64, but there are 32 scales", None),
         ({"shape": ("I64", (3,), bytes(24))}, "expected two sides", None),
         ({"shape": ("I64", (2,), bytes(16))}, "expected two sides", None),
-        ({"shape": ("F64", (2,), bytes(16))}, "expected two sides", None),
+        ({"shape": ("F32", (2,), bytes(8))}, "expected two sides", None),
         ({"W_q": ("U8", (16, 31), bytes(496))}, "expected 16 rows of 32 bytes", None),
         ({"W_q": ("I32", (16, 8), bytes(512))}, "expected 16 rows", None),
         ({"scale": ("F32", (31, 1), bytes(124))}, "one float for each group", None),
