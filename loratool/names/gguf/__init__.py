@@ -43,9 +43,10 @@ __all__ = [
 ]
 
 PREFIXES: Final = re.compile(
-    r"^(?:model\.language_model\.|language_model\.model\.|model\.text_model\.|text_model\.model\.)"
+    r"^(?:model\.language_model\.|language_model\.model\.|model\.text_model\.|text_model\.model\."
+    r"|(?:transformer|diffusion_model)\.model\.(?=layers\.|embed_tokens$|norm$))"
 )
-"""Where the language model hangs in one of several modalities."""
+"""Where the language model hangs in one of several modalities, or behind a pipeline's component."""
 HEAD: Final = re.compile(r"^(?:language_model|text_model)\.(?=lm_head$)")
 BARE: Final = re.compile(
     r"^(?:layers\.|embed_tokens$|norm$|h\.|wte$|ln_f$|language_model\.layers\.)"
@@ -106,7 +107,7 @@ class Held:
                 self.tensor,
                 f"has the rows of {self.module} in another order, which the attention heads "
                 "of its base decide",
-                hint="give --base: the folder with its config.json, or its .gguf file",
+                hint="give --base BASE: the folder with its config.json, or its .gguf file",
             )
         return FORMS[self.form](heads)
 
