@@ -22,9 +22,23 @@ HELD: Final = re.compile(r"(\.lora|\.parametrizations\.weight\.\d+)\Z", re.ASCII
 """What holds the factors inside the layer that they are of, in code of tutorials."""
 PARAMETRISED: Final = ".parametrizations.weight.original"
 """What PyTorch calls a weight that is computed from others."""
-WRAPPED: Final = frozenset(
-    """base_layer w0 org_module orig_module original_layer linear original_linear base_linear
-    original_module orig_layer org_layer frozen pretrained base original layer""".split()
+WRAPPED: Final = (
+    "base_layer",
+    "w0",
+    "org_module",
+    "orig_module",
+    "original_layer",
+    "linear",
+    "original_linear",
+    "base_linear",
+    "original_module",
+    "orig_layer",
+    "org_layer",
+    "frozen",
+    "pretrained",
+    "base",
+    "original",
+    "layer",
 )
 """What the layer is called inside the one that wraps it."""
 PREFIX: Final = "base_model.model."

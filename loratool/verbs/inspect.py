@@ -230,10 +230,11 @@ def inspect(
     place = Path(path)
     if not place.exists():
         raise AdapterError(place, "no such file or folder")
-    if _is_adapter(place):
-        adapter = open_adapter(place, adapter_name=adapter_name)
-    else:
-        adapter = _adapter_in_model(place, adapter_name)
+    adapter = (
+        open_adapter(place, adapter_name=adapter_name)
+        if _is_adapter(place)
+        else _adapter_in_model(place, adapter_name)
+    )
     if adapter is not None:
         found: tuple[Spectrum, ...] = ()
         if spectrum:

@@ -161,7 +161,9 @@ def test_a_merge_adds_the_deltas(layout: Layout, tmp_path: Path) -> None:
     merged = load_file(tmp_path / "out.safetensors")
     for module, delta in layout.truth.items():
         wanted = weights[f"{module}.weight"].double() + delta
-        torch.testing.assert_close(merged[f"{module}.weight"].double(), wanted, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(
+            merged[f"{module}.weight"].double(), wanted, rtol=1e-6, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
