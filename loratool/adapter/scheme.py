@@ -282,6 +282,10 @@ class Settings(Protocol):
         """
         ...
 
+    def base_model(self, metadata: Mapping[str, str]) -> str | None:
+        """Return the model that a file of the scheme says that it is for, if it does."""
+        ...
+
     def config(self, written: Written) -> dict[str, Any] | None:
         """Return the configuration, or ``None`` where there is none."""
         ...

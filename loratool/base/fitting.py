@@ -117,10 +117,10 @@ def _cut(site: Site, place: Place) -> list[Fit]:
     if (site.out_features, site.in_features) != place.shape if site.is_plain else not fits:
         raise mismatch(site, place.shape, (site.out_features, site.in_features))
     is_mixed = any(piece.region.exchanged for piece in place.pieces)
-    if is_mixed and not _is_delta_alone(site):
+    if is_mixed and not _is_by_output(site):
         raise UnsupportedError(
             site.label,
-            "is no delta alone, and the base has the outputs of its weight in another order",
+            "is no delta by its outputs, which the base has in another order",
             hint="make it a plain LoRA: loratool convert ADAPTER --to peft --to-lora --base BASE "
             "--rank R -o OUT",
         )
@@ -139,11 +139,14 @@ def _cut(site: Site, place: Place) -> list[Fit]:
     ]
 
 
-def _is_delta_alone(site: Site) -> bool:
-    """Whether all that a site does is to add a product of factors to the weight."""
+def _is_by_output(site: Site) -> bool:
+    """Whether a site adds a product of factors to the weight, and magnitudes of its outputs."""
     variant = site.variant
-    has_more = Slot.MAGNITUDE in site.slots or Slot.UP_BIAS in site.slots
-    return variant.has_factors and (site.is_plain or not variant.has_change) and not has_more
+    magnitude = site.slots.get(Slot.MAGNITUDE)
+    if magnitude is not None and (not site.is_plain or len(magnitude.spec.shape) != 1):
+        return False
+    has_delta = variant.has_factors and (site.is_plain or not variant.has_change)
+    return has_delta and Slot.UP_BIAS not in site.slots
 
 
 def _uncut(site: Site, words: str) -> UnsupportedError:

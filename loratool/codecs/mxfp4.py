@@ -16,7 +16,7 @@ from loratool.codecs.codec import Codec, CodedTensor, Description, Parts
 from loratool.codecs.fp4 import LARGEST, in_bytes, nearest
 from loratool.codecs.lookup import E2M1, look_up
 from loratool.codecs.numbers.number import Codes
-from loratool.codecs.parts import beside, needed, scales
+from loratool.codecs.parts import beside, needed, refuse_rotated, scales
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.spec import StoredTensor, TensorSpec
 
@@ -137,29 +137,33 @@ def _encode_into(
 
 def _encode(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return codes ``(rows, blocks, 16)`` and scales ``(rows, blocks)`` of some rows."""
-    blocks = values.astype(np.float64).reshape(len(values), values.shape[1] // BLOCK, BLOCK)
-    peaks = np.abs(blocks).max(axis=2)
+    blocks = np.ascontiguousarray(values).reshape(len(values), values.shape[1] // BLOCK, BLOCK)
+    peaks = np.abs(blocks).max(axis=2).astype(np.float64)
     exponents = np.clip(np.frexp(peaks)[1] - 1 - FINEST, -BIAS, BIAS)
-    codes, lost = _rounded(blocks, exponents)
     # Only where the largest number is beyond the largest code may the next power be nearer.
     is_cut = (peaks > np.ldexp(LARGEST, exponents)) & (exponents < BIAS)
+    codes = nearest(_scaled(blocks, exponents))
     if is_cut.any():
-        other, lost_there = _rounded(blocks[is_cut], exponents[is_cut] + 1)
-        is_nearer = lost_there < lost[is_cut]
+        cut, powers = blocks[is_cut], exponents[is_cut]
+        other = nearest(_scaled(cut, powers + 1))
+        is_nearer = 4 * _lost(cut, other, powers + 1) < _lost(cut, codes[is_cut], powers)
         codes[is_cut] = np.where(is_nearer[:, None], other, codes[is_cut])
         exponents[is_cut] += is_nearer
     exponents[peaks == 0] = -BIAS
     return in_bytes(codes), (exponents + BIAS).astype(np.uint8)
 
 
-def _rounded(
-    blocks: NDArray[np.float64], exponents: NDArray[Any]
-) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Return the codes of blocks, and the sum of squares that rounding loses in each."""
-    scaled = np.ldexp(blocks, -exponents[..., None])
-    codes = nearest(scaled)
-    rest = np.ldexp(scaled - np.array(E2M1)[codes], exponents[..., None])
-    return codes, np.square(rest).sum(axis=-1)
+def _scaled(blocks: NDArray[Any], exponents: NDArray[Any]) -> NDArray[Any]:
+    """Return blocks divided by powers of two, which rounds nothing that is no zero as a code."""
+    scaled: NDArray[Any] = blocks * np.ldexp(blocks.dtype.type(1), -exponents)[..., None]
+    return scaled
+
+
+def _lost(blocks: NDArray[Any], codes: NDArray[np.uint8], exponents: NDArray[Any]) -> NDArray[Any]:
+    """Return the sum of squares that rounding loses in each block, in units of its scale."""
+    rest = np.array(E2M1, blocks.dtype).take(codes, mode="clip") - _scaled(blocks, exponents)
+    found: NDArray[Any] = np.square(rest).sum(axis=-1)
+    return found
 
 
 def _decode_stack(
@@ -240,6 +244,7 @@ def _matrix(
         FileFormatError: Its tensors do not fit together.
         UnsupportedError: Its codes have six bits, or it is no matrix.
     """
+    refuse_rotated(module, said)
     scale = needed(tensors, module, "weight_scale", "codes of FP4")
     if len(codes.spec.shape) != 2:
         raise UnsupportedError(

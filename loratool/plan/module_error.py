@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from loratool.adapter.model import Kind
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError
 from loratool.plan.adapter import ModuleOutput
@@ -96,10 +97,12 @@ def _values(made: Mapping[Slot, Rounded]) -> dict[Slot, Array]:
 def _oriented(item: ModuleOutput, values: Mapping[Slot, Array]) -> tuple[Array, Array]:
     """Return A ``(r, columns)`` and B ``(rows, r)``, however they are stored."""
     low, high = (values[slot] for slot in item.part.slots)
-    if low.ndim == 3 and item.is_transposed:  # stacked experts, which mlx-lm does not transpose
+    if low.ndim == 3 and item.part.kind is not Kind.CONV:  # stacked experts: nobody turns them
         return low, high
     if item.is_transposed:
         return low.T, high.T
+    if low.ndim == 2 and low.shape[0] != high.shape[1]:  # a table, whose A llama.cpp turns
+        return low.T, high
     return low.reshape(low.shape[0], -1), high.reshape(high.shape[0], -1)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import loratool
 from loratool.errors import LoratoolError
@@ -360,15 +360,16 @@ def test_biases_lie_as_their_weights_do(tmp_path: Path) -> None:
         assert np.array_equal(after[f"blk.0.attn_{module[0]}.bias"][1], wanted)
 
 
-def test_two_files_are_compared_and_extracted(tmp_path: Path) -> None:
-    base = write_gguf(tmp_path / "base.gguf", weights(), CONFIG, LLAMA, "F32")
+@pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
+def test_two_files_are_compared_and_extracted(dtype: str, tmp_path: Path) -> None:
+    base = write_gguf(tmp_path / "base.gguf", weights(), CONFIG, LLAMA, dtype)
     deltas = adapter(tmp_path / "adapter")
     loratool.merge(base, [tmp_path / "adapter"], tmp_path / "tuned.gguf")
     loratool.extract(base, tmp_path / "tuned.gguf", tmp_path / "made", rank=3)
     found = loratool.inspect(tmp_path / "made")
     assert {one.module for one in found.modules} == set(deltas)
     report = loratool.compare([tmp_path / "made", tmp_path / "adapter"])
-    assert report.relative_distance < 1e-4
+    assert report.relative_distance < (1e-4 if dtype == "F32" else 1e-3)
 
 
 def test_what_a_file_says_of_itself(tmp_path: Path) -> None:
@@ -488,3 +489,49 @@ def test_adapters_of_llama_cpp_are_merged_as_those_of_peft(tmp_path: Path) -> No
     for name, (kind, values, _) in one.items():
         assert other[name][0] == kind
         np.testing.assert_allclose(other[name][1], values, rtol=2.0**-10, atol=1e-7)
+
+
+def test_magnitudes_lie_as_rows_do(tmp_path: Path) -> None:
+    base = write_gguf(tmp_path / "base.gguf", weights(), CONFIG, LLAMA, "F32")
+    deltas = adapter(tmp_path / "adapter", ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    random = np.random.default_rng(0)
+    tensors = load_file(path)
+    magnitudes = {}
+    for module, delta in deltas.items():
+        magnitudes[module] = 1 + random.random(len(delta)).astype("f4")
+        tensors[f"base_model.model.{module}.lora_magnitude_vector"] = magnitudes[module]
+    save_file(tensors, path)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out.gguf")
+    after = read_gguf(tmp_path / "out.gguf")
+    for module, delta in deltas.items():
+        values = weights()[f"{module}.weight"].astype("f8") + delta
+        values *= (magnitudes[module] / np.linalg.norm(values, axis=1))[:, None]
+        np.testing.assert_allclose(
+            after[stored_name(module)][1], stored_delta(module, values), rtol=1e-5, atol=1e-6
+        )
+    verified = loratool.verify(tmp_path / "out.gguf", base=base, adapters=[tmp_path / "adapter"])
+    assert verified == ()
+
+
+def test_stacks_of_experts_are_no_modules_of_an_extraction(tmp_path: Path) -> None:
+    for number in (0, 1):
+        random = np.random.default_rng(0)
+        writer = gguf.GGUFWriter(tmp_path / f"{number}.gguf", "qwen3moe")
+        writer.add_head_count(4)
+        change = number * random.standard_normal((64, 1)) @ random.standard_normal((1, 64))
+        stack = random.standard_normal((2, 32, 64)).astype("f4") + number
+        matrix = (random.standard_normal((64, 64)) + change).astype("f4")
+        writer.add_tensor("blk.0.ffn_up_exps.weight", stack)
+        writer.add_tensor("blk.0.attn_output.weight", matrix)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    report = loratool.extract(tmp_path / "0.gguf", tmp_path / "1.gguf", tmp_path / "made", rank=1)
+    (left,) = report.leftovers
+    assert left.name == "blk.0.ffn_up_exps.weight" and "stack of experts" in left.why
+    made = loratool.inspect(tmp_path / "made")
+    assert [one.module for one in made.modules] == ["model.layers.0.self_attn.o_proj"]

@@ -22,7 +22,9 @@ STACKED: Final = re.compile(
 """One expert of a stack, as it is called before its path is known."""
 PARAMETER: Final = re.compile(r"(?P<stack>.+\.experts)\.(gate_up|down)_proj")
 BASE_HINT: Final = "give --base: the folder with its config.json, or its .gguf file"
-SHIFTED: Final = frozenset(("gemma", "gemma2", "gemma3", "nemotron", "qwen3next", "qwen35"))
+SHIFTED: Final = frozenset(
+    ("gemma", "gemma2", "gemma3", "nemotron", "qwen3next", "qwen35", "qwen35moe")
+)
 """Where norms are stored with 1 added."""
 
 
@@ -60,7 +62,7 @@ class GgufPaths(EachAlone):
             UnsupportedError: llama.cpp has no such tensor, or nothing tells which it is.
         """
         if is_tensor(module):
-            return tensor_of(module)
+            return module
         if self.architecture is None:
             raise UnsupportedError(
                 module,
@@ -81,7 +83,8 @@ class GgufPaths(EachAlone):
                 "has no tensor of its own in llama.cpp, for the base ties it to its embedding",
                 hint="leave it out with --drop, or merge the adapter into its base instead",
             )
-        return held[0].tensor
+        expert = held[0].expert
+        return held[0].tensor if expert is None else f"{held[0].tensor}.{expert}"
 
     def unspell(
         self, sites: Sequence[Site], metadata: Mapping[str, str], base: Collection[str]

@@ -39,6 +39,10 @@ class Settings:
         """Return ``sites``: all is in the tensors."""
         return sites
 
+    def base_model(self, metadata: Mapping[str, str]) -> str | None:
+        """Return nothing."""
+        return None
+
     def config(self, written: Written) -> dict[str, Any] | None:
         """Return ``None``."""
         return None

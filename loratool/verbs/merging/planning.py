@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -139,7 +139,7 @@ def plan_merge(
     notes += _decoding_notes(model, decoded, quantized)
     changes = _config_changes(view, steps, opened, dtype, decoded, untied=untied, layers=layers)
     if view.config.is_inside:
-        _check_inside(changes, view)
+        _check_inside(changes, steps.values(), view)
         changes = ConfigChanges()
     if not is_folder and (changes.untie or changes.vocabulary):
         raise UnsupportedError(
@@ -169,12 +169,23 @@ def plan_merge(
     )
 
 
-def _check_inside(changes: ConfigChanges, base: Model) -> None:
+def _check_inside(changes: ConfigChanges, steps: Iterable[Step], base: Model) -> None:
     """Refuse a merge that changes what the weights' own file says of the model.
 
     Raises:
-        UnsupportedError: It does: the vocabulary, the layers, or what kind of model it is.
+        UnsupportedError: It does: the vocabulary, the layers, or what kind of model it is. Or it
+            has a tensor that no loader expects.
     """
+    added = (step.spec.name for step in steps if step.added)
+    name = next((name for name in added if not base.layout.can_add(name, base.config)), None)
+    if name is not None:
+        untied = base.hidden.get(name)
+        raise UnsupportedError(
+            base.path,
+            f"the merge adds {name!r}, which loaders of {base.config.called} do not look for"
+            + (f": {untied!r} is both for them" if untied else ""),
+            hint="leave it out with --skip, or merge into the model of transformers",
+        )
     what = {
         "the vocabulary": changes.vocabulary,
         "the number of layers": changes.layers,
