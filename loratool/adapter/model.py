@@ -249,6 +249,7 @@ class Adapter:
         components: What begins its paths and is a component of a pipeline for certain.
         is_native: Whether its backbone was named as in original checkpoints.
         mixed: Keys of factors that another scheme would read, and its own does not.
+        beside: Weights of a base that lie in its file and are not its own, by key.
     """
 
     path: Path
@@ -270,6 +271,7 @@ class Adapter:
     components: frozenset[str] = frozenset()
     is_native: bool = False
     mixed: tuple[str, ...] = ()
+    beside: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

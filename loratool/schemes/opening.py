@@ -130,7 +130,8 @@ def open_as_spelled(
     skipped = _matching(tensors, _selectors(skip))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
     parts = build_sites(tensors, scheme, config, variant_of, _enabled(config, enabled))
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in parts.of_base}
+    beside = {key: tensors[key] for key in tensors if key in parts.of_base}
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in beside}
     sites = parts.sites
     sidecar, sidecar_path = (raw if is_foreign else None), config_path
     if scheme.settings.file not in ("", CONFIG_NAME):
@@ -155,6 +156,7 @@ def open_as_spelled(
         skipped=tuple(skipped),
         notes=(*notes, *parts.notes, *more, *file.notes),
         sidecar=sidecar,
+        beside=beside,
     )
 
 

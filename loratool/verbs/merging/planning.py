@@ -88,7 +88,14 @@ def plan_merge(
         raise MergeError("merge", "no adapter was given")
     model = open_model(Path(base))
     opened = [
-        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=model.told)
+        open_adapter(
+            path,
+            adapter_name=adapter_name,
+            alpha=alpha,
+            skip=skip,
+            base_modules=model.paths,
+            base=model.told,
+        )
         for path in adapters
     ]
     if model.factors and _is_one_file(model, opened):
