@@ -535,3 +535,70 @@ def test_stacks_of_experts_are_no_modules_of_an_extraction(tmp_path: Path) -> No
     assert left.name == "blk.0.ffn_up_exps.weight" and "stack of experts" in left.why
     made = loratool.inspect(tmp_path / "made")
     assert [one.module for one in made.modules] == ["model.layers.0.self_attn.o_proj"]
+
+
+def fused_names(path: Path, fused: dict[str, tuple[str, ...]], *, is_split: bool) -> None:
+    """Rewrite an adapter's projections: several in one with one A, or one as several."""
+    tensors = load_file(path)
+    for layer in range(2):
+        for whole, parts in fused.items():
+            parent = f"base_model.model.model.layers.{layer}."
+            ups = [tensors.pop(f"{parent}{part}.lora_B.weight") for part in parts]
+            downs = [tensors.pop(f"{parent}{part}.lora_A.weight") for part in parts]
+            if is_split:
+                for part, up in zip(parts, ups, strict=True):
+                    tensors[f"{parent}{part}.lora_A.weight"] = downs[0]
+                    tensors[f"{parent}{part}.lora_B.weight"] = up
+            else:
+                tensors[f"{parent}{whole}.lora_A.weight"] = downs[0]
+                tensors[f"{parent}{whole}.lora_B.weight"] = np.concatenate(ups)
+    save_file(tensors, path)
+
+
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def test_projections_in_one_and_apart(tmp_path: Path) -> None:
+    """A model with projections in one takes an adapter with them apart, and the reverse."""
+    found = []
+    for number, is_split in enumerate((True, False)):
+        folder = tmp_path / f"adapter-{number}"
+        adapter(folder)
+        fused_names(folder / "adapter_model.safetensors", FUSED, is_split=is_split)
+        found.append(folder)
+    apart = write_gguf(tmp_path / "apart.gguf", weights(), CONFIG, LLAMA, "F32")
+    joined = tmp_path / "joined.gguf"
+    writer = gguf.GGUFWriter(joined, "phi3")
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_embedding_length(64)
+    values = weights()
+    for layer in range(2):
+        for name, parts in zip(("attn_qkv", "ffn_up"), FUSED.values(), strict=True):
+            rows = [values[f"model.layers.{layer}.{part}.weight"] for part in parts]
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.concatenate(rows))
+        for name, part in (("attn_output", "self_attn.o_proj"), ("ffn_down", "mlp.down_proj")):
+            writer.add_tensor(
+                f"blk.{layer}.{name}.weight", values[f"model.layers.{layer}.{part}.weight"]
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for base in (apart, joined):
+        made = []
+        for number, folder in enumerate(found):
+            out = tmp_path / f"{base.stem}-{number}.gguf"
+            loratool.merge(base, [folder], out)
+            made.append(read_gguf(out))
+        for name, (_, one, _) in made[0].items():
+            np.testing.assert_allclose(one, made[1][name][1], atol=1e-6)
+    after = read_gguf(tmp_path / "joined-0.gguf")["blk.0.attn_qkv.weight"][1]
+    tensors = load_file(found[1] / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.qkv_proj"
+    delta = 2 * tensors[f"{key}.lora_B.weight"].astype("f8") @ tensors[f"{key}.lora_A.weight"]
+    before = read_gguf(joined)["blk.0.attn_qkv.weight"][1]
+    np.testing.assert_allclose(after, before + delta, atol=1e-5)
