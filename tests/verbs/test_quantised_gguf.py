@@ -602,3 +602,50 @@ def test_projections_in_one_and_apart(tmp_path: Path) -> None:
     delta = 2 * tensors[f"{key}.lora_B.weight"].astype("f8") @ tensors[f"{key}.lora_A.weight"]
     before = read_gguf(joined)["blk.0.attn_qkv.weight"][1]
     np.testing.assert_allclose(after, before + delta, atol=1e-5)
+
+
+def test_verifying_tells_what_was_changed_afterwards(tmp_path: Path) -> None:
+    base = write_gguf(tmp_path / "base.gguf", weights(), CONFIG, LLAMA, "Q8_0", tokens=100)
+    adapter(tmp_path / "adapter", ("mlp.up_proj",))
+    out = tmp_path / "out.gguf"
+    loratool.merge(base, [tmp_path / "adapter"], out)
+    whole = out.read_bytes()
+    places = {name: stored.offset for name, stored in open_weights(out).tensors.items()}
+
+    def codes(place: int) -> set[str]:
+        out.write_bytes(whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :])
+        return {f.code for f in loratool.verify(out, base=base, adapters=[tmp_path / "adapter"])}
+
+    assert codes(places["blk.0.ffn_up.weight"] + 1) & {"LT104", "LT105"}
+    assert codes(places["blk.0.ffn_down.weight"] + 5)
+    assert "LT110" in codes(whole.index(b"t77"))
+    assert codes(whole.index(b"llama")) != set()
+
+
+def test_outer_scales_go_with_the_codes(tmp_path: Path) -> None:
+    from coded.gguf import blocks
+
+    base = tmp_path / "base.gguf"
+    writer = gguf.GGUFWriter(base, "qwen2")
+    writer.add_head_count(4)
+    codes = {}
+    for name, scale in (("attn_q", 0.5), ("ffn_up", 0.25)):
+        codes[name] = blocks("NVFP4", 64, 4)
+        kind = gguf.GGMLQuantizationType.NVFP4
+        writer.add_tensor(f"blk.0.{name}.weight", codes[name], raw_dtype=kind)
+        writer.add_tensor(f"blk.0.{name}.scale", np.array([scale], "f4"))
+        writer.add_tensor(f"blk.0.{name}.input_scale", np.array([3.0], "f4"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    delta = small_adapter(tmp_path / "adapter")
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out.gguf")
+    after = read_gguf(tmp_path / "out.gguf")
+    others = [f"blk.0.ffn_up.{leaf}" for leaf in ("weight", "scale", "input_scale")]
+    assert list(after) == ["blk.0.attn_q.weight", *others]
+    values = gguf.dequantize(codes["attn_q"], gguf.GGMLQuantizationType.NVFP4)
+    kind, found, _ = after["blk.0.attn_q.weight"]
+    assert kind == "F16"
+    np.testing.assert_allclose(found, 0.5 * values.astype("f8") + delta, rtol=2.0**-11, atol=1e-6)
+    assert loratool.verify(tmp_path / "out.gguf", base=base, adapters=[tmp_path / "adapter"]) == ()
