@@ -305,6 +305,9 @@ def test_files_in_parts_stay_in_parts(tmp_path: Path) -> None:
         assert loratool.verify(out, base=base, adapters=[tmp_path / "adapter"]) == ()
     with pytest.raises(LoratoolError, match="in 3 files, so the output is a folder"):
         loratool.merge(names[0], [tmp_path / "adapter"], tmp_path / "one.gguf")
+    names[1].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(LoratoolError, match=r"part 1 \(from 0\) of 3, and is read as part 0 of 1"):
+        loratool.inspect(tmp_path / "renamed.gguf")
 
 
 def split(whole: Path, folder: Path, count: int) -> list[Path]:
