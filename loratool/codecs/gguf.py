@@ -286,7 +286,8 @@ def _library_decoder(weight: StoredTensor) -> Any:
         )
 
     def decode(blocks: NDArray[np.uint8], out: NDArray[Any]) -> bool:
-        np.copyto(out, library.dequantize(blocks, kind))
+        # In one row: the package goes through sixteen at a time.
+        np.copyto(out, library.dequantize(blocks.reshape(1, -1), kind).reshape(out.shape))
         return bool(np.isfinite(out).all())
 
     return decode
