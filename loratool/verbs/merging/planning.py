@@ -11,6 +11,7 @@ from typing import Any, Final
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import check_adapter
 from loratool.base.config_edits import ConfigChanges
+from loratool.base.fitting import as_spelled
 from loratool.base.model import Model, open_model
 from loratool.base.refusals import check_base
 from loratool.base.replication import layer_ranges
@@ -98,6 +99,7 @@ def plan_merge(
         )
         for path in adapters
     ]
+    opened = [as_spelled(adapter, model) for adapter in opened]
     if model.factors and _is_one_file(model, opened):
         model = model.as_unwrapped()
     notes = [*model.notes, *check_base(model)]
