@@ -91,11 +91,14 @@ class Told:
         metadata: What the adapter's file says of itself.
         base: What the base's weights file does.
         config: The base's parsed ``config.json``; empty where there is none.
+        modules: The modules of the base that go by names of their own, where the adapter is only
+            to be added to it.
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     base: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    modules: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,8 +80,7 @@ def fit(
         found = locate_parameter(site, assigned[site.label], adapter, base)
         return [Fit(name, region, site, is_whole=False) for name, region in found]
     in_fused = None
-    own = site.spelled if f"{site.spelled}.weight" in base.tensors else site.module
-    place = base.own_place(own, base.family or adapter.family)
+    place = base.own_place(_own(site, base), base.family or adapter.family)
     if place is None:
         in_fused = locate_in_fused(site, base)
     if in_fused is not None:
@@ -151,6 +150,13 @@ def _is_by_output(site: Site) -> bool:
 
 def _uncut(site: Site, words: str) -> UnsupportedError:
     return UnsupportedError(site.label, f"the base has it {words}", hint=leave_out(site))
+
+
+def _own(site: Site, base: Model) -> str:
+    """Return what the base calls the module itself: maybe as the file of the adapter does."""
+    is_there = f"{site.spelled}.weight" in base.tensors
+    is_it = is_there and base.layout.unlike(site.spelled, base.config) is None
+    return site.spelled if is_it else site.module
 
 
 def _missing(site: Site, adapter: Adapter, base: Model) -> MissingModuleError:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import check_adapter
+from loratool.base.config import ARCHITECTURE
 from loratool.base.config_edits import ConfigChanges
 from loratool.base.model import Model, open_model
 from loratool.base.refusals import check_base
@@ -87,8 +89,11 @@ def plan_merge(
     if not adapters:
         raise MergeError("merge", "no adapter was given")
     model = open_model(Path(base))
+    told = model.told
+    if ARCHITECTURE in told.base:
+        told = replace(told, modules=frozenset(model.modules))
     opened = [
-        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=model.told)
+        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=told)
         for path in adapters
     ]
     if model.factors and _is_one_file(model, opened):
@@ -110,7 +115,7 @@ def plan_merge(
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
         if unknown := unknown_scale(adapter):
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
-        recorded = adapter.config.base_model if adapter.config else None
+        recorded = adapter.base_model
         notes += [f"{adapter.path}: {note}" for note in training_notes(recorded, model)]
     notes += _expert_notes(opened, model)
     shares = [Share.of(*pair) for pair in zip(opened, strengths, strict=True)]
