@@ -86,7 +86,7 @@ def _print_adapter(info: AdapterInfo, *, unfolded: bool) -> None:
     facts = [
         ("adapter", adapter.path),
         ("scheme", adapter.scheme),
-        ("base model", (adapter.config.base_model if adapter.config else None) or "not said"),
+        ("base model", adapter.base_model or "not said"),
         ("parameters", render.human_count(adapter.parameters)),
         ("size", render.human_bytes(adapter.nbytes)),
         ("modules", len(info.modules)),

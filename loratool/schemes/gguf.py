@@ -42,6 +42,7 @@ CLAIM: Final = {"keys": r"^(blk\.\d+\.\w+|token_embd|output|position_embd)\.weig
 BASE_KEY: Final = "general.base_model"
 HUB: Final = "https://huggingface.co/"
 ALPHA_KEY: Final = "adapter.lora.alpha"
+MOST_EXPERTS: Final = 4096
 TABLE: Final = "token_embd"
 EXPERTS: Final = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps")
 
@@ -95,7 +96,9 @@ class GgufRoles(Roles):
         if down is None or up is None or not EXPERTS.fullmatch(site.module):
             return [site]
         shapes = down.spec.shape, up.spec.shape
-        if any(len(shape) != 3 for shape in shapes) or shapes[0][0] != shapes[1][0]:
+        if any(len(shape) != 3 or 0 in shape for shape in shapes):
+            return [site]
+        if shapes[0][0] != shapes[1][0] or shapes[0][0] > MOST_EXPERTS:
             return [site]
         return [one_of_stack(site, f"{site.module}.{n}", n) for n in range(shapes[0][0])]
 
@@ -103,7 +106,8 @@ class GgufRoles(Roles):
         """Return ``site`` with the rows of B as transformers has them."""
         up = site.slots.get(Slot.UP)
         held = self._held(site)
-        if up is not None and held is not None and not held.is_same:
+        is_matrix = up is not None and len(up.spec.shape) == 2
+        if up is not None and is_matrix and held is not None and not held.is_same:
             rows = held.rows(self.paths.attention).of_tensor(up.spec.shape[0], site.label)
             axes = rows.swapped
             found = up.exchanging((axes[0], axes[2], axes[1])) if axes is not None else None

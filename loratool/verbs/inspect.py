@@ -110,7 +110,7 @@ class AdapterInfo:
             "kind": "adapter",
             "path": str(adapter.path),
             "scheme": adapter.scheme,
-            "base_model": adapter.config.base_model if adapter.config else None,
+            "base_model": adapter.base_model,
             "parameters": adapter.parameters,
             "bytes": adapter.nbytes,
             "modules": [

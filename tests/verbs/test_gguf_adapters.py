@@ -496,6 +496,33 @@ def test_sums_comparisons_and_strengths(
     )
 
 
+def test_comparing_with_another_scheme_takes_the_base(
+    made: Path, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    path = foreign(made, tmp_path / "foreign.gguf")
+    with pytest.raises(AdapterError, match=r"--base"):
+        loratool.compare([path, adapter])
+    found = loratool.compare([path, adapter], base=base).as_json()
+    assert found["cosine"] == pytest.approx(1)
+    assert not any(found["only_in"])
+    assert loratool.compare([path, made, path], base=base).as_json()
+
+
+def test_a_live_model_tells_its_heads(made: Path, adapter: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**{k: v for k, v in CONFIG.items() if k != "architectures"})
+    path = foreign(made, tmp_path / "foreign.gguf")
+    ids = torch.tensor([[1, 5, 9]])
+    outputs = []
+    for one in (adapter, path):
+        torch.manual_seed(1)
+        model = transformers.LlamaForCausalLM(config).eval()
+        loratool.live.attach(model, one)
+        with torch.no_grad():
+            outputs.append(model(ids).logits)
+    assert torch.allclose(*outputs, atol=1e-5)
+
+
 def test_an_extraction_is_written_as_gguf(base: Path, adapter: Path, tmp_path: Path) -> None:
     loratool.merge(base, [adapter], tmp_path / "tuned")
     loratool.extract(base, tmp_path / "tuned", tmp_path / "out.gguf", rank=RANK, to="gguf")

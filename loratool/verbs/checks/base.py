@@ -33,7 +33,7 @@ def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
     except UnsupportedError as error:  # codes of a kind that is known and not read
         yield finding(CODE, error.where, error.what, error.hint)
         return
-    recorded = adapter.config.base_model if adapter.config else None
+    recorded = adapter.base_model
     for note in training_notes(recorded, base):
         yield finding("LT035", adapter.path, note)
     try:

@@ -119,7 +119,7 @@ def plan_merge(
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
         if unknown := unknown_scale(adapter):
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
-        recorded = adapter.config.base_model if adapter.config else None
+        recorded = adapter.base_model
         notes += [f"{adapter.path}: {note}" for note in training_notes(recorded, model)]
     notes += _expert_notes(opened, model)
     shares = [Share.of(*pair) for pair in zip(opened, strengths, strict=True)]
