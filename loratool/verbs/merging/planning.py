@@ -13,6 +13,7 @@ from loratool.adapter.problems import check_adapter
 from loratool.base.config_edits import ConfigChanges
 from loratool.base.fitting import as_spelled
 from loratool.base.model import Model, open_model
+from loratool.base.placing import with_places
 from loratool.base.refusals import check_base
 from loratool.base.replication import layer_ranges
 from loratool.base.ties import have_same_values
@@ -110,6 +111,7 @@ def plan_merge(
     check_quantized(model, quantized, dtype=dtype, is_replicated=layers is not None)
     tasks = [str(adapter.field("task_type")) for adapter in opened]
     view = model.as_trained(tasks=tasks, layers=layers)
+    opened = [with_places(adapter, view) for adapter in opened]
     complete = [accompanied(adapter, view, skip) for adapter in opened]
     opened, strengths, left_out = with_strengths([each.adapter for each in complete], weights)
     if not any(adapter.sites or adapter.extras for adapter in opened):
