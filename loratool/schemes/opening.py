@@ -70,12 +70,12 @@ def open_adapter(
         skip=skip,
         enabled=enabled,
     )
-    told = replace(base or Told(), metadata=opened.metadata)
+    told = replace(base or Told(), metadata=opened.metadata, folder=opened.folder)
     found = spell_out(opened, scheme_named(opened.scheme).of(told), base_modules)
     found = _without_meant(found, [each for each in _selectors(skip) if each.is_marked])
     mixed = tuple(_foreign_factors(found))
     scheme_named(opened.scheme).keys.forget()
-    return replace(found, mixed=mixed)
+    return replace(found, mixed=mixed, told=told)
 
 
 def _foreign_factors(adapter: Adapter) -> Iterator[str]:
