@@ -247,6 +247,14 @@ class Settings(Protocol):
         """Whether a configuration is this scheme's, and not PEFT's."""
         ...
 
+    def load(self, path: Path) -> dict[str, Any]:
+        """Return what the file of its own says.
+
+        Raises:
+            FileFormatError: It cannot be read.
+        """
+        ...
+
     def read(
         self,
         sites: tuple[Site, ...],

@@ -136,7 +136,7 @@ def open_as_spelled(
     sidecar, sidecar_path = (raw if is_foreign else None), config_path
     if scheme.settings.file not in ("", CONFIG_NAME):
         sidecar_path = weights.parent / scheme.settings.file
-        sidecar = read_json_object(sidecar_path) if sidecar_path.is_file() else None
+        sidecar = scheme.settings.load(sidecar_path) if sidecar_path.is_file() else None
     if sidecar is None and (model := scheme.settings.base_model(file.metadata)) is not None:
         sidecar = {"model": model}
     sites = scheme.settings.read(sites, file.metadata, sidecar, sidecar_path)
