@@ -18,7 +18,7 @@ from loratool.codecs.comfy import Marks
 from loratool.codecs.numbers import decode, encode
 from loratool.codecs.numbers.number import Codes
 from loratool.codecs.numbers.scratch import Scratch
-from loratool.codecs.parts import scales
+from loratool.codecs.parts import refuse_rotated, scales
 from loratool.codecs.stacks import stacked_rows
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.spec import StoredTensor
@@ -108,7 +108,7 @@ def scaled_weights(
 
     Raises:
         FileFormatError: One has several scales, or one that is no number.
-        UnsupportedError: One is smoothed: its inputs are scaled too.
+        UnsupportedError: One is smoothed, its inputs scaled too, or rotated.
     """
     marks = Marks(tensors, said)
     for name, weight in tensors.items():
@@ -133,6 +133,7 @@ def scaled_weights(
                 "is smoothed: 'pre_quant_scale' beside it scales what goes into it",
                 hint="merge on the 16-bit original",
             )
+        refuse_rotated(module, said)
         others = {leaf: tensors[stem + leaf] for leaf in COMPANIONS if stem + leaf in tensors}
         yield Scaled(module, weight, scale, others)
 
