@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from loratool.adapter.leaving import leave_out
@@ -16,7 +16,7 @@ from loratool.base.place import Place, bias_beside
 from loratool.base.region import Region
 from loratool.errors import MissingModuleError, UnsupportedError
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "as_spelled", "fit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def fit(
         found = locate_parameter(site, assigned[site.label], adapter, base)
         return [Fit(name, region, site, is_whole=False) for name, region in found]
     in_fused = None
-    own = site.spelled if f"{site.spelled}.weight" in base.tensors else site.module
+    own = site.spelled if _is_as_spelled(site.spelled, base) else site.module
     place = base.own_place(own, base.family or adapter.family)
     if place is None:
         in_fused = locate_in_fused(site, base)
@@ -106,6 +106,23 @@ def fit(
     ]
 
 
+def _is_as_spelled(module: str, base: Model) -> bool:
+    """Whether the base has a module of this very name, which is one of libraries by itself."""
+    is_there = f"{module}.weight" in base.tensors
+    return is_there and base.layout.unlike(module, base.config) is None
+
+
+def as_spelled(adapter: Adapter, base: Model) -> Adapter:
+    """Return an adapter that knows all modules which the base calls as its file does.
+
+    Of a fused projection that llama.cpp has cut, an adapter of llama.cpp has the parts.
+    """
+    open_ = {m: p for m, p in adapter.unresolved.items() if f"{m}.weight" not in base.tensors}
+    if len(open_) == len(adapter.unresolved):
+        return adapter
+    return replace(adapter, unresolved=open_, unknown=adapter.unknown if open_ else None)
+
+
 def _cut(site: Site, place: Place) -> list[Fit]:
     """Return the parts of a site whose module the base has cut otherwise.
 
@@ -117,10 +134,10 @@ def _cut(site: Site, place: Place) -> list[Fit]:
     if (site.out_features, site.in_features) != place.shape if site.is_plain else not fits:
         raise mismatch(site, place.shape, (site.out_features, site.in_features))
     is_mixed = any(piece.region.exchanged for piece in place.pieces)
-    if is_mixed and not _is_delta_alone(site):
+    if is_mixed and not _is_by_output(site):
         raise UnsupportedError(
             site.label,
-            "is no delta alone, and the base has the outputs of its weight in another order",
+            "is no delta by its outputs, which the base has in another order",
             hint="make it a plain LoRA: loratool convert ADAPTER --to peft --to-lora --base BASE "
             "--rank R -o OUT",
         )
@@ -139,11 +156,14 @@ def _cut(site: Site, place: Place) -> list[Fit]:
     ]
 
 
-def _is_delta_alone(site: Site) -> bool:
-    """Whether all that a site does is to add a product of factors to the weight."""
+def _is_by_output(site: Site) -> bool:
+    """Whether a site adds a product of factors to the weight, and magnitudes of its outputs."""
     variant = site.variant
-    has_more = Slot.MAGNITUDE in site.slots or Slot.UP_BIAS in site.slots
-    return variant.has_factors and (site.is_plain or not variant.has_change) and not has_more
+    magnitude = site.slots.get(Slot.MAGNITUDE)
+    if magnitude is not None and (not site.is_plain or len(magnitude.spec.shape) != 1):
+        return False
+    has_delta = variant.has_factors and (site.is_plain or not variant.has_change)
+    return has_delta and Slot.UP_BIAS not in site.slots
 
 
 def _uncut(site: Site, words: str) -> UnsupportedError:

@@ -66,12 +66,14 @@ class Stretch:
         row: Which of its rows is the first.
         first: Which output of the module that is.
         count: How many there are.
+        exchanged: Their axes, as of a :class:`~loratool.base.region.Region`.
     """
 
     tensor: str
     row: int
     first: int
     count: int
+    exchanged: tuple[int, int, int] | None = None
 
 
 class Layout:
@@ -118,6 +120,10 @@ class Layout:
     def fused(self, module: str, config: ModelConfig) -> Fused | None:
         """Return the fused projection that ``module`` is, or is a part of."""
         return None
+
+    def can_add(self, name: str, config: ModelConfig) -> bool:
+        """Whether a loader takes a tensor that the files do not have."""
+        return True
 
     def exchanged(self, path: str, rows: int, config: ModelConfig) -> tuple[int, int, int] | None:
         """Return the axes of the outputs of a module, the last two of which are exchanged.

@@ -538,7 +538,7 @@ class Model:
             Piece(
                 each.tensor,
                 self.tensors[each.tensor],
-                Region(each.count, columns, each.row),
+                Region(each.count, columns, each.row, exchanged=each.exchanged),
                 each.first,
             )
             for each in found

@@ -86,13 +86,17 @@ def _print_adapter(info: AdapterInfo, *, unfolded: bool) -> None:
     facts = [
         ("adapter", adapter.path),
         ("scheme", adapter.scheme),
-        ("base model", (adapter.config.base_model if adapter.config else None) or "not said"),
+        ("base model", adapter.base_model or "not said"),
         ("parameters", render.human_count(adapter.parameters)),
         ("size", render.human_bytes(adapter.nbytes)),
         ("modules", len(info.modules)),
     ]
     if adapter.name:
         facts.append(("name in keys", adapter.name))
+    if adapter.beside:
+        base = info.base
+        words = f"{base['tensors']} tensors, {render.human_count(base['parameters'])} parameters"
+        facts.append(("and a base", f"{words}, {render.human_bytes(base['bytes'])}"))
     _print_facts(facts)
     groups = _groups(info.modules, unfolded=unfolded)
     render.print_table(

@@ -64,7 +64,7 @@ class _EightBits:
                 parts["format"] = kind
             dtype = said.logical_dtype(scale.spec.dtype)
             spec = TensorSpec(weight.spec.name, dtype, weight.spec.shape)
-            found[module] = CodedTensor(CODEC, parts, spec)
+            found[module] = CodedTensor(CODEC, parts, spec, {"format": "int8"})
         return found
 
     def decode_rows(

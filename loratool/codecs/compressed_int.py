@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loratool.codecs.codec import Codec, CodedTensor, Description, Encoder, Parts
-from loratool.codecs.parts import beside, scales
+from loratool.codecs.parts import beside, refuse_rotated, scales
 from loratool.codecs.words import INDICES, group_index, scale_groups
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.spec import StoredTensor, TensorSpec
@@ -104,6 +104,7 @@ def _coded(
         FileFormatError: Its tensors do not fit together.
         UnsupportedError: Its inputs are scaled, or its codes are in blocks.
     """
+    refuse_rotated(module, said)
     if f"{module}.pre_quant_scale" in tensors:
         raise UnsupportedError(
             module, "has a pre_quant_scale: its inputs are scaled before its weight", hint=HINT

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loratool.codecs.codec import Codec, CodedTensor, Description, Encoder, Parts
-from loratool.codecs.parts import beside, needed, scales
+from loratool.codecs.parts import beside, needed, refuse_rotated, scales
 from loratool.codecs.words import (
     INDICES,
     WORD,
@@ -122,6 +122,7 @@ def _coded(
         FileFormatError: Its tensors do not fit together.
         UnsupportedError: It is no matrix.
     """
+    refuse_rotated(module, said)
     scale = needed(tensors, module, "weight_scale", WHY)
     shape = needed(tensors, module, "weight_shape", WHY)
     optional = beside(tensors, module, ("weight_zero_point", "weight_g_idx", *OTHERS))
@@ -138,7 +139,7 @@ def _coded(
     out, into = _shape(shape)
     bits = _bits(words, out, into, said)
     groups = 1
-    if scale.spec.elements != 1 or out == 1:
+    if scale.spec.elements != 1:
         groups = scale.spec.shape[1] if len(scale.spec.shape) == 2 else 1
         if scale.spec.shape not in ((out,), (out, groups)) or not groups or into % groups:
             raise FileFormatError(

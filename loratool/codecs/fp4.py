@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -16,7 +16,7 @@ HALFWAY: Final = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 """Where rounding changes from one magnitude to the next; what lies there becomes the even code."""
 
 
-def nearest(values: NDArray[np.float64]) -> NDArray[np.uint8]:
+def nearest(values: NDArray[Any]) -> NDArray[np.uint8]:
     """Return the codes of numbers, rounded to the nearest and ties to even, at most the largest."""
     magnitudes = np.abs(values)
     codes = (values < 0).astype(np.uint8) << np.uint8(3)

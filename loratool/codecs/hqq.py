@@ -232,6 +232,7 @@ def _settings(
     rows = size if axis == 0 else groups
     slots = SLOTS[int(bits)]
     settings = {
+        "format": f"hqq-{said:g}bit",
         "bits": int(bits),
         "axis": int(axis),
         "groups": groups,

@@ -64,7 +64,12 @@ class _Mlx:
                 CODEC,
                 parts,
                 TensorSpec(name, said.logical_dtype(scale), shape),
-                {"mode": mode, "group_size": group, "bits": bits},
+                {
+                    "format": mode if mode != AFFINE else f"{AFFINE}-{bits}bit",
+                    "mode": mode,
+                    "group_size": group,
+                    "bits": bits,
+                },
                 shape[-1] if len(shape) > 2 else 0,
             )
         return found
@@ -169,7 +174,7 @@ def _layout(
     weight, scale = parts["weight"].spec, parts["scales"].spec
     words, groups = weight.shape[-1], scale.shape[-1]
     mode = told.get("mode") or (AFFINE if "biases" in parts else None)
-    if mode is not None and mode != AFFINE and mode not in MODES:
+    if mode is not None and mode not in (AFFINE, *MODES):
         raise UnsupportedError(
             module,
             f"is quantised in MLX's mode {mode!r:.20}, which is not read",

@@ -18,7 +18,7 @@ from loratool.codecs.fp4 import LARGEST, in_bytes, nearest
 from loratool.codecs.lookup import E2M1, look_up
 from loratool.codecs.numbers import decode, encode, number
 from loratool.codecs.numbers.number import Codes
-from loratool.codecs.parts import beside, needed, scales
+from loratool.codecs.parts import beside, needed, refuse_rotated, scales
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor, TensorSpec
@@ -164,6 +164,7 @@ def _coded(
         FileFormatError: Its tensors do not fit together.
         UnsupportedError: Its inputs are scaled, or nothing tells how its scales lie.
     """
+    refuse_rotated(module, said)
     codes, scale = tensors[f"{module}.{leaf}"], needed(tensors, module, "weight_scale", "FP4 codes")
     whole = needed(tensors, module, FACTORS[leaf], "FP4 codes")
     if f"{module}.pre_quant_scale" in tensors:

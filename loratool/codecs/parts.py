@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loratool.codecs.codec import Description
 from loratool.codecs.numbers import decode
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import InputFiles
 from loratool.files.rows import RowBytes
@@ -19,7 +20,7 @@ from loratool.files.transfer import read_into
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["FileParts", "beside", "needed", "scales"]
+__all__ = ["FileParts", "beside", "needed", "refuse_rotated", "scales"]
 
 KEPT: Final = 1 << 20
 """Reads of this many bytes and more are kept till the next one of their part: neighbours often want
@@ -105,6 +106,21 @@ def beside(
     """Return those of the tensors ``leaves`` that a module has, by these."""
     found = ((leaf, tensors.get(f"{module}.{leaf}")) for leaf in leaves)
     return {leaf: stored for leaf, stored in found if stored is not None}
+
+
+def refuse_rotated(module: str, said: Description) -> None:
+    """Refuse weights of compressed-tensors that were turned before they were quantised.
+
+    Raises:
+        UnsupportedError: The configuration names such transforms.
+    """
+    told = said.quantization.get("transform_config")
+    if isinstance(told, Mapping) and told.get("config_groups"):
+        raise UnsupportedError(
+            module,
+            "is a weight that was rotated before it was quantised (transform_config)",
+            hint="merge on the 16-bit original, which adapters are for",
+        )
 
 
 def scales(

@@ -61,7 +61,8 @@ class _Quanto:
             if packed is None:
                 codes = needed(tensors, module, "weight._data", "scales of Quanto's codes")
                 parts = {"codes": codes, "scale": scale}
-                settings: dict[str, Any] = {"bits": 8}
+                kind = "qint8" if codes.spec.dtype == "I8" else "qfloat8"
+                settings: dict[str, Any] = {"format": kind, "bits": 8}
                 _check_rows(codes, scale)
                 shape = codes.spec.shape
             else:
@@ -182,7 +183,8 @@ def _groups(parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
             codes.name,
             f"has {codes.shape[0]} rows for {groups} groups, which 4 and 2 bits do not make",
         )
-    return {"bits": bits, "groups": groups, "group_size": codes.shape[1]}
+    size = codes.shape[1]
+    return {"format": f"qint{bits}", "bits": bits, "groups": groups, "group_size": size}
 
 
 def _rows(module: str, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> int:

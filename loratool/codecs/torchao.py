@@ -82,7 +82,9 @@ class _TorchAo:
             shape = codes.spec.shape
             spec = TensorSpec(weight, said.logical_dtype(dtype or parts["scale"].spec.dtype), shape)
             width = shape[-1] if len(shape) > 2 else 0
-            found[weight.removesuffix(".weight")] = CodedTensor(CODEC, parts, spec, {}, width)
+            found[weight.removesuffix(".weight")] = CodedTensor(
+                CODEC, parts, spec, {"format": kind}, width
+            )
         return found
 
     def decode_rows(

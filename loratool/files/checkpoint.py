@@ -147,7 +147,7 @@ def _weights_in(folder: Path, suffix: str) -> list[Path]:
         if folder / name in files:
             return [folder / name]
     shards = [file for file in files if SHARD.fullmatch(file.name)]
-    if shards:
+    if shards and (len(shards) == len(files) or not is_split(shards[0])):
         return shards
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:6])

@@ -380,7 +380,7 @@ def _decompose(edit: Decompose, matrix: _Matrix, taken: Interpolated | None) -> 
             edit.site.label, f"its magnitude has {magnitude.shape[0]} entries, expected {expected}"
         )
     if not edit.is_by_input:
-        magnitude = magnitude[edit.first : edit.first + outputs]
+        magnitude = region.stored(magnitude[edit.first : edit.first + outputs])
     norms = None
     if edit.is_by_input != region.transposed:  # one magnitude for each column, or several
         place = (region.first_row, region.rows, region.first_column)

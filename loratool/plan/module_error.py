@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from loratool.adapter.model import Kind
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError
 from loratool.plan.adapter import ModuleOutput
@@ -96,11 +97,28 @@ def _values(made: Mapping[Slot, Rounded]) -> dict[Slot, Array]:
 def _oriented(item: ModuleOutput, values: Mapping[Slot, Array]) -> tuple[Array, Array]:
     """Return A ``(r, columns)`` and B ``(rows, r)``, however they are stored."""
     low, high = (values[slot] for slot in item.part.slots)
-    if low.ndim == 3 and item.is_transposed:  # stacked experts, which mlx-lm does not transpose
+    if item.part.stacked:
+        return low, _apart(high, [rows for _, rows in item.part.stacked])
+    if low.ndim == 3 and item.part.kind is not Kind.CONV:  # stacked experts: nobody turns them
         return low, high
     if item.is_transposed:
         return low.T, high.T
+    if low.ndim == 2 and low.shape[0] != high.shape[1]:  # a table, whose A llama.cpp turns
+        return low.T, high
     return low.reshape(low.shape[0], -1), high.reshape(high.shape[0], -1)
+
+
+def _apart(up: Array, heights: Sequence[int]) -> Array:
+    """Return a B whose parts stand above each other with each beside the others."""
+    import numpy as np
+
+    rank, first = up.shape[1], 0
+    whole = np.zeros((up.shape[0], rank * len(heights)))
+    for index, height in enumerate(heights):
+        rows = slice(first, first + height)
+        whole[rows, index * rank : (index + 1) * rank] = up[rows]
+        first += height
+    return whole
 
 
 def array_is_finite(array: Array) -> bool:

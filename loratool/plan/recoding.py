@@ -45,6 +45,7 @@ class Recoding(Patch):
         self.spots = spots
         self.encoder: Encoder = weight.codec.encoder(weight)
         self._largest = _Largest()
+        self._grain = 1
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +60,7 @@ class Recoding(Patch):
     def compile(self, run: Run) -> Kernel:
         """See :class:`Patch`; blocks begin where scales do."""
         kernel = super().compile(run)
+        self._grain = kernel.grain
         width = max(1, kernel.width)
         grain = math.lcm(self.encoder.step * self.weight.width, width) // width
         return replace(kernel, grain=math.lcm(kernel.grain, grain))
@@ -90,11 +92,24 @@ class Recoding(Patch):
 
     def _block(
         self, run: Run, kernel: Kernel, index: int, *, keep: bool
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Return a block, and where ``keep`` says so what it was, unless it is a large one.
+
+        Where scales make a block large, as a whole expert is, it comes about in pieces, so that
+        nothing else has its size.
+        """
         start = index * kernel.block_rows
         rows = min(kernel.block_rows, kernel.rows - start)
-        block, original = changed_block(kernel, start, rows, run.bench, keep=keep)
-        block, original = run.bench.given(block), run.bench.given(original)
+        count = max(1, BLOCK_ELEMENTS // max(1, kernel.width) // self._grain) * self._grain
+        if rows <= 2 * count:
+            changed, before = changed_block(kernel, start, rows, run.bench, keep=keep)
+            block, original = run.bench.given(changed), run.bench.given(before)
+        else:
+            block, original = np.empty((rows, kernel.width), _kind(kernel)), None
+            for row in range(0, rows, count):
+                some = min(count, rows - row)
+                changed, _ = changed_block(kernel, start + row, some, run.bench, keep=False)
+                block[row : row + some] = run.bench.given(changed)
         if not np.isfinite(block).all():
             raise MergeError(
                 self.step.spec.name,
@@ -112,13 +127,14 @@ class Recoding(Patch):
         run: Run,
         made: Mapping[str, tuple[int, Codes]],
         block: NDArray[Any],
-        original: NDArray[Any],
+        original: NDArray[Any] | None,
         first: int,
     ) -> tuple[float, float]:
         """Return ``⟨W' - W, Δ⟩`` and ``‖Δ‖²`` of a block that was encoded."""
         weight = self.weight
-        parts = _Encoded(weight, made, FileParts(weight.parts, run.files))
-        before, after = (array.reshape(-1, weight.width) for array in (original, block))
+        files = FileParts(weight.parts, run.files)
+        parts = _Encoded(weight, made, files)
+        after = block.reshape(-1, weight.width)
         kept = total = 0.0
         # An expert may be one block, which is too large for several copies of it.
         count = max(1, BLOCK_ELEMENTS // max(1, weight.width))
@@ -126,11 +142,19 @@ class Recoding(Patch):
             rows = slice(row, min(row + count, len(after)))
             start, stop = first + rows.start, first + rows.stop
             stored = weight.codec.decode_rows(weight, start, stop, parts, block.dtype)
-            change = (after[rows] - before[rows]).reshape(-1)
-            stored -= before[rows]
+            if original is None:
+                before = weight.codec.decode_rows(weight, start, stop, files, block.dtype)
+            else:
+                before = original.reshape(-1, weight.width)[rows]
+            change = (after[rows] - before).reshape(-1)
+            stored -= before
             kept += float(stored.reshape(-1).dot(change))
             total += float(change.dot(change))
         return kept, total
+
+
+def _kind(kernel: Kernel) -> type[np.float32 | np.float64]:
+    return np.float64 if kernel.is_double else np.float32
 
 
 @dataclass

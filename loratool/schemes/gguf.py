@@ -39,7 +39,10 @@ __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {"keys": r"^(blk\.\d+\.\w+|token_embd|output|position_embd)\.weight\.lora_[ab]$"}
 
+BASE_KEY: Final = "general.base_model"
+HUB: Final = "https://huggingface.co/"
 ALPHA_KEY: Final = "adapter.lora.alpha"
+MOST_EXPERTS: Final = 4096
 TABLE: Final = "token_embd"
 EXPERTS: Final = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps")
 
@@ -93,7 +96,9 @@ class GgufRoles(Roles):
         if down is None or up is None or not EXPERTS.fullmatch(site.module):
             return [site]
         shapes = down.spec.shape, up.spec.shape
-        if any(len(shape) != 3 for shape in shapes) or shapes[0][0] != shapes[1][0]:
+        if any(len(shape) != 3 or 0 in shape for shape in shapes):
+            return [site]
+        if shapes[0][0] != shapes[1][0] or shapes[0][0] > MOST_EXPERTS:
             return [site]
         return [one_of_stack(site, f"{site.module}.{n}", n) for n in range(shapes[0][0])]
 
@@ -101,7 +106,8 @@ class GgufRoles(Roles):
         """Return ``site`` with the rows of B as transformers has them."""
         up = site.slots.get(Slot.UP)
         held = self._held(site)
-        if up is not None and held is not None and not held.is_same:
+        is_matrix = up is not None and len(up.spec.shape) == 2
+        if up is not None and is_matrix and held is not None and not held.is_same:
             rows = held.rows(self.paths.attention).of_tensor(up.spec.shape[0], site.label)
             axes = rows.swapped
             found = up.exchanging((axes[0], axes[2], axes[1])) if axes is not None else None
@@ -265,6 +271,11 @@ class GgufSettings(Settings):
             raise AdapterError(where.parent, f"{ALPHA_KEY} is {text!r:.40}, expected a number")
         return tuple(replace(site, scaling=_scaling(site, alpha)) for site in sites)
 
+    def base_model(self, metadata: Mapping[str, str]) -> str | None:
+        """Return the model on the hub that it is for, or what that is called."""
+        url = metadata.get(f"{BASE_KEY}.0.repo_url", "")
+        return url.removeprefix(HUB) if url.startswith(HUB) else metadata.get(f"{BASE_KEY}.0.name")
+
     def metadata(self, written: Written) -> dict[str, str]:
         """Return what llama.cpp reads, what the file is for, and the heads that its rows need."""
         architecture, attention = self.paths.architecture, self.paths.attention
@@ -272,7 +283,7 @@ class GgufSettings(Settings):
         if architecture is not None:
             found["general.architecture"] = architecture.name
         found["general.name"] = written.metadata.get("general.name") or written.title
-        found |= _base_model(written.config or {}, written.metadata)
+        found |= _base_model(written)
         found["adapter.type"] = "lora"
         parts = [part for part in written.parts if part.is_plain]
         if parts:
@@ -305,16 +316,17 @@ def _scaling(site: Site, alpha: float) -> Scaling:
     return Scaling(alpha or float(rank), rank)
 
 
-def _base_model(config: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, str]:
+def _base_model(written: Written) -> dict[str, str]:
     """Return the model that an adapter was trained on, where its configuration names one."""
-    name = config.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name or "general.base_model.count" in metadata:
+    name = (written.config or {}).get("base_model_name_or_path")
+    name = name or (written.sidecar or {}).get("model")
+    if not isinstance(name, str) or not name or f"{BASE_KEY}.count" in written.metadata:
         return {}
     owner, _, leaf = name.rpartition("/")
-    found = {"general.base_model.count": "1", "general.base_model.0.name": leaf}
+    found = {f"{BASE_KEY}.count": "1", f"{BASE_KEY}.0.name": leaf}
     if owner and "/" not in owner and not owner.startswith((".", "~")):
-        found["general.base_model.0.organization"] = owner
-        found["general.base_model.0.repo_url"] = f"https://huggingface.co/{name}"
+        found[f"{BASE_KEY}.0.organization"] = owner
+        found[f"{BASE_KEY}.0.repo_url"] = HUB + name
     return found
 
 
@@ -342,7 +354,8 @@ def _architecture(told: Told) -> Architecture | None:
     for metadata in (told.metadata, told.base):
         name = metadata.get("general.architecture")
         if name is not None:
-            return architecture_named(name)
+            has_experts = metadata.get(f"{name}.expert_count", "1") != "0"
+            return architecture_named(name, has_experts=has_experts)
     return architecture_of(told.config)
 
 

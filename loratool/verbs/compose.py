@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.adapter.model import Adapter, ExtraKind
-from loratool.base.model import open_model
+from loratool.base.told import open_told
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.math.combining import Settings
@@ -114,8 +114,7 @@ def compose(
     truncation = Truncation(
         rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
     )
-    model = open_model(Path(base)) if base is not None else None
-    told = model.told if model is not None else None
+    model, told = open_told(Path(base), needs_weights=False) if base is not None else (None, None)
     opened = [
         open_adapter(
             path,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.scheme import Scheme
-from loratool.base.model import open_model
+from loratool.base.told import open_told
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
@@ -175,7 +175,9 @@ def convert(
         raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
-    opened_base = open_model(Path(base)) if base is not None else None
+    opened_base, told = (
+        open_told(Path(base), needs_weights=False) if base is not None else (None, None)
+    )
     opened = open_adapter(
         origin,
         adapter_name=adapter_name,
@@ -183,9 +185,12 @@ def convert(
         skip=skip,
         scheme=source,
         base_modules=opened_base.paths if opened_base is not None else (),
-        base=opened_base.told if opened_base is not None else None,
+        base=told,
         enabled=enable_lora,
     )
+    if base is not None and opened_base is None:
+        follows = (scheme.follows, scheme_named(opened.scheme).follows)
+        open_told(Path(base), needs_weights=follows == (None, None))
     asked = {
         "to": scheme.name,
         "for": target,
@@ -216,6 +221,7 @@ def convert(
     options = WriteOptions(
         output=place,
         base=opened_base,
+        told=told,
         dtype=OUTPUT_DTYPES[dtype] if dtype else None,
         family=family,
         naming=naming,

@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from loratool.adapter.findings import Finding, finding
+from loratool.base.model import open_model
 from loratool.base.trained_on import training_notes
 from loratool.errors import AdapterError, LoratoolError
 from loratool.loaders import loader_named
@@ -49,6 +50,11 @@ def validate(
         raise AdapterError(path, "no such file or folder")
     try:
         opened = open_adapter(path, adapter_name=adapter_name)
+        if base is not None and scheme_named(opened.scheme).follows is not None:
+            model = open_model(Path(base))
+            opened = open_adapter(
+                path, adapter_name=adapter_name, base_modules=model.paths, base=model.told
+            )
     except LoratoolError as error:
         return (finding("LT000", error.where, error.what, error.hint),)
     found: list[Finding] = []

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import Context, Scheme, Spelled, Told, Written
@@ -32,6 +32,10 @@ from loratool.write.shapes import fitted, padded, slotted
 from loratool.write.tensors import alpha_output, part_specs
 
 __all__ = ["check_place", "write"]
+
+
+ALONE: Final = ".gguf"
+"""How files are called that one scheme alone is written in."""
 
 
 def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan:
@@ -116,7 +120,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
 def _told(new: NewAdapter, options: WriteOptions) -> Told:
     """Return what is known of the model that an adapter is for."""
     told = options.base.told if options.base is not None else options.told
-    return told or Told(metadata=new.metadata)
+    return told or replace(new.told or Told(), metadata=new.metadata)
 
 
 def check_place(output: Path, scheme: str, config_name: str) -> None:
@@ -334,7 +338,21 @@ def _files(new: NewAdapter, output: Path) -> tuple[Sequence[Any], list[tuple[str
 
 
 def _container(output: Path, scheme: Scheme) -> Container:
-    return container_of(output if is_weights(output) else scheme.home.suffix)
+    """Return the format of the weights file.
+
+    Raises:
+        OutputError: The output is named like one that another scheme alone is written in.
+    """
+    if not is_weights(output):
+        return container_of(scheme.home.suffix)
+    found = container_of(output)
+    if found is container_of(ALONE) and scheme.home.suffix != ALONE:
+        raise OutputError(
+            output,
+            f"the scheme {scheme.name!r} is not written as {ALONE}",
+            hint=f"write the scheme of that, with --to {ALONE[1:]}, or another file",
+        )
+    return found
 
 
 def _weights_name(output: Path, scheme: Scheme) -> str:

@@ -74,7 +74,7 @@ def test_a_model_of_modelopt_is_merged(make_adapter, tmp_path: Path) -> None:
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
     (tmp_path / "base" / "hf_quant_config.json").write_text(json.dumps(said))
-    factors = lora("m", 24, 96)
+    factors = lora("m", 12, 96)
     out = tmp_path / "out"
     loratool.merge(tmp_path / "base", [make_adapter(factors)], out, dtype="float32")
     down, up = (t.double().numpy() for t in factors.values())

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import loratool
+from loratool.codecs import mxfp4
+from loratool.plan import recoding
 
 EXPERTS = "model.layers.0.mlp.experts"
 NAMES = ("gate_up_proj", "down_proj")
@@ -130,3 +132,36 @@ def test_an_adapter_is_merged_into_mxfp4_again(tmp_path: Path) -> None:
         wanted, kept = expected[f"{EXPERTS}.{name}"].float(), found[f"{EXPERTS}.{name}"].float()
         assert (kept - wanted).norm() < 0.12 * wanted.norm()
     assert not loratool.verify(tmp_path / "out", base=base, adapters=[adapter])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_come_about_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = model_folder(tmp_path / "base")
+    adapter, _ = adapter_folder(base, tmp_path / "adapter")
+    whole = loratool.merge(base, [adapter], tmp_path / "whole", quantized="keep")
+    monkeypatch.setattr(recoding, "BLOCK_ELEMENTS", 640)
+    monkeypatch.setattr(mxfp4, "STEP", 640)
+    pieces = loratool.merge(base, [adapter], tmp_path / "pieces", quantized="keep")
+    assert pieces.retention == pytest.approx(whole.retention, rel=1e-4)
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces")
+    )
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_extracted_from_packed_experts(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    adapter, _ = adapter_folder(base, tmp_path / "adapter")
+    loratool.merge(base, [adapter], tmp_path / "tuned", dtype="float32")
+    loratool.extract(base, tmp_path / "tuned", tmp_path / "found", rank=4, dtype="float32")
+    loratool.merge(base, [tmp_path / "found"], tmp_path / "again", dtype="float32")
+    first, second = (load_file(tmp_path / p / "model.safetensors") for p in ("tuned", "again"))
+    plain = load_file(base / "model.safetensors")
+    for name, tensor in first.items():
+        change = (second[name] - tensor).norm()
+        original = plain.get(name)
+        if original is None:
+            blocks, scales = (plain[f"{name}_{part}"] for part in ("blocks", "scales"))
+            original = convert_moe_packed_tensors(blocks, scales)
+        assert change <= 1e-4 * (tensor - original.float()).norm() + 1e-6

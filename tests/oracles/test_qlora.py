@@ -112,7 +112,7 @@ def test_what_stays_in_16_bits_keeps_its_bytes_and_the_rest_becomes_bfloat16(
     assert found["parameters"] == sum(t.numel() for t in plain.values())
     assert found["quantization"] == {
         "method": "bitsandbytes",
-        "format": "bitsandbytes-4bit",
+        "format": "nf4",
         "modules": 14,
     }
 

@@ -153,7 +153,8 @@ def modules(architecture: str) -> tuple[dict[str, tuple[int, int]], list[str]]:
         if leaf in EMBEDDINGS:
             tables.append(module)
             continue
-        for layer in range(LAYERS if "*" in module else 1):
+        has_one = architecture == "granitehybrid" and "self_attn" in module
+        for layer in range(LAYERS if "*" in module and not has_one else 1):
             for expert in range(EXPERTS if "#" in module else 1):
                 path = module.replace("*", str(layer)).replace("#", str(expert))
                 found[path] = shape(architecture, module)

@@ -279,7 +279,7 @@ def test_schemes_meet_and_are_chosen(make_adapter: Make, tmp_path: Path) -> None
     loratool.compose([peft], tmp_path / "path", to="module-path")
     assert set(load_tensors(tmp_path / "path")) == {f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"}
     with pytest.raises(UnsupportedError, match="is not written"):
-        loratool.compose([peft], tmp_path / "no", to="gguf")
+        loratool.compose([peft], tmp_path / "no", to="nonsense")
     with pytest.raises(OutputError, match="single file"):
         loratool.compose([peft], tmp_path / "no.safetensors")
     embedding = make_adapter(

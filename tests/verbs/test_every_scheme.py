@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from loratool.schemes import builtin_schemes, scheme_named
 pytestmark = pytest.mark.slow
 
 SCHEMES = [scheme.name for scheme in builtin_schemes()]
+LLAMA = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4}
 PLAIN = [s.name for s in builtin_schemes() if not s.paths.has_components]
 """Schemes of one model; the others are of a pipeline."""
 
@@ -49,7 +51,7 @@ def place(tmp_path: Path, name: str, scheme: str) -> Path:
 def weights_of(path: Path) -> Path:
     if path.is_file():
         return path
-    return next(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+    return next(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
 
 
 def adapter_in(tmp_path: Path, scheme: str, name: str = "a", rank: int = 8) -> Path:
@@ -59,8 +61,18 @@ def adapter_in(tmp_path: Path, scheme: str, name: str = "a", rank: int = 8) -> P
         factors |= lora(module, out, into, rank)
     save_file(factors, source)
     path = place(tmp_path, name, scheme)
-    loratool.convert(source, scheme, path)
+    loratool.convert(source, scheme, path, base=told(tmp_path, scheme))
     return path
+
+
+def told(tmp_path: Path, scheme: str) -> Path | None:
+    """Return a folder with the configuration of a base, for a scheme that depends on one."""
+    if scheme_named(scheme).follows is None:
+        return None
+    folder = tmp_path / "told"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
 
 
 # The budget is counted for PEFT's file ----------------------------------------------------------
@@ -78,7 +90,8 @@ def test_the_budget_is_that_of_the_file(verb: str, scheme: str, tmp_path: Path) 
             if verb == "truncate":
                 loratool.truncate(adapter, out, max_size=budget)
             else:
-                loratool.compose([source], out, max_size=budget, to=scheme)
+                base = told(tmp_path, scheme)
+                loratool.compose([source], out, max_size=budget, to=scheme, base=base)
         except UnsupportedError:
             assert scheme == "cloneofsimo"  # which has a place for all modules, or for none
             continue
@@ -93,7 +106,7 @@ def models(
 ) -> tuple[Path, Path]:
     before = {f"{module}.weight": torch.randn(*shape) for module, shape in shapes.items()}
     after = {name: weight + torch.randn(weight.shape) for name, weight in before.items()}
-    return make_base(before, name="base"), make_base(after, name="tuned")
+    return make_base(before, LLAMA, name="base"), make_base(after, LLAMA, name="tuned")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -84,38 +84,37 @@ def test_rows_in_halves_go_where_the_files_have_them_in_pairs(
     assert_close(after[WHOLE].double(), expected)
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3", "bias"])
-def test_what_is_no_delta_alone_is_refused_where_rows_are_mixed(
+@pytest.mark.parametrize("kind", ["ia3", "bias"])
+def test_what_is_no_delta_by_outputs_is_refused_where_rows_are_mixed(
     kind: str, make_base: Make, make_adapter: Make
 ) -> None:
     module = f"{LIVE}.k_proj"
     factors: dict[str, Any] = {f"{module}.ia3_l": torch.rand(8, 1)}
     settings: dict[str, Any] = {"peft_type": "IA3", "feedforward_modules": []}
-    if kind == "dora":
-        factors = lora(module, 8, 8) | {f"{module}.lora_magnitude_vector": torch.rand(8)}
-        settings = {"use_dora": True}
-    elif kind == "bias":
+    if kind == "bias":
         factors = lora(module, 8, 8) | {f"{module}.lora_B.bias": torch.rand(8)}
         settings = {"lora_bias": True}
     adapter = make_adapter(factors, target_modules=["k_proj"], **settings)
     base = make_base({WHOLE: torch.randn(24, 8)}, config=KIMI)
-    with pytest.raises(UnsupportedError, match="in another order"):
+    with pytest.raises(UnsupportedError, match="in another order") as refused:
         loratool.merge(base, [adapter], output=base.parent / "out")
+    assert "--to-lora --base BASE --rank R" in str(refused.value.hint)
     assert not (base.parent / "out").exists()
 
 
-def test_the_way_out_of_that_is_one(make_base: Make, make_adapter: Make) -> None:
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_magnitudes_lie_as_rows_do(is_plain: bool, make_base: Make, make_adapter: Make) -> None:
+    """A DoRA is merged as it is, or made a plain one first."""
     module = f"{LIVE}.k_proj"
     factors = lora(module, 8, 8) | {f"{module}.lora_magnitude_vector": torch.rand(8) + 1}
     adapter = make_adapter(factors, target_modules=["k_proj"], use_dora=True)
     whole = torch.randn(24, 8)
     base = make_base({WHOLE: whole}, config=KIMI)
-    with pytest.raises(UnsupportedError) as refused:
-        loratool.merge(base, [adapter], output=base.parent / "out")
-    assert "--to-lora --base BASE --rank R" in str(refused.value.hint)
-    plain = base.parent / "plain"
-    loratool.convert(adapter, "peft", plain, base=base, to_lora=True, rank=8)
-    after = merged(base, plain)[WHOLE].double()
+    if is_plain:
+        plain = base.parent / "plain"
+        loratool.convert(adapter, "peft", plain, base=base, to_lora=True, rank=8)
+        adapter = plain
+    after = merged(base, adapter)[WHOLE].double()
     keys = whole[8:16].double().reshape(HEADS, 2, 2, 8).transpose(1, 2).reshape(8, 8)
     grown = keys + delta(factors, module)
     magnitude = factors[f"{module}.lora_magnitude_vector"].double()

@@ -31,6 +31,15 @@ ALL = [
 ]
 ONE_OF_EACH = list({sample.codec: sample for sample in reversed(ALL)}.values())
 
+FORMATS = {
+    "bitsandbytes_4bit": "nf4",
+    "bitsandbytes_8bit": "int8",
+    "mlx": "affine-1bit",
+    "hqq": "hqq-8bit",
+    "quanto": "qint8",
+    "torchao": "Float8Tensor",
+}
+
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors of any dtype, by their bytes."""
@@ -110,6 +119,7 @@ def test_verbs_see_logical_weights(sample: Sample, make_adapter: Make, tmp_path:
     )
     assert found["parameters"] == 2 * (out * into + biases) + 8
     assert found["quantization"]["modules"] == 2
+    assert found["quantization"]["format"] == FORMATS[sample.codec]
     good = make_adapter(lora(MODULE, out, into))
     assert not [f for f in loratool.validate(good, base=base) if f.code.startswith("LT02")]
     bad = make_adapter(lora(MODULE, out + 1, into), "bad")

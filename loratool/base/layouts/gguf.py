@@ -8,14 +8,14 @@ are; all experts of a layer are one tensor for each projection.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
 from loratool.base.config import ARCHITECTURE, ModelConfig
 from loratool.base.key_values import HEAD, TABLE
-from loratool.base.layout import Headers, Layout, Stretch
+from loratool.base.layout import Fused, Headers, Layout, Stretch
 from loratool.base.live import ExpertPart, LiveModel, Stack
 from loratool.base.ties import Sharing
 from loratool.codecs.weights import Weight
@@ -32,6 +32,11 @@ __all__ = ["LAYOUT"]
 
 WHOLE: Final = frozenset(("", "queries", "keys", "keys by group"))
 """The forms of tensors that are all of one module."""
+PARTS: Final = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Projections that some models have in one, and their adapters apart, or the reverse."""
 SHIFTED: Final = re.compile(r"gemma[23]?|nemotron|qwen3next|qwen35(moe)?")
 """Where norms are stored with 1 added, so that they are no module's of transformers."""
 MOST: Final = 4096
@@ -61,10 +66,11 @@ class _Live(LiveModel):
         """Return the tensor that a parameter of transformers is, with its rows in their order."""
         module, _, leaf = name.rpartition(".")
         held = _held(self._architecture, module)
-        if len(held) != 1 or not held[0].is_same or held[0].is_stack:
+        if not all(one.is_same and not one.is_stack for one in held):
             return None
-        found = f"{held[0].tensor}.{leaf}"
-        return found if found in self.tensors and _is_plain(self._architecture, found) else None
+        names = (f"{one.tensor}.{leaf}" for one in held)  # which of several, the model tells
+        found = next((name for name in names if name in self.tensors), None)
+        return found if found and _is_plain(self._architecture, found) else None
 
     def stack(self, parameter: str) -> Stack | None:
         """Return what the files have of the experts' parameter ``parameter``.
@@ -127,6 +133,23 @@ class Gguf(Layout):
             return ()
         return () if HEAD in names else (Sharing((TABLE, HEAD), TABLE, HEAD),)
 
+    def fused(self, module: str, config: ModelConfig) -> Fused | None:
+        parent, _, leaf = module.rpartition(".")
+        whole = next((one for one, parts in PARTS.items() if leaf in (one, *parts)), None)
+        if whole is None:
+            return None
+        parts = tuple(f"{parent}.{part}" for part in PARTS[whole])
+        fused = Fused(f"{parent}.{whole}", parts)
+        if whole == "qkv_proj":
+            fused = Fused(fused.whole, parts, config.projection_rows or (0,))
+        has = {one: bool(_held(_known(config), one)) for one in (fused.whole, *parts)}
+        is_cut = all(has[part] for part in parts) and not has[fused.whole]
+        is_fused = has[fused.whole] and not any(has[part] for part in parts)
+        return fused if is_cut or is_fused else None
+
+    def can_add(self, name: str, config: ModelConfig) -> bool:
+        return name == HEAD and bool(_known(config).modules("output"))
+
     def exchanged(self, path: str, rows: int, config: ModelConfig) -> tuple[int, int, int] | None:
         held = _held(_known(config), path)
         if len(held) != 1 or held[0].is_same or held[0].form not in WHOLE:
@@ -138,18 +161,20 @@ class Gguf(Layout):
         self, path: str, rows: Callable[[str], int | None], config: ModelConfig
     ) -> tuple[Stretch, ...]:
         held = _held(_known(config), path)
-        if not held or any(one.is_stack for one in held):
-            return ()
-        if len(held) == 1 and held[0].form in WHOLE:
-            return ()
-        counts = [rows(f"{one.tensor}{WEIGHT}") for one in held]
-        if None in counts:
+        if any(one.is_stack or one.form in WHOLE for one in held):
             return ()
         attention = _attention(config)
         found: list[Stretch] = []
-        for one, count in zip(held, counts, strict=True):
-            found += _cut(one, attention, count or 0)
-        return tuple(sorted(found, key=lambda each: each.first))
+        seen, total, wanted = set(), 0, 0
+        for one in held:
+            count = rows(f"{one.tensor}{WEIGHT}")
+            if count is None or one.form in seen:
+                continue  # a model has one of several tensors for the same rows
+            seen.add(one.form)
+            total += count
+            wanted = one.rows(attention).of_tensor(count, one.tensor).module_rows
+            found += _cut(one, attention, count)
+        return tuple(sorted(found, key=lambda each: each.first)) if total == wanted else ()
 
 
 def _cut(held: Held, attention: Attention | None, count: int) -> Iterator[Stretch]:
@@ -160,15 +185,43 @@ def _cut(held: Held, attention: Attention | None, count: int) -> Iterator[Stretc
     """
     rows = held.rows(attention).of_tensor(count, held.tensor)
     order = [int(row) for row in rows.indices()]
-    starts = [0, *(n for n in range(1, count) if order[n] != order[n - 1] + 1), count]
-    if len(starts) > min(MOST, max(4, count // 4)):
+    half = order[1] - order[0] if count > 1 else 1
+    found = list(_in_pairs(order, half) if half > 1 else _in_order(order))
+    if len(found) > min(MOST, max(4, count // 4)):
         raise UnsupportedError(
             held.module,
             f"is in {held.tensor!r} with its rows in another order, one by one",
             hint="merge the adapter into the model of transformers instead",
         )
-    for start, stop in pairwise(starts):
-        yield Stretch(f"{held.tensor}{WEIGHT}", start, order[start], stop - start)
+    for start, stop in found:
+        axes = ((stop - start) // half // 2, 2, half) if half > 1 else None
+        yield Stretch(f"{held.tensor}{WEIGHT}", start, order[start], stop - start, axes)
+
+
+def _in_order(order: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where rows begin and end that are one after the other."""
+    count = len(order)
+    starts = [0, *(n for n in range(1, count) if order[n] != order[n - 1] + 1), count]
+    yield from pairwise(starts)
+
+
+def _in_pairs(order: Sequence[int], half: int) -> Iterator[tuple[int, int]]:
+    """Yield the same of rows that are in pairs, those of the two halves of a head in turn.
+
+    Rows in no such order are told one by one.
+    """
+    size = 2 * half
+    pattern = [part * half + n for n in range(half) for part in (0, 1)]
+    blocks = [order[n : n + size] for n in range(0, len(order), size)]
+    if any([row - block[0] for row in block] != pattern for block in blocks):
+        yield from ((n, n + 1) for n in range(len(order)))
+        return
+    firsts = [block[0] for block in blocks]
+    begin = 0
+    for n in range(1, len(firsts) + 1):
+        if n == len(firsts) or firsts[n] != firsts[n - 1] + size:
+            yield begin * size, n * size
+            begin = n
 
 
 def _architecture(config: ModelConfig) -> Architecture | None:
@@ -199,7 +252,8 @@ def _own(architecture: Architecture, module: str) -> Held | None:
     found = architecture.modules(module)
     if not found or found[0].form not in WHOLE or any("experts." in one.module for one in found):
         return None
-    return found[0] if len(architecture.held(found[0].module)) == 1 else None
+    all_of_it = all(one.form in WHOLE for one in architecture.held(found[0].module))
+    return found[0] if all_of_it else None
 
 
 def _is_plain(architecture: Architecture, name: str) -> bool:

@@ -43,14 +43,18 @@ __all__ = [
 ]
 
 PREFIXES: Final = re.compile(
-    r"^(?:model\.language_model\.|language_model\.model\.|model\.text_model\.|text_model\.model\.)"
+    r"^(?:model\.language_model\.|language_model\.model\.|model\.text_model\.|text_model\.model\."
+    r"|(?:transformer|diffusion_model)\.model\.(?=layers\.|embed_tokens$|norm$))"
 )
-"""Where the language model hangs in one of several modalities."""
+"""Where the language model hangs in one of several modalities, or behind a pipeline's component."""
 HEAD: Final = re.compile(r"^(?:language_model|text_model)\.(?=lm_head$)")
 BARE: Final = re.compile(
     r"^(?:layers\.|embed_tokens$|norm$|h\.|wte$|ln_f$|language_model\.layers\.)"
 )
 """How paths begin in a model without its head."""
+SHARED: Final = "_shexp"
+"""How tensors of experts that are always used end."""
+EXPERT_COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LAYER: Final = re.compile(r"(?:^blk|\.(?:layers|h|blocks))\.(\d+)\.")
 
 
@@ -103,7 +107,7 @@ class Held:
                 self.tensor,
                 f"has the rows of {self.module} in another order, which the attention heads "
                 "of its base decide",
-                hint="give --base: the folder with its config.json, or its .gguf file",
+                hint="give --base BASE: the folder with its config.json, or its .gguf file",
             )
         return FORMS[self.form](heads)
 
@@ -142,9 +146,12 @@ class Architecture:
 
     Attributes:
         name: What ``general.architecture`` calls it.
+        has_experts: Whether the model is a mixture of experts, where that decides what some of
+            its modules are called.
     """
 
     name: str
+    has_experts: bool = True
 
     @property
     def lines(self) -> tuple[Line, ...]:
@@ -185,9 +192,13 @@ class Architecture:
                     module, f"{why} ({self.name})", hint="merge the adapter into its base instead"
                 )
         template, layer, expert = _templated(module)
+        lines = self._by_module.get(template, ())
+        if any(tensor.endswith(SHARED) for _, tensor, _ in lines):
+            own = [line for line in lines if line[1].endswith(SHARED) == self.has_experts]
+            lines = tuple(own) or lines
         return tuple(
             self._held(module, tensor.replace("*", layer), form, expert)
-            for _, tensor, form in self._by_module.get(template, ())
+            for _, tensor, form in lines
         )
 
     def modules(self, tensor: str) -> tuple[Held, ...]:
@@ -243,9 +254,9 @@ def plain_path(module: str) -> str:
 
 
 @cache
-def architecture_named(name: str) -> Architecture | None:
+def architecture_named(name: str, *, has_experts: bool = True) -> Architecture | None:
     """Return the architecture that ``general.architecture`` calls ``name``, if it is known."""
-    return Architecture(name) if name in ARCHITECTURES else None
+    return Architecture(name, has_experts) if name in ARCHITECTURES else None
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
@@ -256,12 +267,17 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
         names = part.get("architectures")
         for name in names if isinstance(names, list) else ():
             if name in CLASSES:
-                return architecture_named(_attention_only(CLASSES[name], part))
+                return _told(CLASSES[name], part)
     for part in (config, *parts):
         kind = part.get("model_type")
         if kind in MODEL_TYPES:
-            return architecture_named(_attention_only(MODEL_TYPES[kind], part))
+            return _told(MODEL_TYPES[kind], part)
     return None
+
+
+def _told(name: str, config: Mapping[str, Any]) -> Architecture | None:
+    has_experts = any(config.get(key) for key in EXPERT_COUNTS)
+    return architecture_named(_attention_only(name, config), has_experts=has_experts)
 
 
 def _attention_only(name: str, config: Mapping[str, Any]) -> str:

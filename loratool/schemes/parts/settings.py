@@ -10,6 +10,7 @@ from typing import Any
 from loratool.adapter.findings import Finding
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.scheme import Written
+from loratool.files.json import read_json_object
 
 __all__ = ["Settings"]
 
@@ -29,6 +30,10 @@ class Settings:
         """Claim no configuration."""
         return False
 
+    def load(self, path: Path) -> dict[str, Any]:
+        """Read the file as JSON."""
+        return read_json_object(path)
+
     def read(
         self,
         sites: tuple[Site, ...],
@@ -38,6 +43,10 @@ class Settings:
     ) -> tuple[Site, ...]:
         """Return ``sites``: all is in the tensors."""
         return sites
+
+    def base_model(self, metadata: Mapping[str, str]) -> str | None:
+        """Return nothing."""
+        return None
 
     def config(self, written: Written) -> dict[str, Any] | None:
         """Return ``None``."""

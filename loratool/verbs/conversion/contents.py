@@ -107,6 +107,7 @@ def converted(
         is_native=adapter.is_native,
         name=adapter.name,
         stem=adapter.weights.stem,
+        told=adapter.told,
         metadata=kept_metadata(adapter, scheme.name),
         history=history,
         sidecars=tuple(sidecars),

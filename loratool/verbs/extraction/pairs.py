@@ -223,6 +223,12 @@ def pair(base: Model, tuned: Model, selection: Selection) -> Pairing:
         if is_alias(stored) or name in second:
             used.add(name)
             continue
+        unlike = tuned.layout.unlike(tuned.path_of(name), tuned.config)
+        if unlike is not None:
+            used.add(name)
+            other = base.tensors.get(name)
+            found.leftovers.append(Leftover(name, unlike, other, stored, can_be_carried=False))
+            continue
         matches = _matches(name, stored, tuned, base)
         if isinstance(matches, str):
             called = tuned.name_in_libraries(name)
@@ -274,8 +280,6 @@ def _matches(name: str, stored: Weight, tuned: Model, base: Model) -> list[Match
     """
     path, leaf = tuned.path_of(name), name.rpartition(".")[2]
     is_weight = tuned.modules.get(path) == name
-    if (why := tuned.layout.unlike(path, tuned.config)) is not None:
-        return why
     parts = _apart(path, leaf, tuned)
     if parts is not None:
         return _in_parts(parts, tuned, base, is_bias=not is_weight)

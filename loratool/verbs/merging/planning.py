@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +11,7 @@ from typing import Any, Final
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import check_adapter
 from loratool.base.config_edits import ConfigChanges
+from loratool.base.fitting import as_spelled
 from loratool.base.model import Model, open_model
 from loratool.base.placing import with_places
 from loratool.base.refusals import check_base
@@ -89,9 +90,17 @@ def plan_merge(
         raise MergeError("merge", "no adapter was given")
     model = open_model(Path(base))
     opened = [
-        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=model.told)
+        open_adapter(
+            path,
+            adapter_name=adapter_name,
+            alpha=alpha,
+            skip=skip,
+            base_modules=model.paths,
+            base=model.told,
+        )
         for path in adapters
     ]
+    opened = [as_spelled(adapter, model) for adapter in opened]
     if model.factors and _is_one_file(model, opened):
         model = model.as_unwrapped()
     notes = [*model.notes, *check_base(model)]
@@ -112,7 +121,7 @@ def plan_merge(
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
         if unknown := unknown_scale(adapter):
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
-        recorded = adapter.config.base_model if adapter.config else None
+        recorded = adapter.base_model
         notes += [f"{adapter.path}: {note}" for note in training_notes(recorded, model)]
     notes += _expert_notes(opened, model)
     shares = [Share.of(*pair) for pair in zip(opened, strengths, strict=True)]
@@ -134,7 +143,7 @@ def plan_merge(
     notes += _decoding_notes(model, decoded, quantized)
     changes = _config_changes(view, steps, opened, dtype, decoded, untied=untied, layers=layers)
     if view.config.is_inside:
-        _check_inside(changes, view)
+        _check_inside(changes, steps.values(), view)
         changes = ConfigChanges()
     if not is_folder and (changes.untie or changes.vocabulary):
         raise UnsupportedError(
@@ -164,12 +173,23 @@ def plan_merge(
     )
 
 
-def _check_inside(changes: ConfigChanges, base: Model) -> None:
+def _check_inside(changes: ConfigChanges, steps: Iterable[Step], base: Model) -> None:
     """Refuse a merge that changes what the weights' own file says of the model.
 
     Raises:
-        UnsupportedError: It does: the vocabulary, the layers, or what kind of model it is.
+        UnsupportedError: It does: the vocabulary, the layers, or what kind of model it is. Or it
+            has a tensor that no loader expects.
     """
+    added = (step.spec.name for step in steps if step.added)
+    name = next((name for name in added if not base.layout.can_add(name, base.config)), None)
+    if name is not None:
+        untied = base.hidden.get(name)
+        raise UnsupportedError(
+            base.path,
+            f"the merge adds {name!r}, which loaders of {base.config.called} do not look for"
+            + (f": {untied!r} is both for them" if untied else ""),
+            hint="leave it out with --skip, or merge into the model of transformers",
+        )
     what = {
         "the vocabulary": changes.vocabulary,
         "the number of layers": changes.layers,

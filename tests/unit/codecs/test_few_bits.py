@@ -113,6 +113,8 @@ def test_mlx_refuses_what_does_not_fit(
 def test_mlx_refuses_modes_by_name(tmp_path: Path) -> None:
     said = Description({"mode": "ternary", "bits": 2, "group_size": 64})
     refused(MLX, tmp_path, "mode 'ternary'", UnsupportedError, said)
+    listed = Description({"mode": ["affine"]})
+    refused(MLX, tmp_path, r"mode \['affine'\]", UnsupportedError, listed)
     sample = mlx.sample((5, 96), 4, 32, mode="mxfp4")
     refused(sample, tmp_path, "nvfp4", said=Description({"mode": "nvfp4"}))
     refused(sample, tmp_path, "'affine' by config", said=Description({"mode": "affine"}))

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from coded import MODULE, Sample, Tensor, tensor
+from coded.compressed_int import samples as int_samples
+from coded.compressed_pack import samples as pack_samples
 from coded.mxfp4 import E2M1, PARAMETER
 from coded.mxfp4 import samples as mxfp4_samples
 from coded.nvfp4 import samples as nvfp4_samples
@@ -187,3 +189,19 @@ def test_an_expert_is_written_as_a_whole(tmp_path: Path) -> None:
     assert encoder.step == 64
     with pytest.raises(ValueError, match="no experts of 64"):
         encoder.encode(0, 32, np.zeros((32, coded.width)))
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        *(NVFP4S["compressed"], MXFP4S["pack"]),
+        *(next(samples()) for samples in (pack_samples, int_samples)),
+    ],
+    ids=str,
+)
+def test_weights_that_were_rotated_are_refused(sample: Sample, tmp_path: Path) -> None:
+    told = {**sample.said.quantization, "transform_config": {"config_groups": {"R1": {}}}}
+    rotated = replace(sample, said=replace(sample.said, quantization=told))
+    refused(rotated, tmp_path, UnsupportedError, "rotated")
+    none = {**sample.said.quantization, "transform_config": {"config_groups": {}}}
+    assert replace(sample, said=replace(sample.said, quantization=none)).coded(tmp_path)

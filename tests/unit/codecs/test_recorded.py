@@ -19,7 +19,16 @@ from loratool.files.inputs import InputFiles
 
 FOLDER = FIXTURES / "quantised"
 NAME = "model.layers.0.mlp.up_proj"
-FILES = ("comfy-fp4", "comfy-fp8", "hqq-axis-0", "hqq-axis-1", "mlx", "quanto", "torchao")
+FILES = (
+    "comfy-fp4",
+    "comfy-fp8",
+    "hqq-axis-0",
+    "hqq-axis-1",
+    "mlx",
+    "modelopt_fp8",
+    "quanto",
+    "torchao",
+)
 ROUNDED = {"bf16": 2.0**-7, "f16": 2.0**-10, "f32": 2.0**-22}
 """What a library that multiplies, and adds, in a float of these is off by, of the largest."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import save_file
 
 from loratool.errors import BaseModelError, FileFormatError, LoratoolError
 from loratool.files.checkpoint import open_checkpoint
+from loratool.files.containers import container_of
+from loratool.files.spec import TensorSpec
 
 
 def sharded(folder: Path, **index: Any) -> Path:
@@ -90,3 +93,42 @@ def test_a_name_in_two_shards_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(BaseModelError, match="both in"):
         open_checkpoint(folder)
+
+
+def gguf_file(path: Path, names: Sequence[str] = ("w",)) -> Path:
+    """Write a GGUF file with a float of each name in it."""
+    container = container_of(".gguf")
+    specs = [TensorSpec(name, "F32", (1,)) for name in names]
+    layout = container.lay_out(specs, {}, path.name)
+    with path.open("w+b") as file:
+        file.truncate(layout.size)
+        layout.seal(file.fileno(), {}, path=path)
+    return path
+
+
+def test_any_part_of_a_gguf_file_stands_for_all(tmp_path: Path) -> None:
+    paths = [
+        gguf_file(tmp_path / f"x-{number:05}-of-00003.gguf", [f"w{number}"]) for number in (1, 2, 3)
+    ]
+    gguf_file(tmp_path / "mmproj-x.gguf")
+    for path in (tmp_path, *paths):
+        found = open_checkpoint(path)
+        assert found.path == path and found.notes == ()
+        assert [shard.path for shard in found.shards] == paths
+        assert list(found.tensors) == ["w1", "w2", "w3"]
+    gguf_file(tmp_path / "y-00001-of-00002.gguf")
+    assert len(open_checkpoint(paths[0]).shards) == 3
+    paths[1].unlink()
+    for path in (paths[0], paths[2]):
+        with pytest.raises(BaseModelError, match="2 shards of 00003"):
+            open_checkpoint(path)
+
+
+def test_gguf_files_are_a_folders_model_where_nothing_else_is(tmp_path: Path) -> None:
+    one = gguf_file(tmp_path / "a.gguf")
+    assert [shard.path for shard in open_checkpoint(tmp_path).shards] == [one]
+    gguf_file(tmp_path / "a-00001-of-00001.gguf")
+    with pytest.raises(BaseModelError, match=r"several weights files and no index: a-00001"):
+        open_checkpoint(tmp_path)
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert [s.path.name for s in open_checkpoint(tmp_path).shards] == ["model.safetensors"]
