@@ -16,6 +16,7 @@ import numpy as np
 from loratool.math.namespace import Array, array_namespace
 
 __all__ = [
+    "bank_numbers",
     "bank_pieces",
     "block_factors",
     "flat",
@@ -378,6 +379,12 @@ def whole_shares(shares: Array) -> Array:
     """Return shares with the last one, which was left out: all add up to one."""
     xp = array_namespace(shares)
     return xp.concat([shares, 1 - xp.sum(shares, axis=-1, keepdims=True)], axis=-1)
+
+
+def bank_numbers(bank: Array, chosen: Array) -> Array:
+    """Return numbers of a vector in the shape of what tells their places."""
+    xp = array_namespace(bank, chosen)
+    return xp.take(bank, xp.astype(chosen, xp.int64).reshape(-1)).reshape(chosen.shape)
 
 
 def bank_pieces(bank: Array, chosen: Array, shares: Array) -> Array:

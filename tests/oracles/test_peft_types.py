@@ -204,6 +204,13 @@ case(
 )
 case("beft", "BeftConfig", {}, lora=NEVER, targets=("tall", "square"))
 
+case("supertuning", "SupertuningConfig", {"sparsity": 0.9}, lora=NEAR)
+hybrid = {"sparsity": 0.8, "r": 3, "lora_alpha": 5}
+case("supertuning-lora", "SupertuningConfig", hybrid, lora=NEAR)
+for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
+    one = {"r": 3, "theta_d_length": 40, "save_indices": True}
+    case(f"unilora{at}", "UniLoraConfig", one, **more)
+
 
 class Diagonal:
     """What PEFT's extension for BOFT does, which only a GPU has."""
