@@ -9,7 +9,8 @@ the file that the tensors came from. Results have the dtype of the inputs.
 from __future__ import annotations
 
 import math
-from typing import TypeAlias, TypeGuard, cast
+from collections.abc import Callable
+from typing import Final, TypeAlias, TypeGuard, cast
 
 import numpy as np
 
@@ -31,6 +32,7 @@ __all__ = [
     "leading_shares",
     "repeated_block",
     "shortest",
+    "summed",
     "unit_ranks",
     "vera_factors",
     "whole_shares",
@@ -38,6 +40,9 @@ __all__ = [
 
 Factors: TypeAlias = tuple[Array, Array]
 Shape: TypeAlias = tuple[int, ...]
+
+CHUNK: Final = 1024
+"""Terms that are added at once."""
 
 
 def fold_mid(up: Array, down: Array, mid: Array) -> Factors:
@@ -284,6 +289,24 @@ def _is_pair(half: Shape | tuple[Shape, Shape]) -> TypeGuard[tuple[Shape, Shape]
 def shortest(up: Array, down: Array) -> Factors:
     """Return factors of no more columns than the smaller side of their product has."""
     return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else _split(up @ down)
+
+
+def summed(made: Callable[[slice], Factors], count: int, smallest: int, each: int) -> Factors:
+    """Return the factors of a sum of many terms, or their sum itself where that is smaller.
+
+    Args:
+        made: Returns the factors of some of the terms.
+        count: How many terms there are.
+        smallest: The smaller side of the matrix.
+        each: Ranks of a term.
+    """
+    if count * each <= smallest:
+        return made(slice(None))
+    whole: Array = 0.0
+    for start in range(0, count, CHUNK):
+        up, down = made(slice(start, start + CHUNK))
+        whole = whole + up @ down
+    return _split(whole)
 
 
 def repeated_block(block: Array, out: int, into: int) -> Factors:
