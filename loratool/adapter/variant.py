@@ -131,6 +131,11 @@ class Variant:
         kernel_slots: Roles whose further dimensions are those of a convolution's kernel.
         embedding_slots: Roles that only an embedding has.
         fields: Further fields of PEFT's configuration that it knows.
+        shapes: Its tensors and what they have to look like (:mod:`loratool.adapter.expected`);
+            those that it shares with other modules by their names in the settings.
+        spare: Those of them that it may lack.
+        whole_numbers: Those of them that are places, which need not be floats.
+        resizes: Whether what takes the place of a parameter may have another shape.
     """
 
     name: ClassVar[str]
@@ -164,6 +169,10 @@ class Variant:
     kernel_slots: ClassVar[frozenset[Slot]] = frozenset((Slot.DOWN,))
     embedding_slots: ClassVar[frozenset[Slot]] = frozenset()
     fields: ClassVar[frozenset[str]] = frozenset()
+    shapes: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    spare: ClassVar[frozenset[str]] = frozenset()
+    whole_numbers: ClassVar[frozenset[str]] = frozenset()
+    resizes: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         return f"<variant {self.name}>"
@@ -198,6 +207,10 @@ class Variant:
             AdapterError: The configuration says something impossible.
         """
         return {}
+
+    def expected(self, slots: Slots) -> Mapping[str, str]:
+        """Return the part of :attr:`shapes` that a module with these tensors has to have."""
+        return self.shapes
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """Return the shapes of the delta; a KeyError, IndexError or ValueError is no geometry."""
