@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from samples import lora
 
 import loratool
+from loratool.cli.main import _run as run_command_line
 from loratool.errors import MergeError, OptionError, UnsupportedError
 from loratool.verbs.merging import planning
 
@@ -290,6 +291,22 @@ def test_inspect_counts_what_the_codes_stand_for(kind: str, make_base: Make) -> 
         "format": FORMATS[kind],
         "modules": 2,
     }
+
+
+def test_inspect_says_what_is_not_read(make_base: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = {f"{MODULES[0]}.B": torch.zeros(8, 16, dtype=torch.int32)}
+    tensors = codes | {f"{MODULES[0]}.s": torch.zeros(1, 64).half(), NORM: torch.ones(INTO)}
+    config = {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}}
+    base = make_base(tensors, config)
+    found = loratool.inspect(base)
+    assert found.as_json()["quantization"] == {
+        "method": "gptq",
+        "format": "not read",
+        "modules": 0,
+    }
+    assert any("arlin" in note for note in found.notes)
+    assert run_command_line(["inspect", str(base)], debug=False) == 0
+    assert "not read" in capsys.readouterr().out
 
 
 def test_a_plain_model_has_no_quantization(make_base: Make) -> None:
