@@ -19,6 +19,8 @@ __all__ = ["CONFIG_NAME", "KNOWN_FIELDS", "LoraConfig", "parse_config", "read_co
 CONFIG_NAME: Final = "adapter_config.json"
 OWN_ALPHA: Final = ("LOHA", "LOKR")
 """PEFT types whose alpha is called just that."""
+UNRANKED: Final = ("OFT",)
+"""PEFT types whose rank may be 0: then the size of blocks is told instead."""
 DEFAULT_RANK: Final = 8
 DEFAULT_ALPHA: Final = 8.0
 LARGEST_RANK: Final = 1 << 20
@@ -125,7 +127,7 @@ def _text(value: Any) -> str | None:
 
 def _rank(raw: Mapping[str, Any], name: str, default: int, where: object) -> int:
     rank = raw.get(name)
-    if rank is None:
+    if rank is None or (rank == 0 and type(rank) is int and raw.get("peft_type") in UNRANKED):
         return default
     if not _is_rank(rank):
         raise AdapterError(where, f"{name} is {rank!r:.40}, expected a positive whole number")

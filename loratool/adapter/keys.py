@@ -22,7 +22,7 @@ __all__ = [
 
 FIELDS: Final = {"module": r"(?P<module>.+)", "adapter": r"(?P<adapter>(?!weight$|bias$).+)"}
 MOST_KNOWN: Final = 1 << 17
-LONGEST_SUFFIX: Final = 3
+LONGEST_SUFFIX: Final = 4
 """How many dots the part of a key behind its module has at most."""
 
 

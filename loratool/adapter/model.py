@@ -11,6 +11,7 @@ from typing import Any, Final
 from loratool.adapter.config import LoraConfig
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.slots import Slot
+from loratool.adapter.told import Told
 from loratool.adapter.variant import NO_GEOMETRY, Geometry, Variant
 from loratool.files.containers import is_weights
 from loratool.files.inputs import Stamp
@@ -249,6 +250,8 @@ class Adapter:
         components: What begins its paths and is a component of a pipeline for certain.
         is_native: Whether its backbone was named as in original checkpoints.
         mixed: Keys of factors that another scheme would read, and its own does not.
+        beside: Weights of a base that lie in its file and are not its own, by key.
+        told: What is known of the model that it is for.
     """
 
     path: Path
@@ -270,6 +273,8 @@ class Adapter:
     components: frozenset[str] = frozenset()
     is_native: bool = False
     mixed: tuple[str, ...] = ()
+    beside: Mapping[str, StoredTensor] = field(default_factory=dict)
+    told: Told = field(default_factory=Told)
 
     @property
     def title(self) -> str:

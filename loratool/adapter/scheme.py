@@ -12,6 +12,7 @@ from loratool.adapter.keys import KeyTable
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
+from loratool.adapter.told import Told
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.values.expr import Constant, Expr
 
@@ -81,24 +82,6 @@ class Context:
     family: str | None = None
     known: frozenset[str] = frozenset()
     alone: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What is known of the model that an adapter is for, to a scheme that depends on it.
-
-    Attributes:
-        metadata: What the adapter's file says of itself.
-        base: What the base's weights file does.
-        config: The base's parsed ``config.json``; empty where there is none.
-        modules: The modules of the base that go by names of their own, where the adapter is only
-            to be added to it.
-    """
-
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    base: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    modules: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +245,14 @@ class Settings(Protocol):
 
     def claims(self, raw: Mapping[str, Any]) -> bool:
         """Whether a configuration is this scheme's, and not PEFT's."""
+        ...
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Return what the file of its own says.
+
+        Raises:
+            FileFormatError: It cannot be read.
+        """
         ...
 
     def read(

@@ -93,6 +93,10 @@ def _print_adapter(info: AdapterInfo, *, unfolded: bool) -> None:
     ]
     if adapter.name:
         facts.append(("name in keys", adapter.name))
+    if adapter.beside:
+        base = info.base
+        words = f"{base['tensors']} tensors, {render.human_count(base['parameters'])} parameters"
+        facts.append(("and a base", f"{words}, {render.human_bytes(base['bytes'])}"))
     _print_facts(facts)
     groups = _groups(info.modules, unfolded=unfolded)
     render.print_table(

@@ -14,7 +14,7 @@ import numpy as np
 
 from loratool.codecs.codec import Codec, CodedTensor, Description, Encoder, Parts
 from loratool.codecs.comfy import LEAF, Marks, logical_rows
-from loratool.codecs.fp8 import LARGEST, factors_for, rounded
+from loratool.codecs.fp8 import LARGEST, factors_for, largest_of, rounded
 from loratool.codecs.numbers import decode
 from loratool.codecs.numbers.number import Codes
 from loratool.codecs.parts import beside, needed, scales
@@ -98,13 +98,13 @@ class _Encoder:
             raise ValueError(f"rows {start} to {stop} are no tiles of {TILE_ROWS}")
         dtype = coded.parts["weight"].spec.dtype
         blocks = values.reshape(stop - start, coded.width // BLOCK, BLOCK)
-        peaks = np.abs(blocks).max(axis=2).astype(np.float64)
+        peaks = largest_of(blocks)
         if not np.isfinite(peaks).all():
             raise ValueError("a value is not finite")
         # The code 0 stands for zero here, where it would be 2^-127.
         scale = np.maximum(factors_for(peaks, "F8_E8M0", LARGEST[dtype]), np.uint8(1))
         divisors = decode(scale, "F8_E8M0", scale.shape)
-        codes = rounded(values, np.repeat(divisors, BLOCK, axis=1), dtype)
+        codes = rounded(blocks, divisors[:, :, None], dtype).reshape(values.shape)
         scale[peaks == 0] = 0
         if stop == coded.rows:  # what is beyond the weight is zero
             rest = coded.parts["weight"].spec.shape[0] - stop

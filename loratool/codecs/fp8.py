@@ -18,7 +18,7 @@ from loratool.codecs.comfy import Marks
 from loratool.codecs.numbers import decode, encode
 from loratool.codecs.numbers.number import Codes
 from loratool.codecs.numbers.scratch import Scratch
-from loratool.codecs.parts import scales
+from loratool.codecs.parts import refuse_rotated, scales
 from loratool.codecs.stacks import stacked_rows
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.spec import StoredTensor
@@ -39,6 +39,7 @@ __all__ = [
     "factor_dtype",
     "factors_for",
     "few_scales",
+    "largest_of",
     "rounded",
     "scaled_weights",
     "scales_beside",
@@ -107,7 +108,7 @@ def scaled_weights(
 
     Raises:
         FileFormatError: One has several scales, or one that is no number.
-        UnsupportedError: One is smoothed: its inputs are scaled too.
+        UnsupportedError: One is smoothed, its inputs scaled too, or rotated.
     """
     marks = Marks(tensors, said)
     for name, weight in tensors.items():
@@ -132,6 +133,7 @@ def scaled_weights(
                 "is smoothed: 'pre_quant_scale' beside it scales what goes into it",
                 hint="merge on the 16-bit original",
             )
+        refuse_rotated(module, said)
         others = {leaf: tensors[stem + leaf] for leaf in COMPANIONS if stem + leaf in tensors}
         yield Scaled(module, weight, scale, others)
 
@@ -383,6 +385,9 @@ class BlockEncoder:
     ) -> Codes:
         """Return values by the scales of their blocks, rounded once."""
         blocks, dtype = self.blocks, self.coded.parts["weight"].spec.dtype
+        if blocks.height == 1 and blocks.shape[1] % blocks.breadth == 0:
+            grouped = values.reshape(*divisors.shape, blocks.breadth)
+            return rounded(grouped, divisors[:, :, None], dtype).reshape(values.shape)
         wide = blocks.spread(divisors)
         if blocks.height == 1 or blocks.grid == (1, 1):
             return rounded(values, wide, dtype)
@@ -399,20 +404,27 @@ def _block_peaks(
     first, last = blocks.index(start), blocks.index(stop - 1) + 1
     found = np.empty((last - first, blocks.grid[1]))
     edges = np.arange(0, blocks.shape[1], blocks.breadth)
+    if blocks.height == 1 and blocks.shape[1] % blocks.breadth == 0:
+        return largest_of(values.reshape(*found.shape, blocks.breadth))
     if blocks.height == 1:
-        is_whole = blocks.shape[1] % blocks.breadth == 0
-        cut = values.reshape(stop - start, -1, blocks.breadth) if is_whole else None
-        for name, fold in (("top", np.maximum), ("low", np.minimum)):
-            if cut is not None:
-                ends = fold.reduce(cut, axis=2)
-            else:
-                ends = fold.reduceat(values, edges, axis=1)
-            found = ends.astype(np.float64) if name == "top" else np.maximum(found, -ends)
-        return found
+        top, low = (fold.reduceat(values, edges, axis=1) for fold in (np.maximum, np.minimum))
+        return np.maximum(top, -low).astype(np.float64)
     for begin, end, row in blocks.runs(start, stop):
         rows = values[begin - start : end - start]
         columns = np.maximum(rows.max(axis=0), -rows.min(axis=0))
         found[row - first] = np.maximum.reduceat(columns, edges)
+    return found
+
+
+def largest_of(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the largest magnitudes along the last axis, NaN where there is one.
+
+    Without their sign the bits of floats are in the order of the numbers, which is quicker.
+    """
+    kind = "u4" if values.dtype == np.float32 else "u8"
+    bits = np.ascontiguousarray(values).view(kind)
+    unsigned = bits & np.array(np.iinfo(kind).max >> 1, kind)
+    found: NDArray[np.float64] = unsigned.max(axis=-1).view(values.dtype).astype(np.float64)
     return found
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import looks_like_adapter
-from loratool.errors import AdapterError, BaseModelError, OptionError
+from loratool.adapter.wrapped import factor_names
+from loratool.errors import AdapterError, BaseModelError, LoratoolError, OptionError
 from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
 from loratool.schemes import claimed, sidecar_names, weights_names
@@ -91,6 +92,16 @@ class AdapterInfo:
         words = f"{', '.join(sorted(partial))}: the spectra are those of scale · B @ A alone"
         return (*self.adapter.notes, words)
 
+    @property
+    def base(self) -> dict[str, int]:
+        """How much of a base lies in the same file: tensors, parameters and bytes."""
+        specs = [stored.spec for stored in self.adapter.beside.values()]
+        return {
+            "tensors": len(specs),
+            "parameters": sum(spec.elements for spec in specs),
+            "bytes": sum(spec.nbytes for spec in specs),
+        }
+
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
         adapter = self.adapter
@@ -109,6 +120,7 @@ class AdapterInfo:
             "extras": [extra.key for extra in adapter.extras],
             "metadata": dict(adapter.metadata),
             "notes": list(self.notes),
+            **({"base": self.base} if adapter.beside else {}),
         }
 
 
@@ -218,8 +230,12 @@ def inspect(
     place = Path(path)
     if not place.exists():
         raise AdapterError(place, "no such file or folder")
-    if _is_adapter(place):
-        adapter = open_adapter(place, adapter_name=adapter_name)
+    adapter = (
+        open_adapter(place, adapter_name=adapter_name)
+        if _is_adapter(place)
+        else _adapter_in_model(place, adapter_name)
+    )
+    if adapter is not None:
         found: tuple[Spectrum, ...] = ()
         if spectrum:
             from loratool.verbs.spectrum import spectra
@@ -250,6 +266,23 @@ def _is_adapter(path: Path) -> bool:
     except BaseModelError:
         return False
     return len(shards) == 1 and _holds_factors(shards[0].path)
+
+
+def _adapter_in_model(path: Path, adapter_name: str | None) -> Adapter | None:
+    """Return the adapter whose factors lie beside the weights that they are for, in one file.
+
+    A model that is published with several adapters in it, each with a name, stays a model.
+    """
+    if is_index(path.name):
+        return None
+    try:
+        (weights,) = [shard.path for shard in open_checkpoint(path).shards]
+        if not factor_names(open_weights(weights).tensors):
+            return None
+        adapter = open_adapter(weights, adapter_name=adapter_name)
+    except (LoratoolError, ValueError):
+        return None
+    return adapter if adapter.beside else None
 
 
 def _holds_factors(path: Path) -> bool:

@@ -86,7 +86,7 @@ def _unstacked(part: Part, site: Site) -> Part:
     loralib's ``MergedLinear`` multiplies each part of A with its own part of B; B beside zeros
     for the parts that are not enabled is the same.
     """
-    enabled, up = site.enabled, part.up
+    enabled, up = site.enabled, part.up.reshaped(part.up.shape[:2])
     rank = up.shape[1]
     height = up.shape[0] // sum(enabled)
     pieces, done = [], 0

@@ -120,7 +120,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
 def _told(new: NewAdapter, options: WriteOptions) -> Told:
     """Return what is known of the model that an adapter is for."""
     told = options.base.told if options.base is not None else options.told
-    return told or Told(metadata=new.metadata)
+    return told or replace(new.told or Told(), metadata=new.metadata)
 
 
 def check_place(output: Path, scheme: str, config_name: str) -> None:

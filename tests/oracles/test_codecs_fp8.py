@@ -54,6 +54,21 @@ def test_scales_of_32_numbers_beside_larger_blocks(tmp_path: Path) -> None:
     assert np.array_equal(found, given_back(codes, scale))
 
 
+@pytest.mark.parametrize("shape", [(24, 96), (3, 8, 64)])
+def test_fp4_in_bytes_is_what_transformers_makes_of_it(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    *first, into = shape
+    codes = torch.randint(-128, 128, (*first, into // 2), dtype=torch.int8)
+    powers = torch.randint(100, 130, (*first, into // 32), dtype=torch.uint8)
+    scale = powers.view(torch.float8_e8m0fnu)
+    name = "experts.down_proj"
+    names = ("m.weight", "m.scale") if len(shape) == 2 else (name, f"{name}_scale_inv")
+    stored = dict(zip(names, (codes, scale), strict=True))
+    found = matrix_of(weight_in(tmp_path, stored, CONFIG, names[0]))
+    assert np.array_equal(found, given_back(codes, scale))
+
+
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
 def test_stacks_are_what_transformers_makes_of_them(

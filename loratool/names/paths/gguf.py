@@ -54,7 +54,6 @@ class GgufPaths(EachAlone):
         architecture: The names; ``None`` where nothing tells them.
         attention: The attention heads, where something tells them.
         is_tied: Whether the base has no head of its own.
-        own: Modules that the base has under llama.cpp's names, where these will do.
     """
 
     is_dotted: bool = True
@@ -62,7 +61,6 @@ class GgufPaths(EachAlone):
     architecture: Architecture | None = None
     attention: Attention | None = None
     is_tied: bool = False
-    own: Collection[str] = ()
 
     def name(self, module: str, component: str | None, local: str, context: Context) -> str:
         """Return the tensor that a module is in.
@@ -113,8 +111,6 @@ class GgufPaths(EachAlone):
             if path in own:
                 yield own[path]
                 return
-        if not found and module in self.own:
-            found = [module]
         yield from found[:1]
 
     def modules(self, module: str) -> tuple[Held, ...]:

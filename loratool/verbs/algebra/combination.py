@@ -172,6 +172,7 @@ class Combination:
             is_native=all(adapter.is_native for adapter in self.adapters),
             name=alone.name if alone is not None else None,
             stem=alone.weights.stem if alone is not None else "",
+            told=alone.told if alone is not None else None,
             metadata=joined_metadata(self.adapters, self.scheme.name),
             history=History(
                 self.verb,

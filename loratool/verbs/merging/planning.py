@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import check_adapter
-from loratool.base.config import ARCHITECTURE
 from loratool.base.config_edits import ConfigChanges
+from loratool.base.fitting import as_spelled
 from loratool.base.model import Model, open_model
+from loratool.base.placing import with_places
 from loratool.base.refusals import check_base
 from loratool.base.replication import layer_ranges
 from loratool.base.ties import have_same_values
@@ -89,13 +89,18 @@ def plan_merge(
     if not adapters:
         raise MergeError("merge", "no adapter was given")
     model = open_model(Path(base))
-    told = model.told
-    if ARCHITECTURE in told.base:
-        told = replace(told, modules=frozenset(model.modules))
     opened = [
-        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=told)
+        open_adapter(
+            path,
+            adapter_name=adapter_name,
+            alpha=alpha,
+            skip=skip,
+            base_modules=model.paths,
+            base=model.told,
+        )
         for path in adapters
     ]
+    opened = [as_spelled(adapter, model) for adapter in opened]
     if model.factors and _is_one_file(model, opened):
         model = model.as_unwrapped()
     notes = [*model.notes, *check_base(model)]
@@ -106,6 +111,7 @@ def plan_merge(
     check_quantized(model, quantized, dtype=dtype, is_replicated=layers is not None)
     tasks = [str(adapter.field("task_type")) for adapter in opened]
     view = model.as_trained(tasks=tasks, layers=layers)
+    opened = [with_places(adapter, view) for adapter in opened]
     complete = [accompanied(adapter, view, skip) for adapter in opened]
     opened, strengths, left_out = with_strengths([each.adapter for each in complete], weights)
     if not any(adapter.sites or adapter.extras for adapter in opened):
