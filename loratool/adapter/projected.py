@@ -94,8 +94,8 @@ class Projected(Variant):
                 site.module,
                 f"{what}; how they are drawn depends on the largest of all modules, and some were "
                 "left out or are not in the base",
-                hint="give all modules and the base that it was trained on; --weight 0 for a "
-                "module leaves that out",
+                hint="give all modules, and the base that it was trained on (-w MODULE=0 leaves a "
+                "module out of a merge)",
             )
 
     def width(self, site: Site, shape: tuple[int, ...] | None = None) -> int:

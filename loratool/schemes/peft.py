@@ -78,7 +78,8 @@ SCHEME = Scheme(
     resembles=(
         (r"ia3_l", "(IA)³ vectors, but not behind PEFT's base_model.model"),
         (r"^prompt_embeddings$|prefix", "a trained prompt: there is no delta"),
-        (r"\.oft_[rR]|boft_", "PEFT's OFT rotations: they multiply the base's weights"),
+        (r"\.oft_r(\.|$)", "OFT rotations of PEFT before 0.15, which no later version reads"),
+        (r"lily_(A|B|router)", "a Lily router: no fixed weights equal it"),
         (r"internal_xlora_classifier", "an X-LoRA router: no fixed weights equal it"),
     ),
 )

@@ -9,13 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loratool
+from loratool.base.model import open_model
+from loratool.base.placing import with_places
 from loratool.errors import LoratoolError, UnsupportedError
+from loratool.files.spec import StoredTensor
+from loratool.schemes.opening import open_adapter
+from loratool.values.arrays import decode
 
 pytestmark = pytest.mark.slow
 
@@ -371,3 +377,41 @@ def test_without_a_base_nothing_is_guessed(tmp_path: Path, trained: Callable[...
             loratool.convert(folder / "adapters" / "a0", "peft", folder / "plain")
         assert failure.value.hint, name
         assert not (folder / "plain").exists()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_computes_with_tensors_as_with_arrays(
+    name: str, tmp_path: Path, trained: Callable[..., Any]
+) -> None:
+    trained(CASES[name], tmp_path, torch.float64)
+    base = open_model(tmp_path / "base")
+    adapter = with_places(open_adapter(tmp_path / "adapters" / "a0"), base)
+
+    def read(stored: StoredTensor) -> torch.Tensor:
+        return torch.from_numpy(decode(stored))
+
+    for site in adapter.sites:
+        shape = base.place(site.module).shape if site.variant.has_matrix else ()
+        if site.variant.has_factors:
+            width = site.variant.width(site, shape)
+            arrays = site.variant.factors(site, decode, width)
+            for one, two in zip(arrays, site.variant.factors(site, read, width), strict=True):
+                assert np.allclose(one, two.numpy(), atol=1e-12)
+            assert arrays[0].shape[0] == arrays[1].shape[1] == site.variant.factor_rank(site)
+            assert arrays[0].shape[1] == width == np.prod(shape[1:])
+        elif site.variant.has_change:
+            weight = np.random.default_rng(1).standard_normal(shape)
+            values = {slot: decode(stored) for slot, stored in site.slots.items()}
+            change = site.variant.change(site, values, shape, 1.0)
+            whole = change.changed(weight, 0, 0)
+            assert np.allclose(whole - weight, change.difference(weight, 0, 0), atol=1e-13)
+            turned = {slot: torch.from_numpy(value) for slot, value in values.items()}
+            other = site.variant.change(site, turned, shape, 1.0)
+            found = other.changed(torch.from_numpy(weight), 0, 0).numpy()
+            assert np.allclose(whole, found, atol=1e-12)
+            steps = [grain or side for grain, side in zip(change.grain, shape[:2], strict=True)]
+            for row in range(0, shape[0], steps[0]):
+                for column in range(0, shape[1], steps[1]):
+                    cut = slice(row, row + steps[0]), slice(column, column + steps[1])
+                    part = change.changed(weight[cut], row, column)
+                    assert np.allclose(part, whole[cut], rtol=1e-13, atol=1e-13)
