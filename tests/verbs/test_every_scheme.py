@@ -13,7 +13,7 @@ from samples import lora
 
 import loratool
 from loratool.errors import LoratoolError, UnsupportedError
-from loratool.files.containers import open_weights
+from loratool.files.containers import is_weights, open_weights
 from loratool.names.positions import unet_paths
 from loratool.schemes import builtin_schemes, scheme_named
 
@@ -51,7 +51,7 @@ def place(tmp_path: Path, name: str, scheme: str) -> Path:
 def weights_of(path: Path) -> Path:
     if path.is_file():
         return path
-    return next(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
+    return next(file for file in path.iterdir() if is_weights(file))
 
 
 def adapter_in(tmp_path: Path, scheme: str, name: str = "a", rank: int = 8) -> Path:
