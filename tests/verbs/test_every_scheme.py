@@ -19,7 +19,7 @@ from loratool.schemes import builtin_schemes, scheme_named
 
 pytestmark = pytest.mark.slow
 
-SCHEMES = [scheme.name for scheme in builtin_schemes()]
+SCHEMES = [scheme.name for scheme in builtin_schemes() if scheme.is_written]
 LLAMA = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4}
 PLAIN = [s.name for s in builtin_schemes() if not s.paths.has_components]
 """Schemes of one model; the others are of a pipeline."""
