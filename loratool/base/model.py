@@ -50,7 +50,7 @@ class Quantization:
     """How the weights of a model are coded.
 
     Attributes:
-        method: What its configuration calls it.
+        method: What its configuration calls it, unless its tensors can be of no such method.
         format: The codec of most of them, or what it calls their format.
         modules: How many are coded.
     """
@@ -193,8 +193,16 @@ class Model:
         if not coded:
             return None
         ((name, _),) = Counter(coded).most_common(1)
-        told = self.config.quantization or {}
-        return Quantization(str(told.get("quant_method") or name), name, len(coded))
+        told = (self.config.quantization or {}).get("quant_method")
+        codec = next(
+            one.codec
+            for one in self.tensors.values()
+            if isinstance(one, CodedTensor) and one.settings.get("format", one.codec.name) == name
+        )
+        methods: tuple[str, ...] = getattr(codec, "methods", ())
+        if methods and told not in methods:
+            told = methods[0]
+        return Quantization(str(told or name), name, len(coded))
 
     # --- what it is
 

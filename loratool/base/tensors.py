@@ -16,7 +16,8 @@ __all__ = ["ACTIVATION_SCALES", "logical_tensors", "raw_tensors"]
 ACTIVATION_SCALES: Final = frozenset(
     (
         *("input_scale", "output_scale", "input_global_scale", "scale_input"),
-        *("q_scale", "k_scale", "v_scale", "prob_output_scale", "scaled_fp8"),
+        *("q_scale", "k_scale", "v_scale", "kv_scale", "prob_output_scale", "scaled_fp8"),
+        *("input_zero_point", "output_zero_point"),
     )
 )
 """What coded models hold of numbers that are no weights: plain ones have no use for it."""

@@ -14,8 +14,12 @@ from safetensors.torch import load_file, save_file
 from samples import lora
 
 import loratool
+<<<<<<< HEAD
 from loratool.cli.main import _run as run_command_line
 from loratool.errors import MergeError, OptionError, UnsupportedError
+=======
+from loratool.errors import FileFormatError, MergeError, OptionError, UnsupportedError
+>>>>>>> h/eyes1
 from loratool.verbs.merging import planning
 
 Make = Callable[..., Path]
@@ -377,3 +381,70 @@ def test_codes_that_nothing_reads_are_refused_by_name(
     with pytest.raises(UnsupportedError, match=words):
         loratool.merge(base, [adapter], tmp_path / "out")
     assert "LT027" in [finding.code for finding in loratool.validate(adapter, base=base)]
+
+
+@pytest.mark.parametrize("said", ["float8_e4m3fn", "torch.float8_e4m3fn"])
+def test_a_configuration_of_eight_bits_does_not_stay(
+    said: str, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    weights = {f"{module}.weight": torch.randn(OUT, INTO) for module in MODULES}
+    stored = {name: value.to(torch.float8_e4m3fn) for name, value in weights.items()}
+    base = make_base(stored, {"model_type": "llama", "torch_dtype": said})
+    loratool.merge(base, [adapter_of(make_adapter)[0]], tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {"model_type": "llama", "torch_dtype": "bfloat16"}
+
+
+def test_zeros_are_taken_away_from_codes_in_eight_bits(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored: Tensors = {NORM: torch.ones(INTO).bfloat16()}
+    truth = {}
+    zeros = {
+        MODULES[0]: torch.randint(-9, 9, (OUT, 1)).to(torch.int8),
+        MODULES[1]: torch.tensor([3.0]).to(torch.float8_e4m3fn),
+    }
+    for module, zero in zeros.items():
+        codes = torch.randn(OUT, INTO).to(torch.float8_e4m3fn)
+        scales = torch.rand(zero.shape) + 0.1
+        parts = {"weight": codes, "weight_scale": scales, "weight_zero_point": zero}
+        stored |= {f"{module}.{leaf}": part for leaf, part in parts.items()}
+        stored[f"{module}.input_zero_point"] = torch.zeros(1).to(torch.float8_e4m3fn)
+        truth[f"{module}.weight"] = (codes.double() - zero.double()) * scales.double()
+    base = make_base(stored, {"model_type": "llama"})
+    adapter, delta = adapter_of(make_adapter)
+    loratool.merge(base, [adapter], tmp_path / "out", dtype="float32")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(merged) == sorted((*truth, NORM))
+    truth[f"{MODULES[0]}.weight"] += delta
+    for name, expected in truth.items():
+        assert_rounded(merged[name], expected)
+    with pytest.raises(UnsupportedError, match="zeros"):
+        loratool.merge(base, [adapter], tmp_path / "kept", quantized="keep")
+    stored[f"{MODULES[0]}.weight_zero_point"] = torch.zeros(2, dtype=torch.int8)
+    with pytest.raises(FileFormatError, match="zero"):
+        loratool.inspect(make_base(stored, {"model_type": "llama"}, "damaged"))
+
+
+def test_what_keeps_little_of_an_update_says_what_keeps_more(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    stored = {
+        name: value * 1000 if name.endswith("_inv") else value for name, value in stored.items()
+    }
+    base = make_base(stored, config)
+    adapter = adapter_of(make_adapter)[0]
+    report = loratool.merge(base, [adapter], tmp_path / "out", quantized="keep")
+    (note,) = (note for note in report.notes if "survived" in note)
+    assert "leave out --quantized keep" in note
+    assert "--dtype" not in note
+
+
+@pytest.mark.parametrize("told", [None, {"quant_method": "awq"}])
+def test_the_method_is_what_the_tensors_can_be_of(told: Any, make_base: Make) -> None:
+    parts = {"weight": torch.zeros(OUT, INTO, dtype=torch.int8), "SCB": torch.ones(OUT)}
+    stored = {f"{MODULES[0]}.{leaf}": part for leaf, part in parts.items()}
+    base = make_base(stored, {"model_type": "llama", "quantization_config": told})
+    found = loratool.inspect(base).as_json()["quantization"]
+    assert found == {"method": "bitsandbytes", "format": "int8", "modules": 1}
