@@ -14,12 +14,8 @@ from safetensors.torch import load_file, save_file
 from samples import lora
 
 import loratool
-<<<<<<< HEAD
 from loratool.cli.main import _run as run_command_line
-from loratool.errors import MergeError, OptionError, UnsupportedError
-=======
 from loratool.errors import FileFormatError, MergeError, OptionError, UnsupportedError
->>>>>>> h/eyes1
 from loratool.verbs.merging import planning
 
 Make = Callable[..., Path]
