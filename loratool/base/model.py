@@ -210,7 +210,7 @@ class Model:
     def told(self) -> Told:
         """What it says of itself to the schemes of adapters that depend on it."""
         metadata = self.shards[0].metadata if self.shards else {}
-        return Told(base=metadata, config=self.config.raw)
+        return Told(base=metadata, config=self.config.language, is_tied=self.config.is_tied)
 
     @cached_property
     def _headers(self) -> Headers:
