@@ -25,7 +25,6 @@ PEFT_TYPES: Final = {
     "OSF": "a decomposition of the base's own weights, not read yet",
     "FROD": "factors in directions of the base's own weights, not read yet",
     "ADAMSS": "factors of parts of the base's own weights, not read yet",
-    "TRAINABLE_TOKENS": "retrained rows of an embedding",
 }
 """What the commonest types are; the others are named as they are."""
 

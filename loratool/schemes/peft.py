@@ -39,6 +39,7 @@ SCHEME = Scheme(
             Template(PREFIX + "{module}.lora_E", Slot.SINGULAR),
             Template(PREFIX + "{module}.lora_diag", Slot.DIAGONAL),
             Template(PREFIX + "{module}.token_adapter.trainable_tokens_delta", Slot.ROWS),
+            Template(PREFIX + "{module}.trainable_tokens_delta", Slot.ROWS, is_factor=True),
             Template(PREFIX + "{module}.lora_velora_embed", Slot.STATE),
             # Also read: bare parameters (AdaLoRA), and files that kept the adapter's name.
             Template(PREFIX + "{module}.lora_A", Slot.DOWN),

@@ -415,3 +415,30 @@ def test_it_computes_with_tensors_as_with_arrays(
                     cut = slice(row, row + steps[0]), slice(column, column + steps[1])
                     part = change.changed(weight[cut], row, column)
                     assert np.allclose(part, whole[cut], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_trained_tokens_merge_as_peft_does(is_tied: bool, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=2, vocab_size=20, tie_word_embeddings=is_tied
+    )
+    torch.manual_seed(3)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=[7, 2, 19]))
+        for name, parameter in made.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.data = torch.randn_like(parameter)
+        made.save_pretrained(tmp_path / "adapter")
+    findings = loratool.validate(tmp_path / "adapter", base=tmp_path / "base")
+    assert [str(f) for f in findings if f.is_error or f.code == "LT014"] == []
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    wanted = merged(made, tmp_path / "wanted")
+    assert changed(loaded(tmp_path / "base"), wanted)
+    compare(loaded(tmp_path / "out"), wanted, 0.0)
