@@ -37,8 +37,13 @@ def write(folder: Path, version: str | None = "adapters.1.2.0", **changes: Any) 
 
 @pytest.mark.parametrize(
     ("version", "scale"),
-    [("adapters.1.2.0", 4.0), ("adapters.1.0.1", 1.0), ("adapters.0.2.1", 1.0), ("3.2.1", 4.0)]
-    + [(None, 4.0)],
+    [
+        ("adapters.1.2.0", 4.0),
+        ("adapters.1.0.1", 1.0),
+        ("adapters.0.2.1", 1.0),
+        ("3.2.1", 4.0),
+        (None, 4.0),
+    ],
 )
 def test_the_scale_is_that_of_the_library(
     version: str | None, scale: float, tmp_path: Path
