@@ -40,6 +40,18 @@ from loratool.files.zip_entries import (
 
 __all__ = ["TorchPickle", "other_contents", "read_pickle"]
 
+WRAPPERS: Final = (
+    "lora_state_dict",
+    "adapter_state_dict",
+    "lora",
+    "adapter",
+    "state_dict",
+    "model",
+    "module",
+    "weights",
+    "params",
+)
+"""What trainers keep the tensors under, what is an adapter's alone first."""
 MAX_PICKLE_BYTES: Final = 16 << 20
 MAX_DEPTH: Final = 8
 MAX_ENTRIES: Final = 200_000
@@ -273,9 +285,7 @@ class _Collector:
         if not isinstance(value, PickledDict):
             raise FileFormatError(self.path, "holds no dictionary of tensors")
         items = value.items
-        wrapped = [
-            key for key in ("state_dict", "model") if isinstance(items.get(key), PickledDict)
-        ]
+        wrapped = [key for key in WRAPPERS if isinstance(items.get(key), PickledDict)]
         if wrapped and not any(isinstance(item, PickledTensor) for item in items.values()):
             self._visit("", items[wrapped[0]].items, 0)
             self.other |= {
