@@ -132,6 +132,10 @@ def test_shards_lose_their_scales_and_the_index_says_so(
     assert sorted(content["weight_map"]) == sorted((*truth, NORM))
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {*content["weight_map"].values(), "config.json", "model.safetensors.index.json"}
+    count = len(set(content["weight_map"].values()))
+    assert all(
+        name.endswith(f"-of-{count:05}.safetensors") for name in content["weight_map"].values()
+    )
     merged = {k: t for name in set(content["weight_map"].values())
               for k, t in load_file(tmp_path / "out" / name).items()}  # fmt: skip
     assert content["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
