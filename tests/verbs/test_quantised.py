@@ -448,3 +448,19 @@ def test_the_method_is_what_the_tensors_can_be_of(told: Any, make_base: Make) ->
     base = make_base(stored, {"model_type": "llama", "quantization_config": told})
     found = loratool.inspect(base).as_json()["quantization"]
     assert found == {"method": "bitsandbytes", "format": "int8", "modules": 1}
+
+
+@pytest.mark.parametrize("bits", [{}, [[4]], 4.0, "4", None, 1 << 70])
+def test_a_width_that_is_no_number_is_left_to_the_shapes(bits: Any, make_base: Make) -> None:
+    parts = {
+        "qweight": torch.zeros(8, 32, dtype=torch.int32),
+        "qzeros": torch.zeros(2, 4, dtype=torch.int32),
+        "scales": torch.ones(2, 32).half(),
+        "g_idx": (torch.arange(64) // 32).int(),
+    }
+    stored = {f"{MODULES[0]}.{leaf}": part for leaf, part in parts.items()}
+    told = {"quant_method": "gptq", "bits": bits}
+    base = make_base(stored, {"model_type": "llama", "quantization_config": told})
+    found = loratool.inspect(base).as_json()
+    assert found["quantization"] == {"method": "gptq", "format": "gptq", "modules": 1}
+    assert found["parameters"] == 64 * 32
