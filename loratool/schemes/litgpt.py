@@ -269,7 +269,7 @@ def _following(told: Told) -> Scheme:
     """Return the scheme for one model."""
     beside = _beside(told.folder, MODEL)
     run = _beside(told.folder, SETTINGS.file)
-    config = told.model
+    config = told.config
     kind = OTHER_KINDS.get(str(beside.get("mlp_class_name")), "")
     architecture = architecture_of(config)
     if config.get("architectures") and not kind:

@@ -153,7 +153,7 @@ def _kept(stored: StoredTensor, groups: int, first: int, last: int, where: str) 
 
 def _following(told: Told) -> Scheme:
     """Return the scheme for the heads of one model."""
-    config = told.model
+    config = told.config
     path = told.folder / MODEL if told.folder is not None else None
     beside = read_flat_yaml(path) if path is not None and path.is_file() else {}
     architecture = architecture_of(config)

@@ -157,7 +157,7 @@ class RecipeSettings(Settings):
 
 def _following(told: Told) -> Scheme:
     """Return the scheme for the kind of one model, and its heads."""
-    config = told.model
+    config = told.config
     architecture = architecture_of(config)
     name = architecture.name if architecture is not None else ""
     permutes = True if name in PAIRED else False if name in IN_ORDER else None
