@@ -197,7 +197,8 @@ def _with_base_copies(extra: Extra, adapted: set[str]) -> Extra:
 
 def _kind(variant: Variant, slots: Mapping[Slot, StoredTensor]) -> Kind:
     """Return what kind of weight a site adapts."""
-    if Slot.EMBEDDING_DOWN in slots or Slot.EMBEDDING_UP in slots:
+    embedded = {Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP, *variant.embedding_slots}
+    if embedded & slots.keys():
         return Kind.EMBEDDING
     kernels = variant.kernel_slots & slots.keys()
     return Kind.CONV if any(len(slots[slot].spec.shape) > 2 for slot in kernels) else Kind.LINEAR

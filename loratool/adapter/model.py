@@ -303,6 +303,13 @@ class Adapter:
         is_told = self.config is not None and self.config.flag("alora_invocation_tokens")
         return is_told or INVOCATION_KEY in self.metadata
 
+    @property
+    def base_model(self) -> str | None:
+        """What it says that it was trained on."""
+        said = self.config.base_model if self.config is not None else None
+        other = (self.sidecar or {}).get("model")
+        return said or (other if isinstance(other, str) else None)
+
     def field(self, name: str) -> Any:
         """Return a raw field of its configuration, or ``None``."""
         return self.config.raw.get(name) if self.config else None

@@ -18,8 +18,13 @@ PEFT_TYPES: Final = {
     "CARTRIDGE": "a trained cache, not a change of weights",
     "XLORA": "a router that mixes adapters by input; no fixed weights equal it",
     "POLY": "a router that mixes adapters by task; no fixed weights equal it",
-    "LN_TUNING": "retrained norms",
-    "TRAINABLE_TOKENS": "retrained rows of an embedding",
+    "LILY": "a router that mixes factors by input; no fixed weights equal it",
+    "SHADOW": "a small model beside the large one; no weights of that equal it",
+    "PEANUT": "a small network of the weight, whose layers are not linear",
+    "PSOFT": "rotations of the base's own leading directions, not read yet",
+    "OSF": "a decomposition of the base's own weights, not read yet",
+    "FROD": "factors in directions of the base's own weights, not read yet",
+    "ADAMSS": "factors of parts of the base's own weights, not read yet",
 }
 """What the commonest types are; the others are named as they are."""
 

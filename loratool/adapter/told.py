@@ -17,12 +17,13 @@ class Told:
     Attributes:
         metadata: What the adapter's file says of itself.
         base: What the base's weights file does.
-        config: The base's parsed ``config.json``, or that of the copy which lies beside the
-            adapter; empty where there is none.
+        config: What the base's configuration says of its language model; empty where there is none.
+        is_tied: What it says about tied embeddings, if anything.
         folder: Where the adapter is, if it is in a file: its tool may have left more there.
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     base: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    is_tied: bool | None = None
     folder: Path | None = None

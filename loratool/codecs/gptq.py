@@ -60,6 +60,7 @@ class _Gptq:
     """Three tensors and often a fourth: ``qweight``, ``qzeros``, ``scales``, ``g_idx``."""
 
     name: Final = "gptq"
+    methods: Final = ("gptq", "auto-round", "gptqmodel")
 
     def recognise(
         self, tensors: Mapping[str, StoredTensor], said: Description

@@ -8,10 +8,12 @@ same one. What is made of its words is told here: uniform numbers, and permutati
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["TorchGenerator", "to_bfloat16"]
 
@@ -29,7 +31,8 @@ class TorchGenerator:
     def __init__(self, seed: int) -> None:
         self._bits = np.random.MT19937()
         # Only the legacy interface seeds with a plain number as PyTorch does.
-        self._bits.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        self._bits.state = state
 
     def words(self, count: int) -> NDArray[np.uint32]:
         """Return the next words of 32 bits."""
@@ -47,7 +50,7 @@ class TorchGenerator:
             dtype: ``float32`` or ``bfloat16``, whose numbers float32 holds too.
         """
         words = self.words(math.prod(shape))
-        start, end = np.float32(low), np.float32(high)
+        start, end = np.asarray(low, np.float32), np.asarray(high, np.float32)
         shares = (words & np.uint32((1 << DIGITS) - 1)) * 2.0**-DIGITS
         # One rounding, as the fused instruction has it: the product is exact in float64.
         values = (shares * np.float64(end - start) + np.float64(start)).astype(np.float32)

@@ -18,7 +18,6 @@ from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Home, Scheme, Told, Written
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
-from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.names.gguf import (
     Architecture,
@@ -42,6 +41,7 @@ CLAIM: Final = {"keys": r"^(blk\.\d+\.\w+|token_embd|output|position_embd)\.weig
 BASE_KEY: Final = "general.base_model"
 HUB: Final = "https://huggingface.co/"
 ALPHA_KEY: Final = "adapter.lora.alpha"
+MOST_EXPERTS: Final = 4096
 TABLE: Final = "token_embd"
 EXPERTS: Final = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps")
 
@@ -79,15 +79,7 @@ class GgufRoles(Roles):
             UnsupportedError: It cannot be, for it is in blocks.
         """
         is_table = tensor.spec.name.startswith(f"{TABLE}.") and slot is Slot.DOWN
-        if not is_table or len(tensor.spec.shape) != 2:
-            return tensor
-        if DTYPES[tensor.spec.dtype].block is not None:
-            raise UnsupportedError(
-                tensor.spec.name,
-                f"is stored in blocks of {tensor.spec.dtype} along its rank, which is not read",
-                hint="convert the adapter to GGUF again with --outtype f32",
-            )
-        return transposed(tensor)
+        return transposed(tensor) if is_table and len(tensor.spec.shape) == 2 else tensor
 
     def apart(self, site: Site) -> list[Site]:
         """Return one site for each expert of a stack."""
@@ -95,7 +87,9 @@ class GgufRoles(Roles):
         if down is None or up is None or not EXPERTS.fullmatch(site.module):
             return [site]
         shapes = down.spec.shape, up.spec.shape
-        if any(len(shape) != 3 for shape in shapes) or shapes[0][0] != shapes[1][0]:
+        if any(len(shape) != 3 or 0 in shape for shape in shapes):
+            return [site]
+        if shapes[0][0] != shapes[1][0] or shapes[0][0] > MOST_EXPERTS:
             return [site]
         return [one_of_stack(site, f"{site.module}.{n}", n) for n in range(shapes[0][0])]
 
@@ -103,7 +97,8 @@ class GgufRoles(Roles):
         """Return ``site`` with the rows of B as transformers has them."""
         up = site.slots.get(Slot.UP)
         held = self._held(site)
-        if up is not None and held is not None and not held.is_same:
+        is_matrix = up is not None and len(up.spec.shape) == 2
+        if up is not None and is_matrix and held is not None and not held.is_same:
             rows = held.rows(self.paths.attention).of_tensor(up.spec.shape[0], site.label)
             axes = rows.swapped
             found = up.exchanging((axes[0], axes[2], axes[1])) if axes is not None else None
@@ -336,7 +331,7 @@ def _following(told: Told) -> Scheme:
             or attention_in_config(told.config)
             or attention_in_values(architecture.name, told.metadata)
         )
-    is_tied = told.config.get("tie_word_embeddings") is True
+    is_tied = told.is_tied is True
     paths = GgufPaths(architecture=architecture, attention=attention, is_tied=is_tied)
     return replace(
         SCHEME,

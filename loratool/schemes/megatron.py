@@ -16,6 +16,7 @@ from loratool.files.spec import StoredTensor
 from loratool.files.yaml import read_flat_yaml
 from loratool.names.gguf import architecture_of, attention_in_config
 from loratool.names.paths.megatron import MegatronPaths
+from loratool.schemes.parts.model import described
 from loratool.schemes.parts.roles import Roles
 from loratool.schemes.parts.scales import FoldedScale
 from loratool.schemes.parts.settings import Settings
@@ -153,7 +154,7 @@ def _kept(stored: StoredTensor, groups: int, first: int, last: int, where: str) 
 
 def _following(told: Told) -> Scheme:
     """Return the scheme for the heads of one model."""
-    config = told.config
+    config = described(told)
     path = told.folder / MODEL if told.folder is not None else None
     beside = read_flat_yaml(path) if path is not None and path.is_file() else {}
     architecture = architecture_of(config)

@@ -71,21 +71,11 @@ def open_adapter(
         enabled=enabled,
     )
     told = replace(base or Told(), metadata=opened.metadata, folder=opened.folder)
-    own = scheme_named(opened.scheme)
-    if own.follows is not None and not told.config:
-        told = replace(told, config=_config_beside(opened.folder))
-    found = spell_out(opened, own.of(told), base_modules)
+    found = spell_out(opened, scheme_named(opened.scheme).of(told), base_modules)
     found = _without_meant(found, [each for each in _selectors(skip) if each.is_marked])
     mixed = tuple(_foreign_factors(found))
     scheme_named(opened.scheme).keys.forget()
     return replace(found, mixed=mixed, told=told)
-
-
-def _config_beside(folder: Path) -> Mapping[str, Any]:
-    """Return the copy of a base's configuration that a tool left beside an adapter."""
-    from loratool.base.config import is_model_folder, read_config  # most adapters need none
-
-    return read_config(folder).raw if is_model_folder(folder) else {}
 
 
 def _foreign_factors(adapter: Adapter) -> Iterator[str]:

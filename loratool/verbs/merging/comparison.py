@@ -13,8 +13,9 @@ from loratool.base.config import CONFIG_NAME
 from loratool.base.model import Model
 from loratool.errors import FileFormatError
 from loratool.files.checkpoint import is_index
+from loratool.files.gguf import COUNT, HEAD, GgufFile
 from loratool.files.json import parse_json
-from loratool.plan.model import ModelPlan
+from loratool.plan.model import ModelPlan, OutputFile
 from loratool.plan.sidecar import Sidecar
 
 __all__ = ["check_files"]
@@ -155,3 +156,14 @@ def _check_metadata(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
                     f"its metadata says {_shown(found.get(key))} for {_shown(key)}, expected "
                     f"{_shown(expected.get(key))}",
                 )
+        if found == expected and isinstance(shard, GgufFile) and _has_other_values(file, shard):
+            yield finding(
+                "LT110", file.name, "its key values are not the base's, such as the vocabulary"
+            )
+
+
+def _has_other_values(file: OutputFile, shard: GgufFile) -> bool:
+    """Whether key values differ of which no text is told: long arrays."""
+    header, raw = file.layout.header, shard.raw_values
+    counts = (header[COUNT:HEAD], (shard.header or b"")[COUNT:HEAD])
+    return counts[0] != counts[1] or header[HEAD : HEAD + len(raw)] != raw

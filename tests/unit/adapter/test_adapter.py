@@ -187,7 +187,7 @@ def test_unknown_schemes_are_described(key: str, words: str, tmp_path: Path) -> 
         open_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "XLORA", "OFT", "SOMETHING_NEW"])
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "XLORA", "LILY", "SOMETHING_NEW"])
 def test_other_peft_types_are_refused_by_name(kind: str, make_adapter: Make) -> None:
     with pytest.raises(UnsupportedError, match=kind):
         open_adapter(make_adapter(lora("a", 3, 3), peft_type=kind))
