@@ -30,7 +30,6 @@ PEFT_TYPES: Final = {
 """What the commonest types are; the others are named as they are."""
 
 FORMS: Final[tuple[tuple[str, str], ...]] = (
-    (r"\.linear_(in|out)\.weight$", "Megatron's adapters (linear_in, linear_out), not read yet"),
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
     (r"^w_[ab]_\d+$", "numbered factors without module names"),
     (r"\.lora_[ab]\.weight$", "factors of candle's kind, or of a torchtune model not read yet"),

@@ -419,6 +419,7 @@ class Scheme:
         resembles: Patterns of keys that are of its tool and no factors, with what they are.
         priority: Which scheme is meant where two recognise as many keys: the higher.
         follows: Returns the scheme for one model, where names or rows depend on which that is.
+        is_written: Whether adapters are written in it too.
     """
 
     name: str
@@ -435,6 +436,7 @@ class Scheme:
     resembles: tuple[tuple[str, str], ...] = ()
     priority: int = 0
     follows: Callable[[Told], Scheme] | None = None
+    is_written: bool = True
 
     def of(self, told: Told) -> Scheme:
         """Return the scheme as it is for one model."""

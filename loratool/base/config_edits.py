@@ -19,6 +19,8 @@ TASK_SUFFIXES: Final = {
 }
 CAUSAL_SUFFIXES: Final = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "Model")
 
+EIGHT_BITS: Final = "float8"
+"""How dtypes begin that only codes have."""
 DIFFUSERS_CLASS: Final = "_class_name"
 """What a configuration of diffusers says instead of a model type."""
 
@@ -79,6 +81,9 @@ def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, 
         for part in parts:
             for key in QUANTIZATION:
                 part.pop(key, None)
+            for key in DTYPE_KEYS:
+                if str(part.get(key)).removeprefix("torch.").startswith(EIGHT_BITS):
+                    part[key] = changes.decoded
     dtype = changes.dtype or changes.decoded
     # diffusers' models take none of what their configuration does not know.
     if dtype and DIFFUSERS_CLASS not in edited and not any(key in edited for key in DTYPE_KEYS):

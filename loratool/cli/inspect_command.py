@@ -151,7 +151,10 @@ def _mean(spectra: list[tuple[float, ...]]) -> list[float]:
 
 
 def _print_model(info: ModelInfo) -> None:
-    model, coded = info.model, info.model.quantization
+    model, coded = info.model, info.quantization
+    words = "no"
+    if coded is not None:
+        words = f"{coded.modules} weights in {coded.format}" if coded.modules else "not read"
     tied = {True: "yes", False: "no", None: "not said"}[info.is_tied]
     parts = [f"{name} {render.human_count(count)}" for name, count in info.components.items()]
     what: list[tuple[str, object]] = [
@@ -169,7 +172,7 @@ def _print_model(info: ModelInfo) -> None:
             ("tensors", len(model.stored)),
             ("shards", len(model.shards)),
             ("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in info.dtypes.items())),
-            ("quantised", f"{coded.modules} weights in {coded.format}" if coded else "no"),
+            ("quantised", words),
             *([] if parts else [("tied embeddings", tied)]),
             *_said(info),
         ]

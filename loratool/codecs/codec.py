@@ -163,6 +163,9 @@ class Codec(Protocol):
 
     Attributes:
         name: What it is called in reports.
+
+    Where one tool alone writes such tensors there is an attribute ``methods`` too: the values of
+    ``quant_method`` that they are of, the usual one first.
     """
 
     @property

@@ -52,6 +52,7 @@ class _CompressedPack:
     """``weight_packed``, ``weight_scale``, ``weight_shape``, perhaps zeros and an index."""
 
     name: Final = "compressed-tensors-pack"
+    methods: Final = ("compressed-tensors",)
 
     def recognise(
         self, tensors: Mapping[str, StoredTensor], said: Description

@@ -133,7 +133,8 @@ def _sorted(names: list[str], tensors: Mapping[str, StoredTensor]) -> tuple[list
                 f"is {spec.dtype}, AMD's way of FP8",
                 hint="merge on the 16-bit original, or on a release in F8_E4M3",
             )
-        if spec.dtype not in LARGEST or not spec.elements or _is_scale(name, tensors):
+        is_beside = name.endswith("_zero_point") or _is_scale(name, tensors)
+        if spec.dtype not in LARGEST or not spec.elements or is_beside:
             continue
         (scaled if scales_beside(name, tensors)[1] else bare).append(name)
     return bare, scaled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,9 +167,9 @@ def read_view(stored: StoredTensor) -> memoryview:
         return memoryview(data)
     import numpy as np
 
-    width = stored.spec.nbytes // stored.spec.elements
-    flat = np.frombuffer(data, dtype=np.dtype(WORDS.get(width, f"V{width}")))
     sizes, strides = stored.layout
+    width = stored.spec.nbytes // math.prod(sizes)
+    flat = np.frombuffer(data, dtype=np.dtype(WORDS.get(width, f"V{width}")))
     view = np.lib.stride_tricks.as_strided(
         flat, sizes, [stride * width for stride in strides], writeable=False
     )

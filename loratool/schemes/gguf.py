@@ -18,7 +18,6 @@ from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Home, Scheme, Told, Written
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
-from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.names.gguf import (
     Architecture,
@@ -80,15 +79,7 @@ class GgufRoles(Roles):
             UnsupportedError: It cannot be, for it is in blocks.
         """
         is_table = tensor.spec.name.startswith(f"{TABLE}.") and slot is Slot.DOWN
-        if not is_table or len(tensor.spec.shape) != 2:
-            return tensor
-        if DTYPES[tensor.spec.dtype].block is not None:
-            raise UnsupportedError(
-                tensor.spec.name,
-                f"is stored in blocks of {tensor.spec.dtype} along its rank, which is not read",
-                hint="convert the adapter to GGUF again with --outtype f32",
-            )
-        return transposed(tensor)
+        return transposed(tensor) if is_table and len(tensor.spec.shape) == 2 else tensor
 
     def apart(self, site: Site) -> list[Site]:
         """Return one site for each expert of a stack."""
@@ -340,7 +331,7 @@ def _following(told: Told) -> Scheme:
             or attention_in_config(told.config)
             or attention_in_values(architecture.name, told.metadata)
         )
-    is_tied = told.config.get("tie_word_embeddings") is True
+    is_tied = told.is_tied is True
     paths = GgufPaths(architecture=architecture, attention=attention, is_tied=is_tied)
     return replace(
         SCHEME,

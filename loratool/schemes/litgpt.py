@@ -20,6 +20,7 @@ from loratool.files.spec import StoredTensor
 from loratool.files.yaml import read_flat_yaml
 from loratool.names.gguf import architecture_of, attention_in_config
 from loratool.names.paths.litgpt import SIDES, LitgptPaths, side_of
+from loratool.schemes.parts.model import described
 from loratool.schemes.parts.roles import Roles
 from loratool.schemes.parts.scales import MultiplierScale
 from loratool.schemes.parts.settings import Settings
@@ -35,6 +36,8 @@ CLAIM: Final = {
 }
 
 FLAGS: Final = ("lora_query", "lora_key", "lora_value")
+ROWS: Final = {"q": "loratool_query_rows", "k": "loratool_key_rows", "v": "loratool_key_rows"}
+"""Fields of loratool's own, for there may be no configuration of the model beside an adapter."""
 MODEL: Final = "model_config.yaml"
 OTHER_KINDS: Final = {
     "GptNeoxMLP": "a GPT-NeoX, whose queries, keys and values are interleaved by head",
@@ -242,7 +245,7 @@ class LitgptSettings(Settings):
         plain = [part for part in written.parts if part.is_plain]
         modules = [item.name for item in written.modules]
         sides = {side for item in written.modules for side, _ in item.part.stacked}
-        found = {key: value for key, value in old.items() if not key.startswith("lora_")}
+        found = {k: v for k, v in old.items() if not k.startswith(("lora_", "loratool_"))}
         model = config.get("base_model_name_or_path") or "BASE"
         found.setdefault("checkpoint_dir", f"checkpoints/{model}")
         rank = max(part.rank for part in plain)
@@ -255,6 +258,7 @@ class LitgptSettings(Settings):
             "lora_projection": any(name.endswith(".attn.proj") for name in modules),
             "lora_mlp": any(".mlp." in name for name in modules),
             "lora_head": "lm_head" in modules,
+            **{ROWS[side]: rows for item in written.modules for side, rows in item.part.stacked},
         }
 
 
@@ -266,14 +270,15 @@ def _following(told: Told) -> Scheme:
     """Return the scheme for one model."""
     beside = _beside(told.folder, MODEL)
     run = _beside(told.folder, SETTINGS.file)
-    config = told.model
+    config = described(told)
     kind = OTHER_KINDS.get(str(beside.get("mlp_class_name")), "")
     architecture = architecture_of(config)
     if config.get("architectures") and not kind:
         name = architecture.name if architecture is not None else "unknown"
         kind = "" if name in LIKE_LLAMA else str(config["architectures"])[:80]
     sides = tuple(s for s, flag in zip(SIDES, FLAGS, strict=True) if run.get(flag) is True)
-    roles = LitgptRoles(has_convolutions=False, sizes=_sizes(beside, config), sides=sides)
+    sizes = _sizes(beside, config) or _sizes_written(run)
+    roles = LitgptRoles(has_convolutions=False, sizes=sizes, sides=sides)
     return replace(SCHEME, paths=LitgptPaths(kind=kind), roles=roles)
 
 
@@ -294,6 +299,11 @@ def _sizes(model: Mapping[str, Any], config: Mapping[str, Any]) -> Sizes | None:
         heads, groups = found.query, found.key
         size = _count(config, "head_dim") or _count(config, "hidden_size") // heads
     return Sizes(heads * size, groups * size) if size else None
+
+
+def _sizes_written(run: Mapping[str, Any]) -> Sizes | None:
+    query, key = (_count(run, ROWS[side]) for side in "qk")
+    return Sizes(query, key) if query and key else None
 
 
 def _count(fields: Mapping[str, Any], key: str) -> int:

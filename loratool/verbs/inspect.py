@@ -14,7 +14,13 @@ from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import looks_like_adapter
 from loratool.adapter.wrapped import factor_names
-from loratool.errors import AdapterError, BaseModelError, LoratoolError, OptionError
+from loratool.errors import (
+    AdapterError,
+    BaseModelError,
+    LoratoolError,
+    OptionError,
+    UnsupportedError,
+)
 from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
 from loratool.schemes import claimed, sidecar_names, weights_names
@@ -22,7 +28,7 @@ from loratool.schemes.detection import forms
 from loratool.schemes.opening import open_adapter
 
 if TYPE_CHECKING:
-    from loratool.base.model import Model
+    from loratool.base.model import Model, Quantization
     from loratool.verbs.spectrum import Spectrum
 
 __all__ = ["AdapterInfo", "ModelInfo", "ModuleInfo", "inspect"]
@@ -131,10 +137,22 @@ class ModelInfo:
     Attributes:
         model: The opened model.
         dtypes: Dtype to number of tensors.
+        unread: Why its weights are not read, where they are in codes that are only known.
     """
 
     model: Model
     dtypes: Mapping[str, int]
+    unread: tuple[str, ...] = ()
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its weights are coded, if they are."""
+        if not self.unread:
+            return self.model.quantization
+        from loratool.base.model import Quantization  # no adapter needs it
+
+        told = self.model.config.quantization or {}
+        return Quantization(str(told.get("quant_method") or "unknown"), "not read", 0)
 
     @property
     def parameters(self) -> int:
@@ -144,11 +162,11 @@ class ModelInfo:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is worth knowing, one sentence each."""
-        factors = self.model.factors
+        notes, factors = (*self.unread, *self.model.notes), self.model.factors
         if not factors:
-            return self.model.notes
+            return notes
         words = f"holds {len(factors)} factors of an adapter beside its weights, such as"
-        return (*self.model.notes, f"{words} {factors[0]!r}")
+        return (*notes, f"{words} {factors[0]!r}")
 
     @property
     def model_type(self) -> str | None:
@@ -198,7 +216,7 @@ class ModelInfo:
             "components": self.components,
             "parameters": self.parameters,
             "bytes": self.model.bytes,
-            "quantization": asdict(found) if (found := self.model.quantization) else None,
+            "quantization": asdict(found) if (found := self.quantization) else None,
             "tensors": len(self.model.stored),
             "dtypes": dict(self.dtypes),
             "shards": len(self.model.shards),
@@ -244,11 +262,16 @@ def inspect(
         return AdapterInfo(adapter, tuple(ModuleInfo.of(site) for site in adapter.sites), found)
     if spectrum:
         raise OptionError(place, "a model; only adapters have deltas with a spectrum")
-    from loratool.base.model import open_model  # no adapter needs it
+    from loratool.base.model import open_model, open_stored  # no adapter needs it
 
-    model = open_model(place)
+    unread: tuple[str, ...] = ()
+    try:
+        model = open_model(place)
+    except UnsupportedError as error:
+        unread = (f"its weights are not read: {error}",)
+        model = open_stored(place)
     dtypes = Counter(stored.spec.dtype for stored in model.stored)
-    return ModelInfo(model, dtypes=dict(dtypes.most_common()))
+    return ModelInfo(model, dtypes=dict(dtypes.most_common()), unread=unread)
 
 
 def _is_adapter(path: Path) -> bool:

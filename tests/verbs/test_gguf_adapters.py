@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -609,3 +610,62 @@ def test_a_fused_projection_is_cut(tmp_path: Path) -> None:
     loratool.convert(tmp_path / "made.gguf", "gguf", tmp_path / "again.gguf")
     again = open_weights(tmp_path / "again.gguf").tensors
     assert again.keys() == open_weights(tmp_path / "made.gguf").tensors.keys()
+
+
+# --- damaged and hostile files
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_a_file_holds_it_is_read_or_refused(seed: int, base: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(seed)
+    architecture = str(
+        random.choice(["llama", "bloom", "internlm2", "qwen3moe", "none", "gpt-oss"])
+    )
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", architecture)
+    writer.add_type("adapter")
+    writer.add_float32("adapter.lora.alpha", float(random.choice([0, 16, -3, np.nan, np.inf])))
+    for key in ("head_count", "head_count_kv"):
+        value = int(random.choice([0, 1, 2, 4, 7, 2**32 - 1]))
+        writer.add_uint32(f"{architecture}.attention.{key}", value)
+    names = ["blk.0.attn_q", "blk.0.attn_k", "token_embd", "output", "blk.0.ffn_gate_exps"]
+    names += ["blk.0.attn_qkv", "blk.1.foo", "blk.0.ffn_gate_exps.1", "blk.99999999999.attn_q"]
+    for name in random.choice(names, 4, replace=False):
+        for half in "ab":
+            sides = random.choice([1, 2, 8, 16, 32], random.choice([1, 2, 2, 2, 3, 4]))
+            values = np.ones(sides, np.float32)
+            tensor = f"{name}.weight.lora_{half}"
+            if sides[-1] == 32 and seed % 2:
+                kind = gguf.GGMLQuantizationType.Q8_0
+                writer.add_tensor(tensor, gguf.quantize(values, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(tensor, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = tmp_path / "a.gguf"
+    loratool.validate(path, deep=True)
+    for verb in (
+        lambda: loratool.inspect(path).as_json(),
+        lambda: loratool.convert(path, "peft", tmp_path / "peft"),
+        lambda: loratool.convert(path, "gguf", tmp_path / "again.gguf"),
+        lambda: loratool.truncate(path, tmp_path / "less.gguf", rank=1),
+        lambda: loratool.merge(base, [path], tmp_path / "merged"),
+    ):
+        with contextlib.suppress(LoratoolError):
+            verb()
+
+
+def test_a_table_in_blocks_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    wide = write_peft(tmp_path / "wide")
+    tensors = load_file(wide / "adapter_model.safetensors")
+    tensors[f"{PREFIX}{TABLE}.lora_embedding_A"] = torch.randn(32, TOKENS)
+    tensors[f"{PREFIX}{TABLE}.lora_embedding_B"] = torch.randn(HIDDEN, 32)
+    save_file(tensors, wide / "adapter_model.safetensors")
+    config = json.loads((wide / "adapter_config.json").read_text())
+    (wide / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {TABLE: 32}}))
+    loratool.convert(wide, "gguf", tmp_path / "wide.gguf", base=base)
+    names = ["token_embd.weight.lora_a"]
+    path = foreign(tmp_path / "wide.gguf", tmp_path / "q8.gguf", quantised=names)
+    with pytest.raises(UnsupportedError, match=r"token_embd\.weight\.lora_a: .*blocks of Q8_0"):
+        loratool.convert(path, "peft", tmp_path / "back", base=base)

@@ -23,7 +23,10 @@ SHAPES: Final = {"blocks.0.attn.q_proj": (16, 12), "blocks.1.mlp.up_proj": (20, 
 SCHEMES: Final = [
     scheme.name
     for scheme in builtin_schemes()
-    if scheme.follows is None and not scheme.paths.is_whole and not scheme.paths.has_components
+    if scheme.is_written
+    and scheme.follows is None
+    and not scheme.paths.is_whole
+    and not scheme.paths.has_components
 ]
 Tensors = dict[str, torch.Tensor]
 
