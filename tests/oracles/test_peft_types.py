@@ -221,6 +221,15 @@ for order in range(2, 11):
     options = {"n_frequency": 500, "wavelet_family": f"db{order}", "scaling": 0.3}
     case(f"waveft-{order}", "WaveFTConfig", {**options, "random_loc_seed": order}, exact=1e-11)
 
+for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
+    for method in ("relu", "qr"):
+        options = {"r": 3, "decomposition_method": method, "init_scale": 9.0}
+        options["fan_in_fan_out"] = bool(at)  # PEFT forgets to say so for a second one
+        case(f"deft-{method}{at}", "DeftConfig", options, lora=NEAR, exact=2e-6, **more)
+        more_options = {**options, "para": True}
+        case(f"deft-{method}-para{at}", "DeftConfig", more_options, lora=NEAR, exact=2e-6, **more)
+case("deft-alpha", "DeftConfig", {"r": 3, "alpha": 6.0}, lora=NEAR, exact=2e-6)
+
 
 class Diagonal:
     """What PEFT's extension for BOFT does, which only a GPU has."""
@@ -498,6 +507,7 @@ DISTINCT = [
     *("bat", "road-road_1", "hira", "hira-conv", "hira-embedding", "shira", "c3a", "delora"),
     *("gralora-hybrid", "vblora", "vblora-topk", "ln_tuning-all", "beft", "supertuning-lora"),
     "unilora",
+    "deft-qr",
 ]
 
 
@@ -507,7 +517,7 @@ UNTOLD = {
         "adapter_config",
     ),
     **dict.fromkeys(("oft-conv", "hra", "road-road_1", "gralora-hybrid"), "adapter_config"),
-    **dict.fromkeys(("vblora", "supertuning-lora"), "adapter_config"),
+    **dict.fromkeys(("vblora", "supertuning-lora", "deft-qr"), "adapter_config"),
     "miss-mini": "shape",
 }
 
