@@ -230,6 +230,17 @@ for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
         case(f"deft-{method}-para{at}", "DeftConfig", more_options, lora=NEAR, exact=2e-6, **more)
 case("deft-alpha", "DeftConfig", {"r": 3, "alpha": 6.0}, lora=NEAR, exact=2e-6)
 
+for kind in ("lora", "vector", "constant", "none"):
+    for bias in ("lora", "vector", "none"):
+        scalars = {"lora": "constant", "vector": "vector"}.get(bias, "none")
+        options = {"r": 3, "config_A_B": kind, "config_C": bias, "config_D_E": scalars}
+        if (kind, bias) != ("none", "none"):
+            targets = LINEAR if bias == "none" else ("tall", "square")
+            case(f"glora-{kind}-{bias}", "GloraConfig", options, lora=NEAR, targets=targets)
+
+# Beside a bias that is not there its terms are zeros.
+case("glora-unbiased", "GloraConfig", {"r": 3, "config_C": "vector"}, lora=NEAR, targets=("wide",))
+
 
 class Diagonal:
     """What PEFT's extension for BOFT does, which only a GPU has."""
@@ -508,6 +519,8 @@ DISTINCT = [
     *("gralora-hybrid", "vblora", "vblora-topk", "ln_tuning-all", "beft", "supertuning-lora"),
     "unilora",
     "deft-qr",
+    "glora-lora-lora",
+    "glora-vector-vector",
 ]
 
 
