@@ -50,7 +50,7 @@ def spell(scheme: Scheme, dotted: str) -> str:
     """Return a module path as the keys of ``scheme`` have it."""
     if scheme.paths.is_whole:
         return f"unet:{len(dotted)}"
-    if scheme.follows is not None:  # whose names are those of one model
+    if scheme.follows is not None or not scheme.is_written:  # whose names are those of one model
         example = scheme.keys.parse(scheme.example)
         assert example is not None
         return re.sub(r"\d+", str(len(dotted)), example.module, count=1)
@@ -78,6 +78,8 @@ class TestKeySchemeContract:
     def test_a_file_of_its_keys_is_told_from_all_others(
         self, scheme: Scheme, tmp_path: Path
     ) -> None:
+        if not scheme.keys.has_name_for(Slot.DOWN):
+            pytest.skip("has factors under roles of its own")
         example = scheme.keys.parse(scheme.example)
         assert example is not None
         sides = {Slot.DOWN: (2, 7), Slot.UP: (5, 2)}
