@@ -28,7 +28,6 @@ FORMS: Final[tuple[tuple[str, str], ...]] = (
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
     (r"^w_[ab]_\d+$", "numbered factors without module names"),
     (r"\.lora_[ab]\.weight$", "torchtune's factors, not read yet"),
-    (r"_lora[12]?\.(up|down)\.weight$", "names of XLabs' trainer, not read yet"),
     (r"\.lora_(up|down)\.weight$", "factors under names of a scheme that is not known"),
 )
 

@@ -18,12 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import SCHEMES, lora, place, stable_diffusion
+from samples import NARROW, SCHEMES, lora, place, stable_diffusion
 
 import loratool
 from loratool import convert
 from loratool.cli.main import cli
 from loratool.errors import AdapterError, LoratoolError, OptionError, OutputError, UnsupportedError
+from loratool.schemes import scheme_named
 
 Make = Callable[..., Path]
 Q = "model.layers.0.self_attn.q_proj"
@@ -49,6 +50,10 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+FREE = [name for name in SCHEMES if scheme_named(name).follows is None]
+"""Schemes that need no base to be written."""
+
+
 class TestEveryPair:
     """Any scheme to any other and back to PEFT: the same modules, the same deltas."""
 
@@ -65,7 +70,7 @@ class TestEveryPair:
     @pytest.mark.slow
     def test_a_language_model(self, llama: Path, tmp_path: Path) -> None:
         truth = dense_deltas(llama)
-        schemes = [name for name in SCHEMES if name != "cloneofsimo"]
+        schemes = [name for name in FREE if name != "cloneofsimo" and name not in NARROW]
         # Behind the prefix of a transformer it is of a family of which nobody knows two namings.
         pairs = [("comfy", name) for name in ("diffusers", "diffusers-legacy")]
         refused = {*pairs, *((other, one) for one, other in pairs)}
@@ -81,7 +86,22 @@ class TestEveryPair:
         for module, delta in truth.items():
             expected = kohya_deltas(first)[f"lora_{kohya_name(module)}"]
             assert torch.allclose(delta, expected, rtol=1e-6)
-        self._check(first, truth, SCHEMES, tmp_path)
+        self._check(first, truth, [name for name in FREE if name != "xlabs"], tmp_path)
+
+    @pytest.mark.slow
+    def test_the_attention_of_flux(self, tmp_path: Path) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for number in range(2):
+            for stream, leaves in {"to": "qkv", "add": "qkv"}.items():
+                for leaf in leaves:
+                    name = f"{stream}_{leaf}" if stream == "to" else f"{stream}_{leaf}_proj"
+                    tensors |= lora(f"transformer.transformer_blocks.{number}.attn.{name}", 8, 8)
+            tensors |= lora(f"transformer.single_transformer_blocks.{number}.proj_out", 8, 40)
+        save_file(tensors, tmp_path / "flux.safetensors")
+        convert(tmp_path / "flux.safetensors", "peft", tmp_path / "truth")
+        truth = dense_deltas(tmp_path / "truth")
+        schemes = [name for name in FREE if name not in ("cloneofsimo", "diffusers-legacy")]
+        self._check(tmp_path / "flux.safetensors", truth, schemes, tmp_path)
 
     @staticmethod
     def _check(
@@ -111,7 +131,8 @@ class TestEveryPair:
     def test_bytes_stay_where_no_scale_moves(self, tmp_path: Path) -> None:
         first = stable_diffusion(tmp_path / "sd.safetensors", alpha=None)
         before = load_file(first)
-        for number, (one, other) in enumerate(itertools.product(SCHEMES, SCHEMES)):
+        schemes = [name for name in FREE if name != "xlabs"]
+        for number, (one, other) in enumerate(itertools.product(schemes, schemes)):
             middle = place(tmp_path, one, f"a{number}")
             last = place(tmp_path, other, f"b{number}")
             convert(first, one, middle)
