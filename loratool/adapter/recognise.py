@@ -24,6 +24,11 @@ PEFT_TYPES: Final = {
 """What the commonest types are; the others are named as they are."""
 
 FORMS: Final[tuple[tuple[str, str], ...]] = (
+    (
+        r"^(lora_controlnet$|(input_hint_block|zero_convs|middle_block_out)\.)",
+        "those of a control-LoRA: a network beside the base, made of copies of its weights, which "
+        "no merge puts into it; ComfyUI loads it with the node for control networks",
+    ),
     (r"\.linear_(in|out)\.weight$", "Megatron's adapters (linear_in, linear_out), not read yet"),
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
     (r"^w_[ab]_\d+$", "numbered factors without module names"),

@@ -14,7 +14,7 @@ from loratool.files.torch_zip import TorchLayout, archive_stem, lay_out, seal
 
 __all__ = ["CLAIM", "CONTAINER"]
 
-CLAIM: Final = {"suffixes": [".bin", ".pt", ".pth"], "models": [".bin"], "preference": 1}
+CLAIM: Final = {"suffixes": [".bin", ".ckpt", ".pt", ".pth"], "models": [".bin"], "preference": 1}
 
 
 @dataclass(frozen=True)
