@@ -142,7 +142,7 @@ def _coded(
     groups = 1
     if scale.spec.elements != 1:
         groups = scale.spec.shape[1] if len(scale.spec.shape) == 2 else 1
-        if len(scale.spec.shape) == 2 and 0 < 2 * scale.spec.shape[0] <= out + 1 and groups < into:
+        if out > 1 and 0 < 2 * scale.spec.shape[0] <= out + 1 and groups not in (1, into):
             raise UnsupportedError(
                 scale.spec.name,
                 f"scales blocks of whole numbers, {list(scale.spec.shape)}",
