@@ -128,8 +128,7 @@ class StoredTensor:
         """Return the loops over its rows, seen as ``(*axes, …)``, for each axis and the rest."""
         shape = self.spec.shape
         is_flat = self.strides is None or self.steps is not None
-        is_blocked = DTYPES[self.spec.dtype].block is not None
-        if not is_flat or is_blocked or len(shape) not in (1, 2) or not shape[0]:
+        if not is_flat or len(shape) not in (1, 2) or not shape[0]:
             return None
         if min(axes) < 1 or shape[0] % math.prod(axes):
             return None

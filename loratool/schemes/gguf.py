@@ -38,6 +38,7 @@ __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {"keys": r"^(blk\.\d+\.\w+|token_embd|output|position_embd)\.weight\.lora_[ab]$"}
 
+ARCHITECTURE: Final = "general.architecture"
 BASE_KEY: Final = "general.base_model"
 HUB: Final = "https://huggingface.co/"
 ALPHA_KEY: Final = "adapter.lora.alpha"
@@ -272,7 +273,7 @@ class GgufSettings(Settings):
         architecture, attention = self.paths.architecture, self.paths.attention
         found = {"general.type": "adapter"}
         if architecture is not None:
-            found["general.architecture"] = architecture.name
+            found[ARCHITECTURE] = architecture.name
         found["general.name"] = written.metadata.get("general.name") or written.title
         found |= _base_model(written)
         found["adapter.type"] = "lora"
@@ -342,12 +343,35 @@ def _following(told: Told) -> Scheme:
 
 
 def _architecture(told: Told) -> Architecture | None:
+    _check_architecture(told)
     for metadata in (told.metadata, told.base):
-        name = metadata.get("general.architecture")
+        name = metadata.get(ARCHITECTURE)
         if name is not None:
             has_experts = metadata.get(f"{name}.expert_count", "1") != "0"
             return architecture_named(name, has_experts=has_experts)
     return architecture_of(told.config)
+
+
+def _check_architecture(told: Told) -> None:
+    """Make sure that an adapter is for the architecture that its base is of.
+
+    Raises:
+        AdapterError: It says that it is for another one, which llama.cpp does not load.
+    """
+    own, base = (each.get(ARCHITECTURE) for each in (told.metadata, told.base))
+    if own is None or own == base:
+        return
+    if base is None:
+        one, other = architecture_named(own), architecture_of(told.config)
+        # The names of some changed; which rows are paired did not.
+        if one is not None and other is not None and one.permutes != other.permutes:
+            base = other.name
+    if base is not None:
+        raise AdapterError(
+            ARCHITECTURE,
+            f"is {own!r:.40} in the adapter and {base!r:.40} in the base",
+            hint="is this the base that the adapter was trained on?",
+        )
 
 
 SETTINGS: Final = GgufSettings(
