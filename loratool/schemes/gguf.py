@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.keys import KeyTable, Template, transposed
-from loratool.adapter.model import INVOCATION_KEY, Kind, Site
+from loratool.adapter.model import FILE_ALPHA_KEY, INVOCATION_KEY, Kind, Site
 from loratool.adapter.part import Part
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Home, Scheme, Told, Written
@@ -41,7 +41,6 @@ CLAIM: Final = {"keys": r"^(blk\.\d+\.\w+|token_embd|output|position_embd)\.weig
 ARCHITECTURE: Final = "general.architecture"
 BASE_KEY: Final = "general.base_model"
 HUB: Final = "https://huggingface.co/"
-ALPHA_KEY: Final = "adapter.lora.alpha"
 MOST_EXPERTS: Final = 4096
 TABLE: Final = "token_embd"
 EXPERTS: Final = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps")
@@ -254,13 +253,13 @@ class GgufSettings(Settings):
         kind = metadata.get("adapter.type", "lora")
         if kind != "lora":
             raise UnsupportedError(where.parent, f"is an adapter of type {kind!r:.40}, not LoRA")
-        text = metadata.get(ALPHA_KEY, "0")
+        text = metadata.get(FILE_ALPHA_KEY, "0")
         try:
             alpha = float(text)
         except ValueError:
             alpha = float("nan")
         if alpha != alpha or abs(alpha) == float("inf"):
-            raise AdapterError(where.parent, f"{ALPHA_KEY} is {text!r:.40}, expected a number")
+            raise AdapterError(where.parent, f"{FILE_ALPHA_KEY} is {text!r:.40}, expected a number")
         return tuple(replace(site, scaling=_scaling(site, alpha)) for site in sites)
 
     def base_model(self, metadata: Mapping[str, str]) -> str | None:
@@ -279,7 +278,7 @@ class GgufSettings(Settings):
         found["adapter.type"] = "lora"
         parts = [part for part in written.parts if part.is_plain]
         if parts:
-            found[ALPHA_KEY] = repr(single(parts[0].written_alpha))
+            found[FILE_ALPHA_KEY] = repr(single(parts[0].written_alpha))
         tokens = (written.config or {}).get("alora_invocation_tokens")
         if isinstance(tokens, list) and tokens and INVOCATION_KEY not in written.metadata:
             found[INVOCATION_KEY] = json.dumps(tokens)

@@ -693,3 +693,17 @@ def test_an_adapter_of_another_architecture_is_refused(
     if name == "qwen2":  # rows in another order than those of this base
         with pytest.raises(AdapterError, match="'qwen2' in the adapter and 'llama' in the base"):
             loratool.convert(path, "peft", tmp_path / "back", base=folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "alpha"), [({"alpha": 24.0}, 24.0), ({"scale": 2.0}, None), ({"scale": 0.3}, None)]
+)
+def test_another_strength_is_another_alpha(
+    options: dict[str, float], alpha: float | None, made: Path, tmp_path: Path
+) -> None:
+    before = values_of(made)["adapter.lora.alpha"]
+    loratool.rescale(made, tmp_path / "out.gguf", **options)
+    found = values_of(tmp_path / "out.gguf")["adapter.lora.alpha"]
+    assert found == np.float32(alpha or before * options["scale"])
+    old, new = tensors_of(made), tensors_of(tmp_path / "out.gguf")
+    assert all(np.array_equal(old[name], new[name]) for name in old)
