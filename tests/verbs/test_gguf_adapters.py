@@ -11,6 +11,7 @@ from typing import Any, Final
 import gguf
 import numpy as np
 import pytest
+import tiny_gguf as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -707,3 +708,20 @@ def test_another_strength_is_another_alpha(
     assert found == np.float32(alpha or before * options["scale"])
     old, new = tensors_of(made), tensors_of(tmp_path / "out.gguf")
     assert all(np.array_equal(old[name], new[name]) for name in old)
+
+
+def test_tables_of_positions_are_refused(tmp_path: Path) -> None:
+    """llama.cpp would look for a linear layer of that shape, and never apply it."""
+    tiny.write_base(tmp_path / "base", "gpt2")
+    adapter = tiny.write_adapter(tmp_path / "adapter", "gpt2")
+    file = adapter / "adapter_model.safetensors"
+    more = {
+        "base_model.model.transformer.wpe.lora_embedding_A": torch.ones(tiny.RANK, 16),
+        "base_model.model.transformer.wpe.lora_embedding_B": torch.ones(32, tiny.RANK),
+    }
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    with pytest.raises(UnsupportedError, match="wpe: is a table of positions") as caught:
+        loratool.convert(adapter, "gguf", tmp_path / "out.gguf", base=tmp_path / "base")
+    assert "--drop" in str(caught.value.hint)
+    loratool.convert(adapter, "gguf", tmp_path / "out.gguf", base=tmp_path / "base", drop=["wpe"])
+    assert "position_embd.weight.lora_a" not in tensors_of(tmp_path / "out.gguf")
