@@ -152,7 +152,8 @@ def _check_metadata(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
         expected, found = file.metadata, dict(shard.metadata)
         for key in dict.fromkeys((*expected, *found)):
             if expected.get(key) != found.get(key):
-                code = "LT110" if key == "format" else "LT111"
+                is_needed = key == "format" or (isinstance(shard, GgufFile) and _decides(key))
+                code = "LT110" if is_needed else "LT111"
                 yield finding(
                     code,
                     shard.path.name,
@@ -163,6 +164,12 @@ def _check_metadata(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
             yield finding(
                 "LT110", file.name, "its key values are not the base's, such as the vocabulary"
             )
+
+
+def _decides(key: str) -> bool:
+    """Whether a key value of GGUF is more than what the model is called and where it is from."""
+    is_plain = key.startswith("general.")
+    return not is_plain or key in ("general.architecture", "general.alignment")
 
 
 def _has_other_values(file: OutputFile, shard: GgufFile) -> bool:
