@@ -167,17 +167,8 @@ def read_view(stored: StoredTensor) -> memoryview:
         return memoryview(data)
     import numpy as np
 
-<<<<<<< HEAD
     sizes, strides = stored.layout
     width = stored.spec.nbytes // math.prod(sizes)
-=======
-    if stored.steps is not None:  # whole rows, of whatever elements or blocks
-        sizes, strides = (tuple(each) for each in zip(*stored.steps, strict=True))
-        width = stored.spec.nbytes // stored.spec.shape[0]
-    else:
-        sizes, strides = stored.layout
-        width = stored.spec.nbytes // stored.spec.elements
->>>>>>> h/eyes2
     flat = np.frombuffer(data, dtype=np.dtype(WORDS.get(width, f"V{width}")))
     view = np.lib.stride_tricks.as_strided(
         flat, sizes, [stride * width for stride in strides], writeable=False

@@ -141,12 +141,8 @@ class StoredTensor:
         """Return the loops over its rows, seen as ``(*axes, …)``, for each axis and the rest."""
         shape = self.spec.shape
         is_flat = self.strides is None or self.steps is not None
-<<<<<<< HEAD
         is_cut = self._unit > 1 and (len(shape) != 2 or shape[1] % self._unit)
         if not is_flat or is_cut or len(shape) not in (1, 2) or not shape[0]:
-=======
-        if not is_flat or len(shape) not in (1, 2) or not shape[0]:
->>>>>>> h/eyes2
             return None
         if min(axes) < 1 or shape[0] % math.prod(axes):
             return None
