@@ -18,6 +18,7 @@ from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 
 __all__ = [
+    "FILE_ALPHA_KEY",
     "FUSED_PARAMETERS",
     "HEAD_LEAVES",
     "HISTORY_KEY",
@@ -38,6 +39,9 @@ HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "pr
 
 HISTORY_KEY: Final = "loratool"
 """Metadata of what loratool has written: where it records no alpha, the scale is 1."""
+
+FILE_ALPHA_KEY: Final = "adapter.lora.alpha"
+"""Metadata of what has one alpha for all modules in its file."""
 
 INVOCATION_KEY: Final = "adapter.alora.invocation_tokens"
 """Metadata of what acts after its tokens only."""
@@ -218,7 +222,11 @@ def unknown_scale(adapter: Adapter) -> str | None:
 
     It is then taken as 1. Files that loratool wrote with every scale in the factors are right so.
     """
-    missing = [site for site in adapter.sites if site.scaling.alpha is None and site.is_plain]
+    missing = [
+        site
+        for site in adapter.sites
+        if site.scaling.alpha is None and (site.is_plain or site.variant.is_compact)
+    ]
     if not missing or is_folded(adapter):
         return None
     some = "" if len(missing) == len(adapter.sites) else f" for {len(missing)} modules"

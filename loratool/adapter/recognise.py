@@ -30,10 +30,14 @@ PEFT_TYPES: Final = {
 """What the commonest types are; the others are named as they are."""
 
 FORMS: Final[tuple[tuple[str, str], ...]] = (
+    (
+        r"^(lora_controlnet$|(input_hint_block|zero_convs|middle_block_out)\.)",
+        "those of a control-LoRA: a network beside the base, made of copies of its weights, which "
+        "no merge puts into it; ComfyUI loads it with the node for control networks",
+    ),
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
-    (r"^w_[ab]_\d+$", "numbered factors without module names"),
+    (r"^w_[ab]_\d+$", "numbered factors, but not two pairs for each block"),
     (r"\.lora_[ab]\.weight$", "factors of candle's kind, or of a torchtune model not read yet"),
-    (r"_lora[12]?\.(up|down)\.weight$", "names of XLabs' trainer, not read yet"),
     (r"\.lora_(up|down)\.weight$", "factors under names of a scheme that is not known"),
 )
 

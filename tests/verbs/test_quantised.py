@@ -313,6 +313,46 @@ def test_inspect_says_what_is_not_read(make_base: Make, capsys: pytest.CaptureFi
     assert "not read" in capsys.readouterr().out
 
 
+def test_a_scale_without_its_codes_is_damage(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    del stored[f"{MODULES[1]}.weight"]
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    with pytest.raises(FileFormatError, match=f"{MODULES[1]}.*not there") as caught:
+        loratool.merge(base, [adapter], tmp_path / "out")
+    assert "download" in str(caught.value.hint)
+    with pytest.raises(FileFormatError, match="not there"):
+        loratool.validate(adapter, base=base)
+
+
+def test_verify_wants_no_word_of_codes_that_are_gone(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    config["vision_config"] = {"quantization_config": config["quantization_config"], "size": 1}
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    out = tmp_path / "out"
+    loratool.merge(base, [adapter], out)
+    written = json.loads((out / "config.json").read_text())
+    assert written["vision_config"] == {"size": 1}
+    written["quantization_config"] = config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(written))
+    found = loratool.verify(out, base=base, adapters=[adapter])
+    assert [(f.code, f.severity) for f in found] == [("LT107", "error")]
+
+
+def test_what_was_infinite_before_is_told_from_an_overflow(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    stored[f"{MODULES[0]}.weight"].view(torch.uint8)[0, 0] = 0x7F
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    for how in ("dequantize", "keep"):
+        with pytest.raises(MergeError, match="in the base already"):
+            loratool.merge(base, [adapter], tmp_path / "out", quantized=how)
+
+
 def test_a_plain_model_has_no_quantization(make_base: Make) -> None:
     assert loratool.inspect(make_base({NORM: torch.ones(3)})).as_json()["quantization"] is None
 
