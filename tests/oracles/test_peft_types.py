@@ -403,6 +403,8 @@ def test_a_plain_lora_of_it_merges_to_the_same(
     compare(found, wanted, max(1e-6, chosen.exact))
     loratool.merge(base, [tmp_path / "plain"], tmp_path / "out")
     compare(loaded(tmp_path / "out"), wanted, max(1e-6, chosen.exact))
+    written = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float64}
 
 
 def test_without_a_base_nothing_is_guessed(tmp_path: Path, trained: Callable[..., Any]) -> None:

@@ -10,6 +10,7 @@ from loratool.adapter.model import Kind, Site
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.base.model import Model
+from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.values.arrays import decode
 from loratool.values.expr import Expr, Function, Result, computed_dtype
@@ -46,7 +47,8 @@ def exactly(part: Part, base: Model | None) -> Part:
     def factors(*_: Array) -> tuple[Array, Array]:
         return variant.factors(site, decode, width)
 
-    dtype = computed_dtype([t.spec.dtype for t in site.tensors if t not in _others(site)])
+    dtypes = [t.spec.dtype for t in site.tensors if t not in _others(site)]
+    dtype = computed_dtype([each for each in dtypes if DTYPES[each].is_factor])  # no places
     note = f"{variant.name} written out as plain factors"
     both = Function(note, site.tensors, factors)
     down = Result(both, 0, (rank, width // math.prod(kernel), *kernel), dtype)
