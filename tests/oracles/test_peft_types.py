@@ -20,7 +20,7 @@ from torch import nn
 import loratool
 from loratool.base.model import open_model
 from loratool.base.placing import with_places
-from loratool.errors import LoratoolError, UnsupportedError
+from loratool.errors import AdapterError, LoratoolError, UnsupportedError
 from loratool.files.spec import StoredTensor
 from loratool.math import exact_variants
 from loratool.schemes.opening import open_adapter
@@ -658,3 +658,18 @@ def test_what_has_no_fixed_weights_is_refused_by_name(
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
     with pytest.raises(UnsupportedError, match=f"{kind}.*{words}"):
         loratool.inspect(tmp_path)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_a_scale_multiplies_its_change_or_is_refused(
+    name: str, tmp_path: Path, trained: Callable[..., Any]
+) -> None:
+    trained(CASES[name], tmp_path, torch.float64)
+    base, adapter = tmp_path / "base", tmp_path / "adapters" / "a0"
+    with suppress(UnsupportedError, AdapterError):
+        loratool.rescale(adapter, tmp_path / "half", scale=0.5)
+        loratool.merge(base, [adapter], tmp_path / "one", weights=[0.5])
+        loratool.merge(base, [tmp_path / "half"], tmp_path / "other")
+        compare(loaded(tmp_path / "other"), loaded(tmp_path / "one"), 1e-12)
+        return
+    assert name not in ("vera", "fourierft", "delora", "miss", "c3a", "shira", "gralora-hybrid")
