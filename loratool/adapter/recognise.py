@@ -32,7 +32,6 @@ FORMS: Final[tuple[tuple[str, str], ...]] = (
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
     (r"^w_[ab]_\d+$", "numbered factors, but not two pairs for each block"),
     (r"\.lora_[ab]\.weight$", "factors of candle's kind, or of a torchtune model not read yet"),
-    (r"_lora[12]?\.(up|down)\.weight$", "names of XLabs' trainer, not read yet"),
     (r"\.lora_(up|down)\.weight$", "factors under names of a scheme that is not known"),
 )
 

@@ -176,7 +176,6 @@ def test_weights_under_another_name(make_adapter: Make) -> None:
     [
         ("layers.0.mixer.lora_a.weight", "candle"),
         ("x.adapter_down.weight", "bottleneck"),
-        ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"),
         ("model.layers.0.q_proj.weight", "none of its"),
     ],
 )
