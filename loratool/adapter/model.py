@@ -18,6 +18,7 @@ from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 
 __all__ = [
+    "FILE_ALPHA_KEY",
     "FUSED_PARAMETERS",
     "HEAD_LEAVES",
     "HISTORY_KEY",
@@ -38,6 +39,9 @@ HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "pr
 
 HISTORY_KEY: Final = "loratool"
 """Metadata of what loratool has written: where it records no alpha, the scale is 1."""
+
+FILE_ALPHA_KEY: Final = "adapter.lora.alpha"
+"""Metadata of what has one alpha for all modules in its file."""
 
 INVOCATION_KEY: Final = "adapter.alora.invocation_tokens"
 """Metadata of what acts after its tokens only."""

@@ -20,6 +20,7 @@ PEFT_TYPES: Final = {
     "POLY": "a router that mixes adapters by task; no fixed weights equal it",
     "LILY": "a router that mixes factors by input; no fixed weights equal it",
     "SHADOW": "a small model beside the large one; no weights of that equal it",
+    "TINYLORA": "vectors of modules that only the live model's order tells",
     "PEANUT": "a small network of the weight, whose layers are not linear",
     "PSOFT": "rotations of the base's own leading directions, not read yet",
     "OSF": "a decomposition of the base's own weights, not read yet",
@@ -29,6 +30,11 @@ PEFT_TYPES: Final = {
 """What the commonest types are; the others are named as they are."""
 
 FORMS: Final[tuple[tuple[str, str], ...]] = (
+    (
+        r"^(lora_controlnet$|(input_hint_block|zero_convs|middle_block_out)\.)",
+        "those of a control-LoRA: a network beside the base, made of copies of its weights, which "
+        "no merge puts into it; ComfyUI loads it with the node for control networks",
+    ),
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
     (r"^w_[ab]_\d+$", "numbered factors, but not two pairs for each block"),
     (r"\.lora_[ab]\.weight$", "factors of candle's kind, or of a torchtune model not read yet"),

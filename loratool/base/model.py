@@ -193,7 +193,9 @@ class Model:
         if not coded:
             return None
         ((name, _),) = Counter(coded).most_common(1)
-        told = (self.config.quantization or {}).get("quant_method")
+        configs = (self.config, *(config_of(each) for each in self.checkpoints.values()))
+        said = (config.quantization or {} for config in configs)
+        told = next((one["quant_method"] for one in said if "quant_method" in one), None)
         codec = next(
             one.codec
             for one in self.tensors.values()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.keys import KeyTable, Template, transposed
-from loratool.adapter.model import INVOCATION_KEY, Kind, Site
+from loratool.adapter.model import FILE_ALPHA_KEY, INVOCATION_KEY, Kind, Site
 from loratool.adapter.part import Part
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Home, Scheme, Told, Written
@@ -38,9 +38,9 @@ __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {"keys": r"^(blk\.\d+\.\w+|token_embd|output|position_embd)\.weight\.lora_[ab]$"}
 
+ARCHITECTURE: Final = "general.architecture"
 BASE_KEY: Final = "general.base_model"
 HUB: Final = "https://huggingface.co/"
-ALPHA_KEY: Final = "adapter.lora.alpha"
 MOST_EXPERTS: Final = 4096
 TABLE: Final = "token_embd"
 EXPERTS: Final = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps")
@@ -253,13 +253,13 @@ class GgufSettings(Settings):
         kind = metadata.get("adapter.type", "lora")
         if kind != "lora":
             raise UnsupportedError(where.parent, f"is an adapter of type {kind!r:.40}, not LoRA")
-        text = metadata.get(ALPHA_KEY, "0")
+        text = metadata.get(FILE_ALPHA_KEY, "0")
         try:
             alpha = float(text)
         except ValueError:
             alpha = float("nan")
         if alpha != alpha or abs(alpha) == float("inf"):
-            raise AdapterError(where.parent, f"{ALPHA_KEY} is {text!r:.40}, expected a number")
+            raise AdapterError(where.parent, f"{FILE_ALPHA_KEY} is {text!r:.40}, expected a number")
         return tuple(replace(site, scaling=_scaling(site, alpha)) for site in sites)
 
     def base_model(self, metadata: Mapping[str, str]) -> str | None:
@@ -272,13 +272,13 @@ class GgufSettings(Settings):
         architecture, attention = self.paths.architecture, self.paths.attention
         found = {"general.type": "adapter"}
         if architecture is not None:
-            found["general.architecture"] = architecture.name
+            found[ARCHITECTURE] = architecture.name
         found["general.name"] = written.metadata.get("general.name") or written.title
         found |= _base_model(written)
         found["adapter.type"] = "lora"
         parts = [part for part in written.parts if part.is_plain]
         if parts:
-            found[ALPHA_KEY] = repr(single(parts[0].written_alpha))
+            found[FILE_ALPHA_KEY] = repr(single(parts[0].written_alpha))
         tokens = (written.config or {}).get("alora_invocation_tokens")
         if isinstance(tokens, list) and tokens and INVOCATION_KEY not in written.metadata:
             found[INVOCATION_KEY] = json.dumps(tokens)
@@ -342,12 +342,35 @@ def _following(told: Told) -> Scheme:
 
 
 def _architecture(told: Told) -> Architecture | None:
+    _check_architecture(told)
     for metadata in (told.metadata, told.base):
-        name = metadata.get("general.architecture")
+        name = metadata.get(ARCHITECTURE)
         if name is not None:
             has_experts = metadata.get(f"{name}.expert_count", "1") != "0"
             return architecture_named(name, has_experts=has_experts)
     return architecture_of(told.config)
+
+
+def _check_architecture(told: Told) -> None:
+    """Make sure that an adapter is for the architecture that its base is of.
+
+    Raises:
+        AdapterError: It says that it is for another one, which llama.cpp does not load.
+    """
+    own, base = (each.get(ARCHITECTURE) for each in (told.metadata, told.base))
+    if own is None or own == base:
+        return
+    if base is None:
+        one, other = architecture_named(own), architecture_of(told.config)
+        # The names of some changed; which rows are paired did not.
+        if one is not None and other is not None and one.permutes != other.permutes:
+            base = other.name
+    if base is not None:
+        raise AdapterError(
+            ARCHITECTURE,
+            f"is {own!r:.40} in the adapter and {base!r:.40} in the base",
+            hint="is this the base that the adapter was trained on?",
+        )
 
 
 SETTINGS: Final = GgufSettings(

@@ -104,7 +104,7 @@ for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
         name = "randlora-seed" + "".join(f"-{key}" for key in sparse)
         drawn = {"r": 5, "projection_prng_key": 7, "save_projection": False, **sparse}
         case(f"{name}{at}", "RandLoraConfig", drawn, exact=1e-6 if sparse else 1e-13, **more)
-case("fourierft-all", "FourierFTConfig", {"n_frequency": 300, "scaling": 7.5}, exact=1e-6)
+case("fourierft-all", "FourierFTConfig", {"n_frequency": 3 * 19 * 10, "scaling": 7.5}, exact=1e-6)
 case("fourierft-seed", "FourierFTConfig", {"n_frequency": 5, "random_loc_seed": 5}, exact=1e-6)
 
 TURNED: dict[str, Any] = {"lora": NEAR, "weighs": False}
@@ -203,6 +203,20 @@ case(
     targets=("norm", "conv", "tall", "embed_tokens", "wide"),
 )
 case("beft", "BeftConfig", {}, lora=NEVER, targets=("tall", "square"))
+
+case("supertuning", "SupertuningConfig", {"sparsity": 0.9}, lora=NEAR)
+hybrid = {"sparsity": 0.8, "r": 3, "lora_alpha": 5}
+case("supertuning-lora", "SupertuningConfig", hybrid, lora=NEAR)
+for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
+    one = {"r": 3, "theta_d_length": 40, "save_indices": True}
+    case(f"unilora{at}", "UniLoraConfig", one, **more)
+
+for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
+    case(f"waveft{at}", "WaveFTConfig", {"n_frequency": 9}, **more)
+    case(f"waveft-plain{at}", "WaveFTConfig", {"n_frequency": 9, "use_idwt": False}, **more)
+for order in range(2, 11):
+    options = {"n_frequency": 500, "wavelet_family": f"db{order}", "scaling": 0.3}
+    case(f"waveft-{order}", "WaveFTConfig", {**options, "random_loc_seed": order}, exact=1e-11)
 
 
 class Diagonal:

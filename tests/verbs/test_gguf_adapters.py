@@ -11,6 +11,7 @@ from typing import Any, Final
 import gguf
 import numpy as np
 import pytest
+import tiny_gguf as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -337,7 +338,7 @@ def test_reading_back_gives_the_factors_and_the_configuration(
 def foreign(made: Path, path: Path, **options: Any) -> Path:
     """Write the same adapter with the gguf package, as llama.cpp's converter would."""
     values = values_of(made)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, options.pop("architecture", "llama"))
     writer.add_type(options.pop("kind", "adapter"))
     writer.add_string("adapter.type", options.pop("adapter_type", "lora"))
     alpha = options.pop("alpha", values["adapter.lora.alpha"])
@@ -669,3 +670,58 @@ def test_a_table_in_blocks_is_refused_by_name(base: Path, tmp_path: Path) -> Non
     path = foreign(tmp_path / "wide.gguf", tmp_path / "q8.gguf", quantised=names)
     with pytest.raises(UnsupportedError, match=r"token_embd\.weight\.lora_a: .*blocks of Q8_0"):
         loratool.convert(path, "peft", tmp_path / "back", base=base)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "unheard-of"])
+def test_an_adapter_of_another_architecture_is_refused(
+    name: str, made: Path, base: Path, tmp_path: Path
+) -> None:
+    path = foreign(made, tmp_path / "other.gguf", architecture=name)
+    folder = str(base)
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEYS)
+    for tensor, data in load_file(base / "model.safetensors").items():
+        stem, _, leaf = tensor.rpartition(".")
+        writer.add_tensor(f"{NAMES.get(stem, stem)}.{leaf}", data.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(AdapterError, match=f"is '{name}' in the adapter and 'llama' in the base"):
+        loratool.merge(tmp_path / "base.gguf", [path], tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+    if name == "qwen2":  # rows in another order than those of this base
+        with pytest.raises(AdapterError, match="'qwen2' in the adapter and 'llama' in the base"):
+            loratool.convert(path, "peft", tmp_path / "back", base=folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "alpha"), [({"alpha": 24.0}, 24.0), ({"scale": 2.0}, None), ({"scale": 0.3}, None)]
+)
+def test_another_strength_is_another_alpha(
+    options: dict[str, float], alpha: float | None, made: Path, tmp_path: Path
+) -> None:
+    before = values_of(made)["adapter.lora.alpha"]
+    loratool.rescale(made, tmp_path / "out.gguf", **options)
+    found = values_of(tmp_path / "out.gguf")["adapter.lora.alpha"]
+    assert found == np.float32(alpha or before * options["scale"])
+    old, new = tensors_of(made), tensors_of(tmp_path / "out.gguf")
+    assert all(np.array_equal(old[name], new[name]) for name in old)
+
+
+def test_tables_of_positions_are_refused(tmp_path: Path) -> None:
+    """llama.cpp would look for a linear layer of that shape, and never apply it."""
+    tiny.write_base(tmp_path / "base", "gpt2")
+    adapter = tiny.write_adapter(tmp_path / "adapter", "gpt2")
+    file = adapter / "adapter_model.safetensors"
+    more = {
+        "base_model.model.transformer.wpe.lora_embedding_A": torch.ones(tiny.RANK, 16),
+        "base_model.model.transformer.wpe.lora_embedding_B": torch.ones(32, tiny.RANK),
+    }
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    with pytest.raises(UnsupportedError, match="wpe: is a table of positions") as caught:
+        loratool.convert(adapter, "gguf", tmp_path / "out.gguf", base=tmp_path / "base")
+    assert "--drop" in str(caught.value.hint)
+    loratool.convert(adapter, "gguf", tmp_path / "out.gguf", base=tmp_path / "base", drop=["wpe"])
+    assert "position_embd.weight.lora_a" not in tensors_of(tmp_path / "out.gguf")

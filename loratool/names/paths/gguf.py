@@ -84,6 +84,12 @@ class GgufPaths(EachAlone):
                 f"is no module of llama.cpp's architecture {self.architecture.name!r}",
                 hint=_without(module),
             )
+        if held[0].tensor == "position_embd":
+            raise UnsupportedError(
+                module,
+                "is a table of positions, to which llama.cpp applies no adapter",
+                hint=_without(module),
+            )
         if held[0].tensor == "output" and self.is_tied:
             raise UnsupportedError(
                 module,
