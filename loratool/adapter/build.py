@@ -29,8 +29,12 @@ WRAPPERS: Final = (
     "module.",
     "_fsdp_wrapped_module.",
     "_checkpoint_wrapped_module.",
+    "pipe.dit.",
 )
-"""What wrapping a model once more (PEFT, torch.compile, DDP, FSDP) puts before its modules."""
+"""What wrapping a model once more (PEFT, torch.compile, DDP, FSDP) puts before its modules.
+
+DiffSynth-Studio has the model inside a pipeline, and may leave that in the names.
+"""
 
 INNER_WRAPPERS: Final = tuple(
     f".{name}." for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
