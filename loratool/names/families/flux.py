@@ -79,7 +79,6 @@ def further_rows() -> Iterator[Row]:
     block, hub = "single_blocks.*", "single_transformer_blocks.*"
     attention = expand(f"{hub}.attn.{{to_q,to_k,to_v}}")
     merged = (*attention, f"{hub}.proj_mlp")
-    yield Row(f"{block}.linear1_qkv", Fusion(attention), SINGLE_BLOCKS)
     fusion = Fusion(merged, sizes="input", shares=(1, 1, 1, 4))
     yield Row(f"{block}.to_qkv_mlp", fusion, SINGLE_BLOCKS)
     for native, name in DIFFSYNTH_SINGLE.items():
@@ -90,6 +89,7 @@ def further_rows() -> Iterator[Row]:
     for stream, pattern in DIFFSYNTH_ATTENTIONS.items():
         parts = tuple(f"{hub}.{pattern.format(each)}" for each in "qkv")
         yield Row(f"{block}.attn.{stream}_to_qkv", Fusion(parts), DOUBLE_BLOCKS)
+    yield Row("single_blocks.*.linear1_qkv", Fusion(attention), SINGLE_BLOCKS)
 
 
 FLUX: Final = Family(
