@@ -37,7 +37,8 @@ DiffSynth-Studio has the model inside a pipeline, and may leave that in the name
 """
 
 INNER_WRAPPERS: Final = tuple(
-    f".{name}." for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    f".{name}."
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "orig_module")
 )
 
 MAX_RANK: Final = 1 << 20
@@ -71,7 +72,7 @@ def strip_wrappers(module: str) -> str:
         prefix = next(prefix for prefix in WRAPPERS if module.startswith(prefix))
         return strip_wrappers(module.removeprefix(prefix))
     for inner in INNER_WRAPPERS:
-        module = module.replace(inner, ".")
+        module = module.replace(inner, ".").removesuffix(inner[:-1])
     return module
 
 
@@ -199,7 +200,8 @@ def _with_base_copies(extra: Extra, adapted: set[str]) -> Extra:
 
 def _kind(variant: Variant, slots: Mapping[Slot, StoredTensor]) -> Kind:
     """Return what kind of weight a site adapts."""
-    if Slot.EMBEDDING_DOWN in slots or Slot.EMBEDDING_UP in slots:
+    embedded = {Slot.EMBEDDING_DOWN, Slot.EMBEDDING_UP, *variant.embedding_slots}
+    if embedded & slots.keys():
         return Kind.EMBEDDING
     kernels = variant.kernel_slots & slots.keys()
     return Kind.CONV if any(len(slots[slot].spec.shape) > 2 for slot in kernels) else Kind.LINEAR

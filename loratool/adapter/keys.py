@@ -9,6 +9,8 @@ from functools import cached_property
 from typing import Final
 
 from loratool.adapter.slots import FACTOR_SLOTS, AdapterKey, Slot
+from loratool.errors import UnsupportedError
+from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor, TensorSpec
 
 __all__ = [
@@ -20,7 +22,7 @@ __all__ = [
 
 FIELDS: Final = {"module": r"(?P<module>.+)", "adapter": r"(?P<adapter>(?!weight$|bias$).+)"}
 MOST_KNOWN: Final = 1 << 17
-LONGEST_SUFFIX: Final = 3
+LONGEST_SUFFIX: Final = 4
 """How many dots the part of a key behind its module has at most."""
 
 
@@ -211,8 +213,18 @@ def are_transposed(pairs: Sequence[tuple[StoredTensor, StoredTensor]]) -> bool |
 
 
 def transposed(tensor: StoredTensor) -> StoredTensor:
-    """Return a stored matrix with rows and columns exchanged; its bytes stay where they are."""
+    """Return a stored matrix with rows and columns exchanged; its bytes stay where they are.
+
+    Raises:
+        UnsupportedError: It is in blocks, which lie along its rows.
+    """
     spec = tensor.spec
+    if DTYPES[spec.dtype].block is not None:
+        raise UnsupportedError(
+            spec.name,
+            f"is stored in blocks of {spec.dtype} along the other side, which is not read",
+            hint="convert the adapter to GGUF again with --outtype f32",
+        )
     rows, columns = spec.shape
     strides = tensor.strides or (columns, 1)
     return StoredTensor(

@@ -11,12 +11,14 @@ from typing import Any, Final
 from loratool.adapter.config import LoraConfig
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.slots import Slot
+from loratool.adapter.told import Told
 from loratool.adapter.variant import NO_GEOMETRY, Geometry, Variant
 from loratool.files.containers import is_weights
 from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
 
 __all__ = [
+    "FILE_ALPHA_KEY",
     "FUSED_PARAMETERS",
     "HEAD_LEAVES",
     "HISTORY_KEY",
@@ -37,6 +39,9 @@ HEAD_LEAVES: Final = frozenset(("lm_head", "embed_out", "output_projection", "pr
 
 HISTORY_KEY: Final = "loratool"
 """Metadata of what loratool has written: where it records no alpha, the scale is 1."""
+
+FILE_ALPHA_KEY: Final = "adapter.lora.alpha"
+"""Metadata of what has one alpha for all modules in its file."""
 
 INVOCATION_KEY: Final = "adapter.alora.invocation_tokens"
 """Metadata of what acts after its tokens only."""
@@ -217,7 +222,11 @@ def unknown_scale(adapter: Adapter) -> str | None:
 
     It is then taken as 1. Files that loratool wrote with every scale in the factors are right so.
     """
-    missing = [site for site in adapter.sites if site.scaling.alpha is None and site.is_plain]
+    missing = [
+        site
+        for site in adapter.sites
+        if site.scaling.alpha is None and (site.is_plain or site.variant.is_compact)
+    ]
     if not missing or is_folded(adapter):
         return None
     some = "" if len(missing) == len(adapter.sites) else f" for {len(missing)} modules"
@@ -249,6 +258,8 @@ class Adapter:
         components: What begins its paths and is a component of a pipeline for certain.
         is_native: Whether its backbone was named as in original checkpoints.
         mixed: Keys of factors that another scheme would read, and its own does not.
+        beside: Weights of a base that lie in its file and are not its own, by key.
+        told: What is known of the model that it is for.
     """
 
     path: Path
@@ -270,6 +281,8 @@ class Adapter:
     components: frozenset[str] = frozenset()
     is_native: bool = False
     mixed: tuple[str, ...] = ()
+    beside: Mapping[str, StoredTensor] = field(default_factory=dict)
+    told: Told = field(default_factory=Told)
 
     @property
     def title(self) -> str:
@@ -297,6 +310,13 @@ class Adapter:
         """Whether it acts after its invocation tokens only (aLoRA)."""
         is_told = self.config is not None and self.config.flag("alora_invocation_tokens")
         return is_told or INVOCATION_KEY in self.metadata
+
+    @property
+    def base_model(self) -> str | None:
+        """What it says that it was trained on."""
+        said = self.config.base_model if self.config is not None else None
+        other = (self.sidecar or {}).get("model")
+        return said or (other if isinstance(other, str) else None)
 
     def field(self, name: str) -> Any:
         """Return a raw field of its configuration, or ``None``."""

@@ -34,6 +34,8 @@ class Part:
         experts: How many deltas its factors stack; 1 for an ordinary module.
         parameter: Full path of the raw parameter that it adapts, if it adapts one.
         is_target: Whether PEFT's configuration has to name it among the targets.
+        stacked: The parts of a merged projection whose factors it stacks, with the rows of each:
+            each takes as many rows of A as B has columns.
     """
 
     module: str
@@ -49,6 +51,7 @@ class Part:
     experts: int = 1
     parameter: str | None = None
     is_target: bool = True
+    stacked: tuple[tuple[str, int], ...] = ()
 
     @property
     def slots(self) -> tuple[Slot, Slot]:

@@ -9,7 +9,7 @@ from loratool.adapter.build import is_scaled_by_name
 from loratool.adapter.leaving import leave_out, option, pattern_for
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Variant
+from loratool.adapter.variant import NO_GEOMETRY, Variant
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.dtypes import DTYPES
 
@@ -189,7 +189,7 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     config = adapter.config
     down, up = site.down, site.up
     if not site.is_plain and Slot.MID not in site.slots:
-        if not site.in_features and not site.out_features:
+        if site.geometry == NO_GEOMETRY:
             yield "LT001", f"is {site.variant.words}, but lacks some of its tensors"
         else:
             yield from site.variant.problems(site)

@@ -12,6 +12,7 @@ from loratool.adapter.keys import KeyTable
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
+from loratool.adapter.told import Told
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.values.expr import Constant, Expr
 
@@ -84,21 +85,6 @@ class Context:
     family: str | None = None
     known: frozenset[str] = frozenset()
     alone: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What is known of the model that an adapter is for, to a scheme that depends on it.
-
-    Attributes:
-        metadata: What the adapter's file says of itself.
-        base: What the base's weights file does.
-        config: The base's parsed ``config.json``; empty where there is none.
-    """
-
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    base: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +254,14 @@ class Settings(Protocol):
         """Whether a configuration is this scheme's, and not PEFT's."""
         ...
 
+    def load(self, path: Path) -> dict[str, Any]:
+        """Return what the file of its own says.
+
+        Raises:
+            FileFormatError: It cannot be read.
+        """
+        ...
+
     def read(
         self,
         sites: tuple[Site, ...],
@@ -432,6 +426,7 @@ class Scheme:
         resembles: Patterns of keys that are of its tool and no factors, with what they are.
         priority: Which scheme is meant where two recognise as many keys: the higher.
         follows: Returns the scheme for one model, where names or rows depend on which that is.
+        is_written: Whether adapters are written in it too.
     """
 
     name: str
@@ -448,6 +443,7 @@ class Scheme:
     resembles: tuple[tuple[str, str], ...] = ()
     priority: int = 0
     follows: Callable[[Told], Scheme] | None = None
+    is_written: bool = True
 
     def of(self, told: Told) -> Scheme:
         """Return the scheme as it is for one model."""

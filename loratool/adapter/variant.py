@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from loratool.adapter.scaling import Scaling
 
 __all__ = [
+    "LARGEST",
     "NO_GEOMETRY",
+    "SHAPE",
     "Array",
     "Change",
     "Choice",
@@ -57,6 +59,10 @@ class Geometry:
 
 
 NO_GEOMETRY: Final = Geometry(0, 0, 0)
+SHAPE: Final = "shape"
+"""In settings: the shape of the base's weight, ``(out, in)``, where one is at hand."""
+LARGEST: Final = "largest"
+"""In settings: the most outputs and the most inputs of all weights that the adapter changes."""
 
 
 class Change:
@@ -67,9 +73,12 @@ class Change:
     Attributes:
         grain: Rows and columns that only change together: parts begin and end at multiples of
             these, or at the end. 0 stands for all of them.
+        of_original: Whether it is a change of the base's weight as it was, whatever other adapters
+            have made of it.
     """
 
     grain: tuple[int, int] = (1, 1)
+    of_original: bool = False
 
     def changed(self, part: Array, row: int, column: int) -> Array:
         """Return what a part of W becomes, new and of its dtype.
@@ -107,7 +116,10 @@ class Variant:
             what is added to any.
         needs_base: Whether its delta depends on the numbers of the weight.
         needs_shape: Whether only the weight's shape tells what its factors are.
+        needs_places: Whether it has to know the base's weights: the shape of its own, and the
+            largest sides of all that its adapter changes (:data:`SHAPE` and :data:`LARGEST`).
         needs_whole: Whether a change looks at the whole weight at once.
+        takes_weights: Whether a part of its change means something.
         parameters: Roles of tensors that are added to whole parameters of the module, as they are,
             and what each may be called there; a bias in the role of that is one anyway.
         replaces: Whether they take the place of those parameters instead.
@@ -117,6 +129,7 @@ class Variant:
         remedy: What to do about that.
         between: Roles of diagonals between B and A.
         kernel_slots: Roles whose further dimensions are those of a convolution's kernel.
+        embedding_slots: Roles that only an embedding has.
         fields: Further fields of PEFT's configuration that it knows.
     """
 
@@ -136,7 +149,9 @@ class Variant:
     has_change: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
     needs_shape: ClassVar[bool] = False
+    needs_places: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False
+    takes_weights: ClassVar[bool] = True
     parameters: ClassVar[Mapping[Slot, tuple[str, ...]]] = MappingProxyType({})
     replaces: ClassVar[bool] = False
     residual: ClassVar[str | None] = None
@@ -147,6 +162,7 @@ class Variant:
     )
     between: ClassVar[tuple[Slot, ...]] = ()
     kernel_slots: ClassVar[frozenset[Slot]] = frozenset((Slot.DOWN,))
+    embedding_slots: ClassVar[frozenset[Slot]] = frozenset()
     fields: ClassVar[frozenset[str]] = frozenset()
 
     def __repr__(self) -> str:

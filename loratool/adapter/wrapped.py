@@ -14,11 +14,32 @@ __all__ = ["factor_names", "own_names", "without_wrapper"]
 
 FACTOR: Final = re.compile(
     r"(?P<module>.+)\.(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector|down|up|mid|a|b)"
-    r"|hada_(w\d_[ab]|t\d)|lokr_(w\d(_[ab])?|t\d)|dora_scale)(\..+)?",
+    r"|hada_(w\d_[ab]|t\d)|lokr_(w\d(_[ab])?|t\d)|dora_scale|lora\.[AB])(\..+)?",
     re.DOTALL,
 )
-LIKELY: Final = ("lora_", "hada_", "lokr_")
-WRAPPED: Final = ("base_layer", "w0", "org_module", "orig_module", "original_layer", "linear")
+LIKELY: Final = ("lora_", "hada_", "lokr_", ".lora.")
+HELD: Final = re.compile(r"(\.lora|\.parametrizations\.weight\.\d+)\Z", re.ASCII)
+"""What holds the factors inside the layer that they are of, in code of tutorials."""
+PARAMETRISED: Final = ".parametrizations.weight.original"
+"""What PyTorch calls a weight that is computed from others."""
+WRAPPED: Final = (
+    "base_layer",
+    "w0",
+    "org_module",
+    "orig_module",
+    "original_layer",
+    "linear",
+    "original_linear",
+    "base_linear",
+    "original_module",
+    "orig_layer",
+    "org_layer",
+    "frozen",
+    "pretrained",
+    "base",
+    "original",
+    "layer",
+)
 """What the layer is called inside the one that wraps it."""
 PREFIX: Final = "base_model.model."
 SAVED: Final = re.compile(r"\.(?P<kind>modules_to_save\.[^.]+|original_module)(?=\.)")
@@ -27,7 +48,8 @@ SAVED: Final = re.compile(r"\.(?P<kind>modules_to_save\.[^.]+|original_module)(?
 def factor_names(names: Collection[str]) -> dict[str, str]:
     """Return the names that are an adapter's factors, each with the module that they are of."""
     likely = (name for name in names if any(part in name for part in LIKELY))
-    return {name: match["module"] for name in likely if (match := FACTOR.fullmatch(name))}
+    found = ((name, FACTOR.fullmatch(name)) for name in likely)
+    return {name: HELD.sub("", match["module"]) for name, match in found if match}
 
 
 def without_wrapper(name: str, adapted: Collection[str]) -> str:
@@ -37,6 +59,8 @@ def without_wrapper(name: str, adapted: Collection[str]) -> str:
         name: Such as ``q_proj.base_layer.weight``.
         adapted: The modules that have factors, as they are spelled in names.
     """
+    if name.endswith(PARAMETRISED):
+        return f"{name.removesuffix(PARAMETRISED)}.weight"
     module, _, leaf = name.rpartition(".")
     parent, _, last = module.rpartition(".")
     if last in WRAPPED and parent in adapted:

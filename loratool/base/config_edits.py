@@ -19,6 +19,8 @@ TASK_SUFFIXES: Final = {
 }
 CAUSAL_SUFFIXES: Final = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "Model")
 
+EIGHT_BITS: Final = "float8"
+"""How dtypes begin that only codes have."""
 DIFFUSERS_CLASS: Final = "_class_name"
 """What a configuration of diffusers says instead of a model type."""
 
@@ -76,9 +78,11 @@ def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, 
                 if key in part:
                     part[key] = changes.dtype
     if changes.decoded:
+        _drop_codes(edited)
         for part in parts:
-            for key in QUANTIZATION:
-                part.pop(key, None)
+            for key in DTYPE_KEYS:
+                if str(part.get(key)).removeprefix("torch.").startswith(EIGHT_BITS):
+                    part[key] = changes.decoded
     dtype = changes.dtype or changes.decoded
     # diffusers' models take none of what their configuration does not know.
     if dtype and DIFFUSERS_CLASS not in edited and not any(key in edited for key in DTYPE_KEYS):
@@ -88,6 +92,15 @@ def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, 
             _replicate(part, changes.layers)
     _edit_task(edited, changes)
     return edited
+
+
+def _drop_codes(config: dict[str, Any]) -> None:
+    """Take out what a configuration, and those of its parts, say of codes."""
+    for key in QUANTIZATION:
+        config.pop(key, None)
+    for key, part in config.items():
+        if key.endswith("config") and isinstance(part, dict):
+            _drop_codes(part)
 
 
 def _replicate(config: dict[str, Any], layers: tuple[int, ...]) -> None:

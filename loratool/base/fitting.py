@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from loratool.adapter.leaving import leave_out
@@ -16,7 +16,7 @@ from loratool.base.place import Place, bias_beside
 from loratool.base.region import Region
 from loratool.errors import MissingModuleError, UnsupportedError
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "as_spelled", "fit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def fit(
         found = locate_parameter(site, assigned[site.label], adapter, base)
         return [Fit(name, region, site, is_whole=False) for name, region in found]
     in_fused = None
-    own = site.spelled if f"{site.spelled}.weight" in base.tensors else site.module
+    own = site.spelled if _is_as_spelled(site.spelled, base) else site.module
     place = base.own_place(own, base.family or adapter.family)
     if place is None:
         in_fused = locate_in_fused(site, base)
@@ -104,6 +104,23 @@ def fit(
     return [
         Fit(piece.name, region_for(site, place.module, shape, base, is_flagged=is_flagged), site)
     ]
+
+
+def _is_as_spelled(module: str, base: Model) -> bool:
+    """Whether the base has a module of this very name, which is one of libraries by itself."""
+    is_there = f"{module}.weight" in base.tensors
+    return is_there and base.layout.unlike(module, base.config) is None
+
+
+def as_spelled(adapter: Adapter, base: Model) -> Adapter:
+    """Return an adapter that knows all modules which the base calls as its file does.
+
+    Of a fused projection that llama.cpp has cut, an adapter of llama.cpp has the parts.
+    """
+    open_ = {m: p for m, p in adapter.unresolved.items() if f"{m}.weight" not in base.tensors}
+    if len(open_) == len(adapter.unresolved):
+        return adapter
+    return replace(adapter, unresolved=open_, unknown=adapter.unknown if open_ else None)
 
 
 def _cut(site: Site, place: Place) -> list[Fit]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from loratool.base.config import ARCHITECTURE, QUANTIZATION, TIE, ModelConfig, read_config
+from loratool.errors import BaseModelError
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.container import WeightsFile
 from loratool.files.dtypes import DTYPES
@@ -31,6 +32,7 @@ NAMES: Final = {
 }
 """What ``config.json`` calls what stands behind the architecture's name."""
 ORIGINAL: Final = "comfy.gguf.orig_shape."
+PART: Final = ("split.no", "split.count")
 TABLE: Final = "token_embd.weight"
 HEAD: Final = "output.weight"
 
@@ -64,11 +66,33 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
 
     Raises:
         FileFormatError: That is no JSON object.
+        BaseModelError: The file is one of several, and the others are not there.
     """
     first = checkpoint.shards[0] if checkpoint.shards else None
     if not isinstance(first, GgufFile):
         return read_config(checkpoint.folder)
+    _check_parts(checkpoint)
     return ModelConfig(_raw(first, checkpoint.shards), is_inside=True)
+
+
+def _check_parts(checkpoint: Checkpoint) -> None:
+    """Make sure that files which say that they are parts of one are all of it, in their order.
+
+    Raises:
+        BaseModelError: They are not.
+    """
+    count = len(checkpoint.shards)
+    for number, shard in enumerate(checkpoint.shards):
+        said = [shard.metadata.get(key) for key in PART]
+        if said == [None, None] and count == 1:
+            continue
+        if said != [str(number), str(count)]:
+            raise BaseModelError(
+                shard.path,
+                f"says that it is part {said[0]} (from 0) of {said[1]}, and is read as part "
+                f"{number} of {count}",
+                hint="keep the names of parts: NAME-00001-of-00003.gguf, and so on",
+            )
 
 
 def _raw(first: GgufFile, shards: Sequence[WeightsFile]) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from loratool.adapter.wrapped import factor_names, own_names
 from loratool.base.config import ModelConfig, read_config
 from loratool.base.experts import expert_place, parameter_place
 from loratool.base.fused import fused_place
-from loratool.base.key_values import config_of, own_shapes
+from loratool.base.key_values import config_of
 from loratool.base.layout import Headers, Layout
 from loratool.base.layouts import layout_of
 from loratool.base.live import LiveModel
@@ -24,7 +24,7 @@ from loratool.base.orientation import is_conv1d_by_shape, natural_region, natura
 from loratool.base.place import Piece, Place
 from loratool.base.region import Region
 from loratool.base.replication import replicate
-from loratool.base.tensors import ACTIVATION_SCALES, logical_tensors
+from loratool.base.tensors import ACTIVATION_SCALES, logical_tensors, raw_tensors
 from loratool.base.ties import Sharing, Tie, find_ties, hidden_names, possible_ties
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight, is_alias
@@ -37,7 +37,7 @@ from loratool.names.conv1d import CONV1D_LEAVES, CONV1D_MODEL_TYPES
 from loratool.names.paths import family_name, fusions, other_names
 from loratool.names.pipelines import BACKBONES, COMPONENTS
 
-__all__ = ["Model", "Quantization", "open_model"]
+__all__ = ["Model", "Quantization", "open_model", "open_stored"]
 
 WEIGHT_LEAVES: Final = ("weight", "in_proj_weight", "scale")
 """What the parameter of a module is called that libraries call its weight."""
@@ -50,7 +50,7 @@ class Quantization:
     """How the weights of a model are coded.
 
     Attributes:
-        method: What its configuration calls it.
+        method: What its configuration calls it, unless its tensors can be of no such method.
         format: The codec of most of them, or what it calls their format.
         modules: How many are coded.
     """
@@ -152,11 +152,7 @@ class Model:
     @cached_property
     def raw(self) -> Mapping[str, StoredTensor]:
         """The same by name; those of a component with its name before theirs."""
-        return {
-            f"{component}.{name}" if component else name: stored
-            for component, checkpoint in self.checkpoints.items()
-            for name, stored in own_shapes(checkpoint).items()
-        }
+        return raw_tensors(self.checkpoints)
 
     @property
     def stamps(self) -> dict[Path, Stamp]:
@@ -197,8 +193,18 @@ class Model:
         if not coded:
             return None
         ((name, _),) = Counter(coded).most_common(1)
-        told = self.config.quantization or {}
-        return Quantization(str(told.get("quant_method") or name), name, len(coded))
+        configs = (self.config, *(config_of(each) for each in self.checkpoints.values()))
+        said = (config.quantization or {} for config in configs)
+        told = next((one["quant_method"] for one in said if "quant_method" in one), None)
+        codec = next(
+            one.codec
+            for one in self.tensors.values()
+            if isinstance(one, CodedTensor) and one.settings.get("format", one.codec.name) == name
+        )
+        methods: tuple[str, ...] = getattr(codec, "methods", ())
+        if methods and told not in methods:
+            told = methods[0]
+        return Quantization(str(told or name), name, len(coded))
 
     # --- what it is
 
@@ -206,7 +212,7 @@ class Model:
     def told(self) -> Told:
         """What it says of itself to the schemes of adapters that depend on it."""
         metadata = self.shards[0].metadata if self.shards else {}
-        return Told(base=metadata, config=self.config.raw)
+        return Told(base=metadata, config=self.config.language, is_tied=self.config.is_tied)
 
     @cached_property
     def _headers(self) -> Headers:
@@ -632,8 +638,24 @@ def open_model(path: Path) -> Model:
     Raises:
         BaseModelError: There is neither, or it is damaged.
         FileFormatError: A file breaks the rules of its format.
+        UnsupportedError: Its weights are in codes that are known and not read.
     """
+    return Model(path, _checkpoints(path))
+
+
+def open_stored(path: Path) -> Model:
+    """Open a model as one of the tensors that its files hold, whatever codes they are in.
+
+    Raises:
+        BaseModelError: There is none, or it is damaged.
+        FileFormatError: A file breaks the rules of its format.
+    """
+    checkpoints = _checkpoints(path)
+    return Model(path, checkpoints, tensors=raw_tensors(checkpoints))
+
+
+def _checkpoints(path: Path) -> dict[str, Checkpoint]:
     parts = [path / name for name in COMPONENTS if (path / name).is_dir()]
     if parts:
-        return Model(path, {part.name: open_checkpoint(part) for part in parts})
-    return Model(path, {"": open_checkpoint(path)})
+        return {part.name: open_checkpoint(part) for part in parts}
+    return {"": open_checkpoint(path)}

@@ -9,13 +9,15 @@ from loratool.base.key_values import config_of, own_shapes
 from loratool.codecs.codec import Description, recognise
 from loratool.codecs.weights import Weight
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.spec import StoredTensor
 
-__all__ = ["ACTIVATION_SCALES", "logical_tensors"]
+__all__ = ["ACTIVATION_SCALES", "logical_tensors", "raw_tensors"]
 
 ACTIVATION_SCALES: Final = frozenset(
     (
         *("input_scale", "output_scale", "input_global_scale", "scale_input"),
-        *("q_scale", "k_scale", "v_scale", "prob_output_scale", "scaled_fp8"),
+        *("q_scale", "k_scale", "v_scale", "kv_scale", "prob_output_scale", "scaled_fp8"),
+        *("input_zero_point", "output_zero_point"),
     )
 )
 """What coded models hold of numbers that are no weights: plain ones have no use for it."""
@@ -29,6 +31,15 @@ def logical_tensors(checkpoints: Mapping[str, Checkpoint]) -> Mapping[str, Weigh
         f"{component}.{name}": stored
         for component, checkpoint in checkpoints.items()
         for name, stored in _decoded(checkpoint).items()
+    }
+
+
+def raw_tensors(checkpoints: Mapping[str, Checkpoint]) -> Mapping[str, StoredTensor]:
+    """Return the tensors of the files; those of a component with its name before theirs."""
+    return {
+        f"{component}.{name}" if component else name: stored
+        for component, checkpoint in checkpoints.items()
+        for name, stored in own_shapes(checkpoint).items()
     }
 
 

@@ -31,6 +31,7 @@ __all__ = ["command"]
 @options.force
 @options.alpha
 @options.adapter_name
+@options.base
 @options.device
 @options.threads
 @options.no_progress
@@ -45,6 +46,7 @@ def command(
     force: bool,
     alpha: float | None,
     adapter_name: str | None,
+    base: Path | None,
     device: str,
     threads: int | None,
     quiet: bool,
@@ -72,6 +74,7 @@ def command(
             directions=directions,
             alpha=alpha,
             adapter_name=adapter_name,
+            base=base,
             device=device,
             threads=threads,
             progress=progress,

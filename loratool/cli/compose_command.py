@@ -46,11 +46,7 @@ __all__ = ["command"]
     show_default=True,
     help="Where adapters bring different heads, biases or token rows.",
 )
-@click.option(
-    "--base",
-    type=options.PATH,
-    help="The model they are for: names and heads of .gguf adapters (headers only).",
-)
+@options.base
 @options.truncation
 @options.to("The scheme to write; as the inputs.")
 @options.dtype

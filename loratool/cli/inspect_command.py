@@ -86,13 +86,17 @@ def _print_adapter(info: AdapterInfo, *, unfolded: bool) -> None:
     facts = [
         ("adapter", adapter.path),
         ("scheme", adapter.scheme),
-        ("base model", (adapter.config.base_model if adapter.config else None) or "not said"),
+        ("base model", adapter.base_model or "not said"),
         ("parameters", render.human_count(adapter.parameters)),
         ("size", render.human_bytes(adapter.nbytes)),
         ("modules", len(info.modules)),
     ]
     if adapter.name:
         facts.append(("name in keys", adapter.name))
+    if adapter.beside:
+        base = info.base
+        words = f"{base['tensors']} tensors, {render.human_count(base['parameters'])} parameters"
+        facts.append(("and a base", f"{words}, {render.human_bytes(base['bytes'])}"))
     _print_facts(facts)
     groups = _groups(info.modules, unfolded=unfolded)
     render.print_table(
@@ -147,7 +151,10 @@ def _mean(spectra: list[tuple[float, ...]]) -> list[float]:
 
 
 def _print_model(info: ModelInfo) -> None:
-    model, coded = info.model, info.model.quantization
+    model, coded = info.model, info.quantization
+    words = "no"
+    if coded is not None:
+        words = f"{coded.modules} weights in {coded.format}" if coded.modules else "not read"
     tied = {True: "yes", False: "no", None: "not said"}[info.is_tied]
     parts = [f"{name} {render.human_count(count)}" for name, count in info.components.items()]
     what: list[tuple[str, object]] = [
@@ -165,7 +172,7 @@ def _print_model(info: ModelInfo) -> None:
             ("tensors", len(model.stored)),
             ("shards", len(model.shards)),
             ("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in info.dtypes.items())),
-            ("quantised", f"{coded.modules} weights in {coded.format}" if coded else "no"),
+            ("quantised", words),
             *([] if parts else [("tied embeddings", tied)]),
             *_said(info),
         ]

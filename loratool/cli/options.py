@@ -83,6 +83,11 @@ debug: Decorator = click.option(
 adapter_name: Decorator = click.option(
     "--adapter-name", metavar="N", help="Which adapter, where a path holds several."
 )
+base: Decorator = click.option(
+    "--base",
+    type=PATH,
+    help="The model they are for: names, and heads of .gguf adapters (headers only).",
+)
 alpha: Decorator = click.option(
     "--alpha", type=float, metavar="A", help="Alpha for adapters that record none."
 )

@@ -42,6 +42,7 @@ class _Awq:
     """Three tensors: ``qweight``, ``qzeros``, ``scales``."""
 
     name: Final = "awq"
+    methods: Final = ("awq", "auto-round")
 
     def recognise(
         self, tensors: Mapping[str, StoredTensor], said: Description

@@ -43,6 +43,7 @@ class _FourBits:
     """``codes``, ``absmax``, ``quant_map``, ``state``, and two more where scales are nested."""
 
     name: Final = "bitsandbytes-4bit"
+    methods: Final = ("bitsandbytes",)
 
     def recognise(
         self, tensors: Mapping[str, StoredTensor], said: Description

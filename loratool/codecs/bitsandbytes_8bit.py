@@ -34,6 +34,7 @@ class _EightBits:
     """``weight`` I8 ``(out, in)``, ``scale`` ``(out,)``, and the ``format`` of the codes."""
 
     name: Final = "bitsandbytes-int8"
+    methods: Final = ("bitsandbytes",)
 
     def recognise(
         self, tensors: Mapping[str, StoredTensor], said: Description

@@ -68,6 +68,10 @@ class Marks:
             )
         return kind
 
+    def has(self, module: str) -> bool:
+        """Whether something is said of a module's layer."""
+        return f"{module}.{LEAF}" in self._tensors or self._layer(module) is not None
+
     def _mark(self, module: str) -> tuple[str, Any]:
         name = f"{module}.{LEAF}"
         stored = self._tensors.get(name)
@@ -77,14 +81,19 @@ class Marks:
                     name, f"is {stored.spec.dtype} {list(stored.spec.shape)}, not bytes of JSON"
                 )
             return name, parse_json(bytes(read_view(stored)), where=name)
+        layer = self._layer(module)
+        return METADATA, self._layers[layer] if layer is not None else None
+
+    def _layer(self, module: str) -> str | None:
+        """Return what the metadata call a module."""
         if module in self._layers:
-            return METADATA, self._layers[module]
+            return module
         for prefix in PREFIXES:
             rest = module.removeprefix(prefix)
             is_other = f"{rest}.weight" in self._tensors
             if rest != module and rest in self._layers and not is_other:
-                return METADATA, self._layers[rest]
-        return METADATA, None
+                return rest
+        return None
 
 
 def logical_rows(

@@ -40,6 +40,7 @@ class _CompressedInt:
     """``weight`` ``(out, in)`` and ``weight_scale``, perhaps zeros and an index."""
 
     name: Final = "compressed-tensors-int"
+    methods: Final = ("compressed-tensors",)
 
     def recognise(
         self, tensors: Mapping[str, StoredTensor], said: Description

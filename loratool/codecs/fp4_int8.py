@@ -6,7 +6,6 @@ first one in its low bits; scales are exponents. Stacks of experts are not turne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,9 +14,11 @@ import numpy as np
 from loratool.codecs.codec import Codec, CodedTensor, Description, Encoder, Parts
 from loratool.codecs.fp8 import scales_beside
 from loratool.codecs.lookup import E2M1, look_up
+from loratool.codecs.microscaled import BLOCK, encode_into
+from loratool.codecs.numbers.number import Codes
 from loratool.codecs.parts import scales
 from loratool.codecs.stacks import stacked_rows
-from loratool.errors import FileFormatError, UnsupportedError
+from loratool.errors import FileFormatError
 from loratool.files.spec import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -27,11 +28,7 @@ __all__ = ["CLAIM", "CODEC"]
 
 CLAIM: Final = {"dtypes": ["I8"]}
 
-BLOCK: Final = 32
 EXPONENTS: Final = ("F8_E8M0", "U8")
-KEEP: Final = (
-    "merge to 16 bits with --quantized dequantize, then quantise again with the tool that made it"
-)
 
 
 class _Fp4Int8:
@@ -56,8 +53,9 @@ class _Fp4Int8:
                 continue
             ((_, scale),) = beside.items()
             *first, packed = codes.spec.shape or (0,)
-            shape = (*first, 2 * packed)
-            if len(shape) not in (2, 3) or scale.spec.shape != (*first, -(-2 * packed // BLOCK)):
+            shape, grid = (*first, 2 * packed), (*first, 2 * packed // BLOCK)
+            is_whole = len(shape) in (2, 3) and shape[-1] % BLOCK == 0
+            if not is_whole or scale.spec.shape != grid:
                 raise FileFormatError(
                     scale.spec.name,
                     f"has shape {list(scale.spec.shape)}, expected one for each {BLOCK} inputs of "
@@ -81,17 +79,44 @@ class _Fp4Int8:
     ) -> NDArray[Any]:
         """See :class:`Codec`."""
         codes, scale = coded.parts["weight"], coded.parts["scale"]
-        grid = (stop - start, math.ceil(coded.width / BLOCK))
+        grid = (stop - start, coded.width // BLOCK)
         powers = stacked_rows(parts, scale, start, stop)
         factors = scales(scale, powers, grid, kind, dtype="F8_E8M0")
         values = look_up(stacked_rows(parts, codes, start, stop), E2M1, kind)
         values = values.reshape(stop - start, coded.width)
-        values *= np.repeat(factors, BLOCK, axis=1)[:, : coded.width]
+        values *= np.repeat(factors, BLOCK, axis=1)
         return values
 
     def encoder(self, coded: CodedTensor) -> Encoder:
         """See :class:`Codec`."""
-        raise UnsupportedError(coded.spec.name, "FP4 in I8 is not written again", hint=KEEP)
+        return _Encoder(coded)
+
+
+class _Encoder:
+    """The scale of a block is one of two powers of two: whichever is nearer to its numbers."""
+
+    roles: Final = ("weight", "scale")
+    needs_largest: Final = False
+
+    def __init__(self, coded: CodedTensor) -> None:
+        self.coded = coded
+        self.step: int = coded.spec.shape[1] if len(coded.spec.shape) == 3 else 1
+
+    def encode(
+        self, start: int, stop: int, values: NDArray[Any], largest: float | None = None
+    ) -> dict[str, tuple[int, Codes]]:
+        """See :class:`Encoder`."""
+        if start % self.step or stop % self.step:
+            raise ValueError(f"rows {start} to {stop} are no experts of {self.step}")
+        if not np.isfinite(values).all():
+            raise ValueError("a value is not finite")
+        first = start // self.step
+        packed = np.empty((stop - start, self.coded.width // 2), np.uint8)
+        powers = np.empty((stop - start, self.coded.width // BLOCK), np.uint8)
+        encode_into(values, packed, powers)
+        made = {"weight": packed.view(np.int8), "scale": powers}
+        shapes = {role: self.coded.parts[role].spec.shape[1:] for role in self.roles}
+        return {role: (first, made[role].reshape(-1, *shapes[role])) for role in self.roles}
 
 
 CODEC: Final[Codec] = _Fp4Int8()

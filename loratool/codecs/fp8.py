@@ -18,7 +18,7 @@ from loratool.codecs.comfy import Marks
 from loratool.codecs.numbers import decode, encode
 from loratool.codecs.numbers.number import Codes
 from loratool.codecs.numbers.scratch import Scratch
-from loratool.codecs.parts import scales
+from loratool.codecs.parts import refuse_rotated, scales
 from loratool.codecs.stacks import stacked_rows
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.spec import StoredTensor
@@ -57,8 +57,13 @@ WEIGHT_SCALES: Final = (
 COMPANIONS: Final = (
     *("input_scale", "scale_input", "activation_scale", "qscale_act"),
     *("input_scale_ub", "comfy_quant"),
+    *("weight_zero_point", "input_zero_point", "output_zero_point"),
 )
-"""What else belongs to such a module; its weight does not depend on it."""
+"""What else belongs to such a module; its weight depends on the zeros alone."""
+
+ZERO: Final = "weight_zero_point"
+ZEROS: Final = ("I8", "F8_E4M3", "F8_E5M2", "F16", "BF16", "F32")
+"""What zeros may be stored as, which compressed-tensors takes away from codes."""
 
 FORMATS: Final = ("float8_e4m3fn", "float8_e5m2", "fp8")
 """ComfyUI's names for what is read here; its others have scales in another order."""
@@ -108,7 +113,7 @@ def scaled_weights(
 
     Raises:
         FileFormatError: One has several scales, or one that is no number.
-        UnsupportedError: One is smoothed: its inputs are scaled too.
+        UnsupportedError: One is smoothed, its inputs scaled too, or rotated.
     """
     marks = Marks(tensors, said)
     for name, weight in tensors.items():
@@ -133,7 +138,17 @@ def scaled_weights(
                 "is smoothed: 'pre_quant_scale' beside it scales what goes into it",
                 hint="merge on the 16-bit original",
             )
+        refuse_rotated(module, said)
         others = {leaf: tensors[stem + leaf] for leaf in COMPANIONS if stem + leaf in tensors}
+        zero = others.get(ZERO)
+        if zero is not None and (
+            zero.spec.dtype not in ZEROS or zero.spec.shape != scale.spec.shape
+        ):
+            raise FileFormatError(
+                zero.spec.name,
+                f"is {zero.spec.dtype} {list(zero.spec.shape)}, expected one zero for each of the "
+                f"scales, {list(scale.spec.shape)}",
+            )
         yield Scaled(module, weight, scale, others)
 
 
@@ -265,11 +280,19 @@ def decode_blocks(
         return values
     first, last = blocks.index(start), blocks.index(stop - 1) + 1
     factors = blocks.spread(_factors(scale, blocks, first, last, parts, kind))
+    zeros = None
+    if ZERO in coded.parts:
+        zeros = blocks.spread(_factors(coded.parts[ZERO], blocks, first, last, parts, kind))
     if blocks.height == 1:
+        if zeros is not None:
+            values -= zeros
         values *= factors
         return values
     for begin, end, row in blocks.runs(start, stop):
-        values[begin - start : end - start] *= factors[row - first]
+        rows = values[begin - start : end - start]
+        if zeros is not None:
+            rows -= zeros[row - first]
+        rows *= factors[row - first]
     return values
 
 
@@ -310,11 +333,21 @@ class BlockEncoder:
     Args:
         coded: The weight.
         blocks: Its blocks.
+
+    Raises:
+        UnsupportedError: It has zeros.
     """
 
     roles: Final = ("weight", "scale")
 
     def __init__(self, coded: CodedTensor, blocks: Blocks) -> None:
+        if ZERO in coded.parts:
+            raise UnsupportedError(
+                coded.spec.name,
+                "has zeros beside its scales, which take calibration data",
+                hint="merge to 16 bits with --quantized dequantize, then quantise again with "
+                "llm-compressor",
+            )
         self.coded = coded
         self.blocks = blocks
         rows, columns = blocks.grid

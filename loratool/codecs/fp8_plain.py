@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loratool.codecs.codec import Codec, CodedTensor, Description, Encoder, Parts
-from loratool.codecs.comfy import LEAF, METADATA
+from loratool.codecs.comfy import LEAF, Marks
 from loratool.codecs.fp8 import COMPANIONS, LARGEST, WEIGHT_SCALES, scales_beside
 from loratool.codecs.numbers import decode, encode
 from loratool.codecs.numbers.number import Codes
@@ -30,7 +30,7 @@ __all__ = ["CLAIM", "CODEC"]
 CLAIM: Final = {"dtypes": ["F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]}
 
 OF_AMD: Final = ("F8_E4M3FNUZ", "F8_E5M2FNUZ")
-MARKER: Final = "scaled_fp8"
+MARKERS: Final = ("scaled_fp8", LEAF)
 SCALED_METHODS: Final = ("fp8", "fbgemm_fp8", "modelopt")
 """Methods that have a scale for each weight in FP8."""
 MODEL: Final = re.compile(
@@ -38,6 +38,7 @@ MODEL: Final = re.compile(
     r"|cond_stage_model|first_stage_model|vae)\."
 )
 """What begins the names of one model in a file of several."""
+TABLE: Final = re.compile(r"(^|[._])(shared|wte|wpe|embed\w*|\w*embeddings?)\.weight$")
 OTHER_SCALES: Final = ("._scale", ".absmax", ".SCB", ".scales", "_scale_2", "_global_scale")
 """Endings of names that only quantised models have, besides those of FP8."""
 
@@ -51,32 +52,24 @@ class _Fp8Plain:
         self, tensors: Mapping[str, StoredTensor], said: Description
     ) -> dict[str, CodedTensor]:
         """See :class:`Codec`."""
-        found = {}
+        found: dict[str, CodedTensor] = {}
         models = defaultdict(list)
         for name in tensors:
             models[_model_of(name)].append(name)
+        marks = Marks(tensors, said)
         for names in models.values():
             bare, scaled = _sorted(names, tensors)
+            is_marked = any(marks.has(name.removesuffix(".weight")) for name in names)
+            is_comfy = is_marked or any(name.rpartition(".")[2] in MARKERS for name in names)
+            if is_comfy and scaled:
+                # ComfyUI scales linear layers alone; what else is in FP8 is cast.
+                found |= _cast((n for n in bare if not _is_linear(tensors[n])), tensors, said)
+                bare = [name for name in bare if _is_linear(tensors[name])]
             if not bare:
                 continue
-            lonely = next((name for name in bare if _has_companion(name, tensors)), None)
-            if scaled or lonely or said.method in SCALED_METHODS:
-                name = lonely or bare[0]
-                raise FileFormatError(
-                    name,
-                    f"is {tensors[name].spec.dtype} and has no scale beside it"
-                    + (f", as {scaled[0]!r} has" if scaled else ", but is said to be scaled"),
-                    hint="download the model again, or the shard that is missing",
-                )
-            if said.quantization or METADATA in said.metadata or _is_marked(names):
-                continue
-            for name in bare:
-                spec = tensors[name].spec
-                found[name.removesuffix(".weight")] = CodedTensor(
-                    CODEC,
-                    {"weight": tensors[name]},
-                    TensorSpec(name, said.logical_dtype(), spec.shape),
-                )
+            _check(bare, scaled, tensors, said)
+            if not (said.quantization or is_comfy or any(n.endswith(OTHER_SCALES) for n in names)):
+                found |= _cast(bare, tensors, said)
         return found
 
     def decode_rows(
@@ -140,7 +133,8 @@ def _sorted(names: list[str], tensors: Mapping[str, StoredTensor]) -> tuple[list
                 f"is {spec.dtype}, AMD's way of FP8",
                 hint="merge on the 16-bit original, or on a release in F8_E4M3",
             )
-        if spec.dtype not in LARGEST or not spec.elements or _is_scale(name, tensors):
+        is_beside = name.endswith("_zero_point") or _is_scale(name, tensors)
+        if spec.dtype not in LARGEST or not spec.elements or is_beside:
             continue
         (scaled if scales_beside(name, tensors)[1] else bare).append(name)
     return bare, scaled
@@ -160,12 +154,43 @@ def _has_companion(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
     return any(f"{stem}{leaf}" in tensors for leaf in COMPANIONS)
 
 
-def _is_marked(names: list[str]) -> bool:
-    """Whether other names speak of scales."""
-    return any(
-        name.endswith((*OTHER_SCALES, f".{LEAF}")) or name.rpartition(".")[2] == MARKER
+def _is_linear(stored: StoredTensor) -> bool:
+    """Whether this may be the weight of a linear layer, and is no table of embeddings."""
+    spec = stored.spec
+    return len(spec.shape) == 2 and spec.name.endswith(".weight") and not TABLE.search(spec.name)
+
+
+def _check(
+    bare: list[str], scaled: list[str], tensors: Mapping[str, StoredTensor], said: Description
+) -> None:
+    """Refuse weights without a scale where there should be one.
+
+    Raises:
+        FileFormatError: Others have theirs, or something says that they are scaled.
+    """
+    lonely = next((name for name in bare if _has_companion(name, tensors)), None)
+    if scaled or lonely or said.method in SCALED_METHODS:
+        name = lonely or bare[0]
+        raise FileFormatError(
+            name,
+            f"is {tensors[name].spec.dtype} and has no scale beside it"
+            + (f", as {scaled[0]!r} has" if scaled else ", but is said to be scaled"),
+            hint="download the model again, or the shard that is missing",
+        )
+
+
+def _cast(
+    names: Iterable[str], tensors: Mapping[str, StoredTensor], said: Description
+) -> dict[str, CodedTensor]:
+    """Return weights that are their codes, by their modules."""
+    return {
+        name.removesuffix(".weight"): CodedTensor(
+            CODEC,
+            {"weight": tensors[name]},
+            TensorSpec(name, said.logical_dtype(), tensors[name].spec.shape),
+        )
         for name in names
-    )
+    }
 
 
 CODEC: Final[Codec] = _Fp8Plain()

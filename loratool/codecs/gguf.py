@@ -64,6 +64,8 @@ BY_LIBRARY: Final = (
 )
 TERNARY: Final = ("TQ1_0", "TQ2_0", "Q1_0")
 INSTALL: Final = "install it: pip install 'loratool[gguf]'"
+BESIDE: Final = ("scale", "input_scale")
+"""What NVFP4 may have beside it; the second is for computing only."""
 ORIGINAL: Final = "comfy.gguf.orig_shape."
 """Before the names of tensors whose shapes GGUF does not have: what shapes they had."""
 AT_ONCE: Final = 1 << 17
@@ -71,7 +73,7 @@ AT_ONCE: Final = 1 << 17
 
 
 class _Gguf:
-    """``weight``, and for NVFP4 perhaps ``scale``."""
+    """``weight``; beside NVFP4 perhaps ``scale``, and ``input_scale``, which is no part of it."""
 
     name: Final = "gguf"
 
@@ -88,8 +90,11 @@ class _Gguf:
                 raise UnsupportedError(name, f"is a vector of {stored.spec.dtype} blocks")
             module = name.removesuffix(".weight")
             parts = {"weight": stored}
-            if stored.spec.dtype == "NVFP4" and f"{module}.scale" in tensors:
-                parts["scale"] = _checked_scale(tensors[f"{module}.scale"], shape)
+            if stored.spec.dtype == "NVFP4":
+                beside = {leaf: tensors.get(f"{module}.{leaf}") for leaf in BESIDE}
+                parts |= {leaf: part for leaf, part in beside.items() if part is not None}
+            if "scale" in parts:
+                _check_scale(parts["scale"], shape)
             found[module] = CodedTensor(
                 CODEC,
                 parts,
@@ -199,7 +204,7 @@ def _rows(part: StoredTensor, start: int, stop: int, parts: Parts) -> Any:
     return found[0] if len(found) == 1 else b"".join(found)
 
 
-def _checked_scale(scale: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+def _check_scale(scale: StoredTensor, shape: tuple[int, ...]) -> None:
     counts = {1, prod(shape[:-2])}
     if scale.spec.dtype != "F32" or scale.spec.elements not in counts:
         raise FileFormatError(
@@ -207,7 +212,6 @@ def _checked_scale(scale: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
             f"is {scale.spec.dtype} {list(scale.spec.shape)}, expected one F32 for the tensor "
             "beside it, or one for each expert",
         )
-    return scale
 
 
 def _outer_scale(
@@ -282,7 +286,8 @@ def _library_decoder(weight: StoredTensor) -> Any:
         )
 
     def decode(blocks: NDArray[np.uint8], out: NDArray[Any]) -> bool:
-        np.copyto(out, library.dequantize(blocks, kind))
+        # In one row: the package goes through sixteen at a time.
+        np.copyto(out, library.dequantize(blocks.reshape(1, -1), kind).reshape(out.shape))
         return bool(np.isfinite(out).all())
 
     return decode

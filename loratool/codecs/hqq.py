@@ -52,6 +52,7 @@ class _Hqq:
     """``W_q``, ``scale``, ``zero`` and up to sixteen tensors that describe them."""
 
     name: Final = "hqq"
+    methods: Final = ("hqq",)
 
     def recognise(
         self, tensors: Mapping[str, StoredTensor], said: Description

@@ -42,6 +42,7 @@ class _Mlx:
     """``weight`` U32 ``(…, out, in · bits / 32)``, ``scales``, ``biases`` ``(…, out, groups)``."""
 
     name: Final = "mlx"
+    methods: Final = ("mlx",)
 
     def recognise(
         self, tensors: Mapping[str, StoredTensor], said: Description

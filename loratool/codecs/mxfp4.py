@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loratool.codecs.codec import Codec, CodedTensor, Description, Parts
-from loratool.codecs.fp4 import LARGEST, in_bytes, nearest
 from loratool.codecs.lookup import E2M1, look_up
+from loratool.codecs.microscaled import BLOCK, STEP, encode_into
 from loratool.codecs.numbers.number import Codes
 from loratool.codecs.parts import beside, needed, refuse_rotated, scales
 from loratool.errors import FileFormatError, UnsupportedError
@@ -27,16 +27,10 @@ __all__ = ["CLAIM", "CODEC"]
 
 CLAIM: Final = {"suffixes": ["_blocks", ".weight_packed"], "methods": ["mxfp4"]}
 
-BLOCK: Final = 32
 BYTES: Final = BLOCK // 2
-BIAS: Final = 127
-FINEST: Final = 2
-"""Between the exponent of a block's largest number and that of its scale: that of 4, in FP4."""
 SCALES: Final = ("U8", "F8_E8M0")
 SIX_BITS: Final = 6
 OTHERS: Final = ("input_scale", "input_global_scale", "output_scale")
-STEP: Final = 1 << 19
-"""Numbers that are decoded or encoded at a time."""
 HINT: Final = "merge on the 16-bit original"
 
 
@@ -118,52 +112,10 @@ class _Encoder:
         if self.is_stack:
             for expert in range(last - first):
                 turned = values[expert * self.step : (expert + 1) * self.step].T
-                _encode_into(turned, packed[expert], powers[expert])
+                encode_into(turned, packed[expert], powers[expert])
         else:
-            _encode_into(values, packed, powers)
+            encode_into(values, packed, powers)
         return {"codes": (first, packed), "scales": (first, powers)}
-
-
-def _encode_into(
-    values: NDArray[Any], packed: NDArray[np.uint8], powers: NDArray[np.uint8]
-) -> None:
-    """Write codes and scales of a matrix, some rows at a time."""
-    count = max(1, STEP // max(1, values.shape[1]))
-    for row in range(0, len(values), count):
-        rows = slice(row, row + count)
-        codes, powers[rows] = _encode(values[rows])
-        packed[rows] = codes.reshape(packed[rows].shape)
-
-
-def _encode(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return codes ``(rows, blocks, 16)`` and scales ``(rows, blocks)`` of some rows."""
-    blocks = np.ascontiguousarray(values).reshape(len(values), values.shape[1] // BLOCK, BLOCK)
-    peaks = np.abs(blocks).max(axis=2).astype(np.float64)
-    exponents = np.clip(np.frexp(peaks)[1] - 1 - FINEST, -BIAS, BIAS)
-    # Only where the largest number is beyond the largest code may the next power be nearer.
-    is_cut = (peaks > np.ldexp(LARGEST, exponents)) & (exponents < BIAS)
-    codes = nearest(_scaled(blocks, exponents))
-    if is_cut.any():
-        cut, powers = blocks[is_cut], exponents[is_cut]
-        other = nearest(_scaled(cut, powers + 1))
-        is_nearer = 4 * _lost(cut, other, powers + 1) < _lost(cut, codes[is_cut], powers)
-        codes[is_cut] = np.where(is_nearer[:, None], other, codes[is_cut])
-        exponents[is_cut] += is_nearer
-    exponents[peaks == 0] = -BIAS
-    return in_bytes(codes), (exponents + BIAS).astype(np.uint8)
-
-
-def _scaled(blocks: NDArray[Any], exponents: NDArray[Any]) -> NDArray[Any]:
-    """Return blocks divided by powers of two, which rounds nothing that is no zero as a code."""
-    scaled: NDArray[Any] = blocks * np.ldexp(blocks.dtype.type(1), -exponents)[..., None]
-    return scaled
-
-
-def _lost(blocks: NDArray[Any], codes: NDArray[np.uint8], exponents: NDArray[Any]) -> NDArray[Any]:
-    """Return the sum of squares that rounding loses in each block, in units of its scale."""
-    rest = np.array(E2M1, blocks.dtype).take(codes, mode="clip") - _scaled(blocks, exponents)
-    found: NDArray[Any] = np.square(rest).sum(axis=-1)
-    return found
 
 
 def _decode_stack(

@@ -41,6 +41,7 @@ class _Quanto:
     """``_data`` and ``_scale``, or ``_data._data``, ``_scale`` and ``_shift``, below ``weight``."""
 
     name: Final = "quanto"
+    methods: Final = ("quanto",)
 
     def recognise(
         self, tensors: Mapping[str, StoredTensor], said: Description

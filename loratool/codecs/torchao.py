@@ -47,6 +47,7 @@ class _TorchAo:
     """``qdata``, ``scale`` and perhaps ``zero_point``, and what only activations need."""
 
     name: Final = "torchao"
+    methods: Final = ("torchao",)
 
     def recognise(
         self, tensors: Mapping[str, StoredTensor], said: Description

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,15 +167,11 @@ def read_view(stored: StoredTensor) -> memoryview:
         return memoryview(data)
     import numpy as np
 
-    if stored.exchanged is not None:
-        count, outer, inner = stored.exchanged
-        rows = np.frombuffer(data, f"V{stored.spec.nbytes // (count * outer * inner)}")
-        ordered = rows.reshape(count, inner, outer).transpose(0, 2, 1)
-        return np.ascontiguousarray(ordered).reshape(-1).view(np.uint8).data
-    width = stored.spec.nbytes // stored.spec.elements
+    sizes, strides = stored.layout
+    width = stored.spec.nbytes // math.prod(sizes)
     flat = np.frombuffer(data, dtype=np.dtype(WORDS.get(width, f"V{width}")))
     view = np.lib.stride_tricks.as_strided(
-        flat, stored.spec.shape, [stride * width for stride in stored.strides], writeable=False
+        flat, sizes, [stride * width for stride in strides], writeable=False
     )
     return np.ascontiguousarray(view).reshape(-1).view(np.uint8).data
 

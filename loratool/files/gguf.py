@@ -30,6 +30,8 @@ from loratool.files.spec import StoredTensor, TensorSpec
 
 __all__ = [
     "ALIGNMENT",
+    "COUNT",
+    "HEAD",
     "MAX_HEADER_BYTES",
     "TYPES",
     "Array",
@@ -44,8 +46,9 @@ __all__ = [
 ]
 
 MAGIC: Final = b"GGUF"
+COUNT: Final = 16
 HEAD: Final = 24
-"""Bytes before the key values: the magic number, the version, and two counts."""
+"""Where the number of key values stands, and where they begin."""
 VERSIONS: Final = (2, 3)
 ALIGNMENT: Final = 32
 """What data lie at multiples of where ``general.alignment`` says nothing else."""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from loratool.adapter.fields import number_in
 from loratool.adapter.model import HEAD_LEAVES, Adapter, ExtraKind, Site
 from loratool.adapter.problems import CONVERT_HINT, check_plain, site_problems
+from loratool.adapter.scheme import Told
 from loratool.adapter.slots import Slot
+from loratool.base.config import ModelConfig
 from loratool.base.modules import ModuleIndex
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.live.control import Live
@@ -93,7 +95,11 @@ def attach(
         if settings or targets:
             given = ", ".join([*settings, *(["targets"] if targets else [])])
             raise OptionError("attach", f"{given}: an adapter from a file brings its own")
-        opened = adapter if isinstance(adapter, Adapter) else open_adapter(_path(adapter))
+        opened = (
+            adapter
+            if isinstance(adapter, Adapter)
+            else open_adapter(_path(adapter), base=_told(model))
+        )
         found = _from_file(live, opened, fan_in_fan_out=fan_in_fan_out)
     if "" in found:
         raise OptionError(
@@ -127,6 +133,14 @@ def _settings(settings: dict[str, Any]) -> NewAdapter:
         words = f"{', '.join(sorted(unknown))}: not known; known are {', '.join(sorted(known))}"
         raise OptionError("attach", words)
     return NewAdapter(**settings)
+
+
+def _told(model: nn.Module) -> Told:
+    """Return what a model says of itself, as transformers' models do."""
+    read = getattr(getattr(model, "config", None), "to_dict", None)
+    raw = read() if callable(read) else None
+    config = ModelConfig(raw if isinstance(raw, dict) else {})
+    return Told(config=config.language, is_tied=config.is_tied)
 
 
 def _path(adapter: object) -> str | PathLike[str]:

@@ -43,7 +43,8 @@ def check_for(adapter: Adapter, loader: Loader) -> Iterator[Finding]:
     yield from _ranks(adapter, loader, is_read=is_read)
     if not is_read:
         return
-    yield from _files(adapter, loader)
+    if adapter.scheme not in loader.direct:
+        yield from _files(adapter, loader)
     yield from _names(adapter, loader)
     yield from _scales(adapter, loader)
     for check in loader.checks:

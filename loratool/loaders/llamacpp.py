@@ -1,4 +1,7 @@
-"""llama.cpp: its converter takes PEFT's files to GGUF, with one alpha for all modules."""
+"""llama.cpp: its converter takes PEFT's files to GGUF, with one alpha for all modules.
+
+The scheme ``gguf`` is what it makes of them, and needs no converter.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ CLAIM: Final = {"for": "llamacpp"}
 LOADER = Loader(
     name="llamacpp",
     title="llama.cpp",
-    summary="PEFT's files for convert_lora_to_gguf.py, with the scale in B and one rank",
+    summary="PEFT's files for convert_lora_to_gguf.py; --to gguf writes what it makes",
     source="llama.cpp: convert_lora_to_gguf.py, src/llama-adapter.cpp",
     scheme="peft",
-    reads=frozenset(("peft",)),
+    reads=frozenset(("peft", "gguf")),
+    direct=frozenset(("gguf",)),
     tolerates={
         "module-path": "keys without 'base_model.model.', which llama.cpp's converter takes as "
         "they are; PEFT would apply nothing"

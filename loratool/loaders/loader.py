@@ -116,6 +116,7 @@ class Loader:
         fold: Whether the scale goes into B, so that nothing is left to interpret.
         rules: What it refuses or misreads; what is not here is accepted.
         tolerates: Schemes that it reads with a reservation, and which.
+        direct: Schemes that it reads from any file, with no configuration beside it.
         mixed_ranks: What it does with modules of different ranks; ``None`` if that is right.
         uniform_rank: Whether all modules are written with one rank, filled up with zeros.
         ranks: The ranks that it can be set up for; empty for all.
@@ -142,6 +143,7 @@ class Loader:
     fold: bool
     rules: Mapping[Feature, Rule]
     tolerates: Mapping[str, str] = field(default_factory=dict)
+    direct: frozenset[str] = frozenset()
     mixed_ranks: Rule | None = None
     uniform_rank: bool = False
     ranks: tuple[int, ...] = ()

@@ -268,6 +268,8 @@ class Changed:
         is_transposed: Whether it is stored as ``(in, out)``.
         weight: How much of the change to make.
         first: Which output of the function's weight is the first of the region.
+        difference: Given where the change is one of the original, whatever has become of it since:
+            returns that of a part, as ``function`` returns the whole.
     """
 
     function: Callable[[Array, int, int], Array]
@@ -279,6 +281,7 @@ class Changed:
     is_transposed: bool = False
     weight: float = 1.0
     first: int = 0
+    difference: Callable[[Array, int, int], Array] | None = None
 
     def apply(
         self, block: Array, original: Array, start: int, products: Products | None = None
@@ -290,16 +293,23 @@ class Changed:
         columns = slice(self.first_column, self.first_column + self.columns)
         region = double(block[begin - start : end - start, columns])
         row = begin - self.first_row
-        if self.is_transposed:
-            moved = self.function(region.T, self.first, row).T
+        if self.difference is not None:
+            seen = double(original[begin - start : end - start, columns])
+            moved = region + self._made(self.difference, seen, row) * self.weight
         else:
-            part = region.reshape((end - begin, -1, *self.kernel))
-            moved = self.function(part, self.first + row, 0).reshape(region.shape)
-        if self.weight != 1:
-            moved = region + (moved - region) * self.weight
+            moved = self._made(self.function, region, row)
+            if self.weight != 1:
+                moved = region + (moved - region) * self.weight
         block[begin - start : end - start, columns] = array_namespace(block).astype(
             moved, block.dtype
         )
+
+    def _made(self, function: Callable[[Array, int, int], Array], region: Array, row: int) -> Array:
+        """Return what a function makes of rows of the region, as they are stored."""
+        if self.is_transposed:
+            return function(region.T, self.first, row).T
+        part = region.reshape((region.shape[0], -1, *self.kernel))
+        return function(part, self.first + row, 0).reshape(region.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from loratool.math.namespace import Array, array_namespace, double, squared_norm
 
 __all__ = [
     "boft_delta",
+    "circulant",
     "diag_oft_delta",
     "dora_delta",
     "glora_delta",
@@ -205,3 +206,15 @@ def _cayley(skew: Array) -> Array:
 
 def _rescaled(rotated: Array, rescale: Array | None) -> Array:
     return rotated if rescale is None else rotated * _along(rescale, rotated, axis=0)
+
+
+def circulant(kernel: Array) -> Array:
+    """Return blocks whose rows are one, each moved on by a place: ``(p · b, q · b)``.
+
+    Args:
+        kernel: The first row of each block, ``(p, q, b)``.
+    """
+    xp = array_namespace(kernel)
+    rows, columns, size = kernel.shape
+    shifted = [xp.roll(kernel, shift, axis=2) for shift in range(size)]
+    return xp.stack(shifted, axis=1).reshape((rows * size, columns * size))

@@ -9,11 +9,17 @@ the file that the tensors came from. Results have the dtype of the inputs.
 from __future__ import annotations
 
 import math
-from typing import TypeAlias, TypeGuard, cast
+from collections.abc import Callable
+from typing import Final, TypeAlias, TypeGuard, cast
+
+import numpy as np
 
 from loratool.math.namespace import Array, array_namespace
 
 __all__ = [
+    "bank_numbers",
+    "bank_pieces",
+    "block_factors",
     "flat",
     "fold_mid",
     "hadamard_factors",
@@ -23,11 +29,20 @@ __all__ = [
     "kronecker_halves",
     "kronecker_part",
     "kronecker_rank",
+    "leading_shares",
+    "repeated_block",
+    "shortest",
+    "summed",
+    "unit_ranks",
     "vera_factors",
+    "whole_shares",
 ]
 
 Factors: TypeAlias = tuple[Array, Array]
 Shape: TypeAlias = tuple[int, ...]
+
+CHUNK: Final = 1024
+"""Terms that are added at once."""
 
 
 def fold_mid(up: Array, down: Array, mid: Array) -> Factors:
@@ -269,3 +284,141 @@ def _smallest_rank(half: Shape | tuple[Shape, Shape], core: Shape | None) -> int
 
 def _is_pair(half: Shape | tuple[Shape, Shape]) -> TypeGuard[tuple[Shape, Shape]]:
     return isinstance(half[0], tuple)
+
+
+def shortest(up: Array, down: Array) -> Factors:
+    """Return factors of no more columns than the smaller side of their product has."""
+    return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else _split(up @ down)
+
+
+def summed(made: Callable[[slice], Factors], count: int, smallest: int, each: int) -> Factors:
+    """Return the factors of a sum of many terms, or their sum itself where that is smaller.
+
+    Args:
+        made: Returns the factors of some of the terms.
+        count: How many terms there are.
+        smallest: The smaller side of the matrix.
+        each: Ranks of a term.
+    """
+    if count * each <= smallest:
+        return made(slice(None))
+    whole: Array = 0.0
+    for start in range(0, count, CHUNK):
+        up, down = made(slice(start, start + CHUNK))
+        whole = whole + up @ down
+    return _split(whole)
+
+
+def repeated_block(block: Array, out: int, into: int) -> Factors:
+    """Return the factors of ``Δ[o, i] = block[i mod r, o mod c]``.
+
+    Args:
+        block: ``(r, c)``.
+        out: Rows, a multiple of c.
+        into: Columns; the last repetition may be cut.
+    """
+    xp = array_namespace(block)
+    rank, columns = block.shape
+    up = xp.concat([block.mT] * (out // columns), axis=0)
+    eye = xp.eye(rank, dtype=block.dtype, device=block.device)
+    return up, xp.concat([eye] * -(-into // rank), axis=1)[:, :into]
+
+
+def unit_ranks(down: Array, up: Array, strength: Array, norms: Array) -> Factors:
+    """Return the factors of ``B diag(λ / r / (‖aᵢ‖ ‖bᵢ‖)) A diag(n)``; lengths are 1e-4 at least.
+
+    Args:
+        down: A, ``(r, in)``.
+        up: B, ``(out, r)``.
+        strength: λ, one number.
+        norms: n, ``(in,)``.
+    """
+    xp = array_namespace(down, up, strength, norms)
+    rows = xp.sqrt(xp.sum(down * down, axis=1))
+    columns = xp.sqrt(xp.sum(up * up, axis=0))
+    lengths = xp.where(rows > 1e-4, rows, 1e-4) * xp.where(columns > 1e-4, columns, 1e-4)
+    factors = strength.reshape(-1) / down.shape[0] / lengths
+    return up, factors[:, None] * down * norms.reshape((1, -1))
+
+
+def block_factors(down: Array, up: Array, general: Factors | None) -> Factors:
+    """Return the factors of a weight whose blocks have factors of their own.
+
+    The block of inputs i and outputs o is the product of the o-th part of the ranks of i's A and
+    of the i-th part of those of o's B.
+
+    Args:
+        down: A of each block of inputs, ``(k, in / k, r)``.
+        up: B of each block of outputs, ``(k, r, out / k)``.
+        general: Further A ``(h, in)`` and B ``(out, h)`` of the whole weight.
+    """
+    xp = array_namespace(down, up)
+    count, width, rank = down.shape
+    height, part = up.shape[2], rank // count
+    rows, columns = [], []
+    for into in range(count):
+        for out in range(count):
+            a = down[into, :, out * part : (out + 1) * part].mT
+            b = up[out, into * part : (into + 1) * part, :].mT
+            rows.append(_inside(a, 1, into * width, count * width))
+            columns.append(_inside(b, 0, out * height, count * height))
+    if general is not None:
+        rows.append(general[0])
+        columns.append(general[1])
+    return xp.concat(columns, axis=1), xp.concat(rows, axis=0)
+
+
+def _inside(matrix: Array, axis: int, first: int, size: int) -> Array:
+    """Return a matrix with zeros before and behind it, so that one side is as long as asked."""
+    xp = array_namespace(matrix)
+    shape = list(matrix.shape)
+    parts = []
+    for length in (first, size - first - matrix.shape[axis]):
+        shape[axis] = length
+        parts.append(xp.zeros(tuple(shape), dtype=matrix.dtype, device=matrix.device))
+    return xp.concat([parts[0], matrix, parts[1]], axis=axis)
+
+
+def leading_shares(logits: Array, count: int) -> tuple[Array, Array]:
+    """Return which of the last axis are the largest, and their softmax among each other.
+
+    Args:
+        logits: ``(…, n)``.
+        count: How many.
+    """
+    xp = array_namespace(logits)
+    order = xp.argsort(logits, axis=-1, descending=True) if xp is not np else _descending(logits)
+    chosen = order[..., :count]
+    values = xp.take_along_axis(logits, chosen, axis=-1)
+    powers = xp.exp(values - xp.max(values, axis=-1, keepdims=True))
+    return chosen, powers / xp.sum(powers, axis=-1, keepdims=True)
+
+
+def _descending(values: Array) -> Array:
+    return np.argsort(-values, axis=-1, kind="stable")
+
+
+def whole_shares(shares: Array) -> Array:
+    """Return shares with the last one, which was left out: all add up to one."""
+    xp = array_namespace(shares)
+    return xp.concat([shares, 1 - xp.sum(shares, axis=-1, keepdims=True)], axis=-1)
+
+
+def bank_numbers(bank: Array, chosen: Array) -> Array:
+    """Return numbers of a vector in the shape of what tells their places."""
+    xp = array_namespace(bank, chosen)
+    return xp.take(bank, xp.astype(chosen, xp.int64).reshape(-1)).reshape(chosen.shape)
+
+
+def bank_pieces(bank: Array, chosen: Array, shares: Array) -> Array:
+    """Return sums of vectors of a bank, ``(…, length)``.
+
+    Args:
+        bank: ``(n, length)``.
+        chosen: Which vectors, ``(…, k)``.
+        shares: How much of each, ``(…, k)``.
+    """
+    xp = array_namespace(bank, shares)
+    places = xp.astype(chosen, xp.int64).reshape(-1)
+    vectors = xp.take(bank, places, axis=0).reshape((*chosen.shape, bank.shape[1]))
+    return xp.sum(vectors * shares[..., None], axis=-2)

@@ -89,8 +89,7 @@ class _Kin:
     @cached_property
     def base(self) -> str:
         """What its base is called, without its owner or folder."""
-        base = self.adapter.config.base_model if self.adapter.config else None
-        return (base or "").rstrip("/").rpartition("/")[2].lower()
+        return (self.adapter.base_model or "").rstrip("/").rpartition("/")[2].lower()
 
     @cached_property
     def names(self) -> frozenset[str]:

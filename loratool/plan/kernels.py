@@ -88,7 +88,9 @@ class Kernel:
     def needs_original(self) -> bool:
         """Whether some delta looks at the values from before any change."""
         return any(
-            isinstance(delta, WeightDecomposed | Interpolated | Rows) for delta in self.deltas
+            isinstance(delta, WeightDecomposed | Interpolated | Rows)
+            or (isinstance(delta, Changed) and delta.difference is not None)
+            for delta in self.deltas
         )
 
     @property
@@ -353,6 +355,7 @@ def _change(edit: ChangeWeight | Decompose, matrix: _Matrix) -> tuple[Changed, i
         region.transposed,
         edit.weight if isinstance(edit, ChangeWeight) else 1.0,
         edit.first,
+        change.difference if change.of_original else None,
     )
     is_aligned = rows and region.first_row % rows == 0
     return function, rows if is_aligned else 0

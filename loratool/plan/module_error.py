@@ -97,6 +97,8 @@ def _values(made: Mapping[Slot, Rounded]) -> dict[Slot, Array]:
 def _oriented(item: ModuleOutput, values: Mapping[Slot, Array]) -> tuple[Array, Array]:
     """Return A ``(r, columns)`` and B ``(rows, r)``, however they are stored."""
     low, high = (values[slot] for slot in item.part.slots)
+    if item.part.stacked:
+        return low, _apart(high, [rows for _, rows in item.part.stacked])
     if low.ndim == 3 and item.part.kind is not Kind.CONV:  # stacked experts: nobody turns them
         return low, high
     if item.is_transposed:
@@ -104,6 +106,19 @@ def _oriented(item: ModuleOutput, values: Mapping[Slot, Array]) -> tuple[Array, 
     if low.ndim == 2 and low.shape[0] != high.shape[1]:  # a table, whose A llama.cpp turns
         return low.T, high
     return low.reshape(low.shape[0], -1), high.reshape(high.shape[0], -1)
+
+
+def _apart(up: Array, heights: Sequence[int]) -> Array:
+    """Return a B whose parts stand above each other with each beside the others."""
+    import numpy as np
+
+    rank, first = up.shape[1], 0
+    whole = np.zeros((up.shape[0], rank * len(heights)))
+    for index, height in enumerate(heights):
+        rows = slice(first, first + height)
+        whole[rows, index * rank : (index + 1) * rank] = up[rows]
+        first += height
+    return whole
 
 
 def array_is_finite(array: Array) -> bool:

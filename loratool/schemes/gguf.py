@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.keys import KeyTable, Template, transposed
-from loratool.adapter.model import INVOCATION_KEY, Kind, Site
+from loratool.adapter.model import FILE_ALPHA_KEY, INVOCATION_KEY, Kind, Site
 from loratool.adapter.part import Part
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Home, Scheme, Told, Written
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
-from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.names.gguf import (
     Architecture,
@@ -39,9 +38,10 @@ __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {"keys": r"^(blk\.\d+\.\w+|token_embd|output|position_embd)\.weight\.lora_[ab]$"}
 
+ARCHITECTURE: Final = "general.architecture"
 BASE_KEY: Final = "general.base_model"
 HUB: Final = "https://huggingface.co/"
-ALPHA_KEY: Final = "adapter.lora.alpha"
+MOST_EXPERTS: Final = 4096
 TABLE: Final = "token_embd"
 EXPERTS: Final = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps")
 
@@ -79,15 +79,7 @@ class GgufRoles(Roles):
             UnsupportedError: It cannot be, for it is in blocks.
         """
         is_table = tensor.spec.name.startswith(f"{TABLE}.") and slot is Slot.DOWN
-        if not is_table or len(tensor.spec.shape) != 2:
-            return tensor
-        if DTYPES[tensor.spec.dtype].block is not None:
-            raise UnsupportedError(
-                tensor.spec.name,
-                f"is stored in blocks of {tensor.spec.dtype} along its rank, which is not read",
-                hint="convert the adapter to GGUF again with --outtype f32",
-            )
-        return transposed(tensor)
+        return transposed(tensor) if is_table and len(tensor.spec.shape) == 2 else tensor
 
     def apart(self, site: Site) -> list[Site]:
         """Return one site for each expert of a stack."""
@@ -95,7 +87,9 @@ class GgufRoles(Roles):
         if down is None or up is None or not EXPERTS.fullmatch(site.module):
             return [site]
         shapes = down.spec.shape, up.spec.shape
-        if any(len(shape) != 3 for shape in shapes) or shapes[0][0] != shapes[1][0]:
+        if any(len(shape) != 3 or 0 in shape for shape in shapes):
+            return [site]
+        if shapes[0][0] != shapes[1][0] or shapes[0][0] > MOST_EXPERTS:
             return [site]
         return [one_of_stack(site, f"{site.module}.{n}", n) for n in range(shapes[0][0])]
 
@@ -103,7 +97,8 @@ class GgufRoles(Roles):
         """Return ``site`` with the rows of B as transformers has them."""
         up = site.slots.get(Slot.UP)
         held = self._held(site)
-        if up is not None and held is not None and not held.is_same:
+        is_matrix = up is not None and len(up.spec.shape) == 2
+        if up is not None and is_matrix and held is not None and not held.is_same:
             rows = held.rows(self.paths.attention).of_tensor(up.spec.shape[0], site.label)
             axes = rows.swapped
             found = up.exchanging((axes[0], axes[2], axes[1])) if axes is not None else None
@@ -258,13 +253,13 @@ class GgufSettings(Settings):
         kind = metadata.get("adapter.type", "lora")
         if kind != "lora":
             raise UnsupportedError(where.parent, f"is an adapter of type {kind!r:.40}, not LoRA")
-        text = metadata.get(ALPHA_KEY, "0")
+        text = metadata.get(FILE_ALPHA_KEY, "0")
         try:
             alpha = float(text)
         except ValueError:
             alpha = float("nan")
         if alpha != alpha or abs(alpha) == float("inf"):
-            raise AdapterError(where.parent, f"{ALPHA_KEY} is {text!r:.40}, expected a number")
+            raise AdapterError(where.parent, f"{FILE_ALPHA_KEY} is {text!r:.40}, expected a number")
         return tuple(replace(site, scaling=_scaling(site, alpha)) for site in sites)
 
     def base_model(self, metadata: Mapping[str, str]) -> str | None:
@@ -277,13 +272,13 @@ class GgufSettings(Settings):
         architecture, attention = self.paths.architecture, self.paths.attention
         found = {"general.type": "adapter"}
         if architecture is not None:
-            found["general.architecture"] = architecture.name
+            found[ARCHITECTURE] = architecture.name
         found["general.name"] = written.metadata.get("general.name") or written.title
         found |= _base_model(written)
         found["adapter.type"] = "lora"
         parts = [part for part in written.parts if part.is_plain]
         if parts:
-            found[ALPHA_KEY] = repr(single(parts[0].written_alpha))
+            found[FILE_ALPHA_KEY] = repr(single(parts[0].written_alpha))
         tokens = (written.config or {}).get("alora_invocation_tokens")
         if isinstance(tokens, list) and tokens and INVOCATION_KEY not in written.metadata:
             found[INVOCATION_KEY] = json.dumps(tokens)
@@ -336,7 +331,7 @@ def _following(told: Told) -> Scheme:
             or attention_in_config(told.config)
             or attention_in_values(architecture.name, told.metadata)
         )
-    is_tied = told.config.get("tie_word_embeddings") is True
+    is_tied = told.is_tied is True
     paths = GgufPaths(architecture=architecture, attention=attention, is_tied=is_tied)
     return replace(
         SCHEME,
@@ -347,12 +342,35 @@ def _following(told: Told) -> Scheme:
 
 
 def _architecture(told: Told) -> Architecture | None:
+    _check_architecture(told)
     for metadata in (told.metadata, told.base):
-        name = metadata.get("general.architecture")
+        name = metadata.get(ARCHITECTURE)
         if name is not None:
             has_experts = metadata.get(f"{name}.expert_count", "1") != "0"
             return architecture_named(name, has_experts=has_experts)
     return architecture_of(told.config)
+
+
+def _check_architecture(told: Told) -> None:
+    """Make sure that an adapter is for the architecture that its base is of.
+
+    Raises:
+        AdapterError: It says that it is for another one, which llama.cpp does not load.
+    """
+    own, base = (each.get(ARCHITECTURE) for each in (told.metadata, told.base))
+    if own is None or own == base:
+        return
+    if base is None:
+        one, other = architecture_named(own), architecture_of(told.config)
+        # The names of some changed; which rows are paired did not.
+        if one is not None and other is not None and one.permutes != other.permutes:
+            base = other.name
+    if base is not None:
+        raise AdapterError(
+            ARCHITECTURE,
+            f"is {own!r:.40} in the adapter and {base!r:.40} in the base",
+            hint="is this the base that the adapter was trained on?",
+        )
 
 
 SETTINGS: Final = GgufSettings(

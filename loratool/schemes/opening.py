@@ -70,12 +70,12 @@ def open_adapter(
         skip=skip,
         enabled=enabled,
     )
-    told = replace(base or Told(), metadata=opened.metadata)
+    told = replace(base or Told(), metadata=opened.metadata, folder=opened.folder)
     found = spell_out(opened, scheme_named(opened.scheme).of(told), base_modules)
     found = _without_meant(found, [each for each in _selectors(skip) if each.is_marked])
     mixed = tuple(_foreign_factors(found))
     scheme_named(opened.scheme).keys.forget()
-    return replace(found, mixed=mixed)
+    return replace(found, mixed=mixed, told=told)
 
 
 def _foreign_factors(adapter: Adapter) -> Iterator[str]:
@@ -130,12 +130,13 @@ def open_as_spelled(
     skipped = _matching(tensors, _selectors(skip))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
     parts = build_sites(tensors, scheme, config, variant_of, _enabled(config, enabled))
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in parts.of_base}
+    beside = {key: tensors[key] for key in tensors if key in parts.of_base}
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in beside}
     sites = parts.sites
     sidecar, sidecar_path = (raw if is_foreign else None), config_path
     if scheme.settings.file not in ("", CONFIG_NAME):
         sidecar_path = weights.parent / scheme.settings.file
-        sidecar = read_json_object(sidecar_path) if sidecar_path.is_file() else None
+        sidecar = scheme.settings.load(sidecar_path) if sidecar_path.is_file() else None
     if sidecar is None and (model := scheme.settings.base_model(file.metadata)) is not None:
         sidecar = {"model": model}
     sites = scheme.settings.read(sites, file.metadata, sidecar, sidecar_path)
@@ -155,6 +156,7 @@ def open_as_spelled(
         skipped=tuple(skipped),
         notes=(*notes, *parts.notes, *more, *file.notes),
         sidecar=sidecar,
+        beside=beside,
     )
 
 

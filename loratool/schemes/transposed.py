@@ -17,7 +17,7 @@ from loratool.schemes.parts.settings import Settings
 __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
-    "keys": r"^(?!base_model\.model\.).*\.lora_[AB]$",
+    "keys": r"^(?!base_model\.model\.).*\.lora[_.][AB]$",
     "weights": ("adapter_model.safetensors", "adapter_model.bin"),
 }
 
@@ -40,6 +40,13 @@ SCHEME = Scheme(
             Template("{module}.lora_A", Slot.DOWN),
             Template("{module}.lora_B", Slot.UP),
             Template("{module}.alpha", Slot.ALPHA),
+            # Also read: layers of tutorials that hold the factors in a module of their own.
+            Template("{module}.lora.A", Slot.DOWN),
+            Template("{module}.lora.B", Slot.UP),
+            Template("{module}.lora.lora_A", Slot.DOWN),
+            Template("{module}.lora.lora_B", Slot.UP),
+            Template("{module}.parametrizations.weight.0.lora_A", Slot.DOWN),
+            Template("{module}.parametrizations.weight.0.lora_B", Slot.UP),
         ),
     ),
     paths=PathPaths(),

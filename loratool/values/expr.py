@@ -175,7 +175,7 @@ class Stored(Expr):
     def is_viewed(self) -> bool:
         """Whether parts of it are views of its bytes."""
         tensor = self.tensor
-        return tensor.exchanged is None and DTYPES[tensor.spec.dtype].block is None
+        return tensor.steps is None and DTYPES[tensor.spec.dtype].block is None
 
     @property
     def _strides(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ class Stacked(Plain):
     """A stacks the factors of the parts that are adapted, B those parts' rows.
 
     Each part of A is multiplied with its own part of B; B beside zeros for the parts that are not
-    enabled is the same.
+    enabled is the same. In PEFT before 0.3 B is that of a grouped convolution, ``(rows, r, 1)``.
     """
 
     name = "stacked"
@@ -29,7 +29,8 @@ class Stacked(Plain):
             return False
         down, up = slots[Slot.DOWN].spec.shape, slots[Slot.UP].spec.shape
         parts = sum(enabled)
-        return len(down) == len(up) == 2 and down[0] == parts * up[1] and up[0] % parts == 0
+        is_matrix = len(down) == 2 and len(up) in (2, 3) and up[2:] in ((), (1,))
+        return is_matrix and down[0] == parts * up[1] and up[0] % parts == 0
 
     def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
         """See :class:`Variant`."""

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import site_problems
+from loratool.base.told import open_told
 from loratool.errors import AdapterError, OptionError
 from loratool.math.factored import Factored, factor, inner
 from loratool.math.lowrank import LowRank
@@ -116,6 +118,7 @@ def compare(
     directions: int = 8,
     alpha: float | None = None,
     adapter_name: str | None = None,
+    base: AnyPath | None = None,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -132,6 +135,8 @@ def compare(
         directions: Up to how many leading singular directions φ(i, j) is tabulated.
         alpha: Alpha where none is recorded.
         adapter_name: Which adapter, where a path holds several.
+        base: The model that they are for, whose headers alone are read: its names settle flattened
+            paths, and llama.cpp's files need what it says of itself.
         device: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: Number of modules in work at a time.
         progress: Called with how much is done and how much there is.
@@ -143,8 +148,21 @@ def compare(
         raise OptionError("compare", "needs two adapters or more")
     if directions < 1:
         raise OptionError("--directions", f"{directions} is less than 1")
-    opened = [open_adapter(path, adapter_name=adapter_name, alpha=alpha) for path in adapters]
+    model, told = open_told(Path(base), needs_weights=False) if base is not None else (None, None)
+    opened = [
+        open_adapter(
+            path,
+            adapter_name=adapter_name,
+            alpha=alpha,
+            base_modules=model.paths if model is not None else (),
+            base=told,
+        )
+        for path in adapters
+    ]
+    is_mixed = len({adapter.scheme for adapter in opened}) > 1
     for adapter in opened:
+        if is_mixed and adapter.unknown is not None:
+            raise AdapterError(adapter.path, adapter.unknown)
         for site in adapter.sites:
             for code, problem in site_problems(site, adapter):
                 raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")

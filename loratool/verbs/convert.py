@@ -176,9 +176,7 @@ def convert(
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
     opened_base, told = (
-        open_told(Path(base), needs_weights=scheme.follows is None)
-        if base is not None
-        else (None, None)
+        open_told(Path(base), needs_weights=False) if base is not None else (None, None)
     )
     opened = open_adapter(
         origin,
@@ -190,6 +188,9 @@ def convert(
         base=told,
         enabled=enable_lora,
     )
+    if base is not None and opened_base is None:
+        follows = (scheme.follows, scheme_named(opened.scheme).follows)
+        open_told(Path(base), needs_weights=follows == (None, None))
     asked = {
         "to": scheme.name,
         "for": target,

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import looks_like_adapter
-from loratool.errors import AdapterError, BaseModelError, OptionError
+from loratool.adapter.wrapped import factor_names
+from loratool.errors import (
+    AdapterError,
+    BaseModelError,
+    LoratoolError,
+    OptionError,
+    UnsupportedError,
+)
 from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
 from loratool.schemes import claimed, sidecar_names, weights_names
@@ -21,7 +28,7 @@ from loratool.schemes.detection import forms
 from loratool.schemes.opening import open_adapter
 
 if TYPE_CHECKING:
-    from loratool.base.model import Model
+    from loratool.base.model import Model, Quantization
     from loratool.verbs.spectrum import Spectrum
 
 __all__ = ["AdapterInfo", "ModelInfo", "ModuleInfo", "inspect"]
@@ -91,6 +98,16 @@ class AdapterInfo:
         words = f"{', '.join(sorted(partial))}: the spectra are those of scale · B @ A alone"
         return (*self.adapter.notes, words)
 
+    @property
+    def base(self) -> dict[str, int]:
+        """How much of a base lies in the same file: tensors, parameters and bytes."""
+        specs = [stored.spec for stored in self.adapter.beside.values()]
+        return {
+            "tensors": len(specs),
+            "parameters": sum(spec.elements for spec in specs),
+            "bytes": sum(spec.nbytes for spec in specs),
+        }
+
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
         adapter = self.adapter
@@ -99,7 +116,7 @@ class AdapterInfo:
             "kind": "adapter",
             "path": str(adapter.path),
             "scheme": adapter.scheme,
-            "base_model": adapter.config.base_model if adapter.config else None,
+            "base_model": adapter.base_model,
             "parameters": adapter.parameters,
             "bytes": adapter.nbytes,
             "modules": [
@@ -109,6 +126,7 @@ class AdapterInfo:
             "extras": [extra.key for extra in adapter.extras],
             "metadata": dict(adapter.metadata),
             "notes": list(self.notes),
+            **({"base": self.base} if adapter.beside else {}),
         }
 
 
@@ -119,10 +137,22 @@ class ModelInfo:
     Attributes:
         model: The opened model.
         dtypes: Dtype to number of tensors.
+        unread: Why its weights are not read, where they are in codes that are only known.
     """
 
     model: Model
     dtypes: Mapping[str, int]
+    unread: tuple[str, ...] = ()
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its weights are coded, if they are."""
+        if not self.unread:
+            return self.model.quantization
+        from loratool.base.model import Quantization  # no adapter needs it
+
+        told = self.model.config.quantization or {}
+        return Quantization(str(told.get("quant_method") or "unknown"), "not read", 0)
 
     @property
     def parameters(self) -> int:
@@ -132,11 +162,11 @@ class ModelInfo:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is worth knowing, one sentence each."""
-        factors = self.model.factors
+        notes, factors = (*self.unread, *self.model.notes), self.model.factors
         if not factors:
-            return self.model.notes
+            return notes
         words = f"holds {len(factors)} factors of an adapter beside its weights, such as"
-        return (*self.model.notes, f"{words} {factors[0]!r}")
+        return (*notes, f"{words} {factors[0]!r}")
 
     @property
     def model_type(self) -> str | None:
@@ -186,7 +216,7 @@ class ModelInfo:
             "components": self.components,
             "parameters": self.parameters,
             "bytes": self.model.bytes,
-            "quantization": asdict(found) if (found := self.model.quantization) else None,
+            "quantization": asdict(found) if (found := self.quantization) else None,
             "tensors": len(self.model.stored),
             "dtypes": dict(self.dtypes),
             "shards": len(self.model.shards),
@@ -218,8 +248,12 @@ def inspect(
     place = Path(path)
     if not place.exists():
         raise AdapterError(place, "no such file or folder")
-    if _is_adapter(place):
-        adapter = open_adapter(place, adapter_name=adapter_name)
+    adapter = (
+        open_adapter(place, adapter_name=adapter_name)
+        if _is_adapter(place)
+        else _adapter_in_model(place, adapter_name)
+    )
+    if adapter is not None:
         found: tuple[Spectrum, ...] = ()
         if spectrum:
             from loratool.verbs.spectrum import spectra
@@ -228,11 +262,16 @@ def inspect(
         return AdapterInfo(adapter, tuple(ModuleInfo.of(site) for site in adapter.sites), found)
     if spectrum:
         raise OptionError(place, "a model; only adapters have deltas with a spectrum")
-    from loratool.base.model import open_model  # no adapter needs it
+    from loratool.base.model import open_model, open_stored  # no adapter needs it
 
-    model = open_model(place)
+    unread: tuple[str, ...] = ()
+    try:
+        model = open_model(place)
+    except UnsupportedError as error:
+        unread = (f"its weights are not read: {error}",)
+        model = open_stored(place)
     dtypes = Counter(stored.spec.dtype for stored in model.stored)
-    return ModelInfo(model, dtypes=dict(dtypes.most_common()))
+    return ModelInfo(model, dtypes=dict(dtypes.most_common()), unread=unread)
 
 
 def _is_adapter(path: Path) -> bool:
@@ -250,6 +289,23 @@ def _is_adapter(path: Path) -> bool:
     except BaseModelError:
         return False
     return len(shards) == 1 and _holds_factors(shards[0].path)
+
+
+def _adapter_in_model(path: Path, adapter_name: str | None) -> Adapter | None:
+    """Return the adapter whose factors lie beside the weights that they are for, in one file.
+
+    A model that is published with several adapters in it, each with a name, stays a model.
+    """
+    if is_index(path.name):
+        return None
+    try:
+        (weights,) = [shard.path for shard in open_checkpoint(path).shards]
+        if not factor_names(open_weights(weights).tensors):
+            return None
+        adapter = open_adapter(weights, adapter_name=adapter_name)
+    except (LoratoolError, ValueError):
+        return None
+    return adapter if adapter.beside else None
 
 
 def _holds_factors(path: Path) -> bool:

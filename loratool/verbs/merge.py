@@ -120,9 +120,11 @@ def merge(
     retention = outcome.weights.retention
     notes = list(plan.notes)
     if retention is not None and retention < RETENTION_WARNING:
+        wider = "write a wider one with --dtype float32"
+        if quantized == "keep":
+            wider = "leave out --quantized keep to write plain numbers"
         notes.append(
-            f"only {retention:.1%} of the update survived rounding to the output's dtype; "
-            "write a wider one with --dtype float32"
+            f"only {retention:.1%} of the update survived rounding to the output's dtype; {wider}"
         )
     return MergeReport(
         tensors=sum(1 for _ in plan.steps()),

@@ -256,6 +256,7 @@ def _rewritten(
         is_native=adapter.is_native,
         name=adapter.name,
         stem=adapter.weights.stem,
+        told=adapter.told,
         metadata=kept_metadata(adapter, adapter.scheme),
         history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
         sidecars=tuple(sidecars),

@@ -23,6 +23,6 @@ class SchemeInfo:
 def schemes() -> tuple[SchemeInfo, ...]:
     """Return every key scheme, in the order of their names."""
     return tuple(
-        SchemeInfo(scheme.name, True, True, scheme.example, scheme.summary)
+        SchemeInfo(scheme.name, True, scheme.is_written, scheme.example, scheme.summary)
         for scheme in builtin_schemes()
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter.part import Part
+from loratool.adapter.told import Told
 from loratool.files.inputs import Stamp
 from loratool.plan.history import History
 from loratool.plan.sidecar import Sidecar
@@ -35,6 +36,7 @@ class NewAdapter:
         name: Its name inside the file that it comes from.
         stem: The name of that file.
         metadata: What it says about its training.
+        told: What is known of the model that it is for.
         history: How it came to be.
         sidecars: Files that travel along.
         measured: What is computed for its report alone.
@@ -56,6 +58,7 @@ class NewAdapter:
     name: str | None = None
     stem: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    told: Told | None = None
     history: History | None = None
     sidecars: tuple[Sidecar, ...] = ()
     measured: tuple[Together, ...] = ()

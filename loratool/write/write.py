@@ -46,6 +46,12 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         OutputError: A single file has no place for the scheme's configuration.
         OptionError: An option means nothing here.
     """
+    if not scheme.is_written:
+        raise UnsupportedError(
+            f"scheme {scheme.name}",
+            "is read, and not written",
+            hint=f"write another one, such as with --to {DEFAULT_SCHEME}",
+        )
     check_place(options.output, scheme.name, scheme.settings.file)
     scheme = scheme.of(_told(new, options))
     if scheme.home.dtype and options.dtype is None and new.scheme != scheme.name:
@@ -120,7 +126,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
 def _told(new: NewAdapter, options: WriteOptions) -> Told:
     """Return what is known of the model that an adapter is for."""
     told = options.base.told if options.base is not None else options.told
-    return told or Told(metadata=new.metadata)
+    return told or replace(new.told or Told(), metadata=new.metadata)
 
 
 def check_place(output: Path, scheme: str, config_name: str) -> None:

@@ -41,7 +41,9 @@ CLOSE: Final = 1e-12
 """All samples are float64: nothing but its rounding may differ."""
 ALPHA: Final = 2.0**-24
 """An alpha tensor is float32."""
-TO: Final = tuple(name for name in SCHEMES if name not in ("cloneofsimo", "diffusers-legacy"))
+TO: Final = tuple(
+    name for name in SCHEMES if name not in ("cloneofsimo", "diffusers-legacy", "gguf")
+)
 """Not those that number modules, or know attention processors only."""
 EVERY: Final = frozenset(TO)
 BARE: Final = frozenset(("loralib", "mlx", "prefixed", "transposed"))

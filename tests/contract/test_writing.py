@@ -15,7 +15,7 @@ from samples import NARROW, SCHEMES, place, stable_diffusion
 import loratool
 from loratool.errors import LoratoolError, UnsupportedError
 from loratool.files.container import read_bytes
-from loratool.files.containers import open_weights
+from loratool.files.containers import is_weights, open_weights
 from loratool.schemes import scheme_named
 
 WIDTH: Final = 8
@@ -143,7 +143,7 @@ def perform(verb: str, scheme: str, given: Inputs, output: Path, **options: Any)
 def weights_of(output: Path) -> Path:
     """Return the file that holds the tensors."""
     if output.is_dir():
-        (found,) = output.glob("*.safetensors")
+        (found,) = filter(is_weights, output.iterdir())
         return found
     return output
 
@@ -265,7 +265,8 @@ def test_what_is_written_and_read_is_written_alike(
     assert contents(weights_of(first)) == contents(weights_of(second))
     if first.is_dir():
         configs = [
-            json.loads((path / "adapter_config.json").read_text()) for path in (first, second)
+            json.loads((path / scheme_named(scheme).settings.file).read_text())
+            for path in (first, second)
         ]
         assert configs[0] == configs[1]
 

@@ -14,8 +14,8 @@ from loratool.schemes import scheme_named, scheme_names
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "fixtures"
-SCHEMES = scheme_names()
-FOLDERS = ("peft", "mlx")
+SCHEMES = tuple(name for name in scheme_names() if scheme_named(name).is_written)
+FOLDERS = tuple(name for name in SCHEMES if scheme_named(name).settings.file)
 NARROW = {
     "onetrainer": "transformer.single_transformer_blocks.{}.proj_mlp",
     "xlabs": "transformer.double_blocks.{}.img_attn.proj",

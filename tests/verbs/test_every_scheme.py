@@ -13,13 +13,13 @@ from samples import NARROW, lora
 
 import loratool
 from loratool.errors import LoratoolError, UnsupportedError
-from loratool.files.containers import open_weights
+from loratool.files.containers import is_weights, open_weights
 from loratool.names.positions import unet_paths
 from loratool.schemes import builtin_schemes, scheme_named
 
 pytestmark = pytest.mark.slow
 
-SCHEMES = [scheme.name for scheme in builtin_schemes()]
+SCHEMES = [scheme.name for scheme in builtin_schemes() if scheme.is_written]
 LLAMA = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4}
 PLAIN = [s.name for s in builtin_schemes() if not s.paths.has_components]
 """Schemes of one model; the others are of a pipeline."""
@@ -53,7 +53,7 @@ def place(tmp_path: Path, name: str, scheme: str) -> Path:
 def weights_of(path: Path) -> Path:
     if path.is_file():
         return path
-    return next(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
+    return next(file for file in path.iterdir() if is_weights(file))
 
 
 def adapter_in(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Final
 import gguf
 import numpy as np
 import pytest
+import tiny_gguf as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -336,7 +338,7 @@ def test_reading_back_gives_the_factors_and_the_configuration(
 def foreign(made: Path, path: Path, **options: Any) -> Path:
     """Write the same adapter with the gguf package, as llama.cpp's converter would."""
     values = values_of(made)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, options.pop("architecture", "llama"))
     writer.add_type(options.pop("kind", "adapter"))
     writer.add_string("adapter.type", options.pop("adapter_type", "lora"))
     alpha = options.pop("alpha", values["adapter.lora.alpha"])
@@ -496,6 +498,33 @@ def test_sums_comparisons_and_strengths(
     )
 
 
+def test_comparing_with_another_scheme_takes_the_base(
+    made: Path, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    path = foreign(made, tmp_path / "foreign.gguf")
+    with pytest.raises(AdapterError, match=r"--base"):
+        loratool.compare([path, adapter])
+    found = loratool.compare([path, adapter], base=base).as_json()
+    assert found["cosine"] == pytest.approx(1)
+    assert not any(found["only_in"])
+    assert loratool.compare([path, made, path], base=base).as_json()
+
+
+def test_a_live_model_tells_its_heads(made: Path, adapter: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**{k: v for k, v in CONFIG.items() if k != "architectures"})
+    path = foreign(made, tmp_path / "foreign.gguf")
+    ids = torch.tensor([[1, 5, 9]])
+    outputs = []
+    for one in (adapter, path):
+        torch.manual_seed(1)
+        model = transformers.LlamaForCausalLM(config).eval()
+        loratool.live.attach(model, one)
+        with torch.no_grad():
+            outputs.append(model(ids).logits)
+    assert torch.allclose(*outputs, atol=1e-5)
+
+
 def test_an_extraction_is_written_as_gguf(base: Path, adapter: Path, tmp_path: Path) -> None:
     loratool.merge(base, [adapter], tmp_path / "tuned")
     loratool.extract(base, tmp_path / "tuned", tmp_path / "out.gguf", rank=RANK, to="gguf")
@@ -582,3 +611,117 @@ def test_a_fused_projection_is_cut(tmp_path: Path) -> None:
     loratool.convert(tmp_path / "made.gguf", "gguf", tmp_path / "again.gguf")
     again = open_weights(tmp_path / "again.gguf").tensors
     assert again.keys() == open_weights(tmp_path / "made.gguf").tensors.keys()
+
+
+# --- damaged and hostile files
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_a_file_holds_it_is_read_or_refused(seed: int, base: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(seed)
+    architecture = str(
+        random.choice(["llama", "bloom", "internlm2", "qwen3moe", "none", "gpt-oss"])
+    )
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", architecture)
+    writer.add_type("adapter")
+    writer.add_float32("adapter.lora.alpha", float(random.choice([0, 16, -3, np.nan, np.inf])))
+    for key in ("head_count", "head_count_kv"):
+        value = int(random.choice([0, 1, 2, 4, 7, 2**32 - 1]))
+        writer.add_uint32(f"{architecture}.attention.{key}", value)
+    names = ["blk.0.attn_q", "blk.0.attn_k", "token_embd", "output", "blk.0.ffn_gate_exps"]
+    names += ["blk.0.attn_qkv", "blk.1.foo", "blk.0.ffn_gate_exps.1", "blk.99999999999.attn_q"]
+    for name in random.choice(names, 4, replace=False):
+        for half in "ab":
+            sides = random.choice([1, 2, 8, 16, 32], random.choice([1, 2, 2, 2, 3, 4]))
+            values = np.ones(sides, np.float32)
+            tensor = f"{name}.weight.lora_{half}"
+            if sides[-1] == 32 and seed % 2:
+                kind = gguf.GGMLQuantizationType.Q8_0
+                writer.add_tensor(tensor, gguf.quantize(values, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(tensor, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = tmp_path / "a.gguf"
+    loratool.validate(path, deep=True)
+    for verb in (
+        lambda: loratool.inspect(path).as_json(),
+        lambda: loratool.convert(path, "peft", tmp_path / "peft"),
+        lambda: loratool.convert(path, "gguf", tmp_path / "again.gguf"),
+        lambda: loratool.truncate(path, tmp_path / "less.gguf", rank=1),
+        lambda: loratool.merge(base, [path], tmp_path / "merged"),
+    ):
+        with contextlib.suppress(LoratoolError):
+            verb()
+
+
+def test_a_table_in_blocks_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    wide = write_peft(tmp_path / "wide")
+    tensors = load_file(wide / "adapter_model.safetensors")
+    tensors[f"{PREFIX}{TABLE}.lora_embedding_A"] = torch.randn(32, TOKENS)
+    tensors[f"{PREFIX}{TABLE}.lora_embedding_B"] = torch.randn(HIDDEN, 32)
+    save_file(tensors, wide / "adapter_model.safetensors")
+    config = json.loads((wide / "adapter_config.json").read_text())
+    (wide / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {TABLE: 32}}))
+    loratool.convert(wide, "gguf", tmp_path / "wide.gguf", base=base)
+    names = ["token_embd.weight.lora_a"]
+    path = foreign(tmp_path / "wide.gguf", tmp_path / "q8.gguf", quantised=names)
+    with pytest.raises(UnsupportedError, match=r"token_embd\.weight\.lora_a: .*blocks of Q8_0"):
+        loratool.convert(path, "peft", tmp_path / "back", base=base)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "unheard-of"])
+def test_an_adapter_of_another_architecture_is_refused(
+    name: str, made: Path, base: Path, tmp_path: Path
+) -> None:
+    path = foreign(made, tmp_path / "other.gguf", architecture=name)
+    folder = str(base)
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEYS)
+    for tensor, data in load_file(base / "model.safetensors").items():
+        stem, _, leaf = tensor.rpartition(".")
+        writer.add_tensor(f"{NAMES.get(stem, stem)}.{leaf}", data.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(AdapterError, match=f"is '{name}' in the adapter and 'llama' in the base"):
+        loratool.merge(tmp_path / "base.gguf", [path], tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+    if name == "qwen2":  # rows in another order than those of this base
+        with pytest.raises(AdapterError, match="'qwen2' in the adapter and 'llama' in the base"):
+            loratool.convert(path, "peft", tmp_path / "back", base=folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "alpha"), [({"alpha": 24.0}, 24.0), ({"scale": 2.0}, None), ({"scale": 0.3}, None)]
+)
+def test_another_strength_is_another_alpha(
+    options: dict[str, float], alpha: float | None, made: Path, tmp_path: Path
+) -> None:
+    before = values_of(made)["adapter.lora.alpha"]
+    loratool.rescale(made, tmp_path / "out.gguf", **options)
+    found = values_of(tmp_path / "out.gguf")["adapter.lora.alpha"]
+    assert found == np.float32(alpha or before * options["scale"])
+    old, new = tensors_of(made), tensors_of(tmp_path / "out.gguf")
+    assert all(np.array_equal(old[name], new[name]) for name in old)
+
+
+def test_tables_of_positions_are_refused(tmp_path: Path) -> None:
+    """llama.cpp would look for a linear layer of that shape, and never apply it."""
+    tiny.write_base(tmp_path / "base", "gpt2")
+    adapter = tiny.write_adapter(tmp_path / "adapter", "gpt2")
+    file = adapter / "adapter_model.safetensors"
+    more = {
+        "base_model.model.transformer.wpe.lora_embedding_A": torch.ones(tiny.RANK, 16),
+        "base_model.model.transformer.wpe.lora_embedding_B": torch.ones(32, tiny.RANK),
+    }
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    with pytest.raises(UnsupportedError, match="wpe: is a table of positions") as caught:
+        loratool.convert(adapter, "gguf", tmp_path / "out.gguf", base=tmp_path / "base")
+    assert "--drop" in str(caught.value.hint)
+    loratool.convert(adapter, "gguf", tmp_path / "out.gguf", base=tmp_path / "base", drop=["wpe"])
+    assert "position_embd.weight.lora_a" not in tensors_of(tmp_path / "out.gguf")

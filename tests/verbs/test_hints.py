@@ -18,6 +18,7 @@ from samples import SCHEMES, place
 
 from loratool.cli.main import _run as run_command_line
 from loratool.loaders import loader_named, loader_names
+from loratool.schemes import scheme_named
 
 COMMAND: Final = re.compile(
     r"loratool (?:merge|convert|compose|extract|truncate) .*?-o (?:OUT|MERGED)"
@@ -76,6 +77,8 @@ def commands(case: Case) -> Iterator[tuple[str, Callable[[Path], list[str]], str
     """Yield what is tried: a name, the command for an adapter, and the scheme of its output."""
     yield "merge", lambda a: ["merge", str(case.base), str(a)], "peft"
     for scheme in SCHEMES:
+        if scheme_named(scheme).follows is not None:
+            continue  # which these models are not of
         yield f"convert to {scheme}", lambda a, s=scheme: ["convert", str(a), "--to", s], scheme
     for loader in loader_names():
         scheme = loader_named(loader).scheme

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from samples import lora
 
 import loratool
-from loratool.errors import MergeError, OptionError, UnsupportedError
+from loratool.cli.main import _run as run_command_line
+from loratool.errors import FileFormatError, MergeError, OptionError, UnsupportedError
 from loratool.verbs.merging import planning
 
 Make = Callable[..., Path]
@@ -131,6 +132,10 @@ def test_shards_lose_their_scales_and_the_index_says_so(
     assert sorted(content["weight_map"]) == sorted((*truth, NORM))
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {*content["weight_map"].values(), "config.json", "model.safetensors.index.json"}
+    count = len(set(content["weight_map"].values()))
+    assert all(
+        name.endswith(f"-of-{count:05}.safetensors") for name in content["weight_map"].values()
+    )
     merged = {k: t for name in set(content["weight_map"].values())
               for k, t in load_file(tmp_path / "out" / name).items()}  # fmt: skip
     assert content["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
@@ -292,6 +297,62 @@ def test_inspect_counts_what_the_codes_stand_for(kind: str, make_base: Make) -> 
     }
 
 
+def test_inspect_says_what_is_not_read(make_base: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = {f"{MODULES[0]}.B": torch.zeros(8, 16, dtype=torch.int32)}
+    tensors = codes | {f"{MODULES[0]}.s": torch.zeros(1, 64).half(), NORM: torch.ones(INTO)}
+    config = {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}}
+    base = make_base(tensors, config)
+    found = loratool.inspect(base)
+    assert found.as_json()["quantization"] == {
+        "method": "gptq",
+        "format": "not read",
+        "modules": 0,
+    }
+    assert any("arlin" in note for note in found.notes)
+    assert run_command_line(["inspect", str(base)], debug=False) == 0
+    assert "not read" in capsys.readouterr().out
+
+
+def test_a_scale_without_its_codes_is_damage(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    del stored[f"{MODULES[1]}.weight"]
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    with pytest.raises(FileFormatError, match=f"{MODULES[1]}.*not there") as caught:
+        loratool.merge(base, [adapter], tmp_path / "out")
+    assert "download" in str(caught.value.hint)
+    with pytest.raises(FileFormatError, match="not there"):
+        loratool.validate(adapter, base=base)
+
+
+def test_verify_wants_no_word_of_codes_that_are_gone(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    config["vision_config"] = {"quantization_config": config["quantization_config"], "size": 1}
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    out = tmp_path / "out"
+    loratool.merge(base, [adapter], out)
+    written = json.loads((out / "config.json").read_text())
+    assert written["vision_config"] == {"size": 1}
+    written["quantization_config"] = config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(written))
+    found = loratool.verify(out, base=base, adapters=[adapter])
+    assert [(f.code, f.severity) for f in found] == [("LT107", "error")]
+
+
+def test_what_was_infinite_before_is_told_from_an_overflow(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    stored[f"{MODULES[0]}.weight"].view(torch.uint8)[0, 0] = 0x7F
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    for how in ("dequantize", "keep"):
+        with pytest.raises(MergeError, match="in the base already"):
+            loratool.merge(base, [adapter], tmp_path / "out", quantized=how)
+
+
 def test_a_plain_model_has_no_quantization(make_base: Make) -> None:
     assert loratool.inspect(make_base({NORM: torch.ones(3)})).as_json()["quantization"] is None
 
@@ -360,3 +421,86 @@ def test_codes_that_nothing_reads_are_refused_by_name(
     with pytest.raises(UnsupportedError, match=words):
         loratool.merge(base, [adapter], tmp_path / "out")
     assert "LT027" in [finding.code for finding in loratool.validate(adapter, base=base)]
+
+
+@pytest.mark.parametrize("said", ["float8_e4m3fn", "torch.float8_e4m3fn"])
+def test_a_configuration_of_eight_bits_does_not_stay(
+    said: str, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    weights = {f"{module}.weight": torch.randn(OUT, INTO) for module in MODULES}
+    stored = {name: value.to(torch.float8_e4m3fn) for name, value in weights.items()}
+    base = make_base(stored, {"model_type": "llama", "torch_dtype": said})
+    loratool.merge(base, [adapter_of(make_adapter)[0]], tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {"model_type": "llama", "torch_dtype": "bfloat16"}
+
+
+def test_zeros_are_taken_away_from_codes_in_eight_bits(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored: Tensors = {NORM: torch.ones(INTO).bfloat16()}
+    truth = {}
+    zeros = {
+        MODULES[0]: torch.randint(-9, 9, (OUT, 1)).to(torch.int8),
+        MODULES[1]: torch.tensor([3.0]).to(torch.float8_e4m3fn),
+    }
+    for module, zero in zeros.items():
+        codes = torch.randn(OUT, INTO).to(torch.float8_e4m3fn)
+        scales = torch.rand(zero.shape) + 0.1
+        parts = {"weight": codes, "weight_scale": scales, "weight_zero_point": zero}
+        stored |= {f"{module}.{leaf}": part for leaf, part in parts.items()}
+        stored[f"{module}.input_zero_point"] = torch.zeros(1).to(torch.float8_e4m3fn)
+        truth[f"{module}.weight"] = (codes.double() - zero.double()) * scales.double()
+    base = make_base(stored, {"model_type": "llama"})
+    adapter, delta = adapter_of(make_adapter)
+    loratool.merge(base, [adapter], tmp_path / "out", dtype="float32")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(merged) == sorted((*truth, NORM))
+    truth[f"{MODULES[0]}.weight"] += delta
+    for name, expected in truth.items():
+        assert_rounded(merged[name], expected)
+    with pytest.raises(UnsupportedError, match="zeros"):
+        loratool.merge(base, [adapter], tmp_path / "kept", quantized="keep")
+    stored[f"{MODULES[0]}.weight_zero_point"] = torch.zeros(2, dtype=torch.int8)
+    with pytest.raises(FileFormatError, match="zero"):
+        loratool.inspect(make_base(stored, {"model_type": "llama"}, "damaged"))
+
+
+def test_what_keeps_little_of_an_update_says_what_keeps_more(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    stored = {
+        name: value * 1000 if name.endswith("_inv") else value for name, value in stored.items()
+    }
+    base = make_base(stored, config)
+    adapter = adapter_of(make_adapter)[0]
+    report = loratool.merge(base, [adapter], tmp_path / "out", quantized="keep")
+    (note,) = (note for note in report.notes if "survived" in note)
+    assert "leave out --quantized keep" in note
+    assert "--dtype" not in note
+
+
+@pytest.mark.parametrize("told", [None, {"quant_method": "awq"}])
+def test_the_method_is_what_the_tensors_can_be_of(told: Any, make_base: Make) -> None:
+    parts = {"weight": torch.zeros(OUT, INTO, dtype=torch.int8), "SCB": torch.ones(OUT)}
+    stored = {f"{MODULES[0]}.{leaf}": part for leaf, part in parts.items()}
+    base = make_base(stored, {"model_type": "llama", "quantization_config": told})
+    found = loratool.inspect(base).as_json()["quantization"]
+    assert found == {"method": "bitsandbytes", "format": "int8", "modules": 1}
+
+
+@pytest.mark.parametrize("bits", [{}, [[4]], 4.0, "4", None, 1 << 70])
+def test_a_width_that_is_no_number_is_left_to_the_shapes(bits: Any, make_base: Make) -> None:
+    parts = {
+        "qweight": torch.zeros(8, 32, dtype=torch.int32),
+        "qzeros": torch.zeros(2, 4, dtype=torch.int32),
+        "scales": torch.ones(2, 32).half(),
+        "g_idx": (torch.arange(64) // 32).int(),
+    }
+    stored = {f"{MODULES[0]}.{leaf}": part for leaf, part in parts.items()}
+    told = {"quant_method": "gptq", "bits": bits}
+    base = make_base(stored, {"model_type": "llama", "quantization_config": told})
+    found = loratool.inspect(base).as_json()
+    assert found["quantization"] == {"method": "gptq", "format": "gptq", "modules": 1}
+    assert found["parameters"] == 64 * 32

@@ -305,6 +305,9 @@ def test_files_in_parts_stay_in_parts(tmp_path: Path) -> None:
         assert loratool.verify(out, base=base, adapters=[tmp_path / "adapter"]) == ()
     with pytest.raises(LoratoolError, match="in 3 files, so the output is a folder"):
         loratool.merge(names[0], [tmp_path / "adapter"], tmp_path / "one.gguf")
+    names[1].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(LoratoolError, match=r"part 1 \(from 0\) of 3, and is read as part 0 of 1"):
+        loratool.inspect(tmp_path / "renamed.gguf")
 
 
 def split(whole: Path, folder: Path, count: int) -> list[Path]:
@@ -535,3 +538,118 @@ def test_stacks_of_experts_are_no_modules_of_an_extraction(tmp_path: Path) -> No
     assert left.name == "blk.0.ffn_up_exps.weight" and "stack of experts" in left.why
     made = loratool.inspect(tmp_path / "made")
     assert [one.module for one in made.modules] == ["model.layers.0.self_attn.o_proj"]
+
+
+def fused_names(path: Path, fused: dict[str, tuple[str, ...]], *, is_split: bool) -> None:
+    """Rewrite an adapter's projections: several in one with one A, or one as several."""
+    tensors = load_file(path)
+    for layer in range(2):
+        for whole, parts in fused.items():
+            parent = f"base_model.model.model.layers.{layer}."
+            ups = [tensors.pop(f"{parent}{part}.lora_B.weight") for part in parts]
+            downs = [tensors.pop(f"{parent}{part}.lora_A.weight") for part in parts]
+            if is_split:
+                for part, up in zip(parts, ups, strict=True):
+                    tensors[f"{parent}{part}.lora_A.weight"] = downs[0]
+                    tensors[f"{parent}{part}.lora_B.weight"] = up
+            else:
+                tensors[f"{parent}{whole}.lora_A.weight"] = downs[0]
+                tensors[f"{parent}{whole}.lora_B.weight"] = np.concatenate(ups)
+    save_file(tensors, path)
+
+
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def test_projections_in_one_and_apart(tmp_path: Path) -> None:
+    """A model with projections in one takes an adapter with them apart, and the reverse."""
+    found = []
+    for number, is_split in enumerate((True, False)):
+        folder = tmp_path / f"adapter-{number}"
+        adapter(folder)
+        fused_names(folder / "adapter_model.safetensors", FUSED, is_split=is_split)
+        found.append(folder)
+    apart = write_gguf(tmp_path / "apart.gguf", weights(), CONFIG, LLAMA, "F32")
+    joined = tmp_path / "joined.gguf"
+    writer = gguf.GGUFWriter(joined, "phi3")
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_embedding_length(64)
+    values = weights()
+    for layer in range(2):
+        for name, parts in zip(("attn_qkv", "ffn_up"), FUSED.values(), strict=True):
+            rows = [values[f"model.layers.{layer}.{part}.weight"] for part in parts]
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.concatenate(rows))
+        for name, part in (("attn_output", "self_attn.o_proj"), ("ffn_down", "mlp.down_proj")):
+            writer.add_tensor(
+                f"blk.{layer}.{name}.weight", values[f"model.layers.{layer}.{part}.weight"]
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for base in (apart, joined):
+        made = []
+        for number, folder in enumerate(found):
+            out = tmp_path / f"{base.stem}-{number}.gguf"
+            loratool.merge(base, [folder], out)
+            made.append(read_gguf(out))
+        for name, (_, one, _) in made[0].items():
+            np.testing.assert_allclose(one, made[1][name][1], atol=1e-6)
+    after = read_gguf(tmp_path / "joined-0.gguf")["blk.0.attn_qkv.weight"][1]
+    tensors = load_file(found[1] / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.qkv_proj"
+    delta = 2 * tensors[f"{key}.lora_B.weight"].astype("f8") @ tensors[f"{key}.lora_A.weight"]
+    before = read_gguf(joined)["blk.0.attn_qkv.weight"][1]
+    np.testing.assert_allclose(after, before + delta, atol=1e-5)
+
+
+def test_verifying_tells_what_was_changed_afterwards(tmp_path: Path) -> None:
+    base = write_gguf(tmp_path / "base.gguf", weights(), CONFIG, LLAMA, "Q8_0", tokens=100)
+    adapter(tmp_path / "adapter", ("mlp.up_proj",))
+    out = tmp_path / "out.gguf"
+    loratool.merge(base, [tmp_path / "adapter"], out)
+    whole = out.read_bytes()
+    places = {name: stored.offset for name, stored in open_weights(out).tensors.items()}
+
+    def codes(place: int) -> set[str]:
+        out.write_bytes(whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :])
+        return {f.code for f in loratool.verify(out, base=base, adapters=[tmp_path / "adapter"])}
+
+    assert codes(places["blk.0.ffn_up.weight"] + 1) & {"LT104", "LT105"}
+    assert codes(places["blk.0.ffn_down.weight"] + 5)
+    assert "LT110" in codes(whole.index(b"t77"))
+    assert "LT110" in codes(whole.index(b"llama"))
+    assert "LT110" in codes(whole.index(b"llama.rope.freq_base") + 20 + 4)
+
+
+def test_outer_scales_go_with_the_codes(tmp_path: Path) -> None:
+    from coded.gguf import blocks
+
+    base = tmp_path / "base.gguf"
+    writer = gguf.GGUFWriter(base, "qwen2")
+    writer.add_head_count(4)
+    codes = {}
+    for name, scale in (("attn_q", 0.5), ("ffn_up", 0.25)):
+        codes[name] = blocks("NVFP4", 64, 4)
+        kind = gguf.GGMLQuantizationType.NVFP4
+        writer.add_tensor(f"blk.0.{name}.weight", codes[name], raw_dtype=kind)
+        writer.add_tensor(f"blk.0.{name}.scale", np.array([scale], "f4"))
+        writer.add_tensor(f"blk.0.{name}.input_scale", np.array([3.0], "f4"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    delta = small_adapter(tmp_path / "adapter")
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out.gguf")
+    after = read_gguf(tmp_path / "out.gguf")
+    others = [f"blk.0.ffn_up.{leaf}" for leaf in ("weight", "scale", "input_scale")]
+    assert list(after) == ["blk.0.attn_q.weight", *others]
+    values = gguf.dequantize(codes["attn_q"], gguf.GGMLQuantizationType.NVFP4)
+    kind, found, _ = after["blk.0.attn_q.weight"]
+    assert kind == "F16"
+    np.testing.assert_allclose(found, 0.5 * values.astype("f8") + delta, rtol=2.0**-11, atol=1e-6)
+    assert loratool.verify(tmp_path / "out.gguf", base=base, adapters=[tmp_path / "adapter"]) == ()

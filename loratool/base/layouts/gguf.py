@@ -15,7 +15,7 @@ from typing import Final
 
 from loratool.base.config import ARCHITECTURE, ModelConfig
 from loratool.base.key_values import HEAD, TABLE
-from loratool.base.layout import Headers, Layout, Stretch
+from loratool.base.layout import Fused, Headers, Layout, Stretch
 from loratool.base.live import ExpertPart, LiveModel, Stack
 from loratool.base.ties import Sharing
 from loratool.codecs.weights import Weight
@@ -32,6 +32,11 @@ __all__ = ["LAYOUT"]
 
 WHOLE: Final = frozenset(("", "queries", "keys", "keys by group"))
 """The forms of tensors that are all of one module."""
+PARTS: Final = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Projections that some models have in one, and their adapters apart, or the reverse."""
 SHIFTED: Final = re.compile(r"gemma[23]?|nemotron|qwen3next|qwen35(moe)?")
 """Where norms are stored with 1 added, so that they are no module's of transformers."""
 MOST: Final = 4096
@@ -127,6 +132,20 @@ class Gguf(Layout):
         if TABLE not in names:
             return ()
         return () if HEAD in names else (Sharing((TABLE, HEAD), TABLE, HEAD),)
+
+    def fused(self, module: str, config: ModelConfig) -> Fused | None:
+        parent, _, leaf = module.rpartition(".")
+        whole = next((one for one, parts in PARTS.items() if leaf in (one, *parts)), None)
+        if whole is None:
+            return None
+        parts = tuple(f"{parent}.{part}" for part in PARTS[whole])
+        fused = Fused(f"{parent}.{whole}", parts)
+        if whole == "qkv_proj":
+            fused = Fused(fused.whole, parts, config.projection_rows or (0,))
+        has = {one: bool(_held(_known(config), one)) for one in (fused.whole, *parts)}
+        is_cut = all(has[part] for part in parts) and not has[fused.whole]
+        is_fused = has[fused.whole] and not any(has[part] for part in parts)
+        return fused if is_cut or is_fused else None
 
     def can_add(self, name: str, config: ModelConfig) -> bool:
         return name == HEAD and bool(_known(config).modules("output"))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from loratool.adapter.leaving import option, pattern_for
 from loratool.adapter.model import Site
 from loratool.adapter.scheme import Context, Names
 from loratool.errors import UnsupportedError
@@ -21,7 +22,7 @@ STACKED: Final = re.compile(
 )
 """One expert of a stack, as it is called before its path is known."""
 PARAMETER: Final = re.compile(r"(?P<stack>.+\.experts)\.(gate_up|down)_proj")
-BASE_HINT: Final = "give --base: the folder with its config.json, or its .gguf file"
+BASE_HINT: Final = "give --base BASE: the folder with its config.json, or its .gguf file"
 SHIFTED: Final = frozenset(
     ("gemma", "gemma2", "gemma3", "nemotron", "qwen3next", "qwen35", "qwen35moe")
 )
@@ -31,6 +32,12 @@ SHIFTED: Final = frozenset(
 def is_tensor(module: str) -> bool:
     """Whether a module goes by the name that llama.cpp has for it."""
     return TENSOR.fullmatch(module) is not None or STACKED.fullmatch(module) is not None
+
+
+def _without(module: str) -> str:
+    """Return what can be done about a module that has no place."""
+    left_out = option("--drop", pattern_for([module], [module]))
+    return f"leave it out with {left_out}, or merge the adapter into its base instead"
 
 
 def tensor_of(module: str) -> str:
@@ -75,13 +82,19 @@ class GgufPaths(EachAlone):
             raise UnsupportedError(
                 module,
                 f"is no module of llama.cpp's architecture {self.architecture.name!r}",
-                hint="leave it out with --drop, or merge the adapter into its base instead",
+                hint=_without(module),
+            )
+        if held[0].tensor == "position_embd":
+            raise UnsupportedError(
+                module,
+                "is a table of positions, to which llama.cpp applies no adapter",
+                hint=_without(module),
             )
         if held[0].tensor == "output" and self.is_tied:
             raise UnsupportedError(
                 module,
                 "has no tensor of its own in llama.cpp, for the base ties it to its embedding",
-                hint="leave it out with --drop, or merge the adapter into its base instead",
+                hint=_without(module),
             )
         expert = held[0].expert
         return held[0].tensor if expert is None else f"{held[0].tensor}.{expert}"

@@ -10,6 +10,7 @@ from typing import Any
 from loratool.adapter.findings import Finding
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.scheme import Written
+from loratool.files.json import read_json_object
 
 __all__ = ["Settings"]
 
@@ -28,6 +29,10 @@ class Settings:
     def claims(self, raw: Mapping[str, Any]) -> bool:
         """Claim no configuration."""
         return False
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Read the file as JSON."""
+        return read_json_object(path)
 
     def read(
         self,

@@ -79,7 +79,7 @@ def recorded(adapters: Sequence[Adapter], scheme: Scheme) -> Scheme:
 
 def input_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
     """Yield what a user should know about the inputs of a result."""
-    bases = {a.config.base_model for a in adapters if a.config and a.config.base_model}
+    bases = {a.base_model for a in adapters if a.base_model}
     if len(bases) > 1:
         yield f"the adapters name different bases: {', '.join(sorted(bases))}"
     versions = {v for a in adapters if (v := a.metadata.get("ss_base_model_version"))}
@@ -172,6 +172,7 @@ class Combination:
             is_native=all(adapter.is_native for adapter in self.adapters),
             name=alone.name if alone is not None else None,
             stem=alone.weights.stem if alone is not None else "",
+            told=alone.told if alone is not None else None,
             metadata=joined_metadata(self.adapters, self.scheme.name),
             history=History(
                 self.verb,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loratool.adapter.config import CONFIG_NAME
-from loratool.adapter.model import Adapter, Site
+from loratool.adapter.model import FILE_ALPHA_KEY, Adapter, Site
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.files.dtypes import DTYPES
@@ -99,7 +99,9 @@ def change_of(
     site = joint.terms[0].site
     old = site.scaling.factor
     new = old * ratio
-    is_recorded = adapter.config is not None or Slot.ALPHA in site.slots
+    is_recorded = (
+        adapter.config is not None or Slot.ALPHA in site.slots or FILE_ALPHA_KEY in adapter.metadata
+    )
     divisor = math.sqrt(site.rank) if rank_stabilised else float(site.rank)
     if fold or not is_recorded:
         if joint.twin_of is not None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter
 from loratool.adapter.problems import site_problems
+from loratool.base.fitting import as_spelled
 from loratool.base.model import open_model
+from loratool.base.placing import with_places
 from loratool.base.refusals import CODE, check_base
 from loratool.base.replication import layer_ranges
 from loratool.base.trained_on import training_notes
@@ -32,7 +34,7 @@ def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
     except UnsupportedError as error:  # codes of a kind that is known and not read
         yield finding(CODE, error.where, error.what, error.hint)
         return
-    recorded = adapter.config.base_model if adapter.config else None
+    recorded = adapter.base_model
     for note in training_notes(recorded, base):
         yield finding("LT035", adapter.path, note)
     try:
@@ -41,6 +43,7 @@ def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
     except LoratoolError as error:
         yield finding("LT022", error.where, error.what, error.hint)
         return
+    adapter = with_places(as_spelled(adapter, base), view)
     share = Share(adapter, 1.0)
     for extra in adapter.extras:
         try:

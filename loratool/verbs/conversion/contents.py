@@ -10,6 +10,7 @@ from typing import Any
 from loratool.adapter.model import Adapter, ExtraKind, Site, unknown_scale
 from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
+from loratool.base.placing import with_places
 from loratool.errors import AdapterError
 from loratool.loaders.loader import Loader
 from loratool.loaders.preparation import prepare, refusals, uniform_rank
@@ -63,6 +64,8 @@ def converted(
         UnsupportedError: The scheme or the loader cannot express it.
         AdapterError: The adapter is broken, or its names cannot be told.
     """
+    if options.base is not None:
+        adapter = with_places(adapter, options.base)
     is_renamed = options.naming is not None or options.component is not None
     check_names(adapter, None if is_renamed else scheme)
     check_config(adapter, scheme, has_initial=conversion.initial is not None)
@@ -104,6 +107,7 @@ def converted(
         is_native=adapter.is_native,
         name=adapter.name,
         stem=adapter.weights.stem,
+        told=adapter.told,
         metadata=kept_metadata(adapter, scheme.name),
         history=history,
         sidecars=tuple(sidecars),

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.findings import Finding, finding
-from loratool.base.config import CONFIG_NAME
+from loratool.base.config import CONFIG_NAME, QUANTIZATION
 from loratool.base.model import Model
 from loratool.errors import FileFormatError
 from loratool.files.checkpoint import is_index
+from loratool.files.gguf import COUNT, HEAD, GgufFile
 from loratool.files.json import parse_json
-from loratool.plan.model import ModelPlan
+from loratool.plan.model import ModelPlan, OutputFile
 from loratool.plan.sidecar import Sidecar
 
 __all__ = ["check_files"]
@@ -102,7 +103,10 @@ def _differences(
             # What is not said is what the model's class takes for granted, mostly.
             yield finding(code if expected[key] is not None else "LT111", name, f"lacks {key}")
         elif key not in expected:
-            yield finding("LT111", name, f"says {key}, which the merge does not")
+            # With it loaders take plain numbers for codes.
+            is_wrong = key in QUANTIZATION and name.endswith(CONFIG_NAME)
+            words = f"says {key}, which the merge does not"
+            yield finding(code if is_wrong else "LT111", name, words)
         elif not _are_equal(expected[key], found[key]) and key not in OF_A_SAVE:
             if isinstance(expected[key], dict) and isinstance(found[key], dict):
                 yield from _differences(code, f"{name}: {key}", expected[key], found[key])
@@ -148,10 +152,28 @@ def _check_metadata(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
         expected, found = file.metadata, dict(shard.metadata)
         for key in dict.fromkeys((*expected, *found)):
             if expected.get(key) != found.get(key):
-                code = "LT110" if key == "format" else "LT111"
+                is_needed = key == "format" or (isinstance(shard, GgufFile) and _decides(key))
+                code = "LT110" if is_needed else "LT111"
                 yield finding(
                     code,
                     shard.path.name,
                     f"its metadata says {_shown(found.get(key))} for {_shown(key)}, expected "
                     f"{_shown(expected.get(key))}",
                 )
+        if found == expected and isinstance(shard, GgufFile) and _has_other_values(file, shard):
+            yield finding(
+                "LT110", file.name, "its key values are not the base's, such as the vocabulary"
+            )
+
+
+def _decides(key: str) -> bool:
+    """Whether a key value of GGUF is more than what the model is called and where it is from."""
+    is_plain = key.startswith("general.")
+    return not is_plain or key in ("general.architecture", "general.alignment")
+
+
+def _has_other_values(file: OutputFile, shard: GgufFile) -> bool:
+    """Whether key values differ of which no text is told: long arrays."""
+    header, raw = file.layout.header, shard.raw_values
+    counts = (header[COUNT:HEAD], (shard.header or b"")[COUNT:HEAD])
+    return counts[0] != counts[1] or header[HEAD : HEAD + len(raw)] != raw

@@ -11,7 +11,9 @@ from typing import Any, Final
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import check_adapter
 from loratool.base.config_edits import ConfigChanges
+from loratool.base.fitting import as_spelled
 from loratool.base.model import Model, open_model
+from loratool.base.placing import with_places
 from loratool.base.refusals import check_base
 from loratool.base.replication import layer_ranges
 from loratool.base.ties import have_same_values
@@ -88,9 +90,17 @@ def plan_merge(
         raise MergeError("merge", "no adapter was given")
     model = open_model(Path(base))
     opened = [
-        open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=model.told)
+        open_adapter(
+            path,
+            adapter_name=adapter_name,
+            alpha=alpha,
+            skip=skip,
+            base_modules=model.paths,
+            base=model.told,
+        )
         for path in adapters
     ]
+    opened = [as_spelled(adapter, model) for adapter in opened]
     if model.factors and _is_one_file(model, opened):
         model = model.as_unwrapped()
     notes = [*model.notes, *check_base(model)]
@@ -101,6 +111,7 @@ def plan_merge(
     check_quantized(model, quantized, dtype=dtype, is_replicated=layers is not None)
     tasks = [str(adapter.field("task_type")) for adapter in opened]
     view = model.as_trained(tasks=tasks, layers=layers)
+    opened = [with_places(adapter, view) for adapter in opened]
     complete = [accompanied(adapter, view, skip) for adapter in opened]
     opened, strengths, left_out = with_strengths([each.adapter for each in complete], weights)
     if not any(adapter.sites or adapter.extras for adapter in opened):
@@ -110,7 +121,7 @@ def plan_merge(
         notes += [f"{adapter.path}: {note}" for note in adapter.notes]
         if unknown := unknown_scale(adapter):
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
-        recorded = adapter.config.base_model if adapter.config else None
+        recorded = adapter.base_model
         notes += [f"{adapter.path}: {note}" for note in training_notes(recorded, model)]
     notes += _expert_notes(opened, model)
     shares = [Share.of(*pair) for pair in zip(opened, strengths, strict=True)]
@@ -512,9 +523,14 @@ def _cut(steps: list[Step]) -> list[list[Step]]:
 
 
 def _names(checkpoint: Checkpoint, shards: Sequence[WeightsFile]) -> list[str]:
-    """Return the names of the files that take the place of ``shards``, some of which are cut."""
+    """Return the names of the files that take the place of ``shards``.
+
+    They are counted anew where some are cut, or where others are gone.
+    """
     names = [_output_name(shard.path) for shard in shards]
-    if len(set(names)) == len(names):
+    is_counted = bool(names) and SHARD.fullmatch(names[0]) is not None
+    is_whole = len(names) == len(checkpoint.shards) or not is_counted
+    if len(set(names)) == len(names) and is_whole:
         return names
     match = SHARD.fullmatch(names[0])
     stem = match[1] if match is not None else Path(names[0]).stem

@@ -274,6 +274,14 @@ def _decomposed(share: Share, place: Fit, base: Model, scale: float) -> Decompos
 def _add_change(share: Share, place: Fit, base: Model, scale: float) -> None:
     """Let a site's variant change a weight, and the bias beside it where that changes too."""
     site, region, weight = place.site, place.region, share.weight
+    if weight != 1 and not site.variant.takes_weights:
+        raise UnsupportedError(
+            share.where(site.label),
+            f"is {site.variant.words}; a weight of {weight:g} means nothing, all of it or none can "
+            "be merged",
+            hint="make it a plain LoRA first, which takes weights: loratool convert ADAPTER "
+            "--to peft --to-lora --base BASE --rank R -o OUT",
+        )
     if site.variant.has_factors:
         site.variant.check(site, base.shape(place.name))
     part = (place.first, place.outputs)

@@ -164,6 +164,7 @@ def samples() -> Iterator[Sample]:
         scales = np.linspace(0.25, 0.75, count).astype("<f4")
         values = truth(raw, "NVFP4").reshape(3, 2, 64) * scales.astype("f8")[:, None, None]
         tensors = {
+            f"{NAME}.input_scale": ("F32", (1,), np.ones(1, "<f4")),
             f"{NAME}.scale": ("F32", (count,), scales),
             f"{NAME}.weight": ("NVFP4", values.shape, raw),
         }
@@ -195,5 +196,5 @@ def sample(
         name=f"{NAME}.weight",
         dtype="F16",
         scales=scales,
-        optional=frozenset((f"{NAME}.scale",)),
+        optional=frozenset((f"{NAME}.scale", f"{NAME}.input_scale")),
     )

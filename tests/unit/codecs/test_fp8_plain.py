@@ -15,6 +15,8 @@ from loratool.files.spec import StoredTensor, TensorSpec
 
 UNET = "model.diffusion_model.blocks"
 T5 = "text_encoders.t5xxl.transformer.encoder.block"
+METADATA = "_quantization_metadata"
+LAYERS = '{"layers": {"model.diffusion_model.blocks.1": {"format": "nvfp4"}}}'
 WEIGHT = ("F8_E4M3", (4, 4))
 
 
@@ -64,7 +66,7 @@ def test_a_configuration_of_scaled_weights_tells_too(method: str) -> None:
         ({f"{UNET}.1.comfy_quant": ("U8", (4,))}, {}),
         ({f"{UNET}.1.absmax": ("F32", (4,))}, {}),
         ({}, {"quantization": {"quant_method": "torchao"}}),
-        ({}, {"metadata": {"_quantization_metadata": '{"layers": {}}'}}),
+        ({f"{UNET}.1.weight": ("BF16", (4, 4))}, {"metadata": {METADATA: LAYERS}}),
     ],
 )
 def test_nothing_is_read_where_something_speaks_of_scales(
@@ -78,6 +80,32 @@ def test_each_model_of_a_file_is_judged_by_itself() -> None:
     names = {f"{UNET}.0.weight": WEIGHT, f"{UNET}.0.scale_weight": ("F32", ())}
     names |= {"model.diffusion_model.scaled_fp8": ("F8_E4M3", (0,)), f"{T5}.0.weight": WEIGHT}
     assert formats(names) == {f"{UNET}.0": "fp8", f"{T5}.0": "fp8-plain"}
+
+
+@pytest.mark.parametrize("leaf", ["scale_weight", "weight_scale"])
+def test_what_comfy_does_not_scale_is_cast(leaf: str) -> None:
+    names = {f"{T5}.0.q.weight": WEIGHT, f"{T5}.0.q.{leaf}": ("F32", ())}
+    table = "text_encoders.t5xxl.transformer.shared"
+    others = (f"{table}.weight", f"{T5}.0.norm.weight", f"{T5}.0.bias", f"{T5}.0.conv.weight")
+    shapes = ((9, 4), (4,), (4,), (4, 3, 1, 1))
+    names |= {name: ("F8_E4M3", shape) for name, shape in zip(others, shapes, strict=True)}
+    with pytest.raises(FileFormatError, match="no scale beside it"):
+        formats(names)
+    marker = {"text_encoders.t5xxl.transformer.scaled_fp8": ("F8_E4M3", (0,))}
+    said = {
+        METADATA: '{"layers": {"text_encoders.t5xxl.transformer.encoder.block.0.q": '
+        '{"format": "float8_e4m3fn"}}}'
+    }
+    more = {"metadata": said} if leaf == "weight_scale" else {}
+    found = formats(names if more else names | marker, **more)
+    plain = dict.fromkeys((name.removesuffix(".weight") for name in others), "fp8-plain")
+    assert found == {f"{T5}.0.q": "fp8", **plain}
+
+
+def test_metadata_of_one_model_say_nothing_of_another() -> None:
+    assert formats({f"{T5}.0.weight": WEIGHT}, metadata={METADATA: LAYERS}) == {
+        f"{T5}.0": "fp8-plain"
+    }
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3FNUZ", "F8_E5M2FNUZ"])

@@ -84,6 +84,12 @@ def test_smoothed_weights_are_refused() -> None:
         recognise(stored(names), Description())
 
 
+def test_rotated_weights_are_refused() -> None:
+    said = Description({"transform_config": {"config_groups": {"R1": {}}}})
+    with pytest.raises(UnsupportedError, match="rotated"):
+        found_in((4, 4), (4, 1), said)
+
+
 def decoded(sample: Sample, folder: Path, kind: type = np.float64) -> np.ndarray:
     coded = sample.coded(folder)
     return coded.codec.decode_rows(coded, 0, coded.rows, sample.parts(), kind)

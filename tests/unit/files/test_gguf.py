@@ -158,6 +158,13 @@ def test_what_fills_up_the_last_tensor_may_be_missing(tmp_path: Path) -> None:
             read_gguf(written(tmp_path, file((), infos, size)))
 
 
+def test_version_2_is_read_too(tmp_path: Path) -> None:
+    found = read_gguf(written(tmp_path, file(KEYS, [info("a", (4,))], 32, version=2)))
+    assert (found.version, list(found.tensors)) == (2, ["a"])
+    layout = container_of(".gguf").lay_out([TensorSpec("a", "F16", (4,))], {}, "x.gguf", found)
+    assert layout.header[4] == 3 and found.raw_values in layout.header
+
+
 def test_infos_need_not_be_in_the_order_of_data(tmp_path: Path) -> None:
     infos = [info("b", (4,), 0, 32), info("a", (4,), 0, 0)]
     assert list(read_gguf(written(tmp_path, file((), infos, 64))).tensors) == ["a", "b"]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.values.arrays import decode
 from loratool.values.expr import (
     Constant,
     Cut,
@@ -27,6 +29,7 @@ from loratool.values.expr import (
     Result,
     Scaled,
     Stored,
+    Taken,
     Turned,
 )
 
@@ -188,3 +191,66 @@ def test_reshaping_a_turned_matrix() -> None:
     value, truth = stored(0, (4, 3))
     again = value.turned().reshaped((4, 3, 1))
     assert np.array_equal(again.evaluate(), truth.T.reshape(4, 3, 1))
+
+
+class TestRowsInAnotherOrder:
+    """Rows that lie as pairs where halves are meant, and others."""
+
+    @pytest.fixture
+    def stored(self, tmp_path: Path) -> StoredTensor:
+        values = np.arange(96, dtype=np.float32).reshape(24, 4)
+        (tmp_path / "a").write_bytes(b"x" * 8 + values.tobytes())
+        return StoredTensor(TensorSpec("a", "F32", (24, 4)), tmp_path / "a", 8)
+
+    @pytest.mark.parametrize("axes", [(2, 2, 6), (1, 4, 6), (3, 4, 2), (1, 2, 3)])
+    def test_axes_are_exchanged_and_exchanged_back(
+        self, stored: StoredTensor, axes: tuple[int, int, int]
+    ) -> None:
+        count, outer, inner = axes
+        plain = decode(stored)
+        wanted = plain.reshape(*axes, -1).swapaxes(1, 2).reshape(24, 4)
+        seen = stored.exchanging(axes)
+        assert seen is not None
+        assert np.array_equal(decode(seen), wanted)
+        assert seen.exchanging((count, inner, outer)) == stored
+        other = seen.exchanging((1, 3, 8))
+        if other is not None:
+            turned = wanted.reshape(1, 3, 8, 4).swapaxes(1, 2).reshape(24, 4)
+            assert np.array_equal(decode(other), turned)
+        assert np.array_equal(Stored(stored).exchanged(axes).evaluate(), wanted)
+        again = Stored(seen).exchanged((1, 2, 12)).evaluate()
+        assert np.array_equal(again, wanted.reshape(1, 2, 12, 4).swapaxes(1, 2).reshape(24, 4))
+
+    def test_parts_of_it_are_no_views(self, stored: StoredTensor) -> None:
+        seen = stored.exchanging((2, 2, 6))
+        assert seen is not None
+        value, whole = Stored(seen), decode(seen)
+        assert seen.rows(2, 3, 4) is None
+        assert np.array_equal(value.rows(2, 9).evaluate(), whole[2:9])
+        assert np.array_equal(value.columns(1, 3).evaluate(), whole[:, 1:3])
+        assert np.array_equal(value.turned().evaluate(), whole.T)
+        assert np.array_equal(value.reshaped((12, 8)).evaluate(), whole.reshape(12, 8))
+        assert np.array_equal(value.scaled(2).evaluate(), 2 * whole)
+        taken = Taken(value, (5, 0, 5))
+        assert taken.shape == (3, 4)
+        assert np.array_equal(taken.evaluate(), whole[[5, 0, 5]])
+
+    def test_no_rows_of_that_many_are_none(self, stored: StoredTensor) -> None:
+        assert stored.exchanging((5, 2, 2)) is None
+
+    def test_blocks_are_moved_by_rows(self, tmp_path: Path) -> None:
+        gguf = pytest.importorskip("gguf")
+        values = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
+        raw = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        (tmp_path / "q").write_bytes(raw.tobytes())
+        stored = StoredTensor(TensorSpec("q", "Q8_0", (8, 32)), tmp_path / "q", 0)
+        plain = gguf.dequantize(raw, gguf.GGMLQuantizationType.Q8_0)
+        assert np.array_equal(decode(stored).astype(np.float32), plain)
+        seen = stored.exchanging((2, 2, 2))
+        assert seen is not None
+        wanted = plain.reshape(2, 2, 2, 32).swapaxes(1, 2).reshape(8, 32)
+        assert np.array_equal(decode(seen).astype(np.float32), wanted)
+        value = Stored(seen)
+        assert value.dtype == "F32"
+        assert np.array_equal(value.rows(1, 3).evaluate().astype(np.float32), wanted[1:3])
+        assert np.array_equal(value.turned().evaluate().astype(np.float32), wanted.T)

@@ -1,0 +1,82 @@
+"""The plain top-level fields of a YAML file: what tools write of numbers, texts and switches.
+
+Nothing else of the language is read. Nested blocks, lists and multi-line texts are stepped over;
+tags, anchors and aliases have no meaning here. A file that is JSON is read as such.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.errors import FileFormatError
+from loratool.files.json import MAX_SIDECAR_BYTES, parse_json
+
+__all__ = ["read_flat_yaml"]
+
+FIELD: Final = re.compile(
+    r"(?P<key>[A-Za-z_][\w.-]*|\"[^\"\\]*\"|'[^']*')\s*:(?:\s+(?P<value>.*))?"
+)
+NUMBER: Final = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+WORDS: Final[dict[str, Any]] = {
+    "": None,
+    "~": None,
+    **dict.fromkeys(("null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE", "yes", "on"), True),
+    **dict.fromkeys(("false", "False", "FALSE", "no", "off"), False),
+}
+MARKS: Final = tuple("!&*|>{[@`%")
+"""What the values begin with that are not plain."""
+
+
+def read_flat_yaml(path: Path) -> dict[str, Any]:
+    """Return the fields at the top of a YAML file whose values are one plain line.
+
+    Raises:
+        FileFormatError: It is none, or has a field twice.
+    """
+    try:
+        if path.stat().st_size > MAX_SIDECAR_BYTES:
+            raise FileFormatError(path, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB")
+        data = path.read_bytes()
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+    if data.lstrip().startswith(b"{"):
+        value = parse_json(data, where=path)
+        return value if isinstance(value, dict) else {}
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise FileFormatError(path, "not UTF-8 text") from None
+    found: dict[str, Any] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line[0] in " \t#-" or line.startswith(("...", "%")):
+            continue  # what is inside something, a comment, or where a document begins
+        match = FIELD.fullmatch(line.rstrip())
+        if match is None:
+            raise FileFormatError(path, f"line {number} is no field: {line[:60]!r}")
+        key = match["key"].strip("\"'")
+        if key in found:
+            raise FileFormatError(path, f"line {number} has the field {key!r} again")
+        found[key] = _plain(match["value"] or "")
+    return found
+
+
+def _plain(text: str) -> Any:
+    """Return a value as what it says; ``None`` where it is not plain."""
+    text = text.strip()
+    quote = text[:1]
+    if quote and quote in "\"'":
+        end = text.find(quote, 1)
+        rest = text[end + 1 :].strip()
+        is_whole = end > 0 and (not rest or rest.startswith("#")) and "\\" not in text
+        return text[1:end] if is_whole else None
+    if text.startswith(MARKS):
+        return None
+    text = re.split(r"\s#", text, maxsplit=1)[0].strip()
+    if text in WORDS:
+        return WORDS[text]
+    if NUMBER.fullmatch(text):
+        return int(text) if re.fullmatch(r"[-+]?\d{1,18}", text) else float(text)
+    return text

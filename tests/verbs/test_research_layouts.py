@@ -1,0 +1,195 @@
+"""What tutorials and research code save: bare factors, with or without the model around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from deltas import dense_deltas, relative_error
+from safetensors.torch import load_file, save_file
+from samples import place
+
+import loratool
+from loratool.schemes import builtin_schemes
+from loratool.verbs.inspect import AdapterInfo
+
+RANK: Final = 4
+ALPHA: Final = 6.0
+SHAPES: Final = {"blocks.0.attn.q_proj": (16, 12), "blocks.1.mlp.up_proj": (20, 12)}
+SCHEMES: Final = [
+    scheme.name
+    for scheme in builtin_schemes()
+    if scheme.is_written
+    and scheme.follows is None
+    and not scheme.paths.is_whole
+    and not scheme.paths.has_components
+]
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Layout:
+    """A file, and what it means.
+
+    Attributes:
+        tensors: What is saved.
+        truth: The deltas, in float64.
+        options: What the file does not say.
+        suffix: Of the file.
+    """
+
+    tensors: Tensors
+    truth: Tensors
+    options: dict[str, Any] = field(default_factory=lambda: {"alpha": ALPHA})
+    suffix: str = ".safetensors"
+
+
+def factors() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {m: (torch.randn(RANK, i), torch.randn(o, RANK)) for m, (o, i) in SHAPES.items()}
+
+
+def deltas(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Tensors:
+    return {m: ALPHA / RANK * up.double() @ down.double() for m, (down, up) in pairs.items()}
+
+
+def base_weights(weight: str = ".weight") -> Tensors:
+    tensors = {module + weight: torch.randn(*shape) for module, shape in SHAPES.items()}
+    others = {f"blocks.{n}.attn.k_proj.weight": torch.randn(16, 12) for n in range(8)}
+    return tensors | others | {"norm.weight": torch.ones(12)}
+
+
+def spelled(down: str, up: str, *, weight: str = "", is_turned: bool = False) -> Layout:
+    """Return factors under such names, with the model around them if its weights have names."""
+    pairs = factors()
+    tensors = base_weights(weight) if weight else {}
+    for module, (a, b) in pairs.items():
+        tensors[module + down] = a.T.contiguous() if is_turned else a
+        tensors[module + up] = b.T.contiguous() if is_turned else b
+    return Layout(tensors, deltas(pairs))
+
+
+def several() -> Layout:
+    """Return two adapters in one dictionary, paths flattened."""
+    pairs = {name: factors() for name in ("english", "french")}
+    tensors = {}
+    for name, found in pairs.items():
+        for module, (a, b) in found.items():
+            flat = f"{module.replace('.', '_')}.{name}"
+            tensors |= {f"{flat}.lora_A": a, f"{flat}.lora_B": b}
+    options = {"alpha": ALPHA, "adapter_name": "french"}
+    return Layout(tensors, deltas(pairs["french"]), options, ".bin")
+
+
+def merged_linear(*, is_grouped: bool) -> Layout:
+    """Return loralib's ``MergedLinear``; B of a grouped convolution, as PEFT first had it."""
+    tensors, truth = {}, {}
+    for n in range(2):
+        module = f"transformer.h.{n}.attn.c_attn"
+        a, b = torch.randn(2 * RANK, 12), torch.randn(2 * 12, RANK)
+        whole = torch.zeros(36, 12).double()
+        whole[:12] = b[:12].double() @ a[:RANK].double()
+        whole[24:] = b[12:].double() @ a[RANK:].double()
+        tensors |= {f"{module}.lora_A": a, f"{module}.lora_B": b[..., None] if is_grouped else b}
+        truth[module] = ALPHA / RANK * whole
+    return Layout(tensors, truth, {"alpha": ALPHA, "enable_lora": [True, False, True]})
+
+
+LAYOUTS: Final[dict[str, Callable[[], Layout]]] = {
+    "bare": lambda: spelled(".lora_A", ".lora_B"),
+    "bare, in a whole model": lambda: spelled(".lora_A", ".lora_B", weight=".weight"),
+    "w0": lambda: spelled(".lora_A.weight", ".lora_B.weight", weight=".w0.weight"),
+    "transposed": lambda: spelled(".lora_A", ".lora_B", is_turned=True),
+    "transposed, in a whole model": lambda: spelled(
+        ".lora_A", ".lora_B", weight=".linear.weight", is_turned=True
+    ),
+    "a layer beside": lambda: spelled(".lora.A", ".lora.B", weight=".linear.weight"),
+    "a transposed layer beside": lambda: spelled(
+        ".lora.A", ".lora.B", weight=".linear.weight", is_turned=True
+    ),
+    "loralib's names in a layer beside": lambda: spelled(".lora.lora_A", ".lora.lora_B"),
+    "a parametrisation": lambda: spelled(
+        ".parametrizations.weight.0.lora_A",
+        ".parametrizations.weight.0.lora_B",
+        weight=".parametrizations.weight.original",
+    ),
+    "several adapters": several,
+    "MergedLinear": lambda: merged_linear(is_grouped=False),
+    "MergedLinear, a convolution": lambda: merged_linear(is_grouped=True),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> Layout:
+    return LAYOUTS[str(request.param)]()
+
+
+def save(layout: Layout, folder: Path) -> Path:
+    path = folder / f"source{layout.suffix}"
+    if layout.suffix == ".bin":
+        torch.save(layout.tensors, path)
+    else:
+        save_file({k: v.contiguous() for k, v in layout.tensors.items()}, path)
+    return path
+
+
+def base_of(layout: Layout, folder: Path) -> tuple[Path, Tensors]:
+    weights = {f"{module}.weight": torch.randn(d.shape) for module, d in layout.truth.items()}
+    save_file(weights, folder / "base.safetensors")
+    return folder / "base.safetensors", weights
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_takes_the_factors_alone(layout: Layout, scheme: str, tmp_path: Path) -> None:
+    source, out = save(layout, tmp_path), place(tmp_path, scheme, "out")
+    base, _ = base_of(layout, tmp_path)
+    report = loratool.convert(source, scheme, out, base=base, **layout.options)
+    assert report.relative_error < 1e-6
+    loratool.convert(out, "peft", tmp_path / "back", base=base)
+    assert relative_error(dense_deltas(tmp_path / "back"), layout.truth) < 1e-6
+    assert dense_deltas(tmp_path / "back").keys() == layout.truth.keys()
+
+
+def test_a_merge_adds_the_deltas(layout: Layout, tmp_path: Path) -> None:
+    base, weights = base_of(layout, tmp_path)
+    options = dict(layout.options)
+    source = save(layout, tmp_path)
+    if "enable_lora" in options:  # which only a configuration tells a merge
+        loratool.convert(source, "peft", tmp_path / "plain", **options)
+        source, options = tmp_path / "plain", {}
+    loratool.merge(base, [source], tmp_path / "out.safetensors", **options)
+    merged = load_file(tmp_path / "out.safetensors")
+    for module, delta in layout.truth.items():
+        wanted = weights[f"{module}.weight"].double() + delta
+        torch.testing.assert_close(
+            merged[f"{module}.weight"].double(), wanted, rtol=1e-6, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["bare, in a whole model", "w0", "a layer beside", "a parametrisation"]
+)
+def test_inspect_says_adapter_and_base(name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]()
+    info = loratool.inspect(save(layout, tmp_path))
+    assert isinstance(info, AdapterInfo)
+    document = info.as_json()
+    assert document["kind"] == "adapter"
+    assert [module["module"] for module in document["modules"]] == list(layout.truth)
+    assert document["extras"] == []
+    own = {key: value for key, value in layout.tensors.items() if ".lora" not in key}
+    numbers = sum(value.numel() for value in own.values())
+    assert document["base"] == {"tensors": 11, "parameters": numbers, "bytes": 4 * numbers}
+
+
+def test_a_model_with_adapters_of_its_own_stays_a_model(tmp_path: Path) -> None:
+    tensors = base_weights(".base_layer.weight")
+    for module, (a, b) in factors().items():
+        for name in ("speech", "vision"):
+            tensors[f"{module}.lora_A.{name}.weight"] = a.clone()
+            tensors[f"{module}.lora_B.{name}.weight"] = b.clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert loratool.inspect(tmp_path / "model.safetensors").as_json()["kind"] == "model"
