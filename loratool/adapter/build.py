@@ -29,11 +29,13 @@ WRAPPERS: Final = (
     "module.",
     "_fsdp_wrapped_module.",
     "_checkpoint_wrapped_module.",
+    "pipe.dit.",
 )
 """What wrapping a model once more (PEFT, torch.compile, DDP, FSDP) puts before its modules."""
 
 INNER_WRAPPERS: Final = tuple(
-    f".{name}." for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    f".{name}."
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "orig_module")
 )
 
 MAX_RANK: Final = 1 << 20
@@ -67,7 +69,7 @@ def strip_wrappers(module: str) -> str:
         prefix = next(prefix for prefix in WRAPPERS if module.startswith(prefix))
         return strip_wrappers(module.removeprefix(prefix))
     for inner in INNER_WRAPPERS:
-        module = module.replace(inner, ".")
+        module = module.replace(inner, ".").removesuffix(inner[:-1])
     return module
 
 

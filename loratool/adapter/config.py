@@ -19,6 +19,8 @@ __all__ = ["CONFIG_NAME", "KNOWN_FIELDS", "LoraConfig", "parse_config", "read_co
 CONFIG_NAME: Final = "adapter_config.json"
 OWN_ALPHA: Final = ("LOHA", "LOKR")
 """PEFT types whose alpha is called just that."""
+TOKENS: Final = "TRAINABLE_TOKENS"
+"""The PEFT type of rows of embeddings, which are chosen by a field of another name than LoRA's."""
 UNRANKED: Final = ("OFT",)
 """PEFT types whose rank may be 0: then the size of blocks is told instead."""
 DEFAULT_RANK: Final = 8
@@ -35,10 +37,10 @@ KNOWN_FIELDS: Final = frozenset(
     qalora_group_size r rank_pattern revision runtime_config target_modules target_parameters
     task_type trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config
     beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal tinit total_step enable_lora
-    merge_weights
+    merge_weights token_indices init_weights
     """.split()  # noqa: SIM905 - a list of fifty strings is harder to read
 )
-"""The fields of PEFT's LoRA and AdaLoRA configurations, and two of its first releases."""
+"""The fields of PEFT's LoRA and AdaLoRA, those of any type, and two of its first releases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
     for name, problem in wrong_fields(raw):
         if name in DECIDING:
             raise AdapterError(where, problem)
+    if kind == TOKENS:
+        raw = {**raw, "trainable_token_indices": raw.get("token_indices")}
     alpha = raw.get("alpha" if kind in OWN_ALPHA else "lora_alpha")
     return LoraConfig(
         raw=raw,

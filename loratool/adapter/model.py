@@ -222,7 +222,11 @@ def unknown_scale(adapter: Adapter) -> str | None:
 
     It is then taken as 1. Files that loratool wrote with every scale in the factors are right so.
     """
-    missing = [site for site in adapter.sites if site.scaling.alpha is None and site.is_plain]
+    missing = [
+        site
+        for site in adapter.sites
+        if site.scaling.alpha is None and (site.is_plain or site.variant.is_compact)
+    ]
     if not missing or is_folded(adapter):
         return None
     some = "" if len(missing) == len(adapter.sites) else f" for {len(missing)} modules"

@@ -20,21 +20,24 @@ PEFT_TYPES: Final = {
     "POLY": "a router that mixes adapters by task; no fixed weights equal it",
     "LILY": "a router that mixes factors by input; no fixed weights equal it",
     "SHADOW": "a small model beside the large one; no weights of that equal it",
+    "TINYLORA": "vectors of modules that only the live model's order tells",
     "PEANUT": "a small network of the weight, whose layers are not linear",
     "PSOFT": "rotations of the base's own leading directions, not read yet",
     "OSF": "a decomposition of the base's own weights, not read yet",
     "FROD": "factors in directions of the base's own weights, not read yet",
     "ADAMSS": "factors of parts of the base's own weights, not read yet",
-    "TRAINABLE_TOKENS": "retrained rows of an embedding",
 }
 """What the commonest types are; the others are named as they are."""
 
 FORMS: Final[tuple[tuple[str, str], ...]] = (
-    (r"\.linear_(in|out)\.weight$", "Megatron's adapters (linear_in, linear_out), not read yet"),
+    (
+        r"^(lora_controlnet$|(input_hint_block|zero_convs|middle_block_out)\.)",
+        "those of a control-LoRA: a network beside the base, made of copies of its weights, which "
+        "no merge puts into it; ComfyUI loads it with the node for control networks",
+    ),
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
-    (r"^w_[ab]_\d+$", "numbered factors without module names"),
+    (r"^w_[ab]_\d+$", "numbered factors, but not two pairs for each block"),
     (r"\.lora_[ab]\.weight$", "factors of candle's kind, or of a torchtune model not read yet"),
-    (r"_lora[12]?\.(up|down)\.weight$", "names of XLabs' trainer, not read yet"),
     (r"\.lora_(up|down)\.weight$", "factors under names of a scheme that is not known"),
 )
 

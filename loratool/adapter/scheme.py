@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loratool.adapter.findings import Finding
 from loratool.adapter.keys import KeyTable
@@ -15,6 +15,9 @@ from loratool.adapter.slots import Slot
 from loratool.adapter.told import Told
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.values.expr import Constant, Expr
+
+if TYPE_CHECKING:
+    from loratool.names.family import Family
 
 __all__ = [
     "Context",
@@ -183,6 +186,10 @@ class Paths(Protocol):
             families: What the modules may belong to.
             is_native: Whether that is how they were read.
         """
+        ...
+
+    def own(self, family: Family) -> Family:
+        """Return a family by the native names of the scheme, where it has its own of them."""
         ...
 
     def refusal(self, count: int) -> str | None:

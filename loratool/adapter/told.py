@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
-
-from loratool.files.json import read_json_object
+from typing import Any
 
 __all__ = ["Told"]
-
-CONFIG: Final = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,23 +17,13 @@ class Told:
     Attributes:
         metadata: What the adapter's file says of itself.
         base: What the base's weights file does.
-        config: The base's parsed ``config.json``; empty where there is none.
+        config: What the base's configuration says of its language model; empty where there is none.
+        is_tied: What it says about tied embeddings, if anything.
         folder: Where the adapter is, if it is in a file: its tool may have left more there.
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     base: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    is_tied: bool | None = None
     folder: Path | None = None
-
-    @property
-    def model(self) -> Mapping[str, Any]:
-        """The base's ``config.json``, or the copy of it that lies beside the adapter.
-
-        Raises:
-            FileFormatError: That is no JSON.
-        """
-        if self.config or self.folder is None:
-            return self.config
-        path = self.folder / CONFIG
-        return read_json_object(path) if path.is_file() else {}

@@ -81,6 +81,11 @@ class ModelConfig:
         return last
 
     @cached_property
+    def language(self) -> Mapping[str, Any]:
+        """What it says of the language model; what only the whole says counts for it too."""
+        return {**self.raw, **{k: v for k, v in self.text.items() if v is not None}}
+
+    @cached_property
     def model_types(self) -> frozenset[str]:
         """Model types of the model and of its parts."""
         parts = [self.raw, *(v for v in self.raw.values() if isinstance(v, dict))]

@@ -78,9 +78,8 @@ def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, 
                 if key in part:
                     part[key] = changes.dtype
     if changes.decoded:
+        _drop_codes(edited)
         for part in parts:
-            for key in QUANTIZATION:
-                part.pop(key, None)
             for key in DTYPE_KEYS:
                 if str(part.get(key)).removeprefix("torch.").startswith(EIGHT_BITS):
                     part[key] = changes.decoded
@@ -93,6 +92,15 @@ def edit_config(config: Mapping[str, Any], changes: ConfigChanges) -> dict[str, 
             _replicate(part, changes.layers)
     _edit_task(edited, changes)
     return edited
+
+
+def _drop_codes(config: dict[str, Any]) -> None:
+    """Take out what a configuration, and those of its parts, say of codes."""
+    for key in QUANTIZATION:
+        config.pop(key, None)
+    for key, part in config.items():
+        if key.endswith("config") and isinstance(part, dict):
+            _drop_codes(part)
 
 
 def _replicate(config: dict[str, Any], layers: tuple[int, ...]) -> None:

@@ -32,6 +32,11 @@ __all__ = [
 ]
 
 EXPERT: Final = re.compile(r"(?P<container>.+)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)")
+LISTED: Final = re.compile(
+    r"(?P<container>.+)\.((?P<expert>\d+)\.(?P<leaf>gate_up_proj)"
+    r"|(?P<list>gate_up_proj|down_proj)s\.(?P<place>\d+))"
+)
+"""One expert's share of a parameter, as code calls it that keeps experts in lists (unsloth)."""
 INTERLEAVED: Final = frozenset(("gpt_oss",))
 """Models whose fused gate and up projections alternate row by row."""
 
@@ -79,7 +84,7 @@ def _in_fused(
         raise BaseModelError(label, f"the base's {name!r} has shape {list(shape)}")
     _, rows, columns = shape
     is_interleaved = bool(base.config.model_types & INTERLEAVED) or _is_interleaved(part, base)
-    if part.parts > 1 and is_interleaved:
+    if is_interleaved and (part.parts > 1 or _is_interleaved(part, base)):
         raise UnsupportedError(
             label, f"the base interleaves gate and up in {name!r}, which is not supported"
         )
@@ -111,6 +116,10 @@ def _in_fused(
 
 
 def _expert_part(module: str) -> ExpertPart | None:
+    listed = LISTED.fullmatch(module)
+    if listed is not None:
+        leaf, place = listed["leaf"] or listed["list"], listed["expert"] or listed["place"]
+        return ExpertPart(f"{listed['container']}.{leaf}", int(place), 0, 1)
     match = EXPERT.fullmatch(module)
     part = fused_part_of(match["leaf"]) if match else None
     if match is None or part is None:

@@ -43,7 +43,8 @@ def fused_place(module: str, base: Model, family: str | None = None) -> Place | 
     The layout knows of such projections, or the family of diffusion models, whose original
     checkpoints fuse what diffusers has apart, or exchange the halves of its outputs.
     """
-    places = (_place_in(name, known, base) for name, known in _known(module, base, family))
+    known = _known(module, base, family)
+    places = (_place_in(name, each, base, family) for name, each in known)
     found = next(filter(None, places), None)
     return replace(found, module=module) if found is not None else None
 
@@ -62,11 +63,28 @@ def _one_after_the_other(fused: Fused) -> Known:
     return Known(fused.whole, fused.parts, lambda _, total: sizes(total), paired=fused.paired)
 
 
-def _place_in(module: str, known: Known, base: Model) -> Place | None:
+def _place_in(module: str, known: Known, base: Model, family: str | None) -> Place | None:
     """Return the place of ``module``, which is all or a part of ``known``."""
     if module == known.whole:
-        places = [base.own_place(part) for part in known.parts]
+        places = [_place_of_part(part, base, family) for part in known.parts]
         return _joined(known, [place for place in places if place])
+    return _place_inside(module, known, base)
+
+
+def _place_of_part(part: str, base: Model, family: str | None) -> Place | None:
+    """Return the place of a part: a weight of its own, or rows of what fuses more than the whole.
+
+    Flux.1 has the attention of a single block, which ComfyUI names, beside another layer in one.
+    """
+    own = base.own_place(part)
+    if own is not None:
+        return own
+    known = ((name, each) for name, each in _known(part, base, family) if name != each.whole)
+    return next(filter(None, (_place_inside(*each, base) for each in known)), None)
+
+
+def _place_inside(module: str, known: Known, base: Model) -> Place | None:
+    """Return the place of a part of ``known``, where the model has that."""
     whole = base.own_place(known.whole)
     if whole is None:
         return None

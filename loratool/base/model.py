@@ -193,7 +193,9 @@ class Model:
         if not coded:
             return None
         ((name, _),) = Counter(coded).most_common(1)
-        told = (self.config.quantization or {}).get("quant_method")
+        configs = (self.config, *(config_of(each) for each in self.checkpoints.values()))
+        said = (config.quantization or {} for config in configs)
+        told = next((one["quant_method"] for one in said if "quant_method" in one), None)
         codec = next(
             one.codec
             for one in self.tensors.values()
@@ -210,7 +212,7 @@ class Model:
     def told(self) -> Told:
         """What it says of itself to the schemes of adapters that depend on it."""
         metadata = self.shards[0].metadata if self.shards else {}
-        return Told(base=metadata, config=self.config.raw)
+        return Told(base=metadata, config=self.config.language, is_tied=self.config.is_tied)
 
     @cached_property
     def _headers(self) -> Headers:

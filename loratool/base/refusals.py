@@ -8,7 +8,7 @@ from typing import Final
 
 from loratool.base.model import Model
 from loratool.codecs.codec import CodedTensor
-from loratool.errors import BaseModelError, UnsupportedError
+from loratool.errors import BaseModelError, FileFormatError, UnsupportedError
 from loratool.files.dtypes import DTYPES
 
 __all__ = ["CODE", "UNREAD", "Unread", "check_base"]
@@ -52,6 +52,8 @@ UNREAD: Final = (
     Unread("scaled experts", ("_weight_scale", "_weight_scale_2", "_weight_scale_inv")),
     Unread("MXFP4", ("_proj_blocks", "_proj_scales", "_weight.blocks", "_weight.scales")),
 )
+SCALES: Final = (".weight_scale", ".weight_scale_inv", ".scale_weight", ".weight_scale_2")
+"""Endings of the names of scales, which stand beside a weight."""
 MARKS: Final = tuple(mark for kind in UNREAD for mark in kind.marks)
 
 
@@ -60,6 +62,7 @@ def check_base(model: Model) -> list[str]:
 
     Raises:
         BaseModelError: It holds the factors of an adapter.
+        FileFormatError: There are scales of weights that are missing.
         UnsupportedError: There are such codes.
     """
     if model.factors:
@@ -78,6 +81,12 @@ def check_base(model: Model) -> list[str]:
         if isinstance(tensor, CodedTensor):
             is_coded = True
             continue
+        if name.endswith(SCALES) and not _has_weight(name, model):
+            raise FileFormatError(
+                name,
+                "is the scale of codes that are not there",
+                hint="download the model again, or the shard that is missing",
+            )
         if name.endswith(MARKS) or ".quant_state." in name:
             kind = next((kind.name for kind in UNREAD if name.endswith(kind.marks)), "by its names")
             raise UnsupportedError(
@@ -93,3 +102,9 @@ def check_base(model: Model) -> list[str]:
     if method and not is_coded:
         return [f"the base's config.json names the quantisation {method!r}, its weights are not"]
     return []
+
+
+def _has_weight(scale: str, model: Model) -> bool:
+    """Whether the module of a scale has a weight, or codes under another name."""
+    module = scale.rpartition(".")[0]
+    return any(f"{module}.{leaf}" in model.raw for leaf in ("weight", "weight_packed"))

@@ -27,5 +27,6 @@ def open_told(path: Path, *, needs_weights: bool) -> tuple[Model | None, Told]:
     except BaseModelError:
         if needs_weights or not is_model_folder(path):
             raise
-        return None, Told(config=read_config(path).raw)
+        config = read_config(path)
+        return None, Told(config=config.language, is_tied=config.is_tied)
     return found, found.told

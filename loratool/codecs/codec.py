@@ -77,15 +77,14 @@ class Description:
         return method.lower() if isinstance(method, str) else None
 
     def logical_dtype(self, scale: str | None = None) -> str:
-        """Return the float that coded weights stand for, as a header calls it.
+        """Return the float of 16 bits that coded weights stand for, as a header calls it.
 
         Args:
-            scale: The dtype of the scales: the next witness, where it has 16 bits.
+            scale: The dtype of the scales: the next witness, where the model says nothing.
         """
-        if self.dtype is not None:
-            return self.dtype
-        is_half = scale in DTYPES and DTYPES[scale].is_mergeable and DTYPES[scale].bits == 16
-        return scale if scale is not None and is_half else "BF16"
+        named = self.dtype or scale
+        is_half = named in DTYPES and DTYPES[named].is_mergeable and DTYPES[named].bits == 16
+        return named if named is not None and is_half else "BF16"
 
 
 @dataclass(frozen=True, slots=True)

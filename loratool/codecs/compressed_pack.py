@@ -142,6 +142,12 @@ def _coded(
     groups = 1
     if scale.spec.elements != 1:
         groups = scale.spec.shape[1] if len(scale.spec.shape) == 2 else 1
+        if out > 1 and 0 < 2 * scale.spec.shape[0] <= out + 1 and groups not in (1, into):
+            raise UnsupportedError(
+                scale.spec.name,
+                f"scales blocks of whole numbers, {list(scale.spec.shape)}",
+                hint=HINT,
+            )
         if scale.spec.shape not in ((out,), (out, groups)) or not groups or into % groups:
             raise FileFormatError(
                 scale.spec.name,

@@ -207,7 +207,7 @@ def _measures(
             continue
         if _fits(rows, into, bits) and _fits(zeros.spec.shape[1], out, bits):
             fitting[bits] = into
-    if told in fitting:
+    if type(told) is int and told in fitting:
         return told, fitting[told]
     if len(fitting) != 1:
         raise _unfit(module, words, zeros, scale, index)

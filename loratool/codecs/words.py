@@ -89,6 +89,8 @@ def group_index(
     """
     (count,) = part.spec.shape
     index = np.frombuffer(parts.rows(part, 0, count), INDICES[part.spec.dtype]).astype(np.int64)
+    if count and (index == -1).all():
+        return None  # what older releases of compressed-tensors left where nothing was reordered
     if count and (index.min() < 0 or index.max() >= groups):
         wrong = index.min() if index.min() < 0 else index.max()
         raise FileFormatError(

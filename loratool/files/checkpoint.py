@@ -13,6 +13,7 @@ from typing import Any, Final
 from loratool.errors import BaseModelError, FileFormatError
 from loratool.files.container import WeightsFile
 from loratool.files.containers import is_split, is_weights, model_suffixes, open_weights
+from loratool.files.foreign import foreign_folder
 from loratool.files.json import read_json_object
 from loratool.files.spec import StoredTensor
 
@@ -110,6 +111,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         files = _weights_in(path, suffix)
         if files:
             return _open_files(path, files)
+    foreign = foreign_folder(path)
+    if foreign is not None:
+        raise BaseModelError(path, f"this is {foreign.what}; it is not read", hint=foreign.hint)
     raise BaseModelError(
         path,
         "holds no model: expected model.safetensors, shards with an index, or pytorch_model.bin",

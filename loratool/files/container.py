@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,12 +167,8 @@ def read_view(stored: StoredTensor) -> memoryview:
         return memoryview(data)
     import numpy as np
 
-    if stored.steps is not None:  # whole rows, of whatever elements or blocks
-        sizes, strides = (tuple(each) for each in zip(*stored.steps, strict=True))
-        width = stored.spec.nbytes // stored.spec.shape[0]
-    else:
-        sizes, strides = stored.layout
-        width = stored.spec.nbytes // stored.spec.elements
+    sizes, strides = stored.layout
+    width = stored.spec.nbytes // math.prod(sizes)
     flat = np.frombuffer(data, dtype=np.dtype(WORDS.get(width, f"V{width}")))
     view = np.lib.stride_tricks.as_strided(
         flat, sizes, [stride * width for stride in strides], writeable=False

@@ -28,9 +28,30 @@ from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.json import LFS_PREFIX
 from loratool.files.pickle_machine import PickledDict, PickledTensor, Storage, interpret
 from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.files.zip_entries import (
+    FLAGS,
+    FOLDER,
+    UTF8,
+    begin_of,
+    check_stored,
+    ends_well,
+    short,
+)
 
 __all__ = ["TorchPickle", "other_contents", "read_pickle"]
 
+WRAPPERS: Final = (
+    "lora_state_dict",
+    "adapter_state_dict",
+    "lora",
+    "adapter",
+    "state_dict",
+    "model",
+    "module",
+    "weights",
+    "params",
+)
+"""What trainers keep the tensors under, what is an adapter's alone first."""
 MAX_PICKLE_BYTES: Final = 16 << 20
 MAX_DEPTH: Final = 8
 MAX_ENTRIES: Final = 200_000
@@ -39,20 +60,6 @@ MAX_LETTERS: Final = 32 << 20
 LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION: Final = 1001
 VERSIONS: Final = range(1, 11)
-FLAGS: Final = 0x808
-"""Bits that an entry may have: sizes follow the data, the name is UTF-8."""
-FOLDER: Final = 0x10
-END: Final = struct.Struct("<4sHHHHIIH")
-LONG_END: Final = struct.Struct("<4sQ4xIIQQQQ")
-LOCATOR: Final = struct.Struct("<4sIQI")
-LOCAL: Final = struct.Struct("<4s2xHH16xHH")
-"""Of the Zip File Format Specification (APPNOTE) 4.3: its records 4.3.16, 14, 15 and 7."""
-LONG: Final = 0xFFFF
-LONGER: Final = 0xFFFFFFFF
-"""Both stand for numbers that a longer record holds."""
-UTF8: Final = 0x800
-LONGEST: Final = 200
-"""How much of a name is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +154,13 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
         def place(storage: Storage) -> int:
             info = entries.get(_lower(f"{first}/data/{storage.key}"))
             if info is None:
-                raise FileFormatError(path, f"storage {_short(storage.key)} is missing")
-            _check_stored(path, info)
+                raise FileFormatError(path, f"storage {short(storage.key)} is missing")
+            check_stored(path, info)
             held = DTYPES[storage.dtype].size(storage.elements)
             if info.file_size != held:
                 word = "shorter" if info.file_size < held else "longer"
-                raise FileFormatError(path, f"storage {_short(storage.key)} is {word} than claimed")
-            return _begin(path, file, info)
+                raise FileFormatError(path, f"storage {short(storage.key)} is {word} than claimed")
+            return begin_of(path, file, info)
 
         return value, {key: place(storage) for key, storage in storages.items()}
 
@@ -176,63 +183,22 @@ def _directory(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> dict[st
     entries: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         if entries.setdefault(_lower(info.filename), info) is not info:
-            raise FileFormatError(path, f"damaged: {_short(info.filename)} is in it twice")
+            raise FileFormatError(path, f"damaged: {short(info.filename)} is in it twice")
         is_named = info.filename == info.orig_filename and (
             info.filename.isascii() or info.flag_bits & UTF8
         )
         if not is_named or info.flag_bits & ~FLAGS or info.external_attr & FOLDER or info.volume:
-            raise FileFormatError(path, f"damaged: entry {_short(info.filename)} is no plain file")
-        _begin(path, file, info)
+            raise FileFormatError(path, f"damaged: entry {short(info.filename)} is no plain file")
+        begin_of(path, file, info)
     names = [info.filename for info in entries.values()]
     first = f"{names[0].partition('/')[0]}/" if names else ""
     if not all(name.startswith(first) for name in names):
         raise FileFormatError(path, "a zip archive of several folders, not torch's")
     if f"{_lower(first)}constants.pkl" in entries:
         raise FileFormatError(path, "a TorchScript archive, which holds a program")
-    if not _ends_well(file, len(entries)):
+    if not ends_well(file, len(entries)):
         raise FileFormatError(path, "damaged: the end of the archive contradicts its directory")
     return entries
-
-
-def _ends_well(file: IO[bytes], count: int) -> bool:
-    """Whether what follows the directory says of it what it is, the longer record too if any."""
-    size = file.seek(-END.size, io.SEEK_END)
-    signature, disk, start, here, total, length, offset, comment = END.unpack(file.read(END.size))
-    if signature != b"PK\x05\x06" or comment or disk != start or disk not in (0, LONG):
-        return False
-    short = (here, total, length, offset)
-    is_long = LONG in (here, total) or LONGER in (length, offset)
-    if not is_long and size == offset + length:
-        return bool(here == total == count)
-    if size < LONG_END.size + LOCATOR.size:
-        return False
-    begin = size - LONG_END.size - LOCATOR.size
-    file.seek(begin)
-    signature, rest, disk, start, here, total, length, offset = LONG_END.unpack(
-        file.read(LONG_END.size)
-    )
-    locator = LOCATOR.unpack(file.read(LOCATOR.size))
-    whole = (here, total, length, offset)
-    return bool(
-        (signature, rest, disk, start) == (b"PK\x06\x06", LONG_END.size - 12, 0, 0)
-        and locator == (b"PK\x06\x07", 0, begin, 1)
-        and here == total == count
-        and offset + length == begin
-        and all(a in (b, LONG, LONGER) for a, b in zip(short, whole, strict=True))
-    )
-
-
-def _begin(path: Path, file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Return where an entry's data begins: its local header repeats the name, and has an extra."""
-    file.seek(info.header_offset)
-    signature, flags, method, name_length, extra_length = LOCAL.unpack(file.read(LOCAL.size))
-    if (signature, flags, method) != (
-        b"PK\x03\x04",
-        info.flag_bits,
-        info.compress_type,
-    ) or file.read(name_length) != _raw_name(info):
-        raise FileFormatError(path, f"damaged: {_short(info.filename)} is not where it is listed")
-    return int(info.header_offset + 30 + name_length + extra_length)
 
 
 def _check_version(path: Path, text: bytes | None) -> None:
@@ -240,25 +206,11 @@ def _check_version(path: Path, text: bytes | None) -> None:
         raise FileFormatError(path, f"its version of torch's format is unknown: {text!r}")
 
 
-def _check_stored(path: Path, info: zipfile.ZipInfo) -> None:
-    is_plain = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
-    if not is_plain:
-        raise FileFormatError(path, f"entry {_short(info.filename)} is compressed")
-
-
-def _raw_name(info: zipfile.ZipInfo) -> bytes:
-    return info.orig_filename.encode("utf-8" if info.flag_bits & UTF8 else "cp437")
-
-
-def _short(name: str) -> str:
-    return repr(name if len(name) <= LONGEST else f"{name[:LONGEST]}…")
-
-
 def _entry(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
     """Read an entry that torch stores uncompressed, if it is not larger than ``limit``."""
-    _check_stored(path, info)
+    check_stored(path, info)
     if info.file_size > limit:
-        raise FileFormatError(path, f"entry {_short(info.filename)} is too large")
+        raise FileFormatError(path, f"entry {short(info.filename)} is too large")
     return archive.read(info)
 
 
@@ -284,17 +236,17 @@ def _read_legacy(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
     for key in keys:
         storage = storages.get(key)
         if storage is None:
-            raise FileFormatError(path, f"damaged: storage {_short(key)} belongs to no tensor")
+            raise FileFormatError(path, f"damaged: storage {short(key)} belongs to no tensor")
         file.seek(used)
         (elements,) = struct.unpack("<q", file.read(8))
         if elements != storage.elements:
             word = "shorter" if elements < storage.elements else "longer"
-            raise FileFormatError(path, f"storage {_short(key)} is {word} than claimed")
+            raise FileFormatError(path, f"storage {short(key)} is {word} than claimed")
         places[key] = used + 8
         used += 8 + DTYPES[storage.dtype].size(elements)
     missing = next((key for key in storages if key not in places), None)
     if missing is not None:
-        raise FileFormatError(path, f"storage {_short(missing)} is missing")
+        raise FileFormatError(path, f"storage {short(missing)} is missing")
     return value, places
 
 
@@ -333,9 +285,7 @@ class _Collector:
         if not isinstance(value, PickledDict):
             raise FileFormatError(self.path, "holds no dictionary of tensors")
         items = value.items
-        wrapped = [
-            key for key in ("state_dict", "model") if isinstance(items.get(key), PickledDict)
-        ]
+        wrapped = [key for key in WRAPPERS if isinstance(items.get(key), PickledDict)]
         if wrapped and not any(isinstance(item, PickledTensor) for item in items.values()):
             self._visit("", items[wrapped[0]].items, 0)
             self.other |= {
@@ -367,7 +317,7 @@ class _Collector:
 
     def _enter(self, name: str, container: Any, items: Mapping[Any, Any], depth: int) -> None:
         if id(container) in self.inside:
-            raise FileFormatError(self.path, f"{_short(name)} holds itself")
+            raise FileFormatError(self.path, f"{short(name)} holds itself")
         self.inside.add(id(container))
         self._visit(f"{name}.", items, depth + 1)
         self.inside.remove(id(container))

@@ -63,17 +63,30 @@ class StoredTensor:
             return 0
         sizes, strides = self.layout
         last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-        return DTYPES[self.spec.dtype].size(last + 1)
+        return DTYPES[self.spec.dtype].size((last + 1) * self._unit)
+
+    @property
+    def _unit(self) -> int:
+        """How many elements are always together."""
+        block = DTYPES[self.spec.dtype].block
+        return block[0] if block is not None else 1
 
     @property
     def layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Sizes and strides that yield its elements in their order, where it has strides."""
+        """Sizes and strides that yield its elements in their order, where it has strides.
+
+        Of blocks, which only lie in whole rows, those of the blocks.
+        """
         shape, strides = self.spec.shape, self.strides or ()
         if self.steps is None:
             return shape, strides
-        row = math.prod(shape[1:])
-        sizes = (*(size for size, _ in self.steps), *shape[1:])
-        return sizes, (*(step * row for _, step in self.steps), *strides[1:])
+        unit = self._unit
+        row = math.prod(shape[1:]) // unit
+        counts = tuple(size for size, _ in self.steps)
+        steps = tuple(step * row for _, step in self.steps)
+        if unit > 1:
+            return (*counts, row), (*steps, 1)
+        return (*counts, *shape[1:]), (*steps, *strides[1:])
 
     def rows(self, first: int, count: int, width: int) -> StoredTensor | None:
         """Return some of its rows, which lie where they are.
@@ -128,7 +141,8 @@ class StoredTensor:
         """Return the loops over its rows, seen as ``(*axes, …)``, for each axis and the rest."""
         shape = self.spec.shape
         is_flat = self.strides is None or self.steps is not None
-        if not is_flat or len(shape) not in (1, 2) or not shape[0]:
+        is_cut = self._unit > 1 and (len(shape) != 2 or shape[1] % self._unit)
+        if not is_flat or is_cut or len(shape) not in (1, 2) or not shape[0]:
             return None
         if min(axes) < 1 or shape[0] % math.prod(axes):
             return None

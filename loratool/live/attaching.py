@@ -18,6 +18,7 @@ from loratool.adapter.model import HEAD_LEAVES, Adapter, ExtraKind, Site
 from loratool.adapter.problems import CONVERT_HINT, check_plain, site_problems
 from loratool.adapter.scheme import Told
 from loratool.adapter.slots import Slot
+from loratool.base.config import ModelConfig
 from loratool.base.modules import ModuleIndex
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.live.control import Live
@@ -138,7 +139,8 @@ def _told(model: nn.Module) -> Told:
     """Return what a model says of itself, as transformers' models do."""
     read = getattr(getattr(model, "config", None), "to_dict", None)
     raw = read() if callable(read) else None
-    return Told(config=raw if isinstance(raw, dict) else {})
+    config = ModelConfig(raw if isinstance(raw, dict) else {})
+    return Told(config=config.language, is_tied=config.is_tied)
 
 
 def _path(adapter: object) -> str | PathLike[str]:

@@ -9,13 +9,15 @@ the file that the tensors came from. Results have the dtype of the inputs.
 from __future__ import annotations
 
 import math
-from typing import TypeAlias, TypeGuard, cast
+from collections.abc import Callable
+from typing import Final, TypeAlias, TypeGuard, cast
 
 import numpy as np
 
 from loratool.math.namespace import Array, array_namespace
 
 __all__ = [
+    "bank_numbers",
     "bank_pieces",
     "block_factors",
     "flat",
@@ -30,6 +32,7 @@ __all__ = [
     "leading_shares",
     "repeated_block",
     "shortest",
+    "summed",
     "unit_ranks",
     "vera_factors",
     "whole_shares",
@@ -37,6 +40,9 @@ __all__ = [
 
 Factors: TypeAlias = tuple[Array, Array]
 Shape: TypeAlias = tuple[int, ...]
+
+CHUNK: Final = 1024
+"""Terms that are added at once."""
 
 
 def fold_mid(up: Array, down: Array, mid: Array) -> Factors:
@@ -285,6 +291,24 @@ def shortest(up: Array, down: Array) -> Factors:
     return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else _split(up @ down)
 
 
+def summed(made: Callable[[slice], Factors], count: int, smallest: int, each: int) -> Factors:
+    """Return the factors of a sum of many terms, or their sum itself where that is smaller.
+
+    Args:
+        made: Returns the factors of some of the terms.
+        count: How many terms there are.
+        smallest: The smaller side of the matrix.
+        each: Ranks of a term.
+    """
+    if count * each <= smallest:
+        return made(slice(None))
+    whole: Array = 0.0
+    for start in range(0, count, CHUNK):
+        up, down = made(slice(start, start + CHUNK))
+        whole = whole + up @ down
+    return _split(whole)
+
+
 def repeated_block(block: Array, out: int, into: int) -> Factors:
     """Return the factors of ``Δ[o, i] = block[i mod r, o mod c]``.
 
@@ -378,6 +402,12 @@ def whole_shares(shares: Array) -> Array:
     """Return shares with the last one, which was left out: all add up to one."""
     xp = array_namespace(shares)
     return xp.concat([shares, 1 - xp.sum(shares, axis=-1, keepdims=True)], axis=-1)
+
+
+def bank_numbers(bank: Array, chosen: Array) -> Array:
+    """Return numbers of a vector in the shape of what tells their places."""
+    xp = array_namespace(bank, chosen)
+    return xp.take(bank, xp.astype(chosen, xp.int64).reshape(-1)).reshape(chosen.shape)
 
 
 def bank_pieces(bank: Array, chosen: Array, shares: Array) -> Array:

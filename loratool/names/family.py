@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -255,6 +255,16 @@ class Family:
             else self.native_names,
         }.items():
             object.__setattr__(self, name, value)
+
+    def recut(self, rows: Iterable[Row]) -> Family:
+        """Return the same family with another naming in place of the native one.
+
+        Args:
+            rows: That naming; modules of diffusers that are in no row have no name in it.
+        """
+        return replace(
+            self, rows=tuple(rows), hub_names=NONE, native_names=NONE, others=(), depths=()
+        )
 
     @property
     def is_fused(self) -> bool:

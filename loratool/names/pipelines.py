@@ -22,6 +22,7 @@ __all__ = [
     "ENCODERS",
     "FIRST",
     "KOHYA_ENCODERS",
+    "OMI_ENCODERS",
     "SECOND",
     "UNTRAINED",
     "VAE",
@@ -118,6 +119,13 @@ COMFY_ENCODERS: Final = EncoderNames(
     has_others=True,
 )
 """ComfyUI's names."""
+
+OMI_ENCODERS: Final = EncoderNames(
+    {CLIP_L: "clip_l", CLIP_G: "clip_g", T5: "t5"},
+    {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"},
+    has_others=True,
+)
+"""OneTrainer's names."""
 
 FLAT: Final = re.compile(
     r"(?:lora|oft|boft|Hunyuan_video_I2V_lora)_"

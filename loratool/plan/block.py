@@ -12,7 +12,7 @@ from loratool.plan.blocks import Bench
 from loratool.plan.kernels import Kernel
 from loratool.plan.model import Step
 
-__all__ = ["changed_block", "compute_block"]
+__all__ = ["changed_block", "compute_block", "not_finite"]
 
 
 def compute_block(
@@ -71,16 +71,26 @@ def _check_finite(data: memoryview, step: Step, source: memoryview, dtype: str) 
     Raises:
         MergeError: The block is not finite.
     """
-    if not step.is_changed:
-        after, before = (
-            np.isfinite(numbers.decode(raw, kind, (DTYPES[kind].elements(raw.nbytes),)))
-            for raw, kind in ((data, step.spec.dtype), (source, dtype))
+    after, before = (
+        np.isfinite(numbers.decode(raw, kind, (raw.nbytes * 8 // DTYPES[kind].bits,)))
+        for raw, kind in ((data, step.spec.dtype), (source, dtype))
+    )
+    if not step.is_changed and np.array_equal(after, before):
+        return  # only converted: what was infinite before (a mask, say) may stay so
+    raise not_finite(step, is_before=not before.all())
+
+
+def not_finite(step: Step, *, is_before: bool) -> MergeError:
+    """Return the error that a result is not finite, or was not before any change."""
+    name = DTYPES[step.spec.dtype].torch_name
+    if is_before:
+        return MergeError(
+            step.spec.name,
+            "holds NaN or infinity in the base already",
+            hint="--allow-nonfinite writes it all the same, as plain numbers",
         )
-        if np.array_equal(after, before):
-            return  # only converted: what was infinite before (a mask, say) may stay so
-    raise MergeError(
+    return MergeError(
         step.spec.name,
-        "the result is not finite (NaN or infinity in an input, or an overflow of "
-        f"{DTYPES[step.spec.dtype].torch_name})",
+        f"the result is not finite (NaN or infinity in an adapter, or an overflow of {name})",
         hint="see 'loratool validate --deep'; --allow-nonfinite writes it all the same",
     )

@@ -12,10 +12,9 @@ import numpy as np
 
 from loratool.codecs.codec import CodedTensor, Encoder
 from loratool.codecs.parts import FileParts
-from loratool.errors import MergeError
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
-from loratool.plan.block import changed_block
+from loratool.plan.block import changed_block, not_finite
 from loratool.plan.kernels import BLOCK_ELEMENTS, Kernel
 from loratool.plan.lanes import Spot
 from loratool.plan.model import Step
@@ -111,11 +110,9 @@ class Recoding(Patch):
                 changed, _ = changed_block(kernel, start + row, some, run.bench, keep=False)
                 block[row : row + some] = run.bench.given(changed)
         if not np.isfinite(block).all():
-            raise MergeError(
-                self.step.spec.name,
-                "the result is not finite (NaN or infinity in an input), and no code stands for it",
-                hint="see 'loratool validate --deep'",
-            )
+            source = kernel.reader.values(start, rows, is_double=kernel.is_double)
+            is_before = source is not None and not np.isfinite(source).all()
+            raise not_finite(self.step, is_before=is_before)
         return block, original
 
     def _find_largest(self, run: Run, kernel: Kernel) -> float:

@@ -15,8 +15,10 @@ from loratool.adapter.scheme import Scheme
 from loratool.errors import AdapterError
 from loratool.files.container import WeightsFile
 from loratool.files.containers import is_weights
+from loratool.files.foreign import foreign_folder, part_of
 from loratool.files.spec import StoredTensor
 from loratool.schemes import builtin_schemes, claimed, sidecar_names, weights_names
+from loratool.schemes.companions import is_training_state
 
 __all__ = ["detect_scheme", "find_weights", "forms", "selected"]
 
@@ -30,18 +32,32 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
     if path.is_file():
         if path.name in sidecar_names():
             return find_weights(path.parent, adapter_name)
-        return path, ()
+        return path, _of_parts(path)
     if adapter_name and "/" not in adapter_name and (path / adapter_name / CONFIG_NAME).is_file():
         return find_weights(path / adapter_name)
     others = sorted(config.parent.name for config in path.glob(f"*/{CONFIG_NAME}"))
     found = [path / name for name in weights_names() if (path / name).is_file()]
     if not found:
-        found = sorted(file for file in path.iterdir() if is_weights(file) and file.is_file())
+        found = sorted(
+            file
+            for file in path.iterdir()
+            if is_weights(file) and file.is_file() and not is_training_state(file)
+        )
+        if len(found) > 1 and all(part_of(file.name) for file in found):
+            raise AdapterError(
+                path,
+                f"holds an adapter in {len(found)} parts, such as {found[0].name}, which is not "
+                "read",
+                hint="save it again in one file (PEFT: save_pretrained without shards)",
+            )
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:6])
             raise AdapterError(path, f"several weights files: {names}", hint="name one of them")
     if not found:
         what = "holds no adapter: expected adapter_model.safetensors or adapter_model.bin"
+        foreign = foreign_folder(path)
+        if foreign is not None:
+            raise AdapterError(path, f"this is {foreign.what}; it is not read", hint=foreign.hint)
         if others:
             raise AdapterError(
                 path,
@@ -55,6 +71,14 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
     if others:
         notes.append(f"more adapters in sub-folders, not read: {', '.join(others)}")
     return found[0], tuple(notes)
+
+
+def _of_parts(path: Path) -> tuple[str, ...]:
+    """Return a sentence on a file that is one of several parts by its name."""
+    part = part_of(path.name)
+    if part is None:
+        return ()
+    return (f"{path.name} is part {part[0]} of {part[1]}: what the others hold is missing",)
 
 
 def detect_scheme(file: WeightsFile, schemes: Sequence[Scheme] = ()) -> Scheme:

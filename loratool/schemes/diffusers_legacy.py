@@ -1,4 +1,7 @@
-"""diffusers 0.12 to 0.21: attention processors, ``.lora.`` layers and text encoders."""
+"""diffusers 0.12 to 0.21: attention processors, ``.lora.`` layers and text encoders.
+
+AnimateDiff's motion LoRAs are such, in the names of its own modules.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Final
 from loratool.adapter.keys import KeyTable, Template
 from loratool.adapter.scheme import Home, Scheme
 from loratool.adapter.slots import AdapterKey, Slot
-from loratool.names.paths.pipeline import PipelinePaths
+from loratool.names.paths.pipeline import ProcessorPaths
 from loratool.schemes.parts.roles import Roles
 from loratool.schemes.parts.scales import FoldedScale
 from loratool.schemes.parts.settings import Settings
@@ -31,7 +34,8 @@ LAYER: Final = re.compile(
     r"(?P<module>.+)\.(lora|lora_linear_layer)\.(?P<side>down|up)\.weight", re.DOTALL
 )
 ATTENTION: Final = re.compile(
-    r"(?P<attention>.+\.attn\d?)\.(?P<leaf>to_q|to_k|to_v|to_out\.0)", re.DOTALL
+    r"(?P<attention>.+\.(attn\d?|attention_blocks\.\d))\.(?P<leaf>to_q|to_k|to_v|to_out\.0)",
+    re.DOTALL,
 )
 OUTPUT: Final = {"to_out": "to_out.0", "to_add_out": "to_add_out"}
 
@@ -71,7 +75,7 @@ SCHEME = Scheme(
             Template("{module}.alpha", Slot.ALPHA),
         ),
     ),
-    paths=PipelinePaths(),
+    paths=ProcessorPaths(),
     scale=FoldedScale(),
     roles=Roles(drops_kernels=True),
     settings=Settings(),

@@ -331,7 +331,7 @@ def _following(told: Told) -> Scheme:
             or attention_in_config(told.config)
             or attention_in_values(architecture.name, told.metadata)
         )
-    is_tied = told.config.get("tie_word_embeddings") is True
+    is_tied = told.is_tied is True
     paths = GgufPaths(architecture=architecture, attention=attention, is_tied=is_tied)
     return replace(
         SCHEME,

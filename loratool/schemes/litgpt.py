@@ -20,6 +20,7 @@ from loratool.files.spec import StoredTensor
 from loratool.files.yaml import read_flat_yaml
 from loratool.names.gguf import architecture_of, attention_in_config
 from loratool.names.paths.litgpt import SIDES, LitgptPaths, side_of
+from loratool.schemes.parts.model import described
 from loratool.schemes.parts.roles import Roles
 from loratool.schemes.parts.scales import MultiplierScale
 from loratool.schemes.parts.settings import Settings
@@ -269,7 +270,7 @@ def _following(told: Told) -> Scheme:
     """Return the scheme for one model."""
     beside = _beside(told.folder, MODEL)
     run = _beside(told.folder, SETTINGS.file)
-    config = told.model
+    config = described(told)
     kind = OTHER_KINDS.get(str(beside.get("mlp_class_name")), "")
     architecture = architecture_of(config)
     if config.get("architectures") and not kind:

@@ -29,7 +29,7 @@ __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
     "keys": r"^(?!base_model\.model\.).*\.lora_[ab]$",
-    "weights": ("adapters.safetensors",),
+    "weights": ("adapters.safetensors", "adapters.npz"),
     "sidecar": "adapter_config.json",
 }
 

@@ -39,6 +39,7 @@ SCHEME = Scheme(
             Template(PREFIX + "{module}.lora_E", Slot.SINGULAR),
             Template(PREFIX + "{module}.lora_diag", Slot.DIAGONAL),
             Template(PREFIX + "{module}.token_adapter.trainable_tokens_delta", Slot.ROWS),
+            Template(PREFIX + "{module}.trainable_tokens_delta", Slot.ROWS, is_factor=True),
             Template(PREFIX + "{module}.lora_velora_embed", Slot.STATE),
             # Also read: bare parameters (AdaLoRA), and files that kept the adapter's name.
             Template(PREFIX + "{module}.lora_A", Slot.DOWN),
@@ -79,6 +80,16 @@ SCHEME = Scheme(
         (r"ia3_l", "(IA)³ vectors, but not behind PEFT's base_model.model"),
         (r"^prompt_embeddings$|prefix", "a trained prompt: there is no delta"),
         (r"\.oft_r(\.|$)", "OFT rotations of PEFT before 0.15, which no later version reads"),
+        (
+            r"unilora_theta_d$",
+            "UniLoRA's vector without its places (save_indices was false): only the order of the "
+            "live model's modules tells them",
+        ),
+        (
+            r"tinylora_(A|B|P|v)",
+            "TinyLoRA's factors: which vector is whose only the order of the live model's modules "
+            "tells",
+        ),
         (r"lily_(A|B|router)", "a Lily router: no fixed weights equal it"),
         (r"internal_xlora_classifier", "an X-LoRA router: no fixed weights equal it"),
     ),

@@ -16,6 +16,7 @@ from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
 from loratool.names.gguf import architecture_of, attention_in_config, plain_path
 from loratool.names.paths.torchtune import TorchtunePaths, is_paired
+from loratool.schemes.parts.model import described
 from loratool.schemes.parts.peft_config import PeftSettings
 from loratool.schemes.parts.roles import Roles
 from loratool.schemes.parts.scales import ConfiguredScale, FoldedScale
@@ -157,7 +158,7 @@ class RecipeSettings(Settings):
 
 def _following(told: Told) -> Scheme:
     """Return the scheme for the kind of one model, and its heads."""
-    config = told.model
+    config = described(told)
     architecture = architecture_of(config)
     name = architecture.name if architecture is not None else ""
     permutes = True if name in PAIRED else False if name in IN_ORDER else None

@@ -109,13 +109,18 @@ class FourierFt(Variant):
 
     def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
         """See :class:`Variant`."""
-        from loratool.math.exact_variants import shortest
+        from loratool.math.exact_variants import summed
         from loratool.math.projections import fourier_factors, fourier_places
 
         values = read(site.slots[SPECTRUM]) * site.settings["scale"]
         out, into = site.settings[SHAPE]
         places = fourier_places(site.settings["seed"], values.shape[0], out, into)
-        up, down = shortest(*fourier_factors(values, places, out, into))
+
+        def some(part: slice) -> tuple[Array, Array]:
+            chosen = places[0][part], places[1][part]
+            return fourier_factors(values[part], chosen, out, into)
+
+        up, down = summed(some, values.shape[0], min(out, into), 2)
         return down, up
 
 

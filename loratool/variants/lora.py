@@ -6,6 +6,7 @@ from loratool.adapter.plain import Plain
 
 __all__ = ["VARIANT"]
 
-CLAIM = {"peft_types": ["LORA"]}
+# The type of trained tokens has no deltas at all, and rows beside them as LoRA may have.
+CLAIM = {"peft_types": ["LORA", "TRAINABLE_TOKENS"]}
 
 VARIANT = Plain()

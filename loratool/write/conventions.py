@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from loratool.adapter.part import Part
+from loratool.adapter.scheme import Paths
 from loratool.errors import OptionError, UnsupportedError
 from loratool.names.families import claiming, family_named
 from loratool.names.family import Family, Fusion
@@ -50,6 +51,12 @@ class Naming:
         """
         found = [f.to_native(local) for f in self.families]
         return self._one(local, [item for item in found if item is not None])
+
+    def of(self, paths: Paths) -> Naming:
+        """Return the same families by the native names that a scheme's paths have for them."""
+        own = tuple(paths.own(family) for family in self.families)
+        is_same = all(one is other for one, other in zip(own, self.families, strict=True))
+        return self if is_same else Naming(own)
 
     def unknown(self, modules: Iterable[str], known: frozenset[str]) -> list[str]:
         """Return the paths of a backbone that no family has, without their component.

@@ -102,6 +102,8 @@ def _unstacked(part: Part, site: Site) -> Part:
 
 def _expanded(part: Part, site: Site, width: int) -> Part:
     """Return the A and B that a variant with compact or divided factors stands for."""
+    if not site.is_plain:
+        return _factored(part, site, width)
     dtype = computed_dtype([part.down.dtype, part.up.dtype])
 
     def factors(*_: Array) -> tuple[Array, ...]:
@@ -113,3 +115,25 @@ def _expanded(part: Part, site: Site, width: int) -> Part:
     down = Result(both, 0, (rank, width), dtype)
     up = Result(both, 1, (part.up.shape[0], rank), dtype)
     return replace(part.factored(down, up, note=note), variant=variant_named("lora"))
+
+
+def _factored(part: Part, site: Site, width: int) -> Part:
+    """Return the A and B that factors under other roles stand for."""
+    dtype = computed_dtype([stored.spec.dtype for stored in site.slots.values()])
+
+    def factors(*_: Array) -> tuple[Array, ...]:
+        return site.variant.factors(site, decode, width)
+
+    rank = site.variant.factor_rank(site)
+    note = f"{site.variant.name} written out as plain factors"
+    both = Function(note, site.tensors, factors)
+    down = Result(both, 0, (rank, width), dtype)
+    up = Result(both, 1, (site.out_features, rank), dtype)
+    return replace(
+        part,
+        variant=variant_named("lora"),
+        values={Slot.DOWN: down, Slot.UP: up},
+        rank=rank,
+        alpha=None,
+        notes=(*part.notes, note),
+    )

@@ -203,7 +203,11 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
             is_native = _is_written_native(new, scheme, naming, options.naming)
             parts = list(without_foreign(parts, naming))
         shapes = base.shapes if base else {}
-        parts = to_native(parts, naming, shapes) if is_native else to_hub(parts, naming)
+        own = naming.of(scheme.paths)
+        if not is_native or own is not naming:
+            parts = to_hub(parts, naming)
+        if is_native:
+            parts = to_native(parts, own, shapes)
     alone = options.component
     if alone is None and is_native is not None:
         alone = sole_component([part.module for part in parts], known)

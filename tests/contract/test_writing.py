@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import torch
 from safetensors import safe_open
-from samples import SCHEMES, place, stable_diffusion
+from samples import NARROW, SCHEMES, place, stable_diffusion
 
 import loratool
 from loratool.errors import LoratoolError, UnsupportedError
@@ -54,6 +54,19 @@ def _language_model(folder: Path) -> Inputs:
     return found
 
 
+def _narrow(folder: Path, module: str) -> Inputs:
+    """Two adapters of the model that a scheme has names for."""
+    torch.manual_seed(0)
+    for name in ("one", "two"):
+        tensors = {}
+        for number in range(2):
+            key = module.format(number)
+            tensors |= {f"{key}.lora_A.weight": torch.randn(6, 16)}
+            tensors |= {f"{key}.lora_B.weight": torch.randn(24, 6)}
+        _save(folder / f"{name}.safetensors", tensors)
+    return {name: folder / f"{name}.safetensors" for name in ("one", "two")}
+
+
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
@@ -74,17 +87,22 @@ def _pipeline(folder: Path) -> Inputs:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Inputs]:
     """Return the inputs for a scheme, with both adapters in that scheme already."""
     folder = tmp_path_factory.mktemp("inputs")
-    sources: dict[bool, Inputs] = {}
+    sources: dict[str, Inputs] = {}
     made: dict[str, Inputs] = {}
 
     def get(scheme: str) -> Inputs:
-        is_counted = scheme == "cloneofsimo"
-        if is_counted not in sources:
-            place_for = folder / ("pipeline" if is_counted else "language")
+        kind = "pipeline" if scheme == "cloneofsimo" else NARROW.get(scheme, "language")
+        if kind not in sources:
+            place_for = folder / str(len(sources))
             place_for.mkdir()
-            sources[is_counted] = (_pipeline if is_counted else _language_model)(place_for)
+            if scheme in NARROW:
+                sources[kind] = _narrow(place_for, kind)
+            else:
+                sources[kind] = {"pipeline": _pipeline, "language": _language_model}[kind](
+                    place_for
+                )
         if scheme not in made:
-            found = dict(sources[is_counted])
+            found = dict(sources[kind])
             for name in ("one", "two"):
                 found[f"{name} in it"] = place(folder, scheme, f"{scheme}-{name}")
                 loratool.convert(

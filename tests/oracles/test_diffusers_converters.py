@@ -333,3 +333,25 @@ def test_converted_adapters_are_what_diffusers_applies(
     model.unload_lora()
     for module, weight in truth.items():
         torch.testing.assert_close(model.get_submodule(module).weight.detach(), weight)
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_files_of_xlabs_are_read_as_diffusers_reads_them(prefix: str, tmp_path: Path) -> None:
+    """And what is written of the result is read as the same."""
+    utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    kinds = {
+        *(f"double_blocks.18.processor.{kind}_lora{n}" for kind in ("qkv", "proj") for n in "12"),
+        *(f"single_blocks.37.processor.{kind}_lora" for kind in ("qkv", "proj")),
+    }
+    tensors: Tensors = {}
+    for name in sorted(kinds):
+        inputs = 40 if name.startswith("single") and "proj" in name else 8
+        tensors[f"{prefix}{name}.down.weight"] = torch.randn(2, inputs)
+        tensors[f"{prefix}{name}.up.weight"] = torch.randn(24 if "qkv" in name else 8, 2)
+    save_file(tensors, tmp_path / "a.safetensors")
+    truth = utils._convert_xlabs_flux_lora_to_diffusers(dict(tensors))
+    loratool.convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "d.safetensors")
+    assert_same(load_file(tmp_path / "d.safetensors"), truth)
+    loratool.convert(tmp_path / "d.safetensors", "xlabs", tmp_path / "x.safetensors", family="flux")
+    written = load_file(tmp_path / "x.safetensors")
+    assert_same(utils._convert_xlabs_flux_lora_to_diffusers(dict(written)), truth)

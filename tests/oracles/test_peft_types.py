@@ -104,7 +104,7 @@ for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
         name = "randlora-seed" + "".join(f"-{key}" for key in sparse)
         drawn = {"r": 5, "projection_prng_key": 7, "save_projection": False, **sparse}
         case(f"{name}{at}", "RandLoraConfig", drawn, exact=1e-6 if sparse else 1e-13, **more)
-case("fourierft-all", "FourierFTConfig", {"n_frequency": 300, "scaling": 7.5}, exact=1e-6)
+case("fourierft-all", "FourierFTConfig", {"n_frequency": 3 * 19 * 10, "scaling": 7.5}, exact=1e-6)
 case("fourierft-seed", "FourierFTConfig", {"n_frequency": 5, "random_loc_seed": 5}, exact=1e-6)
 
 TURNED: dict[str, Any] = {"lora": NEAR, "weighs": False}
@@ -203,6 +203,20 @@ case(
     targets=("norm", "conv", "tall", "embed_tokens", "wide"),
 )
 case("beft", "BeftConfig", {}, lora=NEVER, targets=("tall", "square"))
+
+case("supertuning", "SupertuningConfig", {"sparsity": 0.9}, lora=NEAR)
+hybrid = {"sparsity": 0.8, "r": 3, "lora_alpha": 5}
+case("supertuning-lora", "SupertuningConfig", hybrid, lora=NEAR)
+for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
+    one = {"r": 3, "theta_d_length": 40, "save_indices": True}
+    case(f"unilora{at}", "UniLoraConfig", one, **more)
+
+for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
+    case(f"waveft{at}", "WaveFTConfig", {"n_frequency": 9}, **more)
+    case(f"waveft-plain{at}", "WaveFTConfig", {"n_frequency": 9, "use_idwt": False}, **more)
+for order in range(2, 11):
+    options = {"n_frequency": 500, "wavelet_family": f"db{order}", "scaling": 0.3}
+    case(f"waveft-{order}", "WaveFTConfig", {**options, "random_loc_seed": order}, exact=1e-11)
 
 
 class Diagonal:
@@ -415,3 +429,30 @@ def test_it_computes_with_tensors_as_with_arrays(
                     cut = slice(row, row + steps[0]), slice(column, column + steps[1])
                     part = change.changed(weight[cut], row, column)
                     assert np.allclose(part, whole[cut], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_trained_tokens_merge_as_peft_does(is_tied: bool, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=2, vocab_size=20, tie_word_embeddings=is_tied
+    )
+    torch.manual_seed(3)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=[7, 2, 19]))
+        for name, parameter in made.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.data = torch.randn_like(parameter)
+        made.save_pretrained(tmp_path / "adapter")
+    findings = loratool.validate(tmp_path / "adapter", base=tmp_path / "base")
+    assert [str(f) for f in findings if f.is_error or f.code == "LT014"] == []
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    wanted = merged(made, tmp_path / "wanted")
+    assert changed(loaded(tmp_path / "base"), wanted)
+    compare(loaded(tmp_path / "out"), wanted, 0.0)

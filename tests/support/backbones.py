@@ -153,6 +153,7 @@ def hunyuan_dit() -> torch.nn.Module:
 
 
 BACKBONES: dict[str, Build] = {
+    "animatediff": lambda: built("MotionAdapter"),
     "cogvideox": lambda: tuple(cogvideox()),
     "cosmos": lambda: built("CosmosTransformer3DModel", num_layers=36),
     "cosmos2": lambda: tuple(cosmos2()),

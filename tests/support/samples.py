@@ -16,6 +16,11 @@ ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "fixtures"
 SCHEMES = tuple(name for name in scheme_names() if scheme_named(name).is_written)
 FOLDERS = tuple(name for name in SCHEMES if scheme_named(name).settings.file)
+NARROW = {
+    "onetrainer": "transformer.single_transformer_blocks.{}.proj_mlp",
+    "xlabs": "transformer.double_blocks.{}.img_attn.proj",
+}
+"""Schemes with names for the modules of some models alone, and modules of one."""
 
 
 def place(folder: Path, scheme: str, name: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import lora
+from samples import NARROW, lora
 
 import loratool
 from loratool.errors import LoratoolError, UnsupportedError
@@ -31,6 +31,8 @@ def known(reason: str) -> pytest.MarkDecorator:
 
 def shapes_for(scheme: str) -> dict[str, tuple[int, int]]:
     """Small modules that the scheme can name."""
+    if scheme in NARROW:
+        return {NARROW[scheme].format(block): (24, 16) for block in range(4)}
     if scheme in PLAIN:
         return {
             f"model.layers.{layer}.self_attn.{leaf}_proj": (24, 16)
@@ -54,10 +56,12 @@ def weights_of(path: Path) -> Path:
     return next(file for file in path.iterdir() if is_weights(file))
 
 
-def adapter_in(tmp_path: Path, scheme: str, name: str = "a", rank: int = 8) -> Path:
+def adapter_in(
+    tmp_path: Path, scheme: str, name: str = "a", rank: int = 8, like: str | None = None
+) -> Path:
     source = tmp_path / f"{name}-source.safetensors"
     factors: dict[str, torch.Tensor] = {}
-    for module, (out, into) in shapes_for(scheme).items():
+    for module, (out, into) in shapes_for(like or scheme).items():
         factors |= lora(module, out, into, rank)
     save_file(factors, source)
     path = place(tmp_path, name, scheme)
@@ -82,7 +86,8 @@ def told(tmp_path: Path, scheme: str) -> Path | None:
 @pytest.mark.parametrize("verb", ["truncate", "compose"])
 def test_the_budget_is_that_of_the_file(verb: str, scheme: str, tmp_path: Path) -> None:
     adapter = adapter_in(tmp_path, scheme)
-    source = adapter_in(tmp_path, "module-path" if scheme in PLAIN else "diffusers", "b")
+    plain = "module-path" if scheme in PLAIN else "diffusers"
+    source = adapter_in(tmp_path, plain, "b", like=scheme)
     whole = weights_of(adapter).stat().st_size
     for share in (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9):
         budget, out = int(whole * share), place(tmp_path, f"out-{share}", scheme)
@@ -113,7 +118,10 @@ def models(
 def test_a_dry_extraction_is_the_real_one(
     scheme: str, make_base: Callable[..., Path], tmp_path: Path
 ) -> None:
-    shapes = {module.removeprefix("unet."): s for module, s in shapes_for(scheme).items()}
+    shapes = {
+        module if scheme in PLAIN else module.partition(".")[2]: s
+        for module, s in shapes_for(scheme).items()
+    }
     base, tuned = models(make_base, shapes)
     out = place(tmp_path, "out", scheme)
     dry = loratool.extract(base, tuned, out, rank=4, to=scheme, dry_run=True)

@@ -222,7 +222,10 @@ def test_a_base_in_a_further_naming(
         weights[name] = torch.randn(sum(heights(fusion)), WIDTH)
         made = {f"transformer.{module}": Fusion((module,)) for module in fusion.modules}
         if naming == "native":
-            wholes = (family.wholes(module)[0] for module in fusion.modules)
+            wholes = [family.wholes(module)[0] for module in fusion.modules]
+            named = {module for other in cut.values() for module in other.modules}
+            if any(not named.issuperset(whole.modules) for _, whole in wholes):
+                pytest.skip("adapters name a part so of what every checkpoint has in one")
             made = {f"diffusion_model.{native}": whole for native, whole in wholes}
         for key, whole in made.items():
             if f"{key}.lora_A.weight" not in factors:

@@ -132,6 +132,10 @@ def test_shards_lose_their_scales_and_the_index_says_so(
     assert sorted(content["weight_map"]) == sorted((*truth, NORM))
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {*content["weight_map"].values(), "config.json", "model.safetensors.index.json"}
+    count = len(set(content["weight_map"].values()))
+    assert all(
+        name.endswith(f"-of-{count:05}.safetensors") for name in content["weight_map"].values()
+    )
     merged = {k: t for name in set(content["weight_map"].values())
               for k, t in load_file(tmp_path / "out" / name).items()}  # fmt: skip
     assert content["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
@@ -309,6 +313,46 @@ def test_inspect_says_what_is_not_read(make_base: Make, capsys: pytest.CaptureFi
     assert "not read" in capsys.readouterr().out
 
 
+def test_a_scale_without_its_codes_is_damage(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    del stored[f"{MODULES[1]}.weight"]
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    with pytest.raises(FileFormatError, match=f"{MODULES[1]}.*not there") as caught:
+        loratool.merge(base, [adapter], tmp_path / "out")
+    assert "download" in str(caught.value.hint)
+    with pytest.raises(FileFormatError, match="not there"):
+        loratool.validate(adapter, base=base)
+
+
+def test_verify_wants_no_word_of_codes_that_are_gone(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    config["vision_config"] = {"quantization_config": config["quantization_config"], "size": 1}
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    out = tmp_path / "out"
+    loratool.merge(base, [adapter], out)
+    written = json.loads((out / "config.json").read_text())
+    assert written["vision_config"] == {"size": 1}
+    written["quantization_config"] = config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(written))
+    found = loratool.verify(out, base=base, adapters=[adapter])
+    assert [(f.code, f.severity) for f in found] == [("LT107", "error")]
+
+
+def test_what_was_infinite_before_is_told_from_an_overflow(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    stored, _, config = model("fp8")
+    stored[f"{MODULES[0]}.weight"].view(torch.uint8)[0, 0] = 0x7F
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    for how in ("dequantize", "keep"):
+        with pytest.raises(MergeError, match="in the base already"):
+            loratool.merge(base, [adapter], tmp_path / "out", quantized=how)
+
+
 def test_a_plain_model_has_no_quantization(make_base: Make) -> None:
     assert loratool.inspect(make_base({NORM: torch.ones(3)})).as_json()["quantization"] is None
 
@@ -444,3 +488,19 @@ def test_the_method_is_what_the_tensors_can_be_of(told: Any, make_base: Make) ->
     base = make_base(stored, {"model_type": "llama", "quantization_config": told})
     found = loratool.inspect(base).as_json()["quantization"]
     assert found == {"method": "bitsandbytes", "format": "int8", "modules": 1}
+
+
+@pytest.mark.parametrize("bits", [{}, [[4]], 4.0, "4", None, 1 << 70])
+def test_a_width_that_is_no_number_is_left_to_the_shapes(bits: Any, make_base: Make) -> None:
+    parts = {
+        "qweight": torch.zeros(8, 32, dtype=torch.int32),
+        "qzeros": torch.zeros(2, 4, dtype=torch.int32),
+        "scales": torch.ones(2, 32).half(),
+        "g_idx": (torch.arange(64) // 32).int(),
+    }
+    stored = {f"{MODULES[0]}.{leaf}": part for leaf, part in parts.items()}
+    told = {"quant_method": "gptq", "bits": bits}
+    base = make_base(stored, {"model_type": "llama", "quantization_config": told})
+    found = loratool.inspect(base).as_json()
+    assert found["quantization"] == {"method": "gptq", "format": "gptq", "modules": 1}
+    assert found["parameters"] == 64 * 32

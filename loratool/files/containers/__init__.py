@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from loratool.discovery import Plugins
 from loratool.errors import FileFormatError
+from loratool.files.foreign import foreign_bytes, foreign_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,4 +71,22 @@ def open_weights(path: Path) -> WeightsFile:
     """
     if not path.exists():
         raise FileFormatError(path, "no such file")
-    return container_of(path).open(path)
+    if not is_weights(path) and (known := foreign_file(path)) is not None:
+        raise FileFormatError(path, f"this is {known.what}; it is not read", hint=known.hint)
+    try:
+        return container_of(path).open(path)
+    except FileFormatError:
+        other = foreign_bytes(_start(path))
+        if other is None:
+            raise
+        raise FileFormatError(path, f"this is {other.what}; it is not read", hint=other.hint) from (
+            None
+        )
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError:
+        return b""

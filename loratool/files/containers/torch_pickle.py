@@ -14,7 +14,11 @@ from loratool.files.torch_zip import TorchLayout, archive_stem, lay_out, seal
 
 __all__ = ["CLAIM", "CONTAINER"]
 
-CLAIM: Final = {"suffixes": [".bin", ".pt", ".pth", ".lora"], "models": [".bin"], "preference": 1}
+CLAIM: Final = {
+    "suffixes": [".bin", ".pt", ".pth", ".lora", ".ckpt"],
+    "models": [".bin"],
+    "preference": 1,
+}
 
 
 @dataclass(frozen=True)

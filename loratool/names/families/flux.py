@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from loratool.names.family import CLIP_L, T5, Family, Proportion, Release, Row, single
+from loratool.names.family import CLIP_L, T5, Family, Fusion, Proportion, Release, Row, single
 from loratool.names.streams import merged_rows, stream_rows
 
 __all__ = ["CLAIM", "FAMILIES"]
@@ -55,10 +55,17 @@ def rows() -> Iterator[Row]:
     yield from merged_rows(SINGLE_BLOCKS)
 
 
+def further_rows() -> Iterator[Row]:
+    """Yield what ComfyUI calls the attention alone that a single block has in ``linear1``."""
+    parts = tuple(f"single_transformer_blocks.*.attn.to_{each}" for each in "qkv")
+    yield Row("single_blocks.*.linear1_qkv", Fusion(parts), SINGLE_BLOCKS)
+
+
 FLUX: Final = Family(
     "flux",
     "transformer",
     tuple(rows()),
+    others=tuple(further_rows()),
     encoders={"text_encoder": CLIP_L, "text_encoder_2": T5},
     releases=(Release("flux1", "flux-1-dev"),),
     # The feed-forward layers have four times the width of the model.

@@ -260,19 +260,13 @@ def architecture_named(name: str, *, has_experts: bool = True) -> Architecture |
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
-    """Return the architecture of the model that a ``config.json`` describes, if it is known."""
-    text = config.get("text_config")
-    parts = (text, config) if isinstance(text, dict) else (config,)
-    for part in parts:
-        names = part.get("architectures")
-        for name in names if isinstance(names, list) else ():
-            if name in CLASSES:
-                return _told(CLASSES[name], part)
-    for part in (config, *parts):
-        kind = part.get("model_type")
-        if kind in MODEL_TYPES:
-            return _told(MODEL_TYPES[kind], part)
-    return None
+    """Return the architecture of the language model that a configuration describes, if known."""
+    names = config.get("architectures")
+    for name in names if isinstance(names, list) else ():
+        if name in CLASSES:
+            return _told(CLASSES[name], config)
+    kind = config.get("model_type")
+    return _told(MODEL_TYPES[kind], config) if kind in MODEL_TYPES else None
 
 
 def _told(name: str, config: Mapping[str, Any]) -> Architecture | None:
@@ -293,16 +287,14 @@ KEYS: Final = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_head_kv")
 
 
 def attention_in_config(config: Mapping[str, Any]) -> Attention | None:
-    """Return the attention heads that a ``config.json`` tells, if it does."""
-    text = config.get("text_config")
-    text = {**config, **text} if isinstance(text, dict) else config
-    query = next((text[key] for key in QUERIES if _is_count(text.get(key))), None)
+    """Return the attention heads that the configuration of a language model tells, if it does."""
+    query = next((config[key] for key in QUERIES if _is_count(config.get(key))), None)
     if query is None:
         return None
-    key = next((text[key] for key in KEYS if _is_count(text.get(key))), None)
+    key = next((config[key] for key in KEYS if _is_count(config.get(key))), None)
     if key is None:
-        key = 1 if text.get("multi_query") and text.get("model_type") == "falcon" else query
-    blocks = text.get("block_configs")
+        key = 1 if config.get("multi_query") and config.get("model_type") == "falcon" else query
+    blocks = config.get("block_configs")
     if isinstance(blocks, list):
         return Attention((query,), tuple(query // (_group(block) or query) for block in blocks))
     return Attention((query,), (key,))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from loratool.adapter.scheme import Context
 from loratool.errors import UnsupportedError
+from loratool.names.family import Family
 from loratool.names.pipelines import BACKBONES, component_of, is_text_model
 
 __all__ = ["EachAlone", "Paths", "text_path", "with_component"]
@@ -31,6 +32,10 @@ class Paths:
     ) -> bool | None:
         """Return that there is no choice."""
         return None
+
+    def own(self, family: Family) -> Family:
+        """Return the family: its native names are those of its checkpoints."""
+        return family
 
     def refusal(self, count: int) -> str | None:
         """Know no reason."""

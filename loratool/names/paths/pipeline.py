@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from loratool.adapter.build import strip_wrappers
 from loratool.adapter.model import Site
@@ -13,7 +14,10 @@ from loratool.names.paths import family_name, is_native, plausible_families
 from loratool.names.paths.component import EachAlone
 from loratool.names.pipelines import COMPONENT, ENCODERS, component_of, is_text_model
 
-__all__ = ["PipelinePaths"]
+__all__ = ["PipelinePaths", "ProcessorPaths"]
+
+MOTION: Final = ".temporal_transformer."
+"""Inside the paths of AnimateDiff's own modules."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,24 @@ class PipelinePaths(EachAlone):
     ) -> Names:
         """Return what dotted paths stand for."""
         return from_pipeline(tuple(dict.fromkeys(site.module for site in sites)))
+
+
+@dataclass(frozen=True)
+class ProcessorPaths(PipelinePaths):
+    """The same, but for AnimateDiff's motion modules in their original names, which have none."""
+
+    def name(self, module: str, component: str | None, local: str, context: Context) -> str:
+        """Return the path, of an original motion module as AnimateDiff has it."""
+        path = super().name(module, component, local, context)
+        return local if MOTION in local else path
+
+    def writes_native(
+        self, wish: str | None, families: Sequence[str], *, is_native: bool
+    ) -> bool | None:
+        """Return that only motion modules may go by their original names."""
+        if tuple(families) != ("animatediff",):
+            return super().writes_native(wish, families, is_native=is_native)
+        return is_native if wish is None else wish == "native"
 
 
 def from_pipeline(modules: Sequence[str]) -> Names:

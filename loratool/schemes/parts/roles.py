@@ -14,6 +14,7 @@ from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
 from loratool.names.embeddings import is_embedding
 from loratool.names.shapes import one_site_an_expert, without_idle_kernels
+from loratool.schemes.parts.stacks import experts_apart
 from loratool.values.expr import Expr, Stored
 
 __all__ = [
@@ -124,8 +125,8 @@ class Roles:
         return transposed(tensor) if self.is_transposed and is_factor else tensor
 
     def apart(self, site: Site) -> list[Site]:
-        """Return one site for each expert where matrices are stacked, as transposed files do."""
-        return one_site_an_expert(site) if self.is_transposed else [site]
+        """Return one site for each expert where matrices are stacked."""
+        return one_site_an_expert(site) if self.is_transposed else experts_apart(site)
 
     def read(self, site: Site) -> Site:
         """Return ``site`` with the factors of an embedding as such, and none with idle kernels."""

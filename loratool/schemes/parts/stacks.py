@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from loratool.adapter.model import Kind, Site
+from loratool.adapter.model import FUSED_PARAMETERS, Kind, Site
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
 from loratool.files.spec import StoredTensor
 from loratool.values.expr import Piled
 
-__all__ = ["one_of_stack", "stacked"]
+__all__ = ["experts_apart", "one_of_stack", "stacked"]
 
 
 def stacked(name: str, members: Mapping[int, Part]) -> Part:
@@ -49,6 +49,22 @@ def one_of_stack(site: Site, module: str, index: int) -> Site:
     down = slots[Slot.DOWN]
     scaling = replace(site.scaling, rank=down.spec.shape[0])
     return replace(site, module=module, kind=Kind.LINEAR, slots=slots, scaling=scaling)
+
+
+def experts_apart(site: Site) -> list[Site]:
+    """Return one site for each expert where factors of a parameter of all of them are stacked.
+
+    A is ``(experts, r, in)`` and B ``(experts, out, r)``.
+    """
+    down, up = site.slots.get(Slot.DOWN), site.slots.get(Slot.UP)
+    container, _, leaf = site.module.rpartition(".")
+    if down is None or up is None or leaf not in FUSED_PARAMETERS or not container:
+        return [site]
+    shapes = down.spec.shape, up.spec.shape
+    is_stack = all(len(shape) == 3 for shape in shapes) and shapes[0][0] == shapes[1][0]
+    if not is_stack or shapes[1][2] != shapes[0][1]:
+        return [site]
+    return [one_of_stack(site, f"{container}.{n}.{leaf}", n) for n in range(shapes[0][0])]
 
 
 def _matrix(stored: StoredTensor, index: int) -> StoredTensor:

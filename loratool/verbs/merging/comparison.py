@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.findings import Finding, finding
-from loratool.base.config import CONFIG_NAME
+from loratool.base.config import CONFIG_NAME, QUANTIZATION
 from loratool.base.model import Model
 from loratool.errors import FileFormatError
 from loratool.files.checkpoint import is_index
@@ -103,7 +103,10 @@ def _differences(
             # What is not said is what the model's class takes for granted, mostly.
             yield finding(code if expected[key] is not None else "LT111", name, f"lacks {key}")
         elif key not in expected:
-            yield finding("LT111", name, f"says {key}, which the merge does not")
+            # With it loaders take plain numbers for codes.
+            is_wrong = key in QUANTIZATION and name.endswith(CONFIG_NAME)
+            words = f"says {key}, which the merge does not"
+            yield finding(code if is_wrong else "LT111", name, words)
         elif not _are_equal(expected[key], found[key]) and key not in OF_A_SAVE:
             if isinstance(expected[key], dict) and isinstance(found[key], dict):
                 yield from _differences(code, f"{name}: {key}", expected[key], found[key])

@@ -523,9 +523,14 @@ def _cut(steps: list[Step]) -> list[list[Step]]:
 
 
 def _names(checkpoint: Checkpoint, shards: Sequence[WeightsFile]) -> list[str]:
-    """Return the names of the files that take the place of ``shards``, some of which are cut."""
+    """Return the names of the files that take the place of ``shards``.
+
+    They are counted anew where some are cut, or where others are gone.
+    """
     names = [_output_name(shard.path) for shard in shards]
-    if len(set(names)) == len(names):
+    is_counted = bool(names) and SHARD.fullmatch(names[0]) is not None
+    is_whole = len(names) == len(checkpoint.shards) or not is_counted
+    if len(set(names)) == len(names) and is_whole:
         return names
     match = SHARD.fullmatch(names[0])
     stem = match[1] if match is not None else Path(names[0]).stem

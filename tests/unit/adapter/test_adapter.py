@@ -174,10 +174,8 @@ def test_weights_under_another_name(make_adapter: Make) -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("layers.0.attn.q_proj.lora_a.weight", "torchtune"),
-        ("x.adapter.linear_in.weight", "Megatron"),
-        ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"),
-        ("w_a_000", "numbered"),
+        ("layers.0.mixer.lora_a.weight", "candle"),
+        ("x.adapter_down.weight", "bottleneck"),
         ("model.layers.0.q_proj.weight", "none of its"),
     ],
 )

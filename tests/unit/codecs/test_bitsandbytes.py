@@ -169,9 +169,9 @@ def test_the_map_is_the_one_in_the_file(tmp_path: Path) -> None:
 
 def test_the_configured_dtype_wins_over_that_of_the_weight(tmp_path: Path) -> None:
     half = four_bits((8, 16), dtype="float16")
-    for dtype in (None, "F32"):
+    for dtype, expected in ((None, "F16"), ("BF16", "BF16"), ("F32", "BF16")):
         (found,) = recognise(half.stored(tmp_path), Description(dtype=dtype)).values()
-        assert found.spec.dtype == (dtype or "F16")
+        assert found.spec.dtype == expected
 
 
 def with_eight(**changed: Tensor) -> Sample:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loratool.base.config import ModelConfig
 from loratool.errors import UnsupportedError
 from loratool.names.gguf import (
     Architecture,
@@ -177,7 +178,7 @@ def test_a_language_model_inside_another_one(prefix: str) -> None:
     ],
 )
 def test_the_architecture_of_a_configuration(config: dict[str, Any], name: str | None) -> None:
-    found = architecture_of(config)
+    found = architecture_of(ModelConfig(config).language)
     assert (found.name if found else None) == name
 
 
@@ -190,7 +191,7 @@ def test_heads_of_a_configuration() -> None:
     told = attention_in_config({"num_attention_heads": 8, "num_key_value_heads": 2})
     assert told is not None
     assert told.at(3) == Heads(8, 2)
-    inner = attention_in_config({"text_config": {"num_attention_heads": 4}})
+    inner = attention_in_config(ModelConfig({"text_config": {"num_attention_heads": 4}}).language)
     assert inner is not None
     assert inner.at(0) == Heads(4, 4)
     falcon = {"n_head": 71, "multi_query": True, "model_type": "falcon"}

@@ -1,0 +1,80 @@
+"""Megatron's names of the modules of language models of Llama's kind, fused as it has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from loratool.adapter.model import Site
+from loratool.adapter.scheme import Context, Names
+from loratool.errors import UnsupportedError
+from loratool.names.gguf import plain_path
+from loratool.names.paths.component import EachAlone
+
+__all__ = ["MegatronPaths"]
+
+LEAVES: Final = {
+    "self_attention.linear_qkv.q": "self_attn.q_proj",
+    "self_attention.linear_qkv.k": "self_attn.k_proj",
+    "self_attention.linear_qkv.v": "self_attn.v_proj",
+    "self_attention.linear_proj": "self_attn.o_proj",
+    "mlp.linear_fc1.gate": "mlp.gate_proj",
+    "mlp.linear_fc1.up": "mlp.up_proj",
+    "mlp.linear_fc2": "mlp.down_proj",
+}
+LAYER: Final = re.compile(
+    r"(?:.+\.)?(?:decoder|encoder)\.layers\.(?P<layer>\d+)\.(?P<leaf>.+)", re.DOTALL
+)
+WHOLE: Final = {"output_layer": "lm_head"}
+
+
+@dataclass(frozen=True)
+class MegatronPaths(EachAlone):
+    """``decoder.layers.0.self_attention.linear_qkv``.
+
+    Attributes:
+        kind: What the model is, where its modules are not those of Llama's kind.
+    """
+
+    is_dotted: bool = True
+    keeps_unknown: bool = True
+    kind: str = ""
+
+    def name(self, module: str, component: str | None, local: str, context: Context) -> str:
+        """Return what Megatron calls a module.
+
+        Raises:
+            UnsupportedError: It has none of that kind.
+        """
+        raise UnsupportedError(module, "is not written in Megatron's names")
+
+    def unspell(
+        self, sites: Sequence[Site], metadata: Mapping[str, str], base: Collection[str]
+    ) -> Names:
+        """Return the modules of transformers; those of the base, if it is given."""
+        own = {plain_path(path): path for path in base}
+        found: dict[str, tuple[str, ...]] = {}
+        for site in sites:
+            path = "" if self.kind else self._path(site.module)
+            found[site.module] = (own.get(path, path),) if path else ()
+        return Names(found)
+
+    def _path(self, module: str) -> str:
+        match = LAYER.fullmatch(module)
+        if match is None:
+            return WHOLE.get(module.rpartition(".")[2], "")
+        leaf = LEAVES.get(match["leaf"])
+        return f"model.layers.{match['layer']}.{leaf}" if leaf else ""
+
+    def refusal(self, count: int) -> str | None:
+        """Return what is missing, or why it is not read."""
+        if self.kind:
+            return f"{count} modules are of a model of another kind than Llama's: {self.kind}"
+        return (
+            f"{count} modules are not known: Megatron fuses queries, keys and values, and gate and "
+            "up, and how many rows each has the attention heads and the activation of the base "
+            "decide (give --base BASE: the model, or the folder with its config.json); experts are "
+            "not read"
+        )

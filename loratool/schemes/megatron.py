@@ -1,0 +1,199 @@
+"""Megatron's adapters, as NeMo and Megatron-Bridge save them: projections in one, by groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from loratool.adapter.keys import KeyTable, Template
+from loratool.adapter.model import Site
+from loratool.adapter.scheme import Home, Scheme, Told
+from loratool.adapter.slots import AdapterKey, Slot
+from loratool.errors import AdapterError
+from loratool.files.spec import StoredTensor
+from loratool.files.yaml import read_flat_yaml
+from loratool.names.gguf import architecture_of, attention_in_config
+from loratool.names.paths.megatron import MegatronPaths
+from loratool.schemes.parts.model import described
+from loratool.schemes.parts.roles import Roles
+from loratool.schemes.parts.scales import FoldedScale
+from loratool.schemes.parts.settings import Settings
+
+__all__ = ["CLAIM", "SCHEME"]
+
+CLAIM: Final = {
+    "keys": r"(\.adapter(\.adapter_\w+)?|\.adapter_layer\.lora_\w+_adapter(\.\w+_adapter)?)"
+    r"\.linear_(in|out)\.weight$",
+}
+
+SIDES: Final = {"linear_in": Slot.DOWN, "linear_out": Slot.UP}
+KEY: Final = re.compile(
+    r"(?P<module>.+)\.adapter(\.adapter_(?P<part>q|k|v|gate|up))?\.(?P<side>linear_in|linear_out)"
+    r"\.weight",
+    re.DOTALL,
+)
+MAGNITUDE: Final = re.compile(r"(?P<module>.+)\.adapter\.weight_magnitude", re.DOTALL)
+FIRST: Final = re.compile(
+    r"(?P<block>.+)\.adapter_layer\.lora_(?P<name>\w+?)_adapter(\.(?P<part>q|k|v|gate|up)_adapter)?"
+    r"\.(?P<side>linear_in|linear_out)\.weight",
+    re.DOTALL,
+)
+FIRST_NAMES: Final = {
+    "kqv": "linear_qkv",
+    "unfused_kqv": "linear_qkv",
+    "dense_attention": "linear_proj",
+    "hto4h": "linear_fc1",
+    "unfused_hto4h": "linear_fc1",
+    "4htoh": "linear_fc2",
+}
+"""What NeMo 1 called its adapters, and the layers that they are of."""
+PARTS: Final = ("q", "k", "v", "gate", "up")
+MODEL: Final = "model_config.yaml"
+GATED: Final = frozenset(
+    ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo", "olmo2", "mistral3")
+)
+"""llama.cpp's names of kinds of model whose modules are those of Llama's."""
+
+
+class MegatronKeys(KeyTable):
+    """Keys in which a part of a fused layer stands behind the adapter."""
+
+    def _parse(self, key: str) -> AdapterKey | None:
+        if match := KEY.fullmatch(key):
+            part = f".{match['part']}" if match["part"] else ""
+            return AdapterKey(match["module"] + part, SIDES[match["side"]])
+        if match := MAGNITUDE.fullmatch(key):
+            return AdapterKey(match["module"], Slot.MAGNITUDE)
+        match = FIRST.fullmatch(key)
+        name = FIRST_NAMES.get(match["name"]) if match is not None else None
+        if match is None or name is None:
+            return None
+        part = f".{match['part']}" if match["part"] else ""
+        return AdapterKey(f"{match['block']}.{name}{part}", SIDES[match["side"]])
+
+    def format(self, key: AdapterKey) -> str:
+        module, _, part = key.module.rpartition(".")
+        if module and part in PARTS and key.slot is not Slot.MAGNITUDE:
+            inner = KeyTable.format(self, replace(key, module="x")).removeprefix("x.adapter")
+            return f"{module}.adapter.adapter_{part}{inner}"
+        return super().format(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What tells the parts of fused layers.
+
+    Attributes:
+        heads: Of queries; 0 where nothing tells.
+        groups: Of keys and values.
+        is_gated: Whether the first layer of an MLP is two.
+    """
+
+    heads: int = 0
+    groups: int = 0
+    is_gated: bool = False
+
+
+@dataclass(frozen=True)
+class MegatronRoles(Roles):
+    """Matrices; fused ones are read as their parts, which share A.
+
+    Attributes:
+        shape: What tells them.
+    """
+
+    shape: Shape = field(default_factory=Shape)
+
+    def apart(self, site: Site) -> list[Site]:
+        """Return the projections that a fused layer is, where that is known.
+
+        Raises:
+            AdapterError: Its rows are not those of such heads.
+        """
+        leaf = site.module.rpartition(".")[2]
+        up = site.slots.get(Slot.UP)
+        if up is None or len(up.spec.shape) != 2:
+            return [site]
+        if leaf == "linear_qkv" and self.shape.heads:
+            heads, groups = self.shape.heads, self.shape.groups
+            each = heads // groups
+            return self._cut(site, groups, {"q": each, "k": 1, "v": 1})
+        if leaf == "linear_fc1" and self.shape.is_gated:
+            return self._cut(site, 1, {"gate": 1, "up": 1})
+        return [site]
+
+    def _cut(self, site: Site, groups: int, shares: Mapping[str, int]) -> list[Site]:
+        rows = site.slots[Slot.UP].spec.shape[0]
+        count = groups * sum(shares.values())
+        if rows % count:
+            raise AdapterError(
+                site.label,
+                f"has {rows} rows, which are no {count} equal parts",
+                hint="is this the base that it was trained on?",
+            )
+        size, first, made = rows // count, 0, []
+        for name, share in shares.items():
+            last = first + share * size
+            slots = dict(site.slots)
+            for slot in (Slot.UP, Slot.MAGNITUDE):
+                if slot in slots:
+                    slots[slot] = _kept(slots[slot], groups, first, last, site.label)
+            made.append(replace(site, module=f"{site.module}.{name}", slots=slots))
+            first = last
+        return made
+
+
+def _kept(stored: StoredTensor, groups: int, first: int, last: int, where: str) -> StoredTensor:
+    found = stored.keeping(groups, first, last)
+    if found is None:
+        raise AdapterError(where, "has rows that are not stored one after the other")
+    return found
+
+
+def _following(told: Told) -> Scheme:
+    """Return the scheme for the heads of one model."""
+    config = described(told)
+    path = told.folder / MODEL if told.folder is not None else None
+    beside = read_flat_yaml(path) if path is not None and path.is_file() else {}
+    architecture = architecture_of(config)
+    name = architecture.name if architecture is not None else "unknown"
+    kind = "" if not config or name in GATED else f"{config.get('architectures') or name}"[:80]
+    attention = attention_in_config(config)
+    found = attention.at(None) if attention is not None else None
+    heads = found.query if found is not None else _count(beside, "num_attention_heads")
+    groups = found.key if found is not None else _count(beside, "num_query_groups") or heads
+    if not groups or heads % groups:
+        heads = groups = 0
+    activation = beside.get("activation")
+    is_gated = name in GATED or (isinstance(activation, str) and "glu" in activation)
+    roles = MegatronRoles(has_convolutions=False, shape=Shape(heads, groups, is_gated))
+    return replace(SCHEME, paths=MegatronPaths(kind=kind), roles=roles)
+
+
+def _count(fields: Mapping[str, Any], key: str) -> int:
+    value = fields.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+SCHEME = Scheme(
+    name="megatron",
+    summary="NeMo, Megatron-Bridge: linear_qkv by groups, linear_fc1 (read only)",
+    example="decoder.layers.0.self_attention.linear_proj.adapter.linear_in.weight",
+    keys=MegatronKeys(
+        templates=(
+            Template("{module}.adapter.linear_in.weight", Slot.DOWN),
+            Template("{module}.adapter.linear_out.weight", Slot.UP),
+            Template("{module}.adapter.weight_magnitude", Slot.MAGNITUDE),
+        ),
+    ),
+    paths=MegatronPaths(),
+    scale=FoldedScale(),
+    roles=MegatronRoles(has_convolutions=False),
+    settings=Settings(),
+    home=Home(),
+    priority=4,
+    follows=_following,
+    is_written=False,
+)

@@ -1,0 +1,109 @@
+"""Super-Tuning, as PEFT stores it: numbers at a few places of a weight, and a LoRA beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from loratool.adapter.config import LoraConfig
+from loratool.adapter.details import number
+from loratool.adapter.model import Site
+from loratool.adapter.slots import Slot
+from loratool.adapter.sparse import AtPlaces, Sparse
+from loratool.adapter.variant import Array, Change, Geometry, Settings, Shapes, Slots
+from loratool.files.spec import StoredTensor
+
+__all__ = ["VARIANT"]
+
+CLAIM = {
+    "signs": ["supertuning_values"],
+    "peft": {
+        ".supertuning_values": "supertuning_values",
+        ".supertuning_indices": "supertuning_indices",
+        ".supertuning_lora_A.weight": "supertuning_lora_A",
+        ".supertuning_lora_B.weight": "supertuning_lora_B",
+    },
+    "peft_types": ["SUPERTUNING"],
+    "evidence": 2,
+    "priority": 10,
+}
+
+VALUES: Final = Slot("supertuning_values")
+PLACES: Final = Slot("supertuning_indices")
+DOWN, UP = Slot("supertuning_lora_A"), Slot("supertuning_lora_B")
+
+
+class Both(AtPlaces):
+    """The numbers, and ``scale · B @ A``."""
+
+    def __init__(self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...]) -> None:
+        places = values[PLACES]
+        rows, columns = places // shape[1], places % shape[1]
+        super().__init__(site, rows, columns, values[VALUES], shape)
+        self.down, self.up = values.get(DOWN), values.get(UP)
+        self.scale = site.settings.get("alpha", 0.0) / site.geometry.rank
+
+    def changed(self, part: Array, row: int, column: int) -> Array:
+        """See :class:`Change`."""
+        made = super().changed(part, row, column)
+        if self.down is None or self.up is None:
+            return made
+        columns = slice(column, column + part.shape[1])
+        return made + self.up[row : row + part.shape[0]] @ self.down[:, columns] * self.scale
+
+
+class Supertuning(Sparse):
+    """The places are told by their numbers in the flattened weight."""
+
+    name = "supertuning"
+    words = "Super-Tuning, numbers at a few places of the base's weight"
+    fields = frozenset(
+        ("sparsity", "select_top", "save_precomputed_indices", "lora_alpha", "lora_dropout")
+    )
+
+    def settings(
+        self,
+        module: str,
+        slots: Slots,
+        config: LoraConfig | None,
+        tensors: Mapping[str, StoredTensor],
+    ) -> Mapping[str, Any]:
+        """Return alpha."""
+        return {} if config is None else {"alpha": number(config, "lora_alpha", 16, module)}
+
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
+        """See :class:`Variant`."""
+        if DOWN not in shapes:
+            return Geometry(shapes[VALUES][0], 0, 0)
+        return Geometry(shapes[DOWN][0], shapes[UP][0], shapes[DOWN][1])
+
+    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
+        """See :class:`Variant`."""
+        if PLACES not in site.slots:
+            yield (
+                "LT001",
+                "has numbers but not the places that they are added at (save_precomputed_indices "
+                "was false)",
+            )
+        elif site.slots[PLACES].spec.shape != site.slots[VALUES].spec.shape:
+            shapes = [list(site.slots[slot].spec.shape) for slot in (VALUES, PLACES)]
+            yield "LT003", f"has numbers and places of the shapes {shapes}"
+        if DOWN in site.slots and not site.settings:
+            yield "LT022", "has its lora_alpha in adapter_config.json, which is not there"
+
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return tuple(slot for slot in (VALUES, UP) if slot in slots)
+
+    def places(self, site: Site, shape: tuple[int, ...]) -> bool:
+        """See :class:`Variant`."""
+        return len(shape) == 2 and super().places(site, shape)
+
+    def change(
+        self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
+    ) -> Change:
+        """See :class:`Variant`."""
+        return Both(site, values, shape)
+
+
+VARIANT = Supertuning()

@@ -1,0 +1,151 @@
+"""WaveFT (arXiv 2505.12532): the inverse wavelet transform of a few coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from loratool.adapter.config import LoraConfig
+from loratool.adapter.details import flag, number, whole
+from loratool.adapter.model import Site
+from loratool.adapter.slots import Slot
+from loratool.adapter.variant import (
+    SHAPE,
+    Array,
+    Geometry,
+    Read,
+    Settings,
+    Shapes,
+    Slots,
+    Variant,
+)
+from loratool.errors import UnsupportedError
+from loratool.files.spec import StoredTensor
+
+__all__ = ["VARIANT"]
+
+CLAIM = {
+    "signs": ["waveft_spectrum"],
+    "peft": {".waveft_spectrum": "waveft_spectrum"},
+    "peft_types": ["WAVEFT"],
+    "evidence": 2,
+    "priority": 10,
+}
+
+SPECTRUM: Final = Slot("waveft_spectrum")
+ORDERS: Final = {f"db{order}": order for order in range(1, 11)}
+"""The wavelets that are known, and their vanishing moments."""
+
+
+class WaveFt(Variant):
+    """``scaling · W⁻¹(S)``: where the coefficients of S are, a seed tells. Each is one rank."""
+
+    name = "waveft"
+    words = "WaveFT, coefficients of wavelets"
+    is_scaled = False
+    has_factors = True
+    needs_shape = True
+    needs_places = True
+    kernel_slots = frozenset()
+    fields = frozenset(
+        (
+            "n_frequency",
+            "n_frequency_pattern",
+            "proportional_parameters",
+            "scaling",
+            "random_loc_seed",
+            "use_idwt",
+            "wavelet_family",
+        )
+    )
+
+    def settings(
+        self,
+        module: str,
+        slots: Slots,
+        config: LoraConfig | None,
+        tensors: Mapping[str, StoredTensor],
+    ) -> Mapping[str, Any]:
+        """Return scale, seed and wavelet."""
+        if config is None:
+            return {}
+        is_transformed = flag(config, "use_idwt", True, module)
+        return {
+            "scale": number(config, "scaling", 25.0, module),
+            "seed": whole(config, "random_loc_seed", 777, module),
+            "wavelet": config.raw.get("wavelet_family", "db1") if is_transformed else None,
+        }
+
+    def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
+        """See :class:`Variant`."""
+        (count,) = shapes[SPECTRUM]
+        out, into = settings.get(SHAPE) or (0, 0)
+        return Geometry(count, out, into)
+
+    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
+        """See :class:`Variant`."""
+        shape = site.slots[SPECTRUM].spec.shape
+        if len(shape) != 1 or not shape[0]:
+            yield "LT003", f"has coefficients of shape {list(shape)}, expected one side"
+        if "seed" not in site.settings:
+            yield "LT022", "has its seed and scale in adapter_config.json, which is not there"
+
+    def check(self, site: Site, shape: tuple[int, ...] | None) -> None:
+        """See :class:`Variant`."""
+        wavelet = site.settings["wavelet"]
+        if wavelet is not None and wavelet not in ORDERS:
+            raise UnsupportedError(
+                site.module,
+                f"is a WaveFT of the wavelet {wavelet!r:.40}; only Daubechies' are known, db1 to "
+                "db10",
+                hint="merge it with peft, and save the model",
+            )
+        if site.settings.get(SHAPE) is None:
+            raise UnsupportedError(
+                site.module,
+                "is a WaveFT: only the base tells the shape of its weight",
+                hint="give --base BASE; headers are enough",
+            )
+
+    def places(self, site: Site, shape: tuple[int, ...]) -> bool:
+        """See :class:`Variant`."""
+        return len(shape) == 2 and super().places(site, shape)
+
+    def width(self, site: Site, shape: tuple[int, ...] | None = None) -> int:
+        """See :class:`Variant`."""
+        return site.in_features
+
+    def outputs_together(self, site: Site) -> int:
+        """See :class:`Variant`."""
+        return 1
+
+    def factor_rank(self, site: Site) -> int:
+        """See :class:`Variant`."""
+        return min(site.geometry.rank, site.out_features, site.in_features)
+
+    def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+        """See :class:`Variant`."""
+        return (SPECTRUM,)
+
+    def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
+        """See :class:`Variant`."""
+        from loratool.math.exact_variants import summed
+        from loratool.math.projections import fourier_places
+        from loratool.math.wavelets import entry_factors, wavelet_factors
+
+        values = read(site.slots[SPECTRUM]) * site.settings["scale"]
+        out, into = site.settings[SHAPE]
+        places = fourier_places(site.settings["seed"], values.shape[0], out, into)
+        order = ORDERS.get(site.settings["wavelet"])
+
+        def some(part: slice) -> tuple[Array, Array]:
+            chosen = places[0][part], places[1][part]
+            if order is None:
+                return entry_factors(values[part], chosen, out, into)
+            return wavelet_factors(values[part], chosen, out, into, order)
+
+        up, down = summed(some, values.shape[0], min(out, into), 1)
+        return down, up
+
+
+VARIANT = WaveFt()
