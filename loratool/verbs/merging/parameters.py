@@ -121,6 +121,8 @@ def _places(
     family = share.adapter.family
     shape = tensor.spec.shape
     place = base.find(site.module, family=family) if {"weight", "bias"} & set(leaves) else None
+    if place is None and site.variant.replaces:  # ComfyUI names the parameter, not the module
+        place = base.find(site.module.removesuffix(".scale"), family=family)
     if place is not None and not place.is_whole:
         return _pieces(share, site, place, tensor, base, is_bias="bias" in leaves)
     name = _named(site, leaves, place, base, family)
@@ -194,7 +196,7 @@ def _replace(share: Share, site: Site, fit: Fit, tensor: StoredTensor, base: Mod
         share.changes[fit.name].edits.insert(0, Blend(tensor, share.weight))
         return
     if shape != old:
-        if len(shape) != len(old) or share.weight != 1:
+        if len(shape) != len(old) or share.weight != 1 or not site.variant.resizes:
             raise _mismatch(share, site, shape, old)
         share.notes.append(
             f"{fit.name!r} was replaced by a weight of another shape, {list(shape)} instead of "
