@@ -292,3 +292,25 @@ def test_the_older_flat_names_are_kohyas(tmp_path: Path) -> None:
         tmp_path / "a.safetensors", "diffusers", tmp_path / "d.safetensors", family="flux"
     )
     assert_close(deltas(tmp_path / "d.safetensors"), truth)
+
+
+def test_its_parts_are_those_of_diffusers_to_other_verbs(tmp_path: Path) -> None:
+    """All but a modulation, whose halves lie in the other order: that is said."""
+    names = {
+        "transformer.double_blocks.0.img_attn.qkv.0": "transformer.transformer_blocks.0.attn.to_q",
+        "transformer.single_blocks.0.linear1.3": "transformer.single_transformer_blocks.0.proj_mlp",
+    }
+    truth = omi_file(tmp_path / "a.safetensors", names)
+    loratool.convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "d.safetensors")
+    pair = [tmp_path / "a.safetensors", tmp_path / "d.safetensors"]
+    assert loratool.compare(pair).as_json()["relative_distance"] == pytest.approx(0, abs=1e-6)
+    loratool.compose(pair, tmp_path / "s.safetensors", to="diffusers")
+    assert_close(deltas(tmp_path / "s.safetensors"), {n: 2 * delta for n, delta in truth.items()})
+    names["transformer.final_layer.adaLN_modulation.1"] = "transformer.norm_out.linear"
+    omi_file(tmp_path / "a.safetensors", names)
+    loratool.convert(
+        tmp_path / "a.safetensors", "diffusers", tmp_path / "d.safetensors", force=True
+    )
+    with pytest.raises(UnsupportedError) as error:
+        loratool.compare(pair)
+    assert "--to diffusers" in str(error.value.hint)
