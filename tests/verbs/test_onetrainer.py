@@ -272,6 +272,19 @@ def test_other_variants_of_an_exchanged_modulation_are_as_diffusers_has_them(
     assert_close(deltas(tmp_path / "d.safetensors"), dict.fromkeys(names, delta))
 
 
+def test_bundled_embeddings_travel(tmp_path: Path) -> None:
+    names = {"clip_l.text_model.encoder.layers.0.mlp.fc1": "text_encoder"}
+    names["transformer.double_blocks.0.img_attn.qkv.0"] = "transformer"
+    omi_file(tmp_path / "a.safetensors", names)
+    token = {"bundle_emb.dog.clip_l": torch.randn(2, WIDTH)}
+    save_file(load_file(tmp_path / "a.safetensors") | token, tmp_path / "a.safetensors")
+    loratool.convert(tmp_path / "a.safetensors", "kohya", tmp_path / "k.safetensors")
+    loratool.convert(tmp_path / "k.safetensors", "onetrainer", tmp_path / "b.safetensors")
+    for name in "kb":
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert torch.equal(found["bundle_emb.dog.clip_l"], token["bundle_emb.dog.clip_l"])
+
+
 def test_the_older_flat_names_are_kohyas(tmp_path: Path) -> None:
     """Flux's T5 is its second text encoder there."""
     names = {
