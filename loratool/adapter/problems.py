@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from loratool.adapter.build import is_scaled_by_name
+from loratool.adapter.expected import shape_problems
 from loratool.adapter.leaving import leave_out, option, pattern_for
 from loratool.adapter.model import Adapter, Kind, Site
 from loratool.adapter.slots import Slot
@@ -189,7 +190,10 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     config = adapter.config
     down, up = site.down, site.up
     if not site.is_plain and Slot.MID not in site.slots:
-        if site.geometry == NO_GEOMETRY:
+        misshapen = list(shape_problems(site))
+        if misshapen:
+            yield from misshapen
+        elif site.geometry == NO_GEOMETRY:
             yield "LT001", f"is {site.variant.words}, but lacks some of its tensors"
         else:
             yield from site.variant.problems(site)

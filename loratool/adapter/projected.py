@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from loratool.adapter.config import LoraConfig
@@ -16,7 +16,7 @@ from loratool.adapter.variant import (
     Slots,
     Variant,
 )
-from loratool.errors import UnsupportedError
+from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.spec import StoredTensor
 
 __all__ = ["Projected"]
@@ -38,6 +38,10 @@ class Projected(Variant):
     def seed(self, module: str, config: LoraConfig) -> Mapping[str, Any]:
         """Return what the projections are drawn by."""
         raise NotImplementedError
+
+    def drawn_rank(self, site: Site) -> int:
+        """Return the rank that a module's tensors tell, which has to be that of all."""
+        return site.geometry.rank
 
     def drawn(self, site: Site, like: Array) -> tuple[Array, Array]:
         """Return the projections as they were drawn, the same for all modules."""
@@ -81,6 +85,7 @@ class Projected(Variant):
                 hint="give --base BASE; headers are enough",
             )
         if all(name in site.settings for name in self.shared):
+            self.check_sizes(site, shape)
             return
         what = f"is a {self.name} without its shared projections (save_projection was false)"
         if "seed" not in site.settings:
@@ -96,6 +101,39 @@ class Projected(Variant):
                 "left out or are not in the base",
                 hint="give all modules, and the base that it was trained on (-w MODULE=0 leaves a "
                 "module out of a merge)",
+            )
+
+    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
+        """Yield that copies of the projections differ, or that only one of the two is there."""
+        kinds: dict[str, set[tuple[int, ...]]] = {name: set() for name in self.shared}
+        for key, tensor in site.settings.items():
+            name = key.rpartition(".")[2]
+            if name in kinds and isinstance(tensor, StoredTensor):
+                kinds[name].add(tensor.spec.shape)
+        for name, shapes in kinds.items():
+            if len(shapes) > 1:
+                listed = " and ".join(str(list(shape)) for shape in sorted(shapes))
+                yield "LT003", f"has copies of {name} of the shapes {listed}"
+        told, rank = site.settings.get("rank"), self.drawn_rank(site)
+        if told is not None and told != rank:
+            yield "LT005", f"has rank {rank}, but the configuration says {told}"
+        if sum(1 for shapes in kinds.values() if shapes) == 1:
+            yield "LT001", f"has only one of {' and '.join(self.shared)}"
+
+    def check_sizes(self, site: Site, shape: tuple[int, ...]) -> None:
+        """Make sure that stored projections are large enough for a weight.
+
+        Raises:
+            AdapterError: They are not.
+        """
+        one, other = (site.settings[name].spec.shape for name in self.shared)
+        into = self.width(site, shape)
+        if one[1] < into or other[0] < site.out_features:
+            raise AdapterError(
+                site.module,
+                f"shares projections of the shapes {list(one)} and {list(other)}, which are too "
+                f"small for {site.out_features} × {into}",
+                hint="is this the base that it was trained on?",
             )
 
     def width(self, site: Site, shape: tuple[int, ...] | None = None) -> int:

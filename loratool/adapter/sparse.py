@@ -8,7 +8,7 @@ from loratool.adapter.model import Site
 from loratool.adapter.variant import Array, Change, Variant
 from loratool.errors import AdapterError
 
-__all__ = ["AtPlaces", "Sparse"]
+__all__ = ["AtPlaces", "Sparse", "within"]
 
 
 class AtPlaces(Change):
@@ -51,6 +51,19 @@ class AtPlaces(Change):
                 if first <= place < last:
                     flat[index, place - first] += value
         return flat.reshape(part.shape)
+
+
+def within(site: Site, places: Array, size: int) -> None:
+    """Make sure that places are some of so many.
+
+    Raises:
+        AdapterError: One of them is outside.
+    """
+    lowest, highest = int(places.min()), int(places.max())
+    if lowest < 0 or highest >= size:
+        raise AdapterError(
+            site.module, f"means entries {lowest} to {highest} of what has {size} of them"
+        )
 
 
 class Sparse(Variant):

@@ -24,6 +24,7 @@ __all__ = [
     "LARGEST",
     "NO_GEOMETRY",
     "SHAPE",
+    "WEIGHT",
     "Array",
     "Change",
     "Choice",
@@ -59,6 +60,8 @@ class Geometry:
 
 
 NO_GEOMETRY: Final = Geometry(0, 0, 0)
+WEIGHT: Final = Slot("the base's weight")
+"""Among the values of a change of a bias: the weight beside it, ``(out, in)``, as it was."""
 SHAPE: Final = "shape"
 """In settings: the shape of the base's weight, ``(out, in)``, where one is at hand."""
 LARGEST: Final = "largest"
@@ -118,6 +121,8 @@ class Variant:
         needs_shape: Whether only the weight's shape tells what its factors are.
         needs_places: Whether it has to know the base's weights: the shape of its own, and the
             largest sides of all that its adapter changes (:data:`SHAPE` and :data:`LARGEST`).
+        bias_needs_weight: Whether what becomes of a bias depends on the weight, which is then among
+            the values (:data:`WEIGHT`).
         needs_whole: Whether a change looks at the whole weight at once.
         takes_weights: Whether a part of its change means something.
         parameters: Roles of tensors that are added to whole parameters of the module, as they are,
@@ -131,6 +136,11 @@ class Variant:
         kernel_slots: Roles whose further dimensions are those of a convolution's kernel.
         embedding_slots: Roles that only an embedding has.
         fields: Further fields of PEFT's configuration that it knows.
+        shapes: Its tensors and what they have to look like (:mod:`loratool.adapter.expected`);
+            those that it shares with other modules by their names in the settings.
+        spare: Those of them that it may lack.
+        whole_numbers: Those of them that are places, which need not be floats.
+        resizes: Whether what takes the place of a parameter may have another shape.
     """
 
     name: ClassVar[str]
@@ -150,6 +160,7 @@ class Variant:
     needs_base: ClassVar[bool] = False
     needs_shape: ClassVar[bool] = False
     needs_places: ClassVar[bool] = False
+    bias_needs_weight: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False
     takes_weights: ClassVar[bool] = True
     parameters: ClassVar[Mapping[Slot, tuple[str, ...]]] = MappingProxyType({})
@@ -164,6 +175,10 @@ class Variant:
     kernel_slots: ClassVar[frozenset[Slot]] = frozenset((Slot.DOWN,))
     embedding_slots: ClassVar[frozenset[Slot]] = frozenset()
     fields: ClassVar[frozenset[str]] = frozenset()
+    shapes: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    spare: ClassVar[frozenset[str]] = frozenset()
+    whole_numbers: ClassVar[frozenset[str]] = frozenset()
+    resizes: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         return f"<variant {self.name}>"
@@ -198,6 +213,10 @@ class Variant:
             AdapterError: The configuration says something impossible.
         """
         return {}
+
+    def expected(self, slots: Slots) -> Mapping[str, str]:
+        """Return the part of :attr:`shapes` that a module with these tensors has to have."""
+        return self.shapes
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """Return the shapes of the delta; a KeyError, IndexError or ValueError is no geometry."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from loratool.adapter.expected import shape_problems
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.variant import LARGEST, SHAPE
 from loratool.base.model import Model
@@ -42,6 +43,8 @@ def _largest(shapes: Sequence[tuple[int, ...] | None]) -> tuple[int, int] | None
 
 def _shape(site: Site, adapter: Adapter, base: Model) -> tuple[int, ...] | None:
     """Return the shape of a site's weight, ``(out, in, *kernel)``."""
+    if any(True for _ in shape_problems(site)):
+        return None
     try:
         place = base.find(site.module, family=adapter.family)
     except LoratoolError:  # which whoever places the site says better

@@ -22,6 +22,7 @@ __all__ = [
     "glora_delta",
     "ia3_delta",
     "is_old_glora",
+    "projector",
     "rotation_delta",
     "rotations",
 ]
@@ -218,3 +219,17 @@ def circulant(kernel: Array) -> Array:
     rows, columns, size = kernel.shape
     shifted = [xp.roll(kernel, shift, axis=2) for shift in range(size)]
     return xp.stack(shifted, axis=1).reshape((rows * size, columns * size))
+
+
+def projector(directions: Array, is_orthogonal: bool) -> tuple[Array, Array]:
+    """Return Q and P of ``Q Pᵀ``: an orthonormal basis twice, or the columns and what is above 0.
+
+    Args:
+        directions: ``(out, r)``.
+        is_orthogonal: Whether an orthonormal basis is made of them.
+    """
+    xp = array_namespace(directions)
+    if is_orthogonal:
+        basis = xp.linalg.qr(directions)[0]
+        return basis, basis
+    return directions, xp.where(directions > 0, directions, 0.0)

@@ -34,8 +34,9 @@ def daubechies(order: int) -> NDArray[np.float64]:
         whole = np.convolve(whole, [1, -pair[np.argmin(abs(pair))]])
     for _ in range(order):
         whole = np.convolve(whole, [1, 1])
-    real = whole.real
-    return real * (math.sqrt(2) / real.sum())
+    real: NDArray[np.float64] = np.array(whole.real, np.float64)
+    real *= math.sqrt(2) / real.sum()
+    return real
 
 
 def wavelet_factors(

@@ -10,6 +10,7 @@ from typing import Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
+from loratool.adapter.variant import WEIGHT
 from loratool.base.region import Region
 from loratool.codecs.weights import PaddedRows, RowSource, Weight, rows_of
 from loratool.errors import MergeError
@@ -341,6 +342,8 @@ def _change(edit: ChangeWeight | Decompose, matrix: _Matrix) -> tuple[Changed, i
     kernel = matrix.step.spec.shape[2:] if not is_bias and region.experts == 1 else ()
     shape = (edit.outputs or outputs, inputs // math.prod(kernel), *kernel)
     if is_bias:
+        if isinstance(edit, ChangeWeight) and edit.beside is not None:
+            values[WEIGHT] = _beside(*edit.beside, matrix)
         change = site.variant.bias_change(site, values)
     else:
         change = site.variant.change(site, values, shape, edit.scale)
@@ -359,6 +362,14 @@ def _change(edit: ChangeWeight | Decompose, matrix: _Matrix) -> tuple[Changed, i
     )
     is_aligned = rows and region.first_row % rows == 0
     return function, rows if is_aligned else 0
+
+
+def _beside(weight: Weight, region: Region, matrix: _Matrix) -> Array:
+    """Return the weight of a layer whose bias is computed, ``(out, in)`` in float64."""
+    reader = rows_of(weight, region.width, matrix.files)
+    rows = matrix.kind.double().rows(reader, region.first_row, region.rows)
+    found = rows[:, region.first_column : region.first_column + region.columns]
+    return found.T if region.transposed else region.ordered(found)
 
 
 def _decompose(edit: Decompose, matrix: _Matrix, taken: Interpolated | None) -> WeightDecomposed:

@@ -95,6 +95,7 @@ class ChangeWeight:
         is_bias: Whether it is the bias.
         first: Which of its outputs is the first of the region.
         outputs: How many it has, where the region has not all of them.
+        beside: The weight beside a bias that changes with it, and where in that it lies.
     """
 
     site: Site
@@ -104,6 +105,7 @@ class ChangeWeight:
     is_bias: bool = False
     first: int = 0
     outputs: int | None = None
+    beside: tuple[Weight, Region] | None = None
 
     @property
     def words(self) -> str:

@@ -26,6 +26,11 @@ class Beft(WholeParameters):
 
     name = "beft"
     words = "the difference of a bias"
+    shapes = MappingProxyType(
+        {
+            "beft_bias": "1 out",
+        }
+    )
     has_matrix = False
     fields = frozenset(("init_weights",))
     parameters = MappingProxyType({ADDED: ("bias",)})

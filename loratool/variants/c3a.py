@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.model import Site
@@ -46,6 +47,11 @@ class C3a(Variant):
 
     name = "c3a"
     words = "C3A, circulant blocks"
+    shapes = MappingProxyType(
+        {
+            "c3a_kernel": ". . size",
+        }
+    )
     is_scaled = False
     has_change = True
     kernel_slots = frozenset()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.model import Site
@@ -32,6 +33,14 @@ class Delora(Variant):
 
     name = "delora"
     words = "DeLoRA, ranks of unit length"
+    shapes = MappingProxyType(
+        {
+            "delora_A": "rank in",
+            "delora_B": "out rank",
+            "delora_lambda": "1",
+            "delora_w_norm": "in",
+        }
+    )
     is_scaled = False
     has_factors = True
     fields = frozenset(("delora_lambda", "lambda_pattern", "init_weights", "module_dropout"))
@@ -40,17 +49,6 @@ class Delora(Variant):
         """See :class:`Variant`."""
         down, up = shapes[PARTS[0]], shapes[PARTS[1]]
         return Geometry(down[0], up[0], down[1])
-
-    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
-        """See :class:`Variant`."""
-        for slot in PARTS[2:]:
-            if slot not in site.slots:
-                yield "LT001", f"is a DeLoRA without its {slot}"
-                return
-        down, up, _, norms = (site.slots[slot].spec for slot in PARTS)
-        if down.shape[0] != up.shape[1] or norms.elements != down.shape[1]:
-            shapes = [list(each.shape) for each in (down, up, norms)]
-            yield "LT003", f"has A, B and norms of the shapes {shapes}"
 
     def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
         """See :class:`Variant`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.config import LoraConfig
@@ -40,6 +41,11 @@ class FourierFt(Variant):
 
     name = "fourierft"
     words = "FourierFT, entries of a spectrum"
+    shapes = MappingProxyType(
+        {
+            "fourierft_spectrum": "n",
+        }
+    )
     is_scaled = False
     has_factors = True
     needs_shape = True
@@ -72,9 +78,6 @@ class FourierFt(Variant):
 
     def problems(self, site: Site) -> Iterator[tuple[str, str]]:
         """See :class:`Variant`."""
-        shape = site.slots[SPECTRUM].spec.shape
-        if len(shape) != 1 or not shape[0]:
-            yield "LT003", f"has a spectrum of shape {list(shape)}, expected one side"
         if "seed" not in site.settings:
             yield "LT022", "has its seed and scale in adapter_config.json, which is not there"
 

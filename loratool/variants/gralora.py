@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.config import LoraConfig
@@ -36,6 +37,15 @@ class Gralora(Variant):
 
     name = "gralora"
     words = "GraLoRA, low-rank factors of blocks"
+    shapes = MappingProxyType(
+        {
+            "gralora_A": "k . rank",
+            "gralora_B": "k rank .",
+            "gralora_A_general": "more .",
+            "gralora_B_general": ". more",
+        }
+    )
+    spare = frozenset(("gralora_A_general", "gralora_B_general"))
     is_scaled = False
     has_factors = True
     kernel_slots = frozenset()
@@ -59,10 +69,14 @@ class Gralora(Variant):
     def problems(self, site: Site) -> Iterator[tuple[str, str]]:
         """See :class:`Variant`."""
         down, up = (site.slots[slot].spec.shape for slot in (DOWN, UP))
-        if (down[0], down[2]) != up[:2] or down[2] % down[0]:
-            yield "LT003", f"has blocks of the shapes {list(down)} and {list(up)}"
-        if len([slot for slot in GENERAL if slot in site.slots]) == 1:
+        if down[2] % down[0]:
+            yield "LT003", f"has blocks of rank {down[2]}, no multiple of their number {down[0]}"
+        general = [site.slots[slot].spec.shape for slot in GENERAL if slot in site.slots]
+        if len(general) == 1:
             yield "LT001", "has one of the factors that go over all blocks, but not the other"
+        elif general and (general[1][0], general[0][1]) != (up[2] * up[0], down[1] * down[0]):
+            shapes = [list(shape) for shape in (down, up, *general)]
+            yield "LT003", f"has blocks and factors over all of them of the shapes {shapes}"
         if not site.settings:
             yield "LT022", "has its alpha in adapter_config.json, which is not there"
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.plain import matrix
 from loratool.adapter.slots import Slot
-from loratool.adapter.variant import Array, Change, Geometry, Settings, Shapes, Variant
+from loratool.adapter.variant import Array, Change, Geometry, Settings, Shapes, Slots, Variant
 
 __all__ = ["VARIANT"]
 
@@ -59,17 +59,15 @@ class Hira(Variant):
     embedding_slots = frozenset(EMBEDDED)
     fields = frozenset(("hira_dropout", "init_weights"))
 
+    def expected(self, slots: Slots) -> Mapping[str, str]:
+        """See :class:`Variant`."""
+        down, up = (DOWN, UP) if DOWN in slots else EMBEDDED
+        return {down: "rank in ...", up: "out rank ..."}
+
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         down, up = (DOWN, UP) if DOWN in shapes else EMBEDDED
         return Geometry(shapes[down][0], shapes[up][0], math.prod(shapes[down][1:]))
-
-    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
-        """See :class:`Variant`."""
-        down, up = (DOWN, UP) if DOWN in site.slots else EMBEDDED
-        shapes = site.slots[down].spec.shape, site.slots[up].spec.shape
-        if shapes[0][0] != shapes[1][1]:
-            yield "LT003", f"has factors of the shapes {list(map(list, shapes))}"
 
     def outputs_together(self, site: Site) -> int:
         """See :class:`Variant`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.config import LoraConfig
@@ -31,6 +32,11 @@ class Hra(Turned):
 
     name = "hra"
     words = "HRA, mirrors of the base's inputs"
+    shapes = MappingProxyType(
+        {
+            "hra_u": "in rank",
+        }
+    )
     fields = frozenset(("apply_GS", "init_weights"))
 
     def settings(

@@ -29,6 +29,7 @@ class LnTuning(WholeParameters):
     words = "a weight in place of the base's (LN tuning)"
     has_matrix = False
     replaces = True
+    resizes = False
     parameters = MappingProxyType({WEIGHT: ("weight",), BIAS: ("bias",)})
 
 

@@ -61,6 +61,10 @@ class Miss(Variant):
         is_mini = config is not None and config.raw.get("init_weights") == "mini"
         return {"is mini": is_mini}
 
+    def expected(self, slots: Slots) -> Mapping[str, str]:
+        """See :class:`Variant`."""
+        return {BLOCK if BLOCK in slots else OLD: "rank out"}
+
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         rank, out = shapes[BLOCK if BLOCK in shapes else OLD]

@@ -45,6 +45,10 @@ class MissBat(Turned):
         """See :class:`Variant`."""
         return len(slots[BLOCK if BLOCK in slots else OLD].spec.shape) == 3
 
+    def expected(self, slots: Slots) -> Mapping[str, str]:
+        """See :class:`Variant`."""
+        return {BLOCK if BLOCK in slots else OLD: "blocks rank rank"}
+
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         count, rank, _ = shapes[BLOCK if BLOCK in shapes else OLD]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from loratool.adapter.model import Site
@@ -30,6 +31,12 @@ class PeftBoft(Turned):
 
     name = "boft"
     words = "BOFT, butterfly rotations of the base's inputs"
+    shapes = MappingProxyType(
+        {
+            "boft_R": "stages blocks size size",
+            "boft_s": ". .",
+        }
+    )
     fields = frozenset(
         (
             "boft_block_size",
@@ -47,9 +54,7 @@ class PeftBoft(Turned):
 
     def problems(self, site: Site) -> Iterator[tuple[str, str]]:
         """See :class:`Variant`."""
-        stages, count, size, other = site.slots[BLOCKS].spec.shape
-        if size != other:
-            yield "LT003", f"has blocks of {size} × {other}, expected square ones"
+        stages, count, size, _ = site.slots[BLOCKS].spec.shape
         if stages > 1 and (count % (1 << (stages - 1)) or size % 2):
             yield "LT003", f"has {stages} stages, which {count} blocks of {size} inputs do not have"
 

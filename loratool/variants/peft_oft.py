@@ -81,6 +81,10 @@ class PeftOft(Turned):
             "is shared": flag(config, "block_share", False, module),
         }
 
+    def expected(self, slots: Slots) -> Mapping[str, str]:
+        """See :class:`Variant`."""
+        return {BLOCKS if BLOCKS in slots else OF_EMBEDDING: "blocks ."}
+
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         slot = BLOCKS if BLOCKS in shapes else OF_EMBEDDING

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from loratool.adapter.config import LoraConfig
@@ -30,6 +31,15 @@ class Pvera(Projected):
 
     name = "pvera"
     words = "PVeRA, scaled projections that all modules share"
+    shapes = MappingProxyType(
+        {
+            "pvera_lambda_b": "out",
+            "pvera_lambda_d": "ranks",
+            "pvera_A": "ranks .",
+            "pvera_B": ". .",
+        }
+    )
+    spare = frozenset(("pvera_A", "pvera_B"))
     shared = ("pvera_A", "pvera_B")
     fields = frozenset(
         (
@@ -45,11 +55,21 @@ class Pvera(Projected):
 
     def seed(self, module: str, config: LoraConfig) -> Mapping[str, Any]:
         """See :class:`Projected`."""
-        return {"seed": whole(config, "projection_prng_key", 0, module)}
+        return {
+            "seed": whole(config, "projection_prng_key", 0, module),
+            "rank": whole(config, "r", 256, module),
+        }
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         return Geometry(shapes[RANKS][0] // 2, shapes[ROWS][0], self.inputs(settings))
+
+    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
+        """See :class:`Variant`."""
+        yield from super().problems(site)
+        ranks, other = site.slots[RANKS].spec.shape[0], site.settings.get("pvera_B")
+        if ranks % 2 or (other is not None and other.spec.shape[1] * 2 != ranks):
+            yield "LT003", f"has {ranks} means and variances, expected two for each rank"
 
     def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
         """See :class:`Variant`."""

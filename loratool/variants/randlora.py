@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from loratool.adapter.config import LoraConfig
@@ -12,7 +13,7 @@ from loratool.adapter.model import Site
 from loratool.adapter.projected import Projected
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import LARGEST, SHAPE, Array, Geometry, Read, Settings, Shapes
-from loratool.errors import UnsupportedError
+from loratool.errors import AdapterError, UnsupportedError
 
 __all__ = ["VARIANT"]
 
@@ -32,6 +33,15 @@ class RandLora(Projected):
 
     name = "randlora"
     words = "RandLoRA, scaled projections that all modules share"
+    shapes = MappingProxyType(
+        {
+            "randlora_lambda": "rank bases",
+            "randlora_gamma": "bases .",
+            "randlora_A": "rank 1 .",
+            "randlora_B": ". . rank",
+        }
+    )
+    spare = frozenset(("randlora_A", "randlora_B"))
     shared = ("randlora_A", "randlora_B")
     fields = frozenset(
         (
@@ -49,6 +59,7 @@ class RandLora(Projected):
         """See :class:`Projected`."""
         return {
             "seed": whole(config, "projection_prng_key", 0, module),
+            "rank": whole(config, "r", 32, module),
             "alpha": number(config, "randlora_alpha", 640, module),
             "sparse": flag(config, "sparse", False, module),
             "very sparse": flag(config, "very_sparse", False, module),
@@ -78,6 +89,18 @@ class RandLora(Projected):
         """See :class:`Variant`."""
         return min(site.geometry.rank, site.out_features, site.in_features)
 
+    def check_sizes(self, site: Site, shape: tuple[int, ...]) -> None:
+        """See :class:`Projected`."""
+        one, other = (site.settings[name].spec.shape for name in self.shared)
+        bases = site.slots[WEIGHTS].spec.shape[1]
+        if one[2] < min(shape) or other[0] < max(shape) or other[1] < bases:
+            raise AdapterError(
+                site.module,
+                f"shares projections of the shapes {list(one)} and {list(other)}, which are too "
+                f"small for {bases} bases of {list(shape)}",
+                hint="is this the base that it was trained on?",
+            )
+
     def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
         """See :class:`Variant`."""
         return (WEIGHTS,)
@@ -93,6 +116,10 @@ class RandLora(Projected):
         up, down = shortest(*randlora_factors(one, other, weights, scales, out, into))
         rank = weights.shape[0]
         return down * (site.settings["alpha"] / rank), up
+
+    def drawn_rank(self, site: Site) -> int:
+        """See :class:`Projected`."""
+        return site.slots[WEIGHTS].spec.shape[0]
 
     def drawn(self, site: Site, like: Array) -> tuple[Array, Array]:
         """See :class:`Projected`."""

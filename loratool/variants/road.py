@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.config import LoraConfig
@@ -54,6 +55,12 @@ class Road(Turned):
 
     name = "road"
     words = "RoAd, rotations of pairs of the base's outputs"
+    shapes = MappingProxyType(
+        {
+            "road_theta": "n",
+            "road_alpha": "n",
+        }
+    )
     fields = frozenset(("variant", "group_size", "init_weights"))
 
     def settings(
@@ -90,9 +97,6 @@ class Road(Turned):
         elif site.out_features % site.settings["group"]:
             group = site.settings["group"]
             yield "LT003", f"has {site.out_features} outputs, no multiple of group_size {group}"
-        shapes = [site.slots[slot].spec.shape for slot in (ANGLES, LENGTHS) if slot in site.slots]
-        if len(shapes) != 2 or shapes[0] != shapes[1]:
-            yield "LT003", f"has angles and lengths of the shapes {list(map(list, shapes))}"
 
     def outputs_together(self, site: Site) -> int:
         """See :class:`Variant`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.model import Site
@@ -29,22 +30,19 @@ class Shira(Sparse):
 
     name = "shira"
     words = "SHiRA, numbers at a few places of the base's weight"
+    shapes = MappingProxyType(
+        {
+            "shira_weight": "n",
+            "shira_indices": "2 n",
+        }
+    )
+    whole_numbers = frozenset(("shira_indices",))
     fields = frozenset(("init_weights", "mask_type", "random_seed"))
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         (count,) = shapes[VALUES]
         return Geometry(count, 0, 0)
-
-    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
-        """See :class:`Variant`."""
-        if PLACES not in site.slots:
-            yield "LT001", "has numbers but not the places that they are added at"
-            return
-        count = site.slots[VALUES].spec.elements
-        shape = site.slots[PLACES].spec.shape
-        if shape != (2, count):
-            yield "LT003", f"has {count} numbers and places of the shape {list(shape)}"
 
     def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
         """See :class:`Variant`."""

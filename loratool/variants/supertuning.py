@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.config import LoraConfig
@@ -57,6 +58,16 @@ class Supertuning(Sparse):
 
     name = "supertuning"
     words = "Super-Tuning, numbers at a few places of the base's weight"
+    shapes = MappingProxyType(
+        {
+            "supertuning_values": "n",
+            "supertuning_indices": "n",
+            "supertuning_lora_A": "rank in",
+            "supertuning_lora_B": "out rank",
+        }
+    )
+    spare = frozenset(("supertuning_lora_A", "supertuning_lora_B"))
+    whole_numbers = frozenset(("supertuning_indices",))
     fields = frozenset(
         ("sparsity", "select_top", "save_precomputed_indices", "lora_alpha", "lora_dropout")
     )
@@ -79,15 +90,8 @@ class Supertuning(Sparse):
 
     def problems(self, site: Site) -> Iterator[tuple[str, str]]:
         """See :class:`Variant`."""
-        if PLACES not in site.slots:
-            yield (
-                "LT001",
-                "has numbers but not the places that they are added at (save_precomputed_indices "
-                "was false)",
-            )
-        elif site.slots[PLACES].spec.shape != site.slots[VALUES].spec.shape:
-            shapes = [list(site.slots[slot].spec.shape) for slot in (VALUES, PLACES)]
-            yield "LT003", f"has numbers and places of the shapes {shapes}"
+        if (DOWN in site.slots) != (UP in site.slots):
+            yield "LT001", "has A or B beside its numbers, but not the other"
         if DOWN in site.slots and not site.settings:
             yield "LT022", "has its lora_alpha in adapter_config.json, which is not there"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.config import LoraConfig
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
+from loratool.adapter.sparse import within
 from loratool.adapter.variant import Array, Geometry, Read, Settings, Shapes, Slots, Variant
 from loratool.files.spec import StoredTensor
 
@@ -36,6 +38,16 @@ class UniLora(Variant):
 
     name = "unilora"
     words = "UniLoRA, factors of the numbers of one vector"
+    shapes = MappingProxyType(
+        {
+            "unilora_indices_A": "rank in",
+            "unilora_scales_A": "rank in",
+            "unilora_indices_B": "out rank",
+            "unilora_scales_B": "out rank",
+            "unilora_theta_d": "n",
+        }
+    )
+    whole_numbers = frozenset(("unilora_indices_A", "unilora_indices_B"))
     is_scaled = False
     has_factors = True
     fields = frozenset(
@@ -66,22 +78,17 @@ class UniLora(Variant):
         down, up = (shapes[slot] for slot in PLACES)
         return Geometry(down[0], up[0], down[1])
 
-    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
-        """See :class:`Variant`."""
-        if VECTOR not in site.settings:
-            yield "LT001", "has places of a vector, and the vector is not in the file"
-        if not all(slot in site.slots for slot in (*PLACES, *SCALES)):
-            yield "LT001", f"is {self.words}, but lacks some of its tensors"
-
     def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
         """See :class:`Variant`."""
         from loratool.math.exact_variants import bank_numbers
 
         vector = read(site.settings[VECTOR])
-        down, up = (
-            bank_numbers(vector, read(site.slots[places])) * read(site.slots[scales])
-            for places, scales in zip(PLACES, SCALES, strict=True)
-        )
+        found = []
+        for slot, scales in zip(PLACES, SCALES, strict=True):
+            places = read(site.slots[slot])
+            within(site, places, vector.shape[0])
+            found.append(bank_numbers(vector, places) * read(site.slots[scales]))
+        down, up = found
         return down, up
 
 

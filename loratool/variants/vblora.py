@@ -9,6 +9,7 @@ from loratool.adapter.config import LoraConfig
 from loratool.adapter.details import whole
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
+from loratool.adapter.sparse import within
 from loratool.adapter.variant import Array, Geometry, Read, Settings, Shapes, Slots, Variant
 from loratool.files.spec import StoredTensor
 
@@ -43,6 +44,7 @@ class VbLora(Variant):
     is_scaled = False
     has_factors = True
     kernel_slots = frozenset()
+    whole_numbers = frozenset(CHOSEN)
     fields = frozenset(
         (
             "num_vectors",
@@ -71,6 +73,13 @@ class VbLora(Variant):
             found["topk"] = whole(config, "topk", 2, module)
         return found
 
+    def expected(self, slots: Slots) -> Mapping[str, str]:
+        """See :class:`Variant`."""
+        if LOGITS[0] in slots or LOGITS[1] in slots:
+            return {LOGITS[0]: "rank . n", LOGITS[1]: ". rank n", BANK: "n length"}
+        places = {CHOSEN[0]: "rank in k", CHOSEN[1]: "out rank k", BANK: "n length"}
+        return {**places, SHARES[0]: "rank in others", SHARES[1]: "out rank others"}
+
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
         down, up = LOGITS if LOGITS[0] in shapes else CHOSEN
@@ -81,8 +90,10 @@ class VbLora(Variant):
         """See :class:`Variant`."""
         if LOGITS[0] in site.slots and "topk" not in site.settings:
             yield "LT022", "has its topk in adapter_config.json, which is not there"
-        if LOGITS[0] not in site.slots and not all(slot in site.slots for slot in SHARES):
-            yield "LT001", "has the vectors that it is made of, but not their shares"
+        if LOGITS[0] not in site.slots:
+            count, others = (site.slots[slot].spec.shape[2] for slot in (CHOSEN[0], SHARES[0]))
+            if others != count - 1:
+                yield "LT003", f"is made of {count} vectors each, and has {others} shares"
 
     def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
         """See :class:`Variant`."""
@@ -99,6 +110,7 @@ class VbLora(Variant):
                 found = leading_shares(read(site.slots[logits]), site.settings["topk"])
             else:
                 found = read(site.slots[chosen]), whole_shares(read(site.slots[shares]))
+            within(site, found[0], bank.shape[0])
             pieces.append(bank_pieces(bank, *found))
         down, up = pieces
         rank = down.shape[0]

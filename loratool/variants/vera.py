@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.config import LoraConfig
@@ -31,6 +32,15 @@ class Vera(Projected):
 
     name = "vera"
     words = "VeRA, scaled projections that all modules share"
+    shapes = MappingProxyType(
+        {
+            "vera_lambda_b": "out",
+            "vera_lambda_d": "rank",
+            "vera_A": "rank .",
+            "vera_B": ". rank",
+        }
+    )
+    spare = frozenset(("vera_A", "vera_B"))
     shared = SHARED
     fields = frozenset(
         (
@@ -44,7 +54,10 @@ class Vera(Projected):
 
     def seed(self, module: str, config: LoraConfig) -> Mapping[str, Any]:
         """See :class:`Projected`."""
-        return {"seed": whole(config, "projection_prng_key", 0, module)}
+        return {
+            "seed": whole(config, "projection_prng_key", 0, module),
+            "rank": whole(config, "r", 256, module),
+        }
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""

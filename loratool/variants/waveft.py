@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.adapter.config import LoraConfig
@@ -42,6 +43,11 @@ class WaveFt(Variant):
 
     name = "waveft"
     words = "WaveFT, coefficients of wavelets"
+    shapes = MappingProxyType(
+        {
+            "waveft_spectrum": "n",
+        }
+    )
     is_scaled = False
     has_factors = True
     needs_shape = True
@@ -84,9 +90,6 @@ class WaveFt(Variant):
 
     def problems(self, site: Site) -> Iterator[tuple[str, str]]:
         """See :class:`Variant`."""
-        shape = site.slots[SPECTRUM].spec.shape
-        if len(shape) != 1 or not shape[0]:
-            yield "LT003", f"has coefficients of shape {list(shape)}, expected one side"
         if "seed" not in site.settings:
             yield "LT022", "has its seed and scale in adapter_config.json, which is not there"
 

@@ -50,7 +50,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         raise UnsupportedError(
             f"scheme {scheme.name}",
             "is read, and not written",
-            hint=f"write another one, such as with --to {DEFAULT_SCHEME}",
+            hint=f"write another one: loratool convert ADAPTER --to {DEFAULT_SCHEME} -o OUT",
         )
     check_place(options.output, scheme.name, scheme.settings.file)
     scheme = scheme.of(_told(new, options))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from loratool.base.model import open_model
 from loratool.base.placing import with_places
 from loratool.errors import LoratoolError, UnsupportedError
 from loratool.files.spec import StoredTensor
+from loratool.math import exact_variants
 from loratool.schemes.opening import open_adapter
 from loratool.values.arrays import decode
 
@@ -217,6 +220,26 @@ for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
 for order in range(2, 11):
     options = {"n_frequency": 500, "wavelet_family": f"db{order}", "scaling": 0.3}
     case(f"waveft-{order}", "WaveFTConfig", {**options, "random_loc_seed": order}, exact=1e-11)
+
+for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
+    for method in ("relu", "qr"):
+        options = {"r": 3, "decomposition_method": method, "init_scale": 9.0}
+        options["fan_in_fan_out"] = bool(at)  # PEFT forgets to say so for a second one
+        case(f"deft-{method}{at}", "DeftConfig", options, lora=NEAR, exact=2e-6, **more)
+        more_options = {**options, "para": True}
+        case(f"deft-{method}-para{at}", "DeftConfig", more_options, lora=NEAR, exact=2e-6, **more)
+case("deft-alpha", "DeftConfig", {"r": 3, "alpha": 6.0}, lora=NEAR, exact=2e-6)
+
+for kind in ("lora", "vector", "constant", "none"):
+    for bias in ("lora", "vector", "none"):
+        scalars = {"lora": "constant", "vector": "vector"}.get(bias, "none")
+        options = {"r": 3, "config_A_B": kind, "config_C": bias, "config_D_E": scalars}
+        if (kind, bias) != ("none", "none"):
+            targets = LINEAR if bias == "none" else ("tall", "square")
+            case(f"glora-{kind}-{bias}", "GloraConfig", options, lora=NEAR, targets=targets)
+
+# Beside a bias that is not there its terms are zeros.
+case("glora-unbiased", "GloraConfig", {"r": 3, "config_C": "vector"}, lora=NEAR, targets=("wide",))
 
 
 class Diagonal:
@@ -456,3 +479,180 @@ def test_trained_tokens_merge_as_peft_does(is_tied: bool, tmp_path: Path) -> Non
     wanted = merged(made, tmp_path / "wanted")
     assert changed(loaded(tmp_path / "base"), wanted)
     compare(loaded(tmp_path / "out"), wanted, 0.0)
+
+
+SEEDED = [name for name in CASES if "-seed" in name and "conv1d" not in name]
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_modules_that_are_left_out_have_their_share_in_projections(
+    name: str, tmp_path: Path, trained: Callable[..., Any]
+) -> None:
+    chosen = CASES[name]
+    made = trained(chosen, tmp_path, torch.float64)
+    base, adapter = tmp_path / "base", tmp_path / "adapters" / "a0"
+    is_drawn = "fourier" not in name
+    if is_drawn:
+        with pytest.raises(UnsupportedError, match="the largest of all") as failure:
+            loratool.merge(base, [adapter], tmp_path / "out", skip=["tall"])
+        assert "-w MODULE=0" in (failure.value.hint or "")
+    loratool.merge(base, [adapter], tmp_path / "out", weights=["tall=0"])
+    wanted = merged(made, tmp_path / "wanted")
+    wanted["tall.weight"] = loaded(base)["tall.weight"]
+    compare(loaded(tmp_path / "out"), wanted, chosen.exact)
+
+
+@pytest.mark.parametrize("name", ["fourierft-all", "waveft-2"])
+def test_many_entries_are_added_in_pieces(
+    name: str, tmp_path: Path, trained: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact_variants, "CHUNK", 7)
+    made = trained(CASES[name], tmp_path, torch.float64)
+    loratool.merge(tmp_path / "base", [tmp_path / "adapters" / "a0"], tmp_path / "out")
+    compare(loaded(tmp_path / "out"), merged(made, tmp_path / "wanted"), CASES[name].exact)
+
+
+DISTINCT = [
+    *("vera", "vera-seed", "pvera", "randlora", "randlora-seed", "fourierft", "waveft"),
+    *("oft", "oft-embedding", "oft-conv", "boft", "boft-three", "hra", "miss", "miss-mini"),
+    *("bat", "road-road_1", "hira", "hira-conv", "hira-embedding", "shira", "c3a", "delora"),
+    *("gralora-hybrid", "vblora", "vblora-topk", "ln_tuning-all", "beft", "supertuning-lora"),
+    "unilora",
+    "deft-qr",
+    "glora-lora-lora",
+    "glora-vector-vector",
+]
+
+
+UNTOLD = {
+    **dict.fromkeys(
+        ("vera-seed", "randlora", "randlora-seed", "fourierft", "waveft", "oft", "oft-embedding"),
+        "adapter_config",
+    ),
+    **dict.fromkeys(("oft-conv", "hra", "road-road_1", "gralora-hybrid"), "adapter_config"),
+    **dict.fromkeys(("vblora", "supertuning-lora", "deft-qr"), "adapter_config"),
+    "miss-mini": "shape",
+}
+
+
+def is_spare(key: str, name: str, wrong: torch.Tensor | None) -> bool:
+    """Whether what is left is an adapter too: of fewer modules, ranks, entries or copies."""
+    leaf = key.removesuffix(".weight").rpartition(".")[2]
+    if wrong is None:
+        is_only = leaf in ("oft_R", "oft_embedding_R", "hra_u", "miss_block", "c3a_kernel")
+        is_whole = leaf.endswith(("_spectrum", "bias")) or "ln_tuning" in key
+        return is_only or is_whole or leaf in ("randlora_A", "randlora_B")
+    return wrong.numel() > 0 and leaf in ("hra_u", "fourierft_spectrum", "waveft_spectrum")
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_a_tensor_that_is_missing_or_cut_is_an_error(
+    name: str, tmp_path: Path, trained: Callable[..., Any]
+) -> None:
+    trained(CASES[name], tmp_path, torch.float32)
+    adapter = tmp_path / "adapters" / "a0"
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    count = 0
+    for key, value in tensors.items():
+        shapes = [None, value[..., :-1].clone(), value[None].clone(), value[:0].clone()]
+        for wrong in shapes:
+            others = {k: v for k, v in tensors.items() if k != key}
+            save_file(others if wrong is None else {**others, key: wrong}, file)
+            loratool.validate(adapter, base=tmp_path / "base")
+            count += 1
+            output = tmp_path / f"out{count}"
+            with suppress(LoratoolError):
+                loratool.merge(tmp_path / "base", [adapter], output)
+                assert is_spare(key, name, wrong), (key, wrong if wrong is None else wrong.shape)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_without_a_configuration_it_is_the_same_or_refused(
+    name: str, tmp_path: Path, trained: Callable[..., Any]
+) -> None:
+    made = trained(CASES[name], tmp_path, torch.float64)
+    adapter = tmp_path / "adapters" / "a0"
+    (adapter / "adapter_config.json").unlink()
+    if name in UNTOLD:
+        with pytest.raises(LoratoolError, match=UNTOLD[name]):
+            loratool.merge(tmp_path / "base", [adapter], tmp_path / "out")
+        return
+    loratool.merge(tmp_path / "base", [adapter], tmp_path / "out")
+    compare(loaded(tmp_path / "out"), merged(made, tmp_path / "wanted"), CASES[name].exact)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_another_base_is_refused(name: str, tmp_path: Path, trained: Callable[..., Any]) -> None:
+    trained(CASES[name], tmp_path, torch.float32)
+    adapter, file = tmp_path / "adapters" / "a0", tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    for key, value in tensors.items():
+        if value.ndim > 1:
+            tensors[key] = value[:-1, :-1].clone()
+        elif key.endswith("bias") or "norm" in key:
+            tensors[key] = value[:-1].clone()
+    save_file(tensors, file)
+    if name in ("fourierft", "waveft", "shira", "ln_tuning-all"):
+        return  # they fit many
+    findings = loratool.validate(adapter, base=tmp_path / "base")
+    assert any(finding.is_error for finding in findings)
+    with pytest.raises(LoratoolError):
+        loratool.merge(tmp_path / "base", [adapter], tmp_path / "out")
+
+
+OPTIONS = {
+    "vera-seed": ("projection_prng_key", "seven"),
+    "randlora": ("randlora_alpha", [3]),
+    "fourierft": ("scaling", "150"),
+    "waveft": ("wavelet_family", "sym4"),
+    "oft": ("num_cayley_neumann_terms", 2.5),
+    "hra": ("apply_GS", "no"),
+    "road-road_1": ("variant", "road_3"),
+    "road-road_2": ("group_size", 7),
+    "gralora": ("alpha", "many"),
+    "vblora": ("topk", None),
+    "supertuning-lora": ("lora_alpha", "x"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_impossible_option_is_told(
+    name: str, tmp_path: Path, trained: Callable[..., Any]
+) -> None:
+    trained(CASES[name], tmp_path, torch.float32)
+    adapter = tmp_path / "adapters" / "a0"
+    key, value = OPTIONS[name]
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**said, key: value}))
+    if value is None:
+        loratool.merge(tmp_path / "base", [adapter], tmp_path / "out")  # the default
+        return
+    with pytest.raises(LoratoolError, match=f"{key}|wavelet"):
+        loratool.merge(tmp_path / "base", [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("XLORA", "router"),
+        ("POLY", "router"),
+        ("LILY", "router"),
+        ("ADAPTION_PROMPT", "prompts"),
+        ("PREFIX_TUNING", "prefix"),
+        ("CPT", "prompt"),
+        ("CARTRIDGE", "cache"),
+        ("TINYLORA", "order"),
+        ("OSF", "decomposition"),
+    ],
+)
+def test_what_has_no_fixed_weights_is_refused_by_name(
+    kind: str, words: str, tmp_path: Path
+) -> None:
+    save_file(
+        {"base_model.model.a.lora_A.weight": torch.ones(2, 2)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    with pytest.raises(UnsupportedError, match=f"{kind}.*{words}"):
+        loratool.inspect(tmp_path)

@@ -12,6 +12,7 @@ import numpy as np
 from loratool.adapter.model import Adapter, Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
+from loratool.adapter.variant import WEIGHT
 from loratool.base.model import Model
 from loratool.base.place import Place
 from loratool.base.values import read_place
@@ -153,10 +154,14 @@ def _bias(part: Part, place: Place | None, base: Model | None, dtype: str) -> Ex
 
     def difference(bias: Array, *_: Array) -> tuple[Array, ...]:
         values = {slot: decode(tensor) for slot, tensor in site.slots.items()}
+        if variant.bias_needs_weight:
+            weight = read_place(place)
+            values[WEIGHT] = weight.T if region.transposed else weight
         rows = region.ordered(bias[first : first + piece.outputs, None])
         return (np.asarray(variant.bias_change(site, values).difference(rows, 0, 0)),)
 
-    made = Function("the change of its bias", (stored, *site.tensors), difference)
+    used = (stored, *site.tensors, *(place.tensors if variant.bias_needs_weight else ()))
+    made = Function("the change of its bias", used, difference)
     return Result(made, 0, (piece.outputs,), dtype)
 
 

@@ -196,7 +196,7 @@ def _replace(share: Share, site: Site, fit: Fit, tensor: StoredTensor, base: Mod
         share.changes[fit.name].edits.insert(0, Blend(tensor, share.weight))
         return
     if shape != old:
-        if len(shape) != len(old) or share.weight != 1:
+        if len(shape) != len(old) or share.weight != 1 or not site.variant.resizes:
             raise _mismatch(share, site, shape, old)
         share.notes.append(
             f"{fit.name!r} was replaced by a weight of another shape, {list(shape)} instead of "

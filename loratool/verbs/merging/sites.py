@@ -289,7 +289,8 @@ def _add_change(share: Share, place: Fit, base: Model, scale: float) -> None:
     share.changes[place.name].edits.append(edit)
     bias, rows = place.bias
     if site.variant.changes_bias(site) and base.holds(bias):
-        edit = ChangeWeight(site, scale, weight, rows, True, *part)
+        beside = (base.weight(place.name), region) if site.variant.bias_needs_weight else None
+        edit = ChangeWeight(site, scale, weight, rows, True, *part, beside)
         share.changes[bias].edits.append(edit)
 
 
