@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratool.math.namespace import Array, array_namespace, beside
+from loratool.math.namespace import Array, array_namespace, beside, on_host
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["daubechies", "entry_factors", "wavelet_factors"]
+__all__ = ["daubechies", "entry_factors", "wavelet_entries", "wavelet_factors"]
 
 
 @cache
@@ -54,33 +54,61 @@ def wavelet_factors(
         into: Columns of the result.
         order: Of Daubechies' wavelet.
     """
+    (rows, up), (columns, down) = _filters(places, (out, into), order)
+    one, other = _written_out(rows, up, out), _written_out(columns, down, into)
+    return beside(one, values) * values, beside(np.ascontiguousarray(other.T), values)
+
+
+def wavelet_entries(
+    values: Array, places: tuple[NDArray[np.int64], ...], out: int, into: int, order: int
+) -> tuple[NDArray[Any], ...]:
+    """Return rows, columns and numbers of what the coefficients become; they add up.
+
+    The arguments are those of :func:`wavelet_factors`.
+    """
+    (rows, up), (columns, down) = _filters(places, (out, into), order)
+    numbers = on_host(values)[:, None, None] * up[:, :, None] * down[:, None, :]
+    below = np.broadcast_to(rows[:, :, None], numbers.shape)
+    right = np.broadcast_to(columns[:, None, :], numbers.shape)
+    inside = (below >= 0) & (below < out) & (right >= 0) & (right < into)
+    return below[inside], right[inside], numbers[inside]
+
+
+def _filters(
+    places: tuple[NDArray[np.int64], ...], shape: tuple[int, int], order: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Return, for rows and for columns, where the taps of each coefficient's filter lie.
+
+    Both are ``(n, taps)``: places, of which some are outside, and the taps.
+    """
     smooth = daubechies(order)
-    rough = smooth[::-1] * (-1.0) ** np.arange(len(smooth))
-    margin = len(smooth) - 2
-    sides = [size + margin + (size + margin) % 2 for size in (out, into)]
-    offsets = [(side - size) // 2 for side, size in zip(sides, (out, into), strict=True)]
-    rows, columns = (each + first for each, first in zip(places, offsets, strict=True))
-    is_low, is_right = rows >= sides[0] // 2, columns >= sides[1] // 2
+    taps = len(smooth)
+    rough = smooth[::-1] * (-1.0) ** np.arange(taps)
+    halves = [(size + taps - 2 + 1) // 2 for size in shape]
+    padded = [
+        where + (2 * half - size) // 2
+        for where, half, size in zip(places, halves, shape, strict=True)
+    ]
     # What is right of the middle has rough rows, what is below it rough columns.
-    up = _filtered(rows % (sides[0] // 2), is_right, (smooth, rough), sides[0], out)
-    down = _filtered(columns % (sides[1] // 2), is_low, (smooth, rough), sides[1], into)
-    return beside(up, values) * values, beside(np.ascontiguousarray(down.T), values)
+    is_rough = [where >= half for where, half in zip(padded, halves, strict=True)][::-1]
+    found = []
+    for where, half, size, is_high in zip(padded, halves, shape, is_rough, strict=True):
+        cut = (2 * taps - 3) // 2
+        whole = 2 * half - 2 + taps - 2 * cut  # of which the middle is taken
+        starts = 2 * (where % half) - cut - (whole - size) // 2
+        filters = np.where(is_high[:, None], rough, smooth)
+        found.append((starts[:, None] + np.arange(taps), filters))
+    return found
 
 
-def _filtered(
-    places: NDArray[Any], is_rough: NDArray[Any], filters: tuple[Any, Any], side: int, size: int
+def _written_out(
+    targets: NDArray[np.int64], taps: NDArray[np.float64], size: int
 ) -> NDArray[np.float64]:
-    """Return a column for each coefficient: its filter at its place, as much as is inside."""
-    length = len(filters[0])
-    cut = (2 * length - 3) // 2
-    left = side - 2 + length - 2 * cut  # of the transform, before its middle is taken
-    first = cut + (left - size) // 2
-    which = np.where(is_rough[:, None], filters[1], filters[0])
-    whole = np.zeros((size, len(places)))
-    for tap in range(length):
-        targets = 2 * places + tap - first
-        inside = (targets >= 0) & (targets < size)
-        whole[targets[inside], np.flatnonzero(inside)] += which[inside, tap]
+    """Return a column for each coefficient, as much of its filter as is inside."""
+    whole = np.zeros((size, len(targets)))
+    inside = (targets >= 0) & (targets < size)
+    which = np.broadcast_to(np.arange(len(targets))[:, None], targets.shape)
+    np.add.at(whole, (targets[inside], which[inside]), taps[inside])
     return whole
 
 

@@ -10,9 +10,11 @@ from loratool.adapter.config import LoraConfig
 from loratool.adapter.details import flag, number, whole
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
+from loratool.adapter.sparse import AtPlaces
 from loratool.adapter.variant import (
     SHAPE,
     Array,
+    Change,
     Geometry,
     Read,
     Settings,
@@ -50,6 +52,7 @@ class WaveFt(Variant):
     )
     is_scaled = False
     has_factors = True
+    has_change = True
     needs_shape = True
     needs_places = True
     kernel_slots = frozenset()
@@ -149,6 +152,23 @@ class WaveFt(Variant):
 
         up, down = summed(some, values.shape[0], min(out, into), 1)
         return down, up
+
+    def change(
+        self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
+    ) -> Change:
+        """See :class:`Variant`."""
+        from loratool.math.places import Places
+        from loratool.math.projections import fourier_places
+        from loratool.math.wavelets import wavelet_entries
+
+        numbers = values[SPECTRUM] * site.settings["scale"]
+        out, into = site.settings[SHAPE]
+        order = ORDERS.get(site.settings["wavelet"])
+        places = fourier_places(site.settings["seed"], numbers.shape[0], out, into)
+        if order is None:
+            return AtPlaces(site, Places(places[0], places[1], numbers), shape)
+        rows, columns, added = wavelet_entries(numbers, places, out, into, order)
+        return AtPlaces(site, Places(rows, columns, added), shape)
 
 
 VARIANT = WaveFt()
