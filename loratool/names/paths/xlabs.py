@@ -37,7 +37,7 @@ class XlabsPaths(EachAlone):
                 module,
                 f"is no attention of Flux.1, and the scheme {context.scheme!r} has names for "
                 "nothing else",
-                hint="write another scheme, such as with --to kohya, or leave it out with --drop",
+                hint="write another scheme, such as with --to kohya",
             )
         return local
 
