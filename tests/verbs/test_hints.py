@@ -80,6 +80,8 @@ def commands(case: Case) -> Iterator[tuple[str, Callable[[Path], list[str]], str
     for scheme in SCHEMES:
         if scheme_named(scheme).follows is not None:
             continue  # which these models are not of
+        if scheme in ("onetrainer", "xlabs") and case.adapter.is_dir():
+            continue  # nor are they pipelines, which is said once all else is mended
         yield f"convert to {scheme}", lambda a, s=scheme: ["convert", str(a), "--to", s], scheme
     for loader in loader_names():
         scheme = loader_named(loader).scheme
