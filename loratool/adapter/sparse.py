@@ -3,54 +3,45 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Site
 from loratool.adapter.variant import Array, Change, Variant
 from loratool.errors import AdapterError
 
+if TYPE_CHECKING:
+    from loratool.math.places import Places
+
 __all__ = ["AtPlaces", "Sparse", "within"]
 
 
 class AtPlaces(Change):
-    """Numbers that are added to places of a weight; several at one place add up.
+    """Numbers that are added to places of a weight.
 
     Args:
         site: The module.
-        rows: The output of each.
-        columns: Its input, kernels flattened.
-        values: The numbers.
+        places: The numbers and where they are, kernels flattened into the columns.
         shape: That of the weight.
 
     Raises:
         AdapterError: A place is outside of the weight.
     """
 
-    def __init__(
-        self, site: Site, rows: Array, columns: Array, values: Array, shape: tuple[int, ...]
-    ) -> None:
-        self.places: dict[int, list[tuple[int, float]]] = {}
-        sides = shape[0], math.prod(shape[1:])
-        triples = zip(rows.tolist(), columns.tolist(), values.tolist(), strict=True)
-        for row, column, value in triples:
-            if not (0 <= row < sides[0] and 0 <= column < sides[1]):
-                raise AdapterError(
-                    site.module,
-                    f"has a number for the place {[int(row), int(column)]} of a weight of shape "
-                    f"{list(shape)}",
-                    hint="is this the base that it was trained on?",
-                )
-            self.places.setdefault(int(row), []).append((int(column), value))
+    def __init__(self, site: Site, places: Places, shape: tuple[int, ...]) -> None:
+        self.places = places
+        outside = places.outside(shape[0], math.prod(shape[1:]))
+        if outside is not None:
+            raise AdapterError(
+                site.module,
+                f"has a number for the place {list(outside)} of a weight of shape {list(shape)}",
+                hint="is this the base that it was trained on?",
+            )
 
-    def changed(self, part: Array, row: int, column: int) -> Array:
+    def difference(self, part: Array, row: int, column: int) -> Array:
         """See :class:`Change`."""
         kernel = math.prod(part.shape[2:])
-        flat = (part + 0).reshape((part.shape[0], -1))
-        first, last = column * kernel, (column + part.shape[1]) * kernel
-        for index in range(part.shape[0]):
-            for place, value in self.places.get(row + index, ()):
-                if first <= place < last:
-                    flat[index, place - first] += value
-        return flat.reshape(part.shape)
+        flat = part.reshape((part.shape[0], part.shape[1] * kernel))
+        return self.places.part(row, column * kernel, flat).reshape(part.shape)
 
 
 def within(site: Site, places: Array, size: int) -> None:

@@ -52,8 +52,10 @@ class Shira(Sparse):
         self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...], scale: float
     ) -> Change:
         """See :class:`Variant`."""
+        from loratool.math.places import Places
+
         rows, columns = values[PLACES]
-        return AtPlaces(site, rows, columns, values[VALUES], shape)
+        return AtPlaces(site, Places(rows, columns, values[VALUES]), shape)
 
 
 VARIANT = Shira()

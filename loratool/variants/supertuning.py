@@ -38,15 +38,17 @@ class Both(AtPlaces):
     """The numbers, and ``scale · B @ A``."""
 
     def __init__(self, site: Site, values: Mapping[Slot, Array], shape: tuple[int, ...]) -> None:
+        from loratool.math.places import Places
+
         places = values[PLACES]
         rows, columns = places // shape[1], places % shape[1]
-        super().__init__(site, rows, columns, values[VALUES], shape)
+        super().__init__(site, Places(rows, columns, values[VALUES]), shape)
         self.down, self.up = values.get(DOWN), values.get(UP)
         self.scale = site.settings.get("alpha", 0.0) / site.geometry.rank
 
-    def changed(self, part: Array, row: int, column: int) -> Array:
+    def difference(self, part: Array, row: int, column: int) -> Array:
         """See :class:`Change`."""
-        made = super().changed(part, row, column)
+        made = super().difference(part, row, column)
         if self.down is None or self.up is None:
             return made
         columns = slice(column, column + part.shape[1])

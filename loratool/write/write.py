@@ -362,6 +362,12 @@ def _container(output: Path, scheme: Scheme) -> Container:
             f"the scheme {scheme.name!r} is not written as {ALONE}",
             hint=f"write the scheme of that, with --to {ALONE[1:]}, or another file",
         )
+    if scheme.home.suffix == ALONE and found is not container_of(ALONE):
+        raise OutputError(
+            output,
+            f"the scheme {scheme.name!r} is written as {ALONE} alone",
+            hint=f"end the name in {ALONE}",
+        )
     return found
 
 

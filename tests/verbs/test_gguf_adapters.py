@@ -732,3 +732,10 @@ def test_tables_of_positions_are_refused(tmp_path: Path) -> None:
     assert "--drop" in str(caught.value.hint)
     loratool.convert(adapter, "gguf", tmp_path / "out.gguf", base=tmp_path / "base", drop=["wpe"])
     assert "position_embd.weight.lora_a" not in tensors_of(tmp_path / "out.gguf")
+
+
+def test_heads_that_are_none_are_told(adapter: Path, base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 3}))
+    with pytest.raises(UnsupportedError, match=rf"\({HEADS} of queries and 3 of keys\)"):
+        loratool.convert(adapter, "gguf", tmp_path / "made.gguf", base=base)

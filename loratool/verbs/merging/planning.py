@@ -90,15 +90,7 @@ def plan_merge(
         raise MergeError("merge", "no adapter was given")
     model = open_model(Path(base))
     opened = [
-        open_adapter(
-            path,
-            adapter_name=adapter_name,
-            alpha=alpha,
-            skip=skip,
-            base_modules=model.paths,
-            base=model.told,
-        )
-        for path in adapters
+        _opened(path, model, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
     ]
     opened = [as_spelled(adapter, model) for adapter in opened]
     if model.factors and _is_one_file(model, opened):
@@ -202,6 +194,32 @@ def _check_inside(changes: ConfigChanges, steps: Iterable[Step], base: Model) ->
             f"the merge changes {changed}, which the key values of the file tell",
             hint="merge into the model of transformers, and convert that",
         )
+
+
+def _opened(
+    path: AnyPath,
+    model: Model,
+    *,
+    adapter_name: str | None,
+    alpha: float | None,
+    skip: Sequence[str],
+) -> Adapter:
+    """Open an adapter; the names of the base are looked at where those of the file leave any open.
+
+    Raises:
+        LoratoolError: It cannot be read.
+    """
+    found = open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=model.told)
+    if not found.unresolved:
+        return found
+    return open_adapter(
+        path,
+        adapter_name=adapter_name,
+        alpha=alpha,
+        skip=skip,
+        base_modules=model.paths,
+        base=model.told,
+    )
 
 
 def _is_one_file(model: Model, adapters: Sequence[Adapter]) -> bool:
