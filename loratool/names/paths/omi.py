@@ -27,6 +27,7 @@ class OmiPaths(EachAlone):
     """``transformer.double_blocks.0.img_attn.qkv.0``, ``clip_l.text_model…``."""
 
     has_components: bool = True
+    is_narrow: bool = True
 
     def name(self, module: str, component: str | None, local: str, context: Context) -> str:
         """Return the path behind OneTrainer's name of the component.

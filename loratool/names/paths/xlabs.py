@@ -25,6 +25,7 @@ class XlabsPaths(EachAlone):
     """``double_blocks.0.processor.qkv_lora1``."""
 
     has_components: bool = True
+    is_narrow: bool = True
 
     def name(self, module: str, component: str | None, local: str, context: Context) -> str:
         """Return the processor's name.
