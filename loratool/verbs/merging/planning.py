@@ -433,7 +433,7 @@ def _with_tokenizer(changes: ConfigChanges, adapters: Sequence[Adapter]) -> Adap
 
 
 def _idle_patterns(skip: Sequence[str], adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Yield that a pattern of ``--skip`` leaves nothing out; what is marked may mean other names."""
+    """Yield that a pattern of ``--skip`` leaves nothing out; a marked one may mean other names."""
     skipped = [key for adapter in adapters for key in adapter.skipped]
     for text in skip:
         pattern = selector(text, "--skip", bare_is_expression=True)
