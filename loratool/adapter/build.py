@@ -31,7 +31,10 @@ WRAPPERS: Final = (
     "_checkpoint_wrapped_module.",
     "pipe.dit.",
 )
-"""What wrapping a model once more (PEFT, torch.compile, DDP, FSDP) puts before its modules."""
+"""What wrapping a model once more (PEFT, torch.compile, DDP, FSDP) puts before its modules.
+
+DiffSynth-Studio has the model inside a pipeline, and may leave that in the names.
+"""
 
 INNER_WRAPPERS: Final = tuple(
     f".{name}."

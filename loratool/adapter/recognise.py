@@ -29,9 +29,12 @@ PEFT_TYPES: Final = {
 }
 """What the commonest types are; the others are named as they are."""
 
+CONTROL: Final = "lora_controlnet"
+"""The empty tensor by which ComfyUI knows a control-LoRA, most of whose keys are a model's."""
+
 FORMS: Final[tuple[tuple[str, str], ...]] = (
     (
-        r"^(lora_controlnet$|(input_hint_block|zero_convs|middle_block_out)\.)",
+        rf"^({CONTROL}$|(input_hint_block|zero_convs|middle_block_out)\.)",
         "those of a control-LoRA: a network beside the base, made of copies of its weights, which "
         "no merge puts into it; ComfyUI loads it with the node for control networks",
     ),
@@ -49,7 +52,7 @@ def looks_like_adapter(keys: Collection[str], forms: Sequence[tuple[str, str]] =
         keys: The keys of a file.
         forms: What keys look like that schemes know, with what they are.
     """
-    return any(
+    return CONTROL in keys or any(
         2 * sum(1 for key in keys if re.search(pattern, key)) >= len(keys)
         for pattern, _ in (*forms, *FORMS)
     )

@@ -137,6 +137,7 @@ class Paths(Protocol):
         has_components: Whether paths say which model of a pipeline they are in.
         is_dotted: Whether they are those of one model, as it has them.
         is_whole: Whether all modules of a model have a place, or none.
+        is_narrow: Whether the modules of a few families of models alone have names.
         keeps_unknown: Whether modules whose path is not known can be written as they were read.
         follows_base: Whether paths are those that the base itself has.
     """
@@ -147,6 +148,8 @@ class Paths(Protocol):
     def is_dotted(self) -> bool: ...
     @property
     def is_whole(self) -> bool: ...
+    @property
+    def is_narrow(self) -> bool: ...
     @property
     def keeps_unknown(self) -> bool: ...
     @property

@@ -51,7 +51,6 @@ BYTES: Final[tuple[tuple[int, bytes, Foreign], ...]] = (
     (0, b"7z\xbc\xaf\x27\x1c", Foreign("a 7z archive", "unpack it first")),
     (0, b"Rar!\x1a\x07", Foreign("a RAR archive", "unpack it first")),
     (4, b"TFL3", Foreign("a TensorFlow Lite model", "take the weights it was made from")),
-    (0, b"\x93NUMPY", Foreign("one array of NumPy's, with no name", None)),
 )
 SUFFIXES: Final = {
     ".h5": KERAS,

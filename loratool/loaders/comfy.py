@@ -18,6 +18,7 @@ LOADER = Loader(
     source="ComfyUI: comfy/lora.py, comfy/weight_adapter/",
     scheme="comfy",
     reads=frozenset(("comfy", "kohya", "diffusers", "diffusers-legacy")),
+    tolerates={"xlabs": "names that ComfyUI knows if the last blocks of both kinds are there"},
     scale=MODULE_ALPHA,
     fold=False,
     rules={

@@ -98,7 +98,7 @@ LOADER = Loader(
     summary="PEFT's keys behind unet., transformer., text_encoder., with the scale in B",
     source="diffusers: loaders/lora_conversion_utils.py, loaders/lora_pipeline.py",
     scheme="diffusers",
-    reads=frozenset(("diffusers", "diffusers-legacy", "kohya")),
+    reads=frozenset(("diffusers", "diffusers-legacy", "kohya", "xlabs")),
     tolerates={
         "comfy": "names of the original checkpoint, which diffusers converts for some models"
     },

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.fields import number_in
-from loratool.adapter.keys import KeyTable, Template
+from loratool.adapter.keys import KeyTable, Template, are_transposed
 from loratool.adapter.model import Site
 from loratool.adapter.part import Part
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Home, Scheme, Written
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError
+from loratool.files.spec import StoredTensor
 from loratool.names.paths.dotted import PathPaths
 from loratool.names.switched import stacked_path
 from loratool.schemes.parts.roles import FactorsOfTable, Roles
@@ -28,12 +29,24 @@ from loratool.schemes.parts.stacks import stacked
 __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
-    "keys": r"^(?!base_model\.model\.).*\.lora_[ab]$",
+    "keys": r"^(?!base_model\.model\.).*\.(lora_[ab]|[AB])$",
     "weights": ("adapters.safetensors", "adapters.npz"),
     "sidecar": "adapter_config.json",
 }
 
 BLOCK: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(.+)$", re.DOTALL)
+
+
+class MlxKeys(KeyTable):
+    """mlx-lm's keys; those of mlx-vlm's first layers, ``A`` and ``B``, may be of anything."""
+
+    def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
+        """Count factors; bare letters only where all of them are pairs of transposed factors."""
+        count = self.factor_keys(tensors)
+        if any(key.endswith((".lora_a", ".lora_b")) for key in tensors):
+            return count
+        pairs = self.pairs(tensors)
+        return count if 2 * len(pairs) == count and are_transposed(pairs) is not False else 0
 
 
 class MlxRoles(Roles):
@@ -61,8 +74,9 @@ class MlxSettings(Settings):
 
     def claims(self, raw: Mapping[str, Any]) -> bool:
         """Whether it is mlx-lm's, not PEFT's."""
+        is_vlm = {"rank", "alpha"} <= raw.keys() and "r" not in raw
         return raw.get("peft_type") is None and (
-            "fine_tune_type" in raw or "lora_parameters" in raw
+            "fine_tune_type" in raw or "lora_parameters" in raw or is_vlm
         )
 
     def read(
@@ -78,6 +92,9 @@ class MlxSettings(Settings):
             AdapterError: It is no number.
         """
         parameters = (sidecar or {}).get("lora_parameters")
+        if parameters is None and sites and all(_is_bare(site) for site in sites):
+            # mlx-vlm's first layers multiply by alpha itself.
+            parameters = {"scale": (sidecar or {}).get("alpha")}
         if parameters is None:
             return sites
         if not isinstance(parameters, dict):
@@ -120,6 +137,12 @@ class MlxSettings(Settings):
         }
 
 
+def _is_bare(site: Site) -> bool:
+    """Whether the factors of a module are called ``A`` and ``B``."""
+    down = site.slots.get(Slot.DOWN)
+    return down is not None and down.spec.name.endswith(".A")
+
+
 def _depth(layers: set[int]) -> int:
     """Return how many of the last blocks mlx-lm has to adapt; -1 for all of them."""
     return max(layers) - min(layers) + 1 if layers and min(layers) > 0 else -1
@@ -135,12 +158,15 @@ SCHEME = Scheme(
     name="mlx",
     summary="mlx-lm: transposed factors, a scale in adapter_config.json",
     example="model.layers.0.self_attn.q_proj.lora_a",
-    keys=KeyTable(
+    keys=MlxKeys(
         foreign=("base_model.model.",),
         templates=(
             Template("{module}.lora_a", Slot.DOWN),
             Template("{module}.lora_b", Slot.UP),
             Template("{module}.m", Slot.MAGNITUDE),
+            # Also read: mlx-vlm's first layers.
+            Template("{module}.A", Slot.DOWN),
+            Template("{module}.B", Slot.UP),
         ),
     ),
     paths=PathPaths(),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
 
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.keys import KeyTable, Template
-from loratool.adapter.model import Adapter
+from loratool.adapter.model import Adapter, Site
+from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Home, Scheme
 from loratool.adapter.slots import Slot
+from loratool.errors import AdapterError
 from loratool.names.paths.dotted import PathPaths
 from loratool.schemes.parts.peft_config import PeftSettings
 from loratool.schemes.parts.roles import EmbeddingSlots, Roles
@@ -24,9 +29,39 @@ CLAIM: Final = {
     "weights": ("adapter_model.safetensors", "adapter_model.bin"),
 }
 
+ALPHA_KEY: Final = "alpha"
+"""Metadata: the alpha of all modules."""
+
 
 class BareSettings(Settings):
-    """Nothing of its own; PEFT's configuration may lie beside it."""
+    """PEFT's configuration may lie beside it; DiffSynth-Studio's files may record one alpha."""
+
+    def read(
+        self,
+        sites: tuple[Site, ...],
+        metadata: Mapping[str, str],
+        sidecar: Mapping[str, Any] | None,
+        where: Path,
+    ) -> tuple[Site, ...]:
+        """Return ``sites`` with the alpha in the metadata, where nothing else records one.
+
+        Raises:
+            AdapterError: It is no number.
+        """
+        text = metadata.get(ALPHA_KEY)
+        if text is None or not all(map(_is_diffsynths, sites)):
+            return sites
+        try:
+            alpha = float(text)
+        except ValueError:
+            alpha = math.nan
+        if not math.isfinite(alpha):
+            raise AdapterError(
+                f"metadata: {ALPHA_KEY}",
+                f"is {text!r}, expected a number",
+                hint=f"take it out: loratool metadata FILE --remove {ALPHA_KEY} -o OUT",
+            )
+        return tuple(replace(site, scaling=Scaling(alpha, site.rank)) for site in sites)
 
     def findings(self, adapter: Adapter) -> Iterator[Finding]:
         """Yield that PEFT would not find the factors that its configuration is of."""
@@ -36,6 +71,12 @@ class BareSettings(Settings):
                 adapter.weights,
                 "its keys lack 'base_model.model.'; PEFT would load it and apply nothing",
             )
+
+
+def _is_diffsynths(site: Site) -> bool:
+    """Whether its factors carry PEFT's name of an adapter, and it has no alpha."""
+    is_named = site.down is not None and site.down.spec.name.endswith(".lora_A.default.weight")
+    return is_named and site.scaling.alpha is None and site.variant.is_scaled
 
 
 SCHEME = Scheme(

@@ -144,7 +144,7 @@ def open_as_spelled(
         sites = tuple(_with_alpha(site, alpha) for site in sites)
     return Adapter(
         path=path,
-        weights=weights,
+        weights=file.path,
         scheme=scheme.name,
         sites=sites,
         extras=parts.extras,

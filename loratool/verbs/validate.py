@@ -50,7 +50,8 @@ def validate(
         raise AdapterError(path, "no such file or folder")
     try:
         opened = open_adapter(path, adapter_name=adapter_name)
-        if base is not None and scheme_named(opened.scheme).follows is not None:
+        follows = scheme_named(opened.scheme).follows
+        if base is not None and (follows is not None or opened.unresolved):
             model = open_model(Path(base))
             opened = open_adapter(
                 path, adapter_name=adapter_name, base_modules=model.paths, base=model.told

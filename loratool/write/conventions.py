@@ -149,6 +149,9 @@ def to_native(
         parts: Under either naming.
         naming: The families that they may belong to.
         shapes: Shapes of the base's weights by module path, where it is at hand.
+
+    Raises:
+        UnsupportedError: Two are of one module.
     """
     groups: dict[str, tuple[Fusion, dict[str, Part]]] = {}
     order: list[str | Part] = []
@@ -164,7 +167,13 @@ def to_native(
         if name not in groups:
             groups[name] = (fusion, {})
             order.append(name)
-        groups[name][1][local] = part
+        other = groups[name][1].setdefault(local, part)
+        if other is not part:
+            raise UnsupportedError(
+                part.label,
+                f"has outputs in common with {other.label!r}, both of {local!r}",
+                hint="leave out one of them with --skip, or merge both into their base",
+            )
     made = []
     for item in order:
         if isinstance(item, Part):

@@ -179,4 +179,6 @@ def _has_plain_place(part: Part, scheme: Scheme) -> bool:
         _slotted(stand_in, scheme)
     except NoPlaceError:
         return False
+    except UnsupportedError:
+        return True  # it has, though not for one number
     return True

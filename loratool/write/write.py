@@ -50,7 +50,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         raise UnsupportedError(
             f"scheme {scheme.name}",
             "is read, and not written",
-            hint=f"write another one, such as with --to {DEFAULT_SCHEME}",
+            hint=f"write another one: loratool convert ADAPTER --to {DEFAULT_SCHEME} -o OUT",
         )
     check_place(options.output, scheme.name, scheme.settings.file)
     scheme = scheme.of(_told(new, options))
@@ -197,13 +197,13 @@ def _named(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> _Named:
         parts = [fitted(part, base) for part in parts]
     is_native = None
     if not _keeps_paths(new.scheme, scheme, options):
-        if options.keeps_naming and new.scheme == scheme.name:
+        own = naming.of(scheme.paths)
+        if options.keeps_naming and new.scheme == scheme.name and own is naming:
             is_native = new.is_native
         else:
             is_native = _is_written_native(new, scheme, naming, options.naming)
             parts = list(without_foreign(parts, naming))
         shapes = base.shapes if base else {}
-        own = naming.of(scheme.paths)
         if not is_native or own is not naming:
             parts = to_hub(parts, naming)
         if is_native:
@@ -259,7 +259,7 @@ def _spelled(parts: Sequence[Part], scheme: Scheme, named: _Named) -> list[Spell
             raise UnsupportedError(
                 f"scheme {scheme.name}",
                 f"{same[0].module!r} and {same[1].module!r} would both be {name!r}",
-                hint=_one_component(same),
+                hint=_one_component(same) or "leave out all but one of them with --drop",
             )
     made = [Spelled(name, part) for name, same in found.items() for part in same]
     return sorted(made, key=lambda item: (item.part.module, item.name, item.part.nesting))
@@ -361,6 +361,12 @@ def _container(output: Path, scheme: Scheme) -> Container:
             output,
             f"the scheme {scheme.name!r} is not written as {ALONE}",
             hint=f"write the scheme of that, with --to {ALONE[1:]}, or another file",
+        )
+    if scheme.home.suffix == ALONE and found is not container_of(ALONE):
+        raise OutputError(
+            output,
+            f"the scheme {scheme.name!r} is written as {ALONE} alone",
+            hint=f"end the name in {ALONE}",
         )
     return found
 

@@ -34,6 +34,7 @@ from loratool import variants
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError
 from loratool.plan import kernels
 from loratool.plan.gpu import read_tensor
+from loratool.schemes import scheme_named
 from loratool.schemes.opening import open_adapter
 from loratool.values.arrays import decode
 
@@ -42,9 +43,12 @@ CLOSE: Final = 1e-12
 ALPHA: Final = 2.0**-24
 """An alpha tensor is float32."""
 TO: Final = tuple(
-    name for name in SCHEMES if name not in ("cloneofsimo", "diffusers-legacy", "gguf")
+    name
+    for name in SCHEMES
+    if name not in ("cloneofsimo", "diffusers-legacy", "onetrainer", "xlabs")
+    and scheme_named(name).follows is None
 )
-"""Not those that number modules, or know attention processors only."""
+"""Not those that number modules, have those of some models, or know attention processors only."""
 EVERY: Final = frozenset(TO)
 BARE: Final = frozenset(("loralib", "mlx", "prefixed", "transposed"))
 WITHOUT_PLACE: Final = {

@@ -104,6 +104,7 @@ def test_control_loras_are_refused_by_name(tmp_path: Path) -> None:
         f"{name}.up": torch.randn(8, 2),
         f"{name}.down": torch.randn(2, 8),
         "input_hint_block.0.weight": torch.randn(2, 3, 3, 3),
+        **{f"{name[:-4]}norm{number}.weight": torch.randn(8) for number in range(9)},
         "zero_convs.0.0.weight": torch.randn(8, 8, 1, 1),
     }
     save_file(tensors, tmp_path / "a.safetensors")

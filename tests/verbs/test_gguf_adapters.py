@@ -284,11 +284,18 @@ def test_no_alpha_is_0(base: Path, tmp_path: Path) -> None:
 # --- what is refused
 
 
-def test_magnitudes_are_refused(base: Path, tmp_path: Path) -> None:
-    key = f"{PREFIX}{L}mlp.gate_proj.lora_magnitude_vector"
-    adapter = write_peft(tmp_path / "peft", more={key: torch.ones(WIDE)}, use_dora=True)
-    with pytest.raises(LoratoolError):
+@pytest.mark.parametrize(
+    ("module", "rows"), [("mlp.gate_proj", WIDE), ("self_attn.k_proj", KEYS * SIZE)]
+)
+def test_magnitudes_are_refused(module: str, rows: int, base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "peft", use_dora=True, target_modules=[module])
+    file = adapter / "adapter_model.safetensors"
+    tensors = {key: value for key, value in load_file(file).items() if module in key}
+    tensors[f"{PREFIX}{L}{module}.lora_magnitude_vector"] = torch.ones(rows)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UnsupportedError, match="no place for") as caught:
         loratool.convert(adapter, "gguf", tmp_path / "made.gguf", base=base)
+    assert "--to-lora" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -725,3 +732,10 @@ def test_tables_of_positions_are_refused(tmp_path: Path) -> None:
     assert "--drop" in str(caught.value.hint)
     loratool.convert(adapter, "gguf", tmp_path / "out.gguf", base=tmp_path / "base", drop=["wpe"])
     assert "position_embd.weight.lora_a" not in tensors_of(tmp_path / "out.gguf")
+
+
+def test_heads_that_are_none_are_told(adapter: Path, base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 3}))
+    with pytest.raises(UnsupportedError, match=rf"\({HEADS} of queries and 3 of keys\)"):
+        loratool.convert(adapter, "gguf", tmp_path / "made.gguf", base=base)

@@ -498,3 +498,15 @@ def test_whole_numbers_that_are_not_contiguous_keep_every_bit(
     merged = read_all(tmp_path / "out")
     assert torch.equal(merged["ids"], large)
     assert merged["nan"].isnan().all() and merged["nan"].shape == (2, 4)
+
+
+def test_a_pattern_that_leaves_nothing_out_is_told(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base({"a.q.weight": torch.zeros(6, 5), "a.k.weight": torch.zeros(6, 5)})
+    adapter = make_adapter(lora("a.q", 6, 5) | lora("a.k", 6, 5))
+    skip = ["a.k", "attn_q"]
+    report = loratool.merge(base, [adapter], tmp_path / "out", skip=skip)
+    assert [note for note in report.notes if "matches nothing" in note] == [
+        "--skip 'attn_q' matches nothing"
+    ]

@@ -221,6 +221,7 @@ def test_a_base_in_a_further_naming(
     for name, fusion in cut.items():
         weights[name] = torch.randn(sum(heights(fusion)), WIDTH)
         made = {f"transformer.{module}": Fusion((module,)) for module in fusion.modules}
+        sizes = dict(zip(made, heights(fusion), strict=True))
         if naming == "native":
             wholes = [family.wholes(module)[0] for module in fusion.modules]
             named = {module for other in cut.values() for module in other.modules}
@@ -229,10 +230,11 @@ def test_a_base_in_a_further_naming(
             made = {f"diffusion_model.{native}": whole for native, whole in wholes}
         for key, whole in made.items():
             if f"{key}.lora_A.weight" not in factors:
-                one = lora(key, sum(heights(whole)), WIDTH)
+                one = lora(key, sizes.get(key, sum(heights(whole))), WIDTH)
                 down, up = (factor.double() for factor in one.values())
                 factors |= one
-                parts |= hub_parts(whole, up @ down)
+                is_part = key in sizes
+                parts |= {whole.modules[0]: up @ down} if is_part else hub_parts(whole, up @ down)
     save_file({f"{BEFORE}{name}.weight": w for name, w in weights.items()}, tmp_path / BASES[0])
     save_file(factors, tmp_path / "adapter.safetensors")
     found = merged(tmp_path, BASES[0])

@@ -272,6 +272,19 @@ def test_other_variants_of_an_exchanged_modulation_are_as_diffusers_has_them(
     assert_close(deltas(tmp_path / "d.safetensors"), dict.fromkeys(names, delta))
 
 
+def test_bundled_embeddings_travel(tmp_path: Path) -> None:
+    names = {"clip_l.text_model.encoder.layers.0.mlp.fc1": "text_encoder"}
+    names["transformer.double_blocks.0.img_attn.qkv.0"] = "transformer"
+    omi_file(tmp_path / "a.safetensors", names)
+    token = {"bundle_emb.dog.clip_l": torch.randn(2, WIDTH)}
+    save_file(load_file(tmp_path / "a.safetensors") | token, tmp_path / "a.safetensors")
+    loratool.convert(tmp_path / "a.safetensors", "kohya", tmp_path / "k.safetensors")
+    loratool.convert(tmp_path / "k.safetensors", "onetrainer", tmp_path / "b.safetensors")
+    for name in "kb":
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert torch.equal(found["bundle_emb.dog.clip_l"], token["bundle_emb.dog.clip_l"])
+
+
 def test_the_older_flat_names_are_kohyas(tmp_path: Path) -> None:
     """Flux's T5 is its second text encoder there."""
     names = {
@@ -292,3 +305,25 @@ def test_the_older_flat_names_are_kohyas(tmp_path: Path) -> None:
         tmp_path / "a.safetensors", "diffusers", tmp_path / "d.safetensors", family="flux"
     )
     assert_close(deltas(tmp_path / "d.safetensors"), truth)
+
+
+def test_its_parts_are_those_of_diffusers_to_other_verbs(tmp_path: Path) -> None:
+    """All but a modulation, whose halves lie in the other order: that is said."""
+    names = {
+        "transformer.double_blocks.0.img_attn.qkv.0": "transformer.transformer_blocks.0.attn.to_q",
+        "transformer.single_blocks.0.linear1.3": "transformer.single_transformer_blocks.0.proj_mlp",
+    }
+    truth = omi_file(tmp_path / "a.safetensors", names)
+    loratool.convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "d.safetensors")
+    pair = [tmp_path / "a.safetensors", tmp_path / "d.safetensors"]
+    assert loratool.compare(pair).as_json()["relative_distance"] == pytest.approx(0, abs=1e-6)
+    loratool.compose(pair, tmp_path / "s.safetensors", to="diffusers")
+    assert_close(deltas(tmp_path / "s.safetensors"), {n: 2 * delta for n, delta in truth.items()})
+    names["transformer.final_layer.adaLN_modulation.1"] = "transformer.norm_out.linear"
+    omi_file(tmp_path / "a.safetensors", names)
+    loratool.convert(
+        tmp_path / "a.safetensors", "diffusers", tmp_path / "d.safetensors", force=True
+    )
+    with pytest.raises(UnsupportedError) as error:
+        loratool.compare(pair)
+    assert "--to diffusers" in str(error.value.hint)

@@ -166,3 +166,33 @@ def test_phi_3_is_in_parts_there(tmp_path: Path) -> None:
         assert torch.equal(made[f"layers.0.{name}.lora_b.weight"], b[first:last])
         assert torch.equal(made[f"layers.0.{name}.lora_a.weight"], a)
     assert len(made) == 10
+
+
+def test_magnitudes_lie_as_their_rows_do(tmp_path: Path) -> None:
+    write(tmp_path / "tune", "LlamaForCausalLM")
+    path = tmp_path / "tune" / "adapter_model.pt"
+    tensors = torch.load(path, weights_only=True)
+    wanted = {}
+    for layer in range(2):
+        for leaf, (out, _) in SHAPES.items():
+            rows = wanted[f"model.layers.{layer}.{leaf}"] = torch.rand(out) + 1
+            stored = in_pairs(rows, HEADS[leaf]) if leaf in HEADS else rows
+            tensors[f"layers.{layer}.{NAMES[leaf]}.magnitude"] = stored
+    torch.save(tensors, path)
+    said = json.loads((tmp_path / "tune" / "adapter_config.json").read_text())
+    said["use_dora"] = True
+    (tmp_path / "tune" / "adapter_config.json").write_text(json.dumps(said))
+    loratool.convert(tmp_path / "tune", "peft", tmp_path / "peft")
+    made = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    for module, rows in wanted.items():
+        assert torch.equal(made[f"base_model.model.{module}.lora_magnitude_vector"], rows)
+    model, weights = base(tmp_path / "base", "LlamaForCausalLM")
+    loratool.convert(tmp_path / "peft", "torchtune", tmp_path / "again", base=model)
+    again = torch.load(tmp_path / "again" / "adapter_model.pt", weights_only=True)
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors if "magnitude" in key)
+    for name in ("tune", "peft"):
+        loratool.merge(model, [tmp_path / name], tmp_path / f"{name}-merged")
+    one, other = (
+        load_file(tmp_path / f"{name}-merged" / "model.safetensors") for name in ("tune", "peft")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in weights)

@@ -179,3 +179,39 @@ def test_what_is_no_attention_of_flux_is_refused(module: str, tmp_path: Path) ->
     with pytest.raises(UnsupportedError) as error:
         loratool.convert(tmp_path / "a.safetensors", "xlabs", tmp_path / "x.safetensors")
     assert error.value.hint
+
+
+@pytest.mark.parametrize("other", ["kohya", "comfy", "onetrainer", "diffusers"])
+def test_other_cuts_are_compared_and_added_once_both_are_alike(
+    other: str, source: Path, tmp_path: Path
+) -> None:
+    """Modules of which one has outputs of another are never taken for different ones."""
+    loratool.convert(source, other, tmp_path / "o.safetensors", family="flux")
+    pair = [source, tmp_path / "o.safetensors"]
+    for verb in (loratool.compare, lambda paths: loratool.compose(paths, tmp_path / "s")):
+        with pytest.raises(UnsupportedError) as error:
+            verb(pair)
+        assert "--to diffusers" in str(error.value.hint)
+    alike = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for path, made in zip(pair, alike, strict=True):
+        loratool.convert(path, "diffusers", made, family="flux")
+    assert loratool.compare(alike).as_json()["relative_distance"] == pytest.approx(0, abs=1e-6)
+    out = tmp_path / "sum.safetensors"
+    loratool.compose(alike, out, weights=[1.0, 1.0], to="xlabs")
+    assert_close(products(out), {name: 2 * delta for name, delta in products(source).items()})
+
+
+def test_a_part_beside_the_whole_is_refused(tmp_path: Path) -> None:
+    tensors: Tensors = {}
+    for name, rows in {"linear1_qkv": 3 * WIDTH, "linear1": 7 * WIDTH}.items():
+        tensors |= lora(f"diffusion_model.single_blocks.1.{name}", rows, WIDTH)
+    save_file(tensors, tmp_path / "a.safetensors")
+    for scheme in ("kohya", "onetrainer", "diffusers", "comfy"):
+        with pytest.raises(UnsupportedError) as error:
+            loratool.convert(
+                tmp_path / "a.safetensors",
+                scheme,
+                tmp_path / f"{scheme}.safetensors",
+                family="flux",
+            )
+        assert error.value.hint, scheme

@@ -7,12 +7,14 @@ from typing import Final
 
 from loratool.names.family import CLIP_L, T5, Family, Fusion, Proportion, Release, Row, single
 from loratool.names.streams import merged_rows, stream_rows
+from loratool.names.templates import expand
 
 __all__ = ["CLAIM", "FAMILIES"]
 
 CLAIM: Final = {
     "families": ["flux"],
     "segments": [
+        "blocks",
         "context_embedder",
         "double_blocks",
         "final_layer",
@@ -55,10 +57,39 @@ def rows() -> Iterator[Row]:
     yield from merged_rows(SINGLE_BLOCKS)
 
 
+DIFFSYNTH: Final = {
+    "attn.a_to_out": "attn.to_out.0",
+    "attn.b_to_out": "attn.to_add_out",
+    "ff_a.0": "ff.net.0.proj",
+    "ff_a.2": "ff.net.2",
+    "ff_b.0": "ff_context.net.0.proj",
+    "ff_b.2": "ff_context.net.2",
+    "norm1_a.linear": "norm1.linear",
+    "norm1_b.linear": "norm1_context.linear",
+}
+DIFFSYNTH_ATTENTIONS: Final = {"a": "attn.to_{}", "b": "attn.add_{}_proj"}
+DIFFSYNTH_SINGLE: Final = {"norm.linear": "norm.linear", "proj_out": "proj_out"}
+
+
 def further_rows() -> Iterator[Row]:
-    """Yield what ComfyUI calls the attention alone that a single block has in ``linear1``."""
-    parts = tuple(f"single_transformer_blocks.*.attn.to_{each}" for each in "qkv")
-    yield Row("single_blocks.*.linear1_qkv", Fusion(parts), SINGLE_BLOCKS)
+    """Yield the names of DiffSynth-Studio's own model, which stacks what the checkpoints do.
+
+    ComfyUI has a name for the attention alone that a single block has in ``linear1``.
+    """
+    block, hub = "single_blocks.*", "single_transformer_blocks.*"
+    attention = expand(f"{hub}.attn.{{to_q,to_k,to_v}}")
+    merged = (*attention, f"{hub}.proj_mlp")
+    fusion = Fusion(merged, sizes="input", shares=(1, 1, 1, 4))
+    yield Row(f"{block}.to_qkv_mlp", fusion, SINGLE_BLOCKS)
+    for native, name in DIFFSYNTH_SINGLE.items():
+        yield single(f"{block}.{native}", f"{hub}.{name}", SINGLE_BLOCKS)
+    block, hub = "blocks.*", "transformer_blocks.*"
+    for native, name in DIFFSYNTH.items():
+        yield single(f"{block}.{native}", f"{hub}.{name}", DOUBLE_BLOCKS)
+    for stream, pattern in DIFFSYNTH_ATTENTIONS.items():
+        parts = tuple(f"{hub}.{pattern.format(each)}" for each in "qkv")
+        yield Row(f"{block}.attn.{stream}_to_qkv", Fusion(parts), DOUBLE_BLOCKS)
+    yield Row("single_blocks.*.linear1_qkv", Fusion(attention), SINGLE_BLOCKS)
 
 
 FLUX: Final = Family(

@@ -102,12 +102,20 @@ class Held:
             return FORMS[self.form](Heads(1, 1))
         layer = layer_of(self.tensor)
         heads = attention.at(layer) if attention is not None else None
+        if heads is None and attention is not None:
+            raise UnsupportedError(
+                self.tensor,
+                f"has the rows of {self.module} in another order, and the attention heads that "
+                f"its base tells for it ({attention.words(layer)}) are none",
+                hint="is the base, or its config.json, damaged?",
+            )
         if heads is None:
             raise UnsupportedError(
                 self.tensor,
                 f"has the rows of {self.module} in another order, which the attention heads "
                 "of its base decide",
-                hint="give --base BASE: the folder with its config.json, or its .gguf file",
+                hint="the base has to tell them: with --base BASE, its config.json beside it, "
+                "or key values in its .gguf file",
             )
         return FORMS[self.form](heads)
 
@@ -128,6 +136,12 @@ class Attention:
 
     query: tuple[int, ...]
     key: tuple[int, ...]
+
+    def words(self, layer: int | None) -> str:
+        """Return what is told of a layer."""
+        counts = [each[layer or 0 :][:1] or each[:1] for each in (self.query, self.key)]
+        query, key = (each[0] if each else 0 for each in counts)
+        return f"{query} of queries and {key} of keys"
 
     def at(self, layer: int | None) -> Heads | None:
         """Return those of a layer; ``None`` where it has no attention, or is not known."""

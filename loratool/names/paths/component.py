@@ -20,6 +20,7 @@ class Paths:
     has_components: bool = False
     is_dotted: bool = False
     is_whole: bool = False
+    is_narrow: bool = False
     keeps_unknown: bool = False
     follows_base: bool = False
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from loratool.adapter.model import Site
 from loratool.adapter.scheme import Context, Names
 from loratool.names.families import claiming
-from loratool.names.paths import family_name, is_native
+from loratool.names.paths import family_name, is_native, plausible_families
 from loratool.names.paths.component import EachAlone
 from loratool.names.pipelines import ENCODERS, component_of
 
 __all__ = ["PathPaths", "from_paths"]
+
+NET: Final = "net."
+"""What NVIDIA's trainers have before the names of their diffusion models."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class PathPaths(EachAlone):
 
 def from_paths(modules: Sequence[str]) -> Names:
     """Return what dotted paths tell by themselves."""
+    inside = [module.removeprefix(NET) for module in modules if module.startswith(NET)]
+    if len(inside) == len(modules) and plausible_families(inside):
+        names = from_paths(inside)
+        return replace(names, paths={f"{NET}{name}": found for name, found in names.paths.items()})
     split = [component_of(module) for module in modules]
     known = frozenset(component for component, _ in split if component)
     locals_ = [local for c, local in split if c not in ENCODERS]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from loratool.adapter.leaving import option, pattern_for
 from loratool.adapter.model import Site
 from loratool.adapter.scheme import Context, Names
 from loratool.errors import UnsupportedError
@@ -76,7 +77,8 @@ class LitgptPaths(EachAlone):
                 module,
                 f"is no module of a model of Llama's kind{what}, and others are not written for "
                 "litgpt",
-                hint="leave it out with --drop, or merge the adapter into its base instead",
+                hint=f"leave it out with {option('--drop', pattern_for([module], [module]))}, or "
+                "merge the adapter into its base instead",
             )
         return f"transformer.h.{match['layer']}.{leaf}"
 

@@ -22,6 +22,7 @@ class NumberedPaths(Paths):
 
     has_components: bool = True
     is_whole: bool = True
+    is_narrow: bool = True
 
     def spell(self, modules: Sequence[str], context: Context) -> list[str]:
         """Return the modules' numbers: all have one, or none can be counted.

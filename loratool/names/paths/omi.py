@@ -13,7 +13,7 @@ from loratool.errors import UnsupportedError
 from loratool.names.families import claiming, family_named, unrefined
 from loratool.names.family import Family
 from loratool.names.omi import is_last_of, omi
-from loratool.names.paths import having_most, with_several_encoders
+from loratool.names.paths import having_most, is_native, with_several_encoders
 from loratool.names.paths.component import EachAlone, text_path
 from loratool.names.pipelines import BACKBONES, OMI_ENCODERS, SECOND, encoder_component
 
@@ -27,6 +27,7 @@ class OmiPaths(EachAlone):
     """``transformer.double_blocks.0.img_attn.qkv.0``, ``clip_l.text_model…``."""
 
     has_components: bool = True
+    is_narrow: bool = True
 
     def name(self, module: str, component: str | None, local: str, context: Context) -> str:
         """Return the path behind OneTrainer's name of the component.
@@ -108,7 +109,8 @@ def from_omi(sites: Sequence[Site], base: Collection[str]) -> Names:
         component = encoder_component(part, name, OMI_ENCODERS)
         paths[site.module] = (f"{component}.{local}",) if component else ()
         known |= {component} if component else set()
-    return Names(paths, name, frozenset(known), is_native=bool(locals_))
+    natives = [found[0].partition(".")[2] for found in paths.values() if found]
+    return Names(paths, name, frozenset(known), any(map(is_native, natives)))
 
 
 def _families(locals_: Sequence[str], *, has_more_encoders: bool) -> list[Family]:

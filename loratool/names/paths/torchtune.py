@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from loratool.adapter.leaving import option, pattern_for
 from loratool.adapter.model import Site
 from loratool.adapter.scheme import Context, Names
 from loratool.errors import UnsupportedError
@@ -75,7 +76,8 @@ class TorchtunePaths(EachAlone):
             raise UnsupportedError(
                 module,
                 "is no module of torchtune's language models",
-                hint="leave it out with --drop, or merge the adapter into its base instead",
+                hint=f"leave it out with {option('--drop', pattern_for([module], [module]))}, or "
+                "merge the adapter into its base instead",
             )
         if is_paired(found) and not self.knows_rows:
             raise UnsupportedError(

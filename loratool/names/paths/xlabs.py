@@ -25,6 +25,7 @@ class XlabsPaths(EachAlone):
     """``double_blocks.0.processor.qkv_lora1``."""
 
     has_components: bool = True
+    is_narrow: bool = True
 
     def name(self, module: str, component: str | None, local: str, context: Context) -> str:
         """Return the processor's name.
@@ -37,7 +38,7 @@ class XlabsPaths(EachAlone):
                 module,
                 f"is no attention of Flux.1, and the scheme {context.scheme!r} has names for "
                 "nothing else",
-                hint="write another scheme, such as with --to kohya, or leave it out with --drop",
+                hint="write another scheme, such as with --to kohya",
             )
         return local
 

@@ -21,9 +21,11 @@ from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
 from loratool.names.canonical import canonical_path
+from loratool.names.families import family_named
+from loratool.names.family import Family
 from loratool.names.one_model import check_one_model
 from loratool.names.paths import families_of_modules, is_fused
-from loratool.names.pipelines import component_of
+from loratool.names.pipelines import BACKBONES, SECOND, component_of
 from loratool.names.strengths import Strength
 from loratool.values.expr import computed_dtype
 from loratool.verbs.algebra.shape import DeltaShape
@@ -198,6 +200,32 @@ def _check_namings(adapters: Sequence[Adapter]) -> None:
             f"names its modules as the original checkpoint does, {apart[0].path} as diffusers",
             hint="convert one of them first, such as with --to diffusers",
         )
+    named = {a.family for a in adapters if a.family is not None and is_fused(a.family)}
+    for family in named if len(adapters) > 1 else ():
+        _check_cuts(adapters, family_named(family))
+
+
+def _check_cuts(adapters: Sequence[Adapter], family: Family) -> None:
+    """Refuse to match modules of which one has outputs of another.
+
+    Raises:
+        UnsupportedError: Two adapters cut a projection, or order its outputs, in two ways.
+    """
+    seen: dict[tuple[bool, str], tuple[str, Adapter]] = {}
+    for adapter in adapters:
+        for site in adapter.sites:
+            component, local = component_of(site.module)
+            if component not in (None, *BACKBONES):
+                continue
+            made = family.from_native(local)
+            for part in made.modules if made is not None else (local,):
+                name, other = seen.setdefault((component == SECOND, part), (local, adapter))
+                if name != local and other is not adapter:
+                    raise UnsupportedError(
+                        f"{adapter.path}: {site.label}",
+                        f"has outputs in common with {name!r} of {other.path}, cut in another way",
+                        hint="convert both first, such as with --to diffusers",
+                    )
 
 
 def _may_be_fused(adapter: Adapter) -> bool:

@@ -75,7 +75,7 @@ def check_config(adapter: Adapter, scheme: Scheme, *, has_initial: bool) -> None
         if config.flag(field):
             raise UnsupportedError(adapter.path, f"{field}: it is {words}")
     if config.init.changes_base and not has_initial:
-        named = " --to peft" if scheme.paths.is_whole else ""  # which has few modules' names
+        named = " --to peft" if scheme.paths.is_narrow else ""  # which has few modules' names
         raise UnsupportedError(
             adapter.path,
             config.init.refusal,

@@ -121,6 +121,8 @@ def _places(
     family = share.adapter.family
     shape = tensor.spec.shape
     place = base.find(site.module, family=family) if {"weight", "bias"} & set(leaves) else None
+    if place is None and site.variant.replaces:  # ComfyUI names the parameter, not the module
+        place = base.find(site.module.removesuffix(".scale"), family=family)
     if place is not None and not place.is_whole:
         return _pieces(share, site, place, tensor, base, is_bias="bias" in leaves)
     name = _named(site, leaves, place, base, family)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import check_adapter
+from loratool.adapter.selectors import selector
 from loratool.base.config_edits import ConfigChanges
 from loratool.base.fitting import as_spelled
 from loratool.base.model import Model, open_model
@@ -90,15 +91,7 @@ def plan_merge(
         raise MergeError("merge", "no adapter was given")
     model = open_model(Path(base))
     opened = [
-        open_adapter(
-            path,
-            adapter_name=adapter_name,
-            alpha=alpha,
-            skip=skip,
-            base_modules=model.paths,
-            base=model.told,
-        )
-        for path in adapters
+        _opened(path, model, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
     ]
     opened = [as_spelled(adapter, model) for adapter in opened]
     if model.factors and _is_one_file(model, opened):
@@ -123,6 +116,7 @@ def plan_merge(
             notes.append(f"{adapter.path}: {unknown} (--alpha says otherwise)")
         recorded = adapter.base_model
         notes += [f"{adapter.path}: {note}" for note in training_notes(recorded, model)]
+    notes += _idle_patterns(skip, opened)
     notes += _expert_notes(opened, model)
     shares = [Share.of(*pair) for pair in zip(opened, strengths, strict=True)]
     for share in shares:
@@ -202,6 +196,32 @@ def _check_inside(changes: ConfigChanges, steps: Iterable[Step], base: Model) ->
             f"the merge changes {changed}, which the key values of the file tell",
             hint="merge into the model of transformers, and convert that",
         )
+
+
+def _opened(
+    path: AnyPath,
+    model: Model,
+    *,
+    adapter_name: str | None,
+    alpha: float | None,
+    skip: Sequence[str],
+) -> Adapter:
+    """Open an adapter; the names of the base are looked at where those of the file leave any open.
+
+    Raises:
+        LoratoolError: It cannot be read.
+    """
+    found = open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=model.told)
+    if not found.unresolved:
+        return found
+    return open_adapter(
+        path,
+        adapter_name=adapter_name,
+        alpha=alpha,
+        skip=skip,
+        base_modules=model.paths,
+        base=model.told,
+    )
 
 
 def _is_one_file(model: Model, adapters: Sequence[Adapter]) -> bool:
@@ -410,6 +430,16 @@ def _with_tokenizer(changes: ConfigChanges, adapters: Sequence[Adapter]) -> Adap
     if changes.vocabulary is None:
         return None
     return next((a for a in adapters if (a.folder / "tokenizer_config.json").is_file()), None)
+
+
+def _idle_patterns(skip: Sequence[str], adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Yield that a pattern of ``--skip`` leaves nothing out; a marked one may mean other names."""
+    skipped = [key for adapter in adapters for key in adapter.skipped]
+    for text in skip:
+        pattern = selector(text, "--skip", bare_is_expression=True)
+        is_idle = not any(map(pattern.matches, skipped))
+        if is_idle and not (pattern.is_marked and skipped):
+            yield f"--skip {text!r} matches nothing"
 
 
 def _expert_notes(adapters: Sequence[Adapter], base: Model) -> Iterator[str]:

@@ -18,6 +18,8 @@ from loratool.verbs.merging.context import Share
 __all__ = ["place_of_saved", "plan_cut"]
 
 BIAS: Final = "bias"
+SCALE: Final = "scale"
+"""What Flux' own checkpoints call the weight of a norm."""
 
 
 def place_of_saved(extra: Extra, base: Model) -> Place | None:
@@ -28,7 +30,8 @@ def place_of_saved(extra: Extra, base: Model) -> Place | None:
         UnsupportedError: The base has its values in another order.
     """
     module, _, leaf = extra.name.rpartition(".")
-    place = base.find(module if leaf in ("weight", BIAS) else extra.name) if module else None
+    is_of_module = leaf in ("weight", SCALE, BIAS)
+    place = base.find(module if is_of_module else extra.name) if module else None
     if place is None or place.pieces[0].name not in base.tensors:
         return None
     has_all = leaf != BIAS or all(base.holds(piece.bias) for piece in place.pieces)
