@@ -16,7 +16,7 @@ from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.adapter.variant import Choice, Variant
-from loratool.adapter.wrapped import without_wrapper
+from loratool.adapter.wrapped import without_holder, without_wrapper
 from loratool.errors import AdapterError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
@@ -41,6 +41,8 @@ INNER_WRAPPERS: Final = tuple(
     for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "orig_module")
 )
 
+ALPHA: Final = "alpha"
+SCALING: Final = "scaling"
 MAX_RANK: Final = 1 << 20
 SCALARS: Final = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
 WIDENED: Final = {"BF16": (b"\x00\x00", "<f"), "F8_E5M2": (b"\x00", "<e")}
@@ -136,6 +138,7 @@ def build_sites(
         scaling = _scaling(draft, config)
         # Not by dataclasses.replace: this is done for every module, and that takes longer.
         sites.append(Site(module, of, variant, slots, scaling, nesting, raw, stacked, settings))
+    sites, extras = _with_stored_scales(sites, extras)
     adapted = {site.module for site in sites}
     shared = {t.spec.name for site in sites if site.settings for t in site.tensors}
     extras = [replace(e, kind=ExtraKind.SHARED) if e.key in shared else e for e in extras]
@@ -160,6 +163,33 @@ def _extra(key: str, tensor: StoredTensor, scheme: Scheme) -> Extra:
     if ".original_module." in name:
         return Extra(key, SAVED_COPY.sub("", name), ExtraKind.STATE, tensor)
     return Extra(key, SAVED_COPY.sub("", name), ExtraKind.FULL, tensor)
+
+
+def _with_stored_scales(sites: list[Site], extras: list[Extra]) -> tuple[list[Site], list[Extra]]:
+    """Give modules the scale or alpha that their layer keeps as a number beside the factors.
+
+    Code of tutorials registers it as a buffer, or learns it.
+    """
+    found: dict[str, Extra] = {}
+    for extra in extras:
+        module, _, leaf = extra.name.rpartition(".")
+        if leaf in (ALPHA, SCALING) and extra.tensor.spec.elements == 1:
+            found.setdefault(without_holder(module), extra)
+    if not found:
+        return sites, extras
+    used: set[str] = set()
+    for index, site in enumerate(sites):
+        number = found.get(site.module)
+        if number is None or not site.variant.is_scaled or site.scaling.alpha is not None:
+            continue
+        value, rank = read_scalar(number.tensor), site.scaling.rank
+        is_alpha = number.name.endswith(f".{ALPHA}")
+        scaling = (
+            Scaling(value, rank) if is_alpha else Scaling(value * rank, rank, multiplier=value)
+        )
+        sites[index] = replace(site, scaling=scaling)
+        used.add(number.key)
+    return sites, [extra for extra in extras if extra.key not in used]
 
 
 def _of_base(extras: list[Extra], sites: list[Site], config: LoraConfig | None) -> frozenset[str]:

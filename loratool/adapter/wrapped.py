@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Final
 
-__all__ = ["factor_names", "own_names", "without_wrapper"]
+__all__ = ["factor_names", "own_names", "without_holder", "without_wrapper"]
 
 FACTOR: Final = re.compile(
     r"(?P<module>.+)\.(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector|down|up|mid|a|b)"
@@ -22,6 +22,8 @@ HELD: Final = re.compile(r"(\.lora|\.parametrizations\.weight\.\d+)\Z", re.ASCII
 """What holds the factors inside the layer that they are of, in code of tutorials."""
 PARAMETRISED: Final = ".parametrizations.weight.original"
 """What PyTorch calls a weight that is computed from others."""
+NUMBERS: Final = ("alpha", "scaling")
+"""What a layer keeps beside its factors, which no layer has without them."""
 WRAPPED: Final = (
     "base_layer",
     "w0",
@@ -52,6 +54,11 @@ def factor_names(names: Collection[str]) -> dict[str, str]:
     return {name: HELD.sub("", match["module"]) for name, match in found if match}
 
 
+def without_holder(module: str) -> str:
+    """Return the layer that factors are of, which something inside it may hold."""
+    return HELD.sub("", module)
+
+
 def without_wrapper(name: str, adapted: Collection[str]) -> str:
     """Return the name that a parameter has where nothing wraps its layer.
 
@@ -79,6 +86,9 @@ def own_names(names: Collection[str]) -> Mapping[str, str]:
     for name in names:
         saved = SAVED.search(name)
         if name in factors or (saved is not None and saved["kind"] != "original_module"):
+            continue
+        holder, _, leaf = name.rpartition(".")
+        if leaf in NUMBERS and without_holder(holder) in adapted:
             continue
         found[name] = SAVED.sub("", without_wrapper(name, adapted)).removeprefix(PREFIX)
     return found

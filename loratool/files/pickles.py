@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zipfile
 import zlib
@@ -52,6 +53,7 @@ WRAPPERS: Final = (
     "params",
 )
 """What trainers keep the tensors under, what is an adapter's alone first."""
+NUMBER: Final = re.compile(r"\d+(\.\d+)?", re.ASCII)
 MAX_PICKLE_BYTES: Final = 16 << 20
 MAX_DEPTH: Final = 8
 MAX_ENTRIES: Final = 200_000
@@ -289,7 +291,7 @@ class _Collector:
         if wrapped and not any(isinstance(item, PickledTensor) for item in items.values()):
             self._visit("", items[wrapped[0]].items, 0)
             self.other |= {
-                str(key): type(item).__name__ for key, item in items.items() if key != wrapped[0]
+                str(key): _summary(item)[:200] for key, item in items.items() if key != wrapped[0]
             }
         else:
             self._visit("", items, 0)
@@ -350,7 +352,12 @@ def other_contents(file: TorchPickle) -> tuple[str, ...]:
     if not file.other:
         return ()
     names = ", ".join(list(file.other)[:4])
-    return (f"{file.path.name} holds {len(file.other)} more entries, not used: {names}",)
+    said = [f"{file.path.name} holds {len(file.other)} more entries, not used: {names}"]
+    for name in ("alpha", "lora_alpha"):
+        value = file.other.get(name, "")
+        if NUMBER.fullmatch(value):
+            said.append(f"its {name} is {value}: if that is the adapter's, --alpha {value} uses it")
+    return tuple(said)
 
 
 def _summary(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,6 +72,14 @@ def spelled(down: str, up: str, *, weight: str = "", is_turned: bool = False) ->
     return Layout(tensors, deltas(pairs))
 
 
+def numbered(name: str, number: float, *, holder: str = "", weight: str = ".weight") -> Layout:
+    """Return a whole model whose layers keep such a number beside their factors."""
+    found = spelled(f"{holder}.lora_A", f"{holder}.lora_B", weight=weight)
+    for module in found.truth:
+        found.tensors[f"{module}{holder}.{name}"] = torch.tensor(number)
+    return replace(found, options={})
+
+
 def several() -> Layout:
     """Return two adapters in one dictionary, paths flattened."""
     pairs = {name: factors() for name in ("english", "french")}
@@ -116,6 +124,10 @@ LAYOUTS: Final[dict[str, Callable[[], Layout]]] = {
         ".parametrizations.weight.0.lora_B",
         weight=".parametrizations.weight.original",
     ),
+    "a scale in the layer": lambda: numbered("scaling", ALPHA / RANK),
+    "a scale beside its factors": lambda: numbered("scaling", ALPHA / RANK, holder=".lora"),
+    "an alpha in the layer": lambda: numbered("alpha", ALPHA, weight=".w0.weight"),
+    "an alpha beside its factors": lambda: numbered("alpha", ALPHA, holder=".lora"),
     "several adapters": several,
     "MergedLinear": lambda: merged_linear(is_grouped=False),
     "MergedLinear, a convolution": lambda: merged_linear(is_grouped=True),
@@ -193,3 +205,25 @@ def test_a_model_with_adapters_of_its_own_stays_a_model(tmp_path: Path) -> None:
             tensors[f"{module}.lora_B.{name}.weight"] = b.clone()
     save_file(tensors, tmp_path / "model.safetensors")
     assert loratool.inspect(tmp_path / "model.safetensors").as_json()["kind"] == "model"
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if " in the layer" in name])
+def test_what_is_folded_leaves_no_number_behind(name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]()
+    source, out = save(layout, tmp_path), tmp_path / "out.safetensors"
+    loratool.merge(source, [source], out)
+    merged = load_file(out)
+    assert merged.keys() == base_weights(".weight").keys()
+    for module, delta in layout.truth.items():
+        name = ".w0.weight" if f"{module}.w0.weight" in layout.tensors else ".weight"
+        wanted = layout.tensors[module + name].double() + delta
+        torch.testing.assert_close(
+            merged[f"{module}.weight"].double(), wanted, rtol=1e-6, atol=1e-5
+        )
+
+
+def test_an_alpha_beside_the_factors_dictionary_is_told(tmp_path: Path) -> None:
+    torch.save({"lora": spelled(".lora_A", ".lora_B").tensors, "alpha": 6.0}, tmp_path / "a.pt")
+    info = loratool.inspect(tmp_path / "a.pt")
+    assert isinstance(info, AdapterInfo)
+    assert "its alpha is 6.0: if that is the adapter's, --alpha 6.0 uses it" in info.adapter.notes
