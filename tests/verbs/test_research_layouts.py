@@ -130,6 +130,7 @@ LAYOUTS: Final[dict[str, Callable[[], Layout]]] = {
     "a scale beside its factors": lambda: numbered("scaling", ALPHA / RANK, holder=".lora"),
     "an alpha in the layer": lambda: numbered("alpha", ALPHA, weight=".w0.weight"),
     "an alpha beside its factors": lambda: numbered("alpha", ALPHA, holder=".lora"),
+    "lora_alpha in the layer": lambda: numbered("lora_alpha", ALPHA),
     "several adapters": several,
     "MergedLinear": lambda: merged_linear(is_grouped=False),
     "MergedLinear, a convolution": lambda: merged_linear(is_grouped=True),
