@@ -16,7 +16,7 @@ from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.adapter.variant import Choice, Variant
-from loratool.adapter.wrapped import without_holder, without_wrapper
+from loratool.adapter.wrapped import ALPHAS, SCALES, without_holder, without_wrapper
 from loratool.errors import AdapterError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
@@ -41,8 +41,6 @@ INNER_WRAPPERS: Final = tuple(
     for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "orig_module")
 )
 
-ALPHA: Final = "alpha"
-SCALING: Final = "scaling"
 MAX_RANK: Final = 1 << 20
 SCALARS: Final = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
 WIDENED: Final = {"BF16": (b"\x00\x00", "<f"), "F8_E5M2": (b"\x00", "<e")}
@@ -173,7 +171,7 @@ def _with_stored_scales(sites: list[Site], extras: list[Extra]) -> tuple[list[Si
     found: dict[str, Extra] = {}
     for extra in extras:
         module, _, leaf = extra.name.rpartition(".")
-        if leaf in (ALPHA, SCALING) and extra.tensor.spec.elements == 1:
+        if leaf in (*ALPHAS, *SCALES) and extra.tensor.spec.elements == 1:
             found.setdefault(without_holder(module), extra)
     if not found:
         return sites, extras
@@ -183,10 +181,9 @@ def _with_stored_scales(sites: list[Site], extras: list[Extra]) -> tuple[list[Si
         if number is None or not site.variant.is_scaled or site.scaling.alpha is not None:
             continue
         value, rank = read_scalar(number.tensor), site.scaling.rank
-        is_alpha = number.name.endswith(f".{ALPHA}")
-        scaling = (
-            Scaling(value, rank) if is_alpha else Scaling(value * rank, rank, multiplier=value)
-        )
+        scaling = Scaling(value, rank)
+        if number.name.rpartition(".")[2] in SCALES:
+            scaling = Scaling(value * rank, rank, multiplier=value)
         sites[index] = replace(site, scaling=scaling)
         used.add(number.key)
     return sites, [extra for extra in extras if extra.key not in used]

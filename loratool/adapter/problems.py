@@ -227,9 +227,10 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
             )
             if down.spec.shape[0] % max(1, up.spec.shape[1]) == 0:
                 parts = down.spec.shape[0] // max(1, up.spec.shape[1])
+                flags = "1,0,1" if parts == 2 else ",".join("1" * min(parts, 9))
                 words = (
                     f"; they look stacked for {parts} parts of a merged projection (enable_lora in "
-                    "adapter_config.json, or convert --enable-lora such as 1,0,1)"
+                    f"adapter_config.json, or convert --enable-lora such as {flags})"
                 )
             yield (
                 "LT003",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Final
 
-__all__ = ["factor_names", "own_names", "without_holder", "without_wrapper"]
+__all__ = ["ALPHAS", "SCALES", "factor_names", "own_names", "without_holder", "without_wrapper"]
 
 FACTOR: Final = re.compile(
     r"(?P<module>.+)\.(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector|down|up|mid|a|b)"
@@ -22,8 +22,9 @@ HELD: Final = re.compile(r"(\.lora|\.parametrizations\.weight\.\d+)\Z", re.ASCII
 """What holds the factors inside the layer that they are of, in code of tutorials."""
 PARAMETRISED: Final = ".parametrizations.weight.original"
 """What PyTorch calls a weight that is computed from others."""
-NUMBERS: Final = ("alpha", "scaling")
-"""What a layer keeps beside its factors, which no layer has without them."""
+ALPHAS: Final = ("alpha", "lora_alpha")
+SCALES: Final = ("scaling", "lora_scaling")
+"""Numbers that a layer keeps beside its factors, which no layer has without them."""
 WRAPPED: Final = (
     "base_layer",
     "w0",
@@ -88,7 +89,7 @@ def own_names(names: Collection[str]) -> Mapping[str, str]:
         if name in factors or (saved is not None and saved["kind"] != "original_module"):
             continue
         holder, _, leaf = name.rpartition(".")
-        if leaf in NUMBERS and without_holder(holder) in adapted:
+        if leaf in (*ALPHAS, *SCALES) and without_holder(holder) in adapted:
             continue
         found[name] = SAVED.sub("", without_wrapper(name, adapted)).removeprefix(PREFIX)
     return found

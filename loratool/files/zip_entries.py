@@ -81,7 +81,11 @@ def check_stored(path: Path, info: zipfile.ZipInfo) -> None:
     """
     is_plain = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
     if not is_plain:
-        raise FileFormatError(path, f"entry {short(info.filename)} is compressed")
+        raise FileFormatError(
+            path,
+            f"entry {short(info.filename)} is compressed",
+            hint="write it without compression (numpy.savez, mx.savez, torch.save)",
+        )
 
 
 def _raw_name(info: zipfile.ZipInfo) -> bytes:

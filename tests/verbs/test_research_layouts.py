@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 import torch
 from deltas import dense_deltas, relative_error
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from samples import place
 
 import loratool
+from loratool.errors import LoratoolError
 from loratool.schemes import builtin_schemes
 from loratool.verbs.inspect import AdapterInfo
 
@@ -128,6 +130,7 @@ LAYOUTS: Final[dict[str, Callable[[], Layout]]] = {
     "a scale beside its factors": lambda: numbered("scaling", ALPHA / RANK, holder=".lora"),
     "an alpha in the layer": lambda: numbered("alpha", ALPHA, weight=".w0.weight"),
     "an alpha beside its factors": lambda: numbered("alpha", ALPHA, holder=".lora"),
+    "lora_alpha in the layer": lambda: numbered("lora_alpha", ALPHA),
     "several adapters": several,
     "MergedLinear": lambda: merged_linear(is_grouped=False),
     "MergedLinear, a convolution": lambda: merged_linear(is_grouped=True),
@@ -227,3 +230,24 @@ def test_an_alpha_beside_the_factors_dictionary_is_told(tmp_path: Path) -> None:
     info = loratool.inspect(tmp_path / "a.pt")
     assert isinstance(info, AdapterInfo)
     assert "its alpha is 6.0: if that is the adapter's, --alpha 6.0 uses it" in info.adapter.notes
+
+
+@pytest.mark.parametrize(("parts", "flags"), [(2, "1,0,1"), (3, "1,1,1")])
+def test_stacked_factors_are_told_with_flags_of_their_count(
+    parts: int, flags: str, tmp_path: Path
+) -> None:
+    module = "h.0.attn.c_attn"
+    a, b = torch.randn(parts * RANK, 12), torch.randn(parts * 12, RANK)
+    save_file({f"{module}.lora_A": a, f"{module}.lora_B": b}, tmp_path / "a.safetensors")
+    with pytest.raises(LoratoolError, match=f"--enable-lora such as {flags}[)]"):
+        loratool.convert(tmp_path / "a.safetensors", "peft", tmp_path / "out")
+    given = [flag == "1" for flag in flags.split(",")]
+    loratool.convert(tmp_path / "a.safetensors", "peft", tmp_path / "out", enable_lora=given)
+
+
+def test_a_compressed_archive_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    factors = {"q.lora_a": np.zeros((12, 4), "f4"), "q.lora_b": np.zeros((4, 12), "f4")}
+    np.savez_compressed(tmp_path / "adapters.npz", allow_pickle=False, **factors)
+    with pytest.raises(LoratoolError, match="is compressed") as caught:
+        loratool.inspect(tmp_path / "adapters.npz")
+    assert caught.value.hint == "write it without compression (numpy.savez, mx.savez, torch.save)"
