@@ -440,7 +440,11 @@ class Model:
         """
         families = dict.fromkeys((self.family or family, family))
         paths = dict.fromkeys(path for one in families for path in self._spellings(module, one))
-        found = next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
+        # A name that is there comes before what looks like another one.
+        alike = (path for path in paths if not self.is_exchanged(path))
+        exact = (f"{self._own_modules.get(path, path)}.{leaf}" for path in alike)
+        found = next((name for name in exact if name in self.tensors), None)
+        found = found or next(filter(None, (self.tensor(path, leaf) for path in paths)), None)
         return found or self._hidden_name(module, leaf)
 
     def has(self, module: str) -> bool:

@@ -19,10 +19,12 @@ from loratool.files.containers import is_weights, open_weights
 from loratool.files.inputs import Stamp
 from loratool.files.links import STRAY_LINK, link_roots, stays_inside
 from loratool.files.spec import StoredTensor
-from loratool.schemes import claimed, weights_names
+from loratool.schemes import claimed, claims, weights_names
 
 __all__ = ["Companion", "companions", "is_training_state"]
 
+USUAL: Final = "peft"
+"""Whose file names others use too."""
 STATE: Final = re.compile(
     r"optimizer([_.-].*)?|scheduler([_.-].*)?|lr_scheduler.*|scaler\.pt|sampler.*\.bin"
     r"|(rng_state|random_states|custom_checkpoint).*|training_args\.bin|trainer_state\.json"
@@ -59,6 +61,16 @@ def is_training_state(path: Path) -> bool:
     return STATE.fullmatch(path.name) is not None
 
 
+def _has_own_folder(adapter: Adapter) -> bool:
+    """Whether its file is called as those are that have a folder to themselves.
+
+    A name that only the files of one other scheme have is a name like any other.
+    """
+    name = adapter.weights.name
+    owners = [claim.name for claim in claims() if name in claim.weights]
+    return len(owners) > 1 or bool({adapter.scheme, USUAL}.intersection(owners))
+
+
 def companions(adapter: Adapter, skip: Sequence[str] = ()) -> Iterator[Companion]:
     """Yield what lies beside an adapter that has a folder of its own.
 
@@ -71,7 +83,7 @@ def companions(adapter: Adapter, skip: Sequence[str] = ()) -> Iterator[Companion
     Raises:
         OptionError: One is no regular expression.
     """
-    if adapter.weights.name not in weights_names():
+    if not _has_own_folder(adapter):
         return
     patterns = [selector(text, "--skip", bare_is_expression=True) for text in skip]
     roots = link_roots(adapter.folder, [adapter.weights])

@@ -10,7 +10,7 @@ from loratool.adapter.build import strip_wrappers
 from loratool.adapter.model import Adapter, Extra, ExtraKind
 from loratool.adapter.saved import absent_heads, absent_modules
 from loratool.base.model import Model
-from loratool.errors import BaseModelError
+from loratool.errors import BaseModelError, LoratoolError
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor
@@ -101,7 +101,7 @@ class _Found:
         if companion.problem:
             return _Found(companion, problem=companion.problem)
         places = {key: _fitting(key, each, base) for key, each in companion.tensors.items()}
-        adapted = {_place(f"{site.module}.weight", base) for site in adapter.sites} - {None}
+        adapted = {name for site in adapter.sites for name in _adapted(site.module, adapter, base)}
         model = next((key for key, place in places.items() if place in adapted), None)
         if model is not None:
             problem = f"it holds weights that the adapter adapts, such as {model!r}"
@@ -134,6 +134,15 @@ class _Found:
 def _is_of_base(path: Path, base: Model) -> bool:
     shards = (shard for checkpoint in base.checkpoints.values() for shard in checkpoint.shards)
     return any(path.samefile(shard.path) for shard in shards)
+
+
+def _adapted(module: str, adapter: Adapter, base: Model) -> Iterator[str]:
+    """Yield the tensors that an adapter changes, whichever naming the base has them in."""
+    try:
+        place = base.find(module, family=adapter.family)
+    except LoratoolError:  # what cannot be merged is told where it is
+        return
+    yield from (piece.name for piece in place.pieces) if place is not None else ()
 
 
 def _place(name: str, base: Model) -> str | None:
