@@ -229,11 +229,17 @@ def commands(
 def ratios(kind: Kind, base: Path, timings: list[Timing]) -> Iterator[Figure]:
     """Yield wall times of whole processes by those of their limits, and the peaks."""
     size = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 1e9
-    for limit, merge in zip(timings[::2], timings[1::2], strict=True):
-        each = [wall / floor for wall, floor in zip(merge.walls, limit.walls, strict=True)]
+    expanded, merge, *kept = timings
+    pairs = [(merge, expanded, "at most 2.5")]
+    if kept:
+        alike, keep = kept
+        pairs += [(keep, expanded, "at most 2.5"), (keep, alike, "")]
+    for one, limit, target in pairs:
+        each = [wall / floor for wall, floor in zip(one.walls, limit.walls, strict=True)]
         note = f"base of {size:.2f} GB; rounds {min(each):.2f} to {max(each):.2f}"
-        yield Figure(f"{merge.name} / limit", merge.wall / limit.wall, "", "at most 2.5", note)
-        yield Figure(f"{merge.name}: peak", merge.peak / 1e6, "MB", "at most 250")
+        yield Figure(f"{one.name} / {limit.name}", one.wall / limit.wall, "", target, note)
+    for one in (merge, *kept[1:]):
+        yield Figure(f"{one.name}: peak", one.peak / 1e6, "MB", "at most 250")
 
 
 # ------------------------------------------------------------------------------------- decoding
