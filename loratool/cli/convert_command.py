@@ -16,15 +16,6 @@ from loratool.verbs.convert import NAMINGS, ConvertReport, convert
 __all__ = ["command"]
 
 
-def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[bool, ...]:
-    if value is None:
-        return ()
-    words = [word.strip().lower() for word in value.split(",")]
-    if not words or any(word not in ("1", "0", "true", "false") for word in words):
-        raise click.BadParameter(f"{value!r}; expected such as 1,0,1")
-    return tuple(word in ("1", "true") for word in words)
-
-
 @click.command("convert")
 @click.argument("adapter", type=options.PATH)
 @options.to("Scheme to write.")
@@ -61,12 +52,7 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option(
     "--pad", type=click.IntRange(1), metavar="R", help="Fill every module to this rank with zeros."
 )
-@click.option(
-    "--enable-lora",
-    metavar="1,0,1",
-    callback=_parts,
-    help="Parts of a merged projection that stacked loralib factors are for.",
-)
+@options.enable_lora
 @options.dtype
 @click.option(
     "--drop",

@@ -26,6 +26,7 @@ __all__ = ["command"]
 @options.alpha
 @options.adapter_name
 @options.skip
+@options.enable_lora
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity where they come out.")
 @options.force
 @click.option(
@@ -50,6 +51,7 @@ def command(
     alpha: float | None,
     adapter_name: str | None,
     skip: tuple[str, ...],
+    enable_lora: tuple[bool, ...],
     quantized: str,
     allow_nonfinite: bool,
     force: bool,
@@ -77,6 +79,7 @@ def command(
         "alpha": alpha,
         "adapter_name": adapter_name,
         "skip": skip,
+        "enable_lora": enable_lora,
         "quantized": quantized,
     }
     if dry_run:

@@ -55,6 +55,15 @@ def target(help_text: str) -> Decorator:
     return click.option("--for", "target", type=click.Choice(names), help=help_text)
 
 
+def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[bool, ...]:
+    if value is None:
+        return ()
+    words = [word.strip().lower() for word in value.split(",")]
+    if not words or any(word not in ("1", "0", "true", "false") for word in words):
+        raise click.BadParameter(f"{value!r}; expected such as 1,0,1")
+    return tuple(word in ("1", "true") for word in words)
+
+
 def _device(help_text: str) -> Decorator:
     """Return ``--device``."""
     return click.option(
@@ -105,6 +114,12 @@ skip: Decorator = click.option(
     multiple=True,
     metavar="RE",
     help="Leave out adapter keys that match, and report them; glob: before a pattern of -w.",
+)
+enable_lora: Decorator = click.option(
+    "--enable-lora",
+    metavar="1,0,1",
+    callback=_parts,
+    help="Parts of a merged projection that stacked loralib factors are for.",
 )
 device: Decorator = _device("Where to compute: auto (the processor), cpu, cuda or cuda:N.")
 gpu_device: Decorator = _device(

@@ -27,6 +27,7 @@ __all__ = ["command"]
 @options.alpha
 @options.adapter_name
 @options.skip
+@options.enable_lora
 @options.device
 @options.threads
 @options.quiet
@@ -40,6 +41,7 @@ def command(
     alpha: float | None,
     adapter_name: str | None,
     skip: tuple[str, ...],
+    enable_lora: tuple[bool, ...],
     device: str,
     threads: int | None,
     quiet: bool,
@@ -63,6 +65,7 @@ def command(
             alpha=alpha,
             adapter_name=adapter_name,
             skip=skip,
+            enable_lora=enable_lora,
             device=device,
             threads=threads,
             progress=progress,

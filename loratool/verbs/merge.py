@@ -59,6 +59,7 @@ def merge(
     alpha: float | None = None,
     adapter_name: str | None = None,
     skip: Sequence[str] = (),
+    enable_lora: Sequence[bool] = (),
     quantized: str = "dequantize",
     device: str = "auto",
     threads: int | None = None,
@@ -84,6 +85,7 @@ def merge(
         adapter_name: Which adapter, where a path holds several.
         skip: Regular expressions; adapter keys that match are left out, and reported. With
             ``re:`` or ``glob:`` before them patterns for modules, as those of ``weights``.
+        enable_lora: Which parts of a merged projection loralib's stacked factors are for.
         quantized: What becomes of quantised weights: ``dequantize`` writes them in the
             configuration's 16-bit dtype, and drops scales and the configuration of them.
         device: Where to compute: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -103,6 +105,7 @@ def merge(
         alpha=alpha,
         adapter_name=adapter_name,
         skip=skip,
+        enable_lora=enable_lora,
         quantized=quantized,
         output=output,
     )

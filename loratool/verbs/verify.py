@@ -51,6 +51,7 @@ def verify(
     alpha: float | None = None,
     adapter_name: str | None = None,
     skip: Sequence[str] = (),
+    enable_lora: Sequence[bool] = (),
     device: str = "auto",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -65,6 +66,7 @@ def verify(
         alpha: As in the merge.
         adapter_name: As in the merge.
         skip: As in the merge.
+        enable_lora: As in the merge.
         device: As in the merge.
         threads: Number of worker threads.
         progress: Called with bytes done and bytes in all.
@@ -91,6 +93,7 @@ def verify(
         alpha=alpha,
         adapter_name=adapter_name,
         skip=skip,
+        enable_lora=enable_lora,
         quantized="keep" if _is_kept(original, result) else "dequantize",
     )
     found = [*_check_layout(plan, result), *check_files(plan, result)]

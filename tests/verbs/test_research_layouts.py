@@ -251,3 +251,32 @@ def test_a_compressed_archive_is_refused_with_what_to_do(tmp_path: Path) -> None
     with pytest.raises(LoratoolError, match="is compressed") as caught:
         loratool.inspect(tmp_path / "adapters.npz")
     assert caught.value.hint == "write it without compression (numpy.savez, mx.savez, torch.save)"
+
+
+@pytest.mark.parametrize("enabled", [(True, False, True), (True, True, False)])
+def test_stacked_factors_are_merged_by_the_parts_that_they_are_for(
+    enabled: tuple[bool, ...], tmp_path: Path
+) -> None:
+    rank, out, into = 2, 6, 5
+    name = "transformer.h.0.attn.c_attn"
+    down, up = torch.randn(2 * rank, into), torch.randn(2 * out, rank)
+    weight = torch.randn(3 * out, into)
+    save_file({f"{name}.weight": weight}, tmp_path / "base.safetensors")
+    factors = {f"{name}.lora_A": down, f"{name}.lora_B": up}
+    save_file(factors, tmp_path / "adapter.safetensors")
+    wanted = weight.clone()
+    parts = [part for part, is_on in enumerate(enabled) if is_on]
+    for number, part in enumerate(parts):
+        mine = slice(number * out, (number + 1) * out)
+        delta = up[mine] @ down[number * rank : (number + 1) * rank]
+        wanted[part * out : (part + 1) * out] += 4 / rank * delta
+    paths = (
+        str(tmp_path / f) for f in ("base.safetensors", "adapter.safetensors", "o.safetensors")
+    )
+    base, adapter, merged = paths
+    loratool.merge(base, [adapter], merged, alpha=4, enable_lora=enabled)
+    found = load_file(merged)[f"{name}.weight"]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    given = {"base": base, "adapters": [adapter], "alpha": 4}
+    assert not loratool.verify(merged, **given, enable_lora=enabled)
+    assert loratool.verify(merged, **given, enable_lora=(False, True, True))

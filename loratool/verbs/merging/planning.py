@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -79,6 +80,7 @@ def plan_merge(
     alpha: float | None = None,
     adapter_name: str | None = None,
     skip: Sequence[str] = (),
+    enable_lora: Sequence[bool] = (),
     quantized: str = "dequantize",
     output: AnyPath | None = None,
 ) -> ModelPlan:
@@ -91,7 +93,15 @@ def plan_merge(
         raise MergeError("merge", "no adapter was given")
     model = open_model(Path(base))
     opened = [
-        _opened(path, model, adapter_name=adapter_name, alpha=alpha, skip=skip) for path in adapters
+        _opened(
+            path,
+            model,
+            adapter_name=adapter_name,
+            alpha=alpha,
+            skip=skip,
+            enabled=enable_lora,
+        )
+        for path in adapters
     ]
     opened = [as_spelled(adapter, model) for adapter in opened]
     if model.factors and _is_one_file(model, opened):
@@ -135,6 +145,8 @@ def plan_merge(
     placed = list(written(view, steps, quantized))
     decoded = _decoded(placed)
     notes += _decoding_notes(model, decoded, quantized)
+    if dtype is not None and _keeps_container(model):
+        notes.append("--dtype is for weights that were in codes; other floats keep their type")
     changes = _config_changes(view, steps, opened, dtype, decoded, untied=untied, layers=layers)
     if view.config.is_inside:
         _check_inside(changes, steps.values(), view)
@@ -205,23 +217,26 @@ def _opened(
     adapter_name: str | None,
     alpha: float | None,
     skip: Sequence[str],
+    enabled: Sequence[bool],
 ) -> Adapter:
     """Open an adapter; the names of the base are looked at where those of the file leave any open.
 
     Raises:
         LoratoolError: It cannot be read.
     """
-    found = open_adapter(path, adapter_name=adapter_name, alpha=alpha, skip=skip, base=model.told)
-    if not found.unresolved:
-        return found
-    return open_adapter(
+    given = partial(
+        open_adapter,
         path,
         adapter_name=adapter_name,
         alpha=alpha,
         skip=skip,
-        base_modules=model.paths,
+        enabled=enabled,
         base=model.told,
     )
+    found = given()
+    if not found.unresolved:
+        return found
+    return given(base_modules=model.paths)
 
 
 def _is_one_file(model: Model, adapters: Sequence[Adapter]) -> bool:
