@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loratool.codecs.codec import CodedTensor, Encoder
+from loratool.codecs.numbers.number import are_finite
 from loratool.codecs.parts import FileParts
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
@@ -109,7 +110,7 @@ class Recoding(Patch):
                 some = min(count, rows - row)
                 changed, _ = changed_block(kernel, start + row, some, run.bench, keep=False)
                 block[row : row + some] = run.bench.given(changed)
-        if not np.isfinite(block).all():
+        if not are_finite(block):
             source = kernel.reader.values(start, rows, is_double=kernel.is_double)
             is_before = source is not None and not np.isfinite(source).all()
             raise not_finite(self.step, is_before=is_before)
