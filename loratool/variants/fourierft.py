@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ from loratool.adapter.config import LoraConfig
 from loratool.adapter.details import number, whole
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
+from loratool.adapter.spectrum import Spectrum
 from loratool.adapter.variant import (
     SHAPE,
     Array,
@@ -18,9 +19,7 @@ from loratool.adapter.variant import (
     Settings,
     Shapes,
     Slots,
-    Variant,
 )
-from loratool.errors import UnsupportedError
 from loratool.files.spec import StoredTensor
 
 __all__ = ["VARIANT"]
@@ -36,21 +35,17 @@ CLAIM = {
 SPECTRUM: Final = Slot("fourierft_spectrum")
 
 
-class FourierFt(Variant):
+class FourierFt(Spectrum):
     """``scaling · Re F⁻¹(S)``: where the entries of S are, a seed tells. Each has two ranks."""
 
     name = "fourierft"
+    called = "FourierFT"
     words = "FourierFT, entries of a spectrum"
     shapes = MappingProxyType(
         {
             "fourierft_spectrum": "n",
         }
     )
-    is_scaled = False
-    has_factors = True
-    needs_shape = True
-    needs_places = True
-    kernel_slots = frozenset()
     fields = frozenset(
         ("n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed", "init_weights")
     )
@@ -75,36 +70,6 @@ class FourierFt(Variant):
         (count,) = shapes[SPECTRUM]
         out, into = settings.get(SHAPE) or (0, 0)
         return Geometry(2 * count, out, into)
-
-    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
-        """See :class:`Variant`."""
-        if "seed" not in site.settings:
-            yield "LT022", "has its seed and scale in adapter_config.json, which is not there"
-
-    def check(self, site: Site, shape: tuple[int, ...] | None) -> None:
-        """See :class:`Variant`."""
-        if site.settings.get(SHAPE) is None:
-            raise UnsupportedError(
-                site.module,
-                "is a FourierFT: only the base tells the shape of its weight",
-                hint="give --base BASE; headers are enough",
-            )
-
-    def places(self, site: Site, shape: tuple[int, ...]) -> bool:
-        """See :class:`Variant`."""
-        return len(shape) == 2 and super().places(site, shape)
-
-    def width(self, site: Site, shape: tuple[int, ...] | None = None) -> int:
-        """See :class:`Variant`."""
-        return site.in_features
-
-    def outputs_together(self, site: Site) -> int:
-        """See :class:`Variant`."""
-        return 1
-
-    def factor_rank(self, site: Site) -> int:
-        """See :class:`Variant`."""
-        return min(site.geometry.rank, site.out_features, site.in_features)
 
     def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
         """See :class:`Variant`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from loratool.adapter.details import flag, number, whole
 from loratool.adapter.model import Site
 from loratool.adapter.slots import Slot
 from loratool.adapter.sparse import AtPlaces
+from loratool.adapter.spectrum import Spectrum
 from loratool.adapter.variant import (
     SHAPE,
     Array,
@@ -20,7 +21,6 @@ from loratool.adapter.variant import (
     Settings,
     Shapes,
     Slots,
-    Variant,
 )
 from loratool.errors import UnsupportedError
 from loratool.files.spec import StoredTensor
@@ -40,22 +40,18 @@ ORDERS: Final = {f"db{order}": order for order in range(1, 11)}
 """The wavelets that are known, and their vanishing moments."""
 
 
-class WaveFt(Variant):
+class WaveFt(Spectrum):
     """``scaling · W⁻¹(S)``: where the coefficients of S are, a seed tells. Each is one rank."""
 
     name = "waveft"
+    called = "WaveFT"
     words = "WaveFT, coefficients of wavelets"
     shapes = MappingProxyType(
         {
             "waveft_spectrum": "n",
         }
     )
-    is_scaled = False
-    has_factors = True
     has_change = True
-    needs_shape = True
-    needs_places = True
-    kernel_slots = frozenset()
     fields = frozenset(
         (
             "n_frequency",
@@ -91,11 +87,6 @@ class WaveFt(Variant):
         out, into = settings.get(SHAPE) or (0, 0)
         return Geometry(count, out, into)
 
-    def problems(self, site: Site) -> Iterator[tuple[str, str]]:
-        """See :class:`Variant`."""
-        if "seed" not in site.settings:
-            yield "LT022", "has its seed and scale in adapter_config.json, which is not there"
-
     def check(self, site: Site, shape: tuple[int, ...] | None) -> None:
         """See :class:`Variant`."""
         wavelet = site.settings["wavelet"]
@@ -106,28 +97,7 @@ class WaveFt(Variant):
                 "db10",
                 hint="merge it with peft, and save the model",
             )
-        if site.settings.get(SHAPE) is None:
-            raise UnsupportedError(
-                site.module,
-                "is a WaveFT: only the base tells the shape of its weight",
-                hint="give --base BASE; headers are enough",
-            )
-
-    def places(self, site: Site, shape: tuple[int, ...]) -> bool:
-        """See :class:`Variant`."""
-        return len(shape) == 2 and super().places(site, shape)
-
-    def width(self, site: Site, shape: tuple[int, ...] | None = None) -> int:
-        """See :class:`Variant`."""
-        return site.in_features
-
-    def outputs_together(self, site: Site) -> int:
-        """See :class:`Variant`."""
-        return 1
-
-    def factor_rank(self, site: Site) -> int:
-        """See :class:`Variant`."""
-        return min(site.geometry.rank, site.out_features, site.in_features)
+        super().check(site, shape)
 
     def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
         """See :class:`Variant`."""
