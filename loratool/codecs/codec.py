@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from loratool.discovery import Plugins
 from loratool.errors import UnsupportedError
@@ -26,6 +26,7 @@ __all__ = [
     "Codec",
     "CodedTensor",
     "Description",
+    "Doubting",
     "Encoder",
     "Parts",
     "claims",
@@ -206,6 +207,15 @@ class Codec(Protocol):
         Raises:
             UnsupportedError: That takes data for calibration, a search, or is not done here.
         """
+        ...
+
+
+@runtime_checkable
+class Doubting(Protocol):
+    """A codec whose tensors do not always tell all that it has to know."""
+
+    def doubt(self, coded: CodedTensor, parts: Parts) -> str | None:
+        """Return what it is not sure of in a weight, in words that follow the weight's name."""
         ...
 
 

@@ -99,6 +99,20 @@ class _Gptq:
         """See :class:`Codec`."""
         raise UnsupportedError(coded.spec.name, "GPTQ needs calibration data", hint=KEEP)
 
+    def doubt(self, coded: CodedTensor, parts: Parts) -> str | None:
+        """Say that two writers store some of its zeros otherwise, and nothing tells which it was.
+
+        All of them are read, which are few.
+        """
+        if coded.settings["version"] != 1 or coded.settings["borrows"]:
+            return None
+        if not (_zeros(coded, 0, coded.rows, parts) == 0).any():
+            return None
+        return (
+            "has zeros of 0, read as AutoGPTQ stores them; GPTQModel stores its neighbours "
+            "otherwise, and says so under meta.quantizer, which is not there"
+        )
+
 
 def _zeros(coded: CodedTensor, start: int, stop: int, parts: Parts) -> NDArray[np.uint8]:
     """Return what is subtracted from the codes of some outputs, ``(groups, stop - start)``."""

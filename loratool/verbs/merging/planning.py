@@ -20,13 +20,14 @@ from loratool.base.refusals import check_base
 from loratool.base.replication import layer_ranges
 from loratool.base.ties import have_same_values
 from loratool.base.trained_on import training_notes
-from loratool.codecs.codec import CodedTensor, claims
+from loratool.codecs.codec import CodedTensor, Doubting, claims
 from loratool.codecs.weights import Weight
 from loratool.errors import BaseModelError, MergeError, OutputError, UnsupportedError
 from loratool.files.checkpoint import SHARD, Checkpoint
 from loratool.files.container import WeightsFile
 from loratool.files.containers import USUAL, container_of, is_weights
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
+from loratool.files.inputs import InputFiles
 from loratool.files.json import read_json_object
 from loratool.files.links import NOT_FILES
 from loratool.files.spec import StoredTensor, TensorSpec
@@ -583,6 +584,28 @@ def _names(checkpoint: Checkpoint, shards: Sequence[WeightsFile]) -> list[str]:
     return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
+def _doubts(model: Model, weights: Sequence[Weight | None]) -> Iterator[str]:
+    """Yield what codecs are not sure of, once for all weights of which that holds."""
+    coded = [one for one in weights if isinstance(one, CodedTensor)]
+    doubting = [(one, one.codec) for one in coded if isinstance(one.codec, Doubting)]
+    if not doubting:
+        return
+    from loratool.codecs.parts import FileParts  # with numpy, which no other plan needs
+
+    found: dict[str, list[str]] = {}
+    files = InputFiles(model.stamps)
+    try:
+        for weight, codec in doubting:
+            words = codec.doubt(weight, FileParts(weight.parts, files))
+            found.setdefault(words or "", []).append(weight.spec.name)
+    finally:
+        files.close()
+    for words, names in found.items():
+        if words:
+            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            yield f"{names[0]}{others} {words}"
+
+
 def _decoding_notes(model: Model, decoded: Sequence[Step], quantized: str) -> Iterator[str]:
     """Yield what was written as plain numbers, and what was dropped with it."""
     if decoded:
@@ -590,6 +613,7 @@ def _decoding_notes(model: Model, decoded: Sequence[Step], quantized: str) -> It
             step.base.codec.name for step in decoded if isinstance(step.base, CodedTensor)
         )
         yield f"{len(decoded)} weights in {', '.join(kinds)} were written as plain numbers"
+        yield from _doubts(model, [step.base for step in decoded])
     if quantized != "keep" and (dropped := model.activation_scales):
         yield f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}"
 

@@ -295,3 +295,18 @@ def test_bytes_that_do_not_fit_together_are_refused(
     tensors: dict[str, Tensor], error: type[Exception], words: str, tmp_path: Path
 ) -> None:
     refused(changed(one(int_samples(), "channel"), **tensors), tmp_path, error, words)
+
+
+def test_zeros_that_two_writers_store_otherwise_are_told(tmp_path: Path) -> None:
+    sample = one(gptq_samples(), "4bits-v1")
+    coded = sample.coded(tmp_path)
+    dtype, shape, data = sample.tensors[f"{MODULE}.qzeros"]
+    words = np.frombuffer(data, "<u4").copy()
+    words &= np.uint32(0x77777777)  # no zero of 16 - 1
+    sure = changed(sample, qzeros=(dtype, shape, words.tobytes()))
+    assert coded.codec.doubt(coded, sure.parts()) is None
+    words[0] |= np.uint32(0xF)
+    unsure = changed(sample, qzeros=(dtype, shape, words.tobytes()))
+    assert "meta.quantizer" in coded.codec.doubt(coded, unsure.parts())
+    second = one(gptq_samples(), "4bits-v2").coded(tmp_path)
+    assert second.codec.doubt(second, sample.parts()) is None
