@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import Scheme
+from loratool.base.model import Model
 from loratool.base.told import open_told
-from loratool.errors import OptionError, UnsupportedError
+from loratool.errors import LoratoolError, OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.loaders import loader_named
@@ -243,8 +245,27 @@ def convert(
         plan=plan,
         outcome=outcome,
         is_written=not dry_run,
-        notes=(*plan.notes, *_found(outcome)),
+        notes=(*plan.notes, *_missing(opened, opened_base, scheme), *_found(outcome)),
     )
+
+
+def _missing(adapter: Adapter, base: Model | None, scheme: Scheme) -> Iterator[str]:
+    """Yield that a base lacks modules of an adapter whose new names are those of that base."""
+    if base is None or scheme.follows is None:
+        return
+    missing = [site.module for site in adapter.sites if not _is_in(base, site.module, adapter)]
+    if missing:
+        yield (
+            f"the base has no {missing[0]!r} (of {len(missing)} such modules): what loads the file "
+            "with it may refuse the whole"
+        )
+
+
+def _is_in(base: Model, module: str, adapter: Adapter) -> bool:
+    try:
+        return base.find(module, family=adapter.family) is not None
+    except LoratoolError:  # it is there, in some way that a merge has to settle
+        return True
 
 
 def _scheme_name(to: str | None, loader: Loader | None) -> str:

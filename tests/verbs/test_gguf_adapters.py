@@ -739,3 +739,14 @@ def test_heads_that_are_none_are_told(adapter: Path, base: Path, tmp_path: Path)
     (base / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 3}))
     with pytest.raises(UnsupportedError, match=rf"\({HEADS} of queries and 3 of keys\)"):
         loratool.convert(adapter, "gguf", tmp_path / "made.gguf", base=base)
+
+
+def test_a_layer_that_the_base_lacks_is_told(base: Path, tmp_path: Path) -> None:
+    far = "model.layers.9.self_attn.q_proj"
+    more = {
+        f"{PREFIX}{far}.lora_A.weight": torch.randn(RANK, 16),
+        f"{PREFIX}{far}.lora_B.weight": torch.randn(16, RANK),
+    }
+    adapter = write_peft(tmp_path / "far", more=more)
+    report = loratool.convert(adapter, "gguf", tmp_path / "far.gguf", base=base, drop=["embed"])
+    assert any(f"no {far!r} (of 1 such" in note for note in report.notes)
