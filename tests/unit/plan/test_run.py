@@ -86,7 +86,7 @@ def test_every_unit_is_done_once_by_any_number_of_threads() -> None:
 
 
 def test_a_failure_stops_all_and_is_raised() -> None:
-    task = Steps(1000, fails_at=3)
+    task = Steps(1_000_000, fails_at=3)
     with pytest.raises(ValueError, match="no"):
         run_files([FileWork("a", 0, tasks=[task])], NullSink(), {}, threads=2)
-    assert len(task.done) < 999
+    assert len(task.done) < 999_999
