@@ -50,7 +50,7 @@ class Fit:
         region = self.region
         first = region.first_column if region.transposed else region.first_row
         count = region.columns if region.transposed else region.rows
-        rows = Region(count, 1, first_row=first, exchanged=region.exchanged)
+        rows = Region(count, 1, first_row=first, exchanged=region.bias_exchanged)
         return bias_beside(self.name), rows
 
 

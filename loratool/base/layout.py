@@ -135,6 +135,10 @@ class Layout:
         """
         return None
 
+    def pairs_biases(self, config: ModelConfig) -> bool:
+        """Whether biases lie as the outputs of their weights do, where these are exchanged."""
+        return True
+
     def stretches(
         self, path: str, rows: Callable[[str], int | None], config: ModelConfig
     ) -> tuple[Stretch, ...]:

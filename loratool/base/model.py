@@ -193,8 +193,8 @@ class Model:
         if not coded:
             return None
         ((name, _),) = Counter(coded).most_common(1)
-        configs = (self.config, *(config_of(each) for each in self.checkpoints.values()))
-        said = (config.quantization or {} for config in configs)
+        parts = [one for name, one in self.checkpoints.items() if name]
+        said = (config.quantization or {} for config in (self.config, *map(config_of, parts)))
         told = next((one["quant_method"] for one in said if "quant_method" in one), None)
         codec = next(
             one.codec
@@ -524,7 +524,8 @@ class Model:
         region = natural_region(path, stored.spec.shape, self)
         exchanged = self.layout.exchanged(path, region.rows, self.config)
         if exchanged is not None:
-            region = replace(region, exchanged=exchanged)
+            plain = not self.layout.pairs_biases(self.config)
+            region = replace(region, exchanged=exchanged, has_plain_bias=plain)
         return Place(
             path,
             natural_shape(stored.spec.shape, transposed=region.transposed),

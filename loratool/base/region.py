@@ -28,6 +28,7 @@ class Region:
         full_width: Columns of the whole matrix, where the region has fewer.
         exchanged: ``(n, a, b)`` where the outputs, seen as ``(n, a, b)``, lie with the last two
             axes exchanged: halves that are interleaved, or pairs that are apart.
+        has_plain_bias: Whether the bias beside it has its outputs in their order all the same.
     """
 
     rows: int
@@ -40,6 +41,12 @@ class Region:
     part: tuple[int, int] = (0, 1)
     full_width: int | None = None
     exchanged: tuple[int, int, int] | None = None
+    has_plain_bias: bool = False
+
+    @property
+    def bias_exchanged(self) -> tuple[int, int, int] | None:
+        """The same of the bias beside it."""
+        return None if self.has_plain_bias else self.exchanged
 
     @property
     def width(self) -> int:

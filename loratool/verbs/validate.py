@@ -6,9 +6,10 @@ from os import PathLike
 from pathlib import Path
 
 from loratool.adapter.findings import Finding, finding
-from loratool.base.model import open_model
+from loratool.base.model import Model, open_model
+from loratool.base.refusals import CODE
 from loratool.base.trained_on import training_notes
-from loratool.errors import AdapterError, LoratoolError
+from loratool.errors import AdapterError, LoratoolError, UnsupportedError
 from loratool.loaders import loader_named
 from loratool.loaders.checks import check_for
 from loratool.schemes import scheme_named
@@ -48,11 +49,11 @@ def validate(
     path = Path(adapter)
     if not path.exists():
         raise AdapterError(path, "no such file or folder")
+    model, unread = _model(base)
     try:
         opened = open_adapter(path, adapter_name=adapter_name)
         follows = scheme_named(opened.scheme).follows
-        if base is not None and (follows is not None or opened.unresolved):
-            model = open_model(Path(base))
+        if model is not None and (follows is not None or opened.unresolved):
             opened = open_adapter(
                 path, adapter_name=adapter_name, base_modules=model.paths, base=model.told
             )
@@ -67,10 +68,26 @@ def validate(
             found += check_for(opened, loader)
     except AdapterError as error:
         found.append(finding("LT015", error.where, error.what, error.hint))
-    if base is not None:
-        found += check_against_base(opened, Path(base))
-    elif opened.config:
-        notes = training_notes(opened.config.base_model)
+    if model is not None:
+        found += check_against_base(opened, model)
+    elif unread is not None:
+        found.append(unread)
+    else:
+        notes = training_notes(opened.base_model)
         found += [finding("LT035", opened.path, note) for note in notes]
     order = {"error": 0, "warning": 1, "info": 2}
     return tuple(sorted(dict.fromkeys(found), key=lambda item: (order[item.severity], item.code)))
+
+
+def _model(base: str | PathLike[str] | None) -> tuple[Model | None, Finding | None]:
+    """Return the base, or that it is in codes which are known and not read.
+
+    Raises:
+        LoratoolError: It cannot be read.
+    """
+    if base is None:
+        return None, None
+    try:
+        return open_model(Path(base)), None
+    except UnsupportedError as error:
+        return None, finding(CODE, error.where, error.what, error.hint)

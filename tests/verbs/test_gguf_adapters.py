@@ -750,3 +750,13 @@ def test_a_layer_that_the_base_lacks_is_told(base: Path, tmp_path: Path) -> None
     adapter = write_peft(tmp_path / "far", more=more)
     report = loratool.convert(adapter, "gguf", tmp_path / "far.gguf", base=base, drop=["embed"])
     assert any(f"no {far!r} (of 1 such" in note for note in report.notes)
+
+
+def test_a_base_that_is_damaged_is_no_fault_of_the_adapter(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    loratool.convert(adapter, "gguf", tmp_path / "a.gguf", base=base, drop=["embed"])
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(loratool.LoratoolError, match="damaged"):
+        loratool.validate(tmp_path / "a.gguf", base=damaged)

@@ -297,7 +297,9 @@ def test_inspect_counts_what_the_codes_stand_for(kind: str, make_base: Make) -> 
     }
 
 
-def test_inspect_says_what_is_not_read(make_base: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_what_is_not_read(
+    make_base: Make, make_adapter: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     codes = {f"{MODULES[0]}.B": torch.zeros(8, 16, dtype=torch.int32)}
     tensors = codes | {f"{MODULES[0]}.s": torch.zeros(1, 64).half(), NORM: torch.ones(INTO)}
     config = {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}}
@@ -309,6 +311,8 @@ def test_inspect_says_what_is_not_read(make_base: Make, capsys: pytest.CaptureFi
         "modules": 0,
     }
     assert any("arlin" in note for note in found.notes)
+    adapter = make_adapter(lora(MODULES[0], 8, 8))
+    assert [f.code for f in loratool.validate(adapter, base=base)] == ["LT027"]
     assert run_command_line(["inspect", str(base)], debug=False) == 0
     assert "not read" in capsys.readouterr().out
 

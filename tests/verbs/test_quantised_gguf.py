@@ -334,8 +334,12 @@ def split(whole: Path, folder: Path, count: int) -> list[Path]:
     return found
 
 
-def test_biases_lie_as_their_weights_do(tmp_path: Path) -> None:
-    base = write_gguf(tmp_path / "base.gguf", weights(has_bias=True), CONFIG, LLAMA, "Q8_0")
+@pytest.mark.parametrize(("name", "is_paired"), [("llama", True), ("minicpm", False)])
+def test_biases_lie_as_their_weights_do_or_as_llama_cpp_leaves_them(
+    name: str, is_paired: bool, tmp_path: Path
+) -> None:
+    architecture = (name, *LLAMA[1:])
+    base = write_gguf(tmp_path / "base.gguf", weights(has_bias=True), CONFIG, architecture, "Q8_0")
     random = np.random.default_rng(0)
     tensors, deltas = {}, {}
     for module, rows in (("q_proj", 64), ("k_proj", 32), ("v_proj", 32)):
@@ -359,7 +363,8 @@ def test_biases_lie_as_their_weights_do(tmp_path: Path) -> None:
     loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out.gguf")
     after = read_gguf(tmp_path / "out.gguf")
     for module, heads in (("q_proj", 4), ("k_proj", 2), ("v_proj", 0)):
-        wanted = paired(deltas[module], heads) if heads else deltas[module]
+        is_moved = bool(heads) and is_paired
+        wanted = paired(deltas[module], heads) if is_moved else deltas[module]
         assert np.array_equal(after[f"blk.0.attn_{module[0]}.bias"][1], wanted)
 
 

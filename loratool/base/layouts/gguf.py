@@ -157,6 +157,9 @@ class Gguf(Layout):
         found = held[0].rows(_attention(config)).of_tensor(rows, held[0].tensor)
         return found.exchanged
 
+    def pairs_biases(self, config: ModelConfig) -> bool:
+        return _known(config).pairs_biases
+
     def stretches(
         self, path: str, rows: Callable[[str], int | None], config: ModelConfig
     ) -> tuple[Stretch, ...]:

@@ -140,11 +140,6 @@ class Rows:
         """How many rows the module has, with all axes known."""
         return prod(self.runs[0].view)
 
-    @property
-    def tensor_rows(self) -> int:
-        """How many rows the tensor has, with all axes known."""
-        return sum(prod(run.taken) for run in self.runs)
-
     def indices(self) -> NDArray[Any]:
         """Return which row of the module each row of the tensor is, with all axes known."""
         import numpy as np

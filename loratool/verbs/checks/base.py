@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter
 from loratool.adapter.problems import site_problems
 from loratool.base.fitting import as_spelled
-from loratool.base.model import open_model
+from loratool.base.model import Model
 from loratool.base.placing import with_places
 from loratool.base.refusals import CODE, check_base
 from loratool.base.replication import layer_ranges
@@ -22,14 +21,13 @@ from loratool.verbs.merging.sites import SitePlanner
 __all__ = ["check_against_base"]
 
 
-def check_against_base(adapter: Adapter, path: Path) -> Iterator[Finding]:
-    """Yield what does not fit the base at ``path``; only headers are read.
+def check_against_base(adapter: Adapter, base: Model) -> Iterator[Finding]:
+    """Yield what does not fit a base; only headers are read.
 
     Raises:
-        LoratoolError: The base itself cannot be read.
+        LoratoolError: The base is damaged.
     """
     try:
-        base = open_model(path)
         check_base(base)
     except UnsupportedError as error:  # codes of a kind that is known and not read
         yield finding(CODE, error.where, error.what, error.hint)

@@ -382,8 +382,8 @@ def _rows(place: Place, piece: Piece, model: Model, *, is_bias: bool) -> tuple[s
             return None
         start = region.first_column if region.transposed else region.first_row
         view = bias.rows(start, piece.outputs, 1)
-        if view is not None and region.exchanged is not None:
-            count, outer, inner = region.exchanged
+        if view is not None and region.bias_exchanged is not None:
+            count, outer, inner = region.bias_exchanged
             view = view.exchanging((count, inner, outer))
         return (piece.bias, view) if view is not None else None
     weight = piece.tensor if piece.is_whole else piece.view or piece.ordered

@@ -72,8 +72,9 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
         region = piece.region
         count = region.rows * (region.experts if region.expert is None else 1)
         view = extra.tensor.rows(place.start(piece), count, 1 if is_bias else region.width)
-        if view is not None and region.exchanged is not None:
-            view = view.exchanging(region.exchanged)
+        exchanged = region.bias_exchanged if is_bias else region.exchanged
+        if view is not None and exchanged is not None:
+            view = view.exchanging(exchanged)
         if view is None:
             raise _uncut(share, extra, place)
         rows = range(region.first_row, region.first_row + count)

@@ -88,7 +88,7 @@ def test_rows_are_where_the_formula_says(form: str) -> None:
     heads, module, wanted = WANTED[form]
     rows = FORMS[form](heads).of_module(len(module), "m")
     assert np.array_equal(module[rows.indices()], wanted)
-    assert (rows.module_rows, rows.tensor_rows) == (len(module), len(wanted))
+    assert (rows.module_rows, len(rows.indices())) == (len(module), len(wanted))
     assert rows == FORMS[form](heads).of_tensor(len(wanted), "t")
     assert rows.is_same == np.array_equal(module, wanted)
     if rows.exchanged is not None:
