@@ -16,7 +16,7 @@ from samples import lora
 import loratool
 from loratool.cli.main import _run as run_command_line
 from loratool.errors import FileFormatError, MergeError, OptionError, UnsupportedError
-from loratool.verbs.merging import planning
+from loratool.verbs.merging import files as output
 
 Make = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -272,7 +272,7 @@ def test_files_that_decoding_makes_too_large_are_cut(
 ) -> None:
     stored, truth, config = model("fp8")
     adapter, _ = adapter_of(make_adapter)
-    monkeypatch.setattr(planning, "LARGEST_SHARD", 2 * OUT * INTO)
+    monkeypatch.setattr(output, "LARGEST_SHARD", 2 * OUT * INTO)
     base, out = make_base(stored, config), tmp_path / "out"
     loratool.merge(base, [adapter], out)
     content = json.loads((out / "model.safetensors.index.json").read_text())

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from loratool.base.model import Model
-from loratool.codecs.codec import CodedTensor
-from loratool.codecs.weights import path_of
+from loratool.codecs.codec import CodedTensor, Doubting
+from loratool.codecs.weights import Weight, path_of
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.containers import container_of
+from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.model import Recoded, Step
 
-__all__ = ["QUANTIZED", "check_quantized", "written"]
+__all__ = ["QUANTIZED", "check_quantized", "decoded_steps", "decoding_notes", "written"]
 
 QUANTIZED: Final = ("dequantize", "keep")
 """What may become of quantised weights."""
@@ -96,3 +97,43 @@ def _recoded(step: Step, weight: CodedTensor, prefix: str) -> Iterator[Placed]:
         if role in roles:
             copy = Step(copy.spec, weight, step.edits, base=weight, recoded=recoded)
         yield copy, part.path
+
+
+def decoded_steps(steps: Sequence[Placed]) -> list[Step]:
+    """Return the steps of coded weights that are written as plain numbers."""
+    coded = (step for step, _ in steps if isinstance(step.base, CodedTensor))
+    return [step for step in coded if step.recoded is None]
+
+
+def decoding_notes(model: Model, decoded: Sequence[Step], quantized: str) -> Iterator[str]:
+    """Yield what was written as plain numbers, and what was dropped with it."""
+    if decoded:
+        kinds = dict.fromkeys(
+            step.base.codec.name for step in decoded if isinstance(step.base, CodedTensor)
+        )
+        yield f"{len(decoded)} weights in {', '.join(kinds)} were written as plain numbers"
+        yield from _doubts(model, [step.base for step in decoded])
+    if quantized != "keep" and (dropped := model.activation_scales):
+        yield f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}"
+
+
+def _doubts(model: Model, weights: Sequence[Weight | None]) -> Iterator[str]:
+    """Yield what codecs are not sure of, once for all weights of which that holds."""
+    coded = [one for one in weights if isinstance(one, CodedTensor)]
+    doubting = [(one, one.codec) for one in coded if isinstance(one.codec, Doubting)]
+    if not doubting:
+        return
+    from loratool.codecs.parts import FileParts  # with numpy, which no other plan needs
+
+    found: dict[str, list[str]] = {}
+    files = InputFiles(model.stamps)
+    try:
+        for weight, codec in doubting:
+            words = codec.doubt(weight, FileParts(weight.parts, files))
+            found.setdefault(words or "", []).append(weight.spec.name)
+    finally:
+        files.close()
+    for words, names in found.items():
+        if words:
+            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            yield f"{names[0]}{others} {words}"

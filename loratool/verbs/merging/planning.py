@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import check_adapter
@@ -20,28 +19,29 @@ from loratool.base.refusals import check_base
 from loratool.base.replication import layer_ranges
 from loratool.base.ties import have_same_values
 from loratool.base.trained_on import training_notes
-from loratool.codecs.codec import CodedTensor, Doubting, claims
+from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
-from loratool.errors import BaseModelError, MergeError, OutputError, UnsupportedError
-from loratool.files.checkpoint import SHARD, Checkpoint
-from loratool.files.container import WeightsFile
-from loratool.files.containers import USUAL, container_of, is_weights
+from loratool.errors import BaseModelError, MergeError, UnsupportedError
+from loratool.files.containers import container_of
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
-from loratool.files.inputs import InputFiles
-from loratool.files.json import read_json_object
 from loratool.files.links import NOT_FILES
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.names.one_model import check_one_model
 from loratool.names.pipelines import AVERAGES, FIRST, SECOND, UNTRAINED
 from loratool.names.strengths import Weights, with_strengths
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
-from loratool.plan.model import Blend, Edit, ModelPlan, OutputFile, SetRows, Step
-from loratool.plan.sidecar import Sidecar
+from loratool.plan.model import Blend, Edit, ModelPlan, SetRows, Step
 from loratool.schemes.opening import open_adapter
-from loratool.verbs.merging.coding import Placed, check_quantized, written
+from loratool.verbs.merging.coding import (
+    check_quantized,
+    decoded_steps,
+    decoding_notes,
+    written,
+)
 from loratool.verbs.merging.companions import accompanied
 from loratool.verbs.merging.context import Changes, Share
 from loratool.verbs.merging.extras import plan_extras
+from loratool.verbs.merging.files import indices, keeps_container, output_files, writes_folder
 from loratool.verbs.merging.sidecars import collect_sidecars
 from loratool.verbs.merging.sites import plan_sites
 from loratool.verbs.merging.tied import Untied, row_notes, settle_ties, unknown_ties
@@ -49,8 +49,6 @@ from loratool.verbs.merging.tied import Untied, row_notes, settle_ties, unknown_
 __all__ = ["plan_merge"]
 
 AnyPath = str | PathLike[str]
-LARGEST_SHARD: Final = 5_000_000_000
-"""Bytes of a file that decoding makes larger than it was: what other tools cut models at."""
 LABEL_HEADS: Final = (
     "classifier",
     "score",
@@ -142,11 +140,11 @@ def plan_merge(
     steps = _steps(view, shares, dtype, untied)
     if not any(step.is_changed for step in steps.values()):
         raise MergeError(opened[0].path, "the merge would change nothing")
-    is_folder = _is_folder(model, output)
+    is_folder = writes_folder(model, output)
     placed = list(written(view, steps, quantized))
-    decoded = _decoded(placed)
-    notes += _decoding_notes(model, decoded, quantized)
-    if dtype is not None and _keeps_container(model):
+    decoded = decoded_steps(placed)
+    notes += decoding_notes(model, decoded, quantized)
+    if dtype is not None and keeps_container(model):
         notes.append("--dtype is for weights that were in codes; other floats keep their type")
     changes = _config_changes(view, steps, opened, dtype, decoded, untied=untied, layers=layers)
     if view.config.is_inside:
@@ -158,12 +156,12 @@ def plan_merge(
             "the merge changes what config.json has to say (ties or vocabulary)",
             hint="name a folder as the output",
         )
-    files = _files(view, placed, output if not is_folder else None, is_decoded=bool(decoded))
+    files = output_files(view, placed, output if not is_folder else None, is_decoded=bool(decoded))
     tokenizer = _with_tokenizer(changes, opened)
     sidecars, left = collect_sidecars(model, changes, tokenizer) if is_folder else ([], [])
     notes += [f"{name} was not carried over: {why}" for name, why in left if why in NOT_FILES]
     if is_folder:
-        sidecars += _indices(model, files)
+        sidecars += indices(model, files)
     return ModelPlan(
         files=tuple(files),
         sidecars=tuple(sidecars),
@@ -406,12 +404,6 @@ def _is_label_head(name: str) -> bool:
     return module != name and f".{module}".endswith(tuple(f".{head}" for head in LABEL_HEADS))
 
 
-def _decoded(steps: Sequence[Placed]) -> list[Step]:
-    """Return the steps of coded weights that are written as plain numbers."""
-    coded = (step for step, _ in steps if isinstance(step.base, CodedTensor))
-    return [step for step in coded if step.recoded is None]
-
-
 def _check_vocabulary(steps: dict[str, Step], old: int, new: int) -> None:
     """Make sure that everything with a row for each token has the new number of rows.
 
@@ -469,201 +461,3 @@ def _expert_notes(adapters: Sequence[Adapter], base: Model) -> Iterator[str]:
                 f"merged into {FIRST}; if it is the other's, convert it --to diffusers with "
                 f"--component {SECOND} first"
             )
-
-
-def _is_folder(model: Model, output: AnyPath | None) -> bool:
-    place = Path(output) if output is not None else Path()
-    suffix = place.suffix
-    if _keeps_container(model):
-        return _is_folder_like(model, output, place)
-    if model.is_folder:
-        if is_weights(place):
-            raise OutputError(
-                output, f"the base is a folder, so the output is one; leave out {suffix!r}"
-            )
-        return True
-    if is_weights(place) and suffix.lower() != USUAL:
-        raise OutputError(output, "only safetensors are written; end the name in .safetensors")
-    return suffix != USUAL
-
-
-def _keeps_container(model: Model) -> bool:
-    """Whether its files are written in their own format."""
-    return all(container_of(shard.path).keeps_codes for shard in model.shards)
-
-
-def _is_folder_like(model: Model, output: AnyPath | None, place: Path) -> bool:
-    """Return the same for a base whose files are written in their own format."""
-    suffix = model.shards[0].path.suffix
-    if not is_weights(place):
-        return True
-    if place.suffix.lower() != suffix.lower():
-        raise OutputError(
-            output, f"the base is {suffix[1:].upper()}, so the output is: end the name in {suffix}"
-        )
-    if len(model.shards) > 1:
-        raise OutputError(
-            output,
-            f"the base is in {len(model.shards)} files, so the output is a folder; leave out "
-            f"{suffix!r}",
-        )
-    return False
-
-
-def _output_name(path: Path) -> str:
-    """Return the name of the file that a weights file becomes: safetensors, or its own format."""
-    if path.suffix == ".safetensors" or container_of(path).keeps_codes:
-        return path.name
-    stem = path.stem.replace("pytorch_model", "model", 1) if _is_plain(path.stem) else path.stem
-    return f"{stem}.safetensors"
-
-
-def _is_plain(stem: str) -> bool:
-    return stem.startswith("pytorch_model")
-
-
-def _files(
-    view: Model, steps: Sequence[Placed], output: AnyPath | None, *, is_decoded: bool
-) -> list[OutputFile]:
-    """Lay out the output: every tensor in the shard it came from, added ones in the last.
-
-    Files that decoding has made too large are cut.
-    """
-    lasts = {component: one.shards[-1].path for component, one in view.checkpoints.items()}
-    by_shard: dict[Path, list[Step]] = {shard.path: [] for shard in view.shards}
-    for step, path in steps:
-        last = lasts.get("") or lasts[step.spec.name.partition(".")[0]]
-        by_shard[path or last].append(step)
-    about_codes = {key for claim in claims() for key in claim.metadata} if is_decoded else set()
-    if about_codes:
-        about_codes |= view.tensors.keys()  # what is said of a tensor is how it was stored
-    files = []
-    for component, checkpoint in view.checkpoints.items():
-        folder, prefix = (f"{component}/", f"{component}.") if component else ("", "")
-        contents: list[tuple[WeightsFile, list[Step]]] = []
-        for shard in checkpoint.shards:
-            mine = by_shard[shard.path]
-            if not mine and shard.tensors:
-                continue  # one with nothing but scales is gone
-            is_cut = is_decoded and output is None and not _keeps_container(view)
-            contents += [(shard, part) for part in (_cut(mine) if is_cut else [mine])]
-        names = _names(checkpoint, [shard for shard, _ in contents])
-        for (shard, mine), name in zip(contents, names, strict=True):
-            name = Path(output).name if output is not None else name
-            metadata = {k: v for k, v in shard.metadata.items() if k not in about_codes}
-            files.append(OutputFile.lay_out(f"{folder}{name}", mine, metadata, shard, prefix))
-    return files
-
-
-def _cut(steps: list[Step]) -> list[list[Step]]:
-    """Return the tensors of one file, in several where they are too large for one."""
-    parts: list[list[Step]] = [[]]
-    size = 0
-    for step in steps:
-        if parts[-1] and size + step.spec.nbytes > LARGEST_SHARD:
-            parts.append([])
-            size = 0
-        parts[-1].append(step)
-        size += step.spec.nbytes
-    return parts
-
-
-def _names(checkpoint: Checkpoint, shards: Sequence[WeightsFile]) -> list[str]:
-    """Return the names of the files that take the place of ``shards``.
-
-    They are counted anew where some are cut, or where others are gone.
-    """
-    names = [_output_name(shard.path) for shard in shards]
-    is_counted = bool(names) and SHARD.fullmatch(names[0]) is not None
-    is_whole = len(names) == len(checkpoint.shards) or not is_counted
-    if len(set(names)) == len(names) and is_whole:
-        return names
-    match = SHARD.fullmatch(names[0])
-    stem = match[1] if match is not None else Path(names[0]).stem
-    count = len(names)
-    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-
-
-def _doubts(model: Model, weights: Sequence[Weight | None]) -> Iterator[str]:
-    """Yield what codecs are not sure of, once for all weights of which that holds."""
-    coded = [one for one in weights if isinstance(one, CodedTensor)]
-    doubting = [(one, one.codec) for one in coded if isinstance(one.codec, Doubting)]
-    if not doubting:
-        return
-    from loratool.codecs.parts import FileParts  # with numpy, which no other plan needs
-
-    found: dict[str, list[str]] = {}
-    files = InputFiles(model.stamps)
-    try:
-        for weight, codec in doubting:
-            words = codec.doubt(weight, FileParts(weight.parts, files))
-            found.setdefault(words or "", []).append(weight.spec.name)
-    finally:
-        files.close()
-    for words, names in found.items():
-        if words:
-            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            yield f"{names[0]}{others} {words}"
-
-
-def _decoding_notes(model: Model, decoded: Sequence[Step], quantized: str) -> Iterator[str]:
-    """Yield what was written as plain numbers, and what was dropped with it."""
-    if decoded:
-        kinds = dict.fromkeys(
-            step.base.codec.name for step in decoded if isinstance(step.base, CodedTensor)
-        )
-        yield f"{len(decoded)} weights in {', '.join(kinds)} were written as plain numbers"
-        yield from _doubts(model, [step.base for step in decoded])
-    if quantized != "keep" and (dropped := model.activation_scales):
-        yield f"{len(dropped)} scales of inputs were dropped, such as {dropped[0]!r}"
-
-
-def _indices(model: Model, files: Sequence[OutputFile]) -> Iterator[Sidecar]:
-    """Yield the index of each component that needs one."""
-    for component, checkpoint in model.checkpoints.items():
-        if model.config.is_inside:
-            continue
-        folder = f"{component}/" if component else ""
-        mine = [file for file in files if not component or file.name.startswith(folder)]
-        if len(mine) > 1 or checkpoint.index:
-            yield _index(checkpoint, mine, component)
-
-
-def _index(checkpoint: Checkpoint, files: Sequence[OutputFile], component: str) -> Sidecar:
-    """Return the index of the output: the base's own bytes where nothing in it changes."""
-    folder, prefix = (f"{component}/", f"{component}.") if component else ("", "")
-    weight_map = {
-        step.spec.name.removeprefix(prefix): file.name.removeprefix(folder)
-        for file in files
-        for step in file.steps
-    }
-    total = sum(step.spec.nbytes for file in files for step in file.steps)
-    name = _index_of(files[0].name.removeprefix(folder))
-    metadata: dict[str, Any] = {}
-    if checkpoint.index is not None:
-        content = read_json_object(checkpoint.index)
-        name = _index_name(checkpoint.index)
-        found = content.get("metadata")
-        metadata = dict(found) if isinstance(found, dict) else {}
-        if weight_map == content["weight_map"] and metadata.get("total_size") == total:
-            return Sidecar(f"{folder}{name}", checkpoint.index)
-    metadata["total_size"] = total
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(
-            step.spec.elements for file in files for step in file.steps
-        )
-    content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    return Sidecar(f"{folder}{name}", None, text.encode(), "describes the tensors as written")
-
-
-def _index_of(name: str) -> str:
-    """Return what the index of files is called whose first is called ``name``."""
-    match = SHARD.fullmatch(name)
-    return f"{match[1] if match is not None else 'model'}.safetensors.index.json"
-
-
-def _index_name(path: Path) -> str:
-    if ".safetensors." in path.name:
-        return path.name
-    return path.name.replace("pytorch_model", "model", 1).replace(".bin.", ".safetensors.")
