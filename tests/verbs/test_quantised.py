@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,13 @@ from samples import lora
 
 import loratool
 from loratool.cli.main import _run as run_command_line
-from loratool.errors import FileFormatError, MergeError, OptionError, UnsupportedError
+from loratool.errors import (
+    FileFormatError,
+    MergeError,
+    OptionError,
+    OutputError,
+    UnsupportedError,
+)
 from loratool.verbs.merging import files as output
 
 Make = Callable[..., Path]
@@ -265,6 +272,20 @@ def test_keep_does_not_hide_an_overflow(
     adapter = make_adapter({name: tensor * 1e30 for name, tensor in made.items()})
     with pytest.raises(MergeError, match="not finite"):
         loratool.merge(make_base(stored, config), [adapter], tmp_path / "out", quantized="keep")
+
+
+def test_room_for_the_growth_is_asked_for_before_anything_is_written(
+    make_base: Make, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, _, config = model("fp8")
+    base, (adapter, _) = make_base(stored, config), adapter_of(make_adapter)
+    size = (base / "model.safetensors").stat().st_size
+    room = SimpleNamespace(free=size + OUT * INTO)  # for the codes, not for two bytes each
+    monkeypatch.setattr("loratool.files.atomic.shutil.disk_usage", lambda _: room)
+    with pytest.raises(OutputError, match="are free there"):
+        loratool.merge(base, [adapter], tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    loratool.merge(base, [adapter], tmp_path / "kept", quantized="keep")
 
 
 def test_files_that_decoding_makes_too_large_are_cut(
