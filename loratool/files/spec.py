@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from loratool.files.dtypes import DTYPES
 
-__all__ = ["StoredTensor", "TensorSource", "TensorSpec"]
+__all__ = ["StoredTensor", "TensorSpec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,22 +184,3 @@ class StoredTensor:
             strides=None if is_flat else (*shape[1:], 1),
             steps=None if is_flat else tuple(steps),
         )
-
-
-class TensorSource(Protocol):
-    """Anything that holds named tensors: one file, or a checkpoint of several shards."""
-
-    @property
-    def path(self) -> Path:
-        """The file or folder."""
-        ...
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """All tensors by name, in the order of the file."""
-        ...
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Free text that the file carries along."""
-        ...

@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratool.codecs.weights import RowSource, Weight, rows_of
+from loratool.codecs.weights import RowSource
 from loratool.errors import FileFormatError, UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
-from loratool.files.inputs import InputFiles
 from loratool.files.spec import StoredTensor
 from loratool.math.products import TorchProducts
 from loratool.values.arrays import decode
 
 __all__ = [
     "Arithmetic",
-    "RowReader",
     "TorchBench",
     "exact_products",
     "read_tensor",
@@ -179,26 +177,3 @@ def read_tensor(stored: StoredTensor, kind: Arithmetic | None = None) -> Tensor:
         values = torch.frombuffer(bytearray(read_bytes(stored)), dtype=dtype)
         values = values.reshape(stored.spec.shape)
     return values if kind is None else values.to(kind.device, kind.dtype)
-
-
-class RowReader:
-    """A tensor of a model seen as a matrix of ``width`` columns, read by blocks of rows.
-
-    Args:
-        stored: The tensor; one that is coded is decoded.
-        width: Number of columns; its elements are a multiple of it.
-        files: Where the descriptor comes from.
-    """
-
-    def __init__(self, stored: Weight, width: int, files: InputFiles) -> None:
-        self.stored = stored
-        self.width = width
-        self._bytes = rows_of(stored, width, files)
-        self.dtype = torch_dtype(self._bytes.dtype)
-
-    def rows(self, start: int, rows: int) -> Tensor:
-        """Return rows ``start`` to ``start + rows``, ``(rows, width)``, in a buffer of its own."""
-        view = self._bytes.read(start, rows)
-        if view.readonly:
-            view = memoryview(bytearray(view))
-        return torch.frombuffer(view, dtype=self.dtype).view(rows, self.width)

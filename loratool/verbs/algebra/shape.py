@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from loratool.adapter.model import Kind
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
-from loratool.files.dtypes import DTYPES
 from loratool.names.experts import is_fusible_expert
 from loratool.values.expr import Expr, Result, Together
 from loratool.variants import variant_named
@@ -67,11 +66,6 @@ class DeltaShape:
     def smallest_side(self) -> int:
         """The rank that no matrix of this shape exceeds."""
         return min(self.out, self.columns)
-
-    @property
-    def rank_bytes(self) -> int:
-        """Bytes that one rank takes in both factors."""
-        return DTYPES[self.dtype].size(self.experts * (self.out + self.columns))
 
     def part(self, of: Together, rank: int) -> Part:
         """Return the module whose A, B and bias or magnitude are the tensors of ``of``, in order.
