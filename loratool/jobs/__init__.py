@@ -1,0 +1,1 @@
+"""Many commands, recorded commands, and commands in parts."""
