@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from loratool.display.wrapping import INDENT, width_of, wrapped
 
-NAMES = st.lists(st.from_regex(r"[a-z][a-z0-9_{},]{0,11}", fullmatch=True), min_size=1).map(".".join)
+WORDS = st.from_regex(r"[a-z][a-z0-9_{},]{0,11}", fullmatch=True)
+NAMES = st.lists(WORDS, min_size=1).map(".".join)
 TEXTS = st.text(st.characters(exclude_categories=("C", "Z")), max_size=80) | NAMES
 
 
