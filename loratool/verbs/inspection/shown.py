@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import zip_longest
+from itertools import islice, takewhile, zip_longest
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
@@ -71,8 +71,9 @@ def _modules(info: AdapterInfo, unfolded: bool) -> Table:
         sections[section_of(module.module, adapter.components, adapter.family)].append(module)
     groups = []
     for name, modules in sections.items():
-        rows = tuple(_row(*alike, unfolded) for alike in _alike(modules, unfolded))
-        words = f"{name} ({len(modules)})" if name and len(sections) > 1 else ""
+        shared = "" if unfolded or not name else _shared([module.module for module in modules])
+        rows = tuple(_row(*alike, shared, unfolded) for alike in _alike(modules, unfolded))
+        words = f"{name} ({shared})" if shared else name
         groups.append(Group(words, rows))
     columns = (
         Column("modules", folds=True, is_kept=True),
@@ -141,13 +142,20 @@ def _alike(
     return [(fold_names([module.module for module in group]), group) for group in ordered]
 
 
-def _row(names: list[str], members: Sequence[ModuleInfo], unfolded: bool) -> Row:
+def _shared(names: Sequence[str]) -> str:
+    """Return what all paths begin with, at most two components and never a whole path."""
+    first, last = min(names).split("."), max(names).split(".")
+    alike = (a if a == b else "" for a, b in zip(first[:-1], last[:-1], strict=False))
+    return ".".join(takewhile(bool, islice(alike, 2)))
+
+
+def _row(names: list[str], members: Sequence[ModuleInfo], shared: str, unfolded: bool) -> Row:
     first = members[0]
     kind = first.kind if first.variant == "lora" else f"{first.kind}, {first.variant}"
     if first.experts > 1:
         kind += f", {first.experts} experts"
     return (
-        tuple(names),
+        tuple(name.removeprefix(f"{shared}.") for name in names),
         *(() if unfolded else (len(members),)),
         kind,
         first.rank,
@@ -161,7 +169,7 @@ def _row(names: list[str], members: Sequence[ModuleInfo], unfolded: bool) -> Row
 
 def _sizes(values: Iterable[int]) -> str:
     unique = sorted(set(values))
-    return ", ".join(str(value) for value in unique[:4]) + (", …" if len(unique) > 4 else "")
+    return ", ".join(map(str, unique)) if len(unique) < 3 else f"{unique[0]} to {unique[-1]}"
 
 
 def model_document(info: ModelInfo) -> Document:
