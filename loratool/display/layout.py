@@ -139,8 +139,7 @@ class _Setter:
             return
         places = range(len(widths))
         to_right = [all(is_number(row[index]) for row in table.rows) for index in places]
-        heads = [wrapped(column.title, widths[i]) for i, column in enumerate(columns)]
-        heads = [[line.strip() for line in head] for head in heads]
+        heads = [wrapped(column.title, widths[i], "") for i, column in enumerate(columns)]
         yield from _set(heads, widths, to_right, "bold", to_bottom=True)
         for group, members in zip(table.groups, cells, strict=True):
             if group.name:

@@ -46,8 +46,8 @@ def longest_piece(text: str) -> int:
     return max(width_of(piece.rstrip()) for piece in pieces(text))
 
 
-def wrapped(text: str, width: int | None) -> list[str]:
-    """Return ``text`` in lines of at most ``width`` columns; the second and further are indented.
+def wrapped(text: str, width: int | None, indent: str = INDENT) -> list[str]:
+    """Return ``text`` in lines of at most ``width`` columns; further ones begin with ``indent``.
 
     A word that is wider than a line is cut where the line ends.
     """
@@ -55,10 +55,10 @@ def wrapped(text: str, width: int | None) -> list[str]:
         return [text]
     lines: list[str] = []
     line = ""
-    for piece in _pieces(text, max(1, width - len(INDENT))):
+    for piece in _pieces(text, max(1, width - len(indent))):
         if line.strip() and width_of((line + piece).rstrip()) > width:
             lines.append(line.rstrip())
-            line = INDENT
+            line = indent
         line += piece
     return [*lines, line.rstrip()]
 
