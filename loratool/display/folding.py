@@ -99,22 +99,18 @@ def _with_tails(
         tails = [path[len(parent) :] for path, _ in members]
         if len({len(tail) for tail in tails}) != 2 or any(path in merged for path, _ in members):
             continue
-        if sum(len(tail) == 2 for tail in tails) > 1 or any(map(_is_range, tails)):
-            continue  # a level of its own, which is clearer apart
         words = [word for tail in tails for word in _alternatives(".".join(tail))]
+        if sum(len(tail) == 2 for tail in tails) > 1 or any("{" in word for word in words):
+            continue  # a level of its own, or braces in braces: clearer apart
         whole = (*parent, _braces(words)), min(place for _, place in members)
         merged |= {path: whole for path, _ in members}
     return list(dict.fromkeys(merged.get(path, (path, place)) for path, place in groups))
 
 
-def _is_range(tail: Sequence[str]) -> bool:
-    return any(".." in word for word in tail)
-
-
 def _alternatives(word: str) -> list[str]:
     """Return what a word with one pair of braces at its end stands for."""
     head, brace, rest = word.partition("{")
-    if not brace or not rest.endswith("}") or "{" in rest:
+    if not brace or not rest.endswith("}") or "{" in rest or ".." in rest:
         return [word]
     return [head + item for item in rest.removesuffix("}").split(",")]
 
