@@ -296,6 +296,10 @@ class Settings(Protocol):
         """Return the configuration, or ``None`` where there is none."""
         ...
 
+    def dump(self, config: Mapping[str, Any]) -> Mapping[str, bytes]:
+        """Return the configuration as files have it, by their names."""
+        ...
+
     def metadata(self, written: Written) -> dict[str, str]:
         """Return what goes into the metadata."""
         ...

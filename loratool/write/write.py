@@ -110,6 +110,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         history=new.history if container.has_metadata else None,
         config=config,
         config_name=scheme.settings.file,
+        format_config=scheme.settings.dump,
         sidecars=tuple(sidecars),
         weights_name=_weights_name(options.output, scheme),
         stamps=new.stamps,
