@@ -37,10 +37,13 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(20, 24)
+        self.codes = nn.Embedding(24, 12)
         self.tall = nn.Linear(24, 36)
         self.wide = nn.Linear(48, 24, bias=False)
         self.square = nn.Linear(24, 24)
         self.conv = nn.Conv2d(4, 12, 3)
+        self.sequence = nn.Conv1d(8, 12, 3)
+        self.point = nn.Conv1d(8, 12, 1)
         self.norm = nn.LayerNorm(24)
 
 
@@ -128,6 +131,8 @@ for at, more in (
     for share in (False, True):
         bound = {"oft_block_size": 4, "coft": True, "eps": 0.5, "block_share": share}
         case(f"oft-bounded-{share}{at}", "OFTConfig", bound, exact=1e-6, **oft)
+unnamed = {"targets": ("codes",), "several": False, "variants": "oft"}
+case("oft-unnamed", "OFTConfig", {"oft_block_size": 4, "block_share": True}, **TURNED, **unnamed)
 for at, more in (("", {}), ("-conv", {"targets": ("conv",)})):
     case(f"boft{at}", "BOFTConfig", {"boft_block_size": 6}, **TURNED, **more)
     case(
@@ -242,6 +247,23 @@ for kind in ("lora", "vector", "constant", "none"):
 case("glora-unbiased", "GloraConfig", {"r": 3, "config_C": "vector"}, lora=NEAR, targets=("wide",))
 
 
+SEQUENCES = ("sequence", "point")
+for name, options in (
+    ("loha", {"r": 3, "alpha": 5}),
+    ("loha-effective", {"r": 3, "alpha": 5, "use_effective_conv2d": True}),
+    ("lokr", {"r": 3, "alpha": 5}),
+    ("lokr-factors", {"r": 1, "alpha": 5, "decompose_both": True, "decompose_factor": 4}),
+    ("lokr-whole-factors", {"r": 2, "alpha": 5, "decompose_both": True, "decompose_factor": 12}),
+    ("lokr-effective", {"r": 1, "alpha": 5, "use_effective_conv2d": True}),
+):
+    kind, bound = ("LoHaConfig", 1e-7) if "loha" in name else ("LoKrConfig", 1e-13)
+    for at, targets in (("", LINEAR), ("-conv", ("conv",)), ("-conv1d", SEQUENCES)):
+        if at == "-conv1d" and name == "lokr-effective":
+            continue  # PEFT's merge of it fails
+        more = {"variants": name[:4], "targets": targets, "exact": bound}
+        case(f"{name}{at}", kind, options, **more)
+
+
 class Diagonal:
     """What PEFT's extension for BOFT does, which only a GPU has."""
 
@@ -337,7 +359,7 @@ def test_it_merges_as_peft_does(
     found = {module["variant"] for module in loratool.inspect(adapter).as_json()["modules"]}
     assert found == {chosen.variants or name.partition("-")[0]}
     findings = [f for f in loratool.validate(adapter, base=base) if f.severity != "info"]
-    assert [str(f) for f in findings if f.is_error or f.code == "LT014"] == []
+    assert [str(f) for f in findings] == []
     loratool.merge(base, [adapter], tmp_path / "out")
     assert loratool.verify(tmp_path / "out", base=base, adapters=[adapter]) == ()
     before = loaded(base)
@@ -476,7 +498,7 @@ def test_trained_tokens_merge_as_peft_does(is_tied: bool, tmp_path: Path) -> Non
                 parameter.data = torch.randn_like(parameter)
         made.save_pretrained(tmp_path / "adapter")
     findings = loratool.validate(tmp_path / "adapter", base=tmp_path / "base")
-    assert [str(f) for f in findings if f.is_error or f.code == "LT014"] == []
+    assert [str(f) for f in findings if f.severity != "info"] == []
     loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     wanted = merged(made, tmp_path / "wanted")
     assert changed(loaded(tmp_path / "base"), wanted)
