@@ -20,7 +20,6 @@ PEFT_TYPES: Final = {
     "POLY": "a router that mixes adapters by task; no fixed weights equal it",
     "LILY": "a router that mixes factors by input; no fixed weights equal it",
     "SHADOW": "a small model beside the large one; no weights of that equal it",
-    "TINYLORA": "vectors of modules that only the live model's order tells",
     "PEANUT": "a small network of the weight, whose layers are not linear",
     "PSOFT": "rotations of the base's own leading directions, not read yet",
     "OSF": "a decomposition of the base's own weights, not read yet",

@@ -37,6 +37,7 @@ __all__ = [
     "summed",
     "unit_ranks",
     "vera_factors",
+    "weighted_sum",
     "whole_shares",
 ]
 
@@ -257,6 +258,11 @@ def vera_factors(
     if rows < out or columns < in_:
         raise ValueError(f"{rows} × {columns} is too small to share with {out} × {in_}")
     return lambda_b[:, None] * vera_b[:out, :], lambda_d[:, None] * vera_a[:, :in_]
+
+
+def weighted_sum(weights: Array, matrices: Array) -> Array:
+    """Return ``Σ weights[i] · matrices[i]``, of ``(n,)`` and ``(n, rows, columns)``."""
+    return array_namespace(weights, matrices).sum(weights[:, None, None] * matrices, axis=0)
 
 
 def flat(array: Array) -> Array:

@@ -264,6 +264,17 @@ for name, options in (
         case(f"{name}{at}", kind, options, **more)
 
 
+for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
+    turned = {"fan_in_fan_out": bool(at)}  # PEFT forgets to say so for a second one
+    case(f"tinylora{at}", "TinyLoraConfig", {"u": 5, "r": 3, **turned}, **more)
+    for tying in (0.4, 1.0):
+        options = {"r": 2, "weight_tying": tying, "projection_seed": 7, **turned}
+        case(f"tinylora-{tying}{at}", "TinyLoraConfig", options, **more)
+one = {"u": 3, "r": 2, "save_projection": False}
+case("tinylora-drawn", "TinyLoraConfig", one, targets=("wide",), several=False, exact=1e-6)
+case("tinylora-embedding", "TinyLoraConfig", {}, targets=("embed_tokens",), lora=NEVER)
+
+
 class Diagonal:
     """What PEFT's extension for BOFT does, which only a GPU has."""
 
@@ -459,7 +470,8 @@ def test_it_computes_with_tensors_as_with_arrays(
             for one, two in zip(arrays, site.variant.factors(site, read, width), strict=True):
                 assert np.allclose(one, two.numpy(), atol=1e-12)
             assert arrays[0].shape[0] == arrays[1].shape[1] == site.variant.factor_rank(site)
-            assert arrays[0].shape[1] == width == np.prod(shape[1:])
+            assert arrays[0].shape[1] == width
+            assert width == np.prod(shape[1:]) or site.module == "embed_tokens"
         elif site.variant.has_change:
             weight = np.random.default_rng(1).standard_normal(shape)
             values = {slot: decode(stored) for slot, stored in site.slots.items()}
@@ -545,6 +557,7 @@ DISTINCT = [
     "deft-qr",
     "glora-lora-lora",
     "glora-vector-vector",
+    "tinylora",
 ]
 
 
@@ -554,7 +567,7 @@ UNTOLD = {
         "adapter_config",
     ),
     **dict.fromkeys(("oft-conv", "hra", "road-road_1", "gralora-hybrid"), "adapter_config"),
-    **dict.fromkeys(("vblora", "supertuning-lora", "deft-qr"), "adapter_config"),
+    **dict.fromkeys(("vblora", "supertuning-lora", "deft-qr", "tinylora"), "adapter_config"),
     "miss-mini": "shape",
 }
 
@@ -666,7 +679,6 @@ def test_an_impossible_option_is_told(
         ("PREFIX_TUNING", "prefix"),
         ("CPT", "prompt"),
         ("CARTRIDGE", "cache"),
-        ("TINYLORA", "order"),
         ("OSF", "decomposition"),
     ],
 )
@@ -680,6 +692,36 @@ def test_what_has_no_fixed_weights_is_refused_by_name(
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
     with pytest.raises(UnsupportedError, match=f"{kind}.*{words}"):
         loratool.inspect(tmp_path)
+
+
+def test_what_only_the_live_model_tells_can_be_saved_with_it(
+    tmp_path: Path, trained: Callable[..., Any]
+) -> None:
+    from peft import PeftModel
+
+    options = {"r": 3, "save_projection": False}
+    made = trained(Case("TinyLoraConfig", options), tmp_path, torch.float64)
+    base, adapter = tmp_path / "base", tmp_path / "adapters" / "a0"
+    with pytest.raises(UnsupportedError, match="place in the live model") as failure:
+        loratool.merge(base, [adapter], tmp_path / "out")
+    assert "save_projection true" in (failure.value.hint or "")
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "save_projection": True}))
+    model = Toy().double()
+    model.load_state_dict(load_file(base / "model.safetensors"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        PeftModel.from_pretrained(model, str(adapter)).save_pretrained(tmp_path / "again")
+    loratool.merge(base, [tmp_path / "again"], tmp_path / "out")
+    compare(loaded(tmp_path / "out"), merged(made, tmp_path / "wanted"), 1e-6)
+
+
+def test_projections_of_another_seed_are_told(tmp_path: Path, trained: Callable[..., Any]) -> None:
+    trained(CASES["tinylora"], tmp_path, torch.float32)
+    config = tmp_path / "adapters" / "a0" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "projection_seed": 1}))
+    with pytest.raises(AdapterError, match="not drawn by the seed"):
+        loratool.merge(tmp_path / "base", [config.parent], tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", DISTINCT)
