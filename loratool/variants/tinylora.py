@@ -118,8 +118,8 @@ class TinyLora(Variant):
                 site.module,
                 "is a TinyLoRA without its projections (save_projection was false), which are "
                 "drawn by the module's place in the live model, and no file tells that",
-                hint="make save_projection true in adapter_config.json, load it with peft, and save it "
-                "again",
+                hint="make save_projection true in adapter_config.json, load it with peft, and "
+                "save it again",
             )
 
     def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:
