@@ -123,6 +123,8 @@ def build_sites(
             continue
         module = strip_wrappers(parsed.module)
         wrapped += module != parsed.module
+        if not scheme.keys.prefix:
+            module = without_holder(module)
         if parsed.slot in (Slot.ROWS, Slot.STATE):
             kind = ExtraKind.ROWS if parsed.slot is Slot.ROWS else ExtraKind.STATE
             extras.append(Extra(key, module.replace(".base_layer", ""), kind, tensor))

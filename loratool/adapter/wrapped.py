@@ -22,11 +22,14 @@ __all__ = [
 
 FACTOR: Final = re.compile(
     r"(?P<module>.+)\.(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector|down|up|mid|a|b)"
-    r"|hada_(w\d_[ab]|t\d)|lokr_(w\d(_[ab])?|t\d)|dora_scale|lora\.[AB])(\..+)?",
+    r"|hada_(w\d_[ab]|t\d)|lokr_(w\d(_[ab])?|t\d)|dora_scale|lora\.[AB]"
+    r"|(lora|LoRA)_?(mat(rix)?_|weight_)?[AB](_weight)?|lora_(layer|adapter|module)\.[AB])(\..+)?",
     re.DOTALL,
 )
-LIKELY: Final = ("lora_", "hada_", "lokr_", ".lora.")
-HELD: Final = re.compile(r"(\.lora|\.parametrizations\.weight\.\d+)\Z", re.ASCII)
+LIKELY: Final = ("lora_", "hada_", "lokr_", ".lora", ".LoRA")
+HELD: Final = re.compile(
+    r"(\.lora(_layer|_adapter|_module)?|\.parametrizations\.weight\.\d+)\Z", re.ASCII
+)
 """What holds the factors inside the layer that they are of, in code of tutorials."""
 PARAMETRISED: Final = ".parametrizations.weight.original"
 """What PyTorch calls a weight that is computed from others."""
