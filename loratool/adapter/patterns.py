@@ -40,7 +40,7 @@ def _expression(text: str) -> Expression:
     try:
         return Expression(text)
     except ExpressionError as error:
-        raise AdapterError("adapter_config.json", str(error)) from None
+        raise AdapterError("adapter_config.json", str(error), code="LT015") from None
 
 
 def _matches(pattern: str, name: str, *, is_full: bool) -> bool:
@@ -48,7 +48,7 @@ def _matches(pattern: str, name: str, *, is_full: bool) -> bool:
     try:
         return expression.fullmatch(name) if is_full else expression.match(name)
     except ExpressionError as error:
-        raise AdapterError("adapter_config.json", str(error)) from None
+        raise AdapterError("adapter_config.json", str(error), code="LT015") from None
 
 
 @dataclass(slots=True)
@@ -80,7 +80,9 @@ class _Table:
                 self.others.append((index, pattern))
         if len(self.others) > MANY_EXPRESSIONS:
             raise AdapterError(
-                "adapter_config.json", f"has {len(self.others)} patterns with operators"
+                "adapter_config.json",
+                f"has {len(self.others)} patterns with operators",
+                code="LT015",
             )
 
     def _add(self, index: int, pattern: str) -> None:
@@ -105,7 +107,9 @@ class _Table:
                 break
             if len(nodes) > MANY_PLACES:
                 raise AdapterError(
-                    "adapter_config.json", "its patterns have dots in too many ways to be names"
+                    "adapter_config.json",
+                    "its patterns have dots in too many ways to be names",
+                    code="LT015",
                 )
             is_component = place == 0 or module[place - 1] == "."
             for node in nodes if is_component else ():

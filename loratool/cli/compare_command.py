@@ -9,13 +9,14 @@ import click
 from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
+from loratool.cli.help import GroupedCommand
 from loratool.errors import printable
 from loratool.verbs.compare import Comparison, compare
 
 __all__ = ["command"]
 
 
-@click.command("compare")
+@click.command("compare", cls=GroupedCommand)
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
 @options.weights
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")

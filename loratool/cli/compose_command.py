@@ -9,13 +9,14 @@ import click
 
 from loratool.cli import options, render
 from loratool.cli.adapter_report import print_report
+from loratool.cli.help import GroupedCommand
 from loratool.verbs.algebra.extras import POLICIES
 from loratool.verbs.compose import METHODS, compose
 
 __all__ = ["command"]
 
 
-@click.command("compose")
+@click.command("compose", cls=GroupedCommand)
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output
 @options.weights

@@ -10,6 +10,7 @@ import click
 from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
+from loratool.cli.help import GroupedCommand
 from loratool.errors import printable
 from loratool.verbs.extract import METHODS, RESIDUALS, VARIANTS, extract
 from loratool.verbs.extraction.result import ExtractReport
@@ -19,7 +20,7 @@ __all__ = ["command"]
 LISTED = 8
 
 
-@click.command("extract")
+@click.command("extract", cls=GroupedCommand)
 @click.argument("base", type=options.PATH)
 @click.argument("finetuned", type=options.PATH)
 @options.output

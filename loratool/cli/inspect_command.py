@@ -14,6 +14,7 @@ import click
 from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span, sparkline
+from loratool.cli.help import GroupedCommand
 from loratool.errors import printable
 from loratool.verbs.inspect import AdapterInfo, ModelInfo, ModuleInfo, inspect
 
@@ -24,7 +25,7 @@ SAID: Final = "general."
 LONG: Final = 80
 
 
-@click.command("inspect")
+@click.command("inspect", cls=GroupedCommand)
 @click.argument("path", type=options.PATH)
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
 @click.option("--spectrum", is_flag=True, help="Read the factors too: singular values, norms.")

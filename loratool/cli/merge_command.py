@@ -9,6 +9,7 @@ import click
 
 from loratool.cli import options, render
 from loratool.cli.folding import fold_names
+from loratool.cli.help import GroupedCommand
 from loratool.errors import printable
 from loratool.plan.model import ModelPlan
 from loratool.verbs.merge import MergeReport, merge, plan_merge
@@ -17,7 +18,7 @@ from loratool.verbs.merging.coding import QUANTIZED
 __all__ = ["command"]
 
 
-@click.command("merge")
+@click.command("merge", cls=GroupedCommand)
 @click.argument("base", type=options.PATH)
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from loratool.display.sizes import human_bytes, human_count
 from loratool.errors import printable
 
 if TYPE_CHECKING:
@@ -112,21 +113,6 @@ def _print_findings(findings: Sequence[Finding], clean: str) -> None:
     counts = {name: sum(f.severity == name for f in findings) for name in STYLES}
     words = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count]
     out.print(Text(", ".join(words).replace("infos", "info") if words else clean))
-
-
-def human_bytes(count: int) -> str:
-    """Return a size in decimal units, as file managers show it."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def human_count(count: int) -> str:
-    """Return a number with thousands apart."""
-    return f"{count:,}"
 
 
 @contextmanager

@@ -10,13 +10,14 @@ import click
 from loratool.cli import options, render
 from loratool.cli.adapter_report import print_plan
 from loratool.cli.grouping import group_modules, span
+from loratool.cli.help import GroupedCommand
 from loratool.errors import printable
 from loratool.verbs.rescale import KEEP, RescaleReport, rescale
 
 __all__ = ["command"]
 
 
-@click.command("rescale")
+@click.command("rescale", cls=GroupedCommand)
 @click.argument("adapter", type=options.PATH)
 @options.output
 @click.option("--scale", type=float, metavar="S", help="Multiply every delta by this.")

@@ -9,12 +9,13 @@ import click
 
 from loratool.cli import options, render
 from loratool.cli.adapter_report import print_report
+from loratool.cli.help import GroupedCommand
 from loratool.verbs.truncate import truncate
 
 __all__ = ["command"]
 
 
-@click.command("truncate")
+@click.command("truncate", cls=GroupedCommand)
 @click.argument("adapter", type=options.PATH)
 @options.output
 @options.truncation

@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
+from loratool.cli.help import GroupedCommand
 from loratool.verbs.verify import verify
 
 __all__ = ["command"]
 
 
-@click.command("verify")
+@click.command("verify", cls=GroupedCommand)
 @click.argument("merged", type=options.PATH)
 @click.option("--base", type=options.PATH, required=True, help="The model it was made from.")
 @click.option(

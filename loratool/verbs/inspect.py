@@ -15,7 +15,6 @@ from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import looks_like_adapter
 from loratool.adapter.wrapped import factor_names
 from loratool.errors import (
-    AdapterError,
     BaseModelError,
     LoratoolError,
     OptionError,
@@ -23,6 +22,7 @@ from loratool.errors import (
 )
 from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
+from loratool.files.missing import missing
 from loratool.schemes import claimed, sidecar_names, weights_names
 from loratool.schemes.detection import forms
 from loratool.schemes.opening import open_adapter
@@ -247,7 +247,7 @@ def inspect(
     """
     place = Path(path)
     if not place.exists():
-        raise AdapterError(place, "no such file or folder")
+        raise missing(place)
     adapter = (
         open_adapter(place, adapter_name=adapter_name)
         if _is_adapter(place)
