@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,8 +12,10 @@ from loratool.cli import render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
-from loratool.plan.adapter import AdapterPlan
-from loratool.verbs.algebra.result import AdapterReport
+
+if TYPE_CHECKING:
+    from loratool.plan.adapter import AdapterPlan
+    from loratool.verbs.algebra.result import AdapterReport
 
 __all__ = ["print_left_out", "print_plan", "print_report"]
 

@@ -10,8 +10,7 @@ import click
 from loratool.cli import options, render
 from loratool.cli.adapter_report import print_report
 from loratool.cli.help import GroupedCommand
-from loratool.verbs.algebra.extras import POLICIES
-from loratool.verbs.compose import METHODS, compose
+from loratool.cli.named import choice
 
 __all__ = ["command"]
 
@@ -22,7 +21,7 @@ __all__ = ["command"]
 @options.weights
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    type=choice("method", "loratool.verbs.compose:METHODS"),
     default="linear",
     show_default=True,
     help="linear is the exact sum; docs/algebra.md says what the others are.",
@@ -42,7 +41,7 @@ __all__ = ["command"]
 @click.option("--seed", type=int, default=0, show_default=True, help="For dare, dare-ties, della.")
 @click.option(
     "--extras",
-    type=click.Choice(POLICIES),
+    type=choice("policy", "loratool.verbs.algebra.extras:POLICIES"),
     default="error",
     show_default=True,
     help="Where adapters bring different heads, biases or token rows.",
@@ -76,6 +75,8 @@ def command(
         loratool compose tuned/ unwanted/ -w 1 -w -1 --rank 16 -o without/
         loratool compose early/ late/ -w 1:layers.16-31=0 -w 2:layers.0-15=0 -o halves/
     """
+    from loratool.verbs.compose import compose
+
     with render.progress_bar("composing", quiet=quiet) as progress:
         report = compose(adapters, output, progress=progress, **settings)
     print_report(report, output, as_json=as_json, quiet=quiet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,9 +11,11 @@ from loratool.cli import options, render
 from loratool.cli.adapter_report import print_left_out
 from loratool.cli.grouping import group_modules, span
 from loratool.cli.help import GroupedCommand
-from loratool.cli.named import COMPONENT, FAMILY, SCHEME
+from loratool.cli.named import COMPONENT, FAMILY, SCHEME, choice
 from loratool.errors import printable
-from loratool.verbs.convert import NAMINGS, ConvertReport, convert
+
+if TYPE_CHECKING:
+    from loratool.verbs.convert import ConvertReport
 
 __all__ = ["command"]
 
@@ -40,7 +42,7 @@ __all__ = ["command"]
 @click.option("--family", type=FAMILY, help="The pipeline, where names leave it open.")
 @click.option(
     "--naming",
-    type=click.Choice(NAMINGS),
+    type=choice("naming", "loratool.verbs.convert:NAMINGS"),
     help="Names of the backbone in kohya and comfy; by default the usual ones.",
 )
 @click.option("--component", type=COMPONENT, help="Write one component alone.")
@@ -83,6 +85,8 @@ def command(
         loratool convert loha.safetensors --to comfy --to-lora -o plain.safetensors
         loratool convert my-adapter/ --to kohya --dry-run -o out.safetensors
     """
+    from loratool.verbs.convert import convert
+
     with render.progress_bar("converting", quiet=quiet) as progress:
         report = convert(adapter, to, output, progress=progress, **settings)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,9 +11,11 @@ from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.cli.help import GroupedCommand
+from loratool.cli.named import choice
 from loratool.errors import printable
-from loratool.verbs.extract import METHODS, RESIDUALS, VARIANTS, extract
-from loratool.verbs.extraction.result import ExtractReport
+
+if TYPE_CHECKING:
+    from loratool.verbs.extraction.result import ExtractReport
 
 __all__ = ["command"]
 
@@ -38,21 +40,21 @@ LISTED = 8
 @click.option("--save-module", multiple=True, metavar="NAME", help="Save this module whole.")
 @click.option(
     "--residual",
-    type=click.Choice(RESIDUALS),
+    type=choice("what", "loratool.verbs.extract:RESIDUALS"),
     default="report",
     show_default=True,
     help="Changed norms, biases and rows: only report them, or carry them whole.",
 )
 @click.option(
     "--variant",
-    type=click.Choice(VARIANTS),
+    type=choice("variant", "loratool.verbs.extract:VARIANTS"),
     default="lora",
     show_default=True,
     help="dora: with a length for every row, for models whose weights were scaled too.",
 )
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    type=choice("method", "loratool.verbs.extract:METHODS"),
     default="auto",
     show_default=True,
     help="auto is exact for small matrices, randomised for large ones.",
@@ -96,6 +98,8 @@ def command(
         loratool extract base/ finetuned/ --rank auto --residual carry -o adapter/
         loratool extract base/ finetuned/ --rank 32 --variant dora -o adapter/
     """
+    from loratool.verbs.extract import extract
+
     if plot is not None:
         from loratool.cli.plots import check_plot
 

@@ -141,13 +141,15 @@ def _row(option: click.Option, ctx: click.Context) -> tuple[str, str]:
     name, text = record
     choices = choices_of(option)
     metavar = option.make_metavar(ctx)
-    if choices and (len(metavar) > LONGEST_METAVAR or isinstance(option.type, Named)):
-        word = option.type.name.upper()
-        if not isinstance(option.type, Named):
-            word = max(option.opts, key=len).lstrip("-").upper()
-        name = name.replace(metavar, word)
-        text = f"{text.rstrip()} {word}: {', '.join(choices)}."
-    return name, text
+    if not choices:
+        return name, text
+    listed = f"[{'|'.join(choices)}]"
+    if len(listed) <= LONGEST_METAVAR:
+        return name.replace(metavar, listed), text
+    word = option.type.name.upper()
+    if not isinstance(option.type, Named):
+        word = max(option.opts, key=len).lstrip("-").upper()
+    return name.replace(metavar, word), f"{text.rstrip()} {word}: {', '.join(choices)}."
 
 
 def summary_of(source: str) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.help import GroupedCommand
+from loratool.cli.named import choice
 from loratool.errors import printable
-from loratool.plan.model import ModelPlan
-from loratool.verbs.merge import MergeReport, merge, plan_merge
-from loratool.verbs.merging.coding import QUANTIZED
+
+if TYPE_CHECKING:
+    from loratool.plan.model import ModelPlan
+    from loratool.verbs.merge import MergeReport
 
 __all__ = ["command"]
 
@@ -32,8 +34,9 @@ __all__ = ["command"]
 @options.force
 @click.option(
     "--quantized",
-    type=click.Choice(QUANTIZED),
-    default=QUANTIZED[0],
+    type=choice("what", "loratool.verbs.merging.coding:QUANTIZED"),
+    default="dequantize",
+    show_default=True,
     help="What becomes of quantised weights: plain numbers, or codes again.",
 )
 @options.dry_run
@@ -74,6 +77,8 @@ def command(
         loratool merge base/ style/ tone/ -w 0.7 -w -0.2 -o merged/
         loratool merge sdxl.safetensors style.safetensors -w te1=0.5 -w unet=1.1 -o out.safetensors
     """
+    from loratool.verbs.merge import merge, plan_merge
+
     settings: dict[str, Any] = {
         "weights": weights,
         "dtype": dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -14,7 +15,7 @@ from loratool.errors import OptionError, printable
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-__all__ = ["COMPONENT", "DEVICE", "FAMILY", "LOADER", "SCHEME", "Named"]
+__all__ = ["COMPONENT", "DEVICE", "FAMILY", "LOADER", "SCHEME", "Named", "choice"]
 
 DEVICES: Final = re.compile(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*")
 
@@ -50,7 +51,10 @@ class Named(click.ParamType[str]):
         return tuple(self.known())
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        names, given = self.names, str(value)
+        given = str(value)
+        if param is not None and given == param.default:
+            return given  # without a look at the names, which may import much
+        names = self.names
         if given in names or (self.form is not None and self.form.fullmatch(given)):
             return given
         option = max(param.opts, key=len) if param is not None else self.name
@@ -68,6 +72,23 @@ class Named(click.ParamType[str]):
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
+
+
+def choice(name: str, place: str) -> Named:
+    """Return what takes one of the names that a verb has.
+
+    Args:
+        name: What stands for it.
+        place: Where they are, such as ``loratool.verbs.compose:METHODS``; imported only when
+            somebody asks for them.
+    """
+    module, _, constant = place.partition(":")
+
+    def known() -> Sequence[str]:
+        found: Sequence[str] = getattr(import_module(module), constant)
+        return found
+
+    return Named(name, known)
 
 
 def _schemes() -> Sequence[str]:

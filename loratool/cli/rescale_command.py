@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,8 +11,11 @@ from loratool.cli import options, render
 from loratool.cli.adapter_report import print_plan
 from loratool.cli.grouping import group_modules, span
 from loratool.cli.help import GroupedCommand
+from loratool.cli.named import choice
 from loratool.errors import printable
-from loratool.verbs.rescale import KEEP, RescaleReport, rescale
+
+if TYPE_CHECKING:
+    from loratool.verbs.rescale import RescaleReport
 
 __all__ = ["command"]
 
@@ -25,7 +28,7 @@ __all__ = ["command"]
 @click.option("--alpha", type=float, metavar="A", help="Set alpha of every module to this.")
 @click.option(
     "--keep",
-    type=click.Choice(KEEP),
+    type=choice("what", "loratool.verbs.rescale:KEEP"),
     default="factors",
     show_default=True,
     help="What --alpha leaves alone: with factors the delta changes, with delta B does.",
@@ -58,6 +61,8 @@ def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings:
         loratool rescale my-adapter/ --fold -o folded/
         loratool rescale my-adapter/ --alpha 32 --keep delta -o same-delta/
     """
+    from loratool.verbs.rescale import rescale
+
     with render.progress_bar("rescaling", quiet=quiet) as progress:
         report = rescale(adapter, output, progress=progress, **settings)
     if as_json:

@@ -10,7 +10,6 @@ import click
 from loratool.cli import options, render
 from loratool.cli.adapter_report import print_report
 from loratool.cli.help import GroupedCommand
-from loratool.verbs.truncate import truncate
 
 __all__ = ["command"]
 
@@ -55,6 +54,8 @@ def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings:
         loratool truncate my-adapter/ --max-error 0.05 --rank-multiple 8 -o smaller/
         loratool truncate my-adapter/ --max-size 8MB -o smaller/
     """
+    from loratool.verbs.truncate import truncate
+
     with render.progress_bar("truncating", quiet=quiet) as progress:
         report = truncate(adapter, output, progress=progress, **settings)
     print_report(report, output, as_json=as_json, quiet=quiet)

@@ -8,7 +8,6 @@ import click
 
 from loratool.cli import options, render
 from loratool.cli.help import GroupedCommand
-from loratool.verbs.verify import verify
 
 __all__ = ["command"]
 
@@ -57,6 +56,8 @@ def command(
     Example:
         loratool verify merged/ --base TinyLlama-1.1B/ --adapter my-adapter/
     """
+    from loratool.verbs.verify import verify
+
     with render.progress_bar("verifying", quiet=quiet) as progress:
         findings = verify(
             merged,
