@@ -109,4 +109,8 @@ def describe_write_error(path: Path, error: OSError) -> OutputError:
         return FullDiskError(path, what, hint=hint, number=error.errno)
     if isinstance(error, PermissionError):
         return OutputDeniedError(path, what, number=error.errno)
+    if error.errno == errno.EEXIST and error.filename:
+        name = os.path.basename(error.filename)  # noqa: PTH119 - bytes too
+        what = f"cannot be written: this disk takes {name!r} and another of its files for one"
+        return OutputError(path, what, hint="choose a disk that tells upper case from lower case")
     return OutputError(path, what)
