@@ -18,6 +18,7 @@ import click
 from loratool.cli.failures import FAILURE, failure_of, stopped_by, tell
 from loratool.cli.help import help_of, no_such_option, summary_of
 from loratool.cli.synonyms import no_such_command
+from loratool.display.characters import ASCII, is_unicode
 from loratool.errors import LoratoolError
 
 if TYPE_CHECKING:
@@ -43,19 +44,6 @@ COMPLETING: Final = "_LORATOOL_COMPLETE"
 """Set by a shell that wants to know how a line may go on."""
 BLAS_THREADS: Final = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 """How the BLAS libraries that numpy comes with are told; PyTorch on a processor has another."""
-ASCII: Final = {
-    "\N{DOUBLE VERTICAL LINE}": "||",
-    "\N{GREEK CAPITAL LETTER DELTA}": "delta",
-    "\N{MIDDLE DOT}": "*",
-    "\N{MULTIPLICATION SIGN}": "x",
-    "\N{HORIZONTAL ELLIPSIS}": "...",
-    "\N{GREEK SMALL LETTER PHI}": "phi",
-    "\N{RIGHTWARDS ARROW}": "->",
-    "\N{LESS-THAN OR EQUAL TO}": "<=",
-    "\N{MINUS SIGN}": "-",
-    "\N{EN DASH}": "-",
-}
-"""What stands for characters that a terminal or a pipe does not have."""
 GARBAGE: Final = 100_000
 """Objects between two searches for cycles, of which a command makes none that matter."""
 
@@ -183,7 +171,7 @@ def _open_missing_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open till the end
-        elif isinstance(stream, TextIOWrapper) and "utf" not in stream.encoding.lower():
+        elif isinstance(stream, TextIOWrapper) and not is_unicode(stream.encoding):
             stream.reconfigure(errors="loratool")
 
 

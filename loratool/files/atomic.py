@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from loratool.display.sizes import human_bytes
+from loratool.display.figures import human_bytes
 from loratool.errors import (
     FullDiskError,
     LoratoolError,
