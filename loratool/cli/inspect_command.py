@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from loratool.cli import many, options, render
+from loratool.cli import options, render
 from loratool.cli.help import GroupedCommand
 from loratool.errors import OptionError
 from loratool.verbs.inspect import AdapterInfo, inspect, inspect_many
@@ -17,22 +17,22 @@ __all__ = ["command"]
 
 @click.command("inspect", cls=GroupedCommand)
 @click.argument("paths", type=options.PATH, nargs=-1, required=True, metavar="PATH...")
-@many.recursive
+@options.recursive
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
 @click.option("--spectrum", is_flag=True, help="Read the factors too: singular values, norms.")
 @click.option("--hashes", is_flag=True, help="Read the files too: AutoV1, AutoV2, AutoV3, SHA-256.")
 @click.option(
     "--duplicates", is_flag=True, help="Say which adapters have the same content, by its values."
 )
-@many.sort
+@options.sort
 @options.plot
 @options.force
 @options.adapter_name
 @options.threads
 @options.no_progress
 @options.as_json
-@many.as_jsonl
-@many.as_csv
+@options.as_jsonl
+@options.as_csv
 @options.debug
 def command(
     paths: tuple[Path, ...],
@@ -65,13 +65,15 @@ def command(
         loratool inspect loras/ --recursive --sort -size --duplicates
         loratool inspect loras/ --csv > loras.csv
     """
-    is_many = many.are_many(
+    is_many = options.are_many(
         paths,
         recursive=recursive,
         adapter_name=adapter_name,
         asks_for_rows=sort is not None or duplicates or as_csv,
     )
     if is_many:
+        from loratool.cli.many import tell
+
         _check_alone(modules=modules, plot=plot is not None)
         found = inspect_many(
             paths,
@@ -82,7 +84,7 @@ def command(
             adapter_name=adapter_name,
             threads=threads,
         )
-        return many.tell(found, as_json=as_json, as_jsonl=as_jsonl, as_csv=as_csv, sort=sort)
+        return tell(found, as_json=as_json, as_jsonl=as_jsonl, as_csv=as_csv, sort=sort)
     (path,) = paths
     if plot is not None:
         from loratool.cli.plots import check_plot
