@@ -46,7 +46,7 @@ def verify(
     merged: AnyPath,
     *,
     base: AnyPath,
-    adapters: Sequence[AnyPath],
+    adapters: Sequence[AnyPath] | AnyPath,
     weights: Weights = (),
     alpha: float | None = None,
     adapter_name: str | None = None,
