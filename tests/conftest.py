@@ -104,5 +104,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fuzz", type=float, default=3.0, metavar="SECONDS", help="how long each parser is fuzzed"
     )
     parser.addoption(
+        "--kills", type=int, default=3, metavar="N", help="how often each writing verb is killed"
+    )
+    parser.addoption(
         "--write-docs", action="store_true", help="write generated parts of the pages anew"
     )
