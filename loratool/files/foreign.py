@@ -64,8 +64,7 @@ SUFFIXES: Final = {
     ".onnx": ONNX,
     ".distcp": Foreign(
         "one shard of a distributed checkpoint of PyTorch (DCP)",
-        "join them first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER "
-        "OUT.pt",
+        "name the folder that it lies in, with the other shards and .metadata",
     ),
     ".mlmodel": Foreign("a Core ML model", "take the weights it was made from"),
     ".orbax": Foreign(
@@ -116,17 +115,19 @@ def foreign_folder(path: Path) -> Foreign | None:
 
 def _dcp(here: str, name: str) -> Foreign:
     return Foreign(
-        "a distributed checkpoint of PyTorch (DCP, as FSDP and torchtitan write it), whose "
-        "description is a pickle",
+        "a distributed checkpoint of PyTorch (DCP, as FSDP and torchtitan write it), of which "
+        "adapters alone are read, and only beside their .metadata",
         f"join it first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {here} "
         "OUT.pt",
     )
 
 
 def _fsdp(here: str, name: str) -> Foreign:
+    inner = f"{here}/{shlex.quote(name)}"
     return Foreign(
         "a checkpoint of FSDP, sharded over processes",
-        f"join it first: accelerate merge-weights {here}/{shlex.quote(name)} OUT",
+        f"name {inner}, where it holds an adapter, or join it first: accelerate merge-weights "
+        f"{inner} OUT",
     )
 
 

@@ -27,7 +27,7 @@ FILES: Final = {
     "adapter.pkl": (b"\x80\x04.", "pickle"),
 }
 FOLDERS: Final = {
-    "DCP": ([".metadata", "__0_0.distcp", "__1_0.distcp"], "dcp_to_torch"),
+    "DCP": (["__0_0.distcp", "__1_0.distcp"], "dcp_to_torch"),
     "FSDP": (["pytorch_model_fsdp_0/.metadata", "README.md"], "accelerate merge-weights"),
     "DeepSpeed": (
         [
