@@ -146,14 +146,6 @@ def _orbax(here: str, name: str) -> Foreign:
     )
 
 
-def _tensor_parallel(here: str, name: str) -> Foreign:
-    return Foreign(
-        "a checkpoint of Megatron, sharded over tensor-parallel ranks",
-        "join it with NeMo or Megatron-Bridge (one tensor-parallel rank, or their export to "
-        "Hugging Face), and name what that writes",
-    )
-
-
 FOLDERS: Final[tuple[tuple[re.Pattern[str], Callable[[str, str], Foreign]], ...]] = (
     (re.compile(r"pytorch_model_fsdp_\d+"), _fsdp),
     (
@@ -162,7 +154,6 @@ FOLDERS: Final[tuple[tuple[re.Pattern[str], Callable[[str, str], Foreign]], ...]
     ),
     (re.compile(r"_CHECKPOINT_METADATA|manifest\.ocdbt|ocdbt\.process_\d+"), _orbax),
     (re.compile(r"\.metadata|__\d+_\d+\.distcp"), _dcp),
-    (re.compile(r"mp_rank_\d+(_.*)?|tp_rank_\d+_pp_rank_\d+"), _tensor_parallel),
 )
 """What lies in a folder, and what it is then."""
 

@@ -21,7 +21,7 @@ from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.pickles import tensor_in
 from loratool.files.spec import StoredTensor, TensorSpec
 
-__all__ = ["ArchivedTensor", "Gathered", "Piece", "Source", "cover"]
+__all__ = ["ArchivedTensor", "Gathered", "Piece", "Source", "StoredSource", "cover"]
 
 MOST_OVERLAPS: Final = 512
 """How many pieces are compared each with each."""

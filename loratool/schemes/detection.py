@@ -20,6 +20,7 @@ from loratool.files.foreign import foreign_folder, part_of
 from loratool.files.spec import StoredTensor
 from loratool.schemes import builtin_schemes, claimed, sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
+from loratool.schemes.ranks import weights_of_ranks
 
 __all__ = ["detect_scheme", "distributed", "find_weights", "forms", "selected"]
 
@@ -50,6 +51,8 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
     found = [path / name for name in weights_names() if (path / name).is_file()]
     if not found and (described := distributed(path)) is not None:
         return described, ()
+    if not found and (first := weights_of_ranks(path)) is not None:
+        return first, ()
     if not found:
         found = sorted(
             file

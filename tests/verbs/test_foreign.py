@@ -40,7 +40,6 @@ FOLDERS: Final = {
     ),
     "DeepSpeed's run": (["global_step100/x.pt", "latest"], "zero_to_fp32.py"),
     "Orbax": (["_CHECKPOINT_METADATA", "d/x", "manifest.ocdbt"], "Orbax"),
-    "Megatron": (["mp_rank_00/model.pt", "mp_rank_01/model.pt"], "NeMo"),
     "Keras": (["gemma.lora.h5"], "Keras"),
 }
 
