@@ -27,7 +27,7 @@ from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
 from loratool.files.missing import missing
 from loratool.schemes import claimed, sidecar_names, weights_names
-from loratool.schemes.detection import forms
+from loratool.schemes.detection import distributed, forms
 from loratool.schemes.opening import open_adapter
 
 if TYPE_CHECKING:
@@ -382,6 +382,8 @@ def is_adapter(path: Path) -> bool:
     there = {entry.name: entry for entry in os.scandir(path)}
     if not there.keys().isdisjoint((*sidecar_names(), *weights_names())):
         return True
+    if (described := distributed(path)) is not None:
+        return bool(factor_names(open_weights(described).tensors))
     if any((path / name / CONFIG_NAME).exists() for name, e in there.items() if e.is_dir()):
         from loratool.base.config import is_model_folder
 
