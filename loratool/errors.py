@@ -8,9 +8,11 @@ where one exists, the next step. The command line prints it as ``error: <where>:
 from __future__ import annotations
 
 __all__ = [
+    "SPOKEN",
     "AdapterError",
     "BaseModelError",
     "FileFormatError",
+    "HubError",
     "LoratoolError",
     "MergeError",
     "MissingModuleError",
@@ -19,6 +21,7 @@ __all__ = [
     "PluginError",
     "UnsupportedError",
     "printable",
+    "spoken",
 ]
 
 
@@ -43,6 +46,10 @@ class LoratoolError(Exception):
 
 class FileFormatError(LoratoolError):
     """A file that breaks the rules of its own format, or is not what its name says."""
+
+
+class HubError(LoratoolError):
+    """A model of the Hugging Face hub that is not in the cache and cannot be fetched."""
 
 
 class AdapterError(LoratoolError):
@@ -77,6 +84,17 @@ class PluginError(LoratoolError):
     """A plug-in that cannot be imported, or that claims what another one does."""
 
 
+SPOKEN: dict[str, str] = {}
+"""Paths on the disk that stand for something else, and what that is called."""
+
+
+def spoken(text: str) -> str:
+    """Return ``text`` with what paths stand for in their place."""
+    for path, name in SPOKEN.items():
+        text = text.replace(path, name)
+    return text
+
+
 def printable(text: object) -> str:
     """Return ``text`` with every control, format and bidirectional character escaped.
 
@@ -84,5 +102,5 @@ def printable(text: object) -> str:
     """
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in str(text)
+        for char in spoken(str(text))
     )

@@ -11,6 +11,7 @@ from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span
 from loratool.errors import printable
+from loratool.files.places import called
 from loratool.verbs.extract import METHODS, RESIDUALS, VARIANTS, extract
 from loratool.verbs.extraction.result import ExtractReport
 
@@ -104,7 +105,7 @@ def command(
     if plot is not None and report.is_written:
         from loratool.cli.plots import plot_extraction
 
-        plot_extraction(report, finetuned.resolve().name, plot, force=settings["force"])
+        plot_extraction(report, called(finetuned), plot, force=settings["force"])
     if as_json:
         render.print_json(report.as_json())
         return

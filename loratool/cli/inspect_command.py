@@ -15,6 +15,7 @@ from loratool.cli import options, render
 from loratool.cli.folding import fold_names
 from loratool.cli.grouping import group_modules, span, sparkline
 from loratool.errors import printable
+from loratool.files.places import called
 from loratool.verbs.inspect import AdapterInfo, ModelInfo, ModuleInfo, inspect
 
 __all__ = ["command"]
@@ -72,7 +73,7 @@ def command(
     if plot is not None and isinstance(info, AdapterInfo):
         from loratool.cli.plots import plot_spectra
 
-        plot_spectra(info.spectra, path.resolve().name, plot, force=force)
+        plot_spectra(info.spectra, called(path), plot, force=force)
     if as_json:
         render.print_json(info.as_json())
     elif isinstance(info, ModelInfo):

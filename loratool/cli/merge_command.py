@@ -18,8 +18,7 @@ __all__ = ["command"]
 
 
 @click.command("merge")
-@click.argument("base", type=options.PATH)
-@click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("paths", type=options.PATH, nargs=-1, required=True, metavar="[BASE] ADAPTER...")
 @options.output
 @options.weights
 @options.dtype
@@ -43,8 +42,7 @@ __all__ = ["command"]
 @options.as_json
 @options.debug
 def command(
-    base: Path,
-    adapters: tuple[Path, ...],
+    paths: tuple[Path, ...],
     output: Path,
     weights: tuple[str, ...],
     dtype: str | None,
@@ -65,7 +63,8 @@ def command(
     """Fold adapters into a base: W + Σ weight · delta, written as a checkpoint like the base.
 
     The base may be larger than memory: it is streamed in small blocks, summed in float32 and
-    rounded once. Everything that no adapter touches is copied byte for byte.
+    rounded once. Everything that no adapter touches is copied byte for byte. A single path is an
+    adapter, and the base is the model that it records.
 
     \b
     Example:
@@ -73,6 +72,7 @@ def command(
         loratool merge base/ style/ tone/ -w 0.7 -w -0.2 -o merged/
         loratool merge sdxl.safetensors style.safetensors -w te1=0.5 -w unet=1.1 -o out.safetensors
     """
+    base, adapters = (paths[0], paths[1:]) if len(paths) > 1 else (None, paths)
     settings: dict[str, Any] = {
         "weights": weights,
         "dtype": dtype,
@@ -132,6 +132,7 @@ def _report_json(report: MergeReport) -> dict[str, Any]:
         "bytes_written": report.bytes_written,
         "retention": report.retention,
         "notes": list(report.notes),
+        **({"hub": report.hub} if report.hub else {}),
     }
 
 
@@ -146,6 +147,7 @@ def _plan_json(plan: ModelPlan) -> dict[str, Any]:
         "unused": list(plan.unused),
         "bytes_to_write": plan.nbytes,
         "peak_memory": plan.peak_memory,
+        **({"bytes_to_fetch": sum(plan.unfetched.values())} if plan.unfetched else {}),
         "files": [{"name": file.name, "bytes": file.size} for file in plan.files],
         "steps": [
             {"tensor": step.spec.name, "what": step.words}
@@ -155,6 +157,7 @@ def _plan_json(plan: ModelPlan) -> dict[str, Any]:
         "sidecars": [{"name": item.name, "why": item.why} for item in plan.sidecars],
         "left_behind": [{"name": name, "why": why} for name, why in plan.left_behind],
         "notes": list(plan.notes),
+        **({"hub": plan.hub} if plan.hub else {}),
     }
 
 
@@ -184,6 +187,9 @@ def _print_plan(plan: ModelPlan) -> None:
     )
     if plan.left_behind:
         render.print_table("not carried over", ("file", "why"), plan.left_behind)
+    if plan.unfetched:
+        size = render.human_bytes(sum(plan.unfetched.values()))
+        click.echo(f"would be fetched from the hub: {len(plan.unfetched)} files, {size}")
     for key in plan.unused:
         click.echo(f"skipped: {printable(key)}")
     click.echo(

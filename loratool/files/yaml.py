@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from loratool.errors import FileFormatError
 from loratool.files.json import MAX_SIDECAR_BYTES, parse_json
+from loratool.files.sources import opened, size_of
 
 __all__ = ["read_flat_yaml"]
 
@@ -37,9 +38,10 @@ def read_flat_yaml(path: Path) -> dict[str, Any]:
         FileFormatError: It is none, or has a field twice.
     """
     try:
-        if path.stat().st_size > MAX_SIDECAR_BYTES:
+        if size_of(path) > MAX_SIDECAR_BYTES:
             raise FileFormatError(path, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB")
-        data = path.read_bytes()
+        with opened(path) as file:
+            data = file.read()
     except OSError as error:
         raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
     if data.lstrip().startswith(b"{"):

@@ -205,7 +205,7 @@ class AdapterPlan:
         if self.config is not None:
             found.append({"name": self.config_name, "bytes": len(self.config_text)})
         found += [
-            {"name": sidecar.name, "bytes": sidecar.source.stat().st_size}
+            {"name": sidecar.name, "bytes": sidecar.nbytes}
             for sidecar in self.sidecars
             if sidecar.source is not None
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter.model import Adapter, Site
 from loratool.base.region import Region
@@ -15,6 +15,8 @@ from loratool.errors import MergeError
 from loratool.files.container import Layout, WeightsFile
 from loratool.files.containers import container_of
 from loratool.files.inputs import Stamp
+from loratool.files.places import hub_as_json
+from loratool.files.sources import unfetched
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.lanes import Spot, Task
 from loratool.plan.outcome import Outcome
@@ -388,6 +390,7 @@ class ModelPlan:
         notes: What a user should know, one sentence each.
         left_behind: Files of the base that are not carried over, with the reason.
         stamps: What the weights files were when their headers were read.
+        base: The model that everything is merged into.
     """
 
     files: tuple[OutputFile, ...]
@@ -398,6 +401,17 @@ class ModelPlan:
     notes: tuple[str, ...] = ()
     left_behind: tuple[tuple[str, str], ...] = field(default=())
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    base: Path = Path()
+
+    @property
+    def hub(self) -> Mapping[str, Any] | None:
+        """Models and commits of what came from the hub; ``None`` where nothing did."""
+        return hub_as_json({"base": self.base}, [adapter.path for adapter in self.adapters])
+
+    @property
+    def unfetched(self) -> Mapping[Path, int]:
+        """Bytes of every file of the hub that would have to be fetched first."""
+        return unfetched((*self.stamps, *(s.source for s in self.sidecars if s.source is not None)))
 
     def steps(self) -> Iterator[Step]:
         """Yield every step of every file."""

@@ -15,6 +15,7 @@ from loratool.base.told import open_told
 from loratool.errors import LoratoolError, OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.places import called, located
 from loratool.loaders import loader_named
 from loratool.loaders.loader import Loader
 from loratool.plan.adapter import AdapterPlan
@@ -169,17 +170,17 @@ def convert(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    place, origin = Path(output), Path(adapter)
-    inputs = [Path(path) for path in (adapter, base, initial) if path is not None]
+    place, origin = Path(output), located(adapter)
+    base = located(base) if base is not None else None
+    initial = located(initial) if initial is not None else None
+    inputs = [path for path in (origin, base, initial) if path is not None]
     loader = loader_named(target) if target is not None else None
     scheme = _written_scheme(_scheme_name(to, loader))
     if naming is not None and naming not in NAMINGS:
         raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
-    opened_base, told = (
-        open_told(Path(base), needs_weights=False) if base is not None else (None, None)
-    )
+    opened_base, told = open_told(base, needs_weights=False) if base is not None else (None, None)
     opened = open_adapter(
         origin,
         adapter_name=adapter_name,
@@ -192,13 +193,13 @@ def convert(
     )
     if base is not None and opened_base is None:
         follows = (scheme.follows, scheme_named(opened.scheme).follows)
-        open_told(Path(base), needs_weights=follows == (None, None))
+        open_told(base, needs_weights=follows == (None, None))
     asked = {
         "to": scheme.name,
         "for": target,
         "from": source,
-        "base": Path(base).resolve().name if base is not None else None,
-        "initial": Path(initial).resolve().name if initial is not None else None,
+        "base": called(base) if base is not None else None,
+        "initial": called(initial) if initial is not None else None,
         "alpha": alpha,
         "family": family,
         "naming": naming,
@@ -233,7 +234,7 @@ def convert(
         pad=pad,
     )
     hashed = opened.weights if opened.stamp.size < HASHED_BELOW else None
-    history = History("convert", (Source(opened.path.resolve().name, hashed),), asked)
+    history = History("convert", (Source(called(opened.path), hashed),), asked)
     new, options = converted(opened, scheme, conversion, options, history)
     plan = write(new, scheme, options)
     if dry_run:

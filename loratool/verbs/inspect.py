@@ -23,6 +23,7 @@ from loratool.errors import (
 )
 from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
+from loratool.files.places import located, origin_of
 from loratool.schemes import claimed, sidecar_names, weights_names
 from loratool.schemes.detection import forms
 from loratool.schemes.opening import open_adapter
@@ -115,6 +116,7 @@ class AdapterInfo:
             "schema": 1,
             "kind": "adapter",
             "path": str(adapter.path),
+            **_hub(adapter.path),
             "scheme": adapter.scheme,
             "base_model": adapter.base_model,
             "parameters": adapter.parameters,
@@ -209,6 +211,7 @@ class ModelInfo:
             "schema": 1,
             "kind": "model",
             "path": str(self.model.path),
+            **_hub(self.model.path),
             "model_type": self.model_type,
             "architectures": self.architectures,
             "layout": self.model.layout.name,
@@ -223,6 +226,12 @@ class ModelInfo:
             "metadata": self.metadata,
             "notes": list(self.notes),
         }
+
+
+def _hub(path: Path) -> dict[str, Any]:
+    """Return the model and commit of what came from the hub."""
+    origin = origin_of(path)
+    return {"hub": origin.as_json()} if origin is not None else {}
 
 
 def inspect(
@@ -245,7 +254,7 @@ def inspect(
     Raises:
         LoratoolError: It is neither, or a file breaks the rules of its format.
     """
-    place = Path(path)
+    place = located(path)
     if not place.exists():
         raise AdapterError(place, "no such file or folder")
     adapter = (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from loratool.files.places import located
 from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
 from loratool.plan.plan import write
@@ -34,6 +35,7 @@ class MergeReport:
         retention: ``⟨W' - W, Δ⟩ / ‖Δ‖²``, the share of the update that survived rounding to
             the output dtype; ``None`` where nothing was added to anything.
         notes: What a user should know, one sentence each.
+        hub: Models and commits of what came from the hub; ``None`` where nothing did.
     """
 
     tensors: int
@@ -44,11 +46,12 @@ class MergeReport:
     bytes_written: int
     retention: float | None
     notes: tuple[str, ...] = field(default=())
+    hub: Mapping[str, Any] | None = None
 
 
 @exactly
 def merge(
-    base: AnyPath,
+    base: AnyPath | None,
     adapters: Sequence[AnyPath],
     output: AnyPath,
     *,
@@ -72,7 +75,8 @@ def merge(
     for a float64 base) and one rounding, however many adapters there are.
 
     Args:
-        base: Folder or file of the base model.
+        base: Folder or file of the base model, or its name on the hub; ``None`` for the one that
+            the first adapter records.
         adapters: Adapters, each a file or a folder.
         output: Where the merged model goes: a folder, or a file where the base is one.
         weights: A number for each adapter, in order (missing ones are 1), and ``"PATTERN=N"`` for
@@ -97,9 +101,10 @@ def merge(
         LoratoolError: Nothing was written; the message says why.
     """
     output = Path(output)
+    paths = [located(adapter) for adapter in adapters]
     plan = plan_merge(
         base,
-        adapters,
+        paths,
         weights=weights,
         dtype=dtype,
         alpha=alpha,
@@ -112,7 +117,7 @@ def merge(
     outcome = write(
         plan,
         output,
-        inputs=[Path(base), *(Path(adapter) for adapter in adapters)],
+        inputs=[plan.base, *paths],
         force=force,
         allow_nonfinite=allow_nonfinite,
         device=device,
@@ -138,4 +143,5 @@ def merge(
         bytes_written=plan.nbytes,
         retention=retention,
         notes=tuple(notes),
+        hub=plan.hub,
     )

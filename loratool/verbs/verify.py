@@ -24,6 +24,7 @@ from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.inputs import InputFiles
 from loratool.files.json import read_json_object
+from loratool.files.places import located
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import read_into
 from loratool.names.strengths import Weights
@@ -45,7 +46,7 @@ COMPARED_BYTES: Final = 1 << 20
 def verify(
     merged: AnyPath,
     *,
-    base: AnyPath,
+    base: AnyPath | None = None,
     adapters: Sequence[AnyPath],
     weights: Weights = (),
     alpha: float | None = None,
@@ -60,7 +61,7 @@ def verify(
 
     Args:
         merged: The model to check, file or folder.
-        base: The base it was made from.
+        base: The base it was made from; ``None`` for the one that the first adapter records.
         adapters: The adapters, in the order of the merge.
         weights: As in the merge.
         alpha: As in the merge.
@@ -78,11 +79,16 @@ def verify(
     Raises:
         LoratoolError: Base or adapters cannot be read, or the merge is not possible.
     """
-    original = open_model(Path(base))
+    if base is None:
+        from loratool.verbs.merging.recorded import recorded_base
+
+        base, _ = recorded_base(adapters[0], adapter_name=adapter_name)
+    base, merged = located(base), located(merged)
+    original = open_model(base)
     try:
-        result = open_model(Path(merged))
+        result = open_model(merged)
     except LoratoolError as error:
-        if not Path(merged).exists():
+        if not merged.exists():
             raise
         return (finding("LT109", error.where, error.what, error.hint),)
     plan = plan_merge(

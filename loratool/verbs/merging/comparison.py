@@ -15,6 +15,7 @@ from loratool.errors import FileFormatError
 from loratool.files.checkpoint import is_index
 from loratool.files.gguf import COUNT, HEAD, GgufFile
 from loratool.files.json import parse_json
+from loratool.files.sources import whole
 from loratool.plan.model import ModelPlan, OutputFile
 from loratool.plan.sidecar import Sidecar
 
@@ -82,7 +83,7 @@ def _is_same(sidecar: Sidecar, path: Path) -> bool:
         return False
     if sidecar.source is None:
         return path.read_bytes() == (sidecar.content or b"")
-    with sidecar.source.open("rb") as one, path.open("rb") as other:
+    with whole(sidecar.source).open("rb") as one, path.open("rb") as other:
         while block := one.read(BLOCK):
             if block != other.read(BLOCK):
                 return False
@@ -90,7 +91,7 @@ def _is_same(sidecar: Sidecar, path: Path) -> bool:
 
 
 def _content(sidecar: Sidecar) -> bytes:
-    return sidecar.source.read_bytes() if sidecar.source else sidecar.content or b""
+    return whole(sidecar.source).read_bytes() if sidecar.source else sidecar.content or b""
 
 
 def _differences(
