@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from hub_cache import in_cache
+from huggingface_hub import close_session
 from mock_hub import MockHub, mock_hub
 from safetensors.torch import save_file
 from samples import FIXTURES
@@ -51,7 +52,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MockHub]:
         found.add("org/lora", ADAPTER)
         yield found
     forget_stand_ins()
-    huggingface_hub.close_session()
+    close_session()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
