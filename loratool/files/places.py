@@ -74,8 +74,13 @@ def located(path: str | PathLike[str]) -> Path:
     from loratool.files.hub.names import parse_hub_name
 
     name = parse_hub_name(text)
-    if name is None or (not name.is_told and _is_meant_here(place)):
+    if name is None:
         return place
+    if not name.is_told and _is_meant_here(place):
+        from loratool.files.hub.cache import cached, missing_in
+
+        snapshot = cached(name)
+        return snapshot.place if snapshot is not None and not missing_in(snapshot) else place
     return on_the_hub(name)
 
 

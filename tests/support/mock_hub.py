@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class MockHub:
     Attributes:
         busy: Statuses that the next requests for files are answered with instead.
         cut: How many of the next answers with data end half way.
+        pause: Seconds before every megabyte.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class MockHub:
     takes_ranges: bool = True
     busy: list[int] = field(default_factory=list)
     cut: int = 0
+    pause: float = 0.0
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     sent: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -221,6 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.cut -= is_cut
         try:
             for block in _blocks(body, size // 2 if is_cut else size):
+                time.sleep(self.state.pause)
                 self.wfile.write(block)
                 with self.state.lock:
                     self.state.sent += len(block)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -462,3 +464,32 @@ def test_the_error_of_a_verb_is_one_line(hub: MockHub) -> None:
 def test_all_errors_are_ours(hub: MockHub) -> None:
     with pytest.raises(LoratoolError):
         loratool.merge("org/gone", ["org/lora"], "out")
+
+
+def test_an_interruption_does_not_wait_for_gigabytes(hub: MockHub, tmp_path: Path) -> None:
+    sparse(tmp_path / "large", shards=2, per_shard=1, size=256 << 20)
+    hub.add("org/large", tmp_path / "large")
+    key = "base_model.model.model.layers.0.mlp.down_proj"
+    factors = {f"{key}.lora_A.weight": torch.ones(1, 1024)}
+    factors[f"{key}.lora_B.weight"] = torch.ones((256 << 20) // 2048, 1)
+    save_file(factors, tmp_path / "a.safetensors")
+    hub.pause = 0.02
+    inputs = ["merge", "org/large", tmp_path / "a.safetensors", "--alpha", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loratool", *map(str, inputs), "-o", str(tmp_path / "out")],
+        env={**os.environ, "HF_HUB_OFFLINE": "0"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("fetching 4 files, 537 MB")
+    while hub.sent < 20 << 20:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, told = process.communicate(timeout=60)
+    assert time.monotonic() - start < 4
+    assert process.returncode == 130
+    assert told.splitlines() == ["error: interrupted; nothing was written"]
+    assert not list(Path(os.environ["HF_HUB_CACHE"]).rglob("*.incomplete"))
+    assert not (tmp_path / "out").exists()

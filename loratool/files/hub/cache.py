@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -124,11 +124,14 @@ def missing_in(snapshot: Snapshot) -> str | None:
     Returns:
         ``None`` where nothing is known to be missing that is needed to read it.
     """
-    if not snapshot.place.is_dir():
-        return None if snapshot.place.is_file() else f"{snapshot.inside!r} is not there"
-    lost = [*_lost(snapshot.place)]
+    place = snapshot.place
+    if not place.exists():
+        return f"{snapshot.inside!r} is not there"
+    lost = [*(_lost(place) if place.is_dir() else _lost_beside({place.name}, place.parent))]
     if lost:
         return f"it lacks {_words(lost)}"
+    if place.is_file():
+        return None
     return None if any(_weights_below(snapshot.place)) else "it has no weights"
 
 
@@ -183,10 +186,7 @@ def _lost(folder: Path) -> Iterator[str]:
             start, _, end = name.rpartition(f"-{match[2]}-of-")
             others = (f"{start}-{n:05}-of-{end}" for n in range(1, int(match[3]) + 1))
             yield from (other for other in others if other not in names)
-    if any(OF_LIBRARIES.fullmatch(name) and is_weights(Path(name)) for name in names):
-        yield from {"config.json"} - names
-    if any(name.startswith(OF_ADAPTERS) for name in names):
-        yield from {"adapter_config.json"} - names
+    yield from _lost_beside(names, folder)
     if PIPELINE in names:
         for part in _components(folder / PIPELINE):
             if part not in names:
@@ -195,6 +195,16 @@ def _lost(folder: Path) -> Iterator[str]:
                 if not any(_weights_below(folder / part)):
                     yield f"the weights of {part}/"
                 yield from (f"{part}/{each}" for each in _lost(folder / part))
+
+
+def _lost_beside(names: Collection[str], folder: Path) -> Iterator[str]:
+    """Yield the configurations that are missing beside weights."""
+    needed = set()
+    if any(OF_LIBRARIES.fullmatch(name) and is_weights(Path(name)) for name in names):
+        needed.add("config.json")
+    if any(name.startswith(OF_ADAPTERS) for name in names):
+        needed.add("adapter_config.json")
+    yield from (name for name in sorted(needed) if not (folder / name).exists())
 
 
 def _shards(index: Path) -> Iterator[str]:

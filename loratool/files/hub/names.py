@@ -66,22 +66,23 @@ def parse_hub_name(text: str, *, alone: bool = False) -> HubName | None:
         parts = text.split("/")
         return _name(text, is_told=False) if len(parts) > 1 or alone else None
     rest = marked["rest"]
+    said = f"{marked['kind']}://{rest}"
     kind = rest.partition("/")[0] if marked["kind"] == "hf" else ""
     if marked["kind"] != "hf":
-        rest, kind = _of_address(text, marked["kind"], rest)
+        rest, kind = _of_address(said)
     if kind in OTHERS:
-        raise OptionError(text, f"is one of the hub's {kind}, not a model")
+        raise OptionError(said, f"is one of the hub's {kind}, not a model")
     found = _name(rest.removeprefix("models/"), is_told=True)
     if found is None:
         raise OptionError(
-            text, "is no name of a model of the hub", hint="write hf://org/name[@revision][/folder]"
+            said, "is no name of a model of the hub", hint="write hf://org/name[@revision][/folder]"
         )
     return found
 
 
-def _of_address(text: str, scheme: str, rest: str) -> tuple[str, str]:
+def _of_address(text: str) -> tuple[str, str]:
     """Return what an address of the hub names, as after ``hf://``, and what kind of thing it is."""
-    address = urlsplit(f"{scheme}://{rest}")
+    address = urlsplit(text)
     own = urlsplit(endpoint())
     path = unquote(address.path)
     if address.netloc == own.netloc and path.startswith(own.path):

@@ -12,6 +12,7 @@ from typing import Any, Final
 from loratool.errors import FileFormatError, HubError
 from loratool.files.checkpoint import SHARD
 from loratool.files.hub.cache import Snapshot, cache_folder, is_sidecar
+from loratool.files.hub.download import AT_ONCE, download
 from loratool.files.hub.names import HubName, endpoint, is_safe
 from loratool.files.hub.troubles import explained
 from loratool.files.ranges import FIRST_BYTES, SHARD_BYTES, Ranged
@@ -23,7 +24,6 @@ TIMEOUT: Final = 20.0
 TRIES: Final = 4
 WAIT: Final = 0.5
 """Seconds before the second try; twice as many before each further one."""
-AT_ONCE: Final = 8
 RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 MOST_SIDECAR: Final = 64 << 20
 SMALL_BYTES: Final = 16 << 20
@@ -51,12 +51,18 @@ def list_files(name: HubName) -> HubFiles:
                 name.repo, revision=name.revision, files_metadata=True, timeout=TIMEOUT
             )
         )
+        sizes = {each.rfilename: each.size for each in found.siblings or ()}
+        if None in sizes.values():  # of a mirror that tells less
+            tree = _again(
+                lambda: list(api.list_repo_tree(name.repo, revision=found.sha, recursive=True))
+            )
+            sizes |= {each.path: each.size for each in tree if hasattr(each, "size")}
     if not found.sha or not re.fullmatch(r"[0-9a-f]{40}", found.sha):
         raise HubError(name, "the hub does not say which commit it is")
     store = HubFiles(name.repo, found.sha, name.revision)
-    for each in found.siblings or ():
-        if is_safe(each.rfilename) and each.size is not None:
-            store.files[each.rfilename] = HubFile(store, each.rfilename, each.size)
+    for path, size in sizes.items():
+        if is_safe(path) and size is not None:
+            store.files[path] = HubFile(store, path, size)
     return store
 
 
@@ -82,8 +88,6 @@ class HubFiles:
         Raises:
             HubError: It cannot be done; what is whole stays in the cache, and is not fetched again.
         """
-        from huggingface_hub import snapshot_download
-
         wanted = {each.path: each for each in sources if isinstance(each, HubFile)}
         for folder in {path.rpartition("/")[0] for path in wanted}:
             wanted |= {each.path: each for each in self._beside(folder)}
@@ -98,14 +102,7 @@ class HubFiles:
             size = sum(each.size for each in lacking)
             tell(Fetching(f"{self.repo}@{self.commit[:8]}", len(lacking), size, cache_folder()))
             with explained(HubName(self.repo, self.revision)):
-                snapshot_download(
-                    self.repo,
-                    revision=self.commit,
-                    cache_dir=cache_folder(),
-                    allow_patterns=[_escaped(each.path) for each in lacking],
-                    endpoint=endpoint(),
-                    max_workers=AT_ONCE,
-                )
+                download(self.repo, self.commit, [each.path for each in lacking])
             self._remember(snapshot)
         for path, each in wanted.items():
             place = snapshot.folder / path
@@ -176,9 +173,10 @@ class HubFile(Ranged):
 
     def get(self, start: int, stop: int) -> bytes:
         """See :class:`Ranged`; what is read in many places is fetched whole."""
-        self._requests += 1
+        is_elsewhere = start > len(self._head)
+        self._requests += is_elsewhere
         data: bytes | None = None
-        if not start or not self._is_better_fetched:
+        if not (is_elsewhere and self._is_better_fetched):
             with explained(HubName(self.store.repo, self.store.revision)):
                 data = _again(lambda: self._get(start, stop))
         if data is None:  # or the server knows no ranges
@@ -227,11 +225,6 @@ class HubFile(Ranged):
             if len(data) >= stop:
                 break
         return bytes(data[:stop])
-
-
-def _escaped(path: str) -> str:
-    """Return the pattern that only this path matches."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in path)
 
 
 def _again(ask: Callable[[], Any]) -> Any:
