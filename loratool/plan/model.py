@@ -11,6 +11,8 @@ from loratool.adapter.model import Adapter, Site
 from loratool.base.region import Region
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.errors import MergeError
 from loratool.files.container import Layout, WeightsFile
 from loratool.files.containers import container_of
@@ -378,7 +380,7 @@ def _working_bytes(step: Step) -> int:
 
 
 @dataclass(frozen=True)
-class ModelPlan:
+class ModelPlan(Shown):
     """Everything that a run will write, and everything that it will not use.
 
     Attributes:
@@ -412,6 +414,37 @@ class ModelPlan:
     def unfetched(self) -> Mapping[Path, int]:
         """Bytes of every file of the hub that would have to be fetched first."""
         return unfetched((*self.stamps, *(s.source for s in self.sidecars if s.source is not None)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises."""
+        return {
+            "schema": 1,
+            "dry_run": True,
+            "tensors": sum(1 for _ in self.steps()),
+            "merged": self.merged,
+            "copied": self.copied,
+            "added": self.added,
+            "unused": list(self.unused),
+            "bytes_to_write": self.nbytes,
+            **({"bytes_to_fetch": sum(missing.values())} if (missing := self.unfetched) else {}),
+            "peak_memory": self.peak_memory,
+            "files": [{"name": file.name, "bytes": file.size} for file in self.files],
+            "steps": [
+                {"tensor": step.spec.name, "what": step.words}
+                for step in self.steps()
+                if step.is_changed
+            ],
+            "sidecars": [{"name": item.name, "why": item.why} for item in self.sidecars],
+            "left_behind": [{"name": name, "why": why} for name, why in self.left_behind],
+            "notes": list(self.notes),
+            **({"hub": hub} if (hub := self.hub) else {}),
+        }
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.plan.shown import model_document
+
+        return model_document(self)
 
     def steps(self) -> Iterator[Step]:
         """Yield every step of every file."""

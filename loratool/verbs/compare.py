@@ -11,6 +11,8 @@ from typing import Any
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import site_problems
 from loratool.base.told import open_told
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.errors import AdapterError, OptionError
 from loratool.files.places import located
 from loratool.files.sources import fetch
@@ -59,7 +61,7 @@ class ModuleComparison:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """What a comparison found.
 
     Attributes:
@@ -109,6 +111,12 @@ class Comparison:
             "only_in": [list(names) for names in self.only_in],
             "notes": list(self.notes),
         }
+
+    def document(self, *, unfolded: bool = False) -> Document:
+        """Return what people see of it; ``unfolded`` gives every module a row."""
+        from loratool.verbs.comparison.shown import comparison_document
+
+        return comparison_document(self, unfolded=unfolded)
 
 
 @exactly
