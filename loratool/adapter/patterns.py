@@ -40,7 +40,7 @@ def _expression(text: str, budget: Budget | None = None) -> Expression:
     try:
         return Expression(text, budget)
     except ExpressionError as error:
-        raise AdapterError("adapter_config.json", str(error)) from None
+        raise AdapterError("adapter_config.json", str(error), code="LT015") from None
 
 
 _kept = lru_cache(maxsize=1 << 12)(_expression)
@@ -50,7 +50,7 @@ def _matches(expression: Expression, name: str, *, is_full: bool) -> bool:
     try:
         return expression.fullmatch(name) if is_full else expression.match(name)
     except ExpressionError as error:
-        raise AdapterError("adapter_config.json", str(error)) from None
+        raise AdapterError("adapter_config.json", str(error), code="LT015") from None
 
 
 @dataclass(slots=True)
@@ -85,6 +85,7 @@ class _Table:
                 raise AdapterError(
                     "adapter_config.json",
                     f"has more than {MANY_EXPRESSIONS} patterns with operators",
+                    code="LT015",
                 )
 
     def _add(self, index: int, pattern: str) -> None:
@@ -109,7 +110,9 @@ class _Table:
                 break
             if len(nodes) > MANY_PLACES:
                 raise AdapterError(
-                    "adapter_config.json", "its patterns have dots in too many ways to be names"
+                    "adapter_config.json",
+                    "its patterns have dots in too many ways to be names",
+                    code="LT015",
                 )
             is_component = place == 0 or module[place - 1] == "."
             for node in nodes if is_component else ():

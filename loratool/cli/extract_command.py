@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
+from loratool.cli.help import GroupedCommand
+from loratool.cli.named import choice
 from loratool.files.places import called
-from loratool.verbs.extract import METHODS, RESIDUALS, VARIANTS, extract
 
 __all__ = ["command"]
 
 
-@click.command("extract")
+@click.command("extract", cls=GroupedCommand)
 @click.argument("base", type=options.PATH)
 @click.argument("finetuned", type=options.PATH)
 @options.output
@@ -32,21 +33,21 @@ __all__ = ["command"]
 @click.option("--save-module", multiple=True, metavar="NAME", help="Save this module whole.")
 @click.option(
     "--residual",
-    type=click.Choice(RESIDUALS),
+    type=choice("what", "loratool.verbs.extract:RESIDUALS"),
     default="report",
     show_default=True,
     help="Changed norms, biases and rows: only report them, or carry them whole.",
 )
 @click.option(
     "--variant",
-    type=click.Choice(VARIANTS),
+    type=choice("variant", "loratool.verbs.extract:VARIANTS"),
     default="lora",
     show_default=True,
     help="dora: with a length for every row, for models whose weights were scaled too.",
 )
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    type=choice("method", "loratool.verbs.extract:METHODS"),
     default="auto",
     show_default=True,
     help="auto is exact for small matrices, randomised for large ones.",
@@ -90,6 +91,8 @@ def command(
         loratool extract base/ finetuned/ --rank auto --residual carry -o adapter/
         loratool extract base/ finetuned/ --rank 32 --variant dora -o adapter/
     """
+    from loratool.verbs.extract import extract
+
     if plot is not None:
         from loratool.cli.plots import check_plot
 

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.verbs.merge import merge, plan_merge
-from loratool.verbs.merging.coding import QUANTIZED
+from loratool.cli.help import GroupedCommand
+from loratool.cli.named import choice
 
 __all__ = ["command"]
 
 
-@click.command("merge")
+@click.command("merge", cls=GroupedCommand)
 @click.argument("paths", type=options.PATH, nargs=-1, required=True, metavar="[BASE] ADAPTER...")
 @options.output
 @options.weights
@@ -27,8 +27,9 @@ __all__ = ["command"]
 @options.force
 @click.option(
     "--quantized",
-    type=click.Choice(QUANTIZED),
-    default=QUANTIZED[0],
+    type=choice("what", "loratool.verbs.merging.coding:QUANTIZED"),
+    default="dequantize",
+    show_default=True,
     help="What becomes of quantised weights: plain numbers, or codes again.",
 )
 @options.dry_run
@@ -69,6 +70,8 @@ def command(
         loratool merge base/ style/ tone/ -w 0.7 -w -0.2 -o merged/
         loratool merge sdxl.safetensors style.safetensors -w te1=0.5 -w unet=1.1 -o out.safetensors
     """
+    from loratool.verbs.merge import merge, plan_merge
+
     base, adapters = (paths[0], paths[1:]) if len(paths) > 1 else (None, paths)
     settings: dict[str, Any] = {
         "weights": weights,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loratool.errors import SPOKEN, HubError
+from loratool.errors import SPOKEN, HubError, MissingModelError
 from loratool.files.sources import forget, stand_in
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def on_the_hub(name: HubName) -> Path:
     if lack is not None:
         where = f"in the local cache of the hub, but {lack}"
     if is_offline():
-        raise HubError(
+        raise MissingModelError(
             name,
             f"{where}, and HF_HUB_OFFLINE is set",
             hint=_near(name) or f"without it, 'hf download {name.repo}' fetches it",
@@ -113,9 +114,9 @@ def on_the_hub(name: HubName) -> Path:
             files = list_files(name)
         except ModuleNotFoundError:
             hint = _near(name) or f"to fetch from the hub: {EXTRA}"
-            raise HubError(name, where, hint=hint) from None
+            raise MissingModelError(name, where, hint=hint) from None
         except HubError as error:
-            raise HubError(error.where, error.what, hint=_near(name) or error.hint) from None
+            raise type(error)(error.where, error.what, hint=_near(name) or error.hint) from None
         _known[name] = _stand_ins(files, name)
     return _known[name]
 
@@ -136,21 +137,10 @@ def _is_meant_here(place: Path) -> bool:
 
 def _near(name: HubName) -> str | None:
     """Return a hint at a path on the disk that is spelled almost like a name of the hub."""
-    if name.is_told:
-        return None
-    import difflib
+    from loratool.files.missing import nearest_path
 
-    here = Path()
-    for part in str(name).split("/"):
-        try:
-            names = [each.name for each in here.iterdir()]
-        except OSError:
-            return None
-        near = difflib.get_close_matches(part, names, n=1, cutoff=0.75)
-        if not near:
-            return None
-        here /= near[0]
-    return f"on the disk there is {here}"
+    near = nearest_path(Path(str(name))) if not name.is_told else None
+    return f"did you mean {shlex.quote(str(near))}?" if near is not None else None
 
 
 def _stand_ins(files: HubFiles, name: HubName) -> Path:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, unreadable
 from loratool.files.json import MAX_SIDECAR_BYTES, parse_json
 from loratool.files.sources import opened, size_of
 
@@ -43,7 +43,7 @@ def read_flat_yaml(path: Path) -> dict[str, Any]:
         with opened(path) as file:
             data = file.read()
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if data.lstrip().startswith(b"{"):
         value = parse_json(data, where=path)
         return value if isinstance(value, dict) else {}

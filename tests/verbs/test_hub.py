@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from samples import FIXTURES
 
 import loratool
-from loratool.errors import AdapterError, FileFormatError, HubError, LoratoolError
+from loratool.errors import FileFormatError, HubError, LoratoolError, MissingFileError
 from loratool.files.container import read_bytes
 from loratool.files.containers import open_weights
 from loratool.files.hub import remote
@@ -326,10 +326,10 @@ def test_a_mistake_in_a_path_is_told(hub: MockHub) -> None:
     Path("models/lora").mkdir(parents=True)
     with pytest.raises(HubError) as caught:
         loratool.inspect("modles/lora")
-    assert caught.value.hint == "on the disk there is models/lora"
+    assert caught.value.hint == "did you mean models/lora?"
     hub.forget_requests()
     for path in ("models/other", "x/adapter.safetensors"):  # meant here: no stranger is asked
-        with pytest.raises(AdapterError, match="no such file or folder"):
+        with pytest.raises(MissingFileError, match="no such file or folder"):
             loratool.inspect(path)
     assert hub.asked == []
 
@@ -490,6 +490,6 @@ def test_an_interruption_does_not_wait_for_gigabytes(hub: MockHub, tmp_path: Pat
     _, told = process.communicate(timeout=60)
     assert time.monotonic() - start < 4
     assert process.returncode == 130
-    assert told.splitlines() == ["error: interrupted; nothing was written"]
+    assert told.splitlines() == ["error: loratool: interrupted; nothing was written"]
     assert not list(Path(os.environ["HF_HUB_CACHE"]).rglob("*.incomplete"))
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from loratool.errors import HubError, LoratoolError
+from loratool.errors import HubError, LoratoolError, MissingModelError
 from loratool.files.hub.names import HubName, endpoint
 
 __all__ = ["explained"]
@@ -43,7 +43,7 @@ def _of(error: Exception, name: HubName) -> HubError:
         return HubError(name, "is gated", hint=f"accept its terms at {page}, then {LOGIN}")
     if isinstance(error, errors.RepositoryNotFoundError):
         what = "no such file or folder, and the hub has no such model, or it is private"
-        return HubError(name, what, hint=f"where it is private, {LOGIN}")
+        return MissingModelError(name, what, hint=f"where it is private, {LOGIN}")
     if isinstance(error, errors.RevisionNotFoundError):
         what = f"the hub has no revision {name.revision or 'main'!r} of {name.repo}"
         return HubError(name, what, hint=f"{endpoint()}/{name.repo}/refs lists them")

@@ -46,7 +46,7 @@ def check_files(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
 
 def _surplus(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
     """Yield the files that no merge has written; tools that look for them would use them."""
-    expected = {file.name for file in (*plan.files, *plan.sidecars)}
+    expected = {file.name for file in plan.files} | {one.name for one in plan.sidecars}
     read = {shard.path for shard in merged.shards}
     for path in sorted(merged.path.rglob("*")):
         name = path.relative_to(merged.path).as_posix()
