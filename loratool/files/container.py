@@ -178,6 +178,8 @@ def read_view(stored: StoredTensor) -> memoryview:
 
 
 def _read(stored: StoredTensor) -> bytes:
+    if stored.whole is not None:
+        return stored.whole.read()[stored.offset : stored.offset + stored.span]
     source = source_of(stored.path)
     if source is not None:
         view = bytearray(stored.span)

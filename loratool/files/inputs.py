@@ -28,6 +28,12 @@ class Stamp(NamedTuple):
     size: int
     modified: int
 
+    def fits(self, other: Stamp) -> bool:
+        """Whether both may be of one file, which one of them may have found elsewhere."""
+        if ELSEWHERE in (self.device, other.device):
+            return self.size == other.size
+        return self == other
+
 
 def stamp_of(file: int | Path | BinaryIO) -> Stamp:
     """Return the stamp of a file, open or by its path."""
@@ -106,10 +112,7 @@ class InputFiles:
 
     def _check(self, path: Path, descriptor: int) -> None:
         stamp = stamp_of(descriptor)
-        planned = self._stamps.get(path)
-        if planned is not None and planned.device == ELSEWHERE and planned.size == stamp.size:
-            self._stamps[path] = stamp  # now it is here
-        if self._stamps.setdefault(path, stamp) != stamp:
+        if not self._stamps.setdefault(path, stamp).fits(stamp):
             raise FileFormatError(path, "was changed while it was read")
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from loratool.plan.plan import run as run_plan
 from loratool.plan.plan import write as write_plan
 from loratool.schemes import scheme_named, scheme_names
 from loratool.schemes.opening import open_adapter
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.verbs.conversion.contents import Conversion, converted
 from loratool.verbs.conversion.refusals import check_options
 from loratool.write.options import WriteOptions
@@ -77,6 +78,7 @@ class ConvertReport(Shown):
         return {
             "schema": 1,
             "dry_run": not self.is_written,
+            "output": str(self.output),
             "from": self.source,
             "to": plan.scheme,
             "family": plan.family,
@@ -180,10 +182,11 @@ def convert(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    place, origin = Path(output), located(adapter)
+    place, origin = output_path(output), located(adapter)
     base = located(base) if base is not None else None
     initial = located(initial) if initial is not None else None
     inputs = [path for path in (origin, base, initial) if path is not None]
+    dtype, drop, skip = dtype_name(dtype), one_or_more(drop), one_or_more(skip)
     loader = loader_named(target) if target is not None else None
     scheme = _written_scheme(_scheme_name(to, loader))
     if naming is not None and naming not in NAMINGS:

@@ -27,7 +27,7 @@ from loratool.files.containers import open_weights
 from loratool.files.missing import missing
 from loratool.files.places import located, origin_of
 from loratool.schemes import claimed, sidecar_names, weights_names
-from loratool.schemes.detection import forms
+from loratool.schemes.detection import distributed, forms
 from loratool.schemes.opening import open_adapter
 
 if TYPE_CHECKING:
@@ -302,6 +302,8 @@ def _is_adapter(path: Path) -> bool:
         return path.name in sidecar_names() or (not is_index(path.name) and _holds_factors(path))
     if any((path / name).exists() for name in (*sidecar_names(), *weights_names())):
         return True
+    if (described := distributed(path)) is not None:
+        return bool(factor_names(open_weights(described).tensors))
     if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None:
         from loratool.base.config import is_model_folder
 

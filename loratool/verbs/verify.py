@@ -19,7 +19,7 @@ from loratool.adapter.findings import Finding, Findings, finding
 from loratool.base.config import DTYPE_KEYS
 from loratool.base.model import Model, open_model
 from loratool.codecs.codec import CodedTensor
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, OptionError
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.inputs import InputFiles
@@ -32,6 +32,7 @@ from loratool.plan.devices import exactly
 from loratool.plan.lanes import ByteRange, Spot
 from loratool.plan.model import ModelPlan, Step
 from loratool.plan.plan import run
+from loratool.verbs.arguments import one_or_more
 from loratool.verbs.merging.comparison import check_files
 from loratool.verbs.merging.planning import plan_merge
 
@@ -47,7 +48,7 @@ def verify(
     merged: AnyPath,
     *,
     base: AnyPath | None = None,
-    adapters: Sequence[AnyPath],
+    adapters: Sequence[AnyPath] | AnyPath,
     weights: Weights = (),
     alpha: float | None = None,
     adapter_name: str | None = None,
@@ -79,10 +80,13 @@ def verify(
     Raises:
         LoratoolError: Base or adapters cannot be read, or the merge is not possible.
     """
+    paths: tuple[AnyPath, ...] = one_or_more(adapters)
+    if not paths:
+        raise OptionError("verify", "no adapter was given")
     if base is None:
         from loratool.verbs.merging.recorded import recorded_base
 
-        base, _ = recorded_base(adapters[0], adapter_name=adapter_name)
+        base, _ = recorded_base(paths[0], adapter_name=adapter_name)
     base, merged = located(base), located(merged)
     original = open_model(base)
     try:
@@ -93,7 +97,7 @@ def verify(
         return Findings([finding("LT109", error.where, error.what, error.hint)])
     plan = plan_merge(
         base,
-        adapters,
+        paths,
         weights=weights,
         dtype=_dtype_of(original, result),
         alpha=alpha,
@@ -249,7 +253,7 @@ class _CompareSink:
         return self._bytes(stored, position, size)
 
     def _bytes(self, stored: StoredTensor, position: int, size: int) -> memoryview:
-        if stored.strides is not None:
+        if not stored.is_run:
             return memoryview(read_bytes(stored))[position : position + size]
         view = memoryview(bytearray(size))
         with self.files.using(stored.path) as descriptor:

@@ -204,22 +204,36 @@ def test_validate_against_a_base_of_the_hub(hub: MockHub) -> None:
     assert not Path(os.environ["HF_HUB_CACHE"]).exists()
 
 
-def test_every_verb_takes_names(hub: MockHub, tmp_path: Path) -> None:
+def verbs(base: object, tuned: object, adapter: object, out: Path) -> dict[str, Any]:
+    """Return the verbs on these inputs, each of which writes below ``out``."""
+    pair = [adapter, adapter]
+    return {
+        "convert": lambda: loratool.convert(adapter, "kohya", out / "k.safetensors", base=base),
+        "compose": lambda: loratool.compose(pair, out / "sum", weights=[1, 2]),
+        "rescale": lambda: loratool.rescale(adapter, out / "scaled", scale=2),
+        "truncate": lambda: loratool.truncate(adapter, out / "small", rank=1),
+        "extract": lambda: loratool.extract(base, tuned, out / "extracted", rank=2),
+        "merge": lambda: loratool.merge(base, [adapter], out / "merged"),
+        "verify": lambda: loratool.verify(tuned, base=base, adapters=[adapter]).as_json(),
+        "validate": lambda: loratool.validate(adapter, base=base, deep=True).as_json(),
+        "compare": lambda: loratool.compare(pair).cosines,
+        "inspect": lambda: loratool.inspect(adapter, spectrum=True).as_json()["modules"],
+    }
+
+
+@pytest.mark.parametrize("verb", list(verbs("", "", "", Path())))
+def test_every_verb_takes_names(
+    hub: MockHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """With nothing in the cache: whatever a verb reads goes by way of the hub."""
     loratool.merge(BASE, [ADAPTER], tmp_path / "tuned", dtype="float32")
     hub.add("org/tuned", tmp_path / "tuned")
-    for where, base, tuned, adapter in (
-        ("near", BASE, tmp_path / "tuned", ADAPTER),
-        ("far", "org/base", "org/tuned", "org/lora"),
-    ):
-        out = tmp_path / where
-        out.mkdir()
-        loratool.convert(adapter, "kohya", out / "kohya.safetensors", base=base)
-        loratool.compose([adapter, adapter], out / "sum", weights=[1, 2])
-        loratool.rescale(adapter, out / "scaled", scale=2)
-        loratool.truncate(adapter, out / "small", rank=1)
-        loratool.extract(base, tuned, out / "extracted", rank=2)
-        assert not loratool.verify(tuned, base=base, adapters=[adapter])
-        assert loratool.compare([adapter, adapter]).cosines[0][1] == pytest.approx(1)
+    for name in ("near", "far"):
+        (tmp_path / name).mkdir()
+    expected = verbs(BASE, tmp_path / "tuned", ADAPTER, tmp_path / "near")[verb]()
+    found = verbs("org/base", "org/tuned", "org/lora", tmp_path / "far")[verb]()
+    if isinstance(expected, list | dict | tuple):
+        assert found == expected
     for path in sorted((tmp_path / "near").rglob("*.safetensors")):
         other = tmp_path / "far" / path.relative_to(tmp_path / "near")
         one, two = (open_weights(each) for each in (path, other))
@@ -228,6 +242,9 @@ def test_every_verb_takes_names(hub: MockHub, tmp_path: Path) -> None:
         }
         if "loratool" in two.metadata:
             assert "org/" in two.metadata["loratool"] and "/tmp" not in two.metadata["loratool"]
+    assert {path.name for path in (tmp_path / "near").rglob("*")} == {
+        path.name for path in (tmp_path / "far").rglob("*")
+    }
 
 
 def test_a_pickled_model(hub: MockHub, tmp_path: Path) -> None:
