@@ -28,6 +28,7 @@ from loratool.plan.threads import in_parallel
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.modules import Joint, join
 from loratool.verbs.algebra.sums import values_of
+from loratool.verbs.arguments import one_or_more
 
 __all__ = ["Comparison", "ModuleComparison", "compare"]
 
@@ -120,7 +121,7 @@ class Comparison(Shown):
 
 @exactly
 def compare(
-    adapters: Sequence[AnyPath],
+    adapters: Sequence[AnyPath] | AnyPath,
     *,
     weights: Weights = (),
     directions: int = 8,
@@ -152,6 +153,7 @@ def compare(
     Raises:
         LoratoolError: An adapter cannot be read, or they are for different bases.
     """
+    adapters = one_or_more(adapters)
     if len(adapters) < 2:
         raise OptionError("compare", "needs two adapters or more")
     if directions < 1:
