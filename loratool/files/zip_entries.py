@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, unreadable
 from loratool.files.inputs import Stamp, stamp_of
 
 __all__ = [
@@ -161,7 +161,7 @@ class DeflatedEntry:
                 file.seek(self.begin)
                 found = self._unpacked(file)
         except OSError as error:
-            raise FileFormatError(self.path, f"cannot be read: {error.strerror}") from None
+            raise unreadable(self.path, error) from None
         except zlib.error as error:
             raise FileFormatError(
                 self.path, f"damaged: entry {short(self.name)} cannot be unpacked: {error}"

@@ -230,7 +230,7 @@ def _number(method: Mapping[str, Any], key: str, where: Path) -> float:
         or not math.isfinite(value)
         or (key == "r" and value < 1)
     ):
-        raise AdapterError(where, f"config.{key} is {value!r:.40}, expected a number")
+        raise AdapterError(where, f"config.{key} is {value!r:.40}, expected a number", code="LT015")
     return float(value)
 
 

@@ -17,6 +17,7 @@ from loratool.errors import AdapterError
 from loratool.files.container import WeightsFile
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder, part_of
+from loratool.files.missing import missing
 from loratool.files.spec import StoredTensor
 from loratool.schemes import builtin_schemes, claimed, sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
@@ -38,7 +39,7 @@ def distributed(path: Path) -> Path | None:
 def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tuple[str, ...]]:
     """Return the weights file that ``path`` means, and what was found beside it."""
     if not path.exists():
-        raise AdapterError(path, "no such file or folder")
+        raise missing(path)
     if not path.is_file() and not path.is_dir():
         raise AdapterError(path, "neither a file nor a folder")
     if path.is_file():

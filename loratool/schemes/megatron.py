@@ -186,6 +186,7 @@ class MegatronRoles(Roles):
                 site.label,
                 f"has {rows} rows, which are no {count} equal parts",
                 hint="is this the base that it was trained on?",
+                code="LT022",
             )
         size, first, made = rows // count, 0, []
         for name, share in shares.items():

@@ -145,6 +145,7 @@ class RowRoles(Roles):
                 f"has {row.spec.elements} numbers; factors of rank {rank} for {into} inputs and "
                 f"{outputs} outputs have {rank * (into + outputs)}",
                 hint="is this the base that it was trained on?",
+                code="LT022",
             )
         return list(_apart(site, row, rank, into, parts))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import FileFormatError, UnsupportedError
+from loratool.errors import FileFormatError, UnsupportedError, unreadable
 from loratool.files.container import Container, Layout, WeightsFile
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import stamp_of
@@ -72,7 +72,7 @@ class _Npy:
                 stamp = stamp_of(file.fileno())
                 header = read_npy_header(weights, weights.name, file)
         except OSError as error:
-            raise FileFormatError(weights, f"cannot be read: {error.strerror}") from None
+            raise unreadable(weights, error) from None
         if stamp.size != header.size + header.nbytes or header.is_turned:
             raise FileFormatError(weights, "its array is not as long as it says, or turned")
         if header.shape[-2:-1] != (len(rows),) or len(header.shape) not in (2, 3):
@@ -149,8 +149,11 @@ def _halves(
     for (module, layer, rank, *_), row in zip(rows, tensors.values(), strict=True):
         name = f"layer.{layer}.module.{module}"
         widths = said.get(name)
-        is_pair = isinstance(widths, list) and len(widths) == 2
-        if not is_pair or not all(type(each) is int and each > 0 for each in widths):
+        if (
+            not isinstance(widths, list)
+            or len(widths) != 2
+            or not all(type(each) is int and each > 0 for each in widths)
+        ):
             raise FileFormatError(path, f"says {widths!r:.40} of {name}, expected two widths")
         into, out = widths
         if rank * (into + out) > row.spec.elements:
@@ -179,9 +182,7 @@ def _rows(path: Path) -> list[tuple[int, ...]]:
                 raise FileFormatError(path, f"has the shape {list(header.shape)}")
             data = file.read(header.nbytes + 1)
     except OSError as error:
-        raise FileFormatError(
-            path, f"cannot be read: {error.strerror}", hint="both files of the pair are needed"
-        ) from None
+        raise unreadable(path, error, hint="both files of the pair are needed") from None
     if len(data) != header.nbytes:
         raise FileFormatError(path, "is not as long as it says")
     return list(struct.iter_unpack(f"<{width}i", data))

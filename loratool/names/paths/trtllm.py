@@ -110,6 +110,7 @@ class TrtllmPaths(EachAlone):
                 "the rows",
                 f"are as long as {longest} numbers, of this base they would be {most}",
                 hint="is this the base that it was trained on?",
+                code="LT022",
             )
         return Names(found)
 
