@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
-from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.cli.named import DEVICE, LOADER, SCHEME
+from loratool.files.dtypes import OUTPUT_DTYPES, SHORT_DTYPES
 
 __all__ = [
     "PATH",
@@ -40,19 +40,12 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def to(help_text: str, *, required: bool = False) -> Decorator:
     """Return ``--to``, which takes every scheme that is written."""
-    from loratool.schemes import scheme_names
-
-    return click.option(
-        "--to", type=click.Choice(scheme_names()), required=required, help=help_text
-    )
+    return click.option("--to", type=SCHEME, required=required, help=help_text)
 
 
 def target(help_text: str) -> Decorator:
     """Return ``--for``, which takes every loader that is known."""
-    from loratool.loaders import loader_names
-
-    names = loader_names()
-    return click.option("--for", "target", type=click.Choice(names), help=help_text)
+    return click.option("--for", "target", type=LOADER, help=help_text)
 
 
 def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[bool, ...]:
@@ -66,24 +59,34 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 
 def _device(help_text: str) -> Decorator:
     """Return ``--device``."""
-    return click.option(
-        "--device",
-        default="auto",
-        metavar="D",
-        callback=lambda ctx, param, value: _checked_device(value),
-        help=help_text,
+    return click.option("--device", default="auto", type=DEVICE, help=help_text)
+
+
+def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json``, and what tells how its documents look."""
+    schema = click.option(
+        "--json-schema",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_print_schema,
+        help="Print the JSON Schema of what --json prints, and exit.",
     )
+    json = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document instead of a table."
+    )
+    return json(schema(command))
 
 
-def _checked_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*", value):
-        raise click.BadParameter(f"{value!r}; expected auto, cpu, cuda, cuda:N or cuda:N,cuda:M")
-    return value
+def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from loratool.cli.json_schemas import json_schema
+        from loratool.cli.render import print_json
+
+        print_json(json_schema(str(ctx.info_name)))
+        ctx.exit()
 
 
-as_json: Decorator = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document instead of a table."
-)
 quiet: Decorator = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
 no_progress: Decorator = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 debug: Decorator = click.option(
@@ -219,7 +222,6 @@ force: Decorator = click.option("--force", is_flag=True, help="Replace an existi
 dry_run: Decorator = click.option(
     "--dry-run", is_flag=True, help="Say what would be written, and write nothing."
 )
-SHORT_DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 dtype: Decorator = click.option(
     "--dtype",
     type=click.Choice([*OUTPUT_DTYPES, *SHORT_DTYPES]),

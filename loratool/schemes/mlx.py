@@ -98,13 +98,17 @@ class MlxSettings(Settings):
         if parameters is None:
             return sites
         if not isinstance(parameters, dict):
-            raise AdapterError(where, f"lora_parameters is {parameters!r:.40}, expected an object")
+            raise AdapterError(
+                where, f"lora_parameters is {parameters!r:.40}, expected an object", code="LT015"
+            )
         scale = parameters.get("scale")
         if scale is None:
             return sites
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if not is_number or not math.isfinite(scale):
-            raise AdapterError(where, f"lora_parameters.scale is {scale!r:.40}, expected a number")
+            raise AdapterError(
+                where, f"lora_parameters.scale is {scale!r:.40}, expected a number", code="LT015"
+            )
         return tuple(
             replace(
                 site,

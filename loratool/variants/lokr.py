@@ -165,7 +165,9 @@ class Lokr(Variant):
         for whole, halves in ((W1, (W1_A, W1_B)), (W2, (W2_A, W2_B))):
             present = sum(slot in site.slots for slot in halves)
             if present != (0 if whole in site.slots else 2):
-                raise AdapterError(site.module, "lacks a factor of its LoKr, or has one too many")
+                raise AdapterError(
+                    site.module, "lacks a factor of its LoKr, or has one too many", code="LT001"
+                )
         if W2 in site.slots and CORE in site.slots:
             raise AdapterError(site.module, "has a core beside a whole half of its LoKr")
 

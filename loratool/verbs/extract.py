@@ -15,6 +15,7 @@ from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.verbs.algebra.combination import ONE_RANK, output_scheme
 from loratool.verbs.algebra.ranks import Truncation, parse_size
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.verbs.extraction.adapter import Difference
 from loratool.verbs.extraction.difference import Settings
 from loratool.verbs.extraction.pairs import Leftover, Pairing, Selection, Target, pair
@@ -123,7 +124,9 @@ def extract(
         truncation, is_auto=is_auto, method=method, residual=residual, clamp=clamp_quantile
     )
     _check_variant(variant, truncation, is_auto=is_auto, clamp=clamp_quantile)
-    place = Path(output)
+    place, dtype = output_path(output), dtype_name(dtype)
+    include, exclude = one_or_more(include), one_or_more(exclude)
+    save_module = one_or_more(save_module)
     models = [open_model(Path(path)) for path in (base, finetuned)]
     for model in models:
         check_base(model)
@@ -210,9 +213,9 @@ def _check_options(
     if not is_auto and not truncation.is_given:
         raise OptionError("extract", "say how far: --rank, --energy, --max-error or --max-size")
     if method not in METHODS:
-        raise OptionError("--method", f"{method!r} is none of {', '.join(METHODS)}")
+        raise OptionError.none_of("--method", method, METHODS)
     if residual not in RESIDUALS:
-        raise OptionError("--residual", f"{residual!r} is none of {', '.join(RESIDUALS)}")
+        raise OptionError.none_of("--residual", residual, RESIDUALS)
     if clamp is not None and not 0.5 < clamp <= 1:
         raise OptionError("--clamp-quantile", f"{clamp:g} is not in (0.5, 1]")
 
@@ -221,7 +224,7 @@ def _check_variant(
     variant: str, truncation: Truncation, *, is_auto: bool, clamp: float | None
 ) -> None:
     if variant not in VARIANTS:
-        raise OptionError("--variant", f"{variant!r} is none of {', '.join(VARIANTS)}")
+        raise OptionError.none_of("--variant", variant, VARIANTS)
     if variant == "lora":
         return
     is_plain = truncation.rule is None and truncation.max_size is None and not is_auto

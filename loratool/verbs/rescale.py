@@ -14,6 +14,8 @@ from loratool.adapter.model import Adapter, Site
 from loratool.adapter.problems import plain_hint
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import Slot
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.containers import USUAL, is_weights
@@ -40,6 +42,7 @@ from loratool.verbs.algebra.scale_changes import (
     rounding_of,
 )
 from loratool.verbs.algebra.sums import load_terms
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.write.adapter import NewAdapter
 from loratool.write.metadata import kept_metadata
 from loratool.write.options import WriteOptions
@@ -56,7 +59,7 @@ SMALLEST_ALPHA: Final = 1.2e-38
 
 
 @dataclass(frozen=True)
-class RescaleReport:
+class RescaleReport(Shown):
     """What a rescaling did.
 
     Attributes:
@@ -65,6 +68,7 @@ class RescaleReport:
         relative_error: Of the deltas written against the exact ones.
         plan: What was decided.
         is_written: Whether it was written.
+        output: Where it is, or would be.
         notes: What a user should know.
     """
 
@@ -73,6 +77,7 @@ class RescaleReport:
     relative_error: float
     plan: AdapterPlan
     is_written: bool
+    output: Path
     notes: tuple[str, ...] = field(default=())
 
     def as_json(self) -> dict[str, Any]:
@@ -80,6 +85,7 @@ class RescaleReport:
         return {
             "schema": 1,
             "dry_run": not self.is_written,
+            "output": str(self.output),
             "relative_error": self.relative_error,
             "modules": [
                 {"module": name, "scale": new, "old_scale": old, "ratio": self.ratios[name]}
@@ -91,6 +97,12 @@ class RescaleReport:
             "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
             "notes": list(self.notes),
         }
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.verbs.algebra.rescaled import rescaling_document
+
+        return rescaling_document(self)
 
 
 def rescale(
@@ -144,7 +156,7 @@ def rescale(
         LoratoolError: Nothing was written; the message says why.
     """
     _check_options(scale, weights, alpha, keep, max_norm, fold=fold, to=to_rslora, back=from_rslora)
-    place = Path(output)
+    place, dtype, skip = output_path(output), dtype_name(dtype), one_or_more(skip)
     if not dry_run:
         check_output(place, force=force, inputs=[Path(adapter)])
     opened = open_adapter(adapter, adapter_name=adapter_name, skip=skip)
@@ -231,6 +243,7 @@ def rescale(
         relative_error=error,
         plan=plan,
         is_written=not dry_run,
+        output=place,
         notes=(*plan.notes, *left_out, *_notes(opened, changes, alpha, keep, max_norm)),
     )
 
@@ -303,7 +316,7 @@ def _check_options(
     if max_norm is not None and max_norm <= 0:
         raise OptionError("--max-norm", f"{max_norm:g} is not positive")
     if keep not in KEEP:
-        raise OptionError("--keep", f"{keep!r} is none of {', '.join(KEEP)}")
+        raise OptionError.none_of("--keep", keep, KEEP)
     if keep == "delta" and alpha is None:
         raise OptionError("--keep", "says what --alpha leaves alone, and needs it")
     if keep == "delta" and alpha == 0:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from loratool.discovery import Plugins
 from loratool.errors import FileFormatError
 from loratool.files.foreign import foreign_bytes, foreign_file
+from loratool.files.missing import missing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +30,12 @@ USUAL: Final = ".safetensors"
 
 def is_weights(path: PurePath) -> bool:
     """Whether a path is named like a weights file that can be read."""
-    return path.suffix.lower() in FILES.claimed("suffixes")
+    return _ending(path) in FILES.claimed("suffixes")
+
+
+def _ending(path: PurePath) -> str:
+    """Return the suffix of a path; a name that begins with its only dot is one."""
+    return (path.suffix or (path.name if path.name.startswith(".") else "")).lower()
 
 
 def is_split(path: PurePath) -> bool:
@@ -54,7 +60,7 @@ def container_of(path: PurePath | str) -> Container:
     Raises:
         FileFormatError: None has this suffix.
     """
-    suffix = path if isinstance(path, str) else path.suffix
+    suffix = path if isinstance(path, str) else _ending(path)
     files = FILES.claimed("suffixes")
     if suffix.lower() not in files:
         known = ", ".join((*model_suffixes(), *(s for s in files if s not in model_suffixes())))
@@ -70,7 +76,7 @@ def open_weights(path: Path) -> WeightsFile:
         FileFormatError: The ending is unknown, or the file breaks its format's rules.
     """
     if not path.exists():
-        raise FileFormatError(path, "no such file")
+        raise missing(path, "no such file")
     if not is_weights(path) and (known := foreign_file(path)) is not None:
         raise FileFormatError(path, f"this is {known.what}; it is not read", hint=known.hint)
     try:

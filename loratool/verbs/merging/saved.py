@@ -66,6 +66,7 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
             share.where(extra.name),
             f"has shape {list(found)}, the base's weight {list(wanted)}",
             hint="is this the base that the adapter was trained on?",
+            code="LT022",
         )
     for piece in place.pieces:
         name = piece.bias if is_bias else piece.name
@@ -109,7 +110,7 @@ def _put(share: Share, name: str, rows: range | None, tensor: StoredTensor, base
         changes.edits.append(SetRows(tuple(rows), tensor, share.weight))
         return
     shape = base.shape(name)
-    if tensor.strides is None:
+    if tensor.is_run:
         tensor = replace(tensor, spec=replace(tensor.spec, shape=shape))
     if share.weight != 1:
         changes.edits.insert(0, Blend(tensor, share.weight))
