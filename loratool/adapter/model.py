@@ -297,8 +297,12 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Number of elements in all its tensors."""
-        return sum(tensor.spec.elements for tensor in self.tensors.values())
+        """Number of trained numbers: elements of all tensors but alphas, which nobody trains."""
+        alphas = {
+            site.slots[Slot.ALPHA].spec.name for site in self.sites if Slot.ALPHA in site.slots
+        }
+        specs = (tensor.spec for tensor in self.tensors.values())
+        return sum(spec.elements for spec in specs if spec.name not in alphas)
 
     @property
     def nbytes(self) -> int:
