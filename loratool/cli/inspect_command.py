@@ -10,6 +10,7 @@ import click
 from loratool.cli import options, render
 from loratool.cli.help import GroupedCommand
 from loratool.errors import OptionError
+from loratool.files.places import called
 from loratool.verbs.inspect import AdapterInfo, inspect, inspect_many
 
 __all__ = ["command"]
@@ -102,7 +103,7 @@ def command(
     if plot is not None and isinstance(info, AdapterInfo):
         from loratool.cli.plots import plot_spectra
 
-        plot_spectra(info.spectra, path.resolve().name, plot, force=force)
+        plot_spectra(info.spectra, called(path), plot, force=force)
     if as_jsonl:
         click.echo(json.dumps(info.as_json()))
     elif as_json:

@@ -13,6 +13,7 @@ from loratool.errors import AdapterError, LoratoolError
 from loratool.files.checkpoint import PREFERRED, SHARD, is_index
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder
+from loratool.files.places import located
 from loratool.schemes import sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
 from loratool.schemes.detection import distributed
@@ -57,7 +58,11 @@ def places(paths: Sequence[str | PathLike[str]], *, recursive: bool = False) -> 
         recursive: Look into all folders, and into those of adapters too, for checkpoints.
     """
     for each in paths:
-        path = Path(each)
+        try:
+            path = located(each)
+        except LoratoolError as error:
+            yield Place(Path(each), str(each), error)
+            continue
         if not path.is_dir():
             yield Place(path, str(each))
             continue
