@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, unreadable
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import Stamp, stamp_of
@@ -66,7 +66,7 @@ class ArchivedTensor:
                 file.seek(self.begin)
                 data = file.read(self.length)
         except OSError as error:
-            raise FileFormatError(self.path, f"cannot be read: {error.strerror}") from None
+            raise unreadable(self.path, error) from None
         found = tensor_in(self.path, io.BytesIO(data), self.spec.name)
         if (found.spec.dtype, found.spec.shape) != (self.spec.dtype, self.spec.shape):
             raise FileFormatError(

@@ -150,8 +150,11 @@ def _halves(
     for (module, layer, rank, *_), row in zip(rows, tensors.values(), strict=True):
         name = f"layer.{layer}.module.{module}"
         widths = said.get(name)
-        is_pair = isinstance(widths, list) and len(widths) == 2
-        if not is_pair or not all(type(each) is int and each > 0 for each in widths):
+        if (
+            not isinstance(widths, list)
+            or len(widths) != 2
+            or not all(type(each) is int and each > 0 for each in widths)
+        ):
             raise FileFormatError(path, f"says {widths!r:.40} of {name}, expected two widths")
         into, out = widths
         if rank * (into + out) > row.spec.elements:
