@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from loratool.verbs.convert import ConvertReport, convert
     from loratool.verbs.extract import extract
     from loratool.verbs.extraction.result import ExtractReport
-    from loratool.verbs.inspect import inspect
+    from loratool.verbs.inspect import AdapterInfo, ModelInfo, inspect, inspect_many
     from loratool.verbs.merge import MergeReport, merge, plan_merge
     from loratool.verbs.rescale import RescaleReport, rescale
     from loratool.verbs.schemes import schemes
     from loratool.verbs.truncate import truncate
-    from loratool.verbs.validate import validate
+    from loratool.verbs.validate import validate, validate_many
     from loratool.verbs.verify import verify
 
 __all__ = [
+    "AdapterInfo",
     "AdapterReport",
     "Comparison",
     "ConvertReport",
@@ -37,12 +38,14 @@ __all__ = [
     "Finding",
     "LoratoolError",
     "MergeReport",
+    "ModelInfo",
     "RescaleReport",
     "compare",
     "compose",
     "convert",
     "extract",
     "inspect",
+    "inspect_many",
     "merge",
     "open_adapter",
     "plan_merge",
@@ -50,12 +53,14 @@ __all__ = [
     "schemes",
     "truncate",
     "validate",
+    "validate_many",
     "verify",
 ]
 
 __version__ = "0.1.0"
 
 _PLACES: Final = {
+    "AdapterInfo": "loratool.verbs.inspect",
     "AdapterReport": "loratool.verbs.algebra.result",
     "Comparison": "loratool.verbs.compare",
     "ConvertReport": "loratool.verbs.convert",
@@ -63,12 +68,14 @@ _PLACES: Final = {
     "Finding": "loratool.adapter.findings",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.verbs.merge",
+    "ModelInfo": "loratool.verbs.inspect",
     "RescaleReport": "loratool.verbs.rescale",
     "compare": "loratool.verbs.compare",
     "compose": "loratool.verbs.compose",
     "convert": "loratool.verbs.convert",
     "extract": "loratool.verbs.extract",
     "inspect": "loratool.verbs.inspect",
+    "inspect_many": "loratool.verbs.inspect",
     "merge": "loratool.verbs.merge",
     "open_adapter": "loratool.schemes.opening",
     "plan_merge": "loratool.verbs.merge",
@@ -76,6 +83,7 @@ _PLACES: Final = {
     "schemes": "loratool.verbs.schemes",
     "truncate": "loratool.verbs.truncate",
     "validate": "loratool.verbs.validate",
+    "validate_many": "loratool.verbs.validate",
     "verify": "loratool.verbs.verify",
 }
 
