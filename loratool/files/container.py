@@ -32,6 +32,7 @@ class WeightsFile:
         stamp: What the file was when it was read.
         header: The raw bytes before the data, of a file that may be copied and keeps its layout.
         notes: What else it holds and was not read, one sentence each.
+        groups: What its names begin with, where it holds them in dictionaries of these names.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class WeightsFile:
     stamp: Stamp
     header: bytes | None = None
     notes: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
 
 
 class Layout(Protocol):
