@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Final
 
 from loratool.errors import FileFormatError, unreadable
-from loratool.files.inputs import Stamp, stamp_of
+from loratool.files.inputs import Stamp, check_stamp
+from loratool.files.sources import opened
 
 __all__ = [
     "FLAGS",
@@ -155,9 +156,8 @@ class DeflatedEntry:
             FileFormatError: The archive has changed, or is damaged.
         """
         try:
-            with self.path.open("rb") as file:
-                if stamp_of(file.fileno()) != self.stamp:
-                    raise FileFormatError(self.path, "was changed while it was read")
+            with opened(self.path) as file:
+                check_stamp(self.path, file, self.stamp)
                 file.seek(self.begin)
                 found = self._unpacked(file)
         except OSError as error:

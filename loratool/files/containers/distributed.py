@@ -20,6 +20,7 @@ from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.links import STRAY_LINK, link_roots, stays_inside
 from loratool.files.pickle_records import Pairs, Record, read_records
 from loratool.files.pickles import WRAPPERS
+from loratool.files.sources import opened
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.zip_entries import short
 
@@ -90,8 +91,8 @@ class _Distributed:
     def open(self, path: Path) -> WeightsFile:
         """See :class:`Container`; nothing in it is executed."""
         try:
-            with path.open("rb") as file:
-                stamp = stamp_of(file.fileno())
+            with opened(path) as file:
+                stamp = stamp_of(file)
                 data = file.read(LONGEST + 1)
         except OSError as error:
             raise unreadable(path, error) from None

@@ -17,6 +17,7 @@ from loratool.files.container import Container, Layout, WeightsFile
 from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.json import LFS_PREFIX
 from loratool.files.npy import read_npy_header
+from loratool.files.sources import opened
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.zip_entries import (
     FLAGS,
@@ -48,8 +49,8 @@ class _Npz:
     def open(self, path: Path) -> WeightsFile:
         """See :class:`Container`; nothing in it is executed."""
         try:
-            with path.open("rb") as file:
-                stamp = stamp_of(file.fileno())
+            with opened(path) as file:
+                stamp = stamp_of(file)
                 start = file.read(64)
                 if not start.startswith(b"PK"):
                     raise FileFormatError(path, _not_an_archive(start, stamp.size))
