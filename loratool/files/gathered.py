@@ -16,7 +16,7 @@ from typing import Final, Protocol
 from loratool.errors import FileFormatError, unreadable
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
-from loratool.files.inputs import Stamp
+from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.pickles import tensor_in
 from loratool.files.sources import opened
 from loratool.files.spec import StoredTensor, TensorSpec

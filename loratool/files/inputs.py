@@ -13,7 +13,7 @@ from loratool.errors import FileFormatError, unreadable
 from loratool.files.descriptors import Descriptors
 from loratool.files.sources import fetch, size_of_opened, whole
 
-__all__ = ["InputFiles", "Stamp", "check_stamp", "stamp_of"]
+__all__ = ["InputFiles", "Stamp", "stamp_of"]
 
 
 ELSEWHERE: Final = -1
@@ -44,17 +44,6 @@ def stamp_of(file: int | Path | BinaryIO) -> Stamp:
         file = file.fileno()
     status = os.stat(file)  # noqa: PTH116 - descriptors too
     return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-def check_stamp(path: Path, file: BinaryIO, stamp: Stamp) -> None:
-    """Make sure that an open file is the one that it was; of one elsewhere nothing tells.
-
-    Raises:
-        FileFormatError: It is another, or was written to.
-    """
-    now = stamp_of(file)
-    if ELSEWHERE not in (now.device, stamp.device) and now != stamp:
-        raise FileFormatError(path, "was changed while it was read")
 
 
 class InputFiles:

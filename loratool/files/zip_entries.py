@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from loratool.errors import FileFormatError, unreadable
-from loratool.files.inputs import Stamp, check_stamp
+from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.sources import opened
 
 __all__ = [
@@ -157,7 +157,8 @@ class DeflatedEntry:
         """
         try:
             with opened(self.path) as file:
-                check_stamp(self.path, file, self.stamp)
+                if not stamp_of(file).fits(self.stamp):
+                    raise FileFormatError(self.path, "was changed while it was read")
                 file.seek(self.begin)
                 found = self._unpacked(file)
         except OSError as error:
