@@ -33,6 +33,7 @@ class WeightsFile:
         stamp: What the file was when it was read.
         header: The raw bytes before the data, of a file that may be copied and keeps its layout.
         notes: What else it holds and was not read, one sentence each.
+        groups: What its names begin with, where it holds them in dictionaries of these names.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class WeightsFile:
     stamp: Stamp
     header: bytes | None = None
     notes: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
 
 
 class Layout(Protocol):

@@ -234,7 +234,17 @@ def read_gguf(path: Path) -> GgufFile:
     start = aligned(header.at, alignment)
     stored = _placed(path, infos, start, alignment, (header.at, stamp.size))
     texts = {k: text for k, value in values.items() if (text := value_as_text(value)) is not None}
-    return GgufFile(path, stored, texts, stamp.size, stamp, raw, (), values, alignment, version)
+    return GgufFile(
+        path,
+        stored,
+        texts,
+        stamp.size,
+        stamp,
+        raw,
+        values=values,
+        alignment=alignment,
+        version=version,
+    )
 
 
 class _Header:
