@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final
 
@@ -17,6 +17,7 @@ __all__ = [
     "KeyTable",
     "Template",
     "are_transposed",
+    "are_upright",
     "transposed",
 ]
 
@@ -193,6 +194,17 @@ class KeyTable:
         ]
 
 
+def are_upright(pairs: Sequence[tuple[StoredTensor, StoredTensor]]) -> bool:
+    """Return whether factors fit as ``(r, in), (out, r)`` of a small rank, and not transposed.
+
+    Args:
+        pairs: A and B of each module, as they are stored, both matrices.
+    """
+    shapes = [(down.spec.shape, up.spec.shape) for down, up in pairs]
+    fit = all(a[0] == b[1] and a[0] <= min(a[1], b[0]) for a, b in shapes)
+    return fit and are_transposed(pairs) is False
+
+
 def are_transposed(pairs: Sequence[tuple[StoredTensor, StoredTensor]]) -> bool | None:
     """Return whether factors are stored transposed, or ``None`` where their shapes do not tell.
 
@@ -227,10 +239,9 @@ def transposed(tensor: StoredTensor) -> StoredTensor:
         )
     rows, columns = spec.shape
     strides = tensor.strides or (columns, 1)
-    return StoredTensor(
-        TensorSpec(spec.name, spec.dtype, (columns, rows)),
-        tensor.path,
-        tensor.offset,
-        (strides[1], strides[0]),
-        tensor.alias_of,
+    return replace(
+        tensor,
+        spec=TensorSpec(spec.name, spec.dtype, (columns, rows)),
+        strides=(strides[1], strides[0]),
+        steps=None,
     )

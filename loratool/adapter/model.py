@@ -23,6 +23,7 @@ __all__ = [
     "HEAD_LEAVES",
     "HISTORY_KEY",
     "INVOCATION_KEY",
+    "UNTOLD",
     "Adapter",
     "Extra",
     "ExtraKind",
@@ -43,6 +44,8 @@ HISTORY_KEY: Final = "loratool"
 FILE_ALPHA_KEY: Final = "adapter.lora.alpha"
 """Metadata of what has one alpha for all modules in its file."""
 
+UNTOLD: Final = "untold"
+"""In settings: the specs of tensors beside the factors that nobody knows the meaning of."""
 INVOCATION_KEY: Final = "adapter.alora.invocation_tokens"
 """Metadata of what acts after its tokens only."""
 
@@ -297,12 +300,10 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Number of trained numbers: elements of all tensors but alphas, which nobody trains."""
-        alphas = {
-            site.slots[Slot.ALPHA].spec.name for site in self.sites if Slot.ALPHA in site.slots
-        }
-        specs = (tensor.spec for tensor in self.tensors.values())
-        return sum(spec.elements for spec in specs if spec.name not in alphas)
+        """Number of elements in all its tensors but for alphas, which nobody trains."""
+        stored = sum(tensor.spec.elements for tensor in self.tensors.values())
+        alphas = (site.slots[Slot.ALPHA] for site in self.sites if Slot.ALPHA in site.slots)
+        return stored - sum(alpha.spec.elements for alpha in alphas)
 
     @property
     def nbytes(self) -> int:

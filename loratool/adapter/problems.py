@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Final
 
 from loratool.adapter.build import is_scaled_by_name
 from loratool.adapter.expected import shape_problems
 from loratool.adapter.leaving import leave_out, option, pattern_for
-from loratool.adapter.model import Adapter, Kind, Site
+from loratool.adapter.model import UNTOLD, Adapter, Kind, Site
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import NO_GEOMETRY, Variant
 from loratool.errors import AdapterError, UnsupportedError
@@ -205,6 +206,14 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     """Yield ``(code, problem)`` for everything that makes ``site`` unusable."""
     config = adapter.config
     down, up = site.down, site.up
+    for spec in site.settings.get(UNTOLD, ()):
+        without = option("--skip", re.escape(f".{spec.name.rpartition('.')[2]}") + "$")
+        yield (
+            "LT008",
+            f"has {spec.name!r}, of shape {list(spec.shape)}, beside its factors: it may change "
+            "the delta, and nothing says how; fold it into them, or leave it out if it does not "
+            f"({without})",
+        )
     if not site.is_plain and Slot.MID not in site.slots:
         misshapen = list(shape_problems(site))
         if misshapen:

@@ -20,12 +20,9 @@ PEFT_TYPES: Final = {
     "POLY": "a router that mixes adapters by task; no fixed weights equal it",
     "LILY": "a router that mixes factors by input; no fixed weights equal it",
     "SHADOW": "a small model beside the large one; no weights of that equal it",
-    "TINYLORA": "vectors of modules that only the live model's order tells",
-    "PEANUT": "a small network of the weight, whose layers are not linear",
-    "PSOFT": "rotations of the base's own leading directions, not read yet",
-    "OSF": "a decomposition of the base's own weights, not read yet",
-    "FROD": "factors in directions of the base's own weights, not read yet",
-    "ADAMSS": "factors of parts of the base's own weights, not read yet",
+    "PSOFT": "rotations of singular vectors of the base, whose signs differ between machines",
+    "FROD": "factors in directions shared by modules of the live model, not read yet",
+    "ADAMSS": "factors of clusters of the base's singular vectors, which differ between machines",
 }
 """What the commonest types are; the others are named as they are."""
 
@@ -45,6 +42,11 @@ FORMS: Final[tuple[tuple[str, str], ...]] = (
     (r"^w_[ab]_\d+$", "numbered factors, but not two pairs for each block"),
     (r"\.lora_[ab]\.weight$", "factors of candle's kind, or of a torchtune model not read yet"),
     (r"\.lora_(up|down)\.weight$", "factors under names of a scheme that is not known"),
+    (
+        r"(^|[._])(lora|LoRA)([._A-Z0-9]|$)|[._](W|w|delta|linear|adapter)_?[aAbB](_\w+)?(\.weight)?$",
+        "factors under names of their own, it seems: call them MODULE.lora_A (r, in) and "
+        "MODULE.lora_B (out, r), and say the scale with --alpha",
+    ),
 )
 
 

@@ -114,7 +114,7 @@ def _changed(
     if not normal and not flipped:
         raise mismatch(site, shape, (site.out_features, site.in_features))
     turned = flipped
-    if normal and flipped:
+    if normal and flipped and site.kind is not Kind.EMBEDDING:
         turned = _is_turned(site, module, shape, base, is_flagged=is_flagged)
     return Region(rows, columns, transposed=turned)
 

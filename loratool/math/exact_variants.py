@@ -20,6 +20,8 @@ __all__ = [
     "bank_numbers",
     "bank_pieces",
     "block_factors",
+    "exchanged_factors",
+    "exchanged_part",
     "flat",
     "fold_mid",
     "hadamard_factors",
@@ -32,9 +34,11 @@ __all__ = [
     "leading_shares",
     "repeated_block",
     "shortest",
+    "split_matrix",
     "summed",
     "unit_ranks",
     "vera_factors",
+    "weighted_sum",
     "whole_shares",
 ]
 
@@ -89,7 +93,7 @@ def hadamard_factors(
     """
     (up1, down1), (up2, down2) = hadamard_halves(w1_a, w1_b, w2_a, w2_b, t1, t2)
     if up1.shape[1] * up2.shape[1] > min(up1.shape[0], down1.shape[1]):
-        return _split((up1 @ down1) * (up2 @ down2))
+        return split_matrix((up1 @ down1) * (up2 @ down2))
     up = flat(up1[:, :, None] * up2[:, None, :])
     down = down1[:, None, :] * down2[None, :, :]
     return up, down.reshape((-1, down.shape[2]))
@@ -133,7 +137,8 @@ def kronecker_factors(w1: Array | Factors, w2: Array | Factors, t2: Array | None
 
     ``(u1 @ v1) ⊗ (u2 @ v2) = (u1 ⊗ u2) @ (v1 ⊗ v2)``, for whatever factors the halves have: the
     stored ones, or the half itself and the identity on its smaller side, if that is smaller. The
-    files of LyCORIS and PEFT agree but for PEFT's full ``w2`` of a one-dimensional convolution.
+    files of LyCORIS and PEFT agree but for PEFT's full ``w2`` of a one-dimensional convolution,
+    which :func:`exchanged_factors` is for.
 
     Args:
         w1: ``(a, c)``, or ``w1_a`` ``(a, r1)`` and ``w1_b`` ``(r1, c)``.
@@ -194,6 +199,44 @@ def kronecker_rank(
     return _smallest_rank(w1, None) * _smallest_rank(w2, t2)
 
 
+def exchanged_factors(w1: Array | Factors, w2: Array, t2: None = None) -> Factors:
+    """Return the factors of ``Δ[…, k] = w2[…, k] ⊗ w1``, of a convolution of one dimension.
+
+    Args:
+        w1: ``(a, c)``, or ``w1_a`` ``(a, r1)`` and ``w1_b`` ``(r1, c)``.
+        w2: ``(b, d, kernel)``.
+        t2: None; there is no core beside a full ``w2``.
+
+    Returns:
+        ``(b · a, R)`` and ``(R, d · c · kernel)``.
+    """
+    up, down = kronecker_factors(w1, w2, t2)
+    xp = array_namespace(up)
+    rank, (height, width, kernel) = up.shape[1], w2.shape
+    up = xp.permute_dims(up.reshape((-1, height, rank)), (1, 0, 2))
+    down = xp.permute_dims(down.reshape((rank, -1, width, kernel)), (0, 2, 1, 3))
+    return up.reshape((-1, rank)), down.reshape((rank, -1))
+
+
+def exchanged_part(left: Array, right: Array, rows: range, columns: range, kernel: int) -> Array:
+    """Return some rows and columns of ``right[…, k] ⊗ left``, ``(rows, columns, kernel)``.
+
+    Args:
+        left: ``(a, c)``.
+        right: ``(b, d · kernel)``.
+        rows: Of the product, which has ``b · a``.
+        columns: Of the product, which has ``d · c``.
+        kernel: Places of a convolution's kernel.
+    """
+    xp = array_namespace(left, right)
+    down = xp.arange(rows.start, rows.stop, device=left.device)
+    along = xp.arange(columns.start, columns.stop, device=left.device)
+    whole = right.reshape((right.shape[0], -1, kernel))
+    inner = xp.take(xp.take(left, down % left.shape[0], axis=0), along % left.shape[1], axis=1)
+    outer = xp.take(xp.take(whole, down // left.shape[0], axis=0), along // left.shape[1], axis=1)
+    return outer * inner[:, :, None]
+
+
 def vera_factors(
     lambda_b: Array, lambda_d: Array, vera_a: Array, vera_b: Array, out: int, in_: int
 ) -> Factors:
@@ -216,6 +259,11 @@ def vera_factors(
     if rows < out or columns < in_:
         raise ValueError(f"{rows} × {columns} is too small to share with {out} × {in_}")
     return lambda_b[:, None] * vera_b[:out, :], lambda_d[:, None] * vera_a[:, :in_]
+
+
+def weighted_sum(weights: Array, matrices: Array) -> Array:
+    """Return ``Σ weights[i] · matrices[i]``, of ``(n,)`` and ``(n, rows, columns)``."""
+    return array_namespace(weights, matrices).sum(weights[:, None, None] * matrices, axis=0)
 
 
 def flat(array: Array) -> Array:
@@ -253,7 +301,7 @@ def _half_shape(a: Shape, b: Shape, core: Shape | None) -> tuple[int, int]:
     return a[1], math.prod((*b[1:], *core[2:]))
 
 
-def _split(matrix: Array) -> Factors:
+def split_matrix(matrix: Array) -> Factors:
     """Return factors of any matrix: itself, and the identity on its smaller side."""
     rows, columns = matrix.shape
     identity = array_namespace(matrix).eye(
@@ -267,11 +315,11 @@ def _smallest(half: Array | Factors, core: Array | None) -> Factors:
     if not isinstance(half, tuple):
         if core is not None:
             raise ValueError("a core belongs to a factored half")
-        return _split(flat(half))
+        return split_matrix(flat(half))
     a, b = half
     up, down = _half(a, b, core)
     if up.shape[1] > min(up.shape[0], down.shape[1]):
-        return _split(up @ down)
+        return split_matrix(up @ down)
     return up, down
 
 
@@ -288,7 +336,7 @@ def _is_pair(half: Shape | tuple[Shape, Shape]) -> TypeGuard[tuple[Shape, Shape]
 
 def shortest(up: Array, down: Array) -> Factors:
     """Return factors of no more columns than the smaller side of their product has."""
-    return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else _split(up @ down)
+    return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else split_matrix(up @ down)
 
 
 def summed(made: Callable[[slice], Factors], count: int, smallest: int, each: int) -> Factors:
@@ -306,7 +354,7 @@ def summed(made: Callable[[slice], Factors], count: int, smallest: int, each: in
     for start in range(0, count, CHUNK):
         up, down = made(slice(start, start + CHUNK))
         whole = whole + up @ down
-    return _split(whole)
+    return split_matrix(whole)
 
 
 def repeated_block(block: Array, out: int, into: int) -> Factors:

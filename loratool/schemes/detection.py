@@ -24,6 +24,9 @@ from loratool.files.missing import missing
 from loratool.files.spec import StoredTensor
 from loratool.schemes import builtin_schemes, claimed, sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
+from loratool.schemes.ranks import weights_of_ranks
+
+__all__ = ["detect_scheme", "distributed", "find_weights", "forms", "selected"]
 
 MODEL_HINT: Final = (
     "name the adapter, a file or the folder that holds it; to make one of a model and its base: "
@@ -34,8 +37,14 @@ SHOWN: Final = 6
 LEVELS: Final = 3
 """How deep an adapter is looked for in a folder that holds none, to name its place."""
 MOST_FOLDERS: Final = 300
+DISTRIBUTED: Final = ".metadata"
+"""What describes the shards of a distributed checkpoint (PyTorch's DCP)."""
 
-__all__ = ["detect_scheme", "find_weights", "forms", "selected"]
+
+def distributed(path: Path) -> Path | None:
+    """Return what describes the shards in a folder, where it is a distributed checkpoint."""
+    found = path / DISTRIBUTED
+    return found if found.is_file() else None
 
 
 def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tuple[str, ...]]:
@@ -52,6 +61,10 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
         return find_weights(path / adapter_name)
     others = sorted(config.parent.name for config in path.glob(f"*/{CONFIG_NAME}"))
     found = [path / name for name in weights_names() if (path / name).is_file()]
+    if not found and (described := distributed(path)) is not None:
+        return described, ()
+    if not found and (first := weights_of_ranks(path)) is not None:
+        return first, ()
     if not found:
         found = sorted(
             file

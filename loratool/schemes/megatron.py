@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from loratool.adapter.keys import KeyTable, Template
 from loratool.adapter.model import Site
-from loratool.adapter.scheme import Home, Scheme, Told
+from loratool.adapter.part import Part
+from loratool.adapter.scheme import RANKS, Home, Scheme, Told, Written
 from loratool.adapter.slots import AdapterKey, Slot
-from loratool.errors import AdapterError
+from loratool.errors import AdapterError, UnsupportedError
+from loratool.files.container import read_bytes
+from loratool.files.gathered import Gathered, Piece, StoredSource
 from loratool.files.spec import StoredTensor
 from loratool.files.yaml import read_flat_yaml
 from loratool.names.gguf import architecture_of, attention_in_config
-from loratool.names.paths.megatron import MegatronPaths
+from loratool.names.paths.megatron import FUSED, MegatronPaths, part_of
 from loratool.schemes.parts.model import described
 from loratool.schemes.parts.roles import Roles
 from loratool.schemes.parts.scales import FoldedScale
 from loratool.schemes.parts.settings import Settings
+from loratool.values.expr import Expr, concatenated
 
 __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
     "keys": r"(\.adapter(\.adapter_\w+)?|\.adapter_layer\.lora_\w+_adapter(\.\w+_adapter)?)"
     r"\.linear_(in|out)\.weight$",
+    "weights": ("model_weights.ckpt",),
 }
 
 SIDES: Final = {"linear_in": Slot.DOWN, "linear_out": Slot.UP}
@@ -121,8 +127,56 @@ class MegatronRoles(Roles):
             each = heads // groups
             return self._cut(site, groups, {"q": each, "k": 1, "v": 1})
         if leaf == "linear_fc1" and self.shape.is_gated:
-            return self._cut(site, 1, {"gate": 1, "up": 1})
+            # Each rank has gate and up of its own columns.
+            return self._cut(site, site.settings.get(RANKS, 1), {"gate": 1, "up": 1})
         return [site]
+
+    def together(self, parts: Sequence[Part]) -> list[Part]:
+        """Return ``parts`` with fused layers as one, where all of them share their A.
+
+        Else they stay projections of their own, which is Megatron-Bridge's canonical form: an
+        adapter is in one form or in the other.
+        """
+        layers: dict[str, dict[str, Part]] = defaultdict(dict)
+        for part in parts:
+            place = part_of(part.module)
+            if place is not None:
+                layers[place[0]][place[1]] = part
+        if not all(self._is_one(name, members) for name, members in layers.items()):
+            return list(parts)
+        others = [part for part in parts if part_of(part.module) is None]
+        return [*others, *(self._fused(name, members) for name, members in layers.items())]
+
+    def _groups(self, layer: str) -> int:
+        if not layer.endswith("linear_qkv"):
+            return 1
+        return self.shape.groups
+
+    def _is_one(self, layer: str, members: Mapping[str, Part]) -> bool:
+        """Whether the parts of a layer are all there and share A, and their order is known."""
+        names, groups = FUSED[layer.rpartition(".")[2]], self._groups(layer)
+        found = [members[name] for name in names if name in members]
+        if len(found) < len(names) or not groups or not all(part.is_plain for part in found):
+            return False
+        first = found[0]
+        return all(
+            part.down == first.down
+            and part.scale == first.scale
+            and part.values.keys() == first.values.keys()
+            and part.up.shape[0] % groups == 0
+            for part in found
+        )
+
+    def _fused(self, layer: str, members: Mapping[str, Part]) -> Part:
+        names, groups = FUSED[layer.rpartition(".")[2]], self._groups(layer)
+        parts = [members[name] for name in names]
+        first = parts[0]
+        values = dict(first.values)
+        for slot in (first.slots[1], Slot.MAGNITUDE):
+            if slot in values:
+                values[slot] = _by_groups([part.values[slot] for part in parts], groups)
+        note = "fused as Megatron has it"
+        return replace(first, module=layer, values=values, site=None, notes=(*first.notes, note))
 
     def _cut(self, site: Site, groups: int, shares: Mapping[str, int]) -> list[Site]:
         rows = site.slots[Slot.UP].spec.shape[0]
@@ -146,6 +200,29 @@ class MegatronRoles(Roles):
         return made
 
 
+def _by_groups(values: Sequence[Expr], groups: int) -> Expr:
+    """Return rows of each of ``values`` for the first group, then those for the second, ..."""
+    pieces = []
+    for group in range(groups):
+        for value in values:
+            height = value.shape[0] // groups
+            pieces.append(value.rows(group * height, (group + 1) * height))
+    return concatenated(pieces) if len(pieces) > 1 else pieces[0]
+
+
+class MegatronSettings(Settings):
+    """Nothing is recorded: the scale is in the run's configuration."""
+
+    def notes(self, written: Written) -> Iterator[str]:
+        """Yield what the run has to say."""
+        is_fused = any(
+            item.part.module.rpartition(".")[2] in FUSED and item.part.site is None
+            for item in written.modules
+        )
+        kind = "LoRA" if is_fused else "CanonicalLoRA"
+        yield f"Megatron keeps its scale in the run: make the layers with {kind}, alpha = dim"
+
+
 def _kept(stored: StoredTensor, groups: int, first: int, last: int, where: str) -> StoredTensor:
     found = stored.keeping(groups, first, last)
     if found is None:
@@ -153,11 +230,47 @@ def _kept(stored: StoredTensor, groups: int, first: int, last: int, where: str) 
     return found
 
 
+def _join(name: str, shards: Sequence[StoredTensor]) -> StoredTensor:
+    """Return a tensor from its parts on the ranks.
+
+    A layer whose outputs are spread has its rank spread in A and its outputs in B, one whose inputs
+    are has them spread in A and its outputs in B too.
+
+    Raises:
+        AdapterError: The parts do not fit.
+        UnsupportedError: How they are spread is not known.
+    """
+    key = SCHEME.keys.parse(name)
+    first = shards[0]
+    if key is None or key.slot not in (Slot.DOWN, Slot.UP) or len(first.spec.shape) != 2:
+        if len({read_bytes(shard) for shard in shards}) == 1:
+            return first
+        raise UnsupportedError(name, "differs between tensor-parallel ranks, and is no factor")
+    leaves = key.module.split(".")
+    spreads_inputs = any(leaf in leaves for leaf in ("linear_proj", "linear_fc2"))
+    axis = 1 if key.slot is Slot.DOWN and spreads_inputs else 0
+    if key.slot is Slot.DOWN and not axis and len({read_bytes(shard) for shard in shards}) == 1:
+        return first  # which some releases keep whole on every rank
+    kept = {(shard.spec.dtype, shard.spec.shape[1 - axis]) for shard in shards}
+    if len(kept) > 1:
+        raise AdapterError(name, "has parts of different shapes on the tensor-parallel ranks")
+    pieces, start = [], 0
+    for shard in shards:
+        place = (0, start) if axis else (start, 0)
+        pieces.append(Piece(place, shard.spec.shape, StoredSource(shard)))
+        start += shard.spec.shape[axis]
+    sides = (first.spec.shape[0], start) if axis else (start, first.spec.shape[1])
+    spec = replace(first.spec, shape=sides)
+    return StoredTensor(spec, first.path, 0, whole=Gathered(spec, tuple(pieces)))
+
+
 def _following(told: Told) -> Scheme:
     """Return the scheme for the heads of one model."""
     config = described(told)
-    path = told.folder / MODEL if told.folder is not None else None
-    beside = read_flat_yaml(path) if path is not None and path.is_file() else {}
+    folder = told.folder
+    paths = [each / MODEL for each in (folder, folder.parent)] if folder is not None else []
+    path = next((each for each in paths if each.is_file()), None)
+    beside = read_flat_yaml(path) if path is not None else {}
     architecture = architecture_of(config)
     name = architecture.name if architecture is not None else "unknown"
     kind = "" if not config or name in GATED else f"{config.get('architectures') or name}"[:80]
@@ -180,9 +293,10 @@ def _count(fields: Mapping[str, Any], key: str) -> int:
 
 SCHEME = Scheme(
     name="megatron",
-    summary="NeMo, Megatron-Bridge: linear_qkv by groups, linear_fc1 (read only)",
+    summary="NeMo, Megatron-Bridge: linear_qkv by groups, linear_fc1",
     example="decoder.layers.0.self_attention.linear_proj.adapter.linear_in.weight",
     keys=MegatronKeys(
+        modules=r"(.+\.)?(decoder|encoder)\.layers\.\d+\.(self_attention|mlp)\.linear_.+|(.+\.)?output_layer",
         templates=(
             Template("{module}.adapter.linear_in.weight", Slot.DOWN),
             Template("{module}.adapter.linear_out.weight", Slot.UP),
@@ -192,9 +306,9 @@ SCHEME = Scheme(
     paths=MegatronPaths(),
     scale=FoldedScale(),
     roles=MegatronRoles(has_convolutions=False),
-    settings=Settings(),
-    home=Home(),
+    settings=MegatronSettings(),
+    home=Home(weights_name="model_weights.ckpt", suffix=".ckpt"),
     priority=4,
+    join=_join,
     follows=_following,
-    is_written=False,
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.fields import number_in
-from loratool.adapter.keys import KeyTable, Template, are_transposed
+from loratool.adapter.keys import KeyTable, Template, are_transposed, are_upright
 from loratool.adapter.model import Site
 from loratool.adapter.part import Part
 from loratool.adapter.scaling import Scaling
@@ -43,9 +43,9 @@ class MlxKeys(KeyTable):
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
         """Count factors; bare letters only where all of them are pairs of transposed factors."""
         count = self.factor_keys(tensors)
-        if any(key.endswith((".lora_a", ".lora_b")) for key in tensors):
-            return count
         pairs = self.pairs(tensors)
+        if any(key.endswith((".lora_a", ".lora_b")) for key in tensors):
+            return 0 if pairs and are_upright(pairs) else count
         return count if 2 * len(pairs) == count and are_transposed(pairs) is not False else 0
 
 

@@ -61,6 +61,9 @@ class Loha(Variant):
     has_factors = True
     has_change = True
     kernel_slots = frozenset((CORE,))
+    fields = frozenset(
+        ("alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")
+    )
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""

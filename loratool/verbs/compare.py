@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from loratool.adapter.model import Adapter, unknown_scale
@@ -15,6 +14,8 @@ from loratool.base.told import open_told
 from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import AdapterError, OptionError
+from loratool.files.places import located
+from loratool.files.sources import fetch
 from loratool.math.factored import Factored, factor, inner
 from loratool.math.lowrank import LowRank
 from loratool.math.namespace import on_host
@@ -158,7 +159,8 @@ def compare(
         raise OptionError("compare", "needs two adapters or more")
     if directions < 1:
         raise OptionError("--directions", f"{directions} is less than 1")
-    model, told = open_told(Path(base), needs_weights=False) if base is not None else (None, None)
+    base = located(base) if base is not None else None
+    model, told = open_told(base, needs_weights=False) if base is not None else (None, None)
     opened = [
         open_adapter(
             path,
@@ -169,6 +171,7 @@ def compare(
         )
         for path in adapters
     ]
+    fetch(adapter.weights for adapter in opened)
     is_mixed = len({adapter.scheme for adapter in opened}) > 1
     for adapter in opened:
         if is_mixed and adapter.unknown is not None:

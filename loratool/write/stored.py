@@ -59,7 +59,7 @@ def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
     )
     if site.variant.is_stacked:
         return _unstacked(part, site)
-    if site.variant.is_compact or (site.variant.needs_shape and site.is_plain and width):
+    if site.variant.is_its_own(site) or (site.variant.needs_shape and site.is_plain and width):
         return _expanded(part, site, width or site.variant.width(site))
     if site.variant.undetermined and not site.variant.has_change:
         needs = site.variant.needs_shape

@@ -29,6 +29,7 @@ from loratool.write.notes import dtype_notes, unknown_notes
 from loratool.write.options import WriteOptions
 from loratool.write.refusals import check_counterparts
 from loratool.write.shapes import fitted, padded, slotted
+from loratool.write.sidecars import without_room
 from loratool.write.tensors import alpha_output, part_specs
 
 __all__ = ["check_place", "write"]
@@ -85,7 +86,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
     carried = placed_extras(new.extras.items, scheme, adapted, dtype=options.dtype)
     _check_unique(modules, carried)
     written = _written(new, scheme, options, names, carried, named)
-    config = scheme.settings.config(written)
+    config = scheme.settings.config(replace(written, name=name))
     if config is not None:
         config |= options.config
     container = _container(options.output, scheme)
@@ -110,6 +111,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         history=new.history if container.has_metadata else None,
         config=config,
         config_name=scheme.settings.file,
+        format_config=scheme.settings.dump,
         sidecars=tuple(sidecars),
         weights_name=_weights_name(options.output, scheme),
         stamps=new.stamps,
@@ -343,7 +345,7 @@ def _check_unique(modules: Sequence[ModuleOutput], carried: Sequence[Output]) ->
 
 def _files(new: NewAdapter, output: Path) -> tuple[Sequence[Any], list[tuple[str, str]]]:
     if is_weights(output):
-        return (), [(sidecar.name, "the output is a single file") for sidecar in new.sidecars]
+        return (), without_room(new.sidecars)
     return new.sidecars, []
 
 

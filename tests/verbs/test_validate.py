@@ -90,6 +90,17 @@ def test_a_good_adapter_has_no_findings(make_adapter: Make, make_base: Make) -> 
     assert loratool.validate(adapter, base=base, deep=True) == ()
 
 
+def test_alphas_and_magnitudes_may_be_wider_than_factors(
+    make_adapter: Make, tmp_path: Path
+) -> None:
+    factors = lora("a.q", 6, 5, dtype=torch.float16)
+    plain = make_adapter(factors, **GOOD)
+    loratool.convert(plain, "kohya", tmp_path / "with-alphas.safetensors")
+    assert codes(tmp_path / "with-alphas.safetensors") <= {"LT033"}
+    wide = factors | {"a.q.lora_magnitude_vector": torch.ones(6)}
+    assert codes(make_adapter(wide, "dora", **GOOD, use_dora=True)) == set()
+
+
 @pytest.mark.parametrize(
     "case", [c for c in manifest() if c["expect"] == "merge"], ids=lambda c: c["case"]
 )

@@ -15,6 +15,7 @@ from loratool.adapter.model import FILE_ALPHA_KEY, Adapter, Site
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.files.dtypes import DTYPES
+from loratool.files.places import called
 from loratool.files.spec import StoredTensor
 from loratool.math.factored import norm
 from loratool.math.lowrank import LowRank
@@ -31,7 +32,7 @@ from loratool.verbs.algebra.followed import Followed
 from loratool.verbs.algebra.modules import Joint, is_one_side
 from loratool.verbs.algebra.sums import Spectrum
 from loratool.write.metadata import without_hashes
-from loratool.write.sidecars import carried_files
+from loratool.write.sidecars import carried_files, without_room
 from loratool.write.stored import part_of
 from loratool.write.write import check_place
 
@@ -171,13 +172,13 @@ def plan_in_place(
     is_folder = output.suffix.lower() != ".safetensors"
     sidecars, left, notes = carried_files([adapter])
     if not is_folder:
-        left += [(sidecar.name, "the output is a single file") for sidecar in sidecars]
+        left += without_room(sidecars)
         sidecars = []
     return AdapterPlan(
         parts=(),
         carried=tuple(carried),
         metadata=without_hashes(adapter.metadata),
-        history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
+        history=History("rescale", (Source(called(adapter.path), adapter.weights),), asked),
         config=_config(adapter, changes, asked),
         sidecars=tuple(sidecars),
         weights_name=WEIGHTS_NAME if is_folder else "",

@@ -15,6 +15,7 @@ from loratool.errors import FileFormatError
 from loratool.files.checkpoint import is_index
 from loratool.files.gguf import COUNT, HEAD, GgufFile
 from loratool.files.json import parse_json
+from loratool.files.sources import size_of, whole
 from loratool.plan.model import ModelPlan, OutputFile
 from loratool.plan.sidecar import Sidecar
 
@@ -39,7 +40,19 @@ def check_files(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
     if plan.is_folder and merged.path.is_dir():
         for sidecar in plan.beside():
             yield from _check_sidecar(sidecar, merged.path / sidecar.name, len(merged.shards))
+        yield from _surplus(plan, merged)
     yield from _check_metadata(plan, merged)
+
+
+def _surplus(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
+    """Yield the files that no merge has written; tools that look for them would use them."""
+    expected = {file.name for file in plan.files} | {one.name for one in plan.sidecars}
+    read = {shard.path for shard in merged.shards}
+    for path in sorted(merged.path.rglob("*")):
+        name = path.relative_to(merged.path).as_posix()
+        is_known = name in expected or path in read or is_index(path.name)
+        if not is_known and (path.is_symlink() or not path.is_dir()):
+            yield finding("LT111", name, "is not written by the merge")
 
 
 def _check_sidecar(sidecar: Sidecar, path: Path, shards: int) -> Iterator[Finding]:
@@ -58,7 +71,7 @@ def _check_sidecar(sidecar: Sidecar, path: Path, shards: int) -> Iterator[Findin
         if not name.endswith(".json"):
             raise FileFormatError(path, "not JSON")
         expected = parse_json(wanted, where=name, allow_constants=True)
-        data = path.read_bytes()
+        data = whole(path).read_bytes()
         if data.startswith(BOM_UTF8) and not wanted.startswith(BOM_UTF8):
             raise FileFormatError(path, "begins with a byte order mark, which JSON may not")
         found: Any = parse_json(data, where=path, allow_constants=True)
@@ -78,11 +91,11 @@ def _check_sidecar(sidecar: Sidecar, path: Path, shards: int) -> Iterator[Findin
 
 
 def _is_same(sidecar: Sidecar, path: Path) -> bool:
-    if sidecar.nbytes != path.stat().st_size:
+    if sidecar.nbytes != size_of(path):
         return False
     if sidecar.source is None:
-        return path.read_bytes() == (sidecar.content or b"")
-    with sidecar.source.open("rb") as one, path.open("rb") as other:
+        return whole(path).read_bytes() == (sidecar.content or b"")
+    with whole(sidecar.source).open("rb") as one, whole(path).open("rb") as other:
         while block := one.read(BLOCK):
             if block != other.read(BLOCK):
                 return False
@@ -90,7 +103,7 @@ def _is_same(sidecar: Sidecar, path: Path) -> bool:
 
 
 def _content(sidecar: Sidecar) -> bytes:
-    return sidecar.source.read_bytes() if sidecar.source else sidecar.content or b""
+    return whole(sidecar.source).read_bytes() if sidecar.source else sidecar.content or b""
 
 
 def _differences(
