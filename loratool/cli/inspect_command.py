@@ -22,7 +22,7 @@ __all__ = ["command"]
 @options.force
 @options.adapter_name
 @options.threads
-@options.no_progress
+@options.quiet
 @options.as_json
 @options.debug
 def command(

@@ -21,6 +21,7 @@ __all__ = ["command"]
 )
 @options.target("Also find what this loader would refuse or misread.")
 @options.adapter_name
+@options.quiet
 @options.as_json
 @options.debug
 @click.pass_context
@@ -31,6 +32,7 @@ def command(
     deep: bool,
     target: str | None,
     adapter_name: str | None,
+    quiet: bool,
     as_json: bool,
 ) -> int:
     """Find everything wrong with an adapter.
@@ -47,5 +49,5 @@ def command(
     if as_json:
         render.print_json(findings.as_json())
     else:
-        render.show(findings.document())
+        render.show(findings.document(), quiet=quiet and not findings)
     return 0 if findings.ok else 1
