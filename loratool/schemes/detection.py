@@ -28,6 +28,8 @@ from loratool.schemes.ranks import weights_of_ranks
 
 __all__ = ["detect_scheme", "distributed", "find_weights", "forms", "selected"]
 
+DISTRIBUTED: Final = ".metadata"
+"""What describes the shards of a distributed checkpoint (PyTorch's DCP)."""
 MODEL_HINT: Final = (
     "name the adapter, a file or the folder that holds it; to make one of a model and its base: "
     "loratool extract BASE FINETUNED --rank 16 -o OUT"
@@ -37,8 +39,6 @@ SHOWN: Final = 6
 LEVELS: Final = 3
 """How deep an adapter is looked for in a folder that holds none, to name its place."""
 MOST_FOLDERS: Final = 300
-DISTRIBUTED: Final = ".metadata"
-"""What describes the shards of a distributed checkpoint (PyTorch's DCP)."""
 
 
 def distributed(path: Path) -> Path | None:
