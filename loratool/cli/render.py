@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loratool.display.characters import in_ascii, is_unicode
-from loratool.errors import printable, spoken
+from loratool.display.characters import writable
+from loratool.errors import spoken
 
 if TYPE_CHECKING:
     from loratool.display.document import Document
@@ -40,7 +40,7 @@ def show(document: Document, *, quiet: bool = False) -> None:
 def _print(document: Document) -> None:
     from loratool.display.terminal import Rendered, plain_text
 
-    clean = printable if is_unicode(sys.stdout.encoding) else in_ascii
+    clean = writable(sys.stdout.encoding)
     if not sys.stdout.isatty():
         click.echo(plain_text(document, clean=clean))
         return
@@ -52,8 +52,9 @@ def _print(document: Document) -> None:
 
 def print_notes(notes: Iterable[str]) -> None:
     """Print notes to standard error, one line each."""
+    clean = writable(sys.stderr.encoding)
     for note in notes:
-        click.echo(f"note: {printable(note)}", err=True)
+        click.echo(f"note: {clean(note)}", err=True)
 
 
 @contextmanager

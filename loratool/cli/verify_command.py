@@ -79,5 +79,5 @@ def command(
     if as_json:
         render.print_json(findings.as_json())
     else:
-        render.show(findings.document())
+        render.show(findings.document(), quiet=quiet and not findings)
     return 0 if findings.ok else 1
