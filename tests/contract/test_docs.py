@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
-from reference_pages import documents, formats
+from reference_pages import documents, formats, functions
 from samples import FIXTURES, ROOT
 
 import loratool
@@ -40,7 +40,12 @@ def help_pages() -> str:
 
 @pytest.mark.parametrize(
     ("name", "written"),
-    [("cli.md", help_pages), ("formats.md", formats), ("json.md", documents)],
+    [
+        ("cli.md", help_pages),
+        ("formats.md", formats),
+        ("json.md", documents),
+        ("python.md", functions),
+    ],
 )
 def test_what_is_made_from_the_code_is_in_the_docs(
     name: str, written: Callable[[], str], request: pytest.FixtureRequest
