@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def test_every_codec_is_in_the_docs() -> None:
     page = (ROOT / "docs" / "quantised.md").read_text()
     for claim in claims():
         assert f"`{codec_named(claim.codec).name}`" in page, claim.codec
+
+
+def test_every_extra_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name in project["optional-dependencies"]:
+        assert f"| `loratool[{name}]` |" in page
 
 
 def test_public_names_are_sorted_documented_and_there() -> None:
