@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from loratool.adapter.findings import Finding
     from loratool.errors import LoratoolError
+    from loratool.jobs.recorded import RecordedRecipe, recipe
+    from loratool.jobs.run import RunReport, run
     from loratool.schemes.opening import open_adapter
     from loratool.verbs.algebra.result import AdapterReport
     from loratool.verbs.compare import Comparison, compare
@@ -37,7 +39,9 @@ __all__ = [
     "Finding",
     "LoratoolError",
     "MergeReport",
+    "RecordedRecipe",
     "RescaleReport",
+    "RunReport",
     "compare",
     "compose",
     "convert",
@@ -46,7 +50,9 @@ __all__ = [
     "merge",
     "open_adapter",
     "plan_merge",
+    "recipe",
     "rescale",
+    "run",
     "schemes",
     "truncate",
     "validate",
@@ -63,7 +69,9 @@ _PLACES: Final = {
     "Finding": "loratool.adapter.findings",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.verbs.merge",
+    "RecordedRecipe": "loratool.jobs.recorded",
     "RescaleReport": "loratool.verbs.rescale",
+    "RunReport": "loratool.jobs.run",
     "compare": "loratool.verbs.compare",
     "compose": "loratool.verbs.compose",
     "convert": "loratool.verbs.convert",
@@ -72,7 +80,9 @@ _PLACES: Final = {
     "merge": "loratool.verbs.merge",
     "open_adapter": "loratool.schemes.opening",
     "plan_merge": "loratool.verbs.merge",
+    "recipe": "loratool.jobs.recorded",
     "rescale": "loratool.verbs.rescale",
+    "run": "loratool.jobs.run",
     "schemes": "loratool.verbs.schemes",
     "truncate": "loratool.verbs.truncate",
     "validate": "loratool.verbs.validate",

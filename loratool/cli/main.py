@@ -31,6 +31,8 @@ COMMANDS: Final = (
     "extract",
     "merge",
     "verify",
+    "recipe",
+    "run",
     "schemes",
 )
 FAILURE: Final = 2

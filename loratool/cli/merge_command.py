@@ -152,7 +152,7 @@ def _plan_json(plan: ModelPlan) -> dict[str, Any]:
             for step in plan.steps()
             if step.is_changed
         ],
-        "sidecars": [{"name": item.name, "why": item.why} for item in plan.sidecars],
+        "sidecars": [{"name": item.name, "why": item.why} for item in plan.others()],
         "left_behind": [{"name": name, "why": why} for name, why in plan.left_behind],
         "notes": list(plan.notes),
     }
@@ -171,7 +171,7 @@ def _print_plan(plan: ModelPlan) -> None:
             )
             for file in plan.files
         ]
-        + [(item.name, "", "", item.why or "as it is") for item in plan.sidecars],
+        + [(item.name, "", "", item.why or "as it is") for item in plan.others()],
     )
     changed: dict[str, list[str]] = {}
     for step in plan.steps():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loratool.adapter.findings import Finding
 
 __all__ = [
+    "collected",
     "console",
     "human_bytes",
     "human_count",
@@ -43,8 +44,24 @@ def console() -> Console:
     return Console(markup=False, highlight=False, emoji=False, width=width, soft_wrap=False)
 
 
+_collecting: list[list[Any]] = []
+
+
+@contextmanager
+def collected(documents: list[Any]) -> Iterator[None]:
+    """Have documents appended to ``documents`` instead of printed."""
+    _collecting.append(documents)
+    try:
+        yield
+    finally:
+        _collecting.pop()
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document, indented unless it is so large that nobody reads it."""
+    if _collecting:
+        _collecting[-1].append(value)
+        return
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     if len(text) < READABLE:  # indenting takes ten times as long
         text = json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False)

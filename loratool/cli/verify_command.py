@@ -14,14 +14,15 @@ __all__ = ["command"]
 
 @click.command("verify")
 @click.argument("merged", type=options.PATH)
-@click.option("--base", type=options.PATH, required=True, help="The model it was made from.")
+@click.option(
+    "--base", type=options.PATH, help="The model it was made from; by default as it records."
+)
 @click.option(
     "--adapter",
     "adapters",
     type=options.PATH,
-    required=True,
     multiple=True,
-    help="An adapter that was merged; give it once for each, in order.",
+    help="An adapter that was merged, once for each, in order; by default as it records.",
 )
 @options.weights
 @options.alpha
@@ -35,7 +36,7 @@ __all__ = ["command"]
 @options.debug
 def command(
     merged: Path,
-    base: Path,
+    base: Path | None,
     adapters: tuple[Path, ...],
     weights: tuple[str, ...],
     alpha: float | None,
@@ -50,10 +51,13 @@ def command(
     """Prove that a merged model is what 'merge' should have written.
 
     Every tensor is computed again from base and adapters and compared; what no adapter touches
-    must be equal byte for byte. The exit status is 1 where something differs.
+    must be equal byte for byte. The exit status is 1 where something differs. What 'merge' wrote
+    records what it was made of: those files are looked for by name, here and beside MERGED, and
+    taken where their digests are the recorded ones.
 
     \b
     Example:
+        loratool verify merged/
         loratool verify merged/ --base TinyLlama-1.1B/ --adapter my-adapter/
     """
     with render.progress_bar("verifying", quiet=quiet) as progress:

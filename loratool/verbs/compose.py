@@ -149,6 +149,7 @@ def compose(
         **truncation.recorded,
         "dtype": dtype,
         "alpha": alpha,
+        "adapter_name": adapter_name,
         "skip": tuple(skip),
     }
     inputs = [Path(path) for path in adapters]

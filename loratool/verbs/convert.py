@@ -18,7 +18,7 @@ from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.loaders import loader_named
 from loratool.loaders.loader import Loader
 from loratool.plan.adapter import AdapterPlan
-from loratool.plan.history import History, Source
+from loratool.plan.history import History, Source, as_recorded
 from loratool.plan.outcome import Outcome
 from loratool.plan.plan import run as run_plan
 from loratool.plan.plan import write as write_plan
@@ -34,8 +34,6 @@ __all__ = ["NAMINGS", "ConvertReport", "convert"]
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
 NAMINGS: Final = ("native", "diffusers")
-HASHED_BELOW: Final = 64 << 20
-"""Larger inputs go by their size in the metadata: hashing takes longer than copying."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +198,8 @@ def convert(
         "base": Path(base).resolve().name if base is not None else None,
         "initial": Path(initial).resolve().name if initial is not None else None,
         "alpha": alpha,
+        "adapter_name": adapter_name,
+        "name": name,
         "family": family,
         "naming": naming,
         "component": component,
@@ -207,6 +207,7 @@ def convert(
         "rank": rank,
         "fold": fold or None,
         "pad": pad,
+        "enable_lora": as_recorded(enable_lora),
         "dtype": dtype,
         "drop": tuple(drop),
         "skip": tuple(skip),
@@ -232,8 +233,7 @@ def convert(
         fold=fold,
         pad=pad,
     )
-    hashed = opened.weights if opened.stamp.size < HASHED_BELOW else None
-    history = History("convert", (Source(opened.path.resolve().name, hashed),), asked)
+    history = History("convert", (Source.of_adapter(opened),), asked)
     new, options = converted(opened, scheme, conversion, options, history)
     plan = write(new, scheme, options)
     if dry_run:

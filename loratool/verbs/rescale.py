@@ -198,6 +198,7 @@ def rescale(
         "to_rslora": to_rslora or None,
         "from_rslora": from_rslora or None,
         "dtype": dtype,
+        "adapter_name": adapter_name,
         "skip": tuple(skip),
     }
     written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
@@ -258,7 +259,7 @@ def _rewritten(
         stem=adapter.weights.stem,
         told=adapter.told,
         metadata=kept_metadata(adapter, adapter.scheme),
-        history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
+        history=History("rescale", (Source.of_adapter(adapter),), asked),
         sidecars=tuple(sidecars),
         stamps={adapter.weights: adapter.stamp},
         notes=(*notes, *input_notes([adapter])),

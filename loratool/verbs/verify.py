@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter.findings import Finding, finding
 from loratool.base.config import DTYPE_KEYS
@@ -33,6 +33,7 @@ from loratool.plan.model import ModelPlan, Step
 from loratool.plan.plan import run
 from loratool.verbs.merging.comparison import check_files
 from loratool.verbs.merging.planning import plan_merge
+from loratool.verbs.merging.recorded import recorded_merge
 
 __all__ = ["verify"]
 
@@ -45,8 +46,8 @@ COMPARED_BYTES: Final = 1 << 20
 def verify(
     merged: AnyPath,
     *,
-    base: AnyPath,
-    adapters: Sequence[AnyPath],
+    base: AnyPath | None = None,
+    adapters: Sequence[AnyPath] = (),
     weights: Weights = (),
     alpha: float | None = None,
     adapter_name: str | None = None,
@@ -60,7 +61,8 @@ def verify(
 
     Args:
         merged: The model to check, file or folder.
-        base: The base it was made from.
+        base: The base it was made from. Where base or adapters are left out, they are those that
+            the model records, and so are the options that are not given.
         adapters: The adapters, in the order of the merge.
         weights: As in the merge.
         alpha: As in the merge.
@@ -78,6 +80,19 @@ def verify(
     Raises:
         LoratoolError: Base or adapters cannot be read, or the merge is not possible.
     """
+    asked: dict[str, Any] = {
+        "weights": weights,
+        "alpha": alpha,
+        "adapter_name": adapter_name,
+        "skip": skip,
+        "enable_lora": enable_lora,
+    }
+    recorded: Mapping[str, Any] = {}
+    if base is None or not adapters:
+        found_base = Path(base) if base is not None else None
+        merge = recorded_merge(Path(merged), found_base, [Path(each) for each in adapters], asked)
+        base, adapters, recorded = merge.base, merge.adapters, merge.options
+        asked = {name: recorded.get(name, value) for name, value in asked.items()}
     original = open_model(Path(base))
     try:
         result = open_model(Path(merged))
@@ -88,12 +103,8 @@ def verify(
     plan = plan_merge(
         base,
         adapters,
-        weights=weights,
-        dtype=_dtype_of(original, result),
-        alpha=alpha,
-        adapter_name=adapter_name,
-        skip=skip,
-        enable_lora=enable_lora,
+        **asked,
+        dtype=recorded.get("dtype") or _dtype_of(original, result),
         quantized="keep" if _is_kept(original, result) else "dequantize",
     )
     found = [*_check_layout(plan, result), *check_files(plan, result)]

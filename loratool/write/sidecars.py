@@ -9,6 +9,7 @@ from typing import Final
 from loratool.adapter.model import Adapter
 from loratool.files.checkpoint import is_weight_like
 from loratool.files.links import DANGLING_LINK, NO_FILE, STRAY_LINK, link_roots, stays_inside
+from loratool.plan.history import RECORD_NAME
 from loratool.plan.sidecar import TOKENIZER_FILES, Sidecar
 from loratool.schemes import sidecar_names
 from loratool.schemes.companions import is_training_state
@@ -36,7 +37,7 @@ def carried_files(
         for path, reason in _files(adapter):
             name = path.name
             is_wanted = name in TOKENIZER_FILES or (len(adapters) == 1 and name in DESCRIPTIONS)
-            if path == adapter.weights or name in sidecar_names():
+            if path == adapter.weights or name in (*sidecar_names(), RECORD_NAME):
                 continue
             if reason or not is_wanted:
                 shown = name if len(adapters) == 1 else str(path)

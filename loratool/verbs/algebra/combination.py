@@ -106,6 +106,7 @@ class Combination:
         policy: What to do where extras disagree.
         keep_factors: Whether a module that loses nothing is copied with its own alpha.
         notes: What a user should know already.
+        sources: What the metadata says of the inputs, where these are made of others.
     """
 
     verb: str
@@ -118,6 +119,7 @@ class Combination:
     policy: str = "error"
     keep_factors: bool = False
     notes: Sequence[str] = ()
+    sources: Sequence[Source] = ()
 
     def __post_init__(self) -> None:
         for adapter in self.adapters:
@@ -176,7 +178,7 @@ class Combination:
             metadata=joined_metadata(self.adapters, self.scheme.name),
             history=History(
                 self.verb,
-                tuple(Source(a.path.resolve().name, a.weights) for a in self.adapters),
+                tuple(self.sources or map(Source.of_adapter, self.adapters)),
                 self.asked,
             ),
             sidecars=tuple(sidecars),
