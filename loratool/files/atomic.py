@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -29,6 +30,8 @@ OLD_MARK: Final = "loratool-old"
 KEPT_MARK: Final = "loratool-unfinished"
 ATTEMPTS: Final = 100
 FOLDER_ONLY: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+LONGEST_NAME: Final = 200
+"""Bytes of a name that hidden ones beside it begin with whole; file systems allow 255."""
 SHOWN: Final = 3
 USUAL_NAMES: Final = re.compile(
     r"""(?x)^(
@@ -202,7 +205,7 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
     Until it is locked, a run that starts at the same time may take it for a killed one's.
     """
     for _ in range(ATTEMPTS):
-        folder = path.parent / f".{path.name}.{MARK}-{os.urandom(4).hex()}"
+        folder = path.parent / f"{_hidden(path, MARK)}-{os.urandom(4).hex()}"
         folder.mkdir()
         try:
             lock = os.open(folder, FOLDER_ONLY)
@@ -232,7 +235,7 @@ def kept(path: Path) -> Iterator[Path]:
         OutputError: Another process uses it, or it cannot be written.
     """
     path = path.absolute()
-    folder = path.parent / f".{path.name}.{KEPT_MARK}"
+    folder = path.parent / _hidden(path, KEPT_MARK)
     try:
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, FOLDER_ONLY)
@@ -261,26 +264,48 @@ def _replace(source: Path, path: Path) -> None:
 
 
 def _replace_once(source: Path, path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        # A folder cannot be renamed over a full one: move the old one aside first.
-        aside = path.parent / f".{path.name}.{OLD_MARK}-{os.urandom(4).hex()}"
-        try:
-            path.rename(aside)
-            source.rename(path)
-        except BaseException:  # a signal, too: the old output comes back
-            if aside.exists():
-                try:
-                    aside.rename(path)
-                except OSError as error:
-                    if error.errno in OVERTAKEN:  # another run's output is there
-                        shutil.rmtree(aside, ignore_errors=True)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    elif source.is_dir() and (path.exists() or path.is_symlink()):
-        path.unlink()
+    is_plain = not path.is_dir() or path.is_symlink()
+    if not source.is_dir() and is_plain:
+        source.replace(path)
+    elif not os.path.lexists(path):
         source.rename(path)
     else:
-        source.replace(path)
+        _exchange(source, path)
+
+
+def _exchange(source: Path, path: Path) -> None:
+    """Rename ``source`` to ``path`` where no system call does both: what is there goes aside."""
+    aside = path.parent / f"{_hidden(path, OLD_MARK)}-{os.urandom(4).hex()}"
+    try:
+        path.rename(aside)
+        source.rename(path)
+    except BaseException:  # a signal, too: the old output comes back
+        if os.path.lexists(aside):
+            try:
+                aside.rename(path)
+            except OSError as error:
+                if error.errno in OVERTAKEN:  # another run's output is there
+                    _discard(aside)
+        raise
+    _discard(aside)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder with what is in it, or a file, or a link, as far as that goes."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _hidden(path: Path, mark: str) -> str:
+    """Return what hidden names beside ``path`` begin with; shorter where its own is long."""
+    name = path.name
+    encoded = os.fsencode(name)
+    if len(encoded) > LONGEST_NAME:
+        name = f"{os.fsdecode(encoded[: LONGEST_NAME // 2])}~{zlib.crc32(encoded):08x}"
+    return f".{name}.{mark}"
 
 
 def sync_file(path: Path) -> None:
@@ -294,11 +319,11 @@ def sync_file(path: Path) -> None:
 
 def _recover(path: Path, *, force: bool) -> None:
     """Put back an output that a killed run has moved aside and not replaced."""
-    for aside in path.parent.glob(f".{_escape(path.name)}.{OLD_MARK}-*"):
-        if aside.is_symlink() or not aside.is_dir():
+    for aside in path.parent.glob(f"{_escape(_hidden(path, OLD_MARK))}-*"):
+        if not (aside.is_symlink() or aside.is_dir() or aside.is_file()):
             continue
-        if path.exists() or path.is_symlink():
-            if force:
+        if os.path.lexists(path):
+            if force and aside.is_dir() and not aside.is_symlink():
                 shutil.rmtree(aside, ignore_errors=True)
         else:
             with suppress(OSError):
@@ -307,7 +332,7 @@ def _recover(path: Path, *, force: bool) -> None:
 
 def _remove_stale(path: Path) -> None:
     """Remove what killed runs for the same destination have left; no more than folders."""
-    for stage in path.parent.glob(f".{_escape(path.name)}.{MARK}-*"):
+    for stage in path.parent.glob(f"{_escape(_hidden(path, MARK))}-*"):
         try:
             lock = os.open(stage, FOLDER_ONLY)
         except OSError:

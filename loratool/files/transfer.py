@@ -97,5 +97,11 @@ def write_all(target: int, view: memoryview, offset: int) -> None:
 
 def describe_write_error(path: Path, error: OSError) -> OutputError:
     """Return the error that tells a user why ``path`` could not be written."""
-    hint = "free some space, or choose another disk" if error.errno == errno.ENOSPC else None
-    return OutputError(path, f"cannot be written: {error.strerror or error}", hint=hint)
+    what, hint = f"cannot be written: {error.strerror or error}", None
+    if error.errno == errno.ENOSPC:
+        hint = "free some space, or choose another disk"
+    elif error.errno == errno.EEXIST and error.filename:
+        name = os.path.basename(error.filename)  # noqa: PTH119 - bytes too
+        what = f"cannot be written: this disk takes {name!r} and another of its files for one"
+        hint = "choose a disk that tells upper case from lower case"
+    return OutputError(path, what, hint=hint)

@@ -174,3 +174,22 @@ def test_every_code_is_explained_in_the_docs() -> None:
     assert explained == set(CODES)
     for code, (_, title) in CODES.items():
         assert f"## {code}: {title}" in DOCS.read_text()
+
+
+@pytest.mark.parametrize("suffix", ["bin", "npz"])
+def test_checksums_of_archives(suffix: str, tmp_path: Path) -> None:
+    """One bit of a number, which torch reads as it is and NumPy does not."""
+    import numpy as np
+
+    values = {"a.lora_A.weight": np.ones((2, 4), "f4"), "a.lora_B.weight": np.ones((4, 2), "f4")}
+    path = tmp_path / f"adapter.{suffix}"
+    if suffix == "bin":
+        torch.save({name: torch.from_numpy(value) for name, value in values.items()}, path)
+    else:
+        np.savez(path, **values)
+    assert "LT036" not in codes(path, deep=True)
+    data = bytearray(path.read_bytes())
+    data[data.index(np.ones(8, "f4").tobytes())] ^= 1
+    path.write_bytes(data)
+    assert "LT036" not in codes(path)
+    assert "LT036" in codes(path, deep=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import Final
@@ -16,6 +17,8 @@ from loratool.files.spec import StoredTensor
 
 __all__ = ["check_tensors"]
 
+ARCHIVE: Final = b"PK\x03\x04"
+"""What a zip archive begins with: files of torch and NumPy are such."""
 LONGEST_NAME: Final = 500
 UNUSUAL_SCALE: Final = 32.0
 
@@ -42,6 +45,7 @@ def check_tensors(adapter: Adapter, *, deep: bool) -> Iterator[Finding]:
     yield from _notes(adapter)
     yield from _scales(adapter)
     if deep:
+        yield from _checksums(adapter)
         yield from _values(adapter)
 
 
@@ -88,6 +92,18 @@ def _scales(adapter: Adapter) -> Iterator[Finding]:
             yield finding("LT029", site.label, "its scale is 0: it does nothing")
         elif abs(factor) > UNUSUAL_SCALE:
             yield finding("LT029", site.label, f"its scale is {factor:g}")
+
+
+def _checksums(adapter: Adapter) -> Iterator[Finding]:
+    """Yield the records of zip archives whose bytes are not those that were written."""
+    for path in dict.fromkeys(stored.path for stored in adapter.tensors.values()):
+        with path.open("rb") as file:
+            if file.read(len(ARCHIVE)) != ARCHIVE:
+                continue
+            with zipfile.ZipFile(file) as archive:
+                broken = archive.testzip()
+        if broken is not None:
+            yield finding("LT036", path, f"the record {broken!r} has another checksum")
 
 
 def _values(adapter: Adapter) -> Iterator[Finding]:
