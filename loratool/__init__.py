@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loratool.verbs.extraction.result import ExtractReport
     from loratool.verbs.inspect import inspect
     from loratool.verbs.merge import MergeReport, merge, plan_merge
+    from loratool.verbs.metadata import MetadataReport, metadata
     from loratool.verbs.rescale import RescaleReport, rescale
     from loratool.verbs.schemes import schemes
     from loratool.verbs.truncate import truncate
@@ -39,6 +40,7 @@ __all__ = [
     "Finding",
     "LoratoolError",
     "MergeReport",
+    "MetadataReport",
     "RecordedRecipe",
     "RescaleReport",
     "RunReport",
@@ -48,6 +50,7 @@ __all__ = [
     "extract",
     "inspect",
     "merge",
+    "metadata",
     "open_adapter",
     "plan_merge",
     "recipe",
@@ -69,6 +72,7 @@ _PLACES: Final = {
     "Finding": "loratool.adapter.findings",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.verbs.merge",
+    "MetadataReport": "loratool.verbs.metadata",
     "RecordedRecipe": "loratool.jobs.recorded",
     "RescaleReport": "loratool.verbs.rescale",
     "RunReport": "loratool.jobs.run",
@@ -78,6 +82,7 @@ _PLACES: Final = {
     "extract": "loratool.verbs.extract",
     "inspect": "loratool.verbs.inspect",
     "merge": "loratool.verbs.merge",
+    "metadata": "loratool.verbs.metadata",
     "open_adapter": "loratool.schemes.opening",
     "plan_merge": "loratool.verbs.merge",
     "recipe": "loratool.jobs.recorded",

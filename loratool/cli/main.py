@@ -31,6 +31,7 @@ COMMANDS: Final = (
     "extract",
     "merge",
     "verify",
+    "metadata",
     "recipe",
     "run",
     "schemes",
