@@ -18,6 +18,7 @@ from typing import Any, Final
 import click
 
 from loratool.cli import render
+from loratool.cli.failures import FAILURE
 from loratool.cli.main import COMMANDS as NAMES
 from loratool.cli.main import cli
 from loratool.errors import LoratoolError, OptionError
@@ -29,7 +30,6 @@ NESTED: Final = ("run", "batch")
 """Commands that carry out others."""
 OUTPUT: Final = "output"
 HUB_NAME: Final = re.compile(r"hf:/.*|[\w.-]+/[\w.-]+(@[\w.-]+)?(/.*)?", re.ASCII)
-FAILURE: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,7 @@ class CommandLine:
         try:
             status = self.carry_out(words, documents=documents)
         except LoratoolError as error:
-            told = {"where": error.where, "message": error.what, "hint": error.hint}
-            return Done(FAILURE, None, told)
+            return Done(FAILURE, None, error.as_json())
         return Done(status, documents[-1] if documents else None)
 
 

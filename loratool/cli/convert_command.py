@@ -8,20 +8,18 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.cli.adapter_report import print_left_out
-from loratool.cli.grouping import group_modules, span
-from loratool.errors import printable
-from loratool.verbs.convert import NAMINGS, ConvertReport, convert
+from loratool.cli.help import GroupedCommand
+from loratool.cli.named import COMPONENT, FAMILY, SCHEME, choice
 
 __all__ = ["command"]
 
 
-@click.command("convert")
+@click.command("convert", cls=GroupedCommand)
 @click.argument("adapter", type=options.PATH)
 @options.to("Scheme to write.")
 @options.target("Write what this loader applies rightly.")
 @options.output
-@click.option("--from", "source", metavar="SCHEME", help="Scheme to read; else it is detected.")
+@click.option("--from", "source", type=SCHEME, help="Scheme to read; else it is detected.")
 @click.option(
     "--base",
     type=options.PATH,
@@ -35,15 +33,13 @@ __all__ = ["command"]
 @options.alpha
 @options.adapter_name
 @click.option("--name", metavar="N", help="The adapter's name in the output (prefixed).")
-@click.option(
-    "--family", metavar="F", help="Pipeline (sd1, sdxl, flux, …) where names leave it open."
-)
+@click.option("--family", type=FAMILY, help="The pipeline, where names leave it open.")
 @click.option(
     "--naming",
-    type=click.Choice(NAMINGS),
+    type=choice("naming", "loratool.verbs.convert:NAMINGS"),
     help="Names of the backbone in kohya and comfy; by default the usual ones.",
 )
-@click.option("--component", metavar="C", help="Write one component alone, such as unet.")
+@click.option("--component", type=COMPONENT, help="Write one component alone.")
 @click.option("--to-lora", is_flag=True, help="Write LoHa, LoKr, DoRA and others as plain LoRA.")
 @click.option(
     "--rank", type=click.IntRange(1), metavar="R", help="Rank of what --to-lora approximates."
@@ -83,54 +79,11 @@ def command(
         loratool convert loha.safetensors --to comfy --to-lora -o plain.safetensors
         loratool convert my-adapter/ --to kohya --dry-run -o out.safetensors
     """
+    from loratool.verbs.convert import convert
+
     with render.progress_bar("converting", quiet=quiet) as progress:
         report = convert(adapter, to, output, progress=progress, **settings)
     if as_json:
         render.print_json(report.as_json())
         return
-    render.print_notes(report.notes)
-    if not quiet:
-        _print(report, output)
-
-
-def _print(report: ConvertReport, output: Path) -> None:
-    plan = report.plan
-    names = [item.part.module for item in plan.parts]
-    render.print_table(
-        "would be written" if not report.is_written else "",
-        ("modules", "count", "rank", "scale", "relative error"),
-        [
-            (
-                folded,
-                len(members),
-                span((item.part.rank for item in members), "d"),
-                span((item.part.scale for item in members), ".6g"),
-                span(report.outcome.relative(item.part.module) for item in members),
-            )
-            for folded, members in group_modules(plan.parts, names)
-        ],
-    )
-    for note, count in plan.changes():
-        click.echo(f"{count} modules: {printable(note)}")
-    if not report.is_written:
-        render.print_table(
-            "files",
-            ("file", "size"),
-            [(file["name"], render.human_bytes(file["bytes"])) for file in plan.described_files()],
-        )
-        click.echo(f"about {render.human_bytes(plan.peak_memory)} of memory")
-    print_left_out(list(plan.extras), plan.dropped)
-    click.echo(_summary(report, output))
-
-
-def _summary(report: ConvertReport, output: Path) -> str:
-    plan = report.plan
-    moved = sum(item.is_moved for item in plan.parts)
-    exact = "exact" if report.is_exact else f"relative error {report.relative_error:.3g}"
-    dropped = f", {len(plan.dropped)} dropped" if plan.dropped else ", nothing dropped"
-    words = (
-        f"{printable(output)}: {report.source} → {plan.scheme}, {len(plan.parts)} modules "
-        f"({moved} moved, {len(plan.parts) - moved} computed), "
-        f"{render.human_bytes(plan.nbytes)}, {exact}{dropped}"
-    )
-    return words if report.is_written else f"dry run, nothing written; {words}"
+    render.show(report.document(), quiet=quiet)

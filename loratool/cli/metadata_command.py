@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 import sys
 from pathlib import Path
 from typing import Final
@@ -12,19 +9,14 @@ from typing import Final
 import click
 
 from loratool.cli import options, render
+from loratool.cli.help import GroupedCommand
 from loratool.errors import FileFormatError, OptionError, printable
-from loratool.verbs.metadata import FileMetadata, MetadataReport, metadata
 
 __all__ = ["command"]
 
-LONGEST: Final = 160
-"""Characters of a value that are shown."""
 FROM_FILE: Final = "@"
 FROM_STDIN: Final = "-"
 LARGEST: Final = 64 << 20
-DATA_URL: Final = re.compile(r"data:image/(?P<kind>[\w.+-]+);base64,")
-IMAGES: Final = {"/9j/": "jpeg", "iVBORw0KGgo": "png", "UklGR": "webp", "R0lGOD": "gif"}
-"""What images begin with in base64."""
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
@@ -58,7 +50,7 @@ def _read(text: str) -> str:
         raise FileFormatError(path, "not UTF-8 text, as metadata are") from None
 
 
-@click.command("metadata")
+@click.command("metadata", cls=GroupedCommand)
 @click.argument("path", type=options.PATH)
 @click.option(
     "--set",
@@ -111,6 +103,8 @@ def command(
         loratool metadata style.safetensors --remove ss_dataset_dirs -o public.safetensors
         loratool metadata small.safetensors --from style.safetensors --in-place --dry-run
     """
+    from loratool.verbs.metadata import metadata
+
     report = metadata(
         path,
         output,
@@ -124,57 +118,4 @@ def command(
     if as_json:
         render.print_json(report.as_json())
         return
-    render.print_notes(report.notes)
-    if report.output is None:
-        for file in report.files:
-            _print_said(file, is_one=len(report.files) == 1)
-    elif not quiet:
-        _print_changes(report)
-
-
-def _print_said(file: FileMetadata, *, is_one: bool) -> None:
-    if not file.metadata:
-        click.echo(f"{printable(file.path)}: says nothing of itself")
-        return
-    rows = [(key, _shown(value)) for key, value in sorted(file.metadata.items())]
-    render.print_table("" if is_one else printable(file.path.name), ("key", "value"), rows)
-
-
-def _print_changes(report: MetadataReport) -> None:
-    for file in report.files:
-        rows = [
-            (key, *("" if value is None else _shown(value) for value in (old, new)))
-            for key, old, new in file.changed()
-        ]
-        title = "" if len(report.files) == 1 else printable(file.path.name)
-        if rows:
-            render.print_table(title, ("key", "before", "after"), rows)
-    count = sum(1 for file in report.files for _ in file.changed())
-    keys = f"{count} key{'s' * (count != 1)} changed"
-    words = f"{printable(report.output)}: {keys}, tensors as they were"
-    click.echo(words if report.is_written else f"dry run, nothing written; {words}")
-
-
-def _shown(value: str) -> str:
-    """Return a value as people see it: images by what they are, long texts by how they begin."""
-    image = _image(value)
-    if image is not None:
-        return image
-    if len(value) <= LONGEST:
-        return value
-    return f"{value[:LONGEST]}… ({len(value):,} characters)"
-
-
-def _image(value: str) -> str | None:
-    match = DATA_URL.match(value)
-    data = value[match.end() :] if match is not None else value
-    kind = match["kind"] if match is not None else None
-    if kind is None and len(data) > LONGEST:
-        kind = next((kind for start, kind in IMAGES.items() if data.startswith(start)), None)
-    if kind is None:
-        return None
-    try:
-        size = len(base64.b64decode(data, validate=True))
-    except (binascii.Error, ValueError):
-        size = len(data) * 3 // 4
-    return f"image ({kind}), {render.human_bytes(size)}"
+    render.show(report.document(), quiet=quiet and report.output is not None)

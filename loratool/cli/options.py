@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from loratool.cli.named import DEVICE, LOADER, SCHEME
 from loratool.files.dtypes import OUTPUT_DTYPES
 
 __all__ = [
@@ -40,19 +40,12 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def to(help_text: str, *, required: bool = False) -> Decorator:
     """Return ``--to``, which takes every scheme that is written."""
-    from loratool.schemes import scheme_names
-
-    return click.option(
-        "--to", type=click.Choice(scheme_names()), required=required, help=help_text
-    )
+    return click.option("--to", type=SCHEME, required=required, help=help_text)
 
 
 def target(help_text: str) -> Decorator:
     """Return ``--for``, which takes every loader that is known."""
-    from loratool.loaders import loader_names
-
-    names = loader_names()
-    return click.option("--for", "target", type=click.Choice(names), help=help_text)
+    return click.option("--for", "target", type=LOADER, help=help_text)
 
 
 def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[bool, ...]:
@@ -66,19 +59,7 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 
 def _device(help_text: str) -> Decorator:
     """Return ``--device``."""
-    return click.option(
-        "--device",
-        default="auto",
-        metavar="D",
-        callback=lambda ctx, param, value: _checked_device(value),
-        help=help_text,
-    )
-
-
-def _checked_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*", value):
-        raise click.BadParameter(f"{value!r}; expected auto, cpu, cuda, cuda:N or cuda:N,cuda:M")
-    return value
+    return click.option("--device", default="auto", type=DEVICE, help=help_text)
 
 
 as_json: Decorator = click.option(

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
-from loratool.jobs.recorded import recipe
+from loratool.cli.help import GroupedCommand
 
 __all__ = ["command"]
 
 
-@click.command("recipe")
+@click.command("recipe", cls=GroupedCommand)
 @click.argument("path", type=options.PATH, metavar="OUT")
 @options.as_json
 @options.debug
@@ -28,6 +28,8 @@ def command(path: Path, as_json: bool) -> None:
         loratool recipe merged/
         loratool recipe merged/ > merge.toml
     """
+    from loratool.jobs.recorded import recipe
+
     found = recipe(path)
     if as_json:
         render.print_json(found.as_json())

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
+from loratool.cli.help import GroupedCommand
 from loratool.errors import printable
-from loratool.jobs.run import run
 
 __all__ = ["command"]
 
 
-@click.command("run")
+@click.command("run", cls=GroupedCommand)
 @click.argument("recipe", type=options.PATH)
 @click.option(
     "--into", type=options.PATH, metavar="FOLDER", help="Where relative outputs go instead."
@@ -38,6 +38,7 @@ def command(
         loratool run merge.toml --dry-run
         loratool recipe merged/ | loratool run - --into again/
     """
+    from loratool.jobs.run import run
 
     def announce(number: int, count: int, verb: str) -> None:
         if count > 1 and not quiet:
@@ -54,8 +55,6 @@ def command(
     )
     if as_json:
         render.print_json(report.as_json())
-        return report.status
-    for step in report.steps:
-        if step.left_out:
-            click.echo(f"not rehearsed: {printable(' '.join(step.words))}: {step.left_out}")
+    else:
+        render.show(report.document(), quiet=quiet)
     return report.status

@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
+from loratool.cli.help import GroupedCommand
 from loratool.verbs.validate import validate
 
 __all__ = ["command"]
 
 
-@click.command("validate")
+@click.command("validate", cls=GroupedCommand)
 @click.argument("adapter", type=options.PATH)
 @click.option("--base", type=options.PATH, help="The model that it should fit.")
 @click.option(
@@ -43,4 +44,8 @@ def command(
         loratool validate my-adapter/ --for vllm
     """
     findings = validate(adapter, base=base, deep=deep, adapter_name=adapter_name, target=target)
-    return render.report_findings(findings, as_json=as_json, clean="nothing is wrong with it")
+    if as_json:
+        render.print_json(findings.as_json())
+    else:
+        render.show(findings.document())
+    return 0 if findings.ok else 1

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
-from loratool.verbs.verify import verify
+from loratool.cli.help import GroupedCommand
 
 __all__ = ["command"]
 
 
-@click.command("verify")
+@click.command("verify", cls=GroupedCommand)
 @click.argument("merged", type=options.PATH)
 @click.option(
     "--base", type=options.PATH, help="The model it was made from; by default as it records."
@@ -60,6 +60,8 @@ def command(
         loratool verify merged/
         loratool verify merged/ --base TinyLlama-1.1B/ --adapter my-adapter/
     """
+    from loratool.verbs.verify import verify
+
     with render.progress_bar("verifying", quiet=quiet) as progress:
         findings = verify(
             merged,
@@ -74,6 +76,8 @@ def command(
             threads=threads,
             progress=progress,
         )
-    return render.report_findings(
-        findings, as_json=as_json, clean="every tensor is what it should be"
-    )
+    if as_json:
+        render.print_json(findings.as_json())
+    else:
+        render.show(findings.document())
+    return 0 if findings.ok else 1

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import zlib
 from collections.abc import Collection, Iterable, Iterator
@@ -19,7 +20,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import OutputError
+from loratool.display.figures import human_bytes
+from loratool.errors import (
+    FullDiskError,
+    LoratoolError,
+    MissingFolderError,
+    OutputDeniedError,
+    OutputError,
+    OutputExistsError,
+)
 from loratool.files.containers import is_weights
 from loratool.files.transfer import describe_write_error
 
@@ -76,7 +85,9 @@ def check_output(
     """
     parent = path.absolute().parent
     if not parent.is_dir():
-        raise OutputError(path, "its folder does not exist", hint=f"mkdir -p {parent}")
+        raise MissingFolderError(
+            path, "its folder does not exist", hint=f"mkdir -p {shlex.quote(str(parent))}"
+        )
     _recover(path.absolute(), force=force)
     target = path.resolve()
     around = {_identity(each) for each in (target, *target.parents)} - {None}
@@ -88,14 +99,16 @@ def check_output(
         if is_met or target in real.parents:
             raise OutputError(path, f"would overwrite the input {source}", hint="choose another")
     if (path.exists() or path.is_symlink()) and not force:
-        raise OutputError(path, "exists already", hint="choose another name, or give --force")
+        raise OutputExistsError(path, "exists already", hint="choose another name, or give --force")
     _check_replaceable(path, frozenset(names), kinds, folder=folder)
     if not os.access(parent, os.W_OK):
-        raise OutputError(path, "its folder is not writable")
+        raise OutputDeniedError(path, "its folder is not writable")
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise OutputError(
-            path, f"needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
+        raise FullDiskError(
+            path,
+            f"needs {human_bytes(needed)}, but only {human_bytes(free)} are free there",
+            hint="free some space, or choose another disk",
         )
 
 
@@ -122,10 +135,10 @@ def _check_replaceable(
         is_ours = path.suffix.lower() in kinds if kinds else is_weights(path)
         if folder or not is_ours:
             what = "is a file, and the output is a folder" if folder else "is another kind of file"
-            raise OutputError(path, f"{what}; it is not replaced", hint="choose another name")
+            raise OutputExistsError(path, f"{what}; it is not replaced", hint="choose another name")
         return
     if not path.is_dir():
-        raise OutputError(path, "is a device or a pipe, and is not replaced")
+        raise OutputExistsError(path, "is a device or a pipe, and is not replaced")
     if path.is_symlink():
         return
     inside = list(path.iterdir())
@@ -134,7 +147,7 @@ def _check_replaceable(
         strange = [each.name for each in inside[: SHOWN + 1]]
     if strange:
         more = " and more" if len(strange) > SHOWN else ""
-        raise OutputError(
+        raise OutputExistsError(
             path,
             f"is not replaced: beside a model or an adapter it holds "
             f"{', '.join(strange[:SHOWN])}{more}",
@@ -172,10 +185,12 @@ def staged(path: Path, *, folder: bool, force: bool, sync: bool) -> Iterator[Pat
             place = stage if folder else stage / path.name
             yield place
             if not force and (path.exists() or path.is_symlink()):
-                raise OutputError(path, "has appeared meanwhile", hint="choose another name")
+                raise OutputExistsError(path, "has appeared meanwhile", hint="choose another name")
             _replace(place, path)
             if sync:
                 sync_file(path.parent)
+        except LoratoolError:  # of which some are OSErrors too, and say themselves what it is
+            raise
         except OSError as error:
             raise describe_write_error(path, error) from None
 
@@ -191,7 +206,7 @@ def scratch(path: Path) -> Iterator[Path]:
     try:
         folder, lock = _locked_folder(path)
     except OSError as error:
-        raise OutputError(path, f"cannot be written: {error.strerror}") from None
+        raise describe_write_error(path, error) from None
     try:
         yield folder
     finally:
@@ -240,7 +255,7 @@ def kept(path: Path) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, FOLDER_ONLY)
     except OSError as error:
-        raise OutputError(path, f"cannot be written: {error.strerror}") from None
+        raise describe_write_error(path, error) from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.display.document import Document, Lines
+from loratool.display.shown import Shown
 from loratool.errors import FileFormatError, UnsupportedError, printable
 from loratool.plan.recipe_text import ARGUMENTS, format_step, step_of
 from loratool.plan.record import Input, Record, locate, read_record
@@ -21,7 +23,7 @@ PATHS: Final = ("base", "initial", "spectrum")
 
 
 @dataclass(frozen=True, slots=True)
-class RecordedRecipe:
+class RecordedRecipe(Shown):
     """The recipe of an output.
 
     Attributes:
@@ -41,6 +43,10 @@ class RecordedRecipe:
         """The recipe, which :func:`loratool.run` carries out."""
         lost = "".join(f"# not found near here: {printable(name)}\n" for name in self.missing)
         return f"# {self.record.version_line}\n{lost}{format_step(self.step)}"
+
+    def document(self) -> Document:
+        """Return what people see of it: the recipe."""
+        return Document.of([Lines(tuple(self.toml.splitlines()))])
 
     def as_json(self) -> dict[str, Any]:
         """Return a document for scripts."""

@@ -8,6 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.display.document import Document, Lines
+from loratool.display.shown import Shown
 from loratool.errors import AdapterError, BaseModelError, LoratoolError, OptionError
 from loratool.jobs.recipe import Recipe, read_recipe
 from loratool.jobs.step import Asked, Commands, Places, Step, command_line
@@ -44,7 +46,7 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
-class RunReport:
+class RunReport(Shown):
     """What came of a recipe.
 
     Attributes:
@@ -67,6 +69,12 @@ class RunReport:
             "dry_run": self.is_rehearsed,
             "steps": [step.as_json() for step in self.steps],
         }
+
+    def document(self) -> Document:
+        """Return what people see of it: the steps that could not be rehearsed."""
+        left = (s for s in self.steps if s.left_out)
+        words = (f"not rehearsed: {' '.join(step.words)}: {step.left_out}" for step in left)
+        return Document.of([Lines(tuple(words))])
 
 
 def run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,6 +111,7 @@ class AdapterPlan:
         card: What its card says, where it has one.
         config: The configuration beside the weights, or ``None``.
         config_name: What it is called.
+        format_config: Makes the files of it, the one of that name and maybe more.
         sidecars: Other files of the output.
         weights_name: Name of the weights file in the output folder; empty where the output is
             that file itself.
@@ -132,6 +133,7 @@ class AdapterPlan:
     card: Card | None = None
     config: Mapping[str, Any] | None
     config_name: str = CONFIG_NAME
+    format_config: Callable[[Mapping[str, Any]], Mapping[str, bytes]] | None = None
     sidecars: tuple[Sidecar, ...] = ()
     weights_name: str
     stamps: Mapping[Path, Stamp]
@@ -183,17 +185,21 @@ class AdapterPlan:
         return bool(self.weights_name)
 
     @property
-    def config_text(self) -> bytes:
-        """The configuration as it is written."""
-        return (json.dumps(self.config, indent=2) + "\n").encode()
+    def config_files(self) -> Mapping[str, bytes]:
+        """The configuration as it is written, by the names of its files; none without one."""
+        if self.config is None:
+            return {}
+        if self.format_config is not None:
+            return self.format_config(self.config)
+        return {self.config_name: (json.dumps(self.config, indent=2) + "\n").encode()}
 
     def beside(self) -> Iterator[Sidecar]:
         """Yield the files beside the weights, the configuration last."""
         if not self.is_folder:
             return
         yield from self.sidecars
-        if self.config is not None:
-            yield Sidecar(self.config_name, None, self.config_text)
+        for name, content in self.config_files.items():
+            yield Sidecar(name, None, content)
 
     def telling(self, outcome: Outcome) -> Iterator[Sidecar]:
         """Yield the card, and how it came to be where the weights have no place for that."""
@@ -216,8 +222,7 @@ class AdapterPlan:
     def described_files(self) -> list[dict[str, Any]]:
         """Return name and size of every file of the output."""
         found = [{"name": self.weights_name or "(the output)", "bytes": self.nbytes}]
-        if self.config is not None:
-            found.append({"name": self.config_name, "bytes": len(self.config_text)})
+        found += [{"name": n, "bytes": len(content)} for n, content in self.config_files.items()]
         others = (*self.sidecars, *self.telling(Outcome()))
         return found + [{"name": each.name, "bytes": each.nbytes} for each in others]
 

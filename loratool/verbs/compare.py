@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter.model import Adapter, unknown_scale
-from loratool.adapter.problems import site_problems
+from loratool.adapter.problems import check_sound
 from loratool.base.told import open_told
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.errors import AdapterError, OptionError
 from loratool.math.factored import Factored, factor, inner
 from loratool.math.lowrank import LowRank
@@ -58,7 +60,7 @@ class ModuleComparison:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """What a comparison found.
 
     Attributes:
@@ -108,6 +110,12 @@ class Comparison:
             "only_in": [list(names) for names in self.only_in],
             "notes": list(self.notes),
         }
+
+    def document(self, *, unfolded: bool = False) -> Document:
+        """Return what people see of it; ``unfolded`` gives every module a row."""
+        from loratool.verbs.comparison.shown import comparison_document
+
+        return comparison_document(self, unfolded=unfolded)
 
 
 @exactly
@@ -162,10 +170,9 @@ def compare(
     is_mixed = len({adapter.scheme for adapter in opened}) > 1
     for adapter in opened:
         if is_mixed and adapter.unknown is not None:
-            raise AdapterError(adapter.path, adapter.unknown)
+            raise AdapterError(adapter.path, adapter.unknown, code="LT033")
         for site in adapter.sites:
-            for code, problem in site_problems(site, adapter):
-                raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+            check_sound(site, adapter)
     opened, strengths, left_out = with_strengths(opened, weights)
     joints, notes = join(opened, strengths, to_write=False)
     mover = mover_to(device)
@@ -237,6 +244,7 @@ def _products(
                         f"{adapters[i].path}: {joint.name}",
                         "holds NaN or infinity" if i == j else "has a product that is not finite",
                         hint="loratool validate --deep names the tensors",
+                        code="LT017",
                     )
                 gram[i][j] = gram[j][i] = product
     one, other = by_adapter.get(0), by_adapter.get(1)

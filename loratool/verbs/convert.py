@@ -12,7 +12,9 @@ from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
 from loratool.base.told import open_told
-from loratool.errors import LoratoolError, OptionError, UnsupportedError
+from loratool.display.document import Document
+from loratool.display.shown import Shown
+from loratool.errors import LoratoolError, OptionError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.loaders import loader_named
@@ -37,7 +39,7 @@ NAMINGS: Final = ("native", "diffusers")
 
 
 @dataclass(frozen=True)
-class ConvertReport:
+class ConvertReport(Shown):
     """What a conversion did.
 
     Attributes:
@@ -45,6 +47,7 @@ class ConvertReport:
         plan: What was decided.
         outcome: The errors of what had to be computed.
         is_written: Whether it was written.
+        output: Where it is, or would be.
         notes: What a user should know, one sentence each.
     """
 
@@ -52,6 +55,7 @@ class ConvertReport:
     plan: AdapterPlan
     outcome: Outcome
     is_written: bool
+    output: Path
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -95,6 +99,12 @@ class ConvertReport:
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped],
             "notes": list(self.notes),
         }
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.verbs.conversion.shown import conversion_document
+
+        return conversion_document(self)
 
 
 def convert(
@@ -172,7 +182,7 @@ def convert(
     loader = loader_named(target) if target is not None else None
     scheme = _written_scheme(_scheme_name(to, loader))
     if naming is not None and naming not in NAMINGS:
-        raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
+        raise OptionError.none_of("--naming", naming, NAMINGS)
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
     opened_base, told = (
@@ -245,6 +255,7 @@ def convert(
         plan=plan,
         outcome=outcome,
         is_written=not dry_run,
+        output=place,
         notes=(*plan.notes, *_missing(opened, opened_base, scheme), *_found(outcome)),
     )
 
@@ -280,9 +291,7 @@ def _scheme_name(to: str | None, loader: Loader | None) -> str:
 
 def _written_scheme(name: str) -> Scheme:
     if name not in scheme_names():
-        raise UnsupportedError(
-            f"scheme {name}", "is not written", hint=f"written are: {', '.join(scheme_names())}"
-        )
+        raise OptionError.none_of("--to", name, scheme_names())
     return scheme_named(name)
 
 

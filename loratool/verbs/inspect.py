@@ -14,8 +14,9 @@ from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import looks_like_adapter
 from loratool.adapter.wrapped import factor_names
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.errors import (
-    AdapterError,
     BaseModelError,
     LoratoolError,
     OptionError,
@@ -23,6 +24,7 @@ from loratool.errors import (
 )
 from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
+from loratool.files.missing import missing
 from loratool.schemes import claimed, sidecar_names, weights_names
 from loratool.schemes.detection import forms
 from loratool.schemes.opening import open_adapter
@@ -76,7 +78,7 @@ class ModuleInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterInfo:
+class AdapterInfo(Shown):
     """What an adapter is.
 
     Attributes:
@@ -129,9 +131,15 @@ class AdapterInfo:
             **({"base": self.base} if adapter.beside else {}),
         }
 
+    def document(self, *, unfolded: bool = False) -> Document:
+        """Return what people see of it; ``unfolded`` gives every module a row."""
+        from loratool.verbs.inspection.shown import adapter_document
+
+        return adapter_document(self, unfolded=unfolded)
+
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
+class ModelInfo(Shown):
     """What a model is.
 
     Attributes:
@@ -224,6 +232,12 @@ class ModelInfo:
             "notes": list(self.notes),
         }
 
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.verbs.inspection.shown import model_document
+
+        return model_document(self)
+
 
 def inspect(
     path: str | PathLike[str],
@@ -247,7 +261,7 @@ def inspect(
     """
     place = Path(path)
     if not place.exists():
-        raise AdapterError(place, "no such file or folder")
+        raise missing(place)
     adapter = (
         open_adapter(place, adapter_name=adapter_name)
         if _is_adapter(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.base.model import open_model
+from loratool.display.document import Block, Column, Document, Facts, Lines, Table
+from loratool.display.figures import human_bytes
+from loratool.display.shown import Shown
 from loratool.errors import AdapterError, OptionError, OutputError, UnsupportedError
 from loratool.files.atomic import check_output, staged, sync_file
 from loratool.files.container import Telling, WeightsFile
@@ -27,6 +31,16 @@ from loratool.write.metadata import is_hash, transferable
 __all__ = ["FileMetadata", "MetadataReport", "metadata"]
 
 AnyPath = str | PathLike[str]
+LONGEST: Final = 160
+"""Characters of a value that are shown."""
+DATA_URL: Final = re.compile(r"data:image/(?P<kind>[\w.+-]+);base64,")
+IMAGES: Final = {"/9j/": "jpeg", "iVBORw0KGgo": "png", "UklGR": "webp", "R0lGOD": "gif"}
+"""What images begin with in base64."""
+CHANGES: Final = (
+    Column("key", folds=True),
+    Column("before", folds=True),
+    Column("after", folds=True),
+)
 SYNC_BELOW: Final = 64 << 20
 OF_ANY: Final = "general."
 OF_FORM: Final = ("architecture", "alignment", "file_type", "quantization_version", "type")
@@ -58,7 +72,7 @@ class FileMetadata:
 
 
 @dataclass(frozen=True, slots=True)
-class MetadataReport:
+class MetadataReport(Shown):
     """What files say of themselves, and what becomes of it.
 
     Attributes:
@@ -97,6 +111,49 @@ class MetadataReport:
         if self.output is not None:
             document |= {"output": str(self.output), "dry_run": not self.is_written}
         return document | {"notes": list(self.notes)}
+
+    def document(self) -> Document:
+        """Return what people see of it: what files say, or what changes in that."""
+        blocks: list[Block] = []
+        changes = [list(file.changed()) for file in self.files]
+        for file, changed in zip(self.files, changes, strict=True):
+            title = "" if len(self.files) == 1 else file.path.name
+            if self.output is not None:
+                rows = [(key, _shown(old or ""), _shown(new or "")) for key, old, new in changed]
+                blocks.append(Table.of(title, CHANGES, rows))
+            elif file.metadata:
+                pairs = ((key, _shown(value)) for key, value in sorted(file.metadata.items()))
+                blocks.append(Facts(tuple(pairs), title))
+            else:
+                blocks.append(Lines((f"{file.path}: says nothing of itself",)))
+        if self.output is not None:
+            count = sum(map(len, changes))
+            words = f"{self.output}: {count} key{'s' * (count != 1)} changed, tensors as they were"
+            dry = "" if self.is_written else "dry run, nothing written; "
+            blocks.append(Lines((f"{dry}{words}",)))
+        return Document.of(blocks, self.notes)
+
+
+def _shown(value: str) -> str:
+    """Return a value as people see it: images by what they are, long texts by how they begin."""
+    image = _image(value)
+    if image is not None:
+        return image
+    if len(value) <= LONGEST:
+        return value
+    return f"{value[:LONGEST]}… ({len(value):,} characters)"
+
+
+def _image(value: str) -> str | None:
+    """Return what image a value is, in base64; ``None`` where it is none."""
+    match = DATA_URL.match(value)
+    data = value[match.end() :] if match is not None else value
+    kind = match["kind"] if match is not None else None
+    if kind is None and len(data) > LONGEST:
+        kind = next((kind for start, kind in IMAGES.items() if data.startswith(start)), None)
+    if kind is None:
+        return None
+    return f"image ({kind}), {human_bytes(len(data.rstrip('=')) * 3 // 4)}"
 
 
 def metadata(

@@ -10,6 +10,7 @@ from typing import Final
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter, ExtraKind, unknown_scale
 from loratool.adapter.problems import site_problems
+from loratool.adapter.slots import Slot
 from loratool.errors import printable
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
@@ -21,6 +22,8 @@ ARCHIVE: Final = b"PK\x03\x04"
 """What a zip archive begins with: files of torch and NumPy are such."""
 LONGEST_NAME: Final = 500
 UNUSUAL_SCALE: Final = 32.0
+WIDER: Final = frozenset((Slot.ALPHA, Slot.MAGNITUDE))
+"""What tools, this one too, write in float32 beside factors of 16 bits."""
 
 
 def check_tensors(adapter: Adapter, *, deep: bool) -> Iterator[Finding]:
@@ -62,7 +65,12 @@ def _names(adapter: Adapter) -> Iterator[Finding]:
 
 
 def _dtypes(adapter: Adapter) -> Iterator[Finding]:
-    counts = Counter(stored.spec.dtype for site in adapter.sites for stored in site.slots.values())
+    counts = Counter(
+        stored.spec.dtype
+        for site in adapter.sites
+        for slot, stored in site.slots.items()
+        if slot not in WIDER
+    )
     if len(counts) > 1:
         listed = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
         yield finding("LT020", adapter.weights, f"its factors have mixed dtypes: {listed}")

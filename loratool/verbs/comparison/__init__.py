@@ -1,0 +1,1 @@
+"""What comparisons found, as people see it."""
