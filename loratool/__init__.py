@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from loratool.adapter.findings import Finding
     from loratool.errors import LoratoolError
+    from loratool.jobs.batch import BatchReport, JobRecord, batch
     from loratool.jobs.recorded import RecordedRecipe, recipe
     from loratool.jobs.run import RunReport, run
     from loratool.schemes.opening import open_adapter
@@ -34,16 +35,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterReport",
+    "BatchReport",
     "Comparison",
     "ConvertReport",
     "ExtractReport",
     "Finding",
+    "JobRecord",
     "LoratoolError",
     "MergeReport",
     "MetadataReport",
     "RecordedRecipe",
     "RescaleReport",
     "RunReport",
+    "batch",
     "compare",
     "compose",
     "convert",
@@ -66,16 +70,19 @@ __version__ = "0.1.0"
 
 _PLACES: Final = {
     "AdapterReport": "loratool.verbs.algebra.result",
+    "BatchReport": "loratool.jobs.batch",
     "Comparison": "loratool.verbs.compare",
     "ConvertReport": "loratool.verbs.convert",
     "ExtractReport": "loratool.verbs.extraction.result",
     "Finding": "loratool.adapter.findings",
+    "JobRecord": "loratool.jobs.batch",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.verbs.merge",
     "MetadataReport": "loratool.verbs.metadata",
     "RecordedRecipe": "loratool.jobs.recorded",
     "RescaleReport": "loratool.verbs.rescale",
     "RunReport": "loratool.jobs.run",
+    "batch": "loratool.jobs.batch",
     "compare": "loratool.verbs.compare",
     "compose": "loratool.verbs.compose",
     "convert": "loratool.verbs.convert",

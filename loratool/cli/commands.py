@@ -7,10 +7,12 @@ only the commands themselves say.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final
@@ -39,41 +41,51 @@ class _Parameters:
     Attributes:
         command: The command.
         by_name: Its arguments and options, by every name that they have.
+        parser: What takes words apart.
     """
 
     command: click.Command
     by_name: Mapping[str, click.Parameter]
+    parser: Any
 
-    @staticmethod
-    def of(command: click.Command) -> _Parameters:
-        """Return those of a command."""
-        found: dict[str, click.Parameter] = {}
-        for param in command.params:
-            names = (param.name or "", *param.opts)
-            found |= {name.lstrip("-").replace("-", "_"): param for name in names}
-        return _Parameters(command, found)
+
+@cache
+def _parameters(verb: str) -> _Parameters:
+    """Return what a command takes."""
+    context = click.Context(cli)
+    command = cli.get_command(context, verb)
+    assert command is not None
+    found: dict[str, click.Parameter] = {}
+    for param in command.params:
+        names = (param.name or "", *param.opts)
+        found |= {name.lstrip("-").replace("-", "_"): param for name in names}
+    parser = command.make_parser(click.Context(command, info_name=verb))
+    return _Parameters(command, found, parser)
 
 
 class CommandLine:
     """The commands, as :class:`Commands` wants them."""
 
-    def understand(self, step: Step, places: Places, *, flags: Sequence[str] = ()) -> Asked:
+    def __init__(self) -> None:
+        self._tried: set[tuple[str, ...]] = set()
+
+    def __reduce__(self) -> str:
+        return "COMMANDS"  # the one of the process that it goes to
+
+    def understand(
+        self, step: Step, places: Places, *, defaults: Mapping[str, Any] | None = None
+    ) -> Asked:
         """See :class:`Commands`."""
         if step.verb not in NAMES:
             raise _unknown(step.where, "command", step.verb, NAMES)
-        command = cli.get_command(click.Context(cli), step.verb)
-        assert command is not None
-        known = _Parameters.of(command)
+        known = _parameters(step.verb)
         values = dict(_spelled_out(known, step) if step.words else _checked(known, step))
-        for flag in flags:
-            if flag in known.by_name:
-                values.setdefault(flag, True)
+        for name, value in (defaults or {}).items():
+            if name in known.by_name:
+                values.setdefault(name, value)
         placed = {name: _placed(known.by_name[name], v, places) for name, v in values.items()}
         words = (step.verb, *_words(known, placed))
-        try:
-            command.make_context(step.verb, list(words[1:]))
-        except click.ClickException as error:
-            raise OptionError(step.where, error.format_message().rstrip(".")) from None
+        self._try(known, words, placed, step.where)
         paths = {n: v for n, v in placed.items() if _is_path(known.by_name[n])}
         output, place = (each.get(OUTPUT) for each in (values, placed))
         return Asked(
@@ -84,16 +96,42 @@ class CommandLine:
             "dry_run" in known.by_name,
         )
 
+    def _try(
+        self, known: _Parameters, words: Sequence[str], values: Mapping[str, Any], where: str
+    ) -> None:
+        """Have the command take its words apart; once, where others differ in paths alone.
+
+        Raises:
+            OptionError: A value is none that it takes.
+        """
+        kinds = ((name, _is_path(known.by_name[name]), value) for name, value in values.items())
+        key = (
+            words[0],
+            *(name if is_path else f"{name}={value}" for name, is_path, value in kinds),
+        )
+        if key in self._tried:
+            return
+        try:
+            known.command.make_context(words[0], list(words[1:]))
+        except click.ClickException as error:
+            raise OptionError(where, error.format_message().rstrip(".")) from None
+        except LoratoolError as error:
+            error.where = f"{where}: {error.where}"
+            raise
+        self._tried.add(key)
+
     def carry_out(self, words: Sequence[str], *, documents: list[Any] | None = None) -> int:
         """See :class:`Commands`."""
+        verb, *others = words
+        known = _parameters(verb)
+        quiet = nullcontext() if documents is None else _collecting(documents)
         try:
-            if documents is None:
-                status = cli.main(list(words), prog_name="loratool", standalone_mode=False)
-            else:
-                with redirect_stdout(StringIO()), render.collected(documents):
-                    status = cli.main(list(words), prog_name="loratool", standalone_mode=False)
+            with quiet, known.command.make_context(verb, others) as context:
+                status = known.command.invoke(context)
+        except click.exceptions.Exit as error:
+            return error.exit_code
         except click.ClickException as error:
-            raise OptionError(words[0], error.format_message().rstrip(".")) from None
+            raise OptionError(verb, error.format_message().rstrip(".")) from None
         return status if isinstance(status, int) else 0
 
     def attempt(self, words: Sequence[str]) -> Done:
@@ -109,6 +147,20 @@ class CommandLine:
 COMMANDS: Final = CommandLine()
 
 
+@contextmanager
+def _collecting(documents: list[Any]) -> Iterator[None]:
+    """Take documents, and drop what is printed besides.
+
+    Streams are those of all threads, so that only the main one drops it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(render.collected(documents))
+        if threading.current_thread() is threading.main_thread():
+            stack.enter_context(redirect_stdout(StringIO()))
+            stack.enter_context(redirect_stderr(StringIO()))
+        yield
+
+
 def _unknown(where: str, what: str, name: str, known: Sequence[str]) -> OptionError:
     near = get_close_matches(name, known, n=1)
     words = f"; did you mean {near[0]!r}?" if near else ""
@@ -121,10 +173,8 @@ def _spelled_out(known: _Parameters, step: Step) -> Iterator[tuple[str, Any]]:
     Raises:
         OptionError: They are none of the command.
     """
-    command = known.command
     try:
-        context = click.Context(command, info_name=step.verb)
-        found, _, order = command.make_parser(context).parse_args(list(step.words))
+        found, _, order = known.parser.parse_args(list(step.words))
     except click.ClickException as error:
         raise OptionError(step.where, error.format_message().rstrip(".")) from None
     for name in dict.fromkeys(param.name for param in order if param.name):

@@ -40,6 +40,7 @@ COMMANDS: Final = (
     "metadata",
     "recipe",
     "run",
+    "batch",
     "schemes",
     "completion",
 )

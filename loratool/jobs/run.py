@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -108,9 +108,7 @@ def run(
     """
     commands = commands or command_line()
     read = read_recipe(Path(recipe))
-    flags = [name for name, is_set in (("force", force), ("quiet", quiet)) if is_set]
-    flags += ["as_json"] if as_json else []
-    flags += ["dry_run"] if dry_run else []
+    flags = {"force": force, "quiet": quiet, "as_json": as_json, "dry_run": dry_run}
     planned = list(_understood(read, commands, Path(into) if into is not None else None, flags))
     reports: list[StepReport] = []
     made: set[Path] = set()
@@ -137,7 +135,7 @@ def run(
 
 
 def _understood(
-    recipe: Recipe, commands: Commands, into: Path | None, flags: list[str]
+    recipe: Recipe, commands: Commands, into: Path | None, flags: Mapping[str, Any]
 ) -> Iterator[tuple[Step, Asked]]:
     """Yield every step with what it asks for.
 
@@ -147,7 +145,7 @@ def _understood(
     made: dict[Path, Path] = {}
     for step in recipe.steps:
         places = Places(recipe.folder, into, dict(made))
-        asked = commands.understand(step, places, flags=flags)
+        asked = commands.understand(step, places, defaults=flags)
         _check_names(step, asked)
         if asked.output is not None and asked.place is not None:
             name = places.named(asked.output)

@@ -94,13 +94,15 @@ class Done:
 class Commands(Protocol):
     """What understands and carries out commands."""
 
-    def understand(self, step: Step, places: Places, *, flags: Sequence[str] = ()) -> Asked:
+    def understand(
+        self, step: Step, places: Places, *, defaults: Mapping[str, Any] | None = None
+    ) -> Asked:
         """Return what a step asks for; nothing is read or written.
 
         Args:
             step: The step.
             places: Where its paths lead.
-            flags: Options that are given to it where it has them, such as ``force``.
+            defaults: Options that it gets where it has them and does not say otherwise.
 
         Raises:
             OptionError: There is no such command, option or value.
