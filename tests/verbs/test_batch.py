@@ -155,6 +155,7 @@ class Commands:
         return Done(0, {"attempts": count + 1})
 
 
+@pytest.mark.slow
 def test_what_kills_its_process_is_tried_again_and_others_go_on(here: Path) -> None:
     def job(verb: str, name: str, most: int) -> dict[str, Any]:
         return {"verb": verb, "place": str(here / name), "most": most}
