@@ -14,14 +14,17 @@ from typing import Any, ClassVar, Final
 
 __all__ = [
     "CODES",
+    "SPOKEN",
     "AdapterError",
     "BaseModelError",
     "FileFormatError",
     "FullDiskError",
+    "HubError",
     "LoratoolError",
     "MergeError",
     "MissingFileError",
     "MissingFolderError",
+    "MissingModelError",
     "MissingModuleError",
     "OptionError",
     "OutputDeniedError",
@@ -33,6 +36,7 @@ __all__ = [
     "UnsupportedError",
     "nearest_name",
     "printable",
+    "spoken",
     "unreadable",
 ]
 
@@ -51,6 +55,7 @@ CODES: Final = {
     "LT311": "the output may not be written",
     "LT312": "the disk is full",
     "LT313": "a plug-in is wrong",
+    "LT314": "the hub does not give it",
     "LT320": "out of memory",
     "LT321": "no more threads",
     "LT322": "interrupted",
@@ -93,9 +98,7 @@ class LoratoolError(Exception):
         if code is not None:
             self.code = code
         if isinstance(self, OSError):
-            self.errno = self.number if number is None else number
-            self.strerror = what
-            self.filename = self.where
+            _fill(self, self.number if number is None else number, self)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
@@ -110,6 +113,11 @@ class LoratoolError(Exception):
     def as_json(self) -> dict[str, str | None]:
         """Return the keys that the command line's JSON promises."""
         return {"code": self.code, "where": self.where, "message": self.what, "hint": self.hint}
+
+
+def _fill(error: OSError, number: int | None, own: LoratoolError) -> None:
+    """Give an error what Python's own of the system have."""
+    error.errno, error.strerror, error.filename = number, own.what, own.where
 
 
 def _again(kind: type[LoratoolError], where: str, what: str, hint: str | None) -> LoratoolError:
@@ -141,6 +149,18 @@ class ReadingDeniedError(UnreadableError, PermissionError):
     """A file or folder that this user may not read."""
 
     number = errno.EACCES
+
+
+class HubError(LoratoolError):
+    """A model of the Hugging Face hub that is not in the cache and cannot be fetched."""
+
+    code = "LT314"
+
+
+class MissingModelError(HubError, MissingFileError):
+    """A name of which there is nothing: on the disk, in the cache of the hub, or there."""
+
+    code = "LT301"
 
 
 class AdapterError(LoratoolError):
@@ -253,6 +273,17 @@ def unreadable(where: object, error: OSError, *, hint: str | None = None) -> Unr
     return kind(where, what, hint=hint, number=error.errno)
 
 
+SPOKEN: dict[str, str] = {}
+"""Paths on the disk that stand for something else, and what that is called."""
+
+
+def spoken(text: str) -> str:
+    """Return ``text`` with what paths stand for in their place."""
+    for path, name in SPOKEN.items():
+        text = text.replace(path, name)
+    return text
+
+
 def printable(text: object) -> str:
     """Return ``text`` with every control, format and bidirectional character escaped.
 
@@ -260,5 +291,5 @@ def printable(text: object) -> str:
     """
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in str(text)
+        for char in spoken(str(text))
     )

@@ -20,11 +20,9 @@ PEFT_TYPES: Final = {
     "POLY": "a router that mixes adapters by task; no fixed weights equal it",
     "LILY": "a router that mixes factors by input; no fixed weights equal it",
     "SHADOW": "a small model beside the large one; no weights of that equal it",
-    "PEANUT": "a small network of the weight, whose layers are not linear",
-    "PSOFT": "rotations of the base's own leading directions, not read yet",
-    "OSF": "a decomposition of the base's own weights, not read yet",
-    "FROD": "factors in directions of the base's own weights, not read yet",
-    "ADAMSS": "factors of parts of the base's own weights, not read yet",
+    "PSOFT": "rotations of singular vectors of the base, whose signs differ between machines",
+    "FROD": "factors in directions shared by modules of the live model, not read yet",
+    "ADAMSS": "factors of clusters of the base's singular vectors, which differ between machines",
 }
 """What the commonest types are; the others are named as they are."""
 

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from io import StringIO
@@ -25,6 +25,7 @@ from loratool.cli.main import COMMANDS as NAMES
 from loratool.cli.main import cli
 from loratool.errors import LoratoolError, OptionError
 from loratool.jobs.step import Asked, Done, Places, Step
+from loratool.plan.recipe_text import ARGUMENTS
 
 __all__ = ["COMMANDS", "NESTED", "CommandLine"]
 
@@ -79,6 +80,7 @@ class CommandLine:
         if step.verb not in NAMES:
             raise _unknown(step.where, "command", step.verb, NAMES)
         known = _parameters(step.verb)
+        step, parts = _gathered(known, step)
         values = dict(_spelled_out(known, step) if step.words else _checked(known, step))
         for name, value in (defaults or {}).items():
             if name in known.by_name:
@@ -88,9 +90,12 @@ class CommandLine:
         self._try(known, words, placed, step.where)
         paths = {n: v for n, v in placed.items() if _is_path(known.by_name[n])}
         output, place = (each.get(OUTPUT) for each in (values, placed))
+        inputs = {n: tuple(map(Path, _listed(v))) for n, v in paths.items() if n != OUTPUT}
+        for whole, part, span in parts:
+            inputs[part] = inputs[whole][span]
         return Asked(
             words,
-            {n: tuple(map(Path, _listed(v))) for n, v in paths.items() if n != OUTPUT},
+            inputs,
             Path(output) if output is not None else None,
             Path(place) if place is not None else None,
             "dry_run" in known.by_name,
@@ -183,6 +188,32 @@ def _spelled_out(known: _Parameters, step: Step) -> Iterator[tuple[str, Any]]:
             value = [each for each in value if isinstance(each, str)]
         if value is not None and not (isinstance(value, list) and not value):
             yield name, value
+
+
+def _gathered(known: _Parameters, step: Step) -> tuple[Step, tuple[tuple[str, str, slice], ...]]:
+    """Return a step with the paths under one name that the command line takes one after the other.
+
+    A recipe tells a base from adapters, and may name one of several in the singular.
+
+    Returns:
+        The step, and of each name the argument that it is a part of, and which of its paths.
+    """
+    rest = next((p.name for p in known.command.params if p.nargs == -1 and p.name), None)
+    if rest is None:
+        return step, ()
+    values = dict(step.values)
+    names = [*(n for n in ARGUMENTS.get(step.verb, ()) if n not in known.by_name), rest]
+    paths: list[Any] = []
+    parts = []
+    for name in names:
+        key = name if name in values else name.removesuffix("s")
+        if key in values and key not in known.by_name.keys() - {rest}:
+            listed = _listed(values.pop(key))
+            parts.append((rest, key, slice(len(paths), len(paths) + len(listed))))
+            paths += listed
+    if not parts:
+        return step, ()
+    return replace(step, values={rest: paths, **values}), tuple(parts)
 
 
 def _checked(known: _Parameters, step: Step) -> Iterator[tuple[str, Any]]:

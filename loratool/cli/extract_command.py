@@ -10,6 +10,7 @@ import click
 from loratool.cli import options, render
 from loratool.cli.help import GroupedCommand
 from loratool.cli.named import choice
+from loratool.files.places import called
 
 __all__ = ["command"]
 
@@ -101,7 +102,7 @@ def command(
     if plot is not None and report.is_written:
         from loratool.cli.plots import plot_extraction
 
-        plot_extraction(report, finetuned.resolve().name, plot, force=settings["force"])
+        plot_extraction(report, called(finetuned), plot, force=settings["force"])
     if as_json:
         render.print_json(report.as_json())
         return

@@ -8,6 +8,7 @@ import click
 
 from loratool.cli import options, render
 from loratool.cli.help import GroupedCommand
+from loratool.files.places import called
 from loratool.verbs.inspect import AdapterInfo, inspect
 
 __all__ = ["command"]
@@ -61,7 +62,7 @@ def command(
     if plot is not None and isinstance(info, AdapterInfo):
         from loratool.cli.plots import plot_spectra
 
-        plot_spectra(info.spectra, path.resolve().name, plot, force=force)
+        plot_spectra(info.spectra, called(path), plot, force=force)
     if as_json:
         render.print_json(info.as_json())
     elif isinstance(info, AdapterInfo):

@@ -15,8 +15,7 @@ __all__ = ["command"]
 
 
 @click.command("merge", cls=GroupedCommand)
-@click.argument("base", type=options.PATH)
-@click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("paths", type=options.PATH, nargs=-1, required=True, metavar="[BASE] ADAPTER...")
 @options.output
 @options.weights
 @options.dtype
@@ -41,29 +40,17 @@ __all__ = ["command"]
 @options.as_json
 @options.debug
 def command(
-    base: Path,
-    adapters: tuple[Path, ...],
+    paths: tuple[Path, ...],
     output: Path,
-    weights: tuple[str, ...],
-    dtype: str | None,
-    alpha: float | None,
-    adapter_name: str | None,
-    skip: tuple[str, ...],
-    enable_lora: tuple[bool, ...],
-    quantized: str,
-    allow_nonfinite: bool,
-    force: bool,
-    dry_run: bool,
-    sync: bool,
-    device: str,
-    threads: int | None,
     quiet: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Fold adapters into a base: W + Σ weight · delta, written as a checkpoint like the base.
 
     The base may be larger than memory: it is streamed in small blocks, summed in float32 and
-    rounded once. Everything that no adapter touches is copied byte for byte.
+    rounded once. Everything that no adapter touches is copied byte for byte. A single path is an
+    adapter, and the base is the model that it records.
 
     \b
     Example:
@@ -71,37 +58,11 @@ def command(
         loratool merge base/ style/ tone/ -w 0.7 -w -0.2 -o merged/
         loratool merge sdxl.safetensors style.safetensors -w te1=0.5 -w unet=1.1 -o out.safetensors
     """
-    from loratool.verbs.merge import merge, plan_merge
+    from loratool.verbs.merge import merge
 
-    settings: dict[str, Any] = {
-        "weights": weights,
-        "dtype": dtype,
-        "alpha": alpha,
-        "adapter_name": adapter_name,
-        "skip": skip,
-        "enable_lora": enable_lora,
-        "quantized": quantized,
-    }
-    if dry_run:
-        plan = plan_merge(base, adapters, output=output, **settings)
-        if as_json:
-            render.print_json(plan.as_json())
-        else:
-            render.show(plan.document())
-        return
+    base, adapters = (paths[0], paths[1:]) if len(paths) > 1 else (None, paths)
     with render.progress_bar("merging", quiet=quiet) as progress:
-        report = merge(
-            base,
-            adapters,
-            output,
-            **settings,
-            force=force,
-            allow_nonfinite=allow_nonfinite,
-            device=device,
-            threads=threads,
-            sync=sync,
-            progress=progress,
-        )
+        report = merge(base, adapters, output, progress=progress, **settings)
     if as_json:
         render.print_json(report.as_json())
         return

@@ -15,7 +15,9 @@ __all__ = ["command"]
 @click.command("verify", cls=GroupedCommand)
 @click.argument("merged", type=options.PATH)
 @click.option(
-    "--base", type=options.PATH, help="The model it was made from; by default as it records."
+    "--base",
+    type=options.PATH,
+    help="The model it was made from; by default as it or the adapter records.",
 )
 @click.option(
     "--adapter",

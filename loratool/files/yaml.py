@@ -12,12 +12,17 @@ from typing import Any, Final
 
 from loratool.errors import FileFormatError, unreadable
 from loratool.files.json import MAX_SIDECAR_BYTES, parse_json
+from loratool.files.sources import opened, size_of
 
-__all__ = ["read_flat_yaml"]
+__all__ = ["read_flat_yaml", "read_front_matter"]
+
+MAX_CARD_BYTES: Final = 1 << 16
+"""No front matter is longer."""
 
 FIELD: Final = re.compile(
     r"(?P<key>[A-Za-z_][\w.-]*|\"[^\"\\]*\"|'[^']*')\s*:(?:\s+(?P<value>.*))?"
 )
+ITEM: Final = re.compile(r"\s*-\s+(?P<value>.*)")
 NUMBER: Final = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 WORDS: Final[dict[str, Any]] = {
     "": None,
@@ -37,9 +42,10 @@ def read_flat_yaml(path: Path) -> dict[str, Any]:
         FileFormatError: It is none, or has a field twice.
     """
     try:
-        if path.stat().st_size > MAX_SIDECAR_BYTES:
+        if size_of(path) > MAX_SIDECAR_BYTES:
             raise FileFormatError(path, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB")
-        data = path.read_bytes()
+        with opened(path) as file:
+            data = file.read()
     except OSError as error:
         raise unreadable(path, error) from None
     if data.lstrip().startswith(b"{"):
@@ -80,3 +86,38 @@ def _plain(text: str) -> Any:
     if NUMBER.fullmatch(text):
         return int(text) if re.fullmatch(r"[-+]?\d{1,18}", text) else float(text)
     return text
+
+
+def read_front_matter(path: Path) -> dict[str, Any]:
+    """Return the plain fields, and lists of such, between the dashes at the top of a Markdown file.
+
+    What is neither is stepped over: a card is for people, and may hold anything.
+
+    Raises:
+        FileFormatError: It cannot be read, or is no text.
+    """
+    try:
+        with opened(path) as file:
+            data = file.read(MAX_CARD_BYTES)
+        text = data.decode("utf-8-sig", "strict" if len(data) < MAX_CARD_BYTES else "replace")
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise FileFormatError(path, "not UTF-8 text") from None
+    first, *lines = text.splitlines() or [""]
+    found: dict[str, Any] = {}
+    if first.rstrip() != "---":
+        return found
+    key = ""
+    for line in lines:
+        if line.rstrip() in ("---", "..."):
+            return found
+        item = ITEM.fullmatch(line.rstrip())
+        if item is not None and isinstance(found.get(key), list):
+            found[key].append(_plain(item["value"]))
+        elif (match := FIELD.fullmatch(line.rstrip())) is not None:
+            key, value = match["key"].strip("\"'"), (match["value"] or "").strip()
+            is_flow = value.startswith("[") and value.endswith("]") and "{" not in value
+            items = [_plain(word) for word in value[1:-1].split(",")] if is_flow else []
+            found.setdefault(key, items if is_flow or not value else _plain(value))
+    return {}  # the dashes at the end are missing, so nothing says where it ends

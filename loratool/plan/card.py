@@ -10,6 +10,7 @@ from typing import Final
 
 from loratool.errors import printable
 from loratool.files.front_matter import with_fields
+from loratool.files.sources import size_of, whole
 from loratool.plan.history import History
 from loratool.plan.outcome import Outcome
 from loratool.plan.recipe_text import ARGUMENTS, format_step, step_of
@@ -28,9 +29,9 @@ HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 def read_card(path: Path) -> str | None:
     """Return the text of a card; ``None`` where there is none that can be edited."""
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST:
+        if size_of(path) > LARGEST:
             return None
-        return path.read_text(encoding="utf-8")
+        return whole(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
 

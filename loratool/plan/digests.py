@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.files.sources import size_of
 from loratool.plan.history import History, digest_of
 from loratool.plan.lanes import Task, Unit
 from loratool.plan.outcome import Outcome
@@ -42,7 +43,7 @@ class DigestTask(WholeTask):
     def __init__(self, path: Path, digests: dict[Path, str]) -> None:
         super().__init__()
         self.path = path
-        self.effort = path.stat().st_size
+        self.effort = size_of(path)
         self.digests = digests
 
     def do(self, run: Run) -> None:

@@ -13,7 +13,9 @@ import loratool
 from loratool.adapter.model import HISTORY_KEY, Adapter
 from loratool.errors import unreadable
 from loratool.files.json import as_text
-from loratool.files.spec import TensorSpec
+from loratool.files.places import called
+from loratool.files.sources import whole
+from loratool.files.spec import StoredTensor, TensorSpec
 
 __all__ = ["RECORD_NAME", "History", "Source", "as_recorded", "described_digest", "digest_of"]
 
@@ -41,7 +43,12 @@ class Source:
     @staticmethod
     def of_adapter(adapter: Adapter) -> Source:
         """Return an adapter that is an input."""
-        return Source(adapter.path.resolve().name, adapter.weights)
+        return Source(called(adapter.path), adapter.weights)
+
+    @staticmethod
+    def of_model(path: Path, tensors: Iterable[StoredTensor]) -> Source:
+        """Return a model that is an input, with what its headers say, for it is large."""
+        return Source(called(path), described=described_digest(each.spec for each in tensors))
 
     def entry(self, digest: str | None) -> dict[str, str]:
         """Return it as it is recorded, with the hash of its weights; zeros stand for none."""
@@ -121,7 +128,7 @@ def digest_of(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with whole(path).open("rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
     except OSError as error:

@@ -19,6 +19,8 @@ from loratool.errors import MergeError
 from loratool.files.container import Layout, WeightsFile
 from loratool.files.containers import container_of
 from loratool.files.inputs import Stamp
+from loratool.files.places import hub_as_json
+from loratool.files.sources import unfetched
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.card import Card
 from loratool.plan.history import History
@@ -237,7 +239,7 @@ class Step:
     def copied(self) -> StoredTensor | None:
         """The source, where its bytes are written as they are."""
         source = self.source
-        if self.edits or not isinstance(source, StoredTensor) or source.strides is not None:
+        if self.edits or not isinstance(source, StoredTensor) or not source.is_run:
             return None
         is_same = (self.spec.dtype, self.spec.shape) == (source.spec.dtype, source.spec.shape)
         return source if is_same else None
@@ -415,6 +417,7 @@ class ModelPlan(Shown):
         notes: What a user should know, one sentence each.
         left_behind: Files of the base that are not carried over, with the reason.
         stamps: What the weights files were when their headers were read.
+        base: The model that everything is merged into.
         history: How it came to be.
         card: What its card says, where it has one.
     """
@@ -427,8 +430,19 @@ class ModelPlan(Shown):
     notes: tuple[str, ...] = ()
     left_behind: tuple[tuple[str, str], ...] = field(default=())
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    base: Path = Path()
     history: History | None = None
     card: Card | None = None
+
+    @property
+    def hub(self) -> Mapping[str, Any] | None:
+        """Models and commits of what came from the hub; ``None`` where nothing did."""
+        return hub_as_json({"base": self.base}, [adapter.path for adapter in self.adapters])
+
+    @property
+    def unfetched(self) -> Mapping[Path, int]:
+        """Bytes of every file of the hub that would have to be fetched first."""
+        return unfetched((*self.stamps, *(s.source for s in self.sidecars if s.source is not None)))
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
@@ -441,6 +455,7 @@ class ModelPlan(Shown):
             "added": self.added,
             "unused": list(self.unused),
             "bytes_to_write": self.nbytes,
+            **({"bytes_to_fetch": sum(missing.values())} if (missing := self.unfetched) else {}),
             "peak_memory": self.peak_memory,
             "files": [{"name": file.name, "bytes": file.size} for file in self.files],
             "steps": [
@@ -451,6 +466,7 @@ class ModelPlan(Shown):
             "sidecars": [{"name": item.name, "why": item.why} for item in self.others()],
             "left_behind": [{"name": name, "why": why} for name, why in self.left_behind],
             "notes": list(self.notes),
+            **({"hub": hub} if (hub := self.hub) else {}),
         }
 
     def document(self) -> Document:

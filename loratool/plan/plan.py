@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from loratool.files.atomic import check_output, staged, sync_file
 from loratool.files.inputs import Stamp
+from loratool.files.sources import fetch
 from loratool.plan.digests import digest_tasks
 from loratool.plan.history import History
 from loratool.plan.outcome import Outcome
@@ -92,6 +93,7 @@ def run(
     Raises:
         LoratoolError: An input changed or ended, or a result is not finite.
     """
+    fetch((*plan.stamps, *_sidecar_sources(plan)))
     outcome = Outcome()
     outcome.weights = run_files(
         plan.works(outcome),
@@ -103,6 +105,10 @@ def run(
         progress=progress,
     )
     return outcome
+
+
+def _sidecar_sources(plan: Plan) -> Iterator[Path]:
+    yield from (sidecar.source for sidecar in plan.beside() if sidecar.source is not None)
 
 
 def write(
@@ -170,6 +176,7 @@ def write_at(
         LoratoolError: An input changed or ended, or the result is not to be kept.
         OSError: Writing failed, such as for want of space.
     """
+    fetch((*plan.stamps, *_sidecar_sources(plan)))
     for sidecar in plan.beside():
         write_sidecar(sidecar, place)
     outcome = Outcome()

@@ -24,7 +24,9 @@ from loratool.errors import (
     printable,
 )
 from loratool.files.containers import is_weights, open_weights
+from loratool.files.hub.names import parse_hub_name
 from loratool.files.json import parse_json, read_json_object
+from loratool.files.places import located
 from loratool.plan.history import RECORD_NAME, described_digest, digest_of
 from loratool.schemes.detection import find_weights
 
@@ -132,6 +134,9 @@ def locate(wanted: Input, around: Sequence[Path]) -> Path | None:
         FileFormatError: Something lies there that is called so, and is another.
     """
     name = wanted.name
+    if "/" in name and parse_hub_name(name) is not None:
+        place = _on_the_hub(name)
+        return place if place is not None and matches(wanted, place) else None
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         return None
     other: Path | None = None
@@ -144,6 +149,15 @@ def locate(wanted: Input, around: Sequence[Path]) -> Path | None:
             other, "is called like the input that is recorded, and has other contents"
         )
     return None
+
+
+def _on_the_hub(name: str) -> Path | None:
+    """Return where a model of the hub is, in its cache or there."""
+    try:
+        place = located(f"hf://{name}")
+    except LoratoolError:
+        return None
+    return place if place.exists() else None
 
 
 def matches(wanted: Input, path: Path) -> bool:

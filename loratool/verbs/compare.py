@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from loratool.adapter.model import Adapter, unknown_scale
@@ -15,6 +14,8 @@ from loratool.base.told import open_told
 from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import AdapterError, OptionError
+from loratool.files.places import located
+from loratool.files.sources import fetch
 from loratool.math.factored import Factored, factor, inner
 from loratool.math.lowrank import LowRank
 from loratool.math.namespace import on_host
@@ -28,6 +29,7 @@ from loratool.plan.threads import in_parallel
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.modules import Joint, join
 from loratool.verbs.algebra.sums import values_of
+from loratool.verbs.arguments import one_or_more
 
 __all__ = ["Comparison", "ModuleComparison", "compare"]
 
@@ -120,7 +122,7 @@ class Comparison(Shown):
 
 @exactly
 def compare(
-    adapters: Sequence[AnyPath],
+    adapters: Sequence[AnyPath] | AnyPath,
     *,
     weights: Weights = (),
     directions: int = 8,
@@ -152,11 +154,13 @@ def compare(
     Raises:
         LoratoolError: An adapter cannot be read, or they are for different bases.
     """
+    adapters = one_or_more(adapters)
     if len(adapters) < 2:
         raise OptionError("compare", "needs two adapters or more")
     if directions < 1:
         raise OptionError("--directions", f"{directions} is less than 1")
-    model, told = open_told(Path(base), needs_weights=False) if base is not None else (None, None)
+    base = located(base) if base is not None else None
+    model, told = open_told(base, needs_weights=False) if base is not None else (None, None)
     opened = [
         open_adapter(
             path,
@@ -167,6 +171,7 @@ def compare(
         )
         for path in adapters
     ]
+    fetch(adapter.weights for adapter in opened)
     is_mixed = len({adapter.scheme for adapter in opened}) > 1
     for adapter in opened:
         if is_mixed and adapter.unknown is not None:

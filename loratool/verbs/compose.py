@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Final
 
 from loratool.adapter.model import Adapter, ExtraKind
 from loratool.base.told import open_told
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.places import called, located
 from loratool.math.combining import Settings
 from loratool.names.strengths import Strength, Weights, recorded_weights, with_strengths
 from loratool.plan.devices import exactly, mover_to
@@ -22,6 +22,7 @@ from loratool.verbs.algebra.modules import check_computable, join
 from loratool.verbs.algebra.ranks import Truncation, parse_size
 from loratool.verbs.algebra.result import AdapterReport, finish
 from loratool.verbs.algebra.sums import Method
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.write.options import WriteOptions
 
 __all__ = ["METHODS", "compose"]
@@ -33,7 +34,7 @@ METHODS: Final = ("linear", "ties", "dare", "dare-ties", "della", "knots", "peft
 
 @exactly
 def compose(
-    adapters: Sequence[AnyPath],
+    adapters: Sequence[AnyPath] | AnyPath,
     output: AnyPath,
     *,
     weights: Weights = (),
@@ -106,6 +107,8 @@ def compose(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
+    adapters, skip, dtype = one_or_more(adapters), one_or_more(skip), dtype_name(dtype)
+    place = output_path(output)
     _check_methods(method, density, epsilon)
     density = 0.5 if density is None else density
     epsilon = 0.1 if epsilon is None else epsilon
@@ -114,7 +117,9 @@ def compose(
     truncation = Truncation(
         rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
     )
-    model, told = open_told(Path(base), needs_weights=False) if base is not None else (None, None)
+    base = located(base) if base is not None else None
+    inputs = [located(path) for path in adapters]
+    model, told = open_told(base, needs_weights=False) if base is not None else (None, None)
     opened = [
         open_adapter(
             path,
@@ -124,7 +129,7 @@ def compose(
             base_modules=model.paths if model is not None else (),
             base=told,
         )
-        for path in adapters
+        for path in inputs
     ]
     for adapter in opened:
         check_computable(adapter, verb="add up")
@@ -144,7 +149,7 @@ def compose(
         "epsilon": epsilon if method == "della" else None,
         "seed": seed if is_random else None,
         "extras": extras,
-        "base": Path(base).resolve().name if base is not None else None,
+        "base": called(base) if base is not None else None,
         "to": to,
         **truncation.recorded,
         "dtype": dtype,
@@ -152,13 +157,12 @@ def compose(
         "adapter_name": adapter_name,
         "skip": tuple(skip),
     }
-    inputs = [Path(path) for path in adapters]
     draft = Combination(
         verb="compose",
         adapters=opened,
         joints=joints,
         scheme=output_scheme(opened, to),
-        options=WriteOptions(Path(output), told=told, dtype=written_dtype, keeps_naming=True),
+        options=WriteOptions(place, told=told, dtype=written_dtype, keeps_naming=True),
         asked=options,
         method=Method(method, Settings(density, epsilon), seed, mover_to(device)),
         policy=extras,

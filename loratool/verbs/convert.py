@@ -17,6 +17,7 @@ from loratool.display.shown import Shown
 from loratool.errors import LoratoolError, OptionError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.places import called, located
 from loratool.loaders import loader_named
 from loratool.loaders.loader import Loader
 from loratool.plan.adapter import AdapterPlan
@@ -26,6 +27,7 @@ from loratool.plan.plan import run as run_plan
 from loratool.plan.plan import write as write_plan
 from loratool.schemes import scheme_named, scheme_names
 from loratool.schemes.opening import open_adapter
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.verbs.conversion.contents import Conversion, converted
 from loratool.verbs.conversion.refusals import check_options
 from loratool.write.options import WriteOptions
@@ -74,6 +76,7 @@ class ConvertReport(Shown):
         return {
             "schema": 1,
             "dry_run": not self.is_written,
+            "output": str(self.output),
             "from": self.source,
             "to": plan.scheme,
             "family": plan.family,
@@ -177,17 +180,18 @@ def convert(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    place, origin = Path(output), Path(adapter)
-    inputs = [Path(path) for path in (adapter, base, initial) if path is not None]
+    place, origin = output_path(output), located(adapter)
+    base = located(base) if base is not None else None
+    initial = located(initial) if initial is not None else None
+    inputs = [path for path in (origin, base, initial) if path is not None]
+    dtype, drop, skip = dtype_name(dtype), one_or_more(drop), one_or_more(skip)
     loader = loader_named(target) if target is not None else None
     scheme = _written_scheme(_scheme_name(to, loader))
     if naming is not None and naming not in NAMINGS:
         raise OptionError.none_of("--naming", naming, NAMINGS)
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
-    opened_base, told = (
-        open_told(Path(base), needs_weights=False) if base is not None else (None, None)
-    )
+    opened_base, told = open_told(base, needs_weights=False) if base is not None else (None, None)
     opened = open_adapter(
         origin,
         adapter_name=adapter_name,
@@ -200,13 +204,13 @@ def convert(
     )
     if base is not None and opened_base is None:
         follows = (scheme.follows, scheme_named(opened.scheme).follows)
-        open_told(Path(base), needs_weights=follows == (None, None))
+        open_told(base, needs_weights=follows == (None, None))
     asked = {
         "to": scheme.name,
         "for": target,
         "from": source,
-        "base": Path(base).resolve().name if base is not None else None,
-        "initial": Path(initial).resolve().name if initial is not None else None,
+        "base": called(base) if base is not None else None,
+        "initial": called(initial) if initial is not None else None,
         "alpha": alpha,
         "adapter_name": adapter_name,
         "name": name,

@@ -13,8 +13,10 @@ from loratool.base.refusals import check_base
 from loratool.errors import BaseModelError, OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.places import located
 from loratool.verbs.algebra.combination import ONE_RANK, output_scheme
 from loratool.verbs.algebra.ranks import Truncation, parse_size
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.verbs.extraction.adapter import Difference
 from loratool.verbs.extraction.difference import Settings
 from loratool.verbs.extraction.pairs import Leftover, Pairing, Selection, Target, pair
@@ -123,11 +125,14 @@ def extract(
         truncation, is_auto=is_auto, method=method, residual=residual, clamp=clamp_quantile
     )
     _check_variant(variant, truncation, is_auto=is_auto, clamp=clamp_quantile)
-    place = Path(output)
-    models = [open_model(Path(path)) for path in (base, finetuned)]
+    place, dtype = output_path(output), dtype_name(dtype)
+    include, exclude = one_or_more(include), one_or_more(exclude)
+    save_module = one_or_more(save_module)
+    base, finetuned = located(base), located(finetuned)
+    models = [open_model(path) for path in (base, finetuned)]
     for model in models:
         check_base(model)
-    inputs = [Path(base), Path(finetuned)]
+    inputs = [base, finetuned]
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
         if save_spectrum is not None:

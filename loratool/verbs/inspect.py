@@ -25,8 +25,9 @@ from loratool.errors import (
 from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
 from loratool.files.missing import missing
+from loratool.files.places import located, origin_of
 from loratool.schemes import claimed, sidecar_names, weights_names
-from loratool.schemes.detection import forms
+from loratool.schemes.detection import distributed, forms
 from loratool.schemes.opening import open_adapter
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class AdapterInfo(Shown):
             "schema": 1,
             "kind": "adapter",
             "path": str(adapter.path),
+            **_hub(adapter.path),
             "scheme": adapter.scheme,
             "base_model": adapter.base_model,
             "parameters": adapter.parameters,
@@ -217,6 +219,7 @@ class ModelInfo(Shown):
             "schema": 1,
             "kind": "model",
             "path": str(self.model.path),
+            **_hub(self.model.path),
             "model_type": self.model_type,
             "architectures": self.architectures,
             "layout": self.model.layout.name,
@@ -239,6 +242,12 @@ class ModelInfo(Shown):
         return model_document(self)
 
 
+def _hub(path: Path) -> dict[str, Any]:
+    """Return the model and commit of what came from the hub."""
+    origin = origin_of(path)
+    return {"hub": origin.as_json()} if origin is not None else {}
+
+
 def inspect(
     path: str | PathLike[str],
     *,
@@ -259,7 +268,7 @@ def inspect(
     Raises:
         LoratoolError: It is neither, or a file breaks the rules of its format.
     """
-    place = Path(path)
+    place = located(path)
     if not place.exists():
         raise missing(place)
     adapter = (
@@ -293,6 +302,8 @@ def _is_adapter(path: Path) -> bool:
         return path.name in sidecar_names() or (not is_index(path.name) and _holds_factors(path))
     if any((path / name).exists() for name in (*sidecar_names(), *weights_names())):
         return True
+    if (described := distributed(path)) is not None:
+        return bool(factor_names(open_weights(described).tensors))
     if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None:
         from loratool.base.config import is_model_folder
 

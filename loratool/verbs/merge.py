@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -11,9 +11,12 @@ from typing import Any, Final
 from loratool.display.document import Document, Lines
 from loratool.display.figures import human_bytes
 from loratool.display.shown import Shown
+from loratool.files.places import located
 from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
+from loratool.plan.model import ModelPlan
 from loratool.plan.plan import write
+from loratool.verbs.arguments import one_or_more, output_path
 from loratool.verbs.merging.planning import plan_merge
 
 __all__ = ["MergeReport", "merge", "plan_merge"]
@@ -25,21 +28,24 @@ RETENTION_WARNING: Final = 0.9
 
 @dataclass(frozen=True)
 class MergeReport(Shown):
-    """What a merge did.
+    """What a merge did, or would do.
 
     Attributes:
+        plan: What was decided.
         tensors: Tensors in the output.
         merged: Tensors of the base that changed.
         copied: Tensors that did not.
         added: Tensors that the base did not have.
         unused: Adapter keys left out on request.
-        bytes_written: Bytes of the weights files.
+        bytes_written: Bytes of the weights files, written or to be written.
         retention: ``⟨W' - W, Δ⟩ / ‖Δ‖²``, the share of the update that survived rounding to
             the output dtype; ``None`` where nothing was added to anything.
-        output: Where it is.
+        output: Where it is, or would be.
+        is_written: Whether it was written.
         notes: What a user should know, one sentence each.
     """
 
+    plan: ModelPlan
     tensors: int
     merged: int
     copied: int
@@ -48,12 +54,39 @@ class MergeReport(Shown):
     bytes_written: int
     retention: float | None
     output: Path
+    is_written: bool = True
     notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(cls, plan: ModelPlan, output: Path) -> MergeReport:
+        """Return the report of a merge that is planned, and nothing more."""
+        return cls(
+            plan=plan,
+            tensors=sum(1 for _ in plan.steps()),
+            merged=plan.merged,
+            copied=plan.copied,
+            added=plan.added,
+            unused=plan.unused,
+            bytes_written=plan.nbytes,
+            retention=None,
+            output=output,
+            is_written=False,
+            notes=plan.notes,
+        )
+
+    @property
+    def hub(self) -> Mapping[str, Any] | None:
+        """Models and commits of what came from the hub; ``None`` where nothing did."""
+        return self.plan.hub
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
+        if not self.is_written:
+            return self.plan.as_json() | {"output": str(self.output), "retention": None}
         return {
             "schema": 1,
+            "dry_run": False,
+            "output": str(self.output),
             "tensors": self.tensors,
             "merged": self.merged,
             "copied": self.copied,
@@ -61,11 +94,18 @@ class MergeReport(Shown):
             "unused": list(self.unused),
             "bytes_written": self.bytes_written,
             "retention": self.retention,
+            "files": [{"name": file.name, "bytes": file.size} for file in self.plan.files],
+            "sidecars": [{"name": item.name, "why": item.why} for item in self.plan.sidecars],
+            "left_behind": [{"name": name, "why": why} for name, why in self.plan.left_behind],
+            "peak_memory": self.plan.peak_memory,
             "notes": list(self.notes),
+            **({"hub": self.hub} if self.hub else {}),
         }
 
     def document(self) -> Document:
-        """Return what people see of it: one sentence."""
+        """Return what people see of it: one sentence, or the plan."""
+        if not self.is_written:
+            return self.plan.document()
         added = f", {self.added} added" if self.added else ""
         words = (
             f"{self.output}: {self.merged} tensors merged, {self.copied} copied{added}, "
@@ -78,8 +118,8 @@ class MergeReport(Shown):
 
 @exactly
 def merge(
-    base: AnyPath,
-    adapters: Sequence[AnyPath],
+    base: AnyPath | None,
+    adapters: Sequence[AnyPath] | AnyPath,
     output: AnyPath,
     *,
     weights: Weights = (),
@@ -94,6 +134,7 @@ def merge(
     device: str = "auto",
     threads: int | None = None,
     sync: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge adapters into a base, file to file.
@@ -102,7 +143,8 @@ def merge(
     for a float64 base) and one rounding, however many adapters there are.
 
     Args:
-        base: Folder or file of the base model.
+        base: Folder or file of the base model, or its name on the hub; ``None`` for the one that
+            the first adapter records.
         adapters: Adapters, each a file or a folder.
         output: Where the merged model goes: a folder, or a file where the base is one.
         weights: A number for each adapter, in order (missing ones are 1), and ``"PATTERN=N"`` for
@@ -121,15 +163,17 @@ def merge(
         device: Where to compute: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: Number of worker threads; by default one for each processor, at most eight.
         sync: Wait until the weights are on the disk, not only in the system's cache.
+        dry_run: Say what would be written, and write nothing.
         progress: Called with bytes done and bytes in all.
 
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    output = Path(output)
+    output, adapters = output_path(output), one_or_more(adapters)
+    paths = [located(path) for path in adapters]
     plan = plan_merge(
         base,
-        adapters,
+        paths,
         weights=weights,
         dtype=dtype,
         alpha=alpha,
@@ -140,10 +184,12 @@ def merge(
         allow_nonfinite=allow_nonfinite,
         output=output,
     )
+    if dry_run:
+        return MergeReport.of(plan, output)
     outcome = write(
         plan,
         output,
-        inputs=[Path(base), *(Path(adapter) for adapter in adapters)],
+        inputs=[plan.base, *paths],
         force=force,
         allow_nonfinite=allow_nonfinite,
         device=device,
@@ -160,14 +206,6 @@ def merge(
         notes.append(
             f"only {retention:.1%} of the update survived rounding to the output's dtype; {wider}"
         )
-    return MergeReport(
-        tensors=sum(1 for _ in plan.steps()),
-        merged=plan.merged,
-        copied=plan.copied,
-        added=plan.added,
-        unused=plan.unused,
-        bytes_written=plan.nbytes,
-        retention=retention,
-        output=output,
-        notes=tuple(notes),
+    return replace(
+        MergeReport.of(plan, output), is_written=True, retention=retention, notes=tuple(notes)
     )

@@ -20,6 +20,7 @@ from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.places import located
 from loratool.math.factored import norm
 from loratool.names.strengths import Weights, recorded_weights, with_strengths
 from loratool.plan.adapter import AdapterPlan
@@ -42,6 +43,7 @@ from loratool.verbs.algebra.scale_changes import (
     rounding_of,
 )
 from loratool.verbs.algebra.sums import load_terms
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.write.adapter import NewAdapter
 from loratool.write.metadata import kept_metadata
 from loratool.write.options import WriteOptions
@@ -84,6 +86,7 @@ class RescaleReport(Shown):
         return {
             "schema": 1,
             "dry_run": not self.is_written,
+            "output": str(self.output),
             "relative_error": self.relative_error,
             "modules": [
                 {"module": name, "scale": new, "old_scale": old, "ratio": self.ratios[name]}
@@ -154,9 +157,10 @@ def rescale(
         LoratoolError: Nothing was written; the message says why.
     """
     _check_options(scale, weights, alpha, keep, max_norm, fold=fold, to=to_rslora, back=from_rslora)
-    place = Path(output)
+    place, dtype, skip = output_path(output), dtype_name(dtype), one_or_more(skip)
+    adapter = located(adapter)
     if not dry_run:
-        check_output(place, force=force, inputs=[Path(adapter)])
+        check_output(place, force=force, inputs=[adapter])
     opened = open_adapter(adapter, adapter_name=adapter_name, skip=skip)
     scheme = scheme_named(opened.scheme)
     check_names(opened, scheme)
@@ -224,7 +228,7 @@ def rescale(
         error, is_measured = 0.0, False
     if not dry_run:
         outcome = write_plan(
-            plan, place, inputs=[Path(adapter)], force=force, threads=threads, progress=progress
+            plan, place, inputs=[adapter], force=force, threads=threads, progress=progress
         )
     elif not is_measured:
         outcome = run_plan(plan, threads=threads, progress=progress)

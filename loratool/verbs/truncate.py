@@ -16,6 +16,7 @@ from loratool.errors import AdapterError, FileFormatError, OptionError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.files.json import read_json_object
+from loratool.files.places import called, located
 from loratool.plan.devices import exactly, mover_to
 from loratool.plan.history import Source
 from loratool.schemes.opening import open_adapter
@@ -24,6 +25,7 @@ from loratool.verbs.algebra.modules import check_computable, join
 from loratool.verbs.algebra.ranks import Truncation, parse_size
 from loratool.verbs.algebra.result import AdapterReport, finish
 from loratool.verbs.algebra.sums import Method
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.write.options import WriteOptions
 
 __all__ = ["truncate"]
@@ -93,6 +95,7 @@ def truncate(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
+    place, dtype, skip = output_path(output), dtype_name(dtype), one_or_more(skip)
     size = parse_size(max_size) if max_size is not None else None
     truncation = Truncation(
         rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
@@ -101,10 +104,12 @@ def truncate(
         raise OptionError("truncation", "say how far: --rank, --energy, --max-error or --max-size")
     if base is not None and truncation.max_size is None:
         raise OptionError("--base", "weighs modules against each other, for --max-size only")
+    adapter = located(adapter)
+    base = located(base) if base is not None else None
     opened = open_adapter(adapter, adapter_name=adapter_name, alpha=alpha, skip=skip)
     asked = {
         **truncation.recorded,
-        "base": Path(base).resolve().name if base is not None else None,
+        "base": called(base) if base is not None else None,
         "spectrum": Path(spectrum).name if spectrum is not None else None,
         "dtype": dtype,
         "alpha": alpha,
@@ -113,7 +118,7 @@ def truncate(
     }
     inputs = [Path(path) for path in (adapter, base, spectrum) if path is not None]
     carry_out = _CarryOut(
-        output=Path(output),
+        output=place,
         truncation=truncation,
         asked=asked,
         origin=Source.of_adapter(opened),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 
 from loratool.adapter.findings import SEVERITIES, Finding, Findings, finding
 from loratool.base.model import Model, open_model
@@ -11,6 +10,7 @@ from loratool.base.refusals import CODE
 from loratool.base.trained_on import training_notes
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError
 from loratool.files.missing import missing
+from loratool.files.places import located
 from loratool.loaders import loader_named
 from loratool.loaders.checks import check_for
 from loratool.schemes import scheme_named
@@ -47,7 +47,7 @@ def validate(
         OptionError: There is no such loader.
     """
     loader = loader_named(target) if target is not None else None
-    path = Path(adapter)
+    path = located(adapter)
     if not path.exists():
         raise missing(path)
     model, unread = _model(base)
@@ -89,6 +89,6 @@ def _model(base: str | PathLike[str] | None) -> tuple[Model | None, Finding | No
     if base is None:
         return None, None
     try:
-        return open_model(Path(base)), None
+        return open_model(located(base)), None
     except UnsupportedError as error:
         return None, finding(CODE, error.where, error.what, error.hint)

@@ -24,6 +24,7 @@ from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.inputs import InputFiles
 from loratool.files.json import read_json_object
+from loratool.files.places import located
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import read_into
 from loratool.names.strengths import Weights
@@ -31,9 +32,9 @@ from loratool.plan.devices import exactly
 from loratool.plan.lanes import ByteRange, Spot
 from loratool.plan.model import ModelPlan, Step
 from loratool.plan.plan import run
+from loratool.verbs.arguments import one_or_more
 from loratool.verbs.merging.comparison import check_files
 from loratool.verbs.merging.planning import plan_merge
-from loratool.verbs.merging.recorded import recorded_merge
 
 __all__ = ["verify"]
 
@@ -47,7 +48,7 @@ def verify(
     merged: AnyPath,
     *,
     base: AnyPath | None = None,
-    adapters: Sequence[AnyPath] = (),
+    adapters: Sequence[AnyPath] | AnyPath = (),
     weights: Weights = (),
     alpha: float | None = None,
     adapter_name: str | None = None,
@@ -61,8 +62,8 @@ def verify(
 
     Args:
         merged: The model to check, file or folder.
-        base: The base it was made from. Where base or adapters are left out, they are those that
-            the model records, and so are the options that are not given.
+        base: The base it was made from; ``None`` for the one that the model records, or, where
+            adapters are given, the one that the first of them does.
         adapters: The adapters, in the order of the merge.
         weights: As in the merge.
         alpha: As in the merge.
@@ -80,6 +81,8 @@ def verify(
     Raises:
         LoratoolError: Base or adapters cannot be read, or the merge is not possible.
     """
+    paths: tuple[AnyPath, ...] = one_or_more(adapters)
+    merged = located(merged)
     asked: dict[str, Any] = {
         "weights": weights,
         "alpha": alpha,
@@ -88,21 +91,27 @@ def verify(
         "enable_lora": enable_lora,
     }
     recorded: Mapping[str, Any] = {}
-    if base is None or not adapters:
-        found_base = Path(base) if base is not None else None
-        merge = recorded_merge(Path(merged), found_base, [Path(each) for each in adapters], asked)
-        base, adapters, recorded = merge.base, merge.adapters, merge.options
+    if not paths:
+        from loratool.verbs.merging.recipe import recorded_merge
+
+        merge = recorded_merge(merged, located(base) if base is not None else None, asked)
+        base, paths, recorded = merge.base, merge.adapters, merge.options
         asked = {name: recorded.get(name, value) for name, value in asked.items()}
-    original = open_model(Path(base))
+    if base is None:
+        from loratool.verbs.merging.recorded import recorded_base
+
+        base, _ = recorded_base(paths[0], adapter_name=adapter_name)
+    base = located(base)
+    original = open_model(base)
     try:
-        result = open_model(Path(merged))
+        result = open_model(merged)
     except LoratoolError as error:
-        if not Path(merged).exists():
+        if not merged.exists():
             raise
         return Findings([finding("LT109", error.where, error.what, error.hint)])
     plan = plan_merge(
         base,
-        adapters,
+        paths,
         **asked,
         dtype=recorded.get("dtype") or _dtype_of(original, result),
         quantized="keep" if _is_kept(original, result) else "dequantize",
@@ -254,7 +263,7 @@ class _CompareSink:
         return self._bytes(stored, position, size)
 
     def _bytes(self, stored: StoredTensor, position: int, size: int) -> memoryview:
-        if stored.strides is not None:
+        if not stored.is_run:
             return memoryview(read_bytes(stored))[position : position + size]
         view = memoryview(bytearray(size))
         with self.files.using(stored.path) as descriptor:

@@ -9,15 +9,21 @@ from typing import Final
 from loratool.adapter.model import Adapter
 from loratool.files.checkpoint import is_weight_like
 from loratool.files.links import DANGLING_LINK, NO_FILE, STRAY_LINK, link_roots, stays_inside
+from loratool.files.sources import whole
 from loratool.plan.history import RECORD_NAME
 from loratool.plan.sidecar import TOKENIZER_FILES, Sidecar
 from loratool.schemes import sidecar_names
 from loratool.schemes.companions import is_training_state
 
-__all__ = ["carried_files"]
+__all__ = ["carried_files", "without_room"]
 
 DESCRIPTIONS: Final = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
-"""What is about one adapter; kept where the result is made of one."""
+"""What is about one adapter; kept where the result is made of one, in a folder.
+
+It is no part of an adapter, and nobody misses it elsewhere.
+"""
+OF_REPOSITORY: Final = ".gitattributes"
+"""What every folder of the hub has."""
 
 
 def carried_files(
@@ -37,16 +43,23 @@ def carried_files(
         for path, reason in _files(adapter):
             name = path.name
             is_wanted = name in TOKENIZER_FILES or (len(adapters) == 1 and name in DESCRIPTIONS)
-            if path == adapter.weights or name in (*sidecar_names(), RECORD_NAME):
+            if path == adapter.weights or name in (*sidecar_names(), OF_REPOSITORY, RECORD_NAME):
+                continue
+            if name in DESCRIPTIONS and len(adapters) > 1:
                 continue
             if reason or not is_wanted:
                 shown = name if len(adapters) == 1 else str(path)
                 left.append((shown, reason or _reason(path)))
             elif name not in found:
                 found[name] = path
-            elif found[name].read_bytes() != path.read_bytes():
+            elif whole(found[name]).read_bytes() != whole(path).read_bytes():
                 notes.append(f"{path} differs from {found[name]}, which is kept")
     return [Sidecar(name, path) for name, path in sorted(found.items())], left, notes
+
+
+def without_room(sidecars: Sequence[Sidecar]) -> list[tuple[str, str]]:
+    """Return the files that stay behind where the output is one file, with the reason."""
+    return [(s.name, "the output is a single file") for s in sidecars if s.name not in DESCRIPTIONS]
 
 
 def _files(adapter: Adapter) -> Iterator[tuple[Path, str]]:

@@ -120,14 +120,14 @@ def test_every_verb_that_writes_is_among_the_cases() -> None:
     assert writing - {"metadata", "batch"} == {line.split()[0] for line in CASES.values()}
 
 
-def test_what_is_recorded_names_arguments_as_the_command_line_does() -> None:
+def test_what_is_recorded_names_arguments_as_the_functions_do() -> None:
+    import inspect
+
     from loratool.plan.recipe_text import ARGUMENTS
 
     for verb, names in ARGUMENTS.items():
-        command = cli.get_command(None, verb)  # type: ignore[arg-type]
-        assert command is not None
-        arguments = [p.name for p in command.params if p.param_type_name == "argument"]
-        assert arguments == list(names)
+        parameters = list(inspect.signature(getattr(loratool, verb)).parameters)
+        assert parameters[: len(names)] == list(names)
 
 
 def test_a_merge_is_verified_by_what_it_records(here: Path) -> None:
@@ -322,11 +322,22 @@ def test_another_input_than_the_recipe_was_made_with_is_refused(here: Path) -> N
 def test_a_recipe_without_tables_is_one_step(here: Path) -> None:
     Path("r.toml").write_text('verb = "inspect"\npath = "one"\nspectrum = true\n')
     (step,) = loratool.run("r.toml").steps
-    assert step.document["kind"] == "adapter" and step.words == (
-        "inspect",
-        "--spectrum",
-        "--quiet",
-        "--json",
-        "--",
-        "one",
-    )
+    assert step.document["kind"] == "adapter" and step.document["modules"][0]["singular_values"]
+    assert step.words[0] == "inspect" and step.words[-2:] == ("--", "one")
+
+
+def test_documents_are_what_the_schemas_say(here: Path) -> None:
+    import jsonschema
+
+    from loratool.cli.json_schemas import json_schema
+
+    loratool.merge("base", ["one"], "out")
+    jsonschema.validate(loratool.recipe("out").as_json(), json_schema("recipe"))
+    Path("r.toml").write_text(loratool.recipe("out").toml)
+    Path("again").mkdir()
+    for options in ({"dry_run": True}, {}):
+        report = loratool.run("r.toml", into="again", **options)  # type: ignore[arg-type]
+        jsonschema.validate(report.as_json(), json_schema("run"))
+        jsonschema.validate(report.steps[0].document, json_schema("merge"))
+    jobs = [{"verb": "inspect", "path": path} for path in ("one", "nothing")]
+    jsonschema.validate(loratool.batch(jobs).as_json(), json_schema("batch"))

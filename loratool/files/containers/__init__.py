@@ -15,6 +15,7 @@ from loratool.discovery import Plugins
 from loratool.errors import FileFormatError
 from loratool.files.foreign import foreign_bytes, foreign_file
 from loratool.files.missing import missing
+from loratool.files.sources import opened
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,12 @@ USUAL: Final = ".safetensors"
 
 def is_weights(path: PurePath) -> bool:
     """Whether a path is named like a weights file that can be read."""
-    return path.suffix.lower() in FILES.claimed("suffixes")
+    return _ending(path) in FILES.claimed("suffixes")
+
+
+def _ending(path: PurePath) -> str:
+    """Return the suffix of a path; a name that begins with its only dot is one."""
+    return (path.suffix or (path.name if path.name.startswith(".") else "")).lower()
 
 
 def is_split(path: PurePath) -> bool:
@@ -55,7 +61,7 @@ def container_of(path: PurePath | str) -> Container:
     Raises:
         FileFormatError: None has this suffix.
     """
-    suffix = path if isinstance(path, str) else path.suffix
+    suffix = path if isinstance(path, str) else _ending(path)
     files = FILES.claimed("suffixes")
     if suffix.lower() not in files:
         known = ", ".join((*model_suffixes(), *(s for s in files if s not in model_suffixes())))
@@ -87,7 +93,7 @@ def open_weights(path: Path) -> WeightsFile:
 
 def _start(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return file.read(512)
     except OSError:
         return b""

@@ -16,7 +16,7 @@ from loratool.codecs.weights import Weight
 from loratool.errors import UnsupportedError
 from loratool.names.paths.dotted import from_paths
 from loratool.plan.adapter import AdapterPlan
-from loratool.plan.history import History, Source, described_digest
+from loratool.plan.history import History, Source
 from loratool.values.expr import Stored
 from loratool.verbs.algebra.combination import twin_part
 from loratool.verbs.algebra.modules import Joint
@@ -136,13 +136,7 @@ class Difference:
         adapted = {part.module for part in parts}
         saved = self._saved(adapted, tie)
         names = from_paths([part.module for part in parts])
-        inputs = tuple(
-            Source(
-                m.path.resolve().name,
-                described=described_digest(stored.spec for stored in m.raw.values()),
-            )
-            for m in (self.base, self.tuned)
-        )
+        inputs = tuple(Source.of_model(m.path, m.raw.values()) for m in (self.base, self.tuned))
         return NewAdapter(
             parts=tuple(parts),
             extras=Extras(items=list(self._extras(saved, tie))),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Final
 
 from loratool.adapter.model import Adapter, unknown_scale
@@ -21,18 +20,20 @@ from loratool.base.ties import have_same_values
 from loratool.base.trained_on import training_notes
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
-from loratool.errors import BaseModelError, MergeError, UnsupportedError
+from loratool.errors import BaseModelError, MergeError, OptionError, UnsupportedError
 from loratool.files.containers import container_of
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.links import NOT_FILES
+from loratool.files.places import located, origin_of
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.names.one_model import check_one_model
 from loratool.names.pipelines import AVERAGES, FIRST, SECOND, UNTRAINED
 from loratool.names.strengths import Weights, recorded_weights, with_strengths
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
-from loratool.plan.history import History, Source, as_recorded, described_digest
+from loratool.plan.history import History, Source, as_recorded
 from loratool.plan.model import Blend, Edit, ModelPlan, SetRows, Step
 from loratool.schemes.opening import open_adapter
+from loratool.verbs.arguments import dtype_name, one_or_more
 from loratool.verbs.merging.cards import merged_card
 from loratool.verbs.merging.coding import (
     QUANTIZED,
@@ -74,8 +75,8 @@ VOCABULARY_BIASES: Final = (
 
 
 def plan_merge(
-    base: AnyPath,
-    adapters: Sequence[AnyPath],
+    base: AnyPath | None,
+    adapters: Sequence[AnyPath] | AnyPath,
     *,
     weights: Weights = (),
     dtype: str | None = None,
@@ -94,9 +95,16 @@ def plan_merge(
     Raises:
         LoratoolError: The adapters do not fit, would leave a key unused, or change nothing.
     """
+    adapters, skip, dtype = one_or_more(adapters), one_or_more(skip), dtype_name(dtype)
     if not adapters:
-        raise MergeError("merge", "no adapter was given")
-    model = open_model(Path(base))
+        raise OptionError("merge", "no adapter was given")
+    told: list[str] = []
+    if base is None:
+        from loratool.verbs.merging.recorded import recorded_base
+
+        base, said = recorded_base(adapters[0], adapter_name=adapter_name)
+        told.append(f"the base is {origin_of(base) or base}: the adapter records {said!r}")
+    model = open_model(located(base))
     opened = [
         _opened(
             path,
@@ -111,7 +119,7 @@ def plan_merge(
     opened = [as_spelled(adapter, model) for adapter in opened]
     if model.factors and _is_one_file(model, opened):
         model = model.as_unwrapped()
-    notes = [*model.notes, *check_base(model)]
+    notes = [*told, *model.notes, *check_base(model), *_absent_sidecars(model)]
     for adapter in opened:
         check_adapter(adapter)
     check_one_model(opened, has_base=True)
@@ -172,7 +180,11 @@ def plan_merge(
         "quantized": quantized if quantized != QUANTIZED[0] else None,
         "allow_nonfinite": allow_nonfinite or None,
     }
-    history = History("merge", (_base_source(model), *map(Source.of_adapter, opened)), asked)
+    history = History(
+        "merge",
+        (Source.of_model(model.path, model.raw.values()), *map(Source.of_adapter, opened)),
+        asked,
+    )
     files = output_files(
         view,
         placed,
@@ -193,6 +205,7 @@ def plan_merge(
         sidecars=tuple(sidecars),
         is_folder=is_folder,
         adapters=tuple(opened),
+        base=model.path,
         unused=tuple(key for adapter in opened for key in adapter.skipped),
         notes=tuple(dict.fromkeys(notes)),
         left_behind=tuple(left),
@@ -206,10 +219,20 @@ def plan_merge(
     )
 
 
-def _base_source(model: Model) -> Source:
-    """Return the base as it is recorded: by what its headers say, for it is large."""
-    described = described_digest(stored.spec for stored in model.raw.values())
-    return Source(model.path.resolve().name, described=described)
+def _absent_sidecars(model: Model) -> list[str]:
+    """Return a note on what the cache of the hub lacks of the files that travel along."""
+    if origin_of(model.path) is None:
+        return []
+    from loratool.files.hub.cache import absent_sidecars, snapshot_of
+
+    snapshot = snapshot_of(model.path)
+    lost = absent_sidecars(snapshot) if snapshot is not None else []
+    if snapshot is None or not lost:
+        return []
+    return [
+        f"the cache lacks {', '.join(lost[:4])}{' and more' if len(lost) > 4 else ''} of "
+        f"{snapshot.repo}, which the output lacks too: 'hf download {snapshot.repo}' fetches all"
+    ]
 
 
 def _check_inside(changes: ConfigChanges, steps: Iterable[Step], base: Model) -> None:

@@ -1,90 +1,69 @@
-"""A merge as its output records it: with what ``verify`` plans it again."""
+"""The base that an adapter records: on the disk, in the cache of the hub, or on the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from loratool.errors import BaseModelError, FileFormatError, UnsupportedError
-from loratool.plan.record import Input, Record, locate, read_record
+from loratool.adapter.model import Adapter
+from loratool.errors import AdapterError, HubError, OptionError
+from loratool.files.containers import is_weights
+from loratool.files.hub.names import parse_hub_name
+from loratool.files.places import located, on_the_hub
+from loratool.schemes.opening import open_adapter
 
-__all__ = ["RecordedMerge", "recorded_merge"]
+__all__ = ["recorded_base"]
 
-
-@dataclass(frozen=True, slots=True)
-class RecordedMerge:
-    """A merge that was carried out.
-
-    Attributes:
-        base: The base.
-        adapters: The adapters, in order.
-        options: What was asked for, by the names of the keywords of ``merge``.
-    """
-
-    base: Path
-    adapters: tuple[Path, ...]
-    options: Mapping[str, Any]
+MODEL_NAME = "ss_sd_model_name"
+"""Where kohya's tools say which file or model they trained on."""
+HINT = "name the base yourself: loratool merge BASE ADAPTER -o OUT"
 
 
-def recorded_merge(
-    merged: Path, base: Path | None, adapters: Sequence[Path], given: Mapping[str, Any]
-) -> RecordedMerge:
-    """Return the merge that ``merged`` records.
+def recorded_base(
+    adapter: str | PathLike[str], *, adapter_name: str | None = None
+) -> tuple[Path, str]:
+    """Return the path of the model that an adapter says it was trained on, and what it says.
 
-    Args:
-        merged: A merged model.
-        base: The base, where somebody says which.
-        adapters: The same of the adapters.
-        given: Options that somebody gave, which go before those that are recorded.
+    A path is looked for from here and from the adapter's folder; what is no path is looked for in
+    the local cache of the hub, then on the hub, at the revision that the adapter records.
 
     Raises:
-        UnsupportedError: Nothing is recorded, or another command.
-        BaseModelError: An input is not there any more.
-        FileFormatError: The record is damaged, or an input is another.
+        LoratoolError: It records none, or one that is not to be had.
     """
-    record = _record_of(merged)
-    first, *others = record.inputs
-    around = (Path.cwd(), merged.absolute().parent)
-    if base is None:
-        base = _found(first, "base", "--base PATH", around)
-    if not adapters:
-        adapters = [_found(each, "adapter", "--adapter PATH", around) for each in others]
-    options = dict(record.options)
-    if isinstance(enabled := options.get("enable_lora"), str):
-        options["enable_lora"] = tuple(part == "1" for part in enabled.split(","))
-    for name in ("weights", "skip"):
-        options[name] = tuple(options.get(name) or ())
-    return RecordedMerge(base, tuple(adapters), options | {k: v for k, v in given.items() if v})
-
-
-def _record_of(merged: Path) -> Record:
-    hint = "say what it was made of: --base BASE --adapter ADAPTER"
     try:
-        record = read_record(merged)
-    except UnsupportedError as error:
-        raise UnsupportedError(error.where, error.what, hint=hint) from None
-    if record.command != "merge" or len(record.inputs) < 2:
-        raise UnsupportedError(merged, f"was made by {record.command!r}, and not merged", hint=hint)
-    return record
+        opened = open_adapter(adapter, adapter_name=adapter_name)
+    except AdapterError as error:
+        raise AdapterError(error.where, error.what, hint=error.hint or HINT) from None
+    said = opened.base_model or opened.metadata.get(MODEL_NAME)
+    if not said or "\0" in said:
+        raise AdapterError(opened.path, "records no base", hint=HINT)
+    for place in (Path(said), opened.folder / said):
+        if place.exists():
+            return place, said
+    return _on_the_hub(opened, said), said
 
 
-def _found(wanted: Input, what: str, option: str, around: Sequence[Path]) -> Path:
-    """Return where an input lies.
+def _on_the_hub(adapter: Adapter, said: str) -> Path:
+    """Return the path of a model of the hub.
 
     Raises:
-        BaseModelError: Nowhere near.
-        FileFormatError: Something else is called so.
+        LoratoolError: It is none, or not to be had.
     """
-    hint = f"say where it is, with {option}"
     try:
-        path = locate(wanted, around)
-    except FileFormatError as error:
-        raise FileFormatError(error.where, error.what, hint=hint) from None
-    if path is None:
-        places = " or ".join(dict.fromkeys(map(str, around)))
-        raise BaseModelError(
-            wanted.name, f"is the {what} that is recorded, and not found in {places}", hint=hint
+        name = parse_hub_name(said, alone=True)
+    except OptionError:
+        name = None
+    if name is None or is_weights(Path(name.inside or name.repo)):
+        raise AdapterError(
+            adapter.path, f"records {said!r} as its base, which is not here", hint=HINT
         )
-    return path
+    revision = adapter.field("revision")
+    if name.revision is None and isinstance(revision, str) and revision:
+        pinned = parse_hub_name(f"hf://{name.repo}@{revision.replace('/', '%2F')}")
+        name = replace(name, revision=pinned.revision if pinned is not None else None)
+    try:
+        return on_the_hub(replace(name, is_told=True))
+    except HubError as error:
+        what = f"records {str(name)!r} as its base: {error.what}"
+        raise HubError(located(adapter.path), what, hint=error.hint or HINT) from None
