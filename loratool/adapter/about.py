@@ -133,7 +133,9 @@ def about(adapter: Adapter) -> About:
             said.get("ss_output_name"),
             said.get("name"),
         ),
-        author=_first(said.get("modelspec.author"), _object(version.get("creator")).get("username")),
+        author=_first(
+            said.get("modelspec.author"), _object(version.get("creator")).get("username")
+        ),
         license=_first(said.get("modelspec.license"), *_texts(beside.card.get("license"))),
         triggers=_words(
             *(said.get(key) for key in TRIGGERS),

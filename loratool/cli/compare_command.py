@@ -19,7 +19,7 @@ __all__ = ["command"]
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
 @click.option(
     "--directions",
-    type=click.IntRange(1),
+    type=options.Whole(1),
     default=8,
     show_default=True,
     metavar="N",

@@ -286,7 +286,11 @@ def _is_in(base: Model, module: str, adapter: Adapter) -> bool:
 def _scheme_name(to: str | None, loader: Loader | None) -> str:
     if loader is None:
         if to is None:
-            raise OptionError("convert", "say which scheme to write: --to, or --for a loader")
+            raise OptionError(
+                "convert",
+                "say which scheme to write: --to, or --for a loader",
+                hint="such as --to kohya, or --for vllm; loratool schemes lists them",
+            )
         return to
     if to is not None and to != loader.scheme:
         raise OptionError("--to", f"{loader.name} reads {loader.scheme}, not {to}")

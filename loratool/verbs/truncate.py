@@ -101,7 +101,11 @@ def truncate(
         rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
     )
     if not truncation.is_given:
-        raise OptionError("truncation", "say how far: --rank, --energy, --max-error or --max-size")
+        raise OptionError(
+            "truncation",
+            "say how far: --rank, --energy, --max-error or --max-size",
+            hint="such as --rank 16, or --max-error 0.05",
+        )
     if base is not None and truncation.max_size is None:
         raise OptionError("--base", "weighs modules against each other, for --max-size only")
     adapter = located(adapter)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from os import PathLike
+from os import PathLike, fspath
+from shlex import quote
 
 from loratool.adapter.findings import SEVERITIES, Finding, Findings, finding
 from loratool.base.model import Model, open_model
 from loratool.base.refusals import CODE
 from loratool.base.trained_on import training_notes
-from loratool.errors import AdapterError, LoratoolError, UnsupportedError
+from loratool.errors import AdapterError, HubError, LoratoolError, UnsupportedError
 from loratool.files.missing import missing
 from loratool.files.places import located
 from loratool.loaders import loader_named
@@ -18,6 +19,7 @@ from loratool.schemes.opening import open_adapter
 from loratool.verbs.checks.base import check_against_base
 from loratool.verbs.checks.config import check_config
 from loratool.verbs.checks.tensors import check_tensors
+from loratool.verbs.merging.recorded import base_at_hand
 
 __all__ = ["validate"]
 
@@ -58,6 +60,8 @@ def validate(
             opened = open_adapter(
                 path, adapter_name=adapter_name, base_modules=model.paths, base=model.told
             )
+    except HubError:
+        raise  # of the network, not of the adapter
     except LoratoolError as error:
         return Findings([finding("LT000", error.where, error.what, error.hint)])
     found: list[Finding] = []
@@ -76,6 +80,11 @@ def validate(
     else:
         notes = training_notes(opened.base_model)
         found += [finding("LT035", opened.path, note) for note in notes]
+        near = base_at_hand(opened)
+        if near is not None:
+            what = f"it was not compared with the base that it records, {near}"
+            hint = f"loratool validate {quote(fspath(adapter))} --base {quote(near)}"
+            found.append(finding("LT037", opened.path, what, hint))
     found.sort(key=lambda item: (SEVERITIES.index(item.severity), item.code))
     return Findings(dict.fromkeys(found), "nothing is wrong with it")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
-from reference_pages import formats
+from reference_pages import documents, formats
 from samples import FIXTURES, ROOT
 
 import loratool
@@ -38,7 +38,10 @@ def help_pages() -> str:
     return "\n".join(pages)
 
 
-@pytest.mark.parametrize(("name", "written"), [("cli.md", help_pages), ("formats.md", formats)])
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("cli.md", help_pages), ("formats.md", formats), ("json.md", documents)],
+)
 def test_what_is_made_from_the_code_is_in_the_docs(
     name: str, written: Callable[[], str], request: pytest.FixtureRequest
 ) -> None:
