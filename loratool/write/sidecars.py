@@ -12,6 +12,7 @@ from loratool.files.checkpoint import is_weight_like
 from loratool.files.links import DANGLING_LINK, NO_FILE, STRAY_LINK, link_roots, stays_inside
 from loratool.files.npy import SHAPES
 from loratool.files.sources import whole
+from loratool.plan.history import RECORD_NAME
 from loratool.plan.sidecar import TOKENIZER_FILES, Sidecar
 from loratool.schemes import sidecar_names
 from loratool.schemes.companions import is_training_state
@@ -46,7 +47,7 @@ def carried_files(
         for path, reason in _files(adapter):
             name = path.name
             is_wanted = name in TOKENIZER_FILES or (len(adapters) == 1 and name in DESCRIPTIONS)
-            if path == adapter.weights or name in sidecar_names() or name == OF_REPOSITORY:
+            if path == adapter.weights or name in (*sidecar_names(), OF_REPOSITORY, RECORD_NAME):
                 continue
             if OF_WEIGHTS.fullmatch(name):
                 continue
