@@ -26,7 +26,6 @@ __all__ = [
     "dtype",
     "extraction",
     "force",
-    "no_progress",
     "output",
     "plot",
     "quiet",
@@ -109,8 +108,12 @@ def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> No
         ctx.exit()
 
 
-quiet: Decorator = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
-no_progress: Decorator = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+quiet: Decorator = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    help="No progress, and no summary of what was written or found in order.",
+)
 debug: Decorator = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show a traceback where something fails."
 )

@@ -150,12 +150,12 @@ class Checks:
             return opened
         return open_adapter(path, adapter_name=name, base_modules=model.paths, base=model.told)
 
-    def findings(self, opened: Adapter, named: str) -> Findings:
+    def findings(self, opened: Adapter, called: str | None = None) -> Findings:
         """Return everything that is wrong with an adapter.
 
         Args:
             opened: The adapter.
-            named: How it was named, for what to do next.
+            called: What the caller calls it, for hints; by default its path.
 
         Raises:
             LoratoolError: The base is damaged.
@@ -179,7 +179,8 @@ class Checks:
             near = base_at_hand(opened)
             if near is not None:
                 what = f"it was not compared with the base that it records, {near}"
-                hint = f"loratool validate {quote(named)} --base {quote(near)}"
+                again = f"loratool validate {quote(called or fspath(opened.path))}"
+                hint = f"{again} --base {quote(near)}"
                 found.append(finding("LT037", opened.path, what, hint))
         found.sort(key=lambda item: (SEVERITIES.index(item.severity), item.code))
         return Findings(dict.fromkeys(found), "nothing is wrong with it")

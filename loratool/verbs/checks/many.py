@@ -55,7 +55,7 @@ class Validations(Many[Validated]):
     def one(self, place: Place) -> Validated:
         """See :class:`Many`."""
         opened = self.checks.open(place.path)
-        return Validated(place.path, self.checks.findings(opened, str(place.path)))
+        return Validated(place.path, self.checks.findings(opened))
 
     def places(self) -> Iterator[Place]:
         """Yield the adapters; models that nobody has named are left out."""
