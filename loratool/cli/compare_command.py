@@ -32,7 +32,7 @@ __all__ = ["command"]
 @options.base
 @options.device
 @options.threads
-@options.no_progress
+@options.quiet
 @options.as_json
 @options.debug
 def command(
