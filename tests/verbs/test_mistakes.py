@@ -384,3 +384,24 @@ def test_every_writing_function_has_a_dry_run_with_the_same_report(folder: Folde
         with pytest.raises(OutputError):
             call(dry_run=False)
         shutil.rmtree("OUT")
+
+
+def test_a_readme_is_not_dropped(folder: Folder) -> None:
+    """Files beside the weights are named by themselves; what is dropped are tensors and modules."""
+    Path("adapter/README.md").write_text("# a card")
+    Path("adapter/training.log").write_text("step 1")
+    for line, left in (
+        ("convert adapter --to kohya -o OUT.safetensors", {"training.log"}),
+        ("convert adapter --to peft -o OUT1", {"training.log"}),
+        ("truncate adapter --rank 1 -o OUT2", {"training.log"}),
+        ("rescale adapter --scale 2 -o OUT3", {"training.log"}),
+        ("rescale adapter --fold -o OUT4", {"training.log"}),
+    ):
+        said = folder.run(f"{line} --dry-run --json")
+        document = json.loads(said.out)
+        assert document["dropped"] == []
+        assert {item["name"] for item in document["left_behind"]} == left, line
+        said = folder.run(line)
+        assert "training.log" in said.err
+        assert "1 dropped" not in said.out and "2 dropped" not in said.out
+    assert Path("out1/README.md").read_text().startswith("# a card")
