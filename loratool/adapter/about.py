@@ -16,7 +16,6 @@ from typing import Any, Final
 from loratool.adapter.model import Adapter
 from loratool.errors import FileFormatError
 from loratool.files.json import read_json_object
-from loratool.files.yaml import read_front_matter
 
 __all__ = ["About", "about", "without_pictures"]
 
@@ -182,8 +181,8 @@ class _Beside:
             "BaseModel": managed.get("base_model"),
             **matrix,
         }
-        is_own = adapter.path.resolve() != file.resolve() or adapter.config is not None
-        self.card = self._read(file.parent / CARD, read_front_matter) if is_own else {}
+        is_own = adapter.path != file or adapter.config is not None
+        self.card = self._read(file.parent / CARD, _front_matter) if is_own else {}
 
     def _read(self, path: Path, read: Any) -> dict[str, Any]:
         if not path.is_file():
@@ -195,6 +194,12 @@ class _Beside:
             return {}
         self.sources.append(path.name)
         return found
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    from loratool.files.yaml import read_front_matter  # few have a card
+
+    return read_front_matter(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +231,7 @@ class _Pictures:
 
 
 def _hashes(said: Mapping[str, str], version: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield hashes as they are recorded; those of the model site only where they are this file's."""
+    """Yield hashes as they are recorded; a model site's only where it has one file."""
     for key in RECORDED:
         if (text := _first(said.get(key))) is not None:
             yield key, text
@@ -248,9 +253,9 @@ def _titled(version: Mapping[str, Any]) -> str | None:
 def _first(*values: Any) -> str | None:
     """Return the first that is a text and says something."""
     for value in values:
-        if isinstance(value, str) and value.strip().lower() not in UNKNOWN:
-            if not PICTURE.match(value):
-                return _cut(value.strip())
+        is_said = isinstance(value, str) and value.strip().lower() not in UNKNOWN
+        if is_said and not PICTURE.match(value):
+            return _cut(value.strip())
     return None
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from loratool.cli.named import DEVICE, DTYPE, LOADER, SCHEME
+from loratool.files.places import located
 
 __all__ = [
     "PATH",
     "Whole",
     "adapter_name",
     "alpha",
+    "are_many",
+    "as_csv",
     "as_json",
+    "as_jsonl",
     "debug",
     "device",
     "dry_run",
@@ -25,7 +29,9 @@ __all__ = [
     "output",
     "plot",
     "quiet",
+    "recursive",
     "skip",
+    "sort",
     "target",
     "threads",
     "to",
@@ -249,3 +255,34 @@ dtype: Decorator = click.option(
 plot: Decorator = click.option(
     "--plot", type=PATH, metavar="FILE", help="Draw it: a .png, .svg or .html file."
 )
+recursive: Decorator = click.option(
+    "--recursive", is_flag=True, help="Look into all folders in the folders that are named."
+)
+sort: Decorator = click.option(
+    "--sort", metavar="COLUMN", help="Sort rows by this column; -COLUMN from the largest on."
+)
+as_jsonl: Decorator = click.option(
+    "--jsonl", "as_jsonl", is_flag=True, help="Print one JSON document a line, as it is read."
+)
+as_csv: Decorator = click.option("--csv", "as_csv", is_flag=True, help="Print rows as CSV.")
+
+
+def are_many(
+    paths: Sequence[Path], *, recursive: bool, adapter_name: str | None, asks_for_rows: bool
+) -> bool:
+    """Whether rows are asked for: of several paths, of all folders, or of a folder of adapters.
+
+    Args:
+        paths: What was named.
+        recursive: Whether all folders are looked into.
+        adapter_name: Which adapter of a folder of several is meant.
+        asks_for_rows: Whether an option asks for rows, even of one path.
+    """
+    if len(paths) > 1 or recursive or asks_for_rows:
+        return True
+    path = located(paths[0])
+    if adapter_name is not None or not path.is_dir():
+        return False
+    from loratool.schemes.folders import is_collection
+
+    return is_collection(path)

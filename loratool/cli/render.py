@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -16,14 +17,30 @@ from loratool.errors import spoken
 if TYPE_CHECKING:
     from loratool.display.document import Document
 
-__all__ = ["print_json", "print_notes", "progress_bar", "show"]
+__all__ = ["collected", "print_json", "print_notes", "progress_bar", "show"]
 
 READABLE: Final = 1 << 20
 """Characters up to which a JSON document is indented."""
 
+_collecting: ContextVar[list[Any] | None] = ContextVar("_collecting", default=None)
+
+
+@contextmanager
+def collected(documents: list[Any]) -> Iterator[None]:
+    """Have the documents of this thread appended to ``documents`` instead of printed."""
+    token = _collecting.set(documents)
+    try:
+        yield
+    finally:
+        _collecting.reset(token)
+
 
 def print_json(value: Any) -> None:
     """Print one JSON document, indented unless it is so large that nobody reads it."""
+    documents = _collecting.get()
+    if documents is not None:
+        documents.append(value)
+        return
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     if len(text) < READABLE:  # indenting takes ten times as long
         text = json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False)

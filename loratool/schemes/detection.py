@@ -26,7 +26,7 @@ from loratool.schemes import builtin_schemes, claimed, sidecar_names, weights_na
 from loratool.schemes.companions import is_training_state
 from loratool.schemes.ranks import weights_of_ranks
 
-__all__ = ["detect_scheme", "distributed", "find_weights", "forms", "selected"]
+__all__ = ["detect_scheme", "distributed", "find_weights", "forms", "naming", "selected"]
 
 DISTRIBUTED: Final = ".metadata"
 """What describes the shards of a distributed checkpoint (PyTorch's DCP)."""
@@ -59,8 +59,10 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
         return path, _of_parts(path)
     if adapter_name and "/" not in adapter_name and (path / adapter_name / CONFIG_NAME).is_file():
         return find_weights(path / adapter_name)
-    others = sorted(config.parent.name for config in path.glob(f"*/{CONFIG_NAME}"))
-    found = [path / name for name in weights_names() if (path / name).is_file()]
+    there = {entry.name: entry.is_dir() for entry in os.scandir(path)}
+    folders = sorted(name for name, is_folder in there.items() if is_folder)
+    others = [name for name in folders if (path / name / CONFIG_NAME).exists()]
+    found = [path / name for name in weights_names() if name in there and (path / name).is_file()]
     if not found and (described := distributed(path)) is not None:
         return described, ()
     if not found and (first := weights_of_ranks(path)) is not None:
@@ -245,6 +247,20 @@ def _written_as(metadata: Mapping[str, str]) -> str | None:
     except (ValueError, RecursionError, KeyError, TypeError):
         return None
     return said if isinstance(said, str) else None
+
+
+def naming(file: WeightsFile, scheme: Scheme, adapter_name: str | None) -> Scheme:
+    """Return ``scheme``, or the one in which a file holds an adapter of that name.
+
+    The name of an adapter may be that of a layer, so that keys alone do not tell which it is.
+    """
+    if adapter_name is None:
+        return scheme
+    for each in (scheme, *claimed(file.tensors)):
+        names = adapter_names({key: each.keys.parse(key) for key in file.tensors})
+        if adapter_name in names:
+            return each
+    return scheme
 
 
 def selected(

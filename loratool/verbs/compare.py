@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import check_sound
 from loratool.base.told import open_told
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import AdapterError, OptionError
 from loratool.files.places import located
@@ -30,6 +29,9 @@ from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.modules import Joint, join
 from loratool.verbs.algebra.sums import values_of
 from loratool.verbs.arguments import one_or_more
+
+if TYPE_CHECKING:
+    from loratool.display.document import Document
 
 __all__ = ["Comparison", "ModuleComparison", "compare"]
 

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
 from loratool.base.told import open_told
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import LoratoolError, OptionError
 from loratool.files.atomic import check_output
@@ -21,7 +20,7 @@ from loratool.files.places import called, located
 from loratool.loaders import loader_named
 from loratool.loaders.loader import Loader
 from loratool.plan.adapter import AdapterPlan
-from loratool.plan.history import History, Source
+from loratool.plan.history import History, Source, as_recorded
 from loratool.plan.outcome import Outcome
 from loratool.plan.plan import run as run_plan
 from loratool.plan.plan import write as write_plan
@@ -33,13 +32,14 @@ from loratool.verbs.conversion.refusals import check_options
 from loratool.write.options import WriteOptions
 from loratool.write.write import write
 
+if TYPE_CHECKING:
+    from loratool.display.document import Document
+
 __all__ = ["NAMINGS", "ConvertReport", "convert"]
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
 NAMINGS: Final = ("native", "diffusers")
-HASHED_BELOW: Final = 64 << 20
-"""Larger inputs go by their size in the metadata: hashing takes longer than copying."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,8 @@ def convert(
         "base": called(base) if base is not None else None,
         "initial": called(initial) if initial is not None else None,
         "alpha": alpha,
+        "adapter_name": adapter_name,
+        "name": name,
         "family": family,
         "naming": naming,
         "component": component,
@@ -222,6 +224,7 @@ def convert(
         "rank": rank,
         "fold": fold or None,
         "pad": pad,
+        "enable_lora": as_recorded(enable_lora),
         "dtype": dtype,
         "drop": tuple(drop),
         "skip": tuple(skip),
@@ -247,8 +250,7 @@ def convert(
         fold=fold,
         pad=pad,
     )
-    hashed = opened.weights if opened.stamp.size < HASHED_BELOW else None
-    history = History("convert", (Source(called(opened.path), hashed),), asked)
+    history = History("convert", (Source.of_adapter(opened),), asked)
     new, options = converted(opened, scheme, conversion, options, history)
     plan = write(new, scheme, options)
     if dry_run:

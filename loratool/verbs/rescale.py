@@ -7,20 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.adapter.fields import LARGEST_NUMBER
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.problems import plain_hint
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import Slot
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import OUTPUT_DTYPES
-from loratool.files.places import called, located
+from loratool.files.places import located
 from loratool.math.factored import norm
 from loratool.names.strengths import Weights, recorded_weights, with_strengths
 from loratool.plan.adapter import AdapterPlan
@@ -49,6 +48,9 @@ from loratool.write.metadata import kept_metadata
 from loratool.write.options import WriteOptions
 from loratool.write.refusals import check_names
 from loratool.write.sidecars import carried_files
+
+if TYPE_CHECKING:
+    from loratool.display.document import Document
 
 __all__ = ["RescaleReport", "rescale"]
 
@@ -213,6 +215,7 @@ def rescale(
         "to_rslora": to_rslora or None,
         "from_rslora": from_rslora or None,
         "dtype": dtype,
+        "adapter_name": adapter_name,
         "skip": tuple(skip),
     }
     written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
@@ -274,7 +277,7 @@ def _rewritten(
         stem=adapter.weights.stem,
         told=adapter.told,
         metadata=kept_metadata(adapter, adapter.scheme),
-        history=History("rescale", (Source(called(adapter.path), adapter.weights),), asked),
+        history=History("rescale", (Source.of_adapter(adapter),), asked),
         sidecars=tuple(sidecars),
         stamps={adapter.weights: adapter.stamp},
         notes=(*notes, *input_notes([adapter])),

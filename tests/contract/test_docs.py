@@ -6,12 +6,13 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
-from reference_pages import documents, formats
+from reference_pages import documents, formats, functions
 from samples import FIXTURES, ROOT
 
 import loratool
@@ -40,7 +41,12 @@ def help_pages() -> str:
 
 @pytest.mark.parametrize(
     ("name", "written"),
-    [("cli.md", help_pages), ("formats.md", formats), ("json.md", documents)],
+    [
+        ("cli.md", help_pages),
+        ("formats.md", formats),
+        ("json.md", documents),
+        ("python.md", functions),
+    ],
 )
 def test_what_is_made_from_the_code_is_in_the_docs(
     name: str, written: Callable[[], str], request: pytest.FixtureRequest
@@ -70,6 +76,13 @@ def test_every_codec_is_in_the_docs() -> None:
     page = (ROOT / "docs" / "quantised.md").read_text()
     for claim in claims():
         assert f"`{codec_named(claim.codec).name}`" in page, claim.codec
+
+
+def test_every_extra_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name in project["optional-dependencies"]:
+        assert f"| `loratool[{name}]` |" in page
 
 
 def test_public_names_are_sorted_documented_and_there() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import loratool
 from loratool import variants
 from loratool.base import layouts
+from loratool.cli.main import COMMANDS
 from loratool.codecs import codec
 from loratool.discovery import Plugins
 from loratool.files import containers
@@ -161,6 +162,25 @@ def documents() -> str:
             ]
             parts.append("")
     return "\n".join(parts)
+
+
+def functions() -> str:
+    """Return what mkdocstrings is to show of the package, by kind."""
+    found: dict[str, list[str]] = {"Functions": [], "Reports": [], "Errors": []}
+    for name in sorted(loratool.__all__, key=_rank):
+        value = getattr(loratool, name)
+        if isinstance(value, type) and issubclass(value, Exception):
+            continue  # with all of the tree
+        kind = "Reports" if isinstance(value, type) else "Functions"
+        found[kind].append(f"::: {value.__module__}.{name}")
+    found["Functions"].append("::: loratool.live.attach")
+    found["Errors"].append("::: loratool.errors")
+    return "\n".join(f"## {title}\n\n" + "\n".join(names) + "\n" for title, names in found.items())
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Order functions as the commands are, and all else by name."""
+    return (COMMANDS.index(name) if name in COMMANDS else len(COMMANDS), name)
 
 
 def _told(schema: dict[str, Any]) -> str:
