@@ -155,8 +155,8 @@ def test_an_adapter_where_a_model_is_meant(command: str, adapter: str, folder: F
 def test_an_adapter_in_a_parent_folder(command: str, folder: Folder) -> None:
     shutil.copytree("adapter", "parent/one")
     line = READS_ADAPTERS[command]
-    if command == "validate":
-        assert "name that: parent/one" in folder.run(line.format("parent")).out
+    if command == "validate":  # which looks at every adapter of a folder
+        assert folder.run(line.format("parent")).status == 0
         return
     said = folder.refused(line.format("parent", "adapter"))
     assert said.error == "parent: holds no adapter itself, and one in the folder 'one' in it"
@@ -404,4 +404,4 @@ def test_a_readme_is_not_dropped(folder: Folder) -> None:
         said = folder.run(line)
         assert "training.log" in said.err
         assert "1 dropped" not in said.out and "2 dropped" not in said.out
-    assert Path("out1/README.md").read_text().startswith("# a card")
+    assert Path("out1/README.md").read_text().count("# a card") == 1
