@@ -281,7 +281,8 @@ def _compare_module(
 def _overlaps(
     first: Factored, second: Factored, ranks: tuple[int, int], directions: int
 ) -> tuple[list[list[float]], list[list[float]], float]:
-    left, right = overlap(first, second, min(directions, *ranks))
+    count = min(directions, *ranks)
+    left, right = overlap(first, second, (count, count))
     return (
         on_host(left).tolist(),
         on_host(right).tolist(),
