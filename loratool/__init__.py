@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loratool.schemes.opening import open_adapter
     from loratool.verbs.algebra.result import AdapterReport
     from loratool.verbs.compare import Comparison, compare
+    from loratool.verbs.comparison.layers import LayerComparison, compare_layers
     from loratool.verbs.compose import compose
     from loratool.verbs.convert import ConvertReport, convert
     from loratool.verbs.extract import extract
@@ -35,10 +36,12 @@ __all__ = [
     "ConvertReport",
     "ExtractReport",
     "Finding",
+    "LayerComparison",
     "LoratoolError",
     "MergeReport",
     "RescaleReport",
     "compare",
+    "compare_layers",
     "compose",
     "convert",
     "extract",
@@ -61,10 +64,12 @@ _PLACES: Final = {
     "ConvertReport": "loratool.verbs.convert",
     "ExtractReport": "loratool.verbs.extraction.result",
     "Finding": "loratool.adapter.findings",
+    "LayerComparison": "loratool.verbs.comparison.layers",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.verbs.merge",
     "RescaleReport": "loratool.verbs.rescale",
     "compare": "loratool.verbs.compare",
+    "compare_layers": "loratool.verbs.comparison.layers",
     "compose": "loratool.verbs.compose",
     "convert": "loratool.verbs.convert",
     "extract": "loratool.verbs.extract",

@@ -104,9 +104,7 @@ def truth(distances: np.ndarray) -> list[tuple[frozenset[int], float]]:
     found = []
     while len(clusters) > 1:
         pairs = itertools.combinations(clusters, 2)
-        one, other = min(
-            pairs, key=lambda pair: distances[np.ix_([*pair[0]], [*pair[1]])].mean()
-        )
+        one, other = min(pairs, key=lambda pair: distances[np.ix_([*pair[0]], [*pair[1]])].mean())
         clusters = [c for c in clusters if c not in (one, other)] + [one | other]
         found.append((one | other, float(distances[np.ix_([*one], [*other])].mean())))
     return found

@@ -1,0 +1,1 @@
+"""What ``compare`` is made of: one module, many adapters, the layers of one."""
