@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Self
 
-__all__ = ["CODES", "Finding", "finding"]
+from loratool.display.document import Document, Remark, Remarks
+from loratool.display.shown import Shown
+
+__all__ = ["CODES", "SEVERITIES", "Finding", "Findings", "finding"]
 
 LONGEST_TEXT: Final = 1000
+SEVERITIES: Final = ("error", "warning", "info")
+"""How bad a finding is, the worst first."""
 
 CODES: Final = {
     "LT000": ("error", "the file cannot be read"),
@@ -97,6 +103,50 @@ class Finding:
             "message": self.message,
             "hint": self.hint,
         }
+
+
+class Findings(Shown, tuple[Finding, ...]):
+    """Everything that was found, in order.
+
+    Attributes:
+        clean: What to say where that is nothing.
+    """
+
+    clean: str
+
+    def __new__(cls, items: Iterable[Finding] = (), clean: str = "nothing was found") -> Self:
+        """Make it of findings."""
+        self = super().__new__(cls, items)
+        self.clean = clean
+        return self
+
+    @property
+    def ok(self) -> bool:
+        """Whether none is an error."""
+        return not any(item.is_error for item in self)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises."""
+        return {"schema": 1, "ok": self.ok, "findings": [item.as_json() for item in self]}
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        remarks = (
+            Remark(item.severity, item.code, item.where, item.message, item.hint or "")
+            for item in self
+        )
+        return Document((Remarks(tuple(remarks), self.summary),))
+
+    @property
+    def summary(self) -> str:
+        """How many there are of each severity."""
+        counts = {name: sum(item.severity == name for item in self) for name in SEVERITIES}
+        words = [
+            f"{count} {name}{'s' * (count != 1 and name != 'info')}"
+            for name, count in counts.items()
+            if count
+        ]
+        return ", ".join(words) or self.clean
 
 
 def finding(code: str, where: object, message: str, hint: str | None = None) -> Finding:

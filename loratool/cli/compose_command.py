@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.cli.adapter_report import print_report
 from loratool.verbs.algebra.extras import POLICIES
 from loratool.verbs.compose import METHODS, compose
 
@@ -77,4 +76,7 @@ def command(
     """
     with render.progress_bar("composing", quiet=quiet) as progress:
         report = compose(adapters, output, progress=progress, **settings)
-    print_report(report, output, as_json=as_json, quiet=quiet)
+    if as_json:
+        render.print_json(report.as_json())
+        return
+    render.show(report.document(), quiet=quiet)

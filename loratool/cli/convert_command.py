@@ -8,10 +8,7 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.cli.adapter_report import print_left_out
-from loratool.cli.grouping import group_modules, span
-from loratool.errors import printable
-from loratool.verbs.convert import NAMINGS, ConvertReport, convert
+from loratool.verbs.convert import NAMINGS, convert
 
 __all__ = ["command"]
 
@@ -88,49 +85,4 @@ def command(
     if as_json:
         render.print_json(report.as_json())
         return
-    render.print_notes(report.notes)
-    if not quiet:
-        _print(report, output)
-
-
-def _print(report: ConvertReport, output: Path) -> None:
-    plan = report.plan
-    names = [item.part.module for item in plan.parts]
-    render.print_table(
-        "would be written" if not report.is_written else "",
-        ("modules", "count", "rank", "scale", "relative error"),
-        [
-            (
-                folded,
-                len(members),
-                span((item.part.rank for item in members), "d"),
-                span((item.part.scale for item in members), ".6g"),
-                span(report.outcome.relative(item.part.module) for item in members),
-            )
-            for folded, members in group_modules(plan.parts, names)
-        ],
-    )
-    for note, count in plan.changes():
-        click.echo(f"{count} modules: {printable(note)}")
-    if not report.is_written:
-        render.print_table(
-            "files",
-            ("file", "size"),
-            [(file["name"], render.human_bytes(file["bytes"])) for file in plan.described_files()],
-        )
-        click.echo(f"about {render.human_bytes(plan.peak_memory)} of memory")
-    print_left_out(list(plan.extras), plan.dropped)
-    click.echo(_summary(report, output))
-
-
-def _summary(report: ConvertReport, output: Path) -> str:
-    plan = report.plan
-    moved = sum(item.is_moved for item in plan.parts)
-    exact = "exact" if report.is_exact else f"relative error {report.relative_error:.3g}"
-    dropped = f", {len(plan.dropped)} dropped" if plan.dropped else ", nothing dropped"
-    words = (
-        f"{printable(output)}: {report.source} → {plan.scheme}, {len(plan.parts)} modules "
-        f"({moved} moved, {len(plan.parts) - moved} computed), "
-        f"{render.human_bytes(plan.nbytes)}, {exact}{dropped}"
-    )
-    return words if report.is_written else f"dry run, nothing written; {words}"
+    render.show(report.document(), quiet=quiet)

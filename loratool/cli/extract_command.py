@@ -8,15 +8,9 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.cli.folding import fold_names
-from loratool.cli.grouping import group_modules, span
-from loratool.errors import printable
 from loratool.verbs.extract import METHODS, RESIDUALS, VARIANTS, extract
-from loratool.verbs.extraction.result import ExtractReport
 
 __all__ = ["command"]
-
-LISTED = 8
 
 
 @click.command("extract")
@@ -108,68 +102,4 @@ def command(
     if as_json:
         render.print_json(report.as_json())
         return
-    render.print_notes(report.notes)
-    if not quiet:
-        _print(report, output)
-
-
-def _print(report: ExtractReport, output: Path) -> None:
-    total = report.total_change or 1.0
-    names = [module.module for module in report.modules]
-    columns = ["modules", "count", "rank"]
-    if report.is_written:
-        columns += ["relative error", "‖difference‖", "share of the change"]
-    rows = []
-    for folded, members in group_modules(report.modules, names):
-        row: list[object] = [folded, len(members), span((m.rank for m in members), "d")]
-        if report.is_written:
-            row += [
-                span(m.relative_error for m in members),
-                span(m.squared_norm**0.5 for m in members),
-                f"{sum(m.squared_norm for m in members) / total:.2%}",
-            ]
-        rows.append(row)
-    render.print_table("" if report.is_written else "would be extracted", columns, rows)
-    _print_leftovers(report, total)
-    for name, why in report.plan.dropped[:LISTED]:
-        click.echo(f"not written: {printable(name)}: {why}", err=True)
-    size = render.human_bytes(report.plan.nbytes)
-    if report.is_written:
-        click.echo(
-            f"{printable(output)}: {len(report.plan.parts)} modules, {size}, relative error "
-            f"{report.relative_error:.3g}; {report.captured:.2%} of the change"
-            + ("" if report.device == "cpu" else f"; computed on {printable(report.device)}")
-        )
-    else:
-        seconds = report.seconds or 0.0
-        words = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
-        memory = render.human_bytes(report.peak_memory)
-        if report.gpu_memory is not None:
-            memory += f", {render.human_bytes(report.gpu_memory)} of {printable(report.device)}"
-        click.echo(
-            f"dry run, nothing written; at most {size}, about {words} and {memory} of memory"
-        )
-
-
-def _print_leftovers(report: ExtractReport, total: float) -> None:
-    groups: dict[tuple[str, bool], list[int]] = {}
-    for index, item in enumerate(report.leftovers):
-        groups.setdefault((item.why, item.is_carried), []).append(index)
-    rows = []
-    for (why, is_carried), places in groups.items():
-        items = [report.leftovers[place] for place in places]
-        known = [item.squared_change for item in items if item.squared_change is not None]
-        folded = fold_names([item.name for item in items])
-        shown = (
-            (*folded[:LISTED], f"and {len(folded) - LISTED} more")
-            if len(folded) > LISTED
-            else tuple(folded)
-        )
-        share = f"{sum(known) / total:.2%}" if known and report.is_written else "-"
-        rows.append((shown, len(items), why, "carried whole" if is_carried else "no", share))
-    if rows:
-        render.print_table(
-            "not in the factors",
-            ("tensors", "count", "why", "in the adapter", "share of the change"),
-            rows,
-        )
+    render.show(report.document(), quiet=quiet)

@@ -16,6 +16,7 @@ from typing import Any, Final, NoReturn
 import click
 
 import loratool
+from loratool.display.characters import ASCII, is_unicode
 from loratool.errors import LoratoolError, printable
 
 __all__ = ["cli", "main"]
@@ -37,19 +38,6 @@ FAILURE: Final = 2
 BLAS_THREADS: Final = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 """How the BLAS libraries that numpy comes with are told; PyTorch on a processor has another."""
 LONGEST_MESSAGE: Final = 2000
-ASCII: Final = {
-    "\N{DOUBLE VERTICAL LINE}": "||",
-    "\N{GREEK CAPITAL LETTER DELTA}": "delta",
-    "\N{MIDDLE DOT}": "*",
-    "\N{MULTIPLICATION SIGN}": "x",
-    "\N{HORIZONTAL ELLIPSIS}": "...",
-    "\N{GREEK SMALL LETTER PHI}": "phi",
-    "\N{RIGHTWARDS ARROW}": "->",
-    "\N{LESS-THAN OR EQUAL TO}": "<=",
-    "\N{MINUS SIGN}": "-",
-    "\N{EN DASH}": "-",
-}
-"""What stands for characters that a terminal or a pipe does not have."""
 NO_THREAD: Final = "can't start new thread"
 GARBAGE: Final = 100_000
 """Objects between two searches for cycles, of which a command makes none that matter."""
@@ -124,7 +112,7 @@ def _open_missing_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open till the end
-        elif isinstance(stream, TextIOWrapper) and "utf" not in stream.encoding.lower():
+        elif isinstance(stream, TextIOWrapper) and not is_unicode(stream.encoding):
             stream.reconfigure(errors="loratool")
 
 

@@ -8,10 +8,7 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.cli.folding import fold_names
-from loratool.errors import printable
-from loratool.plan.model import ModelPlan
-from loratool.verbs.merge import MergeReport, merge, plan_merge
+from loratool.verbs.merge import merge, plan_merge
 from loratool.verbs.merging.coding import QUANTIZED
 
 __all__ = ["command"]
@@ -85,9 +82,9 @@ def command(
     if dry_run:
         plan = plan_merge(base, adapters, output=output, **settings)
         if as_json:
-            render.print_json(_plan_json(plan))
+            render.print_json(plan.as_json())
         else:
-            _print_plan(plan)
+            render.show(plan.document())
         return
     with render.progress_bar("merging", quiet=quiet) as progress:
         report = merge(
@@ -103,91 +100,6 @@ def command(
             progress=progress,
         )
     if as_json:
-        render.print_json(_report_json(report))
+        render.print_json(report.as_json())
         return
-    render.print_notes(report.notes)
-    if not quiet:
-        click.echo(_summary(report, output))
-
-
-def _summary(report: MergeReport, output: Path) -> str:
-    kept = ""
-    if report.retention is not None:
-        kept = f"; {min(report.retention, 1):.2%} of the update survived rounding"
-    added = f", {report.added} added" if report.added else ""
-    return (
-        f"{printable(output)}: {report.merged} tensors merged, {report.copied} copied{added}, "
-        f"{render.human_bytes(report.bytes_written)}{kept}"
-    )
-
-
-def _report_json(report: MergeReport) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "tensors": report.tensors,
-        "merged": report.merged,
-        "copied": report.copied,
-        "added": report.added,
-        "unused": list(report.unused),
-        "bytes_written": report.bytes_written,
-        "retention": report.retention,
-        "notes": list(report.notes),
-    }
-
-
-def _plan_json(plan: ModelPlan) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "dry_run": True,
-        "tensors": sum(1 for _ in plan.steps()),
-        "merged": plan.merged,
-        "copied": plan.copied,
-        "added": plan.added,
-        "unused": list(plan.unused),
-        "bytes_to_write": plan.nbytes,
-        "peak_memory": plan.peak_memory,
-        "files": [{"name": file.name, "bytes": file.size} for file in plan.files],
-        "steps": [
-            {"tensor": step.spec.name, "what": step.words}
-            for step in plan.steps()
-            if step.is_changed
-        ],
-        "sidecars": [{"name": item.name, "why": item.why} for item in plan.sidecars],
-        "left_behind": [{"name": name, "why": why} for name, why in plan.left_behind],
-        "notes": list(plan.notes),
-    }
-
-
-def _print_plan(plan: ModelPlan) -> None:
-    render.print_table(
-        "would be written",
-        ("file", "size", "tensors", "of these changed"),
-        [
-            (
-                file.name,
-                render.human_bytes(file.size),
-                len(file.steps),
-                sum(step.is_changed for step in file.steps),
-            )
-            for file in plan.files
-        ]
-        + [(item.name, "", "", item.why or "as it is") for item in plan.sidecars],
-    )
-    changed: dict[str, list[str]] = {}
-    for step in plan.steps():
-        if step.is_changed:
-            changed.setdefault(step.words, []).append(step.spec.name)
-    render.print_table(
-        "changes",
-        ("tensors", "count", "what happens"),
-        [(tuple(fold_names(names)), len(names), words) for words, names in changed.items()],
-    )
-    if plan.left_behind:
-        render.print_table("not carried over", ("file", "why"), plan.left_behind)
-    for key in plan.unused:
-        click.echo(f"skipped: {printable(key)}")
-    click.echo(
-        f"{render.human_bytes(plan.nbytes)} in all; about "
-        f"{render.human_bytes(plan.peak_memory)} of memory; {plan.copied} tensors are copied"
-    )
-    render.print_notes(plan.notes)
+    render.show(report.document(), quiet=quiet)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
-from loratool.cli.grouping import layer_of, pattern_of, row_pattern
+from loratool.display.grouping import layer_of, pattern_of, row_pattern
 from loratool.errors import OptionError, OutputError, UnsupportedError, printable
 from loratool.files.atomic import check_output, staged
 

@@ -8,10 +8,7 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.cli.adapter_report import print_plan
-from loratool.cli.grouping import group_modules, span
-from loratool.errors import printable
-from loratool.verbs.rescale import KEEP, RescaleReport, rescale
+from loratool.verbs.rescale import KEEP, rescale
 
 __all__ = ["command"]
 
@@ -62,30 +59,4 @@ def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings:
     if as_json:
         render.print_json(report.as_json())
         return
-    render.print_notes(report.notes)
-    if not quiet:
-        _print(report, output)
-
-
-def _print(report: RescaleReport, output: Path) -> None:
-    names = list(report.scales)
-    render.print_table(
-        "",
-        ("modules", "count", "scale", "was", "delta"),
-        [
-            (
-                folded,
-                len(members),
-                span((report.scales[name][1] for name in members), ".6g"),
-                span((report.scales[name][0] for name in members), ".6g"),
-                "× " + span((report.ratios[name] for name in members), ".6g"),
-            )
-            for folded, members in group_modules(names, names)
-        ],
-    )
-    print_plan(report.plan, with_files=not report.is_written)
-    words = (
-        f"{printable(output)}: {len(names)} modules, {render.human_bytes(report.plan.nbytes)}, "
-        + (f"relative error {report.relative_error:.3g}" if report.relative_error else "exact")
-    )
-    click.echo(words if report.is_written else f"dry run, nothing written; {words}")
+    render.show(report.document(), quiet=quiet)

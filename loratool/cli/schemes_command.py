@@ -22,15 +22,6 @@ def command(as_json: bool) -> None:
     """
     found = schemes()
     if as_json:
-        rows = [
-            {"name": s.name, "reads": s.reads, "writes": s.writes, "example": s.example}
-            for s in found
-        ]
-        render.print_json({"schema": 1, "schemes": rows})
+        render.print_json(found.as_json())
         return
-    words = {True: "yes", False: "not yet"}
-    render.print_table(
-        "",
-        ("scheme", "read", "written", "who writes it", "example"),
-        [(s.name, words[s.reads], words[s.writes], s.summary, s.example) for s in found],
-    )
+    render.show(found.document())

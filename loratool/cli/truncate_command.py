@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.cli.adapter_report import print_report
 from loratool.verbs.truncate import truncate
 
 __all__ = ["command"]
@@ -56,4 +55,7 @@ def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings:
     """
     with render.progress_bar("truncating", quiet=quiet) as progress:
         report = truncate(adapter, output, progress=progress, **settings)
-    print_report(report, output, as_json=as_json, quiet=quiet)
+    if as_json:
+        render.print_json(report.as_json())
+        return
+    render.show(report.document(), quiet=quiet)

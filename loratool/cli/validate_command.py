@@ -43,4 +43,8 @@ def command(
         loratool validate my-adapter/ --for vllm
     """
     findings = validate(adapter, base=base, deep=deep, adapter_name=adapter_name, target=target)
-    return render.report_findings(findings, as_json=as_json, clean="nothing is wrong with it")
+    if as_json:
+        render.print_json(findings.as_json())
+    else:
+        render.show(findings.document())
+    return 0 if findings.ok else 1

@@ -1,1 +1,1 @@
-"""What people see of a report: facts, tables and notes as plain data, shown on a terminal or a page."""
+"""What people see of a report, as plain data, and how it is shown: terminal, pipe, notebook."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter.model import Adapter, Site
 from loratool.base.region import Region
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.errors import MergeError
 from loratool.files.container import Layout, WeightsFile
 from loratool.files.containers import container_of
@@ -376,7 +378,7 @@ def _working_bytes(step: Step) -> int:
 
 
 @dataclass(frozen=True)
-class ModelPlan:
+class ModelPlan(Shown):
     """Everything that a run will write, and everything that it will not use.
 
     Attributes:
@@ -398,6 +400,35 @@ class ModelPlan:
     notes: tuple[str, ...] = ()
     left_behind: tuple[tuple[str, str], ...] = field(default=())
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises."""
+        return {
+            "schema": 1,
+            "dry_run": True,
+            "tensors": sum(1 for _ in self.steps()),
+            "merged": self.merged,
+            "copied": self.copied,
+            "added": self.added,
+            "unused": list(self.unused),
+            "bytes_to_write": self.nbytes,
+            "peak_memory": self.peak_memory,
+            "files": [{"name": file.name, "bytes": file.size} for file in self.files],
+            "steps": [
+                {"tensor": step.spec.name, "what": step.words}
+                for step in self.steps()
+                if step.is_changed
+            ],
+            "sidecars": [{"name": item.name, "why": item.why} for item in self.sidecars],
+            "left_behind": [{"name": name, "why": why} for name, why in self.left_behind],
+            "notes": list(self.notes),
+        }
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.plan.shown import model_document
+
+        return model_document(self)
 
     def steps(self) -> Iterator[Step]:
         """Yield every step of every file."""

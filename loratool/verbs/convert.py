@@ -12,6 +12,8 @@ from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
 from loratool.base.told import open_told
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.errors import LoratoolError, OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
@@ -39,7 +41,7 @@ HASHED_BELOW: Final = 64 << 20
 
 
 @dataclass(frozen=True)
-class ConvertReport:
+class ConvertReport(Shown):
     """What a conversion did.
 
     Attributes:
@@ -47,6 +49,7 @@ class ConvertReport:
         plan: What was decided.
         outcome: The errors of what had to be computed.
         is_written: Whether it was written.
+        output: Where it is, or would be.
         notes: What a user should know, one sentence each.
     """
 
@@ -54,6 +57,7 @@ class ConvertReport:
     plan: AdapterPlan
     outcome: Outcome
     is_written: bool
+    output: Path
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -97,6 +101,12 @@ class ConvertReport:
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped],
             "notes": list(self.notes),
         }
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.verbs.conversion.shown import conversion_document
+
+        return conversion_document(self)
 
 
 def convert(
@@ -245,6 +255,7 @@ def convert(
         plan=plan,
         outcome=outcome,
         is_written=not dry_run,
+        output=place,
         notes=(*plan.notes, *_missing(opened, opened_base, scheme), *_found(outcome)),
     )
 

@@ -14,6 +14,8 @@ from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import looks_like_adapter
 from loratool.adapter.wrapped import factor_names
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.errors import (
     AdapterError,
     BaseModelError,
@@ -76,7 +78,7 @@ class ModuleInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterInfo:
+class AdapterInfo(Shown):
     """What an adapter is.
 
     Attributes:
@@ -129,9 +131,15 @@ class AdapterInfo:
             **({"base": self.base} if adapter.beside else {}),
         }
 
+    def document(self, *, unfolded: bool = False) -> Document:
+        """Return what people see of it; ``unfolded`` gives every module a row."""
+        from loratool.verbs.inspection.shown import adapter_document
+
+        return adapter_document(self, unfolded=unfolded)
+
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
+class ModelInfo(Shown):
     """What a model is.
 
     Attributes:
@@ -223,6 +231,12 @@ class ModelInfo:
             "metadata": self.metadata,
             "notes": list(self.notes),
         }
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.verbs.inspection.shown import model_document
+
+        return model_document(self)
 
 
 def inspect(

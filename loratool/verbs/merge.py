@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from loratool.display.document import Document, Lines
+from loratool.display.figures import human_bytes
+from loratool.display.shown import Shown
 from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
 from loratool.plan.plan import write
@@ -21,7 +24,7 @@ RETENTION_WARNING: Final = 0.9
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Shown):
     """What a merge did.
 
     Attributes:
@@ -33,6 +36,7 @@ class MergeReport:
         bytes_written: Bytes of the weights files.
         retention: ``⟨W' - W, Δ⟩ / ‖Δ‖²``, the share of the update that survived rounding to
             the output dtype; ``None`` where nothing was added to anything.
+        output: Where it is.
         notes: What a user should know, one sentence each.
     """
 
@@ -43,7 +47,33 @@ class MergeReport:
     unused: tuple[str, ...]
     bytes_written: int
     retention: float | None
+    output: Path
     notes: tuple[str, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that the command line's JSON promises."""
+        return {
+            "schema": 1,
+            "tensors": self.tensors,
+            "merged": self.merged,
+            "copied": self.copied,
+            "added": self.added,
+            "unused": list(self.unused),
+            "bytes_written": self.bytes_written,
+            "retention": self.retention,
+            "notes": list(self.notes),
+        }
+
+    def document(self) -> Document:
+        """Return what people see of it: one sentence."""
+        added = f", {self.added} added" if self.added else ""
+        words = (
+            f"{self.output}: {self.merged} tensors merged, {self.copied} copied{added}, "
+            f"{human_bytes(self.bytes_written)}"
+        )
+        if self.retention is not None:
+            words += f"; {min(self.retention, 1):.2%} of the update survived rounding"
+        return Document((Lines((words,)),), self.notes)
 
 
 @exactly
@@ -137,5 +167,6 @@ def merge(
         unused=plan.unused,
         bytes_written=plan.nbytes,
         retention=retention,
+        output=output,
         notes=tuple(notes),
     )

@@ -14,6 +14,8 @@ from loratool.adapter.model import Adapter, Site
 from loratool.adapter.problems import plain_hint
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import Slot
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.containers import USUAL, is_weights
@@ -56,7 +58,7 @@ SMALLEST_ALPHA: Final = 1.2e-38
 
 
 @dataclass(frozen=True)
-class RescaleReport:
+class RescaleReport(Shown):
     """What a rescaling did.
 
     Attributes:
@@ -65,6 +67,7 @@ class RescaleReport:
         relative_error: Of the deltas written against the exact ones.
         plan: What was decided.
         is_written: Whether it was written.
+        output: Where it is, or would be.
         notes: What a user should know.
     """
 
@@ -73,6 +76,7 @@ class RescaleReport:
     relative_error: float
     plan: AdapterPlan
     is_written: bool
+    output: Path
     notes: tuple[str, ...] = field(default=())
 
     def as_json(self) -> dict[str, Any]:
@@ -91,6 +95,12 @@ class RescaleReport:
             "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
             "notes": list(self.notes),
         }
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.verbs.algebra.rescaled import rescaling_document
+
+        return rescaling_document(self)
 
 
 def rescale(
@@ -231,6 +241,7 @@ def rescale(
         relative_error=error,
         plan=plan,
         is_written=not dry_run,
+        output=place,
         notes=(*plan.notes, *left_out, *_notes(opened, changes, alpha, keep, max_norm)),
     )
 

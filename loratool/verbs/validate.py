@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from loratool.adapter.findings import Finding, finding
+from loratool.adapter.findings import SEVERITIES, Finding, Findings, finding
 from loratool.base.model import Model, open_model
 from loratool.base.refusals import CODE
 from loratool.base.trained_on import training_notes
@@ -28,7 +28,7 @@ def validate(
     deep: bool = False,
     adapter_name: str | None = None,
     target: str | None = None,
-) -> tuple[Finding, ...]:
+) -> Findings:
     """Check an adapter, alone or against the base that it is for.
 
     Args:
@@ -58,7 +58,7 @@ def validate(
                 path, adapter_name=adapter_name, base_modules=model.paths, base=model.told
             )
     except LoratoolError as error:
-        return (finding("LT000", error.where, error.what, error.hint),)
+        return Findings([finding("LT000", error.where, error.what, error.hint)])
     found: list[Finding] = []
     try:
         found += check_tensors(opened, deep=deep)
@@ -75,8 +75,8 @@ def validate(
     else:
         notes = training_notes(opened.base_model)
         found += [finding("LT035", opened.path, note) for note in notes]
-    order = {"error": 0, "warning": 1, "info": 2}
-    return tuple(sorted(dict.fromkeys(found), key=lambda item: (order[item.severity], item.code)))
+    found.sort(key=lambda item: (SEVERITIES.index(item.severity), item.code))
+    return Findings(dict.fromkeys(found), "nothing is wrong with it")
 
 
 def _model(base: str | PathLike[str] | None) -> tuple[Model | None, Finding | None]:

@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.findings import Finding, finding
+from loratool.adapter.findings import Finding, Findings, finding
 from loratool.base.config import DTYPE_KEYS
 from loratool.base.model import Model, open_model
 from loratool.codecs.codec import CodedTensor
@@ -55,7 +55,7 @@ def verify(
     device: str = "auto",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Finding, ...]:
+) -> Findings:
     """Compare a merged model with what base and adapters make.
 
     Args:
@@ -84,7 +84,7 @@ def verify(
     except LoratoolError as error:
         if not Path(merged).exists():
             raise
-        return (finding("LT109", error.where, error.what, error.hint),)
+        return Findings([finding("LT109", error.where, error.what, error.hint)])
     plan = plan_merge(
         base,
         adapters,
@@ -107,7 +107,8 @@ def verify(
         progress=progress,
     )
     found += sink.findings()
-    return tuple(sorted(found, key=lambda item: (item.severity != "error", item.code, item.where)))
+    found.sort(key=lambda item: (item.severity != "error", item.code, item.where))
+    return Findings(found, "every tensor is what it should be")
 
 
 def _is_kept(base: Model, merged: Model) -> bool:

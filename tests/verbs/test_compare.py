@@ -13,8 +13,8 @@ from deltas import dense_deltas
 from samples import FIXTURES, lora
 
 import loratool
-from loratool.cli.grouping import sparkline
 from loratool.cli.main import cli
+from loratool.display.figures import sparkline
 from loratool.errors import OptionError
 
 Make = Callable[..., Path]

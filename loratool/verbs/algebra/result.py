@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.files.atomic import check_output
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.outcome import Outcome
@@ -27,7 +29,7 @@ Spectra = Mapping[str, Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)
-class AdapterReport:
+class AdapterReport(Shown):
     """An adapter that was written, or would be.
 
     Attributes:
@@ -36,12 +38,14 @@ class AdapterReport:
         plan: What was decided.
         is_written: Whether it was written.
         notes: What a user should know, one sentence each.
+        output: Where it is, or would be.
     """
 
     modules: tuple[ModuleReport, ...]
     plan: AdapterPlan
     is_written: bool
     notes: tuple[str, ...]
+    output: Path
 
     @property
     def relative_error(self) -> float:
@@ -89,6 +93,12 @@ class AdapterReport:
         if self.distance_from_sum is not None:
             document["distance_from_sum"] = self.distance_from_sum
         return document
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.verbs.algebra.shown import adapter_document
+
+        return adapter_document(self)
 
 
 def finish(
@@ -154,7 +164,7 @@ def finish(
         plan = draft.plan(ranks)
     if dry_run:
         reports = [expected_report(j, ranks[j.rank_group], spectra[j.name]) for j in joints]
-        return AdapterReport(tuple(reports), plan, False, plan.notes)
+        return AdapterReport(tuple(reports), plan, False, plan.notes, output)
     outcome = write_plan(
         plan,
         output,
@@ -173,7 +183,7 @@ def finish(
     reports = [*written, *gone]
     dtypes = {joint.shape.dtype for joint in joints}
     notes = _result_notes(dtypes, reports, truncation)
-    return AdapterReport(tuple(reports), plan, True, (*plan.notes, *notes))
+    return AdapterReport(tuple(reports), plan, True, (*plan.notes, *notes), output)
 
 
 def _report_of(joint: Joint, outcome: Outcome) -> ModuleReport:

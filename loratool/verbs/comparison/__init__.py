@@ -1,1 +1,1 @@
-"""What ``compare`` is made of: one module, many adapters, the layers of one."""
+"""What ``compare`` is made of: one module, many adapters, the layers of one, what people see."""

@@ -15,6 +15,8 @@ from typing import Any
 from loratool.adapter.model import Adapter
 from loratool.adapter.problems import check_plain, site_problems
 from loratool.base.told import open_told
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.errors import AdapterError, OptionError
 from loratool.math.factored import factor
 from loratool.math.namespace import Array, squared_norm
@@ -95,7 +97,7 @@ class KindOfModule:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerComparison:
+class LayerComparison(Shown):
     """How alike the layers of one adapter are.
 
     Attributes:
@@ -109,6 +111,12 @@ class LayerComparison:
     kinds: tuple[KindOfModule, ...]
     alone: tuple[str, ...]
     notes: tuple[str, ...] = ()
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.verbs.comparison.shown import layers_document
+
+        return layers_document(self)
 
     def records(self) -> list[dict[str, Any]]:
         """Return flat rows, for a table or a DataFrame: one for each two modules of a kind."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.math.clustering import Joining
 from loratool.names.kinds import positions_of
 
@@ -124,7 +126,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """What a comparison found.
 
     Attributes:
@@ -178,6 +180,12 @@ class Comparison:
                     both,
                     (self.shared[i][i] - both, self.shared[j][j] - both),
                 )
+
+    def document(self, *, unfolded: bool = False) -> Document:
+        """Return what people see of it; ``unfolded`` gives every module a row."""
+        from loratool.verbs.comparison.shown import comparison_document
+
+        return comparison_document(self, unfolded=unfolded)
 
     def records(self) -> list[dict[str, Any]]:
         """Return flat rows, for a table or a DataFrame.

@@ -106,6 +106,7 @@ def dry_run_of(
         plan=plan,
         shapes=tuple((joint.shape.out, joint.shape.columns) for joint in draft.joints),
         is_written=False,
+        output=draft.options.output,
         device=", ".join(map(str, gpus)) or "cpu",
         seconds=seconds,
         gpu_memory=gpu_memory,
@@ -191,6 +192,7 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
             plan=plan,
             shapes=tuple((joint.shape.out, joint.shape.columns) for joint in draft.joints),
             is_written=True,
+            output=output,
             device=differences.device,
             at_a_time=differences.threads or 1,
             notes=(

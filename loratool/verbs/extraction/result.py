@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
+from loratool.display.document import Document
+from loratool.display.shown import Shown
 from loratool.plan.adapter import PYTHON_BYTES, AdapterPlan
 from loratool.verbs.extraction.difference import ModuleResult
 
@@ -33,7 +36,7 @@ class LeftoverChange:
 
 
 @dataclass(frozen=True)
-class ExtractReport:
+class ExtractReport(Shown):
     """What an extraction found and wrote.
 
     Attributes:
@@ -43,6 +46,7 @@ class ExtractReport:
         plan: What was decided.
         shapes: ``(out, in)`` of the modules' deltas.
         is_written: Whether it was written.
+        output: Where it is, or would be.
         device: What decomposed the differences.
         seconds: For a dry run: roughly how long it would take.
         at_a_time: How many modules the processor has in work.
@@ -56,6 +60,7 @@ class ExtractReport:
     plan: AdapterPlan
     shapes: tuple[tuple[int, int], ...]
     is_written: bool
+    output: Path
     device: str = "cpu"
     seconds: float | None = None
     gpu_memory: int | None = None
@@ -142,6 +147,12 @@ class ExtractReport:
             "gpu_memory": self.gpu_memory,
             "notes": list(self.notes),
         }
+
+    def document(self) -> Document:
+        """Return what people see of it."""
+        from loratool.verbs.extraction.shown import extraction_document
+
+        return extraction_document(self)
 
 
 def _plainly(module: ModuleResult) -> dict[str, float]:

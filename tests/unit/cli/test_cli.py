@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from samples import FIXTURES, lora
 
-from loratool.cli.folding import fold_names, fold_numbers
 from loratool.cli.main import COMMANDS
+from loratool.display.folding import fold_names, fold_numbers
 
 Make = Callable[..., Path]
 BASE = FIXTURES / "bases" / "llama-untied"

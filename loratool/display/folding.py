@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Final
 
-__all__ = ["fold_names", "fold_numbers"]
+__all__ = ["fold_names", "fold_numbers", "listed", "shortened"]
+
+LISTED: Final = 8
+"""How many names a sentence lists."""
 
 
 def fold_numbers(numbers: Iterable[int]) -> str:
@@ -41,6 +45,19 @@ def fold_names(names: Sequence[str]) -> list[str]:
     for index in reversed(range(depth)):
         groups = _merge(groups, index, numeric=False)
     return [".".join(path) for path, _ in sorted(groups, key=lambda item: item[1])]
+
+
+def shortened(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names, folded where all are dotted paths, the first few and how many more."""
+    is_dotted = all(name.count(".") > 1 for name in names)
+    shown = fold_names(names) if is_dotted else list(names)
+    more = (f"and {len(shown) - LISTED} more",) if len(shown) > LISTED else ()
+    return (*shown[:LISTED], *more)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the same as one phrase."""
+    return ", ".join(shortened(names)).replace(", and ", " and ")
 
 
 def _merge(

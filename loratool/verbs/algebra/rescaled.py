@@ -1,0 +1,53 @@
+"""What people see of a rescaling."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loratool.display.document import Column, Document, Lines, Table
+from loratool.display.figures import human_bytes, span
+from loratool.display.grouping import group_modules
+from loratool.plan.shown import adapter_files, carried_along, not_written
+
+if TYPE_CHECKING:
+    from loratool.verbs.rescale import RescaleReport
+
+__all__ = ["rescaling_document"]
+
+
+def rescaling_document(report: RescaleReport) -> Document:
+    """Return its modules, what goes with them, and in one sentence what became of it."""
+    plan, names = report.plan, list(report.scales)
+    modules = Table.of(
+        "",
+        (
+            Column("modules", folds=True, is_kept=True),
+            Column("count", is_kept=True),
+            "scale",
+            "was",
+            "delta",
+        ),
+        [
+            (
+                folded,
+                len(members),
+                span((report.scales[name][1] for name in members), ".6g"),
+                span((report.scales[name][0] for name in members), ".6g"),
+                "× " + span((report.ratios[name] for name in members), ".6g"),
+            )
+            for folded, members in group_modules(names, names)
+        ],
+    )
+    error = report.relative_error
+    words = f"{report.output}: {len(names)} modules, {human_bytes(plan.nbytes)}, " + (
+        f"relative error {error:.3g}" if error else "exact"
+    )
+    return Document.of(
+        (
+            modules,
+            *(() if report.is_written else adapter_files(plan)),
+            carried_along(plan.extras if plan.parts else ()),
+            Lines((words if report.is_written else f"dry run, nothing written; {words}",)),
+        ),
+        (*report.notes, *not_written(plan.dropped)),
+    )

@@ -1,0 +1,1 @@
+"""What is told of adapters and models, as people see it."""

@@ -1,0 +1,205 @@
+"""What people see of an adapter or a model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
+from statistics import fmean
+from typing import TYPE_CHECKING, Final
+
+from loratool.display.document import Block, Column, Document, Facts, Group, Row, Table
+from loratool.display.figures import human_bytes, human_count, span, sparkline
+from loratool.display.folding import fold_names
+from loratool.display.grouping import group_modules
+from loratool.names.sections import section_of
+
+if TYPE_CHECKING:
+    from loratool.verbs.inspect import AdapterInfo, ModelInfo, ModuleInfo
+
+__all__ = ["adapter_document", "model_document"]
+
+SAID: Final = "general."
+"""What the keys begin with of what a file says of any model."""
+LONG: Final = 80
+
+
+def adapter_document(info: AdapterInfo, *, unfolded: bool = False) -> Document:
+    """Return what an adapter is, its modules, spectra and other tensors.
+
+    Args:
+        info: What was found.
+        unfolded: Whether every module has a row of its own.
+    """
+    return Document.of(_adapter_blocks(info, unfolded), info.notes)
+
+
+def _adapter_blocks(info: AdapterInfo, unfolded: bool) -> Iterator[Block]:
+    adapter = info.adapter
+    facts = [
+        ("adapter", str(adapter.path)),
+        ("scheme", adapter.scheme),
+        ("base model", adapter.base_model or "not said"),
+        ("parameters", human_count(adapter.parameters)),
+        ("size", human_bytes(adapter.nbytes)),
+        ("modules", str(len(info.modules))),
+    ]
+    if adapter.name:
+        facts.append(("name in keys", adapter.name))
+    if adapter.beside:
+        base = info.base
+        words = f"{base['tensors']} tensors, {human_count(base['parameters'])} parameters"
+        facts.append(("and a base", f"{words}, {human_bytes(base['bytes'])}"))
+    yield Facts(tuple(facts))
+    yield _modules(info, unfolded)
+    if info.spectra:
+        yield _spectra(info, unfolded)
+    yield Table.of(
+        "not part of a delta",
+        (Column("tensor", folds=True, is_kept=True), "what", "dtype", "shape"),
+        [
+            (e.name, e.kind.value, e.tensor.spec.dtype, str(list(e.tensor.spec.shape)))
+            for e in adapter.extras
+        ],
+    )
+
+
+def _modules(info: AdapterInfo, unfolded: bool) -> Table:
+    adapter = info.adapter
+    sections: dict[str, list[ModuleInfo]] = defaultdict(list)
+    for module in info.modules:
+        sections[section_of(module.module, adapter.components, adapter.family)].append(module)
+    groups = []
+    for name, modules in sections.items():
+        rows = tuple(_row(*alike, unfolded) for alike in _alike(modules, unfolded))
+        words = f"{name} ({len(modules)})" if name and len(sections) > 1 else ""
+        groups.append(Group(words, rows))
+    columns = (
+        Column("modules", folds=True, is_kept=True),
+        *(() if unfolded else (Column("count", is_kept=True),)),
+        *map(Column, ("kind", "rank", "alpha", "scale", "in", "out", "dtype")),
+    )
+    return Table.grouped("", columns, groups)
+
+
+def _spectra(info: AdapterInfo, unfolded: bool) -> Table:
+    names = [spectrum.module for spectrum in info.spectra]
+    groups = (
+        [((spectrum.module,), [spectrum]) for spectrum in info.spectra]
+        if unfolded
+        else group_modules(info.spectra, names)
+    )
+    titles = ("‖delta‖", "σ₁", "stable", "effective", "90 %", "99 %", "99.9 %", "σ (log)")
+    return Table.of(
+        "spectra of the deltas",
+        (
+            Column("modules", folds=True, is_kept=True),
+            *(Column(title, is_kept=True) for title in titles),
+        ),
+        [
+            (
+                folded,
+                span(s.frobenius_norm for s in members),
+                span(s.spectral_norm for s in members),
+                span((s.stable_rank for s in members), ".1f"),
+                span((s.effective_rank for s in members), ".1f"),
+                *(
+                    span((s.energy_ranks[name] for s in members), "d")
+                    for name in members[0].energy_ranks
+                ),
+                sparkline(_mean([s.singular_values for s in members])),
+            )
+            for folded, members in groups
+        ],
+    )
+
+
+def _mean(spectra: Sequence[tuple[float, ...]]) -> list[float]:
+    return [fmean(values) for values in zip_longest(*spectra, fillvalue=0.0)]
+
+
+def _alike(
+    modules: Sequence[ModuleInfo], unfolded: bool
+) -> list[tuple[list[str], list[ModuleInfo]]]:
+    """Group modules that agree in everything but their place; the rarest groups come first."""
+    if unfolded:
+        return [([module.module], [module]) for module in modules]
+    alike: dict[tuple[object, ...], list[ModuleInfo]] = defaultdict(list)
+    for module in modules:
+        alike[
+            (
+                module.kind,
+                module.variant,
+                module.rank,
+                module.alpha,
+                module.scale,
+                module.dtype,
+                module.experts,
+            )
+        ].append(module)
+    ordered = sorted(alike.values(), key=len)
+    return [(fold_names([module.module for module in group]), group) for group in ordered]
+
+
+def _row(names: list[str], members: Sequence[ModuleInfo], unfolded: bool) -> Row:
+    first = members[0]
+    kind = first.kind if first.variant == "lora" else f"{first.kind}, {first.variant}"
+    if first.experts > 1:
+        kind += f", {first.experts} experts"
+    return (
+        tuple(names),
+        *(() if unfolded else (len(members),)),
+        kind,
+        first.rank,
+        "none" if first.alpha is None else f"{first.alpha:g}",
+        f"{first.scale:.6g}",
+        _sizes(module.in_features for module in members),
+        _sizes(module.out_features for module in members),
+        first.dtype,
+    )
+
+
+def _sizes(values: Iterable[int]) -> str:
+    unique = sorted(set(values))
+    return ", ".join(str(value) for value in unique[:4]) + (", …" if len(unique) > 4 else "")
+
+
+def model_document(info: ModelInfo) -> Document:
+    """Return what a model is."""
+    model, coded = info.model, info.quantization
+    words = "no"
+    if coded is not None:
+        words = f"{coded.modules} weights in {coded.format}" if coded.modules else "not read"
+    tied = {True: "yes", False: "no", None: "not said"}[info.is_tied]
+    parts = [f"{name} {human_count(count)}" for name, count in info.components.items()]
+    what = [
+        ("type", info.model_type or "not said"),
+        ("architecture", ", ".join(info.architectures) or "not said"),
+    ]
+    if parts:
+        what = [("family", model.family or "not known"), ("components", ", ".join(parts))]
+    facts = [
+        ("model", str(model.path)),
+        *what,
+        ("parameters", human_count(info.parameters)),
+        ("size", human_bytes(model.bytes)),
+        ("tensors", str(len(model.stored))),
+        ("shards", str(len(model.shards))),
+        ("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in info.dtypes.items())),
+        ("quantised", words),
+        *([] if parts else [("tied embeddings", tied)]),
+        *_said(info),
+    ]
+    return Document((Facts(tuple(facts)),), info.notes)
+
+
+def _said(info: ModelInfo) -> list[tuple[str, str]]:
+    """Return what a file with key values says of its model, but for what is told already."""
+    if not info.model.config.is_inside:
+        return []
+    said = {key: text for key, text in info.metadata.items() if key.startswith(SAID)}
+    return [
+        (key.removeprefix(SAID), text if len(text) <= LONG else f"{text[:LONG]}…")
+        for key, text in said.items()
+        if text != info.model_type
+    ]
