@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
+from loratool.cli.drawings import check_drawings, write_drawings
 from loratool.verbs.extract import METHODS, RESIDUALS, VARIANTS, extract
 
 __all__ = ["command"]
@@ -59,6 +60,7 @@ __all__ = ["command"]
 )
 @options.to("The scheme to write; peft by default.")
 @options.plot
+@options.report
 @options.dtype
 @options.force
 @options.dry_run
@@ -73,6 +75,7 @@ def command(
     finetuned: Path,
     output: Path,
     plot: Path | None,
+    page: Path | None,
     quiet: bool,
     as_json: bool,
     **settings: Any,
@@ -89,16 +92,12 @@ def command(
         loratool extract base/ finetuned/ --rank auto --residual carry -o adapter/
         loratool extract base/ finetuned/ --rank 32 --variant dora -o adapter/
     """
-    if plot is not None:
-        from loratool.cli.plots import check_plot
-
-        check_plot(plot, force=settings["force"], inputs=[base, finetuned, output])
+    force = settings["force"]
+    check_drawings(plot, page, force=force, inputs=[base, finetuned, output])
     with render.progress_bar("extracting", quiet=quiet) as progress:
         report = extract(base, finetuned, output, progress=progress, **settings)
-    if plot is not None and report.is_written:
-        from loratool.cli.plots import plot_extraction
-
-        plot_extraction(report, finetuned.resolve().name, plot, force=settings["force"])
+    if report.is_written:
+        write_drawings(report, plot, page, force=force)
     if as_json:
         render.print_json(report.as_json())
         return

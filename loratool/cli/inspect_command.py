@@ -17,6 +17,7 @@ __all__ = ["command"]
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
 @click.option("--spectrum", is_flag=True, help="Read the factors too: singular values, norms.")
 @options.plot
+@options.report
 @options.force
 @options.adapter_name
 @options.threads
@@ -28,6 +29,7 @@ def command(
     modules: bool,
     spectrum: bool,
     plot: Path | None,
+    page: Path | None,
     force: bool,
     adapter_name: str | None,
     threads: int | None,
@@ -37,7 +39,7 @@ def command(
     """Say what an adapter (or a model) is.
 
     Only headers are read, so this is quick for files of any size. --spectrum reads the factors
-    of an adapter as well, and --plot draws their spectra.
+    of an adapter as well, --plot draws their spectra, and --report makes a page of all of it.
 
     \b
     Example:
@@ -45,22 +47,23 @@ def command(
         loratool inspect my-adapter/ --spectrum --plot spectra.png
         loratool inspect adapter_model.safetensors --json | jq '.modules[0]'
     """
-    if plot is not None:
-        from loratool.cli.plots import check_plot
+    reads = spectrum or plot is not None or page is not None
+    if plot is not None or page is not None:
+        from loratool.cli.drawings import check_drawings
 
-        check_plot(plot, force=force, inputs=[path])
-    with render.progress_bar("reading", quiet=quiet or not (spectrum or plot)) as progress:
+        check_drawings(plot, page, force=force, inputs=[path])
+    with render.progress_bar("reading", quiet=quiet or not reads) as progress:
         info = inspect(
             path,
-            spectrum=spectrum or plot is not None,
+            spectrum=reads,
             adapter_name=adapter_name,
             threads=threads,
             progress=progress,
         )
-    if plot is not None and isinstance(info, AdapterInfo):
-        from loratool.cli.plots import plot_spectra
+    if isinstance(info, AdapterInfo) and (plot is not None or page is not None):
+        from loratool.cli.drawings import write_drawings
 
-        plot_spectra(info.spectra, path.resolve().name, plot, force=force)
+        write_drawings(info, plot, page, force=force)
     if as_json:
         render.print_json(info.as_json())
     elif isinstance(info, AdapterInfo):

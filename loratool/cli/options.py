@@ -15,7 +15,9 @@ __all__ = [
     "PATH",
     "adapter_name",
     "alpha",
+    "as_csv",
     "as_json",
+    "as_jsonl",
     "debug",
     "device",
     "dry_run",
@@ -26,6 +28,7 @@ __all__ = [
     "output",
     "plot",
     "quiet",
+    "report",
     "skip",
     "target",
     "threads",
@@ -227,5 +230,12 @@ dtype: Decorator = click.option(
     help="Write floats in this; by default as the input.",
 )
 plot: Decorator = click.option(
-    "--plot", type=PATH, metavar="FILE", help="Draw it: a .png, .svg or .html file."
+    "--plot", type=PATH, metavar="FILE", help="Draw it: a .png, .svg, .pdf or .html file."
 )
+report: Decorator = click.option(
+    "--report", "page", type=PATH, metavar="FILE", help="Write it as one page: an .html file."
+)
+as_jsonl: Decorator = click.option(
+    "--jsonl", "as_jsonl", is_flag=True, help="Print JSON with one line for each."
+)
+as_csv: Decorator = click.option("--csv", "as_csv", is_flag=True, help="Print rows as CSV.")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from loratool.names.pipelines import BACKBONES, component_of
+from loratool.names.pipelines import component_of
+from loratool.names.sections import section_of
 
 __all__ = ["Position", "positions_of"]
 
@@ -16,15 +17,6 @@ LIST_OF_LAYERS: Final = re.compile(
 )
 """What the number of a layer follows: ``layers.0``, ``transformer_blocks.3``, ``blocks.4.1``."""
 NUMBER: Final = re.compile(r"[0-9]{1,9}")
-STRETCHES: Final = {
-    "down_blocks": "down",
-    "mid_block": "mid",
-    "up_blocks": "up",
-    "input_blocks": "down",
-    "middle_block": "mid",
-    "output_blocks": "up",
-}
-"""The stretches of a U-Net, by how diffusers and the original checkpoints call them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +53,7 @@ class Position:
 
 
 def positions_of(
-    modules: Sequence[str], components: frozenset[str] = frozenset()
+    modules: Sequence[str], components: frozenset[str] = frozenset(), family: str | None = None
 ) -> tuple[Position, ...]:
     """Return where each of the modules of one model is.
 
@@ -70,17 +62,17 @@ def positions_of(
     Args:
         modules: Dotted paths.
         components: What is a component of a pipeline for certain.
+        family: The pipeline, where known.
     """
-    cut = [component_of(module, components) for module in modules]
-    encoders = {name for name, _ in cut if name is not None and name.startswith("text_encoder")}
-    found = [_position(name, local, len(encoders)) for name, local in cut]
-    sections = {position.section for position in found if position.numbers}
+    found = [_position(module, components, family) for module in modules]
+    sections = {position.section for position in found if position.section}
     if len(sections) > 1 or any(" " in section for section in sections):
         return tuple(found)
     return tuple(replace(position, section="") for position in found)
 
 
-def _position(component: str | None, local: str, encoders: int) -> Position:
+def _position(module: str, components: frozenset[str], family: str | None) -> Position:
+    component, local = component_of(module, components)
     words = local.split(".")
     numbered = [i for i in range(1, len(words) - 1) if NUMBER.fullmatch(words[i])]
     layered = [i for i in numbered if LIST_OF_LAYERS.fullmatch(words[i - 1])]
@@ -88,13 +80,11 @@ def _position(component: str | None, local: str, encoders: int) -> Position:
     experts = [i for i in numbered if i not in places and _is_expert(words, i)]
     last = places[-1] if places else -1
     kind = [word for i, word in enumerate(words) if i > last and i not in experts]
-    stretch = next((STRETCHES[word] for word in words if word in STRETCHES), "")
-    section = _component(component, encoders)
-    if stretch and (component is None or component in BACKBONES):
-        section = f"unet {stretch}"
-    elif places and (component is None or component in BACKBONES):
-        before = words[: places[0]]
-        section = ".".join(before) if component is None else before[-1]
+    section = section_of(module, components, family)
+    if places and component is None:
+        section = ".".join(words[: places[0]])
+    elif places and section == component:  # a backbone of several lists of blocks
+        section = words[places[0] - 1]
     return Position(
         section,
         ".".join(kind) or local,
@@ -105,11 +95,3 @@ def _position(component: str | None, local: str, encoders: int) -> Position:
 
 def _is_expert(words: Sequence[str], place: int) -> bool:
     return "expert" in words[place - 1]
-
-
-def _component(component: str | None, encoders: int) -> str:
-    """Return what a component is called in short: text encoders by their number."""
-    if component is None or not component.startswith("text_encoder"):
-        return component or ""
-    number = component.removeprefix("text_encoder").strip("_") or "1"
-    return f"te{number}" if encoders > 1 else "te"

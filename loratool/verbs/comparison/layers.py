@@ -238,7 +238,7 @@ Member = tuple[Joint, Position]
 
 def _groups(joints: Sequence[Joint], adapter: Adapter) -> dict[str, list[Member]]:
     """Return modules of one kind, shape and expert together, by what they are called."""
-    positions = positions_of([joint.name for joint in joints], adapter.components)
+    positions = positions_of([joint.name for joint in joints], adapter.components, adapter.family)
     found: dict[tuple[str, str, tuple[int, ...], tuple[int, int]], list[Member]]
     found = defaultdict(list)
     for joint, position in zip(joints, positions, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from loratool.display.document import Column, Document, Lines, Table
+from loratool.display.document import Column, Document, Lines, Row, Table
 from loratool.display.figures import span
 from loratool.display.folding import listed
 from loratool.display.grouping import group_modules
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison_document", "layers_document"]
 
-WIDEST: Final = 24
+WIDEST: Final = 14
 """Adapters whose cosines are a table; those of more are for a picture, or a file."""
 
 
@@ -127,7 +127,7 @@ def _many(found: Comparison) -> Iterator[Table]:
 
 def layers_document(found: LayerComparison) -> Document:
     """Return how alike the layers of one adapter are, for each kind of module."""
-    rows = [
+    rows: list[Row] = [
         (
             kind.kind,
             len(kind.modules),
@@ -163,8 +163,8 @@ def _short(value: float | None) -> str:
     """Return a cosine in few characters: ``.87``, ``-.02``, ``1``."""
     if value is None:
         return "-"
-    text = f"{value:.2f}"
-    return "1" if text == "1.00" else text.replace("-0.00", "0.00").replace("0.", ".")
+    text = f"{value:z.2f}"
+    return "1" if text == "1.00" else text.replace("0.", ".")
 
 
 def _alone(found: Comparison) -> Iterator[str]:
