@@ -103,4 +103,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz", type=float, default=3.0, metavar="SECONDS", help="how long each parser is fuzzed"
     )
+    parser.addoption(
+        "--kills", type=int, default=3, metavar="N", help="how often each writing verb is killed"
+    )
     parser.addoption("--write-docs", action="store_true", help="write docs/cli.md anew")

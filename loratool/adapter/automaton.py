@@ -15,10 +15,10 @@ from re import _constants as of  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any, Final
 
-__all__ = ["Automaton", "EndlessError", "UnsupportedExpressionError"]
+__all__ = ["Automaton", "Budget", "EndlessError", "UnsupportedExpressionError"]
 
 MAX_STATES: Final = 20_000
-MAX_STEPS: Final = 5_000_000
+MAX_STEPS: Final = 3_000_000
 MAX_KEPT: Final = 10_000
 Test = Callable[[str], bool]
 
@@ -29,6 +29,39 @@ class UnsupportedExpressionError(ValueError):
 
 class EndlessError(ValueError):
     """More states, or more steps, than a pattern may take."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """What all expressions of one configuration may take together.
+
+    Attributes:
+        states: That they may have still.
+        steps: That matching may take still; what was found once takes none again.
+    """
+
+    states: int = MAX_STATES
+    steps: int = MAX_STEPS
+
+    def take_state(self) -> None:
+        """Note a state.
+
+        Raises:
+            EndlessError: There are too many.
+        """
+        self.states -= 1
+        if self.states < 0:
+            raise EndlessError("it is too large")
+
+    def take_steps(self, steps: int) -> None:
+        """Note steps.
+
+        Raises:
+            EndlessError: There are too many.
+        """
+        self.steps -= steps
+        if self.steps < 0:
+            raise EndlessError("it takes too many steps")
 
 
 @dataclass(slots=True)
@@ -48,18 +81,22 @@ class _State:
 class Automaton:
     """A compiled expression.
 
+    Args:
+        text: The expression.
+        budget: What it may take; by default one of its own.
+
     Raises:
         UnsupportedExpressionError: It has parts that need a memory.
         EndlessError: It is too large.
         re.error: It is no regular expression.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, budget: Budget | None = None) -> None:
         tree = parser.parse(text)
         if tree.state.flags & (re.MULTILINE | re.IGNORECASE | re.DOTALL | re.ASCII | re.LOCALE):
             raise UnsupportedExpressionError("flags")
         self._states: list[_State] = []
-        self._steps = 0
+        self._budget = budget or Budget()
         self._kept: dict[tuple[frozenset[int], str, str], frozenset[int]] = {}
         self._end = self._add(_State())
         self._begin = self._sequence(tree, self._end)
@@ -74,7 +111,7 @@ class Automaton:
 
     def _run(self, text: str, start: int, stop: int, *, is_full: bool, begin: int = -1) -> bool:
         end = self._end
-        current, _ = self._closed((self._begin if begin < 0 else begin,), text, start)
+        current = self._started(self._begin if begin < 0 else begin, text, start)
         for place in range(start, stop):
             if end in current and not is_full:
                 return True
@@ -83,6 +120,16 @@ class Automaton:
             current = self._moved(current, text, place)
         return end in current
 
+    def _started(self, begin: int, text: str, start: int) -> frozenset[int]:
+        """Return where a match is before any character."""
+        key = (frozenset((begin,)), "", text[:1])
+        found = None if start else self._kept.get(key)
+        if found is None:
+            found, is_far = self._closed((begin,), text, start)
+            if not (start or is_far or "\n" in key[2]):
+                self._kept[key] = found
+        return found
+
     def _moved(self, current: frozenset[int], text: str, place: int) -> frozenset[int]:
         """Return where the character at ``place`` leads from ``current``."""
         char = text[place]
@@ -90,7 +137,7 @@ class Automaton:
         found = self._kept.get(key)
         if found is None:
             states = self._states
-            self._spend(len(current))
+            self._budget.take_steps(len(current))
             moved = [
                 states[n].after
                 for n in current
@@ -115,23 +162,17 @@ class Automaton:
                 is_far |= state.is_look
                 if not state.condition(text, at):
                     continue
-            self._spend(len(state.free))
+            self._budget.take_steps(len(state.free))
             for other in state.free:
                 if other not in found:
                     found.add(other)
                     waiting.append(other)
         return frozenset(found), is_far
 
-    def _spend(self, steps: int) -> None:
-        self._steps += steps
-        if self._steps > MAX_STEPS:
-            raise EndlessError("it takes too many steps")
-
     # ------------------------------------------------------------------ building
 
     def _add(self, state: _State) -> int:
-        if len(self._states) >= MAX_STATES:
-            raise EndlessError("it is too large")
+        self._budget.take_state()
         self._states.append(state)
         return len(self._states) - 1
 

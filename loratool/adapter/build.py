@@ -10,13 +10,27 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loratool.adapter.config import LoraConfig
-from loratool.adapter.model import HEAD_LEAVES, Extra, ExtraKind, Kind, Site, in_registered_order
+from loratool.adapter.model import (
+    HEAD_LEAVES,
+    UNTOLD,
+    Extra,
+    ExtraKind,
+    Kind,
+    Site,
+    in_registered_order,
+)
 from loratool.adapter.patterns import matches_target
 from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.adapter.variant import Choice, Variant
-from loratool.adapter.wrapped import ALPHAS, SCALES, without_holder, without_wrapper
+from loratool.adapter.wrapped import (
+    ALPHAS,
+    SCALES,
+    is_of_layer,
+    unwrapped_names,
+    without_holder,
+)
 from loratool.errors import AdapterError
 from loratool.files.container import read_bytes
 from loratool.files.spec import StoredTensor
@@ -45,6 +59,10 @@ MAX_RANK: Final = 1 << 20
 SCALARS: Final = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
 WIDENED: Final = {"BF16": (b"\x00\x00", "<f"), "F8_E5M2": (b"\x00", "<e")}
 """Types that others begin with: what lacks of those, and what they are."""
+RANKS: Final = ("r", "rank", "lora_r", "lora_rank", "lora_dim")
+"""What layers of tutorials call their rank."""
+SAME: Final = 1e-5
+"""What two records of one scale may differ by, rounded as they were."""
 UNSCALED: Final = Scaling(None, 0)
 SAVED_COPY: Final = re.compile(r"\.(modules_to_save|original_module)(\.[^.]+)?(?=\.)")
 
@@ -105,6 +123,8 @@ def build_sites(
             continue
         module = strip_wrappers(parsed.module)
         wrapped += module != parsed.module
+        if not scheme.keys.prefix:
+            module = without_holder(module)
         if parsed.slot in (Slot.ROWS, Slot.STATE):
             kind = ExtraKind.ROWS if parsed.slot is Slot.ROWS else ExtraKind.STATE
             extras.append(Extra(key, module.replace(".base_layer", ""), kind, tensor))
@@ -137,6 +157,7 @@ def build_sites(
         # Not by dataclasses.replace: this is done for every module, and that takes longer.
         sites.append(Site(module, of, variant, slots, scaling, nesting, raw, stacked, settings))
     sites, extras = _with_stored_scales(sites, extras)
+    sites, extras = _with_untold(sites, extras)
     adapted = {site.module for site in sites}
     shared = {t.spec.name for site in sites if site.settings for t in site.tensors}
     extras = [replace(e, kind=ExtraKind.SHARED) if e.key in shared else e for e in extras]
@@ -178,15 +199,48 @@ def _with_stored_scales(sites: list[Site], extras: list[Extra]) -> tuple[list[Si
     used: set[str] = set()
     for index, site in enumerate(sites):
         number = found.get(site.module)
-        if number is None or not site.variant.is_scaled or site.scaling.alpha is not None:
+        if number is None or not site.variant.is_scaled:
             continue
         value, rank = read_scalar(number.tensor), site.scaling.rank
         scaling = Scaling(value, rank)
         if number.name.rpartition(".")[2] in SCALES:
             scaling = Scaling(value * rank, rank, multiplier=value)
-        sites[index] = replace(site, scaling=scaling)
+        if site.scaling.alpha is None:
+            sites[index] = replace(site, scaling=scaling)
+        elif not math.isclose(scaling.factor, site.scaling.factor, rel_tol=SAME):
+            continue
         used.add(number.key)
     return sites, [extra for extra in extras if extra.key not in used]
+
+
+def _with_untold(sites: list[Site], extras: list[Extra]) -> tuple[list[Site], list[Extra]]:
+    """Say of modules what lies beside their factors that nobody knows the meaning of.
+
+    A number that says their rank, or what was dropped in training, changes nothing.
+    """
+    places = {site.module: index for index, site in enumerate(sites)}
+    kept: list[Extra] = []
+    for extra in extras:
+        holder, _, leaf = extra.name.rpartition(".")
+        index = places.get(without_holder(holder))
+        if index is None or extra.kind is not ExtraKind.FULL or is_of_layer(leaf):
+            kept.append(extra)
+            continue
+        site = sites[index]
+        if _is_of_training(extra, leaf, site):
+            kept.append(replace(extra, kind=ExtraKind.STATE))
+            continue
+        kept.append(extra)
+        untold = (*site.settings.get(UNTOLD, ()), extra.tensor.spec)
+        sites[index] = replace(site, settings={**site.settings, UNTOLD: untold})
+    return sites, kept
+
+
+def _is_of_training(extra: Extra, leaf: str, site: Site) -> bool:
+    """Whether a number beside factors only says what they say, or nothing about them."""
+    if extra.tensor.spec.elements != 1:
+        return False
+    return "dropout" in leaf or (leaf in RANKS and read_scalar(extra.tensor) == site.rows)
 
 
 def _of_base(extras: list[Extra], sites: list[Site], config: LoraConfig | None) -> frozenset[str]:
@@ -201,7 +255,8 @@ def _of_base(extras: list[Extra], sites: list[Site], config: LoraConfig | None) 
         for site in sites
         if site.kind is not Kind.EMBEDDING and site.module.rpartition(".")[2] not in HEAD_LEAVES
     }
-    names = {without_wrapper(extra.name, linear).removesuffix(".weight") for extra in whole}
+    unwrapped = unwrapped_names((extra.name for extra in whole), linear)
+    names = {name.removesuffix(".weight") for name in unwrapped.values()}
     if 2 * len(names & linear) <= len(linear) or not linear:
         return frozenset()
     saved = config.modules_to_save if config is not None else ()

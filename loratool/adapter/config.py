@@ -103,7 +103,7 @@ def parse_config(raw: Mapping[str, Any], *, where: object) -> LoraConfig:
     kind = raw.get("peft_type")
     for name, problem in wrong_fields(raw):
         if name in DECIDING:
-            raise AdapterError(where, problem)
+            raise AdapterError(where, problem, code="LT015")
     if kind == TOKENS:
         raw = {**raw, "trainable_token_indices": raw.get("token_indices")}
     alpha = raw.get("alpha" if kind in OWN_ALPHA else "lora_alpha")
@@ -134,7 +134,9 @@ def _rank(raw: Mapping[str, Any], name: str, default: int, where: object) -> int
     if rank is None or (rank == 0 and type(rank) is int and raw.get("peft_type") in UNRANKED):
         return default
     if not _is_rank(rank):
-        raise AdapterError(where, f"{name} is {rank!r:.40}, expected a positive whole number")
+        raise AdapterError(
+            where, f"{name} is {rank!r:.40}, expected a positive whole number", code="LT015"
+        )
     return int(rank)
 
 
@@ -145,7 +147,9 @@ def _patterns(raw: Mapping[str, Any], name: str, where: object) -> Mapping[str, 
             continue
         is_rank = name == "rank_pattern"
         if not (_is_rank(entry) if is_rank else is_number(entry)):
-            raise AdapterError(where, f"{name}[{key!r:.60}] is {entry!r:.40}, expected a number")
+            raise AdapterError(
+                where, f"{name}[{key!r:.60}] is {entry!r:.40}, expected a number", code="LT015"
+            )
     return value
 
 

@@ -13,7 +13,12 @@ from functools import cached_property
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any, Final
 
-from loratool.adapter.automaton import Automaton, EndlessError, UnsupportedExpressionError
+from loratool.adapter.automaton import (
+    Automaton,
+    Budget,
+    EndlessError,
+    UnsupportedExpressionError,
+)
 
 __all__ = ["Expression", "ExpressionError"]
 
@@ -33,15 +38,17 @@ class Expression:
 
     Args:
         text: As people write it.
+        budget: What it may take together with others; by default one of its own.
 
     Raises:
         ExpressionError: It is none, or cannot be matched in bounded time.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, budget: Budget | None = None) -> None:
         if len(text) > MAX_LENGTH:
             raise ExpressionError(f"a pattern is {len(text)} characters long")
         self.text = text
+        self._budget = budget or Budget()
         try:
             self._repeats, self._choices = _tries(parser.parse(text))
             self._usual = re.compile(text)
@@ -92,7 +99,7 @@ class Expression:
 
     def _made(self, text: str) -> Automaton:
         try:
-            return Automaton(text)
+            return Automaton(text, self._budget)
         except (UnsupportedExpressionError, re.error) as error:
             what = error if isinstance(error, UnsupportedExpressionError) else "flags"
             raise ExpressionError(

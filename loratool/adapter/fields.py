@@ -168,6 +168,9 @@ def number_in(config: Mapping[str, Any], name: str, *, where: object) -> float:
     if not is_number(value):
         shown = reprlib.repr(value)
         raise AdapterError(
-            where, f"{name} is {shown}, expected a number", hint="correct it, or delete the field"
+            where,
+            f"{name} is {shown}, expected a number",
+            hint="correct it, or delete the field",
+            code="LT015",
         )
     return float(value)

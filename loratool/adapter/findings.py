@@ -52,6 +52,7 @@ CODES: Final = {
     "LT033": ("warning", "a module whose path is not known"),
     "LT034": ("error", "the head that was trained is in no file"),
     "LT035": ("info", "trained on, or merged into, a quantised base"),
+    "LT036": ("warning", "a checksum is wrong"),
     "LT101": ("error", "a tensor is missing"),
     "LT102": ("error", "a tensor that should not be there"),
     "LT103": ("error", "wrong dtype or shape"),

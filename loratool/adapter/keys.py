@@ -17,6 +17,7 @@ __all__ = [
     "KeyTable",
     "Template",
     "are_transposed",
+    "are_upright",
     "transposed",
 ]
 
@@ -191,6 +192,17 @@ class KeyTable:
             for slots in found.values()
             if len(slots) == 2 and all(len(item.spec.shape) == 2 for item in slots.values())
         ]
+
+
+def are_upright(pairs: Sequence[tuple[StoredTensor, StoredTensor]]) -> bool:
+    """Return whether factors fit as ``(r, in), (out, r)`` of a small rank, and not transposed.
+
+    Args:
+        pairs: A and B of each module, as they are stored, both matrices.
+    """
+    shapes = [(down.spec.shape, up.spec.shape) for down, up in pairs]
+    fit = all(a[0] == b[1] and a[0] <= min(a[1], b[0]) for a, b in shapes)
+    return fit and are_transposed(pairs) is False
 
 
 def are_transposed(pairs: Sequence[tuple[StoredTensor, StoredTensor]]) -> bool | None:

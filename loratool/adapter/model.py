@@ -23,6 +23,7 @@ __all__ = [
     "HEAD_LEAVES",
     "HISTORY_KEY",
     "INVOCATION_KEY",
+    "UNTOLD",
     "Adapter",
     "Extra",
     "ExtraKind",
@@ -43,6 +44,8 @@ HISTORY_KEY: Final = "loratool"
 FILE_ALPHA_KEY: Final = "adapter.lora.alpha"
 """Metadata of what has one alpha for all modules in its file."""
 
+UNTOLD: Final = "untold"
+"""In settings: the specs of tensors beside the factors that nobody knows the meaning of."""
 INVOCATION_KEY: Final = "adapter.alora.invocation_tokens"
 """Metadata of what acts after its tokens only."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, TypeVar
 
+from loratool.adapter.automaton import Budget
 from loratool.adapter.expressions import Expression, ExpressionError
 from loratool.errors import AdapterError
 
@@ -30,25 +31,26 @@ PLAIN: Final = re.compile(r"\^?[\w.\-/ ]+")
 """A name, in which a dot stands for any character, as it does in every regular expression."""
 
 
-@lru_cache(maxsize=1 << 12)
-def _expression(text: str) -> Expression:
+def _expression(text: str, budget: Budget | None = None) -> Expression:
     """Return a compiled pattern of the configuration.
 
     Raises:
         AdapterError: It is no regular expression, or cannot be matched in bounded time.
     """
     try:
-        return Expression(text)
+        return Expression(text, budget)
     except ExpressionError as error:
-        raise AdapterError("adapter_config.json", str(error)) from None
+        raise AdapterError("adapter_config.json", str(error), code="LT015") from None
 
 
-def _matches(pattern: str, name: str, *, is_full: bool) -> bool:
-    expression = _expression(pattern)
+_kept = lru_cache(maxsize=1 << 12)(_expression)
+
+
+def _matches(expression: Expression, name: str, *, is_full: bool) -> bool:
     try:
         return expression.fullmatch(name) if is_full else expression.match(name)
     except ExpressionError as error:
-        raise AdapterError("adapter_config.json", str(error)) from None
+        raise AdapterError("adapter_config.json", str(error), code="LT015") from None
 
 
 @dataclass(slots=True)
@@ -72,16 +74,19 @@ class _Table:
     def __init__(self, patterns: tuple[str, ...]) -> None:
         self.root = _Node()
         self.patterns = patterns
-        self.others: list[tuple[int, str]] = []
+        self.others: list[tuple[int, Expression]] = []
+        budget = Budget()
         for index, pattern in enumerate(patterns):
             if PLAIN.fullmatch(pattern):
                 self._add(index, pattern)
             else:
-                self.others.append((index, pattern))
-        if len(self.others) > MANY_EXPRESSIONS:
-            raise AdapterError(
-                "adapter_config.json", f"has {len(self.others)} patterns with operators"
-            )
+                self.others.append((index, _expression(_trailing(pattern), budget)))
+            if len(self.others) > MANY_EXPRESSIONS:
+                raise AdapterError(
+                    "adapter_config.json",
+                    f"has more than {MANY_EXPRESSIONS} patterns with operators",
+                    code="LT015",
+                )
 
     def _add(self, index: int, pattern: str) -> None:
         node = self.root
@@ -105,14 +110,16 @@ class _Table:
                 break
             if len(nodes) > MANY_PLACES:
                 raise AdapterError(
-                    "adapter_config.json", "its patterns have dots in too many ways to be names"
+                    "adapter_config.json",
+                    "its patterns have dots in too many ways to be names",
+                    code="LT015",
                 )
             is_component = place == 0 or module[place - 1] == "."
             for node in nodes if is_component else ():
                 found += node.keys
                 if place == 0:
                     found += node.whole
-        found += [index for index, pattern in self.others if pattern_matches(pattern, module)]
+        found += [n for n, each in self.others if _matches(each, module, is_full=False)]
         return sorted(found)
 
 
@@ -134,7 +141,12 @@ def pattern_matches(pattern: str, module: str) -> bool:
     The key is a regular expression that must match whole trailing components of the path, or
     all of it where the key begins with ``^``.
     """
-    return _matches(rf"(.*\.)?({pattern})$", module, is_full=False)
+    return _matches(_kept(_trailing(pattern)), module, is_full=False)
+
+
+def _trailing(pattern: str) -> str:
+    """Return the expression that PEFT makes of a key."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def pattern_values(patterns: Mapping[str, Value], module: str) -> list[tuple[str, Value]]:
@@ -160,7 +172,7 @@ def matches_target(targets: str | Iterable[str], name: str) -> bool:
     A string is a regular expression for the whole path; a list holds paths or dotted suffixes.
     """
     if isinstance(targets, str):
-        return _matches(targets, name, is_full=True)
+        return _matches(_kept(targets), name, is_full=True)
     return not _known(targets).isdisjoint(suffixes(name))
 
 

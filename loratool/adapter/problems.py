@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Final
 
 from loratool.adapter.build import is_scaled_by_name
 from loratool.adapter.expected import shape_problems
 from loratool.adapter.leaving import leave_out, option, pattern_for
-from loratool.adapter.model import Adapter, Kind, Site
+from loratool.adapter.model import UNTOLD, Adapter, Kind, Site
 from loratool.adapter.slots import Slot
 from loratool.adapter.variant import NO_GEOMETRY, Variant
 from loratool.errors import AdapterError, UnsupportedError
@@ -19,6 +20,7 @@ __all__ = [
     "check_adapter",
     "check_change",
     "check_plain",
+    "check_sound",
     "check_unmixed",
     "is_matrix",
     "is_whole",
@@ -48,11 +50,14 @@ def check_adapter(adapter: Adapter) -> None:
             "an activated LoRA (aLoRA): it acts only after its invocation tokens, which no "
             "merged weight can do",
             hint="serve it as an adapter",
+            code="LT023",
         )
     if config is not None:
         if config.flag("arrow_config"):
             raise UnsupportedError(
-                adapter.path, "an Arrow router: it mixes adapters by input; no weights equal it"
+                adapter.path,
+                "an Arrow router: it mixes adapters by input; no weights equal it",
+                code="LT023",
             )
         init = config.init
         if init.words:
@@ -60,13 +65,23 @@ def check_adapter(adapter: Adapter) -> None:
                 adapter.path,
                 f"init_lora_weights is {init.name!r}{init.words}",
                 hint=CONVERT_HINT,
+                code="LT023",
             )
     if not adapter.sites and not adapter.extras:
         raise AdapterError(adapter.path, "holds nothing to merge")
     for site in adapter.sites:
         check_change(site, adapter)
-        for code, problem in site_problems(site, adapter):
-            raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+        check_sound(site, adapter)
+
+
+def check_sound(site: Site, adapter: Adapter) -> None:
+    """Refuse a site that ``validate`` finds an error in.
+
+    Raises:
+        AdapterError: It is broken, or contradicts the configuration; the code is the finding's.
+    """
+    for code, problem in site_problems(site, adapter):
+        raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})", code=code)
 
 
 def check_unmixed(adapter: Adapter) -> None:
@@ -81,6 +96,7 @@ def check_unmixed(adapter: Adapter) -> None:
             f"mixes schemes: it was read as {adapter.scheme!r}, and {len(adapter.mixed)} of its "
             f"keys are factors in another, such as {adapter.mixed[0]!r}",
             hint="leave out one part with --skip",
+            code="LT032",
         )
 
 
@@ -122,6 +138,7 @@ def _check_name(site: Site, adapter: Adapter) -> None:
             f"{adapter.path}: {site.label}",
             adapter.unknown or "is a flattened name, and nothing tells which module it is",
             hint="restore the names first: loratool convert ADAPTER --to peft --base BASE -o OUT",
+            code="LT033",
         )
 
 
@@ -189,6 +206,14 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
     """Yield ``(code, problem)`` for everything that makes ``site`` unusable."""
     config = adapter.config
     down, up = site.down, site.up
+    for spec in site.settings.get(UNTOLD, ()):
+        without = option("--skip", re.escape(f".{spec.name.rpartition('.')[2]}") + "$")
+        yield (
+            "LT008",
+            f"has {spec.name!r}, of shape {list(spec.shape)}, beside its factors: it may change "
+            "the delta, and nothing says how; fold it into them, or leave it out if it does not "
+            f"({without})",
+        )
     if not site.is_plain and Slot.MID not in site.slots:
         misshapen = list(shape_problems(site))
         if misshapen:

@@ -134,6 +134,7 @@ class Projected(Variant):
                 f"shares projections of the shapes {list(one)} and {list(other)}, which are too "
                 f"small for {site.out_features} × {into}",
                 hint="is this the base that it was trained on?",
+                code="LT022",
             )
 
     def width(self, site: Site, shape: tuple[int, ...] | None = None) -> int:

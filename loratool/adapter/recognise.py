@@ -20,7 +20,6 @@ PEFT_TYPES: Final = {
     "POLY": "a router that mixes adapters by task; no fixed weights equal it",
     "LILY": "a router that mixes factors by input; no fixed weights equal it",
     "SHADOW": "a small model beside the large one; no weights of that equal it",
-    "TINYLORA": "vectors of modules that only the live model's order tells",
     "PEANUT": "a small network of the weight, whose layers are not linear",
     "PSOFT": "rotations of the base's own leading directions, not read yet",
     "OSF": "a decomposition of the base's own weights, not read yet",
@@ -42,6 +41,11 @@ FORMS: Final[tuple[tuple[str, str], ...]] = (
     (r"^w_[ab]_\d+$", "numbered factors, but not two pairs for each block"),
     (r"\.lora_[ab]\.weight$", "factors of candle's kind, or of a torchtune model not read yet"),
     (r"\.lora_(up|down)\.weight$", "factors under names of a scheme that is not known"),
+    (
+        r"(^|[._])(lora|LoRA)([._A-Z0-9]|$)|[._](W|w|delta|linear|adapter)_?[aAbB](_\w+)?(\.weight)?$",
+        "factors under names of their own, it seems: call them MODULE.lora_A (r, in) and "
+        "MODULE.lora_B (out, r), and say the scale with --alpha",
+    ),
 )
 
 

@@ -113,6 +113,7 @@ class Written:
         family: The pipeline that its modules belong to, where known.
         stem: What the file was called that it comes from.
         title: What the output is called.
+        name: The adapter's name in it, for schemes that have one.
     """
 
     modules: tuple[Spelled, ...]
@@ -128,6 +129,7 @@ class Written:
     family: str | None
     stem: str
     title: str
+    name: str = ""
 
 
 class Paths(Protocol):
@@ -292,6 +294,10 @@ class Settings(Protocol):
 
     def config(self, written: Written) -> dict[str, Any] | None:
         """Return the configuration, or ``None`` where there is none."""
+        ...
+
+    def dump(self, config: Mapping[str, Any]) -> Mapping[str, bytes]:
+        """Return the configuration as files have it, by their names."""
         ...
 
     def metadata(self, written: Written) -> dict[str, str]:

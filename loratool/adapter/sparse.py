@@ -35,6 +35,7 @@ class AtPlaces(Change):
                 site.module,
                 f"has a number for the place {list(outside)} of a weight of shape {list(shape)}",
                 hint="is this the base that it was trained on?",
+                code="LT022",
             )
 
     def difference(self, part: Array, row: int, column: int) -> Array:
@@ -53,7 +54,9 @@ def within(site: Site, places: Array, size: int) -> None:
     lowest, highest = int(places.min()), int(places.max())
     if lowest < 0 or highest >= size:
         raise AdapterError(
-            site.module, f"means entries {lowest} to {highest} of what has {size} of them"
+            site.module,
+            f"means entries {lowest} to {highest} of what has {size} of them",
+            code="LT022",
         )
 
 

@@ -194,6 +194,10 @@ class Variant:
         """
         return True
 
+    def is_its_own(self, site: Site) -> bool:
+        """Whether other tools mean another delta by these tensors, so that A and B are written."""
+        return self.is_compact
+
     def settings(
         self,
         module: str,

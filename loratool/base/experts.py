@@ -81,7 +81,7 @@ def _in_fused(
         return None
     shape = base.shape(name)
     if len(shape) != 3 or part.expert >= shape[0]:
-        raise BaseModelError(label, f"the base's {name!r} has shape {list(shape)}")
+        raise BaseModelError(label, f"the base's {name!r} has shape {list(shape)}", code="LT022")
     _, rows, columns = shape
     is_interleaved = bool(base.config.model_types & INTERLEAVED) or _is_interleaved(part, base)
     if is_interleaved and (part.parts > 1 or _is_interleaved(part, base)):
@@ -98,7 +98,7 @@ def _in_fused(
         transposed = transposed and declared
     elif not transposed:
         raise BaseModelError(
-            label, f"a delta of {[out, into]} does not fit {name!r} of {list(shape)}"
+            label, f"a delta of {[out, into]} does not fit {name!r} of {list(shape)}", code="LT022"
         )
     first_row, first_column = part.expert * rows, 0
     if transposed:
@@ -226,9 +226,12 @@ def assign_parameters(adapter: Adapter, base: Model) -> dict[str, str]:
                 f"{adapter.path}: {module}",
                 f"the base has {len(candidates)} of the parameters "
                 f"{', '.join(sites[0].parameters)}; the adapter has {len(sites)} deltas",
+                code="LT022",
             )
         if len(candidates) > 7:
-            raise BaseModelError(module, f"{len(candidates)} target parameters on one module")
+            raise BaseModelError(
+                module, f"{len(candidates)} target parameters on one module", code="LT022"
+            )
         options = [
             option
             for option in permutations(candidates, len(sites))
@@ -245,6 +248,7 @@ def assign_parameters(adapter: Adapter, base: Model) -> dict[str, str]:
                 f"{adapter.path}: {module}",
                 f"{found} assignment of its {len(sites)} deltas to {', '.join(candidates)} fits "
                 "the base's shapes",
+                code="LT022",
             )
         for site, parameter in zip(sites, options[0], strict=True):
             assigned[site.label] = parameter
@@ -333,5 +337,6 @@ def _is_transposed(
             f"{parameter} is square {list(shape)}, and PEFT {version} does not settle how its "
             "delta lies",
             hint="save the adapter again with a current PEFT",
+            code="LT022",
         )
     return declared

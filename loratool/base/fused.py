@@ -96,6 +96,7 @@ def _place_inside(module: str, known: Known, base: Model) -> Place | None:
             f"{base.path}: {known.whole}",
             f"has {outputs} rows, which are not those of {', '.join(known.parts)}",
             hint="is config.json that of this model?",
+            code="LT022",
         )
     part = known.parts.index(module)
     pieces = [

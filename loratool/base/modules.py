@@ -105,7 +105,9 @@ class ModuleIndex:
             if len(fitting) > 1:
                 listed = ", ".join(fitting[:4])
                 raise BaseModelError(
-                    module, f"could be any of {len(fitting)} modules of the base: {listed}"
+                    module,
+                    f"could be any of {len(fitting)} modules of the base: {listed}",
+                    code="LT022",
                 )
             if fitting:
                 return fitting[0]

@@ -114,7 +114,7 @@ def _changed(
     if not normal and not flipped:
         raise mismatch(site, shape, (site.out_features, site.in_features))
     turned = flipped
-    if normal and flipped:
+    if normal and flipped and site.kind is not Kind.EMBEDDING:
         turned = _is_turned(site, module, shape, base, is_flagged=is_flagged)
     return Region(rows, columns, transposed=turned)
 
@@ -141,6 +141,7 @@ def _is_turned(
             site.label,
             f"a square weight {list(shape)}, and nothing tells whether it is stored as (in, out)",
             hint="give the folder with the base's config.json, which names the model type",
+            code="LT022",
         )
     return conv1d
 
@@ -165,6 +166,7 @@ def _convolution(site: Site, shape: tuple[int, ...], out: int, into: int) -> Reg
         raise BaseModelError(
             site.label,
             f"adapts a grouped convolution {list(shape)}; its delta is dense over all channels",
+            code="LT022",
         )
     raise mismatch(site, shape, (out, into))
 
@@ -182,4 +184,5 @@ def mismatch(site: Site, shape: tuple[int, ...], expected: tuple[int, int]) -> B
         site.label,
         f"the base's weight has shape {list(shape)}, the adapter's delta [{sizes}]",
         hint="is this the base that the adapter was trained on?",
+        code="LT022",
     )

@@ -90,14 +90,20 @@ def check_base(model: Model) -> list[str]:
         if name.endswith(MARKS) or ".quant_state." in name:
             kind = next((kind.name for kind in UNREAD if name.endswith(kind.marks)), "by its names")
             raise UnsupportedError(
-                model.path, f"is quantised ({method or kind}): it holds {name!r}", hint=HINT
+                model.path,
+                f"is quantised ({method or kind}): it holds {name!r}",
+                hint=HINT,
+                code=CODE,
             )
         dtype, is_matrix = DTYPES[tensor.spec.dtype], len(tensor.spec.shape) > 1
         is_weight = is_matrix and name.endswith(".weight")
         if (dtype.is_float and dtype.bits < 16) or (is_weight and not dtype.is_float):
             called = f" ({known.name if known else method})" if method else ""
             raise UnsupportedError(
-                model.path, f"is quantised{called}: tensor {name!r} is {dtype.name}", hint=HINT
+                model.path,
+                f"is quantised{called}: tensor {name!r} is {dtype.name}",
+                hint=HINT,
+                code=CODE,
             )
     if method and not is_coded:
         return [f"the base's config.json names the quantisation {method!r}, its weights are not"]

@@ -33,10 +33,12 @@ def layer_ranges(value: Any, where: object) -> list[int] | None:
         and all(type(n) is int and 0 <= n <= MAX_LAYERS for n in pair)
         for pair in pairs
     ):
-        raise AdapterError(where, f"layer_replication is {value!r:.60}, expected pairs of numbers")
+        raise AdapterError(
+            where, f"layer_replication is {value!r:.60}, expected pairs of numbers", code="LT015"
+        )
     count = sum(max(0, end - start) for start, end in pairs)
     if not 0 < count <= MAX_LAYERS:
-        raise AdapterError(where, f"layer_replication makes {count} layers")
+        raise AdapterError(where, f"layer_replication makes {count} layers", code="LT015")
     return [layer for start, end in pairs for layer in range(start, end)]
 
 
@@ -60,13 +62,17 @@ def replicate(
     if len(stacks) != 1:
         found = ", ".join(stacks) or "none"
         raise UnsupportedError(
-            where, f"layer_replication needs one stack of layers; the base has {found}"
+            where,
+            f"layer_replication needs one stack of layers; the base has {found}",
+            code="LT015",
         )
     ((before, stack),) = stacks.items()
     for index, layer in enumerate(layers):
         if layer not in stack:
             raise UnsupportedError(
-                where, f"layer_replication copies layer {layer}, which it does not have"
+                where,
+                f"layer_replication copies layer {layer}, which it does not have",
+                code="LT015",
             )
         for after, stored in stack[layer]:
             name = f"{before}.{index}.{after}"

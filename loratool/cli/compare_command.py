@@ -10,6 +10,7 @@ import click
 
 from loratool.cli import options, render
 from loratool.cli.drawings import check_drawings, write_drawings
+from loratool.cli.help import GroupedCommand
 from loratool.errors import OptionError
 from loratool.verbs.compare import Comparison, compare
 from loratool.verbs.comparison.layers import LayerComparison, compare_layers
@@ -17,7 +18,7 @@ from loratool.verbs.comparison.layers import LayerComparison, compare_layers
 __all__ = ["command"]
 
 
-@click.command("compare")
+@click.command("compare", cls=GroupedCommand)
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
 @options.weights
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
@@ -50,7 +51,7 @@ def command(
     random: bool,
     seed: int,
     plot: Path | None,
-    page: Path | None,
+    report: Path | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -71,10 +72,10 @@ def command(
         loratool compare a/ b/ c/ d/ --report alike.html
         loratool compare my-adapter/ --layers
     """
-    check_drawings(plot, page, force=force, inputs=adapters)
+    check_drawings(plot, report, force=force, inputs=adapters)
     with render.progress_bar("comparing", quiet=quiet) as progress:
         found = _found(adapters, layers, seed if random else None, progress, settings)
-    write_drawings(found, plot, page, force=force)
+    write_drawings(found, plot, report, force=force)
     if as_json:
         render.print_json(found.as_json())
     elif as_jsonl:

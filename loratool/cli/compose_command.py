@@ -8,19 +8,19 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.verbs.algebra.extras import POLICIES
-from loratool.verbs.compose import METHODS, compose
+from loratool.cli.help import GroupedCommand
+from loratool.cli.named import choice
 
 __all__ = ["command"]
 
 
-@click.command("compose")
+@click.command("compose", cls=GroupedCommand)
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output
 @options.weights
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    type=choice("method", "loratool.verbs.compose:METHODS"),
     default="linear",
     show_default=True,
     help="linear is the exact sum; docs/algebra.md says what the others are.",
@@ -40,7 +40,7 @@ __all__ = ["command"]
 @click.option("--seed", type=int, default=0, show_default=True, help="For dare, dare-ties, della.")
 @click.option(
     "--extras",
-    type=click.Choice(POLICIES),
+    type=choice("policy", "loratool.verbs.algebra.extras:POLICIES"),
     default="error",
     show_default=True,
     help="Where adapters bring different heads, biases or token rows.",
@@ -74,6 +74,8 @@ def command(
         loratool compose tuned/ unwanted/ -w 1 -w -1 --rank 16 -o without/
         loratool compose early/ late/ -w 1:layers.16-31=0 -w 2:layers.0-15=0 -o halves/
     """
+    from loratool.verbs.compose import compose
+
     with render.progress_bar("composing", quiet=quiet) as progress:
         report = compose(adapters, output, progress=progress, **settings)
     if as_json:

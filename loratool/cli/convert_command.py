@@ -8,17 +8,18 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.verbs.convert import NAMINGS, convert
+from loratool.cli.help import GroupedCommand
+from loratool.cli.named import COMPONENT, FAMILY, SCHEME, choice
 
 __all__ = ["command"]
 
 
-@click.command("convert")
+@click.command("convert", cls=GroupedCommand)
 @click.argument("adapter", type=options.PATH)
 @options.to("Scheme to write.")
 @options.target("Write what this loader applies rightly.")
 @options.output
-@click.option("--from", "source", metavar="SCHEME", help="Scheme to read; else it is detected.")
+@click.option("--from", "source", type=SCHEME, help="Scheme to read; else it is detected.")
 @click.option(
     "--base",
     type=options.PATH,
@@ -32,15 +33,13 @@ __all__ = ["command"]
 @options.alpha
 @options.adapter_name
 @click.option("--name", metavar="N", help="The adapter's name in the output (prefixed).")
-@click.option(
-    "--family", metavar="F", help="Pipeline (sd1, sdxl, flux, …) where names leave it open."
-)
+@click.option("--family", type=FAMILY, help="The pipeline, where names leave it open.")
 @click.option(
     "--naming",
-    type=click.Choice(NAMINGS),
+    type=choice("naming", "loratool.verbs.convert:NAMINGS"),
     help="Names of the backbone in kohya and comfy; by default the usual ones.",
 )
-@click.option("--component", metavar="C", help="Write one component alone, such as unet.")
+@click.option("--component", type=COMPONENT, help="Write one component alone.")
 @click.option("--to-lora", is_flag=True, help="Write LoHa, LoKr, DoRA and others as plain LoRA.")
 @click.option(
     "--rank", type=click.IntRange(1), metavar="R", help="Rank of what --to-lora approximates."
@@ -80,6 +79,8 @@ def command(
         loratool convert loha.safetensors --to comfy --to-lora -o plain.safetensors
         loratool convert my-adapter/ --to kohya --dry-run -o out.safetensors
     """
+    from loratool.verbs.convert import convert
+
     with render.progress_bar("converting", quiet=quiet) as progress:
         report = convert(adapter, to, output, progress=progress, **settings)
     if as_json:

@@ -9,12 +9,13 @@ import click
 
 from loratool.cli import options, render
 from loratool.cli.drawings import check_drawings, write_drawings
-from loratool.verbs.extract import METHODS, RESIDUALS, VARIANTS, extract
+from loratool.cli.help import GroupedCommand
+from loratool.cli.named import choice
 
 __all__ = ["command"]
 
 
-@click.command("extract")
+@click.command("extract", cls=GroupedCommand)
 @click.argument("base", type=options.PATH)
 @click.argument("finetuned", type=options.PATH)
 @options.output
@@ -32,21 +33,21 @@ __all__ = ["command"]
 @click.option("--save-module", multiple=True, metavar="NAME", help="Save this module whole.")
 @click.option(
     "--residual",
-    type=click.Choice(RESIDUALS),
+    type=choice("what", "loratool.verbs.extract:RESIDUALS"),
     default="report",
     show_default=True,
     help="Changed norms, biases and rows: only report them, or carry them whole.",
 )
 @click.option(
     "--variant",
-    type=click.Choice(VARIANTS),
+    type=choice("variant", "loratool.verbs.extract:VARIANTS"),
     default="lora",
     show_default=True,
     help="dora: with a length for every row, for models whose weights were scaled too.",
 )
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    type=choice("method", "loratool.verbs.extract:METHODS"),
     default="auto",
     show_default=True,
     help="auto is exact for small matrices, randomised for large ones.",
@@ -75,7 +76,7 @@ def command(
     finetuned: Path,
     output: Path,
     plot: Path | None,
-    page: Path | None,
+    report: Path | None,
     quiet: bool,
     as_json: bool,
     **settings: Any,
@@ -92,13 +93,15 @@ def command(
         loratool extract base/ finetuned/ --rank auto --residual carry -o adapter/
         loratool extract base/ finetuned/ --rank 32 --variant dora -o adapter/
     """
+    from loratool.verbs.extract import extract
+
     force = settings["force"]
-    check_drawings(plot, page, force=force, inputs=[base, finetuned, output])
+    check_drawings(plot, report, force=force, inputs=[base, finetuned, output])
     with render.progress_bar("extracting", quiet=quiet) as progress:
-        report = extract(base, finetuned, output, progress=progress, **settings)
-    if report.is_written:
-        write_drawings(report, plot, page, force=force)
+        found = extract(base, finetuned, output, progress=progress, **settings)
+    if found.is_written:
+        write_drawings(found, plot, report, force=force)
     if as_json:
-        render.print_json(report.as_json())
+        render.print_json(found.as_json())
         return
-    render.show(report.document(), quiet=quiet)
+    render.show(found.document(), quiet=quiet)

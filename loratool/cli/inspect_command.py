@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
+from loratool.cli.help import GroupedCommand
 from loratool.verbs.inspect import AdapterInfo, inspect
 
 __all__ = ["command"]
 
 
-@click.command("inspect")
+@click.command("inspect", cls=GroupedCommand)
 @click.argument("path", type=options.PATH)
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
 @click.option("--spectrum", is_flag=True, help="Read the factors too: singular values, norms.")
@@ -29,7 +30,7 @@ def command(
     modules: bool,
     spectrum: bool,
     plot: Path | None,
-    page: Path | None,
+    report: Path | None,
     force: bool,
     adapter_name: str | None,
     threads: int | None,
@@ -47,11 +48,11 @@ def command(
         loratool inspect my-adapter/ --spectrum --plot spectra.png
         loratool inspect adapter_model.safetensors --json | jq '.modules[0]'
     """
-    reads = spectrum or plot is not None or page is not None
-    if plot is not None or page is not None:
+    reads = spectrum or plot is not None or report is not None
+    if plot is not None or report is not None:
         from loratool.cli.drawings import check_drawings
 
-        check_drawings(plot, page, force=force, inputs=[path])
+        check_drawings(plot, report, force=force, inputs=[path])
     with render.progress_bar("reading", quiet=quiet or not reads) as progress:
         info = inspect(
             path,
@@ -60,10 +61,10 @@ def command(
             threads=threads,
             progress=progress,
         )
-    if isinstance(info, AdapterInfo) and (plot is not None or page is not None):
+    if isinstance(info, AdapterInfo) and (plot is not None or report is not None):
         from loratool.cli.drawings import write_drawings
 
-        write_drawings(info, plot, page, force=force)
+        write_drawings(info, plot, report, force=force)
     if as_json:
         render.print_json(info.as_json())
     elif isinstance(info, AdapterInfo):

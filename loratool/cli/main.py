@@ -7,17 +7,22 @@ import gc
 import os
 import signal
 import sys
-import traceback
+from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
-import loratool
+from loratool.cli.failures import FAILURE, failure_of, stopped_by, tell
+from loratool.cli.help import help_of, no_such_option, summary_of
+from loratool.cli.synonyms import no_such_command
 from loratool.display.characters import ASCII, is_unicode
-from loratool.errors import LoratoolError, printable
+from loratool.errors import LoratoolError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["cli", "main"]
 
@@ -33,12 +38,12 @@ COMMANDS: Final = (
     "merge",
     "verify",
     "schemes",
+    "completion",
 )
-FAILURE: Final = 2
+COMPLETING: Final = "_LORATOOL_COMPLETE"
+"""Set by a shell that wants to know how a line may go on."""
 BLAS_THREADS: Final = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 """How the BLAS libraries that numpy comes with are told; PyTorch on a processor has another."""
-LONGEST_MESSAGE: Final = 2000
-NO_THREAD: Final = "can't start new thread"
 GARBAGE: Final = 100_000
 """Objects between two searches for cycles, of which a command makes none that matter."""
 
@@ -56,24 +61,76 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def get_help(self, ctx: click.Context) -> str:
+        return help_of(self, ctx)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            import difflib
-
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            words = f"; did you mean '{near[0]}'?" if near else ""
-            raise click.UsageError(f"no such command '{printable(args[0])}'{words}", ctx)
+            raise no_such_command(args[0], COMMANDS, ctx)
         return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            own = [name for option in self.get_params(ctx) for name in option.opts]
+            what = no_such_option(error.option_name, own)
+            if what.endswith(error.option_name):
+                what += ": options go behind the command"
+            raise click.UsageError(what, ctx) from None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands with their first sentences whole, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _summary(name)) for name in COMMANDS])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands that a word may become; nothing is imported for it."""
+        from click.shell_completion import CompletionItem
+
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        names = [name for name in COMMANDS if name.startswith(incomplete)]
+        return [CompletionItem(name, help=_summary(name)) for name in names]
+
+
+def _summary(name: str) -> str:
+    """Return what a command does, in its own words."""
+    from pkgutil import get_data
+
+    source = get_data("loratool.cli", f"{name}_command.py")
+    assert source is not None
+    return summary_of(source.decode())
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from loratool.cli.about import version_lines
+
+        for line in version_lines(is_verbose=ctx.meta.get("verbose", False)):
+            click.echo(line)
+        ctx.exit()
+
+
+def _note_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.meta["verbose"] = value
 
 
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Every command has --help with an example. Tab completion: docs/cli.md.",
+    epilog="Every command has --help with an example. Tab completion: loratool completion --help.",
 )
-@click.version_option(loratool.__version__, prog_name="loratool", message="%(prog)s %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Say which version this is, with --verbose what it runs on, and exit.",
+)
+@click.option("--verbose", is_flag=True, is_eager=True, expose_value=False, callback=_note_verbose)
 def cli() -> None:
     """Inspect, check, convert, combine, shrink and merge LoRA adapters, file to file.
 
@@ -91,6 +148,8 @@ def main(args: list[str] | None = None) -> NoReturn:
     gc.set_threshold(GARBAGE)
     for variable in BLAS_THREADS:  # our threads each call it; to be set before numpy is loaded
         os.environ.setdefault(variable, "1")
+    if COMPLETING in os.environ:
+        import loratool.cli.completion  # noqa: F401 - how each shell is answered
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
     status = _run([argument for argument in arguments if argument != "--debug"], debug=debug)
@@ -143,55 +202,33 @@ def _stop(number: int, frame: Any) -> NoReturn:
 
 def _run(arguments: list[str], *, debug: bool) -> int:
     _stopped.clear()
+    as_json = bool({"--json", "--jsonl"} & set(arguments))
     try:
         status = cli.main(arguments, prog_name="loratool", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except _StoppedError as stopped:
-        return _stopped_by(stopped.number, debug=debug)
-    except click.Abort:
-        return _fail(debug, "interrupted; nothing was written", None, 128 + signal.SIGINT)
-    except LoratoolError as error:
-        return _fail(debug, str(error), error.hint)
+        return tell(stopped_by(stopped.number), as_json=as_json, debug=debug)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return FAILURE
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        where = context.command_path if context else "loratool"
-        return _fail(debug, f"{where}: {error.format_message().rstrip('.')}", f"{where} --help")
     except SystemExit as error:  # how click leaves where a pipe is broken
-        return FAILURE if error.code == 1 else int(error.code or 0)
+        if error.code == 1:
+            _drop_output()
+            return FAILURE
+        return int(error.code or 0)
     except BrokenPipeError:
-        # Whoever read the output has gone; what is left in the buffer has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return FAILURE
-    except OSError as error:
-        return _fail(
-            debug, f"{error.filename or 'standard output'}: {error.strerror or error}", None
-        )
-    except MemoryError:
-        return _fail(debug, "loratool: out of memory", "close other programs, or use --threads 1")
-    except Exception as error:  # the last resort of a command line
-        if _stopped:
-            return _stopped_by(_stopped[0].number, debug=debug)
-        if NO_THREAD in str(error):
-            return _fail(debug, "loratool: no more threads are allowed here", "use --threads 1")
-        what = f"loratool: {type(error).__name__}: {error}".splitlines()[0]
-        return _fail(debug, f"{what} (a bug)", "run again with --debug and report what it prints")
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is None:
+            _drop_output()  # what could not be written is not to be tried again at the end
+        is_known = isinstance(error, LoratoolError | click.ClickException)
+        failure = stopped_by(_stopped[0].number) if _stopped and not is_known else failure_of(error)
+        return tell(failure, as_json=as_json, debug=debug)
 
 
-def _stopped_by(number: int, *, debug: bool) -> int:
-    word = "interrupted" if number == signal.SIGINT else "terminated"
-    return _fail(debug, f"{word}; nothing was written", None, 128 + number)
-
-
-def _fail(debug: bool, message: str, hint: str | None, status: int = FAILURE) -> int:
-    if debug:
-        traceback.print_exc()
-    if len(message) > LONGEST_MESSAGE:
-        message = f"{message[:LONGEST_MESSAGE]}…"
-    print(f"error: {printable(message)}", file=sys.stderr)
-    if hint:
-        print(f"hint: {printable(hint)}", file=sys.stderr)
-    return status
+def _drop_output() -> None:
+    """Send what is left in the buffer of standard output nowhere: nobody can take it."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.verbs.merge import merge, plan_merge
-from loratool.verbs.merging.coding import QUANTIZED
+from loratool.cli.help import GroupedCommand
+from loratool.cli.named import choice
 
 __all__ = ["command"]
 
 
-@click.command("merge")
+@click.command("merge", cls=GroupedCommand)
 @click.argument("base", type=options.PATH)
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output
@@ -28,8 +28,9 @@ __all__ = ["command"]
 @options.force
 @click.option(
     "--quantized",
-    type=click.Choice(QUANTIZED),
-    default=QUANTIZED[0],
+    type=choice("what", "loratool.verbs.merging.coding:QUANTIZED"),
+    default="dequantize",
+    show_default=True,
     help="What becomes of quantised weights: plain numbers, or codes again.",
 )
 @options.dry_run
@@ -70,6 +71,8 @@ def command(
         loratool merge base/ style/ tone/ -w 0.7 -w -0.2 -o merged/
         loratool merge sdxl.safetensors style.safetensors -w te1=0.5 -w unet=1.1 -o out.safetensors
     """
+    from loratool.verbs.merge import merge, plan_merge
+
     settings: dict[str, Any] = {
         "weights": weights,
         "dtype": dtype,

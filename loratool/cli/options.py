@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from loratool.cli.named import DEVICE, LOADER, SCHEME
 from loratool.files.dtypes import OUTPUT_DTYPES
 
 __all__ = [
@@ -43,19 +43,12 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def to(help_text: str, *, required: bool = False) -> Decorator:
     """Return ``--to``, which takes every scheme that is written."""
-    from loratool.schemes import scheme_names
-
-    return click.option(
-        "--to", type=click.Choice(scheme_names()), required=required, help=help_text
-    )
+    return click.option("--to", type=SCHEME, required=required, help=help_text)
 
 
 def target(help_text: str) -> Decorator:
     """Return ``--for``, which takes every loader that is known."""
-    from loratool.loaders import loader_names
-
-    names = loader_names()
-    return click.option("--for", "target", type=click.Choice(names), help=help_text)
+    return click.option("--for", "target", type=LOADER, help=help_text)
 
 
 def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[bool, ...]:
@@ -69,19 +62,7 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 
 def _device(help_text: str) -> Decorator:
     """Return ``--device``."""
-    return click.option(
-        "--device",
-        default="auto",
-        metavar="D",
-        callback=lambda ctx, param, value: _checked_device(value),
-        help=help_text,
-    )
-
-
-def _checked_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*", value):
-        raise click.BadParameter(f"{value!r}; expected auto, cpu, cuda, cuda:N or cuda:N,cuda:M")
-    return value
+    return click.option("--device", default="auto", type=DEVICE, help=help_text)
 
 
 as_json: Decorator = click.option(
@@ -233,7 +214,7 @@ plot: Decorator = click.option(
     "--plot", type=PATH, metavar="FILE", help="Draw it: a .png, .svg, .pdf or .html file."
 )
 report: Decorator = click.option(
-    "--report", "page", type=PATH, metavar="FILE", help="Write it as one page: an .html file."
+    "--report", type=PATH, metavar="FILE", help="Write it as one page: an .html file."
 )
 as_jsonl: Decorator = click.option(
     "--jsonl", "as_jsonl", is_flag=True, help="Print JSON with one line for each."

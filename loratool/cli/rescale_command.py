@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.verbs.rescale import KEEP, rescale
+from loratool.cli.help import GroupedCommand
+from loratool.cli.named import choice
 
 __all__ = ["command"]
 
 
-@click.command("rescale")
+@click.command("rescale", cls=GroupedCommand)
 @click.argument("adapter", type=options.PATH)
 @options.output
 @click.option("--scale", type=float, metavar="S", help="Multiply every delta by this.")
@@ -21,7 +22,7 @@ __all__ = ["command"]
 @click.option("--alpha", type=float, metavar="A", help="Set alpha of every module to this.")
 @click.option(
     "--keep",
-    type=click.Choice(KEEP),
+    type=choice("what", "loratool.verbs.rescale:KEEP"),
     default="factors",
     show_default=True,
     help="What --alpha leaves alone: with factors the delta changes, with delta B does.",
@@ -54,6 +55,8 @@ def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings:
         loratool rescale my-adapter/ --fold -o folded/
         loratool rescale my-adapter/ --alpha 32 --keep delta -o same-delta/
     """
+    from loratool.verbs.rescale import rescale
+
     with render.progress_bar("rescaling", quiet=quiet) as progress:
         report = rescale(adapter, output, progress=progress, **settings)
     if as_json:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import click
 
 from loratool.cli import options, render
+from loratool.cli.help import GroupedCommand
 from loratool.verbs.schemes import schemes
 
 __all__ = ["command"]
 
 
-@click.command("schemes")
+@click.command("schemes", cls=GroupedCommand)
 @options.as_json
 @options.debug
 def command(as_json: bool) -> None:

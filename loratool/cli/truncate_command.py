@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
-from loratool.verbs.truncate import truncate
+from loratool.cli.help import GroupedCommand
 
 __all__ = ["command"]
 
 
-@click.command("truncate")
+@click.command("truncate", cls=GroupedCommand)
 @click.argument("adapter", type=options.PATH)
 @options.output
 @options.truncation
@@ -53,6 +53,8 @@ def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings:
         loratool truncate my-adapter/ --max-error 0.05 --rank-multiple 8 -o smaller/
         loratool truncate my-adapter/ --max-size 8MB -o smaller/
     """
+    from loratool.verbs.truncate import truncate
+
     with render.progress_bar("truncating", quiet=quiet) as progress:
         report = truncate(adapter, output, progress=progress, **settings)
     if as_json:

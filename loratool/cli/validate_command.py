@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
+from loratool.cli.help import GroupedCommand
 from loratool.verbs.validate import validate
 
 __all__ = ["command"]
 
 
-@click.command("validate")
+@click.command("validate", cls=GroupedCommand)
 @click.argument("adapter", type=options.PATH)
 @click.option("--base", type=options.PATH, help="The model that it should fit.")
 @click.option(

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from loratool.cli import options, render
-from loratool.verbs.verify import verify
+from loratool.cli.help import GroupedCommand
 
 __all__ = ["command"]
 
 
-@click.command("verify")
+@click.command("verify", cls=GroupedCommand)
 @click.argument("merged", type=options.PATH)
 @click.option("--base", type=options.PATH, required=True, help="The model it was made from.")
 @click.option(
@@ -56,6 +56,8 @@ def command(
     Example:
         loratool verify merged/ --base TinyLlama-1.1B/ --adapter my-adapter/
     """
+    from loratool.verbs.verify import verify
+
     with render.progress_bar("verifying", quiet=quiet) as progress:
         findings = verify(
             merged,

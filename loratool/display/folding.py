@@ -34,7 +34,8 @@ def fold_numbers(numbers: Iterable[int]) -> str:
 def fold_names(names: Sequence[str]) -> list[str]:
     """Return patterns that together stand for exactly ``names``.
 
-    Paths that differ in one number are folded first, then paths that differ in one component.
+    Paths that differ in one number are folded first, then paths that differ in one component,
+    then children of one module of which some are deeper: ``net.{0.proj,2}``.
     """
     folded = {tuple(name.split(".")) for name in names}
     order = {tuple(name.split(".")): index for index, name in reversed([*enumerate(names)])}
@@ -44,6 +45,7 @@ def fold_names(names: Sequence[str]) -> list[str]:
         groups = _merge(groups, index, numeric=True)
     for index in reversed(range(depth)):
         groups = _merge(groups, index, numeric=False)
+    groups = _with_tails(groups)
     return [".".join(path) for path, _ in sorted(groups, key=lambda item: item[1])]
 
 
@@ -81,6 +83,36 @@ def _merge(
         first = members[0][0]
         rest.append(((*first[:index], word, *first[index + 1 :]), members[0][1]))
     return rest
+
+
+def _with_tails(
+    groups: list[tuple[tuple[str, ...], int]],
+) -> list[tuple[tuple[str, ...], int]]:
+    """Merge paths of one parent that are one component longer than it, and those that are two."""
+    by_parent: dict[tuple[str, ...], list[tuple[tuple[str, ...], int]]] = defaultdict(list)
+    for path, place in sorted(groups, key=lambda item: item[1]):
+        for length in (1, 2):
+            if len(path) > length:
+                by_parent[path[:-length]].append((path, place))
+    merged: dict[tuple[str, ...], tuple[tuple[str, ...], int]] = {}
+    for parent, members in by_parent.items():
+        tails = [path[len(parent) :] for path, _ in members]
+        if len({len(tail) for tail in tails}) != 2 or any(path in merged for path, _ in members):
+            continue
+        words = [word for tail in tails for word in _alternatives(".".join(tail))]
+        if sum(len(tail) == 2 for tail in tails) > 1 or any("{" in word for word in words):
+            continue  # a level of its own, or braces in braces: clearer apart
+        whole = (*parent, _braces(words)), min(place for _, place in members)
+        merged |= {path: whole for path, _ in members}
+    return list(dict.fromkeys(merged.get(path, (path, place)) for path, place in groups))
+
+
+def _alternatives(word: str) -> list[str]:
+    """Return what a word with one pair of braces at its end stands for."""
+    head, brace, rest = word.partition("{")
+    if not brace or not rest.endswith("}") or "{" in rest or ".." in rest:
+        return [word]
+    return [head + item for item in rest.removesuffix("}").split(",")]
 
 
 def _braces(words: list[str]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from loratool.display.folding import fold_names
 
-__all__ = ["group_modules", "layer_of", "pattern_of", "row_pattern"]
+__all__ = ["group_modules", "kind_of", "layer_of", "pattern_of", "row_pattern"]
 
 Item = TypeVar("Item")
 
@@ -29,13 +29,35 @@ def layer_of(module: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def kind_of(module: str) -> str:
+    """Return the pattern of what a module is in: ``layers.*.self_attn`` of its ``q_proj``.
+
+    Layers of a sequence (``ff.net.0.proj``, ``ff.net.2``) are in what the sequence is in.
+    """
+    parts = pattern_of(module).split(".")
+    inside = parts if parts[-1] == "*" else parts[:-1]
+    while inside and inside[-1] == "*":
+        inside = inside[:-2]
+    return ".".join(inside or parts)
+
+
 def group_modules(
-    items: Iterable[Item], names: Sequence[str]
+    items: Iterable[Item], names: Sequence[str], key: Callable[[str], str] = pattern_of
 ) -> list[tuple[tuple[str, ...], list[Item]]]:
-    """Return items whose names have one pattern together, with the names folded."""
+    """Return items whose names have one ``key`` together, with the names folded.
+
+    Names that do not fold into one have ``*`` for every number in them.
+    """
     groups: dict[str, tuple[list[str], list[Item]]] = {}
     for item, name in zip(items, names, strict=True):
-        group = groups.setdefault(pattern_of(name), ([], []))
+        group = groups.setdefault(key(name), ([], []))
         group[0].append(name)
         group[1].append(item)
-    return [(tuple(fold_names(names)), members) for names, members in groups.values()]
+    return [(_folded(names), members) for names, members in groups.values()]
+
+
+def _folded(names: Sequence[str]) -> tuple[str, ...]:
+    folded = fold_names(names)
+    if len(folded) > 1:
+        folded = fold_names(list(dict.fromkeys(map(pattern_of, names))))
+    return tuple(folded)

@@ -16,7 +16,7 @@ from loratool.display.document import (
     Table,
 )
 from loratool.display.layout import is_number
-from loratool.display.wrapping import JOINTS
+from loratool.display.wrapping import pieces
 from loratool.errors import printable
 
 __all__ = ["fragment", "hypertext"]
@@ -36,8 +36,7 @@ def fragment(document: Document) -> str:
 
 def hypertext(text: object) -> str:
     """Return ``text`` escaped, with places where a browser may fold it."""
-    pieces = JOINTS[0].split(printable(text))
-    return "<wbr>".join(escape(piece) for piece in pieces).replace(" <wbr>", " ")
+    return "<wbr>".join(map(escape, pieces(printable(text)))).replace(" <wbr>", " ")
 
 
 def _block(block: Block) -> Iterator[str]:

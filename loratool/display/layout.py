@@ -134,13 +134,12 @@ class _Setter:
         rows = [row for group in cells for row in group]
         columns = [replace(column, title=self.clean(column.title)) for column in table.columns]
         widths = self._widths(columns, rows)
-        if widths is None:
+        if widths is None or all(group.name and len(group.rows) == 1 for group in table.groups):
             yield from self._stacked(columns, table.groups, cells)
             return
         places = range(len(widths))
         to_right = [all(is_number(row[index]) for row in table.rows) for index in places]
-        heads = [wrapped(column.title, widths[i]) for i, column in enumerate(columns)]
-        heads = [[line.strip() for line in head] for head in heads]
+        heads = [wrapped(column.title, widths[i], "") for i, column in enumerate(columns)]
         yield from _set(heads, widths, to_right, "bold", to_bottom=True)
         for group, members in zip(table.groups, cells, strict=True):
             if group.name:
@@ -194,17 +193,26 @@ class _Setter:
         groups: Sequence[Group],
         cells: Sequence[Sequence[Sequence[Sequence[str]]]],
     ) -> Iterator[Line]:
-        """Yield rows below each other: what folds on lines of its own, the rest in a sentence."""
+        """Yield rows below each other: what folds on lines of its own, the rest in a sentence.
+
+        The only row of a group has that sentence behind the group's name.
+        """
         for group, members in zip(groups, cells, strict=True):
-            if group.name:
-                yield (Span(self.clean(group.name), "bold"),)
-            for row in members:
+            for number, row in enumerate(members):
                 pairs = list(zip(columns, row, strict=True))
-                for column, cell in pairs:
-                    if column.folds:
-                        yield from self._lines(cell, "")
-                rest = ", ".join(f"{c.title} {' '.join(t)}" for c, t in pairs if not c.folds)
-                yield from self._lines([rest], INDENT)
+                rest = "; ".join(f"{c.title} {', '.join(t)}" for c, t in pairs if not c.folds)
+                names = [text for c, cell in pairs if c.folds for text in cell]
+                heading = self.clean(group.name) if number == 0 else ""
+                if heading and len(members) == 1:
+                    first, *others = wrapped(f"{heading}: {rest}", self.width)
+                    yield (Span(first[: len(heading)], "bold"), Span(first[len(heading) :]))
+                    yield from ((Span(line),) for line in others)
+                    yield from self._lines(names, INDENT)
+                    continue
+                if heading:
+                    yield (Span(heading, "bold"),)
+                yield from self._lines(names, "")
+                yield from self._lines([rest] if rest else [], INDENT)
 
     def _lines(self, texts: Iterable[str], indent: str) -> Iterator[Line]:
         room = None if self.width is None else max(1, self.width - len(indent))

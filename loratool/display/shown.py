@@ -38,6 +38,6 @@ class Shown:
 
         return fragment(self.document())
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """Print it where IPython has no HTML."""
-        printer.text(str(self))
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, str]:
+        """Return both for IPython, which would otherwise ask a dataclass for its ``repr``."""
+        return {"text/plain": str(self), "text/html": self._repr_html_()}

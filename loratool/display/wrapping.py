@@ -6,16 +6,15 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["INDENT", "longest_piece", "width_of", "wrapped"]
+__all__ = ["INDENT", "longest_piece", "pieces", "width_of", "wrapped"]
 
-JOINTS: Final = (
-    re.compile(r"(?<=[\s/\\])(?=\S)|(?<=[^\d.]\.)(?=[^\s.])|(?<=[^.]\.)(?=[^\s\d.])"),
-    re.compile(r"(?<=_)(?=[^_])|(?<=-)(?=[^\d-])|(?<=,)(?=\S)"),
-)
-"""Where text is folded, and where its pieces are that are still too wide.
+JOINT: Final = re.compile(r"(?<=[\s/\\])(?=\S)|(?<=[^\d.]\.)(?=[^\s.])|(?<=[^.]\.)(?=[^\s\d.])")
+"""Where text is folded, but for what is in braces.
 
 Numbers (``0.25``, ``1e-05``) and ranges of them (``{0..31}``) are no joints.
 """
+FINER: Final = re.compile(rf"(?<=_)(?=[^_])|(?<=-)(?=[^\d-])|(?<=,)(?=\S)|{JOINT.pattern}")
+"""Where pieces are folded that are wider than a line."""
 INDENT: Final = "  "
 """What further lines of one text begin with."""
 
@@ -29,13 +28,26 @@ def width_of(text: str) -> int:
     return cell_len(text)
 
 
+def pieces(text: str) -> Iterator[str]:
+    """Yield the pieces of ``text`` that are best left whole."""
+    start = last = depth = 0
+    for match in JOINT.finditer(text):
+        place = match.start()
+        depth += text.count("{", last, place) - text.count("}", last, place)
+        last = place
+        if depth <= 0 or text[place - 1].isspace():
+            yield text[start:place]
+            start = place
+    yield text[start:]
+
+
 def longest_piece(text: str) -> int:
     """Return the width of the longest piece of ``text`` that is best left whole."""
-    return max(width_of(piece.rstrip()) for piece in JOINTS[0].split(text))
+    return max(width_of(piece.rstrip()) for piece in pieces(text))
 
 
-def wrapped(text: str, width: int | None) -> list[str]:
-    """Return ``text`` in lines of at most ``width`` columns; the second and further are indented.
+def wrapped(text: str, width: int | None, indent: str = INDENT) -> list[str]:
+    """Return ``text`` in lines of at most ``width`` columns; further ones begin with ``indent``.
 
     A word that is wider than a line is cut where the line ends.
     """
@@ -43,20 +55,20 @@ def wrapped(text: str, width: int | None) -> list[str]:
         return [text]
     lines: list[str] = []
     line = ""
-    for piece in _pieces(text, max(1, width - len(INDENT))):
+    for piece in _pieces(text, max(1, width - len(indent))):
         if line.strip() and width_of((line + piece).rstrip()) > width:
             lines.append(line.rstrip())
-            line = INDENT
+            line = indent
         line += piece
     return [*lines, line.rstrip()]
 
 
 def _pieces(text: str, width: int) -> Iterator[str]:
-    for whole in JOINTS[0].split(text):
+    for whole in pieces(text):
         if width_of(whole.rstrip()) <= width:
             yield whole
             continue
-        for part in JOINTS[1].split(whole):
+        for part in FINER.split(whole):
             yield from _cut(part, width)
 
 

@@ -11,14 +11,24 @@ import errno
 import fcntl
 import os
 import re
+import shlex
 import shutil
+import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import OutputError
+from loratool.display.figures import human_bytes
+from loratool.errors import (
+    FullDiskError,
+    LoratoolError,
+    MissingFolderError,
+    OutputDeniedError,
+    OutputError,
+    OutputExistsError,
+)
 from loratool.files.containers import is_weights
 from loratool.files.transfer import describe_write_error
 
@@ -29,6 +39,8 @@ OLD_MARK: Final = "loratool-old"
 KEPT_MARK: Final = "loratool-unfinished"
 ATTEMPTS: Final = 100
 FOLDER_ONLY: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+LONGEST_NAME: Final = 200
+"""Bytes of a name that hidden ones beside it begin with whole; file systems allow 255."""
 SHOWN: Final = 3
 USUAL_NAMES: Final = re.compile(
     r"""(?x)^(
@@ -73,7 +85,9 @@ def check_output(
     """
     parent = path.absolute().parent
     if not parent.is_dir():
-        raise OutputError(path, "its folder does not exist", hint=f"mkdir -p {parent}")
+        raise MissingFolderError(
+            path, "its folder does not exist", hint=f"mkdir -p {shlex.quote(str(parent))}"
+        )
     _recover(path.absolute(), force=force)
     target = path.resolve()
     around = {_identity(each) for each in (target, *target.parents)} - {None}
@@ -85,14 +99,16 @@ def check_output(
         if is_met or target in real.parents:
             raise OutputError(path, f"would overwrite the input {source}", hint="choose another")
     if (path.exists() or path.is_symlink()) and not force:
-        raise OutputError(path, "exists already", hint="choose another name, or give --force")
+        raise OutputExistsError(path, "exists already", hint="choose another name, or give --force")
     _check_replaceable(path, frozenset(names), kinds, folder=folder)
     if not os.access(parent, os.W_OK):
-        raise OutputError(path, "its folder is not writable")
+        raise OutputDeniedError(path, "its folder is not writable")
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise OutputError(
-            path, f"needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
+        raise FullDiskError(
+            path,
+            f"needs {human_bytes(needed)}, but only {human_bytes(free)} are free there",
+            hint="free some space, or choose another disk",
         )
 
 
@@ -119,10 +135,10 @@ def _check_replaceable(
         is_ours = path.suffix.lower() in kinds if kinds else is_weights(path)
         if folder or not is_ours:
             what = "is a file, and the output is a folder" if folder else "is another kind of file"
-            raise OutputError(path, f"{what}; it is not replaced", hint="choose another name")
+            raise OutputExistsError(path, f"{what}; it is not replaced", hint="choose another name")
         return
     if not path.is_dir():
-        raise OutputError(path, "is a device or a pipe, and is not replaced")
+        raise OutputExistsError(path, "is a device or a pipe, and is not replaced")
     if path.is_symlink():
         return
     inside = list(path.iterdir())
@@ -131,7 +147,7 @@ def _check_replaceable(
         strange = [each.name for each in inside[: SHOWN + 1]]
     if strange:
         more = " and more" if len(strange) > SHOWN else ""
-        raise OutputError(
+        raise OutputExistsError(
             path,
             f"is not replaced: beside a model or an adapter it holds "
             f"{', '.join(strange[:SHOWN])}{more}",
@@ -169,10 +185,12 @@ def staged(path: Path, *, folder: bool, force: bool, sync: bool) -> Iterator[Pat
             place = stage if folder else stage / path.name
             yield place
             if not force and (path.exists() or path.is_symlink()):
-                raise OutputError(path, "has appeared meanwhile", hint="choose another name")
+                raise OutputExistsError(path, "has appeared meanwhile", hint="choose another name")
             _replace(place, path)
             if sync:
                 sync_file(path.parent)
+        except LoratoolError:  # of which some are OSErrors too, and say themselves what it is
+            raise
         except OSError as error:
             raise describe_write_error(path, error) from None
 
@@ -188,7 +206,7 @@ def scratch(path: Path) -> Iterator[Path]:
     try:
         folder, lock = _locked_folder(path)
     except OSError as error:
-        raise OutputError(path, f"cannot be written: {error.strerror}") from None
+        raise describe_write_error(path, error) from None
     try:
         yield folder
     finally:
@@ -202,7 +220,7 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
     Until it is locked, a run that starts at the same time may take it for a killed one's.
     """
     for _ in range(ATTEMPTS):
-        folder = path.parent / f".{path.name}.{MARK}-{os.urandom(4).hex()}"
+        folder = path.parent / f"{_hidden(path, MARK)}-{os.urandom(4).hex()}"
         folder.mkdir()
         try:
             lock = os.open(folder, FOLDER_ONLY)
@@ -232,12 +250,12 @@ def kept(path: Path) -> Iterator[Path]:
         OutputError: Another process uses it, or it cannot be written.
     """
     path = path.absolute()
-    folder = path.parent / f".{path.name}.{KEPT_MARK}"
+    folder = path.parent / _hidden(path, KEPT_MARK)
     try:
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, FOLDER_ONLY)
     except OSError as error:
-        raise OutputError(path, f"cannot be written: {error.strerror}") from None
+        raise describe_write_error(path, error) from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -261,26 +279,48 @@ def _replace(source: Path, path: Path) -> None:
 
 
 def _replace_once(source: Path, path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        # A folder cannot be renamed over a full one: move the old one aside first.
-        aside = path.parent / f".{path.name}.{OLD_MARK}-{os.urandom(4).hex()}"
-        try:
-            path.rename(aside)
-            source.rename(path)
-        except BaseException:  # a signal, too: the old output comes back
-            if aside.exists():
-                try:
-                    aside.rename(path)
-                except OSError as error:
-                    if error.errno in OVERTAKEN:  # another run's output is there
-                        shutil.rmtree(aside, ignore_errors=True)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    elif source.is_dir() and (path.exists() or path.is_symlink()):
-        path.unlink()
+    is_plain = not path.is_dir() or path.is_symlink()
+    if not source.is_dir() and is_plain:
+        source.replace(path)
+    elif not os.path.lexists(path):
         source.rename(path)
     else:
-        source.replace(path)
+        _exchange(source, path)
+
+
+def _exchange(source: Path, path: Path) -> None:
+    """Rename ``source`` to ``path`` where no system call does both: what is there goes aside."""
+    aside = path.parent / f"{_hidden(path, OLD_MARK)}-{os.urandom(4).hex()}"
+    try:
+        path.rename(aside)
+        source.rename(path)
+    except BaseException:  # a signal, too: the old output comes back
+        if os.path.lexists(aside):
+            try:
+                aside.rename(path)
+            except OSError as error:
+                if error.errno in OVERTAKEN:  # another run's output is there
+                    _discard(aside)
+        raise
+    _discard(aside)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder with what is in it, or a file, or a link, as far as that goes."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _hidden(path: Path, mark: str) -> str:
+    """Return what hidden names beside ``path`` begin with; shorter where its own is long."""
+    name = path.name
+    encoded = os.fsencode(name)
+    if len(encoded) > LONGEST_NAME:
+        name = f"{os.fsdecode(encoded[: LONGEST_NAME // 2])}~{zlib.crc32(encoded):08x}"
+    return f".{name}.{mark}"
 
 
 def sync_file(path: Path) -> None:
@@ -294,11 +334,11 @@ def sync_file(path: Path) -> None:
 
 def _recover(path: Path, *, force: bool) -> None:
     """Put back an output that a killed run has moved aside and not replaced."""
-    for aside in path.parent.glob(f".{_escape(path.name)}.{OLD_MARK}-*"):
-        if aside.is_symlink() or not aside.is_dir():
+    for aside in path.parent.glob(f"{_escape(_hidden(path, OLD_MARK))}-*"):
+        if not (aside.is_symlink() or aside.is_dir() or aside.is_file()):
             continue
-        if path.exists() or path.is_symlink():
-            if force:
+        if os.path.lexists(path):
+            if force and aside.is_dir() and not aside.is_symlink():
                 shutil.rmtree(aside, ignore_errors=True)
         else:
             with suppress(OSError):
@@ -307,7 +347,7 @@ def _recover(path: Path, *, force: bool) -> None:
 
 def _remove_stale(path: Path) -> None:
     """Remove what killed runs for the same destination have left; no more than folders."""
-    for stage in path.parent.glob(f".{_escape(path.name)}.{MARK}-*"):
+    for stage in path.parent.glob(f"{_escape(_hidden(path, MARK))}-*"):
         try:
             lock = os.open(stage, FOLDER_ONLY)
         except OSError:

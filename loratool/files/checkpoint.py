@@ -15,6 +15,7 @@ from loratool.files.container import WeightsFile
 from loratool.files.containers import is_split, is_weights, model_suffixes, open_weights
 from loratool.files.foreign import foreign_folder
 from loratool.files.json import read_json_object
+from loratool.files.missing import missing
 from loratool.files.spec import StoredTensor
 
 __all__ = ["SHARD", "Checkpoint", "is_index", "is_weight_like", "open_checkpoint"]
@@ -85,7 +86,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         FileFormatError: A file breaks the rules of its format.
     """
     if not path.exists():
-        raise BaseModelError(path, "no such file or folder")
+        raise missing(path)
     if not path.is_file() and not path.is_dir():
         raise BaseModelError(path, "neither a file nor a folder")
     if path.is_file():
@@ -197,11 +198,11 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
         _check_shard_name(index, name, file)
         known.add(file)
     names = sorted(known)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
         raise BaseModelError(
             folder,
-            f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}",
+            f"{len(absent)} of {len(names)} shards are missing: {', '.join(absent[:4])}",
             hint="download the missing files",
         )
     shards = tuple(open_weights(folder / name) for name in names)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final, Protocol
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, unreadable
 from loratool.files.inputs import Stamp
 from loratool.files.spec import StoredTensor, TensorSpec
 
@@ -186,5 +186,5 @@ def _read(stored: StoredTensor) -> bytes:
                     raise FileFormatError(stored.path, "became shorter while it was read")
                 data += more
     except OSError as error:
-        raise FileFormatError(stored.path, f"cannot be read: {error.strerror}") from None
+        raise unreadable(stored.path, error) from None
     return data

@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
-from loratool.errors import FileFormatError, UnsupportedError
+from loratool.errors import FileFormatError, UnsupportedError, unreadable
 from loratool.files.container import WeightsFile
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import stamp_of
@@ -229,7 +229,7 @@ def read_gguf(path: Path) -> GgufFile:
             infos = [_read_info(header) for _ in range(tensors)]
             raw = header.read()
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     start = aligned(header.at, alignment)
     stored = _placed(path, infos, start, alignment, (header.at, stamp.size))
     texts = {k: text for k, value in values.items() if (text := value_as_text(value)) is not None}

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, unreadable
 from loratool.files.descriptors import Descriptors
 
 __all__ = ["InputFiles", "Stamp", "stamp_of"]
@@ -83,7 +83,7 @@ class InputFiles:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+            raise unreadable(path, error) from None
         try:
             self._check(path, descriptor)
         except FileFormatError:

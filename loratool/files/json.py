@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, unreadable
 
 __all__ = ["as_text", "is_text", "parse_json", "read_json_object"]
 
@@ -89,7 +89,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
             raise FileFormatError(path, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB")
         data = path.read_bytes()
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if data.startswith(LFS_PREFIX):
         raise FileFormatError(
             path, "a git-LFS pointer, not the file itself", hint="fetch it with 'git lfs pull'"

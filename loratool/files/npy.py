@@ -11,9 +11,11 @@ from typing import IO, Final
 from loratool.errors import FileFormatError
 from loratool.files.dtypes import DTYPES
 
-__all__ = ["MAGIC", "NpyHeader", "read_npy_header"]
+__all__ = ["MAGIC", "SHAPES", "NpyHeader", "format_npy_header", "read_npy_header"]
 
 MAGIC: Final = b"\x93NUMPY"
+SHAPES: Final = "model.lora_shapes.json"
+"""Beside a pair of arrays for TensorRT-LLM that loratool wrote: inputs and outputs of each row."""
 LONGEST: Final = 4096
 """Bytes of a header; those of arrays of numbers have about a hundred."""
 MOST_SIDES: Final = 8
@@ -38,6 +40,11 @@ KINDS: Final = {
     "b1": "BOOL",
 }
 """Kinds and bytes of elements. NumPy has no bfloat16: mlx and TensorRT-LLM store its bits as V2."""
+UNORDERED: Final = ("V2", "i1", "u1", "b1")
+"""Kinds whose bytes have no order."""
+ALIGNMENT: Final = 64
+ROOM: Final = 21
+"""Letters that NumPy leaves for the first side, which may grow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +122,18 @@ def read_npy_header(path: Path, name: str, file: IO[bytes]) -> NpyHeader:
     shape = tuple(int(text) for text in texts)
     size = len(start) + width + length
     return NpyHeader(dtype, shape, match["order"] == "True", size)
+
+
+def format_npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return the header of a row-major array, byte for byte as ``numpy.save`` writes it.
+
+    Raises:
+        KeyError: NumPy has no such dtype.
+    """
+    kind = {known: kind for kind, known in KINDS.items()}[dtype]
+    descr = f"{'|' if kind in UNORDERED else '<'}{kind}"
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+    text += " " * (ROOM - len(str(shape[0])) if shape else 0)
+    start = len(MAGIC) + 4
+    text += " " * (-(start + len(text) + 1) % ALIGNMENT) + "\n"
+    return MAGIC + b"\1\0" + len(text).to_bytes(2, "little") + text.encode("latin-1")

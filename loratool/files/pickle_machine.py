@@ -24,7 +24,19 @@ from loratool.errors import FileFormatError
 from loratool.files.dtypes import DTYPES, dtype_named
 from loratool.files.json import is_text
 
-__all__ = ["STORAGE_DTYPES", "PickledDict", "PickledTensor", "Storage", "interpret"]
+__all__ = [
+    "OPCODES",
+    "STORAGE_DTYPES",
+    "Machine",
+    "Opcodes",
+    "PickledDict",
+    "PickledTensor",
+    "Storage",
+    "interpret",
+]
+
+Opcodes = Mapping[bytes, tuple[str, Callable[[IO[bytes]], Any]]]
+"""By their bytes: the name, and what reads the argument."""
 
 MAX_OPCODES: Final = 4_000_000
 MOVES: Final = 4
@@ -272,35 +284,12 @@ def interpret(
     Returns:
         What it describes, and the storages that it names, by their keys.
     """
-    machine = _Machine(path, has_views=has_views)
-    begin = data.tell()
-    try:
-        for count in range(1, MAX_OPCODES):
-            code = data.read(1)
-            if not code:
-                raise FileFormatError(path, "truncated: its pickle has no end")
-            if code not in OPCODES:
-                raise FileFormatError(
-                    path,
-                    f"its pickle uses the opcode {code!r}; torch's weights-only loader would not "
-                    "read it either",
-                    hint="save it again with torch.save, or as safetensors",
-                )
-            name, read = OPCODES[code]
-            if machine.step(name, read(data)):
-                return machine.stack[-1], machine.storages
-            if machine.moved > MOVES * count + SOME:
-                raise FileFormatError(path, "its description copies itself over and over")
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise FileFormatError(
-            path,
-            f"damaged: its pickle breaks off {data.tell() - begin} bytes in: "
-            + str(error)[:MAX_NAME],
-        ) from None
-    raise FileFormatError(path, "its description is too long to be a checkpoint's")
+    machine = Machine(path, has_views=has_views)
+    value = machine.run(data, OPCODES)
+    return value, machine.storages
 
 
-class _Machine:
+class Machine:
     """The pickle machine, on values that cannot do anything.
 
     Attributes:
@@ -309,7 +298,7 @@ class _Machine:
         moved: How many values have gone into containers.
     """
 
-    def __init__(self, path: Path, *, has_views: bool) -> None:
+    def __init__(self, path: Path, *, has_views: bool = False) -> None:
         self.path = path
         self.has_views = has_views
         self.stack: list[Any] = []
@@ -317,6 +306,38 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
         self.moved = 0
+
+    def run(self, data: IO[bytes], opcodes: Opcodes) -> Any:
+        """Interpret the pickle that begins where ``data`` stands, and leave ``data`` behind it.
+
+        Raises:
+            FileFormatError: It is damaged, or says something that is not carried out.
+        """
+        begin = data.tell()
+        try:
+            for count in range(1, MAX_OPCODES):
+                code = data.read(1)
+                if not code:
+                    raise FileFormatError(self.path, "truncated: its pickle has no end")
+                if code not in opcodes:
+                    raise FileFormatError(
+                        self.path,
+                        f"its pickle uses the opcode {code!r}; torch's weights-only loader would "
+                        "not read it either",
+                        hint="save it again with torch.save, or as safetensors",
+                    )
+                name, read = opcodes[code]
+                if self.step(name, read(data)):
+                    return self.stack[-1]
+                if self.moved > MOVES * count + SOME:
+                    raise FileFormatError(self.path, "its description copies itself over and over")
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
+            raise FileFormatError(
+                self.path,
+                f"damaged: its pickle breaks off {data.tell() - begin} bytes in: "
+                + str(error)[:MAX_NAME],
+            ) from None
+        raise FileFormatError(self.path, "its description is too long to be a checkpoint's")
 
     def step(self, name: str, argument: Any) -> bool:
         """Carry out one opcode; return whether it was the last."""
@@ -508,7 +529,7 @@ def _names(data: IO[bytes]) -> str:
     return "\n".join(line[:-1].decode("ascii") for line in lines)
 
 
-OPCODES: Final[Mapping[bytes, tuple[str, Callable[[IO[bytes]], Any]]]] = {
+OPCODES: Final[Opcodes] = {
     b"\x80": ("PROTO", _byte),
     b".": ("STOP", _none),
     b"c": ("GLOBAL", _names),

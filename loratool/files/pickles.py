@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, unreadable
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.json import LFS_PREFIX
@@ -104,7 +104,7 @@ def read_pickle(path: Path) -> TorchPickle:
             else:
                 raise FileFormatError(path, _not_a_pickle(start, size))
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     except (zipfile.BadZipFile, struct.error, zlib.error, EOFError, RuntimeError) as error:
         # RuntimeError covers encrypted entries, unknown compression and endless recursion.
         raise FileFormatError(path, f"damaged or truncated: {error}") from None

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.errors import FileFormatError, UnsupportedError
+from loratool.errors import FileFormatError, UnsupportedError, unreadable
 from loratool.files.container import WeightsFile
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import stamp_of
@@ -52,7 +52,7 @@ def read_header(path: Path) -> WeightsFile:
                 raise FileFormatError(path, _bad_length(start, length, size))
             text = file.read(length)
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if not text.lstrip(b" ").startswith(b"{"):
         raise FileFormatError(path, _not_safetensors(prefix + text[:64], size))
     if text.count(b"{") > MAX_TENSORS or text.count(b"[") > 2 * MAX_TENSORS:

@@ -8,7 +8,13 @@ import os
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import FileFormatError, OutputError
+from loratool.errors import (
+    FileFormatError,
+    FullDiskError,
+    OutputDeniedError,
+    OutputError,
+    unreadable,
+)
 
 __all__ = ["clone_file", "copy_range", "describe_write_error", "read_into", "write_all"]
 
@@ -76,7 +82,7 @@ def read_into(source: int, view: memoryview, offset: int, *, path: Path) -> None
         try:
             count = os.preadv(source, [view], offset)
         except OSError as error:
-            raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+            raise unreadable(path, error) from None
         if count == 0:
             raise FileFormatError(path, "became shorter while it was read")
         view = view[count:]
@@ -97,5 +103,14 @@ def write_all(target: int, view: memoryview, offset: int) -> None:
 
 def describe_write_error(path: Path, error: OSError) -> OutputError:
     """Return the error that tells a user why ``path`` could not be written."""
-    hint = "free some space, or choose another disk" if error.errno == errno.ENOSPC else None
-    return OutputError(path, f"cannot be written: {error.strerror or error}", hint=hint)
+    what = f"cannot be written: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space, or choose another disk"
+        return FullDiskError(path, what, hint=hint, number=error.errno)
+    if isinstance(error, PermissionError):
+        return OutputDeniedError(path, what, number=error.errno)
+    if error.errno == errno.EEXIST and error.filename:
+        name = os.path.basename(error.filename)  # noqa: PTH119 - bytes too
+        what = f"cannot be written: this disk takes {name!r} and another of its files for one"
+        return OutputError(path, what, hint="choose a disk that tells upper case from lower case")
+    return OutputError(path, what)

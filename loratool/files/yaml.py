@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, unreadable
 from loratool.files.json import MAX_SIDECAR_BYTES, parse_json
 
 __all__ = ["read_flat_yaml"]
@@ -41,7 +41,7 @@ def read_flat_yaml(path: Path) -> dict[str, Any]:
             raise FileFormatError(path, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB")
         data = path.read_bytes()
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if data.lstrip().startswith(b"{"):
         value = parse_json(data, where=path)
         return value if isinstance(value, dict) else {}

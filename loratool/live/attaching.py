@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loratool.adapter.fields import number_in
 from loratool.adapter.model import HEAD_LEAVES, Adapter, ExtraKind, Site
-from loratool.adapter.problems import CONVERT_HINT, check_plain, site_problems
+from loratool.adapter.problems import CONVERT_HINT, check_plain, check_sound
 from loratool.adapter.scheme import Told
 from loratool.adapter.slots import Slot
 from loratool.base.config import ModelConfig
@@ -271,8 +271,7 @@ def _check(adapter: Adapter) -> None:
         AdapterError: The adapter is broken.
     """
     for site in adapter.sites:
-        for code, problem in site_problems(site, adapter):
-            raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+        check_sound(site, adapter)
         is_bound = bool(site.variant.undetermined) and not site.variant.is_decomposed
         if site.parameters or site.nesting or is_bound:
             raise UnsupportedError(

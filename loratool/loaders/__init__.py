@@ -34,6 +34,6 @@ def loader_named(name: str) -> Loader:
     """
     files = FILES.claimed("for")
     if name not in files:
-        raise OptionError("--for", f"{name!r} is none of {', '.join(loader_names())}")
+        raise OptionError.none_of("--for", name, loader_names())
     loader: Loader = FILES.load(files[name])
     return loader

@@ -20,6 +20,8 @@ __all__ = [
     "bank_numbers",
     "bank_pieces",
     "block_factors",
+    "exchanged_factors",
+    "exchanged_part",
     "flat",
     "fold_mid",
     "hadamard_factors",
@@ -35,6 +37,7 @@ __all__ = [
     "summed",
     "unit_ranks",
     "vera_factors",
+    "weighted_sum",
     "whole_shares",
 ]
 
@@ -133,7 +136,8 @@ def kronecker_factors(w1: Array | Factors, w2: Array | Factors, t2: Array | None
 
     ``(u1 @ v1) ⊗ (u2 @ v2) = (u1 ⊗ u2) @ (v1 ⊗ v2)``, for whatever factors the halves have: the
     stored ones, or the half itself and the identity on its smaller side, if that is smaller. The
-    files of LyCORIS and PEFT agree but for PEFT's full ``w2`` of a one-dimensional convolution.
+    files of LyCORIS and PEFT agree but for PEFT's full ``w2`` of a one-dimensional convolution,
+    which :func:`exchanged_factors` is for.
 
     Args:
         w1: ``(a, c)``, or ``w1_a`` ``(a, r1)`` and ``w1_b`` ``(r1, c)``.
@@ -194,6 +198,44 @@ def kronecker_rank(
     return _smallest_rank(w1, None) * _smallest_rank(w2, t2)
 
 
+def exchanged_factors(w1: Array | Factors, w2: Array, t2: None = None) -> Factors:
+    """Return the factors of ``Δ[…, k] = w2[…, k] ⊗ w1``, of a convolution of one dimension.
+
+    Args:
+        w1: ``(a, c)``, or ``w1_a`` ``(a, r1)`` and ``w1_b`` ``(r1, c)``.
+        w2: ``(b, d, kernel)``.
+        t2: None; there is no core beside a full ``w2``.
+
+    Returns:
+        ``(b · a, R)`` and ``(R, d · c · kernel)``.
+    """
+    up, down = kronecker_factors(w1, w2, t2)
+    xp = array_namespace(up)
+    rank, (height, width, kernel) = up.shape[1], w2.shape
+    up = xp.permute_dims(up.reshape((-1, height, rank)), (1, 0, 2))
+    down = xp.permute_dims(down.reshape((rank, -1, width, kernel)), (0, 2, 1, 3))
+    return up.reshape((-1, rank)), down.reshape((rank, -1))
+
+
+def exchanged_part(left: Array, right: Array, rows: range, columns: range, kernel: int) -> Array:
+    """Return some rows and columns of ``right[…, k] ⊗ left``, ``(rows, columns, kernel)``.
+
+    Args:
+        left: ``(a, c)``.
+        right: ``(b, d · kernel)``.
+        rows: Of the product, which has ``b · a``.
+        columns: Of the product, which has ``d · c``.
+        kernel: Places of a convolution's kernel.
+    """
+    xp = array_namespace(left, right)
+    down = xp.arange(rows.start, rows.stop, device=left.device)
+    along = xp.arange(columns.start, columns.stop, device=left.device)
+    whole = right.reshape((right.shape[0], -1, kernel))
+    inner = xp.take(xp.take(left, down % left.shape[0], axis=0), along % left.shape[1], axis=1)
+    outer = xp.take(xp.take(whole, down // left.shape[0], axis=0), along // left.shape[1], axis=1)
+    return outer * inner[:, :, None]
+
+
 def vera_factors(
     lambda_b: Array, lambda_d: Array, vera_a: Array, vera_b: Array, out: int, in_: int
 ) -> Factors:
@@ -216,6 +258,11 @@ def vera_factors(
     if rows < out or columns < in_:
         raise ValueError(f"{rows} × {columns} is too small to share with {out} × {in_}")
     return lambda_b[:, None] * vera_b[:out, :], lambda_d[:, None] * vera_a[:, :in_]
+
+
+def weighted_sum(weights: Array, matrices: Array) -> Array:
+    """Return ``Σ weights[i] · matrices[i]``, of ``(n,)`` and ``(n, rows, columns)``."""
+    return array_namespace(weights, matrices).sum(weights[:, None, None] * matrices, axis=0)
 
 
 def flat(array: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
@@ -17,14 +17,18 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 __all__ = [
+    "drawn_place",
     "fourier_factors",
     "fourier_places",
     "randlora_factors",
     "randlora_projections",
+    "tinylora_projections",
     "vera_projections",
 ]
 
 Pair: TypeAlias = "tuple[Floats, Floats]"
+ROUNDED: Final = 0.02
+"""What projections differ in at most that were rounded when they were saved, by the largest."""
 
 
 @lru_cache(maxsize=2)
@@ -116,6 +120,23 @@ def randlora_factors(
     down = rows.reshape((-1, small))
     up = b[:large, :bases, :].reshape((large, -1))
     return (up, down) if small == into else (down.mT, up.mT)
+
+
+@lru_cache(maxsize=1024)
+def tinylora_projections(seed: int, count: int, rank: int) -> NDArray[np.float32]:
+    """Return the projections ``(count, r, r)`` as PEFT's TinyLoRA draws them."""
+    return TorchGenerator(seed).normal((count, rank, rank), 1.0 / math.sqrt(rank))
+
+
+def drawn_place(projections: Floats, seed: int, count: int) -> int | None:
+    """Return which of so many seeds, one after the other, drew some projections of TinyLoRA."""
+    numbers, rank, _ = projections.shape
+    limit = ROUNDED * float(np.abs(projections).max(initial=0.0))
+    for place in range(count):
+        drawn = tinylora_projections(seed + place, numbers, rank)
+        if np.abs(drawn - projections).max(initial=0.0) <= limit:
+            return place
+    return None
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,7 @@
 
 Some adapters store the seed of their projections instead of the projections. The generator is a
 Mersenne twister (``mt19937``), seeded as its authors' ``init_genrand`` does, and numpy has the
-same one. What is made of its words is told here: uniform numbers, and permutations.
+same one. What is made of its words is told here: uniform and normal numbers, and permutations.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ FEW: Final = (2**32 - 1) // 20
 """Permutations of so many elements are drawn in another way, with two words for each."""
 CHUNK: Final = 1 << 20
 """Words that are drawn at once for them."""
+BLOCK: Final = 16
+"""Normal numbers that are made at once; fewer are made in pairs, of twice as many words."""
 DIGITS: Final = 24
 """Bits of a word that a uniform number is made of: as many as float32 has."""
 
@@ -60,6 +62,34 @@ class TorchGenerator:
         whole: NDArray[np.float32] = values.reshape(shape)
         return whole
 
+    def normal(self, shape: tuple[int, ...], deviation: float) -> NDArray[np.float32]:
+        """Return what ``torch.normal(0, deviation, shape)`` holds, but for its last bit.
+
+        Both of Box's and Muller's numbers are used; PyTorch's own logarithm and cosine differ from
+        others in the last bit of float32.
+        """
+        count = math.prod(shape)
+        if count < BLOCK:
+            values = self._normal_pairs(count)
+        else:
+            values = self.uniform((count,), 0.0, 1.0).astype(np.float64)
+            _to_normal(values[: count // BLOCK * BLOCK].reshape((-1, BLOCK)))
+            if count % BLOCK:  # the last ones are drawn again
+                values[-BLOCK:] = self.uniform((BLOCK,), 0.0, 1.0)
+                _to_normal(values[-BLOCK:].reshape((1, BLOCK)))
+        whole: NDArray[np.float32] = (values * deviation).astype(np.float32).reshape(shape)
+        return whole
+
+    def _normal_pairs(self, count: int) -> NDArray[np.float64]:
+        """Return normal numbers made of two uniform ones of float64 each two."""
+        halves = self.words(4 * -(-count // 2)).astype(np.uint64).reshape((-1, 2, 2))
+        both = halves[..., 0] << np.uint64(32) | halves[..., 1]
+        shares = (both & np.uint64((1 << 53) - 1)) * 2.0**-53
+        radius, angle = np.sqrt(-2 * np.log1p(-shares[:, 1])), 2 * np.pi * shares[:, 0]
+        pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+        values: NDArray[np.float64] = pairs.reshape(-1)[:count]
+        return values
+
     def first_of_permutation(self, count: int, wanted: int) -> NDArray[np.int64]:
         """Return the first entries of ``torch.randperm(count)``."""
         wanted = min(wanted, count)
@@ -94,6 +124,14 @@ class TorchGenerator:
                     found[number] = found[place]
                 found[place] = number
         return found
+
+
+def _to_normal(blocks: NDArray[np.float64]) -> None:
+    """Make normal numbers of uniform ones, in place; the halves of a block belong together."""
+    radius = np.sqrt(-2 * np.log(1 - blocks[:, : BLOCK // 2]))
+    angle = 2 * np.pi * blocks[:, BLOCK // 2 :]
+    blocks[:, : BLOCK // 2] = radius * np.cos(angle)
+    blocks[:, BLOCK // 2 :] = radius * np.sin(angle)
 
 
 def to_bfloat16(values: Any) -> NDArray[np.float32]:

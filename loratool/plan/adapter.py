@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -108,6 +108,7 @@ class AdapterPlan:
         history: How it came to be, for the metadata; ``None`` where that is not recorded.
         config: The configuration beside the weights, or ``None``.
         config_name: What it is called.
+        format_config: Makes the files of it, the one of that name and maybe more.
         sidecars: Other files of the output.
         weights_name: Name of the weights file in the output folder; empty where the output is
             that file itself.
@@ -128,6 +129,7 @@ class AdapterPlan:
     history: History | None = None
     config: Mapping[str, Any] | None
     config_name: str = CONFIG_NAME
+    format_config: Callable[[Mapping[str, Any]], Mapping[str, bytes]] | None = None
     sidecars: tuple[Sidecar, ...] = ()
     weights_name: str
     stamps: Mapping[Path, Stamp]
@@ -178,17 +180,21 @@ class AdapterPlan:
         return bool(self.weights_name)
 
     @property
-    def config_text(self) -> bytes:
-        """The configuration as it is written."""
-        return (json.dumps(self.config, indent=2) + "\n").encode()
+    def config_files(self) -> Mapping[str, bytes]:
+        """The configuration as it is written, by the names of its files; none without one."""
+        if self.config is None:
+            return {}
+        if self.format_config is not None:
+            return self.format_config(self.config)
+        return {self.config_name: (json.dumps(self.config, indent=2) + "\n").encode()}
 
     def beside(self) -> Iterator[Sidecar]:
         """Yield the files beside the weights, the configuration last."""
         if not self.is_folder:
             return
         yield from self.sidecars
-        if self.config is not None:
-            yield Sidecar(self.config_name, None, self.config_text)
+        for name, content in self.config_files.items():
+            yield Sidecar(name, None, content)
 
     def works(self, outcome: Outcome) -> list[FileWork]:
         """Return what is to be done for the weights file."""
@@ -202,8 +208,7 @@ class AdapterPlan:
     def described_files(self) -> list[dict[str, Any]]:
         """Return name and size of every file of the output."""
         found = [{"name": self.weights_name or "(the output)", "bytes": self.nbytes}]
-        if self.config is not None:
-            found.append({"name": self.config_name, "bytes": len(self.config_text)})
+        found += [{"name": n, "bytes": len(content)} for n, content in self.config_files.items()]
         found += [
             {"name": sidecar.name, "bytes": sidecar.source.stat().st_size}
             for sidecar in self.sidecars

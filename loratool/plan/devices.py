@@ -9,7 +9,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from loratool.errors import UnsupportedError
 
-__all__ = ["check_torch", "exactly", "gpus_for", "has_gpu", "mover_to"]
+__all__ = ["check_torch", "exactly", "gpu_names", "gpus_for", "has_gpu", "mover_to"]
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -17,6 +17,7 @@ PROCESSOR: Final = ("auto", "cpu")
 WORTH_A_GPU: Final = 2_000_000_000
 """Bytes to read from which on a GPU gains more than the seconds that it takes to start it."""
 DRIVER: Final = "libcuda.so.1"
+LONGEST_NAME: Final = 256
 
 
 def has_gpu() -> bool:
@@ -28,6 +29,21 @@ def has_gpu() -> bool:
     except (OSError, AttributeError):
         return False
     return is_ready and count.value > 0
+
+
+def gpu_names() -> list[str]:
+    """Return what the driver library calls the GPUs; none where there is no driver."""
+    if not has_gpu():
+        return []
+    driver, count = ctypes.CDLL(DRIVER), ctypes.c_int(0)
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    names = []
+    for number in range(count.value):
+        device, text = ctypes.c_int(0), ctypes.create_string_buffer(LONGEST_NAME)
+        driver.cuDeviceGet(ctypes.byref(device), number)
+        driver.cuDeviceGetName(text, LONGEST_NAME, device)
+        names.append(text.value.decode(errors="replace"))
+    return names
 
 
 def gpus_for(name: str, nbytes: int) -> tuple[list[Any], str | None]:

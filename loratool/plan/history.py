@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import loratool
 from loratool.adapter.model import HISTORY_KEY
-from loratool.errors import FileFormatError
+from loratool.errors import unreadable
 from loratool.files.json import as_text
 
 __all__ = ["History", "Source", "digest_of"]
@@ -82,5 +82,5 @@ def digest_of(path: Path) -> str:
             while block := file.read(BLOCK):
                 digest.update(block)
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     return digest.hexdigest()

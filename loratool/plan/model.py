@@ -460,6 +460,7 @@ class ModelPlan(Shown):
                 ", ".join(str(adapter.path) for adapter in self.adapters),
                 "every delta is exactly zero (an untrained adapter, or alpha 0), so the merge "
                 "would change nothing",
+                code="LT018",
             )
 
     def inputs(self) -> Iterator[Path]:

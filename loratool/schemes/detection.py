@@ -16,6 +16,7 @@ from loratool.errors import AdapterError
 from loratool.files.container import WeightsFile
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder, part_of
+from loratool.files.missing import missing
 from loratool.files.spec import StoredTensor
 from loratool.schemes import builtin_schemes, claimed, sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
@@ -26,7 +27,7 @@ __all__ = ["detect_scheme", "find_weights", "forms", "selected"]
 def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tuple[str, ...]]:
     """Return the weights file that ``path`` means, and what was found beside it."""
     if not path.exists():
-        raise AdapterError(path, "no such file or folder")
+        raise missing(path)
     if not path.is_file() and not path.is_dir():
         raise AdapterError(path, "neither a file nor a folder")
     if path.is_file():

@@ -65,9 +65,9 @@ def _by_component(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(METADATA_KEY, f"is no JSON: {error}") from None
+        raise AdapterError(METADATA_KEY, f"is no JSON: {error}", code="LT015") from None
     if not isinstance(fields, dict):
-        raise AdapterError(METADATA_KEY, "is no JSON object")
+        raise AdapterError(METADATA_KEY, "is no JSON object", code="LT015")
     found: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         component, _, field = name.partition(".")

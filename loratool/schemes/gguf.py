@@ -259,7 +259,9 @@ class GgufSettings(Settings):
         except ValueError:
             alpha = float("nan")
         if alpha != alpha or abs(alpha) == float("inf"):
-            raise AdapterError(where.parent, f"{FILE_ALPHA_KEY} is {text!r:.40}, expected a number")
+            raise AdapterError(
+                where.parent, f"{FILE_ALPHA_KEY} is {text!r:.40}, expected a number", code="LT015"
+            )
         return tuple(replace(site, scaling=_scaling(site, alpha)) for site in sites)
 
     def base_model(self, metadata: Mapping[str, str]) -> str | None:

@@ -235,7 +235,9 @@ class LitgptSettings(Settings):
         for key, value in (("lora_alpha", alpha), ("lora_r", rank)):
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not math.isfinite(value) or (key == "lora_r" and value < 1):
-                raise AdapterError(where, f"{key} is {value!r:.40}, expected a number")
+                raise AdapterError(
+                    where, f"{key} is {value!r:.40}, expected a number", code="LT015"
+                )
         return tuple(replace(site, scaling=Scaling(float(alpha), int(rank))) for site in sites)
 
     def config(self, written: Written) -> dict[str, Any] | None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from loratool.adapter.keys import KeyTable, Template
+from loratool.adapter.keys import KeyTable, are_upright
 from loratool.adapter.scheme import Home, Scheme, Written
-from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
 from loratool.names.paths.dotted import PathPaths
 from loratool.schemes.parts.peft_config import PeftSettings
 from loratool.schemes.parts.roles import FactorsOfTable, Roles
 from loratool.schemes.parts.scales import AlphaScale, ConfiguredScale, FoldedScale
 from loratool.schemes.parts.settings import Settings
+from loratool.schemes.parts.tutorials import TEMPLATES, has_letters
 from loratool.values.expr import Scaled
 
 __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
-    "keys": r"^(?!base_model\.model\.).*\.lora[_.][AB]$",
+    "keys": r"^(?!base_model\.model\.).*\.("
+    r"(lora|LoRA)_?(mat(rix)?_|weight_)?[AB]|lora(_(layer|adapter|module))?\.(lora_)?[AB]"
+    r"|lora_[ab]|[AB]|parametrizations\.weight\.\d+\.(lora_)?[AB])([._]weight)?$",
     "weights": ("adapter_model.safetensors", "adapter_model.bin"),
 }
 
@@ -29,6 +31,9 @@ class LoralibKeys(KeyTable):
 
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
         count = self.factor_keys(tensors)
+        if has_letters(tensors):
+            pairs = self.pairs(tensors)
+            return count if 2 * len(pairs) == count and are_upright(pairs) else 0
         wrong = sum(
             down.spec.shape[0] % max(1, up.spec.shape[1]) != 0
             and down.spec.shape[1] == up.spec.shape[0]
@@ -54,18 +59,7 @@ SCHEME = Scheme(
     example="transformer.h.0.attn.c_attn.lora_A",
     keys=LoralibKeys(
         foreign=("base_model.model.",),
-        templates=(
-            Template("{module}.lora_A", Slot.DOWN),
-            Template("{module}.lora_B", Slot.UP),
-            Template("{module}.alpha", Slot.ALPHA),
-            # Also read: layers of tutorials that hold the factors in a module of their own.
-            Template("{module}.lora.A", Slot.DOWN),
-            Template("{module}.lora.B", Slot.UP),
-            Template("{module}.lora.lora_A", Slot.DOWN),
-            Template("{module}.lora.lora_B", Slot.UP),
-            Template("{module}.parametrizations.weight.0.lora_A", Slot.DOWN),
-            Template("{module}.parametrizations.weight.0.lora_B", Slot.UP),
-        ),
+        templates=TEMPLATES,
     ),
     paths=PathPaths(),
     scale=FoldedScale(),

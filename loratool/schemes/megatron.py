@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from loratool.adapter.keys import KeyTable, Template
 from loratool.adapter.model import Site
-from loratool.adapter.scheme import Home, Scheme, Told
+from loratool.adapter.part import Part
+from loratool.adapter.scheme import Home, Scheme, Told, Written
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.errors import AdapterError
 from loratool.files.spec import StoredTensor
 from loratool.files.yaml import read_flat_yaml
 from loratool.names.gguf import architecture_of, attention_in_config
-from loratool.names.paths.megatron import MegatronPaths
+from loratool.names.paths.megatron import FUSED, MegatronPaths, part_of
 from loratool.schemes.parts.model import described
 from loratool.schemes.parts.roles import Roles
 from loratool.schemes.parts.scales import FoldedScale
 from loratool.schemes.parts.settings import Settings
+from loratool.values.expr import Expr, concatenated
 
 __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
     "keys": r"(\.adapter(\.adapter_\w+)?|\.adapter_layer\.lora_\w+_adapter(\.\w+_adapter)?)"
     r"\.linear_(in|out)\.weight$",
+    "weights": ("model_weights.ckpt",),
 }
 
 SIDES: Final = {"linear_in": Slot.DOWN, "linear_out": Slot.UP}
@@ -124,6 +128,53 @@ class MegatronRoles(Roles):
             return self._cut(site, 1, {"gate": 1, "up": 1})
         return [site]
 
+    def together(self, parts: Sequence[Part]) -> list[Part]:
+        """Return ``parts`` with fused layers as one, where all of them share their A.
+
+        Else they stay projections of their own, which is Megatron-Bridge's canonical form: an
+        adapter is in one form or in the other.
+        """
+        layers: dict[str, dict[str, Part]] = defaultdict(dict)
+        for part in parts:
+            place = part_of(part.module)
+            if place is not None:
+                layers[place[0]][place[1]] = part
+        if not all(self._is_one(name, members) for name, members in layers.items()):
+            return list(parts)
+        others = [part for part in parts if part_of(part.module) is None]
+        return [*others, *(self._fused(name, members) for name, members in layers.items())]
+
+    def _groups(self, layer: str) -> int:
+        if not layer.endswith("linear_qkv"):
+            return 1
+        return self.shape.groups
+
+    def _is_one(self, layer: str, members: Mapping[str, Part]) -> bool:
+        """Whether the parts of a layer are all there and share A, and their order is known."""
+        names, groups = FUSED[layer.rpartition(".")[2]], self._groups(layer)
+        found = [members[name] for name in names if name in members]
+        if len(found) < len(names) or not groups or not all(part.is_plain for part in found):
+            return False
+        first = found[0]
+        return all(
+            part.down == first.down
+            and part.scale == first.scale
+            and part.values.keys() == first.values.keys()
+            and part.up.shape[0] % groups == 0
+            for part in found
+        )
+
+    def _fused(self, layer: str, members: Mapping[str, Part]) -> Part:
+        names, groups = FUSED[layer.rpartition(".")[2]], self._groups(layer)
+        parts = [members[name] for name in names]
+        first = parts[0]
+        values = dict(first.values)
+        for slot in (first.slots[1], Slot.MAGNITUDE):
+            if slot in values:
+                values[slot] = _by_groups([part.values[slot] for part in parts], groups)
+        note = "fused as Megatron has it"
+        return replace(first, module=layer, values=values, site=None, notes=(*first.notes, note))
+
     def _cut(self, site: Site, groups: int, shares: Mapping[str, int]) -> list[Site]:
         rows = site.slots[Slot.UP].spec.shape[0]
         count = groups * sum(shares.values())
@@ -132,6 +183,7 @@ class MegatronRoles(Roles):
                 site.label,
                 f"has {rows} rows, which are no {count} equal parts",
                 hint="is this the base that it was trained on?",
+                code="LT022",
             )
         size, first, made = rows // count, 0, []
         for name, share in shares.items():
@@ -143,6 +195,29 @@ class MegatronRoles(Roles):
             made.append(replace(site, module=f"{site.module}.{name}", slots=slots))
             first = last
         return made
+
+
+def _by_groups(values: Sequence[Expr], groups: int) -> Expr:
+    """Return rows of each of ``values`` for the first group, then those for the second, ..."""
+    pieces = []
+    for group in range(groups):
+        for value in values:
+            height = value.shape[0] // groups
+            pieces.append(value.rows(group * height, (group + 1) * height))
+    return concatenated(pieces) if len(pieces) > 1 else pieces[0]
+
+
+class MegatronSettings(Settings):
+    """Nothing is recorded: the scale is in the run's configuration."""
+
+    def notes(self, written: Written) -> Iterator[str]:
+        """Yield what the run has to say."""
+        is_fused = any(
+            item.part.module.rpartition(".")[2] in FUSED and item.part.site is None
+            for item in written.modules
+        )
+        kind = "LoRA" if is_fused else "CanonicalLoRA"
+        yield f"Megatron keeps its scale in the run: make the layers with {kind}, alpha = dim"
 
 
 def _kept(stored: StoredTensor, groups: int, first: int, last: int, where: str) -> StoredTensor:
@@ -179,9 +254,10 @@ def _count(fields: Mapping[str, Any], key: str) -> int:
 
 SCHEME = Scheme(
     name="megatron",
-    summary="NeMo, Megatron-Bridge: linear_qkv by groups, linear_fc1 (read only)",
+    summary="NeMo, Megatron-Bridge: linear_qkv by groups, linear_fc1",
     example="decoder.layers.0.self_attention.linear_proj.adapter.linear_in.weight",
     keys=MegatronKeys(
+        modules=r"(.+\.)?(decoder|encoder)\.layers\.\d+\.(self_attention|mlp)\.linear_.+|(.+\.)?output_layer",
         templates=(
             Template("{module}.adapter.linear_in.weight", Slot.DOWN),
             Template("{module}.adapter.linear_out.weight", Slot.UP),
@@ -191,9 +267,8 @@ SCHEME = Scheme(
     paths=MegatronPaths(),
     scale=FoldedScale(),
     roles=MegatronRoles(has_convolutions=False),
-    settings=Settings(),
-    home=Home(),
+    settings=MegatronSettings(),
+    home=Home(weights_name="model_weights.ckpt", suffix=".ckpt"),
     priority=4,
     follows=_following,
-    is_written=False,
 )

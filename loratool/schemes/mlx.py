@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.fields import number_in
-from loratool.adapter.keys import KeyTable, Template, are_transposed
+from loratool.adapter.keys import KeyTable, Template, are_transposed, are_upright
 from loratool.adapter.model import Site
 from loratool.adapter.part import Part
 from loratool.adapter.scaling import Scaling
@@ -43,9 +43,9 @@ class MlxKeys(KeyTable):
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
         """Count factors; bare letters only where all of them are pairs of transposed factors."""
         count = self.factor_keys(tensors)
-        if any(key.endswith((".lora_a", ".lora_b")) for key in tensors):
-            return count
         pairs = self.pairs(tensors)
+        if any(key.endswith((".lora_a", ".lora_b")) for key in tensors):
+            return 0 if pairs and are_upright(pairs) else count
         return count if 2 * len(pairs) == count and are_transposed(pairs) is not False else 0
 
 
@@ -98,13 +98,17 @@ class MlxSettings(Settings):
         if parameters is None:
             return sites
         if not isinstance(parameters, dict):
-            raise AdapterError(where, f"lora_parameters is {parameters!r:.40}, expected an object")
+            raise AdapterError(
+                where, f"lora_parameters is {parameters!r:.40}, expected an object", code="LT015"
+            )
         scale = parameters.get("scale")
         if scale is None:
             return sites
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if not is_number or not math.isfinite(scale):
-            raise AdapterError(where, f"lora_parameters.scale is {scale!r:.40}, expected a number")
+            raise AdapterError(
+                where, f"lora_parameters.scale is {scale!r:.40}, expected a number", code="LT015"
+            )
         return tuple(
             replace(
                 site,

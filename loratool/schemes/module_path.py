@@ -60,6 +60,7 @@ class BareSettings(Settings):
                 f"metadata: {ALPHA_KEY}",
                 f"is {text!r}, expected a number",
                 hint=f"take it out: loratool metadata FILE --remove {ALPHA_KEY} -o OUT",
+                code="LT015",
             )
         return tuple(replace(site, scaling=Scaling(alpha, site.rank)) for site in sites)
 

@@ -61,7 +61,7 @@ def open_adapter(
         OptionError: There is no such scheme.
     """
     if scheme is not None and scheme not in scheme_names():
-        raise OptionError("--from", f"{scheme!r} is none of {', '.join(scheme_names())}")
+        raise OptionError.none_of("--from", scheme, scheme_names())
     opened = open_as_spelled(
         Path(path),
         (scheme_named(scheme),) if scheme is not None else (),

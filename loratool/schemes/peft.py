@@ -85,11 +85,6 @@ SCHEME = Scheme(
             "UniLoRA's vector without its places (save_indices was false): only the order of the "
             "live model's modules tells them",
         ),
-        (
-            r"tinylora_(A|B|P|v)",
-            "TinyLoRA's factors: which vector is whose only the order of the live model's modules "
-            "tells",
-        ),
         (r"lily_(A|B|router)", "a Lily router: no fixed weights equal it"),
         (r"internal_xlora_classifier", "an X-LoRA router: no fixed weights equal it"),
     ),

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from loratool.adapter.keys import KeyTable, Template, are_transposed
+from loratool.adapter.keys import KeyTable, are_transposed
 from loratool.adapter.scheme import Home, Scheme
-from loratool.adapter.slots import Slot
 from loratool.files.spec import StoredTensor
 from loratool.names.paths.dotted import PathPaths
 from loratool.schemes.parts.roles import FactorsOfTable, Roles
 from loratool.schemes.parts.scales import FoldedScale
 from loratool.schemes.parts.settings import Settings
+from loratool.schemes.parts.tutorials import TEMPLATES, has_letters
 
 __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
-    "keys": r"^(?!base_model\.model\.).*\.lora[_.][AB]$",
+    "keys": r"^(?!base_model\.model\.).*\.("
+    r"(lora|LoRA)_?(mat(rix)?_|weight_)?[AB]|lora(_(layer|adapter|module))?\.(lora_)?[AB]"
+    r"|lora_[ab]|[AB]|parametrizations\.weight\.\d+\.(lora_)?[AB])([._]weight)?$",
     "weights": ("adapter_model.safetensors", "adapter_model.bin"),
 }
 
@@ -26,6 +28,8 @@ class TransposedKeys(KeyTable):
     """loralib's keys; that the factors are transposed only their shapes tell."""
 
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
+        if has_letters(tensors):
+            return 0  # mlx reads those
         pairs = self.pairs(tensors)
         return self.factor_keys(tensors) if pairs and are_transposed(pairs) else 0
 
@@ -36,18 +40,7 @@ SCHEME = Scheme(
     example="blocks.0.attn.qkv.lora_A",
     keys=TransposedKeys(
         foreign=("base_model.model.",),
-        templates=(
-            Template("{module}.lora_A", Slot.DOWN),
-            Template("{module}.lora_B", Slot.UP),
-            Template("{module}.alpha", Slot.ALPHA),
-            # Also read: layers of tutorials that hold the factors in a module of their own.
-            Template("{module}.lora.A", Slot.DOWN),
-            Template("{module}.lora.B", Slot.UP),
-            Template("{module}.lora.lora_A", Slot.DOWN),
-            Template("{module}.lora.lora_B", Slot.UP),
-            Template("{module}.parametrizations.weight.0.lora_A", Slot.DOWN),
-            Template("{module}.parametrizations.weight.0.lora_B", Slot.UP),
-        ),
+        templates=TEMPLATES,
     ),
     paths=PathPaths(),
     scale=FoldedScale(),

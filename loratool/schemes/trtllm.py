@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +12,16 @@ from typing import Any, Final
 
 from loratool.adapter.keys import KeyTable, Template
 from loratool.adapter.model import Site
+from loratool.adapter.part import Part
 from loratool.adapter.scaling import Scaling
-from loratool.adapter.scheme import Home, Scheme, Told
+from loratool.adapter.scheme import Home, NoPlaceError, Scheme, Told, Written
 from loratool.adapter.slots import AdapterKey, Slot
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.files.dtypes import DTYPES
+from loratool.files.npy import SHAPES, format_npy_header
 from loratool.files.spec import StoredTensor
 from loratool.names.gguf import architecture_of, attention_in_config
-from loratool.names.paths.trtllm import LONGEST, MODULE, TrtllmPaths
+from loratool.names.paths.trtllm import LONGEST, MODULE, NUMBERS, TrtllmPaths
 from loratool.schemes.parts.model import described
 from loratool.schemes.parts.roles import Roles
 from loratool.schemes.parts.scales import FoldedScale
@@ -25,11 +30,16 @@ from loratool.schemes.parts.settings import Settings
 __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
-    "keys": r"^layer\.\d+\.module\.\d+\.rank\.\d+(\.dora)?$",
+    "keys": r"^layer\.\d+\.module\.\d+(\.rank\.\d+)?(\.dora|\.in|\.out)?$",
     "weights": ("model.lora_weights.npy",),
+    "sidecar": "model.lora_config.npy",
 }
 
 BOTH: Final = Slot("both factors")
+SIDES: Final = {"in": Slot.DOWN, "out": Slot.UP}
+HALF: Final = re.compile(
+    r"(?P<module>layer\.\d+\.module\.\d+(\.rank\.\d+)?)\.(?P<side>in|out)", re.ASCII
+)
 LIKE_LLAMA: Final = frozenset(
     ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo", "olmo2", "mistral3", "phi3")
 )
@@ -37,15 +47,18 @@ LIKE_LLAMA: Final = frozenset(
 
 
 class RowKeys(KeyTable):
-    """Names that the container gives to rows."""
+    """Names that the container gives to rows, and takes for their halves."""
 
     def _parse(self, key: str) -> AdapterKey | None:
+        match = HALF.fullmatch(key)
+        if match is not None:
+            return AdapterKey(match["module"], SIDES[match["side"]])
         return AdapterKey(key, BOTH) if MODULE.fullmatch(key) else None
 
     def format(self, key: AdapterKey) -> str:
-        if key.slot is not BOTH:
-            raise KeyError(f"there is no name for {key.slot.value}")
-        return key.module
+        if key.slot is BOTH:
+            return key.module
+        return super().format(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,17 @@ class RowRoles(Roles):
 
     sizes: Sizes | None = None
 
+    def stored(self, part: Part) -> Part:
+        """Return ``part`` as both halves of its row.
+
+        Raises:
+            NoPlaceError: It has more than A and B.
+        """
+        if Slot.MAGNITUDE in part.values:
+            # The runtime multiplies by magnitudes that are divided by the norms of the weight.
+            raise NoPlaceError("magnitudes", Slot.MAGNITUDE)
+        return super().stored(part)
+
     def apart(self, site: Site) -> list[Site]:
         """Return the projections that a row is, where that is known.
 
@@ -121,6 +145,7 @@ class RowRoles(Roles):
                 f"has {row.spec.elements} numbers; factors of rank {rank} for {into} inputs and "
                 f"{outputs} outputs have {rank * (into + outputs)}",
                 hint="is this the base that it was trained on?",
+                code="LT022",
             )
         return list(_apart(site, row, rank, into, parts))
 
@@ -147,7 +172,33 @@ def _view(row: StoredTensor, first: int, shape: tuple[int, ...]) -> StoredTensor
 
 @dataclass(frozen=True)
 class RowSettings(Settings):
-    """Nothing beside the arrays: the scale is in B."""
+    """The table of what each row is; the scale is in B."""
+
+    file: str = "model.lora_config.npy"
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Return nothing: the container has read the table."""
+        return {}
+
+    def config(self, written: Written) -> dict[str, Any] | None:
+        """Return the module, the layer and the rank of each row, and the widths of its halves."""
+        rows, shapes = [], {}
+        for item in written.modules:
+            match = NUMBERS.fullmatch(item.name)
+            if match is not None:
+                part = item.part
+                rows.append((int(match["layer"]), int(match["module"]), part.rank))
+                shapes[item.name] = [part.down.shape[1], part.up.shape[0]]
+        ordered = [(module, layer, rank) for layer, module, rank in sorted(rows)]
+        return {"rows": ordered, "shapes": shapes}
+
+    def dump(self, config: Mapping[str, Any]) -> Mapping[str, bytes]:
+        """Return the array, and the widths, which are loratool's own and nowhere else."""
+        rows = config["rows"]
+        header = format_npy_header("I32", (1, len(rows), 3))
+        table = header + b"".join(struct.pack("<3i", *row) for row in rows)
+        widths = (json.dumps(config["shapes"]) + "\n").encode()
+        return {self.file: table, SHAPES: widths}
 
     def read(
         self,
@@ -160,7 +211,7 @@ class RowSettings(Settings):
         found = []
         for site in sites:
             match = MODULE.fullmatch(site.module)
-            rank = int(match["rank"]) if match is not None else 0
+            rank = int(match["rank"]) if match is not None else site.rank
             found.append(replace(site, scaling=Scaling(float(rank or 1), rank or 1)))
         return tuple(found)
 
@@ -189,9 +240,15 @@ def _count(fields: Mapping[str, Any], key: str) -> int:
 
 SCHEME = Scheme(
     name="trtllm",
-    summary="TensorRT-LLM: model.lora_weights.npy, rows of numbers (read only)",
+    summary="TensorRT-LLM: model.lora_weights.npy, rows of numbers",
     example="layer.0.module.1.rank.8",
-    keys=RowKeys(templates=(Template("{module}", BOTH, is_factor=True),)),
+    keys=RowKeys(
+        templates=(
+            Template("{module}", BOTH, is_factor=True),
+            Template("{module}.in", Slot.DOWN),
+            Template("{module}.out", Slot.UP),
+        ),
+    ),
     paths=TrtllmPaths(),
     scale=FoldedScale(),
     roles=RowRoles(has_convolutions=False),
@@ -199,5 +256,4 @@ SCHEME = Scheme(
     home=Home(weights_name="model.lora_weights.npy", suffix=".npy"),
     priority=4,
     follows=_following,
-    is_written=False,
 )

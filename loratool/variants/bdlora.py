@@ -42,7 +42,7 @@ class BdLora(Plain):
             return {}
         count = blocks.get("nblocks")
         if type(count) is not int or count < 1:
-            raise AdapterError(module, f"use_bdlora: nblocks is {count!r}")
+            raise AdapterError(module, f"use_bdlora: nblocks is {count!r}", code="LT015")
         return {"blocks": count}
 
     def width(self, site: Site, shape: tuple[int, ...] | None = None) -> int:

@@ -76,6 +76,7 @@ class Ia3(Variant):
                 site.label,
                 f"scales {size} {'inputs' if is_on_input else 'outputs'} of a weight that has "
                 f"{side}",
+                code="LT022",
             )
         return Scaled(values[Slot.IA3], is_on_input=is_on_input)
 

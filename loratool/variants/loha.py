@@ -61,6 +61,9 @@ class Loha(Variant):
     has_factors = True
     has_change = True
     kernel_slots = frozenset((CORE,))
+    fields = frozenset(
+        ("alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")
+    )
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
@@ -78,9 +81,9 @@ class Loha(Variant):
     def check(self, site: Site, shape: tuple[int, ...] | None) -> None:
         """See :class:`Variant`."""
         if not all(slot in site.slots for slot in PARTS[:4]):
-            raise AdapterError(site.module, "lacks one of the four factors of a LoHa")
+            raise AdapterError(site.module, "lacks one of the four factors of a LoHa", code="LT001")
         if (CORE in site.slots) != (PARTS[-1] in site.slots):
-            raise AdapterError(site.module, "lacks one of the two cores of a LoHa")
+            raise AdapterError(site.module, "lacks one of the two cores of a LoHa", code="LT001")
 
     def factor_rank(self, site: Site) -> int:
         """See :class:`Variant`."""

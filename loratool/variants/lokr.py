@@ -20,7 +20,8 @@ from loratool.adapter.variant import (
     Slots,
     Variant,
 )
-from loratool.errors import AdapterError, UnsupportedError
+from loratool.errors import AdapterError
+from loratool.files.spec import StoredTensor
 
 __all__ = ["VARIANT"]
 
@@ -43,6 +44,8 @@ CLAIM = {
 W1, W1_A, W1_B = (Slot(name) for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b"))
 W2, W2_A, W2_B = (Slot(name) for name in ("lokr_w2", "lokr_w2_a", "lokr_w2_b"))
 CORE: Final = Slot("lokr_t2")
+EXCHANGED: Final = "is exchanged"
+"""In settings: whether it is ``w2 ⊗ w1`` at each place of the kernel."""
 PARTS: Final = (W1, W1_A, W1_B, W2, W2_A, W2_B, CORE)
 
 
@@ -65,14 +68,63 @@ class Kronecker(Change):
         return (found * self.scale).reshape(part.shape)
 
 
+class Exchanged(Change):
+    """``W + scale · w2[…, k] ⊗ w1`` at each place k of the kernel."""
+
+    def __init__(self, left: Array, right: Array, scale: float) -> None:
+        self.left = left
+        self.right = right
+        self.scale = scale
+
+    def difference(self, part: Array, row: int, column: int) -> Array:
+        """See :class:`Change`."""
+        from loratool.math.exact_variants import exchanged_part
+
+        rows = range(row, row + part.shape[0])
+        columns = range(column, column + part.shape[1])
+        found = exchanged_part(self.left, self.right, rows, columns, math.prod(part.shape[2:]))
+        return (found * self.scale).reshape(part.shape)
+
+
 class Lokr(Variant):
-    """``w1 ⊗ w2``, either of them whole or in factors."""
+    """``w1 ⊗ w2``, either of them whole or in factors.
+
+    Of a one-dimensional convolution with a whole ``w2`` PEFT multiplies a matrix with an array of
+    three axes, and aligns them at the last: what it trains is ``w2 ⊗ w1`` at each place.
+    """
 
     name = "lokr"
     words = "LoKr, a Kronecker product"
     has_factors = True
     has_change = True
-    kernel_slots = frozenset((CORE,))
+    kernel_slots = frozenset((CORE, W2))
+    fields = frozenset(
+        (
+            "alpha",
+            "decompose_both",
+            "decompose_factor",
+            "init_weights",
+            "module_dropout",
+            "rank_dropout",
+            "rank_dropout_scale",
+            "use_effective_conv2d",
+        )
+    )
+
+    def settings(
+        self,
+        module: str,
+        slots: Slots,
+        config: LoraConfig | None,
+        tensors: Mapping[str, StoredTensor],
+    ) -> Mapping[str, Any]:
+        """Return whether PEFT exchanges its halves."""
+        is_exchanged = config is not None and W2 in slots and len(slots[W2].spec.shape) == 3
+        return {EXCHANGED: True} if is_exchanged else {}
+
+    def is_its_own(self, site: Site) -> bool:
+        """See :class:`Variant`."""
+        return EXCHANGED in site.settings
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:
         """See :class:`Variant`."""
@@ -113,15 +165,11 @@ class Lokr(Variant):
         for whole, halves in ((W1, (W1_A, W1_B)), (W2, (W2_A, W2_B))):
             present = sum(slot in site.slots for slot in halves)
             if present != (0 if whole in site.slots else 2):
-                raise AdapterError(site.module, "lacks a factor of its LoKr, or has one too many")
-        full = site.slots.get(W2)
-        if full is not None and CORE in site.slots:
+                raise AdapterError(
+                    site.module, "lacks a factor of its LoKr, or has one too many", code="LT001"
+                )
+        if W2 in site.slots and CORE in site.slots:
             raise AdapterError(site.module, "has a core beside a whole half of its LoKr")
-        if full is not None and len(full.spec.shape) == 3 and site.scaling.alpha is not None:
-            raise UnsupportedError(
-                site.module,
-                "is a LoKr of a one-dimensional convolution, which PEFT lays out otherwise",
-            )
 
     def factor_rank(self, site: Site) -> int:
         """See :class:`Variant`."""
@@ -140,10 +188,11 @@ class Lokr(Variant):
 
     def factors(self, site: Site, read: Read, width: int | None = None) -> tuple[Array, Array]:
         """See :class:`Variant`."""
-        from loratool.math.exact_variants import kronecker_factors
+        from loratool.math.exact_variants import exchanged_factors, kronecker_factors
 
         used = (slot for slot in PARTS if slot in site.slots)
-        up, down = kronecker_factors(*_halves({s: read(site.slots[s]) for s in used}))
+        made = exchanged_factors if EXCHANGED in site.settings else kronecker_factors
+        up, down = made(*_halves({s: read(site.slots[s]) for s in used}))
         return down, up
 
     def change(
@@ -152,7 +201,8 @@ class Lokr(Variant):
         """See :class:`Variant`."""
         from loratool.math.exact_variants import kronecker_halves
 
-        return Kronecker(*kronecker_halves(*_halves(values)), scale)
+        made = Exchanged if EXCHANGED in site.settings else Kronecker
+        return made(*kronecker_halves(*_halves(values)), scale)
 
 
 def _halves(values: Mapping[Slot, Array]) -> tuple[Any, Any, Any]:

@@ -87,6 +87,7 @@ class PeftIa3(Variant):
                 module,
                 f"has a vector of shape {list(shape)}, but is{'' if said else ' not'} one of "
                 f"{FEEDFORWARD}",
+                code="LT003",
             )
         return {"is_on_input": said if told is None else told}
 
@@ -148,7 +149,9 @@ def _is_listed(module: str, config: LoraConfig | None) -> bool | None:
     if isinstance(said, str):
         return matches_target(said, module)
     if not isinstance(said, list) or not all(isinstance(name, str) for name in said):
-        raise AdapterError(module, f"{FEEDFORWARD} is {said!r:.60}, expected a list of names")
+        raise AdapterError(
+            module, f"{FEEDFORWARD} is {said!r:.60}, expected a list of names", code="LT015"
+        )
     return module.endswith(tuple(said))
 
 

@@ -99,6 +99,7 @@ class RandLora(Projected):
                 f"shares projections of the shapes {list(one)} and {list(other)}, which are too "
                 f"small for {bases} bases of {list(shape)}",
                 hint="is this the base that it was trained on?",
+                code="LT022",
             )
 
     def followed(self, slots: Mapping[Slot, Any]) -> tuple[Slot, ...]:

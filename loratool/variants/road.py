@@ -75,7 +75,9 @@ class Road(Turned):
             return {}
         group = whole(config, "group_size", 64, module)
         if group < 2 or group % 2:
-            raise AdapterError(module, f"group_size is {group}, expected an even number")
+            raise AdapterError(
+                module, f"group_size is {group}, expected an even number", code="LT015"
+            )
         return {
             "halves": HALVES[chosen(config, "variant", HALVES, "road_1", module)],
             "group": group,

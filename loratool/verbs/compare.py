@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from loratool.adapter.model import Adapter, unknown_scale
-from loratool.adapter.problems import check_plain, site_problems
+from loratool.adapter.problems import check_plain, check_sound
 from loratool.base.told import open_told
 from loratool.errors import AdapterError, LoratoolError, OptionError
 from loratool.math.clustering import average_linkage, leaf_order
@@ -166,14 +166,13 @@ def _opened(
     is_mixed = len({adapter.scheme for adapter in opened}) > 1
     for adapter in opened:
         if is_mixed and adapter.unknown is not None:
-            raise AdapterError(adapter.path, adapter.unknown)
+            raise AdapterError(adapter.path, adapter.unknown, code="LT033")
     return names, opened, [(path, str(error)) for path, error in unread]
 
 
 def _check(adapter: Adapter) -> None:
     for site in adapter.sites:
-        for code, problem in site_problems(site, adapter):
-            raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+        check_sound(site, adapter)
         if not site.is_plain:
             check_plain(site, adapter, is_named=False)
 
@@ -249,7 +248,7 @@ class _Work:
             return _Found(products)
         for place, problem in products.problems.items():
             where = self.paths[min(place, len(self.paths) - 1)]
-            raise AdapterError(f"{where}: {joint.name}", problem, hint=NAN_HINT)
+            raise AdapterError(f"{where}: {joint.name}", problem, hint=NAN_HINT, code="LT017")
         if len(deltas) < 2:
             return _Found(products)
         squared, module = compare_modules(
@@ -343,7 +342,7 @@ class _Total:
         kept = [place for place in range(len(names)) if place not in self.problems]
         gone = [(names[place], problem) for place, problem in sorted(self.problems.items())]
         if len(kept) < 2:
-            raise AdapterError(*gone[0])
+            raise AdapterError(*gone[0], code="LT017")
         norms = [math.sqrt(max(0.0, float(self.inner[place, place]))) for place in kept]
         model_of = {place: number for number, places in enumerate(models) for place in places}
         cosines: list[list[float | None]] = []

@@ -205,9 +205,9 @@ def _check_options(
     if not adapters:
         raise OptionError("compose", "no adapter was given")
     if method not in METHODS:
-        raise OptionError("--method", f"{method!r} is none of {', '.join(METHODS)}")
+        raise OptionError.none_of("--method", method, METHODS)
     if extras not in POLICIES:
-        raise OptionError("--extras", f"{extras!r} is none of {', '.join(POLICIES)}")
+        raise OptionError.none_of("--extras", extras, POLICIES)
     if not 0 < density <= 1:
         raise OptionError("--density", f"{density:g} is no share between 0 and 1")
     if method == "della":

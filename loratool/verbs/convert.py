@@ -14,7 +14,7 @@ from loratool.base.model import Model
 from loratool.base.told import open_told
 from loratool.display.document import Document
 from loratool.display.shown import Shown
-from loratool.errors import LoratoolError, OptionError, UnsupportedError
+from loratool.errors import LoratoolError, OptionError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.loaders import loader_named
@@ -184,7 +184,7 @@ def convert(
     loader = loader_named(target) if target is not None else None
     scheme = _written_scheme(_scheme_name(to, loader))
     if naming is not None and naming not in NAMINGS:
-        raise OptionError("--naming", f"{naming!r} is none of {', '.join(NAMINGS)}")
+        raise OptionError.none_of("--naming", naming, NAMINGS)
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
     opened_base, told = (
@@ -291,9 +291,7 @@ def _scheme_name(to: str | None, loader: Loader | None) -> str:
 
 def _written_scheme(name: str) -> Scheme:
     if name not in scheme_names():
-        raise UnsupportedError(
-            f"scheme {name}", "is not written", hint=f"written are: {', '.join(scheme_names())}"
-        )
+        raise OptionError.none_of("--to", name, scheme_names())
     return scheme_named(name)
 
 

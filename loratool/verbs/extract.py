@@ -210,9 +210,9 @@ def _check_options(
     if not is_auto and not truncation.is_given:
         raise OptionError("extract", "say how far: --rank, --energy, --max-error or --max-size")
     if method not in METHODS:
-        raise OptionError("--method", f"{method!r} is none of {', '.join(METHODS)}")
+        raise OptionError.none_of("--method", method, METHODS)
     if residual not in RESIDUALS:
-        raise OptionError("--residual", f"{residual!r} is none of {', '.join(RESIDUALS)}")
+        raise OptionError.none_of("--residual", residual, RESIDUALS)
     if clamp is not None and not 0.5 < clamp <= 1:
         raise OptionError("--clamp-quantile", f"{clamp:g} is not in (0.5, 1]")
 
@@ -221,7 +221,7 @@ def _check_variant(
     variant: str, truncation: Truncation, *, is_auto: bool, clamp: float | None
 ) -> None:
     if variant not in VARIANTS:
-        raise OptionError("--variant", f"{variant!r} is none of {', '.join(VARIANTS)}")
+        raise OptionError.none_of("--variant", variant, VARIANTS)
     if variant == "lora":
         return
     is_plain = truncation.rule is None and truncation.max_size is None and not is_auto

@@ -17,7 +17,6 @@ from loratool.adapter.wrapped import factor_names
 from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import (
-    AdapterError,
     BaseModelError,
     LoratoolError,
     OptionError,
@@ -25,6 +24,7 @@ from loratool.errors import (
 )
 from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
+from loratool.files.missing import missing
 from loratool.schemes import claimed, sidecar_names, weights_names
 from loratool.schemes.detection import forms
 from loratool.schemes.opening import open_adapter
@@ -261,7 +261,7 @@ def inspect(
     """
     place = Path(path)
     if not place.exists():
-        raise AdapterError(place, "no such file or folder")
+        raise missing(place)
     adapter = (
         open_adapter(place, adapter_name=adapter_name)
         if _is_adapter(place)

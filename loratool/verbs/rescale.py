@@ -314,7 +314,7 @@ def _check_options(
     if max_norm is not None and max_norm <= 0:
         raise OptionError("--max-norm", f"{max_norm:g} is not positive")
     if keep not in KEEP:
-        raise OptionError("--keep", f"{keep!r} is none of {', '.join(KEEP)}")
+        raise OptionError.none_of("--keep", keep, KEEP)
     if keep == "delta" and alpha is None:
         raise OptionError("--keep", "says what --alpha leaves alone, and needs it")
     if keep == "delta" and alpha == 0:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from loratool.adapter.model import Adapter
-from loratool.adapter.problems import site_problems
-from loratool.errors import AdapterError
+from loratool.adapter.problems import check_sound
 from loratool.math.similarity import effective_rank, energy_rank, stable_rank
 from loratool.plan.threads import in_parallel
 from loratool.verbs.algebra.modules import Joint, join
@@ -81,8 +80,7 @@ def spectra(
         AdapterError: A site is broken, or holds NaN or infinity.
     """
     for site in adapter.sites:
-        for code, problem in site_problems(site, adapter):
-            raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+        check_sound(site, adapter)
     joints, _ = join([adapter], to_write=False)
 
     def one(joint: Joint) -> Spectrum:

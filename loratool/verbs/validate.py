@@ -10,6 +10,7 @@ from loratool.base.model import Model, open_model
 from loratool.base.refusals import CODE
 from loratool.base.trained_on import training_notes
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError
+from loratool.files.missing import missing
 from loratool.loaders import loader_named
 from loratool.loaders.checks import check_for
 from loratool.schemes import scheme_named
@@ -48,7 +49,7 @@ def validate(
     loader = loader_named(target) if target is not None else None
     path = Path(adapter)
     if not path.exists():
-        raise AdapterError(path, "no such file or folder")
+        raise missing(path)
     model, unread = _model(base)
     try:
         opened = open_adapter(path, adapter_name=adapter_name)

@@ -17,7 +17,7 @@ def shaped_like(part: Part, shape: tuple[int, ...]) -> Part:
     down, up = part.down, part.up
     if part.kind is Kind.EMBEDDING or not part.is_plain:
         return part
-    if len(shape) > 2 and len(down.shape) == 2 and down.shape[1] == math.prod(shape[1:]):
+    if len(shape) > 2 and _is_kernel(down.shape[1:], shape[1:]):
         ones = (1,) * (len(shape) - 2)
         made = part.factored(
             down.reshaped((down.shape[0], *shape[1:])),
@@ -37,6 +37,17 @@ def shaped_like(part: Part, shape: tuple[int, ...]) -> Part:
         )
         return replace(made, kind=Kind.LINEAR)
     return part
+
+
+def _is_kernel(inputs: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether inputs are those of a kernel, flattened or with further axes of ones.
+
+    PEFT's cores of a convolution of one dimension have two.
+    """
+    if len(inputs) == 1:
+        return inputs[0] == math.prod(wanted)
+    more = len(inputs) - len(wanted)
+    return more > 0 and inputs == (*wanted, *(1,) * more)
 
 
 def _is_loralib_convolution(part: Part, shape: tuple[int, ...]) -> bool:

@@ -33,6 +33,7 @@ def check_names(adapter: Adapter, scheme: Scheme | None = None) -> None:
             f"mixes schemes: it was read as {adapter.scheme!r}, and {count} of its keys are "
             f"factors in another, such as {adapter.mixed[0]!r}",
             hint="convert one part at a time, leaving out the other with --skip",
+            code="LT032",
         )
     own = scheme_named(adapter.scheme)
     is_kept = scheme is not None and scheme.name == own.name and own.paths.keeps_unknown
@@ -54,14 +55,16 @@ def check_names(adapter: Adapter, scheme: Scheme | None = None) -> None:
             f"{count} module names could stand for several paths: {name!r} for "
             f"{' or '.join(map(repr, paths[:4]))}",
             hint="give --base, whose names settle it (only its headers are read)",
+            code="LT033",
         )
     if adapter.unknown is not None:
-        raise AdapterError(adapter.path, adapter.unknown)
+        raise AdapterError(adapter.path, adapter.unknown, code="LT033")
     raise AdapterError(
         adapter.path,
         f"{count} module names are not known: {listed}{more}",
         hint="give --base, whose names settle it (only its headers are read), or leave them out "
         "with --skip",
+        code="LT033",
     )
 
 

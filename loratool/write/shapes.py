@@ -39,6 +39,7 @@ def fitted(part: Part, base: Model) -> Part:
             part.module,
             f"its delta has the shape {[out, *into]}, the base's weight {list(shape)}",
             hint="is this the base that it was trained on?",
+            code="LT022",
         )
     return made
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.part import Part
-from loratool.adapter.problems import site_problems
+from loratool.adapter.problems import check_sound
 from loratool.adapter.slots import Slot
-from loratool.errors import AdapterError, UnsupportedError
+from loratool.errors import UnsupportedError
 from loratool.schemes import scheme_named
 from loratool.values.arrays import decode
 from loratool.values.expr import Expr, Function, Placed, Result, Stored, computed_dtype
@@ -33,8 +33,7 @@ def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
         AdapterError: It is broken.
         UnsupportedError: What its delta is only the base can tell.
     """
-    for code, problem in site_problems(site, adapter):
-        raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+    check_sound(site, adapter)
     values: dict[Slot, Expr] = {
         slot: Stored(tensor)
         for slot, tensor in site.slots.items()
@@ -60,7 +59,7 @@ def part_of(site: Site, adapter: Adapter, width: int | None = None) -> Part:
     )
     if site.variant.is_stacked:
         return _unstacked(part, site)
-    if site.variant.is_compact or (site.variant.needs_shape and site.is_plain and width):
+    if site.variant.is_its_own(site) or (site.variant.needs_shape and site.is_plain and width):
         return _expanded(part, site, width or site.variant.width(site))
     if site.variant.undetermined and not site.variant.has_change:
         needs = site.variant.needs_shape

@@ -85,7 +85,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
     carried = placed_extras(new.extras.items, scheme, adapted, dtype=options.dtype)
     _check_unique(modules, carried)
     written = _written(new, scheme, options, names, carried, named)
-    config = scheme.settings.config(written)
+    config = scheme.settings.config(replace(written, name=name))
     if config is not None:
         config |= options.config
     container = _container(options.output, scheme)
@@ -110,6 +110,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         history=new.history if container.has_metadata else None,
         config=config,
         config_name=scheme.settings.file,
+        format_config=scheme.settings.dump,
         sidecars=tuple(sidecars),
         weights_name=_weights_name(options.output, scheme),
         stamps=new.stamps,

@@ -105,6 +105,7 @@ def test_inputs_that_change_meanwhile(
     assert not out.exists()
 
 
+NOBODY = 65534
 LIMITS: dict[str, tuple[int, int] | None] = {
     "few descriptors": (resource.RLIMIT_NOFILE, 32),
     "little memory": (resource.RLIMIT_AS, 600 << 20),
@@ -146,6 +147,36 @@ def test_limits_of_the_system(
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.isascii()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_no_more_processes_for_this_user(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Threads count as such. The limit binds everybody but the superuser."""
+    from loratool.cli.main import _run
+
+    base, _, adapter = inputs
+    outputs, said = tmp_path / "outputs", tmp_path / "said"
+    outputs.mkdir()
+    outputs.chmod(0o777)
+    command = ["merge", str(base), str(adapter), "--threads", "4", "-q", "-o"]
+    assert _run([*command, str(outputs / "first")], debug=False) == 0  # all is imported
+    for path in (tmp_path, *tmp_path.parents[:2], *base.rglob("*"), *adapter.rglob("*")):
+        path.chmod(0o755)
+    child = os.fork()
+    if not child:
+        os.chdir(outputs)
+        sys.stderr = said.open("w")
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        status = _run([*command, "second"], debug=False)
+        sys.stderr.flush()
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2, said.read_text()
+    assert said.read_text() == (
+        "error: loratool: no more threads are allowed here\nhint: use --threads 1\n"
+    )
+    assert [path.name for path in outputs.iterdir()] == ["first"]
 
 
 def test_too_few_threads_is_one_line(

@@ -81,6 +81,15 @@ def test_what_is_missing_is_said(name: str, merged: tuple[Path, Path, Path]) -> 
     assert (found.code, found.where) == (expected, name)
 
 
+@pytest.mark.parametrize("name", ["modeling_other.py", "added_tokens.json", "onnx/model.onnx"])
+def test_what_no_merge_has_written_is_said(name: str, merged: tuple[Path, Path, Path]) -> None:
+    base, adapter, out = merged
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("{}")
+    (found,) = loratool.verify(out, base=base, adapters=[adapter])
+    assert (found.code, found.severity, found.where) == ("LT111", "warning", name)
+
+
 def test_what_says_the_same_to_python_alone(merged: tuple[Path, Path, Path]) -> None:
     base, adapter, out = merged
     config = (out / "config.json").read_text()

@@ -15,7 +15,7 @@ from samples import lora
 
 import loratool
 from loratool.errors import LoratoolError, OutputError
-from loratool.files.atomic import check_output, staged
+from loratool.files.atomic import _hidden, check_output, staged
 
 Make = Callable[..., Path]
 
@@ -184,6 +184,46 @@ def test_a_run_that_was_killed_there_is_mended_by_the_next(tmp_path: Path) -> No
     assert aside.exists()
     check_output(output, force=True, inputs=[])
     assert not aside.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_or_a_link_that_a_killed_run_has_moved_aside_comes_back(
+    kind: str, tmp_path: Path
+) -> None:
+    """A folder takes its place; no call of the system exchanges the two."""
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.write_text("old")
+    output.symlink_to(elsewhere) if kind == "link" else output.write_text("old")
+
+    def killed(path: Path, target: Path) -> Path:
+        os.replace(path, target)  # noqa: PTH105 - Path's own calls this
+        os._exit(9)
+
+    child = os.fork()
+    if not child:
+        Path.rename = killed  # type: ignore[method-assign]
+        with staged(output, folder=True, force=True, sync=False) as place:
+            (place / "model.safetensors").write_text("new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not os.path.lexists(output)
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(output, force=False, inputs=[])
+    assert output.read_text() == "old"
+    assert output.is_symlink() == (kind == "link")
+
+
+@pytest.mark.parametrize("length", [201, 255])
+def test_a_name_as_long_as_names_may_be(
+    length: int, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / ("é" * (length // 2) + "x" * (length % 2))
+    stale = tmp_path / f"{_hidden(output, 'loratool-partial')}-00000000"
+    stale.mkdir()
+    loratool.merge(pair[0], [pair[1]], output)
+    loratool.merge(pair[0], [pair[1]], output, force=True)
+    assert {path.name for path in tmp_path.iterdir()} >= {output.name}
+    assert not [path for path in tmp_path.iterdir() if "loratool" in path.name]
 
 
 def test_links_to_nothing_are_named(pair: tuple[Path, Path], tmp_path: Path) -> None:

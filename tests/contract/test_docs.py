@@ -95,3 +95,16 @@ def test_fixtures_are_small() -> None:
     files = [file for file in FIXTURES.rglob("*") if file.is_file() and file.suffix != ".pyc"]
     size = sum(file.stat().st_size for file in files)
     assert size < 1_200_000
+
+
+def test_hashed_versions_are_those_that_are_tested() -> None:
+    versions = {}
+    for name in ("constraints.txt", "constraints-hashed.txt"):
+        text = (ROOT / name).read_text("utf-8")
+        versions[name] = dict(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.M))
+    hashed = versions["constraints-hashed.txt"]
+    assert hashed.keys() >= {"numpy", "safetensors", "click", "rich", "threadpoolctl"}
+    shared = hashed.keys() & versions["constraints.txt"].keys()
+    assert {name: hashed[name] for name in shared} == {
+        name: versions["constraints.txt"][name] for name in shared
+    }

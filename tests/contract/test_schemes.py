@@ -173,6 +173,7 @@ def a_base(folder: Path, module: str) -> Path:
     folder.mkdir()
     save_file({f"{module}.weight": torch.zeros(8, 8)}, folder / "model.safetensors")
     config = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 2}
+    config |= {"hidden_size": 8, "intermediate_size": 8}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

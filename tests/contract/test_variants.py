@@ -45,7 +45,7 @@ ALPHA: Final = 2.0**-24
 TO: Final = tuple(
     name
     for name in SCHEMES
-    if name not in ("cloneofsimo", "diffusers-legacy", "onetrainer", "xlabs")
+    if name not in ("adapterhub", "cloneofsimo", "diffusers-legacy", "onetrainer", "xlabs")
     and scheme_named(name).follows is None
 )
 """Not those that number modules, have those of some models, or know attention processors only."""

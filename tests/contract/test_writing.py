@@ -15,8 +15,9 @@ from samples import NARROW, SCHEMES, place, stable_diffusion
 import loratool
 from loratool.errors import LoratoolError, UnsupportedError
 from loratool.files.container import read_bytes
-from loratool.files.containers import is_weights, open_weights
+from loratool.files.containers import open_weights
 from loratool.schemes import scheme_named
+from loratool.schemes.opening import open_adapter
 
 WIDTH: Final = 8
 LINEAR: Final = {
@@ -143,8 +144,7 @@ def perform(verb: str, scheme: str, given: Inputs, output: Path, **options: Any)
 def weights_of(output: Path) -> Path:
     """Return the file that holds the tensors."""
     if output.is_dir():
-        (found,) = filter(is_weights, output.iterdir())
-        return found
+        return open_adapter(output).weights
     return output
 
 
@@ -161,6 +161,8 @@ def contents(path: Path) -> Any:
         file = open_weights(path)
         metadata = {key: text for key, text in file.metadata.items() if key != "loratool"}
         return metadata, [(stored.spec, read_bytes(stored)) for stored in file.tensors.values()]
+    if path.suffix == ".npy":
+        return path.read_bytes()
     if path.suffix != ".safetensors":
         loaded = torch.load(path, weights_only=True)
         return [(key, _raw(value)) for key, value in loaded.items()]

@@ -81,3 +81,11 @@ def test_rounding_to_bfloat16() -> None:
     ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, -0.0])
     for each in (values, ties):
         assert np.array_equal(to_bfloat16(each.numpy()), each.bfloat16().float().numpy())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("shape", [(1,), (3,), (15,), (16,), (17,), (31, 1), (64, 2, 2), (5, 3, 9)])
+def test_normal_numbers(seed: int, shape: tuple[int, ...]) -> None:
+    wanted = torch.normal(mean=0.0, std=0.7, size=shape, generator=generator(seed))
+    found = TorchGenerator(seed).normal(shape, 0.7)
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=2e-6, atol=1e-6)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import NARROW, SCHEMES, lora, place, stable_diffusion
+from samples import SCHEMES, lora, place, stable_diffusion
 
 import loratool
 from loratool import convert
@@ -57,10 +57,7 @@ class TestEveryPair:
 
     @pytest.fixture
     def llama(self, make_adapter: Make) -> Path:
-        tensors: dict[str, torch.Tensor] = {}
-        for layer in range(2):
-            for name, out, into in (("self_attn.q_proj", 16, 8), ("mlp.down_proj", 8, 24)):
-                tensors |= lora(f"model.layers.{layer}.{name}", out, into)
+        tensors = lora(Q, 16, 8) | lora("model.layers.1.mlp.down_proj", 8, 24)
         return make_adapter(
             tensors, lora_alpha=3, target_modules=["q_proj", "down_proj"], alpha_pattern={Q: 5}
         )
@@ -68,7 +65,7 @@ class TestEveryPair:
     @pytest.mark.slow
     def test_a_language_model(self, llama: Path, tmp_path: Path) -> None:
         truth = dense_deltas(llama)
-        schemes = [name for name in PIPELINES if name != "cloneofsimo" and name not in NARROW]
+        schemes = [name for name in SCHEMES if name not in ("cloneofsimo", "onetrainer", "xlabs")]
         # Behind the prefix of a transformer it is of a family of which nobody knows two namings.
         pairs = [("comfy", name) for name in ("diffusers", "diffusers-legacy")]
         refused = {*pairs, *((other, one) for one, other in pairs)}
@@ -76,30 +73,38 @@ class TestEveryPair:
 
     @pytest.mark.slow
     def test_stable_diffusion(self, tmp_path: Path) -> None:
-        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=1.5)
-        convert(first, "peft", tmp_path / "truth")
-        truth = dense_deltas(tmp_path / "truth")
+        whole = stable_diffusion(tmp_path / "sd.safetensors", alpha=1.5)
+        convert(whole, "peft", tmp_path / "whole")
+        convert(whole, "cloneofsimo", tmp_path / "numbers.safetensors")
+        convert(tmp_path / "numbers.safetensors", "peft", tmp_path / "numbers")
+        truth = dense_deltas(tmp_path / "whole")
+        assert relative_error(dense_deltas(tmp_path / "numbers"), truth) < 2e-7
         names = {f"lora_{kohya_name(module)}" for module in truth}
-        assert names == set(kohya_deltas(first))
+        assert names == set(kohya_deltas(whole))
         for module, delta in truth.items():
-            expected = kohya_deltas(first)[f"lora_{kohya_name(module)}"]
+            expected = kohya_deltas(whole)[f"lora_{kohya_name(module)}"]
             assert torch.allclose(delta, expected, rtol=1e-6)
-        self._check(first, truth, [name for name in PIPELINES if name != "xlabs"], tmp_path)
+        first = one_of_each_kind(whole, tmp_path / "few.safetensors")
+        convert(first, "peft", tmp_path / "truth")
+        self._check(first, dense_deltas(tmp_path / "truth"), self._of_pipelines(), tmp_path)
 
     @pytest.mark.slow
     def test_the_attention_of_flux(self, tmp_path: Path) -> None:
         tensors: dict[str, torch.Tensor] = {}
-        for number in range(2):
-            for stream, leaves in {"to": "qkv", "add": "qkv"}.items():
-                for leaf in leaves:
-                    name = f"{stream}_{leaf}" if stream == "to" else f"{stream}_{leaf}_proj"
-                    tensors |= lora(f"transformer.transformer_blocks.{number}.attn.{name}", 8, 8)
-            tensors |= lora(f"transformer.single_transformer_blocks.{number}.proj_out", 8, 40)
+        for leaf in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+            tensors |= lora(f"transformer.transformer_blocks.0.attn.{leaf}", 8, 8)
+        tensors |= lora("transformer.single_transformer_blocks.1.proj_out", 8, 40)
         save_file(tensors, tmp_path / "flux.safetensors")
         convert(tmp_path / "flux.safetensors", "peft", tmp_path / "truth")
         truth = dense_deltas(tmp_path / "truth")
-        schemes = [name for name in PIPELINES if name not in ("cloneofsimo", "diffusers-legacy")]
+        schemes = [*self._of_pipelines(), "onetrainer", "xlabs"]
+        schemes.remove("diffusers-legacy")
         self._check(tmp_path / "flux.safetensors", truth, schemes, tmp_path)
+
+    @staticmethod
+    def _of_pipelines() -> list[str]:
+        narrow = ("adapterhub", "cloneofsimo", "onetrainer", "xlabs")
+        return [name for name in PIPELINES if name not in narrow]
 
     @staticmethod
     def _check(
@@ -113,6 +118,7 @@ class TestEveryPair:
         told = folder / "told"
         told.mkdir()
         said = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4}
+        said |= {"hidden_size": 8, "intermediate_size": 24, "head_dim": 4}
         (told / "config.json").write_text(json.dumps(said))
         bases = {name: told for name in schemes if name not in PIPELINES}
         for name in schemes:
@@ -120,22 +126,26 @@ class TestEveryPair:
             convert(first, name, made[name], base=bases.get(name))
         for number, (one, other) in enumerate(itertools.product(schemes, schemes)):
             target = place(folder, other, f"{number}")
+            base = bases.get(other) or bases.get(one)
             if (one, other) in refused:
                 with pytest.raises(UnsupportedError, match="no module of a family"):
-                    convert(made[one], other, target)
+                    convert(made[one], other, target, base=base)
                 continue
-            convert(made[one], other, target, base=bases.get(other))
-            convert(target, "peft", folder / f"{number}-back")
+            convert(made[one], other, target, base=base)
+            convert(target, "peft", folder / f"{number}-back", base=bases.get(other))
             found = dense_deltas(folder / f"{number}-back")
             assert found.keys() == truth.keys(), (one, other)
             assert relative_error(found, truth) < 2e-7, (one, other)
 
     @pytest.mark.slow
     def test_bytes_stay_where_no_scale_moves(self, tmp_path: Path) -> None:
-        first = stable_diffusion(tmp_path / "sd.safetensors", alpha=None)
-        before = load_file(first)
-        schemes = [name for name in PIPELINES if name != "xlabs"]
-        for number, (one, other) in enumerate(itertools.product(schemes, schemes)):
+        whole = stable_diffusion(tmp_path / "sd.safetensors", alpha=None)
+        few = one_of_each_kind(whole, tmp_path / "few.safetensors")
+        schemes = self._of_pipelines()
+        pairs = [(few, pair) for pair in itertools.product(schemes, schemes)]
+        pairs += [(whole, ("cloneofsimo", "kohya")), (whole, ("kohya", "cloneofsimo"))]
+        for number, (first, (one, other)) in enumerate(pairs):
+            before = load_file(first)
             middle = place(tmp_path, one, f"a{number}")
             last = place(tmp_path, other, f"b{number}")
             convert(first, one, middle)
@@ -144,6 +154,16 @@ class TestEveryPair:
             convert(last, "kohya", tmp_path / f"{number}.safetensors")
             after = load_file(tmp_path / f"{number}.safetensors")
             assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def one_of_each_kind(path: Path, target: Path) -> Path:
+    """Write the modules of the first block and the last of each model in a kohya file."""
+    blocks = ("unet_down_blocks_0_attentions_0", "unet_up_blocks_3_attentions_2")
+    blocks += ("te_text_model_encoder_layers_0", "te_text_model_encoder_layers_7")
+    tensors = load_file(path)
+    chosen = {k: v for k, v in tensors.items() if k.startswith(tuple(f"lora_{b}" for b in blocks))}
+    save_file(chosen, target)
+    return target
 
 
 def kohya_name(module: str) -> str:

@@ -13,9 +13,10 @@ from samples import NARROW, lora
 
 import loratool
 from loratool.errors import LoratoolError, UnsupportedError
-from loratool.files.containers import is_weights, open_weights
+from loratool.files.containers import open_weights
 from loratool.names.positions import unet_paths
 from loratool.schemes import builtin_schemes, scheme_named
+from loratool.schemes.opening import open_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +54,7 @@ def place(tmp_path: Path, name: str, scheme: str) -> Path:
 def weights_of(path: Path) -> Path:
     if path.is_file():
         return path
-    return next(file for file in path.iterdir() if is_weights(file))
+    return open_adapter(path).weights
 
 
 def adapter_in(

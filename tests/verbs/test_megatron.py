@@ -138,3 +138,35 @@ def test_canonical_adapters_are_the_projections_themselves(is_first: bool, tmp_p
     save_file(tensors, tmp_path / "a.safetensors")
     loratool.convert(tmp_path / "a.safetensors", "peft", tmp_path / "p", alpha=ALPHA)
     assert relative_error(dense_deltas(tmp_path / "p"), truth) < 1e-6
+
+
+def test_fused_adapters_are_written_fused_and_others_as_projections(tmp_path: Path) -> None:
+    truth = write(tmp_path / "a.safetensors", "Bridge")
+    model = base(tmp_path / "base", truth)
+    options = {"base": model, "alpha": ALPHA}
+    report = loratool.convert(tmp_path / "a.safetensors", "megatron", tmp_path / "again", **options)
+    assert any("with LoRA, alpha = dim" in note for note in report.plan.notes)
+    again = loratool.open_adapter(tmp_path / "again").tensors
+    assert set(again) == set(load_file(tmp_path / "a.safetensors"))
+    loratool.convert(tmp_path / "again", "peft", tmp_path / "p", base=model)
+    assert relative_error(dense_deltas(tmp_path / "p"), truth) < 1e-6
+    # PEFT has an A of each: three that are equal are no longer one.
+    report = loratool.convert(tmp_path / "p", "megatron", tmp_path / "apart", base=model)
+    assert any("with CanonicalLoRA" in note for note in report.plan.notes)
+    assert any(
+        "adapter.adapter_q" in key for key in loratool.open_adapter(tmp_path / "apart").tensors
+    )
+    loratool.convert(tmp_path / "apart", "peft", tmp_path / "q")
+    assert relative_error(dense_deltas(tmp_path / "q"), truth) < 1e-6
+
+
+def test_what_has_no_name_is_refused(tmp_path: Path) -> None:
+    name = "model.vision.blocks.0.fc"
+    tensors = {
+        f"{name}.lora_A.weight": torch.randn(2, 4),
+        f"{name}.lora_B.weight": torch.randn(4, 2),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(LoratoolError, match="no module of a model of Llama's kind") as caught:
+        loratool.convert(tmp_path / "a.safetensors", "megatron", tmp_path / "m")
+    assert "--drop" in str(caught.value.hint)

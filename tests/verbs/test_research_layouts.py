@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from samples import place
 
 import loratool
+from loratool.adapter.slots import Slot
 from loratool.errors import LoratoolError
 from loratool.schemes import builtin_schemes
+from loratool.schemes.parts.tutorials import TEMPLATES
 from loratool.verbs.inspect import AdapterInfo
 
 RANK: Final = 4
@@ -126,6 +128,18 @@ LAYOUTS: Final[dict[str, Callable[[], Layout]]] = {
         ".parametrizations.weight.0.lora_B",
         weight=".parametrizations.weight.original",
     ),
+    "letters": lambda: spelled(".A", ".B"),
+    "letters, in a whole model": lambda: spelled(".A", ".B", weight=".proj.weight"),
+    "small letters": lambda: spelled(".lora_a", ".lora_b", weight=".weight"),
+    "linear factors in a layer beside": lambda: spelled(".lora.A.weight", ".lora.B.weight"),
+    "factors in a layer beside, as PEFT's": lambda: spelled(
+        ".lora.lora_A.weight", ".lora.lora_B.weight", weight=".wrapped.weight"
+    ),
+    "matrices": lambda: spelled(".lora_matrix_A", ".lora_matrix_B", weight=".W0"),
+    "transposed matrices": lambda: spelled(
+        ".loraA", ".loraB", weight=".orig.weight", is_turned=True
+    ),
+    "a learned scale in the layer": lambda: numbered("lora_scale", ALPHA / RANK),
     "a scale in the layer": lambda: numbered("scaling", ALPHA / RANK),
     "a scale beside its factors": lambda: numbered("scaling", ALPHA / RANK, holder=".lora"),
     "an alpha in the layer": lambda: numbered("alpha", ALPHA, weight=".w0.weight"),
@@ -198,6 +212,95 @@ def test_inspect_says_adapter_and_base(name: str, tmp_path: Path) -> None:
     own = {key: value for key, value in layout.tensors.items() if ".lora" not in key}
     numbers = sum(value.numel() for value in own.values())
     assert document["base"] == {"tensors": 11, "parameters": numbers, "bytes": 4 * numbers}
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_every_name_of_a_factor_is_read(is_turned: bool, tmp_path: Path) -> None:
+    texts = {
+        slot: [t.text.removeprefix("{module}") for t in TEMPLATES if t.slot is slot]
+        for slot in (Slot.DOWN, Slot.UP)
+    }
+    assert len(texts[Slot.DOWN]) > 20
+    for index, (down, up) in enumerate(zip(*texts.values(), strict=True)):
+        layout = spelled(down, up, is_turned=is_turned)
+        source = tmp_path / f"{index}.safetensors"
+        save_file(layout.tensors, source)
+        loratool.convert(source, "peft", tmp_path / f"out{index}", alpha=ALPHA)
+        found = dense_deltas(tmp_path / f"out{index}")
+        assert relative_error(found, layout.truth) < 1e-6, down
+
+
+UNTOLD = {
+    "lora_scale": (16,),
+    "scaling": (16, 1),
+    "lora_magnitude": (12,),
+    "gate": (),
+    "rank": (),
+    "m": (1, 12),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+@pytest.mark.parametrize("weight", ["", ".weight", ".linear.weight"])
+def test_what_may_change_a_delta_is_refused_by_name(name: str, weight: str, tmp_path: Path) -> None:
+    layout = spelled(".lora_A", ".lora_B", weight=weight)
+    module = next(iter(SHAPES))
+    layout.tensors[f"{module}.{name}"] = torch.rand(UNTOLD[name]) + RANK + 0.5
+    source, out = save(layout, tmp_path), tmp_path / "out"
+    base, _ = base_of(layout, tmp_path)
+    findings = loratool.validate(source)
+    assert [f.code for f in findings if f.is_error] == ["LT008"]
+    verbs: list[Callable[[], Any]] = [
+        lambda: loratool.convert(source, "peft", out, alpha=ALPHA),
+        lambda: loratool.merge(base, [source], out, alpha=ALPHA),
+        lambda: loratool.compose([source, source], out, alpha=ALPHA),
+        lambda: loratool.truncate(source, out, rank=2, alpha=ALPHA),
+        lambda: loratool.rescale(source, out, scale=2),
+        lambda: loratool.compare([source, source]),
+    ]
+    for verb in verbs:
+        with pytest.raises(LoratoolError, match=name) as failure:
+            verb()
+        assert not out.exists()
+    assert rf"--skip '\.{name}$'" in str(failure.value)
+    loratool.convert(source, "peft", out, alpha=ALPHA, skip=[rf"\.{name}$"])
+    assert relative_error(dense_deltas(out), layout.truth) < 1e-6
+
+
+def test_numbers_that_say_what_is_known_change_nothing(tmp_path: Path) -> None:
+    layout = spelled(".lora_A", ".lora_B")
+    for module in SHAPES:
+        layout.tensors[f"{module}.rank"] = torch.tensor(RANK)
+        layout.tensors[f"{module}.lora_dropout"] = torch.tensor(0.1)
+        layout.tensors[f"{module}.alpha"] = torch.tensor(ALPHA)
+        layout.tensors[f"{module}.scaling"] = torch.tensor(ALPHA / RANK)
+    loratool.convert(save(layout, tmp_path), "peft", tmp_path / "out")
+    assert relative_error(dense_deltas(tmp_path / "out"), layout.truth) < 1e-6
+    assert all("lora_" in key for key in load_file(tmp_path / "out/adapter_model.safetensors"))
+
+
+def test_two_scales_that_differ_are_refused(tmp_path: Path) -> None:
+    layout = numbered("alpha", ALPHA)
+    layout.tensors[f"{next(iter(SHAPES))}.scaling"] = torch.tensor(3.0)
+    with pytest.raises(LoratoolError, match="scaling"):
+        loratool.convert(save(layout, tmp_path), "peft", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["W_a", "lora_right.weight", "delta_A", "linear_a_q.weight"])
+def test_factors_of_unknown_names_are_told_what_to_be_called(name: str, tmp_path: Path) -> None:
+    save_file(
+        {f"layers.{n}.attn.{name}": torch.ones(4, 12) for n in range(3)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(LoratoolError, match=r"MODULE\.lora_A \(r, in\)"):
+        loratool.inspect(tmp_path / "a.safetensors")
+
+
+def test_states_of_a_sequence_model_are_no_factors(tmp_path: Path) -> None:
+    tensors = base_weights()
+    for n in range(4):
+        tensors |= {f"blocks.{n}.ssm.{name}": torch.ones(16, 4) for name in "ABC"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert loratool.inspect(tmp_path / "model.safetensors").as_json()["kind"] == "model"
 
 
 def test_a_model_with_adapters_of_its_own_stays_a_model(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_a_report_shows_itself(name: str, tmp_path: Path) -> None:
     assert stream.getvalue() == text + "\n"
     page = report._repr_html_()
     assert expected in page.replace("<wbr>", "")
+    assert report._repr_mimebundle_() == {"text/plain": text, "text/html": page}
     assert report.as_json()["schema"] == 1
 
 

@@ -128,3 +128,52 @@ def test_broken_pairs(tmp_path: Path) -> None:
     np.save(tmp_path / "other.npy", np.zeros(3))
     with pytest.raises(FileFormatError, match="no name"):
         loratool.open_adapter(tmp_path / "other.npy")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_it_is_written_as_its_converter_writes_it(dtype: str, tmp_path: Path) -> None:
+    rows, tensors = [], {}
+    kind = {"F32": torch.float32, "F16": torch.float16}[dtype]
+    for layer in (0, 10, 9):
+        for leaf in ("mlp.down_proj", "self_attn.q_proj"):
+            module, out, into = LLAMA[leaf]
+            a, b = factors(out, into)
+            name = f"base_model.model.model.layers.{layer}.{leaf}"
+            tensors[f"{name}.lora_A.weight"] = torch.from_numpy(a).to(kind)
+            tensors[f"{name}.lora_B.weight"] = torch.from_numpy(b).to(kind)
+            rows.append((module, layer, a, b * 2))
+    (tmp_path / "peft").mkdir()
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(said))
+    loratool.convert(tmp_path / "peft", "trtllm", tmp_path / "trt")
+    rows.sort(key=lambda row: (row[1], row[0]))
+    write(tmp_path / "truth", rows, np.float32 if dtype == "F32" else np.float16)
+    for name in ("model.lora_weights.npy", "model.lora_config.npy"):
+        found, wanted = ((tmp_path / folder / name).read_bytes() for folder in ("trt", "truth"))
+        assert found == wanted, name
+
+
+def test_bfloat16_is_written_as_bits(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_{side}.weight": torch.ones(2, 2).bfloat16() for side in "AB"}
+    save_file(tensors, tmp_path / "a.safetensors")
+    loratool.convert(tmp_path / "a.safetensors", "trtllm", tmp_path / "trt")
+    found = np.load(tmp_path / "trt" / "model.lora_weights.npy")
+    assert found.dtype == np.dtype("V2") and found.shape == (1, 1, 8)
+    assert found.view(np.uint16).tolist() == [[[0x3F80] * 8]]
+
+
+def test_what_it_has_no_place_for(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    other = "transformer.h.0.attn.c_attn"
+    pair = {f"{name}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    for tensors, match in (
+        (pair | {f"{other}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}, "no module"),
+        (pair | {f"{name}.lora_magnitude_vector": torch.ones(2)}, "magnitudes"),
+        (pair | {f"{name}.lora_A.weight": torch.ones(2, 2).half()}, "one array has one of"),
+    ):
+        save_file(tensors, tmp_path / "a.safetensors")
+        with pytest.raises(UnsupportedError, match=match) as caught:
+            loratool.convert(tmp_path / "a.safetensors", "trtllm", tmp_path / "trt")
+        assert caught.value.hint and not (tmp_path / "trt").exists()

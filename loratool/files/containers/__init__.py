@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from loratool.discovery import Plugins
 from loratool.errors import FileFormatError
 from loratool.files.foreign import foreign_bytes, foreign_file
+from loratool.files.missing import missing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,7 +71,7 @@ def open_weights(path: Path) -> WeightsFile:
         FileFormatError: The ending is unknown, or the file breaks its format's rules.
     """
     if not path.exists():
-        raise FileFormatError(path, "no such file")
+        raise missing(path, "no such file")
     if not is_weights(path) and (known := foreign_file(path)) is not None:
         raise FileFormatError(path, f"this is {known.what}; it is not read", hint=known.hint)
     try:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Final
 
-from loratool.errors import FileFormatError, UnsupportedError
+from loratool.errors import FileFormatError, UnsupportedError, unreadable
 from loratool.files.container import Container, Layout, WeightsFile
 from loratool.files.inputs import stamp_of
 from loratool.files.json import LFS_PREFIX
@@ -40,7 +40,7 @@ class _Npz:
                     raise FileFormatError(path, _not_an_archive(start, stamp.size))
                 tensors = _tensors(path, file, stamp.size)
         except OSError as error:
-            raise FileFormatError(path, f"cannot be read: {error.strerror or error}") from None
+            raise unreadable(path, error) from None
         except (zipfile.BadZipFile, struct.error, EOFError, RuntimeError, ValueError) as error:
             # RuntimeError covers encrypted entries and unknown compression.
             raise FileFormatError(path, f"damaged or truncated: {error}") from None

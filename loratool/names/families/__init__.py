@@ -52,8 +52,7 @@ def family_named(name: str) -> Family:
     for family in _held(FILES.names(), file) if file is not None else ():
         if family.name == name:
             return family
-    known = ", ".join(known_families())
-    raise OptionError(name, "no such family of models", hint=f"known are {known}")
+    raise OptionError.none_of("--family", name, known_families())
 
 
 def claiming(modules: Iterable[str]) -> tuple[Family, ...]:

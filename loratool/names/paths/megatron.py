@@ -7,13 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from loratool.adapter.leaving import option, pattern_for
 from loratool.adapter.model import Site
 from loratool.adapter.scheme import Context, Names
 from loratool.errors import UnsupportedError
 from loratool.names.gguf import plain_path
 from loratool.names.paths.component import EachAlone
 
-__all__ = ["MegatronPaths"]
+__all__ = ["FUSED", "MegatronPaths", "part_of"]
 
 LEAVES: Final = {
     "self_attention.linear_qkv.q": "self_attn.q_proj",
@@ -24,6 +25,9 @@ LEAVES: Final = {
     "mlp.linear_fc1.up": "mlp.up_proj",
     "mlp.linear_fc2": "mlp.down_proj",
 }
+FUSED: Final = {"linear_qkv": ("q", "k", "v"), "linear_fc1": ("gate", "up")}
+"""Layers that are several projections of transformers, in the order of their rows."""
+HUB_LAYER: Final = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<leaf>.+)", re.DOTALL)
 LAYER: Final = re.compile(
     r"(?:.+\.)?(?:decoder|encoder)\.layers\.(?P<layer>\d+)\.(?P<leaf>.+)", re.DOTALL
 )
@@ -48,7 +52,26 @@ class MegatronPaths(EachAlone):
         Raises:
             UnsupportedError: It has none of that kind.
         """
-        raise UnsupportedError(module, "is not written in Megatron's names")
+        if context.accepts(module):
+            return module
+        plain = plain_path(module)
+        match = HUB_LAYER.fullmatch(plain)
+        leaf = next(
+            (own for own, hub in LEAVES.items() if match is not None and hub == match["leaf"]), None
+        )
+        if match is not None and leaf is not None and not self.kind:
+            return f"decoder.layers.{match['layer']}.{leaf}"
+        whole = next((own for own, hub in WHOLE.items() if hub == plain), None)
+        if whole is not None:
+            return whole
+        what = f" ({self.kind})" if self.kind else ""
+        raise UnsupportedError(
+            module,
+            f"is no module of a model of Llama's kind{what}, and others are not written in "
+            "Megatron's names",
+            hint=f"leave it out with {option('--drop', pattern_for([module], [module]))}, or "
+            "merge the adapter into its base instead",
+        )
 
     def unspell(
         self, sites: Sequence[Site], metadata: Mapping[str, str], base: Collection[str]
@@ -78,3 +101,15 @@ class MegatronPaths(EachAlone):
             "decide (give --base BASE: the model, or the folder with its config.json); experts are "
             "not read"
         )
+
+
+def part_of(module: str) -> tuple[str, str] | None:
+    """Return the fused layer that a projection of transformers is in, and which of its parts."""
+    match = HUB_LAYER.fullmatch(plain_path(module))
+    leaf = next(
+        (own for own, hub in LEAVES.items() if match is not None and hub == match["leaf"]), ""
+    )
+    fused, _, part = leaf.rpartition(".")
+    if match is None or fused.rpartition(".")[2] not in FUSED:
+        return None
+    return f"decoder.layers.{match['layer']}.{fused}", part

@@ -8,18 +8,21 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from loratool.adapter.leaving import option, pattern_for
 from loratool.adapter.model import Site
 from loratool.adapter.scheme import Context, Names
 from loratool.errors import AdapterError, UnsupportedError
 from loratool.names.gguf import plain_path
 from loratool.names.paths.component import EachAlone
 
-__all__ = ["LONGEST", "MODULE", "TrtllmPaths"]
+__all__ = ["LONGEST", "MODULE", "NUMBERS", "TrtllmPaths"]
 
 MODULE: Final = re.compile(
     r"layer\.(?P<layer>\d+)\.module\.(?P<module>\d+)\.rank\.(?P<rank>\d+)(?P<dora>\.dora)?"
     r"(\.(?P<part>.+))?"
 )
+NUMBERS: Final = re.compile(r"layer\.(?P<layer>\d+)\.module\.(?P<module>\d+)", re.ASCII)
+"""A row whose halves are known."""
 LEAVES: Final = {
     "0.q": "self_attn.q_proj",
     "0.k": "self_attn.k_proj",
@@ -37,6 +40,9 @@ LEAVES: Final = {
     "18.gate": "mlp.gate_proj",
 }
 """attn_qkv, attn_q, attn_k, attn_v, attn_dense, mlp_h_to_4h, mlp_4h_to_h, mlp_gate, mlp_gate_up."""
+WRITTEN: Final = {LEAVES[number]: number for number in ("1", "2", "3", "4", "5", "6", "7")}
+"""Modules of a layer, and the numbers that they are written under."""
+HUB_LAYER: Final = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<leaf>.+)", re.DOTALL)
 LONGEST: Final = "longest"
 """Under which a site remembers how long the rows of its file are."""
 
@@ -49,12 +55,22 @@ class TrtllmPaths(EachAlone):
     keeps_unknown: bool = True
 
     def name(self, module: str, component: str | None, local: str, context: Context) -> str:
-        """Refuse to.
+        """Return the numbers of a module's layer and of what it is there.
 
         Raises:
-            UnsupportedError: In any case.
+            UnsupportedError: It has none.
         """
-        raise UnsupportedError(module, "is not written as a row of numbers")
+        match = HUB_LAYER.fullmatch(plain_path(module))
+        number = WRITTEN.get(match["leaf"]) if match is not None else None
+        if match is None or number is None:
+            raise UnsupportedError(
+                module,
+                "is no module of a model of Llama's kind, and others are not written for "
+                "TensorRT-LLM",
+                hint=f"leave it out with {option('--drop', pattern_for([module], [module]))}, or "
+                "write PEFT's scheme, which TensorRT-LLM reads too: --to peft",
+            )
+        return f"layer.{match['layer']}.module.{number}"
 
     def unspell(
         self, sites: Sequence[Site], metadata: Mapping[str, str], base: Collection[str]
@@ -69,6 +85,11 @@ class TrtllmPaths(EachAlone):
         needed: dict[str, int] = defaultdict(int)
         longest = 0
         for site in sites:
+            if plain := NUMBERS.fullmatch(site.module):
+                leaf = LEAVES.get(plain["module"])
+                path = f"model.layers.{plain['layer']}.{leaf}"
+                found[site.module] = (own.get(path, path),) if leaf else ()
+                continue
             match = MODULE.fullmatch(site.module)
             if match is None or LONGEST not in site.settings:
                 found[site.module] = ()
@@ -89,6 +110,7 @@ class TrtllmPaths(EachAlone):
                 "the rows",
                 f"are as long as {longest} numbers, of this base they would be {most}",
                 hint="is this the base that it was trained on?",
+                code="LT022",
             )
         return Names(found)
 

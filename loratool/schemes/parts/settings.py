@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,10 @@ class Settings:
     def config(self, written: Written) -> dict[str, Any] | None:
         """Return ``None``."""
         return None
+
+    def dump(self, config: Mapping[str, Any]) -> Mapping[str, bytes]:
+        """Return it as JSON."""
+        return {self.file: (json.dumps(config, indent=2) + "\n").encode()}
 
     def metadata(self, written: Written) -> dict[str, str]:
         """Return nothing."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.part import Part
-from loratool.adapter.problems import plain_hint, site_problems
+from loratool.adapter.problems import check_sound, plain_hint
 from loratool.adapter.slots import Slot
-from loratool.errors import AdapterError, UnsupportedError
+from loratool.errors import UnsupportedError
 from loratool.values.expr import Constant, Expr, Stored
 from loratool.write.stored import part_of
 
@@ -80,8 +80,7 @@ def followed_of(
     """
     for site in sites:
         where = f"{adapter.path}: {site.label}"
-        for code, problem in site_problems(site, adapter):
-            raise AdapterError(where, f"{problem} ({code})")
+        check_sound(site, adapter)
         is_followed = site.variant.followed(site.slots) or site.slots.keys() <= {Slot.BIAS}
         if not is_followed or Slot.MAGNITUDE in site.slots:
             raise UnsupportedError(

@@ -11,9 +11,9 @@ from loratool.adapter.model import HEAD_LEAVES, Adapter, Kind, Site, in_register
 from loratool.adapter.problems import (
     CONVERT_HINT,
     check_plain,
+    check_sound,
     check_unmixed,
     plain_hint,
-    site_problems,
 )
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
@@ -109,8 +109,7 @@ def check_computable(adapter: Adapter, *, verb: str) -> None:
         raise AdapterError(adapter.path, f"has no delta to {verb}")
     for site in adapter.sites:
         check_plain(site, adapter, is_named=False)
-        for code, problem in site_problems(site, adapter):
-            raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})")
+        check_sound(site, adapter)
     for site in adapter.sites:
         if site.variant.undetermined:
             raise UnsupportedError(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratool.display.document import Column, Document, Lines, Table
 from loratool.display.figures import human_bytes, span
-from loratool.display.grouping import group_modules
+from loratool.names.sections import module_groups
 from loratool.plan.shown import adapter_files, carried_along, not_written
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ __all__ = ["rescaling_document"]
 def rescaling_document(report: RescaleReport) -> Document:
     """Return its modules, what goes with them, and in one sentence what became of it."""
     plan, names = report.plan, list(report.scales)
-    modules = Table.of(
+    modules = Table.grouped(
         "",
         (
             Column("modules", folds=True, is_kept=True),
@@ -27,16 +27,18 @@ def rescaling_document(report: RescaleReport) -> Document:
             "was",
             "delta",
         ),
-        [
-            (
+        module_groups(
+            names,
+            names,
+            lambda folded, members: (
                 folded,
                 len(members),
                 span((report.scales[name][1] for name in members), ".6g"),
                 span((report.scales[name][0] for name in members), ".6g"),
                 "× " + span((report.ratios[name] for name in members), ".6g"),
-            )
-            for folded, members in group_modules(names, names)
-        ],
+            ),
+            family=plan.family,
+        ),
     )
     error = report.relative_error
     words = f"{report.output}: {len(names)} modules, {human_bytes(plan.nbytes)}, " + (

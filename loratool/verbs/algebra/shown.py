@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loratool.display.document import Column, Document, Lines, Table
 from loratool.display.figures import human_bytes, span
-from loratool.display.grouping import group_modules
+from loratool.names.sections import module_groups
 from loratool.plan.shown import adapter_files, carried_along, not_written
 from loratool.verbs.algebra.result import AdapterReport
 
@@ -15,7 +15,7 @@ def adapter_document(report: AdapterReport) -> Document:
     """Return its modules, what goes with them, and in one sentence what became of it."""
     plan = report.plan
     names = [module.module for module in report.modules]
-    modules = Table.of(
+    modules = Table.grouped(
         "" if report.is_written else "would be written",
         (
             Column("modules", folds=True, is_kept=True),
@@ -25,17 +25,19 @@ def adapter_document(report: AdapterReport) -> Document:
             "relative error",
             "‖delta‖",
         ),
-        [
-            (
+        module_groups(
+            report.modules,
+            names,
+            lambda folded, members: (
                 folded,
                 len(members),
                 span((m.rank for m in members), "d"),
                 span((m.from_rank for m in members), "d"),
                 span(m.relative_error for m in members),
                 span(m.squared_norm**0.5 for m in members),
-            )
-            for folded, members in group_modules(report.modules, names)
-        ],
+            ),
+            family=plan.family,
+        ),
     )
     return Document.of(
         (

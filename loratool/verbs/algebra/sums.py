@@ -143,6 +143,7 @@ def load_terms(joint: Joint, method: Method | None = None) -> list[list[LowRank]
                     f"{term.adapter.path}: {term.site.label}",
                     "holds NaN or infinity",
                     hint="loratool validate --deep names the tensors",
+                    code="LT017",
                 )
         by_term.append(
             [LowRank(mover(delta.up), mover(delta.down), delta.scale) for delta in deltas]

@@ -101,7 +101,8 @@ def _targets(config: LoraConfig, adapter: Adapter, where: object) -> Iterator[Fi
     if targets is None:
         return
     if isinstance(targets, tuple):
-        known = {suffix for module in modules for suffix in suffixes(module)}
+        rows = [extra.name for extra in adapter.extras if extra.kind is ExtraKind.ROWS]
+        known = {suffix for module in (*modules, *rows) for suffix in suffixes(module)}
         for target in targets:
             if target not in known:
                 yield finding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import Final
@@ -9,6 +10,7 @@ from typing import Final
 from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import Adapter, ExtraKind, unknown_scale
 from loratool.adapter.problems import site_problems
+from loratool.adapter.slots import Slot
 from loratool.errors import printable
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
@@ -16,8 +18,12 @@ from loratool.files.spec import StoredTensor
 
 __all__ = ["check_tensors"]
 
+ARCHIVE: Final = b"PK\x03\x04"
+"""What a zip archive begins with: files of torch and NumPy are such."""
 LONGEST_NAME: Final = 500
 UNUSUAL_SCALE: Final = 32.0
+WIDER: Final = frozenset((Slot.ALPHA, Slot.MAGNITUDE))
+"""What tools, this one too, write in float32 beside factors of 16 bits."""
 
 
 def check_tensors(adapter: Adapter, *, deep: bool) -> Iterator[Finding]:
@@ -42,6 +48,7 @@ def check_tensors(adapter: Adapter, *, deep: bool) -> Iterator[Finding]:
     yield from _notes(adapter)
     yield from _scales(adapter)
     if deep:
+        yield from _checksums(adapter)
         yield from _values(adapter)
 
 
@@ -58,7 +65,12 @@ def _names(adapter: Adapter) -> Iterator[Finding]:
 
 
 def _dtypes(adapter: Adapter) -> Iterator[Finding]:
-    counts = Counter(stored.spec.dtype for site in adapter.sites for stored in site.slots.values())
+    counts = Counter(
+        stored.spec.dtype
+        for site in adapter.sites
+        for slot, stored in site.slots.items()
+        if slot not in WIDER
+    )
     if len(counts) > 1:
         listed = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
         yield finding("LT020", adapter.weights, f"its factors have mixed dtypes: {listed}")
@@ -88,6 +100,18 @@ def _scales(adapter: Adapter) -> Iterator[Finding]:
             yield finding("LT029", site.label, "its scale is 0: it does nothing")
         elif abs(factor) > UNUSUAL_SCALE:
             yield finding("LT029", site.label, f"its scale is {factor:g}")
+
+
+def _checksums(adapter: Adapter) -> Iterator[Finding]:
+    """Yield the records of zip archives whose bytes are not those that were written."""
+    for path in dict.fromkeys(stored.path for stored in adapter.tensors.values()):
+        with path.open("rb") as file:
+            if file.read(len(ARCHIVE)) != ARCHIVE:
+                continue
+            with zipfile.ZipFile(file) as archive:
+                broken = archive.testzip()
+        if broken is not None:
+            yield finding("LT036", path, f"the record {broken!r} has another checksum")
 
 
 def _values(adapter: Adapter) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from loratool.adapter.model import Adapter
-from loratool.adapter.problems import check_plain, site_problems
+from loratool.adapter.problems import check_plain, check_sound
 from loratool.base.told import open_told
 from loratool.display.document import Document
 from loratool.display.shown import Shown
@@ -186,8 +186,7 @@ def compare_layers(
         base=told,
     )
     for site in opened.sites:
-        for code, problem in site_problems(site, opened):
-            raise AdapterError(f"{opened.path}: {site.label}", f"{problem} ({code})")
+        check_sound(site, opened)
         if not site.is_plain:
             check_plain(site, opened, is_named=False)
     joints, notes = join([opened], to_write=False)
@@ -262,7 +261,7 @@ def _subspaces(joint: Joint, adapter: Adapter, most: int | None, mover: Mover) -
         factored = [factor(delta) for delta in deltas]
     except ValueError:
         raise AdapterError(
-            f"{adapter.path}: {joint.name}", "holds NaN or infinity", hint=NAN_HINT
+            f"{adapter.path}: {joint.name}", "holds NaN or infinity", hint=NAN_HINT, code="LT017"
         ) from None
     counts = [rank(delta) for delta in factored]
     count = min(counts if most is None else [*counts, most])

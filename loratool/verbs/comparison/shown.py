@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from loratool.display.document import Column, Document, Lines, Row, Table
 from loratool.display.figures import span
 from loratool.display.folding import listed
-from loratool.display.grouping import group_modules
+from loratool.names.sections import module_groups
 
 if TYPE_CHECKING:
     from loratool.verbs.comparison.layers import LayerComparison
@@ -33,42 +33,33 @@ def comparison_document(found: Comparison, *, unfolded: bool = False) -> Documen
 
 
 def _pair(found: Comparison, unfolded: bool) -> tuple[Table, Lines]:
-    names = [module.module for module in found.modules]
-    groups = (
-        [((module.module,), [module]) for module in found.modules]
-        if unfolded
-        else group_modules(found.modules, names)
-    )
     by_chance = any(module.baseline is not None for module in found.modules)
-    table = Table.of(
-        "",
-        (
-            Column("modules", folds=True, is_kept=True),
-            *(() if unfolded else (Column("count", is_kept=True),)),
-            Column("cosine", is_kept=True),
-            Column("relative distance", is_kept=True),
-            Column("subspaces", is_kept=True),
-            *((Column("by chance", is_kept=True),) if by_chance else ()),
-            "‖first‖",
-            "‖second‖",
-        ),
-        [
-            (
-                folded,
-                *(() if unfolded else (len(members),)),
-                span((m.cosine for m in members if m.cosine is not None), ".4f"),
-                span(m.relative_distance for m in members if m.relative_distance is not None),
-                span(
-                    (m.subspace_similarity for m in members if m.subspace_similarity is not None),
-                    ".3f",
-                ),
-                *((_chance(members),) if by_chance else ()),
-                span(m.norms[0] for m in members),
-                span(m.norms[1] for m in members),
-            )
-            for folded, members in groups
-        ],
+    columns = (
+        Column("modules", folds=True, is_kept=True),
+        *(() if unfolded else (Column("count", is_kept=True),)),
+        Column("cosine", is_kept=True),
+        Column("relative distance", is_kept=True),
+        Column("subspaces", is_kept=True),
+        *((Column("by chance", is_kept=True),) if by_chance else ()),
+        Column("‖first‖"),
+        Column("‖second‖"),
     )
+
+    def row(folded: tuple[str, ...], members: Sequence[ModuleComparison]) -> Row:
+        similar = [m.subspace_similarity for m in members]
+        return (
+            folded,
+            *(() if unfolded else (len(members),)),
+            span((m.cosine for m in members if m.cosine is not None), ".4f"),
+            span(m.relative_distance for m in members if m.relative_distance is not None),
+            span((value for value in similar if value is not None), ".3f"),
+            *((_chance(members),) if by_chance else ()),
+            span(m.norms[0] for m in members),
+            span(m.norms[1] for m in members),
+        )
+
+    names = [module.module for module in found.modules]
+    table = Table.grouped("", columns, module_groups(found.modules, names, row, unfolded=unfolded))
     words = (
         f"cosine {_number(found.cosine, '.6f')}, relative distance "
         f"{_number(found.relative_distance, '.4g')}, norms "

@@ -10,7 +10,7 @@ from loratool.adapter.model import Adapter
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
-from loratool.errors import AdapterError, OptionError
+from loratool.errors import AdapterError, OptionError, nearest_name
 from loratool.names.pipelines import COMPONENTS, FIRST, SECOND, component_of
 
 __all__ = ["as_in_base", "of_component"]
@@ -43,8 +43,16 @@ def of_component(
         else:
             others.append((part.module, f"not in --component {component}"))
     if component not in COMPONENTS or not kept:
-        listed = ", ".join(sorted(name for name in found if name)) or "none"
-        raise OptionError("--component", f"{component!r} has no modules; there are: {listed}")
+        there = sorted(name for name in found if name)
+        if component not in COMPONENTS and not set(there) & set(COMPONENTS):
+            raise OptionError.none_of("--component", component, COMPONENTS)
+        raise OptionError(
+            "--component",
+            f"{component!r} has no modules; there are: {', '.join(there) or 'none'}",
+            hint=f"did you mean --component {nearest_name(component, there) or there[0]}?"
+            if there
+            else None,
+        )
     return kept, others
 
 
@@ -62,6 +70,7 @@ def as_in_base(parts: Sequence[Part], base: Model, adapter: Adapter, scheme: Sch
             base.path,
             f"has none of the adapter's modules, such as {parts[0].module!r}",
             hint="is this the base that it was trained on?",
+            code="LT022",
         )
     if not scheme.paths.follows_base:
         return list(parts)

@@ -88,6 +88,7 @@ def nearest(part: Part, adapter: Adapter, base: Model | None, rank: int | None) 
             where,
             f"is {words}; its delta depends on the base's weight",
             hint="give --base BASE --rank R",
+            code="LT022",
         )
     if rank is None:
         raise UnsupportedError(
@@ -186,6 +187,7 @@ def _check_fit(part: Part, shape: tuple[int, ...]) -> None:
             part.module,
             f"its delta has the shape {list(found)}, the base's weight {list(wanted)}",
             hint="is this the base that it was trained on?",
+            code="LT022",
         )
 
 

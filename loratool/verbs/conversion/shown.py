@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratool.display.document import Column, Document, Lines, Table
 from loratool.display.figures import human_bytes, span
-from loratool.display.grouping import group_modules
+from loratool.names.sections import module_groups
 from loratool.plan.shown import adapter_files, carried_along, not_written
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def conversion_document(report: ConvertReport) -> Document:
     """Return its modules, how they changed, and in one sentence what became of it."""
     plan = report.plan
     names = [item.part.module for item in plan.parts]
-    modules = Table.of(
+    modules = Table.grouped(
         "" if report.is_written else "would be written",
         (
             Column("modules", folds=True, is_kept=True),
@@ -28,16 +28,18 @@ def conversion_document(report: ConvertReport) -> Document:
             "scale",
             "relative error",
         ),
-        [
-            (
+        module_groups(
+            plan.parts,
+            names,
+            lambda folded, members: (
                 folded,
                 len(members),
                 span((item.part.rank for item in members), "d"),
                 span((item.part.scale for item in members), ".6g"),
                 span(report.outcome.relative(item.part.module) for item in members),
-            )
-            for folded, members in group_modules(plan.parts, names)
-        ],
+            ),
+            family=plan.family,
+        ),
     )
     return Document.of(
         (

@@ -232,6 +232,7 @@ def _decompose_dora(target: Target, settings: Settings, files: InputFiles) -> Ex
             target.name,
             "holds NaN or infinity, whose rows have no length for a DoRA",
             hint=f"leave it out: --exclude {shlex.quote(re.escape(target.module))}",
+            code="LT017",
         )
 
     def lead(delta: NDArray[Any]) -> Leading:
@@ -257,7 +258,9 @@ def _decomposition(
         )
     except ValueError:
         raise BaseModelError(
-            target.name, "its difference is not finite: one of the two holds NaN or infinity"
+            target.name,
+            "its difference is not finite: one of the two holds NaN or infinity",
+            code="LT017",
         ) from None
     return found, change.floor
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from loratool.display.document import Column, Document, Lines, Row, Table
 from loratool.display.figures import human_bytes, span
 from loratool.display.folding import shortened
-from loratool.display.grouping import group_modules
+from loratool.names.sections import module_groups
 from loratool.plan.shown import not_written
+from loratool.verbs.extraction.difference import ModuleResult
 from loratool.verbs.extraction.result import ExtractReport
 
 __all__ = ["extraction_document"]
@@ -34,17 +37,20 @@ def _modules(report: ExtractReport) -> Table:
             Column("‖difference‖"),
             Column("share of the change", is_kept=True),
         ]
-    rows: list[Row] = []
-    for folded, members in group_modules(report.modules, names):
-        row: Row = (folded, len(members), span((m.rank for m in members), "d"))
-        if report.is_written:
-            row += (
-                span(m.relative_error for m in members),
-                span(m.squared_norm**0.5 for m in members),
-                f"{sum(m.squared_norm for m in members) / total:.2%}",
-            )
-        rows.append(row)
-    return Table.of("" if report.is_written else "would be extracted", columns, rows)
+
+    def row(folded: tuple[str, ...], members: Sequence[ModuleResult]) -> Row:
+        known = (folded, len(members), span((m.rank for m in members), "d"))
+        if not report.is_written:
+            return known
+        return (
+            *known,
+            span(m.relative_error for m in members),
+            span(m.squared_norm**0.5 for m in members),
+            f"{sum(m.squared_norm for m in members) / total:.2%}",
+        )
+
+    groups = module_groups(report.modules, names, row, family=report.plan.family)
+    return Table.grouped("" if report.is_written else "would be extracted", columns, groups)
 
 
 def _leftovers(report: ExtractReport) -> Table:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Final
 from loratool.display.document import Block, Column, Document, Facts, Group, Row, Table
 from loratool.display.figures import human_bytes, human_count, span, sparkline
 from loratool.display.folding import fold_names
-from loratool.display.grouping import group_modules
-from loratool.names.sections import section_of
+from loratool.names.sections import module_groups, section_of, shared_path
 
 if TYPE_CHECKING:
     from loratool.verbs.inspect import AdapterInfo, ModelInfo, ModuleInfo
+    from loratool.verbs.spectrum import Spectrum
 
 __all__ = ["adapter_document", "model_document"]
 
@@ -71,8 +71,9 @@ def _modules(info: AdapterInfo, unfolded: bool) -> Table:
         sections[section_of(module.module, adapter.components, adapter.family)].append(module)
     groups = []
     for name, modules in sections.items():
-        rows = tuple(_row(*alike, unfolded) for alike in _alike(modules, unfolded))
-        words = f"{name} ({len(modules)})" if name and len(sections) > 1 else ""
+        shared = "" if unfolded or not name else shared_path([module.module for module in modules])
+        rows = tuple(_row(*alike, shared, unfolded) for alike in _alike(modules, unfolded))
+        words = f"{name} ({shared})" if shared else name
         groups.append(Group(words, rows))
     columns = (
         Column("modules", folds=True, is_kept=True),
@@ -83,34 +84,26 @@ def _modules(info: AdapterInfo, unfolded: bool) -> Table:
 
 
 def _spectra(info: AdapterInfo, unfolded: bool) -> Table:
-    names = [spectrum.module for spectrum in info.spectra]
-    groups = (
-        [((spectrum.module,), [spectrum]) for spectrum in info.spectra]
-        if unfolded
-        else group_modules(info.spectra, names)
-    )
     titles = ("‖delta‖", "σ₁", "stable", "effective", "90 %", "99 %", "99.9 %", "σ (log)")
-    return Table.of(
-        "spectra of the deltas",
-        (
-            Column("modules", folds=True, is_kept=True),
-            *(Column(title, is_kept=True) for title in titles),
-        ),
-        [
-            (
-                folded,
-                span(s.frobenius_norm for s in members),
-                span(s.spectral_norm for s in members),
-                span((s.stable_rank for s in members), ".1f"),
-                span((s.effective_rank for s in members), ".1f"),
-                *(
-                    span((s.energy_ranks[name] for s in members), "d")
-                    for name in members[0].energy_ranks
-                ),
-                sparkline(_mean([s.singular_values for s in members])),
-            )
-            for folded, members in groups
-        ],
+    columns = (
+        Column("modules", folds=True, is_kept=True),
+        *(Column(title, is_kept=True) for title in titles),
+    )
+    names = [spectrum.module for spectrum in info.spectra]
+    family = info.adapter.family
+    groups = module_groups(info.spectra, names, _spectra_row, family=family, unfolded=unfolded)
+    return Table.grouped("spectra of the deltas", columns, groups)
+
+
+def _spectra_row(folded: tuple[str, ...], members: Sequence[Spectrum]) -> Row:
+    return (
+        folded,
+        span(s.frobenius_norm for s in members),
+        span(s.spectral_norm for s in members),
+        span((s.stable_rank for s in members), ".1f"),
+        span((s.effective_rank for s in members), ".1f"),
+        *(span((s.energy_ranks[name] for s in members), "d") for name in members[0].energy_ranks),
+        sparkline(_mean([s.singular_values for s in members])),
     )
 
 
@@ -141,13 +134,13 @@ def _alike(
     return [(fold_names([module.module for module in group]), group) for group in ordered]
 
 
-def _row(names: list[str], members: Sequence[ModuleInfo], unfolded: bool) -> Row:
+def _row(names: list[str], members: Sequence[ModuleInfo], shared: str, unfolded: bool) -> Row:
     first = members[0]
     kind = first.kind if first.variant == "lora" else f"{first.kind}, {first.variant}"
     if first.experts > 1:
         kind += f", {first.experts} experts"
     return (
-        tuple(names),
+        tuple(name.removeprefix(f"{shared}.") for name in names),
         *(() if unfolded else (len(members),)),
         kind,
         first.rank,
@@ -161,7 +154,7 @@ def _row(names: list[str], members: Sequence[ModuleInfo], unfolded: bool) -> Row
 
 def _sizes(values: Iterable[int]) -> str:
     unique = sorted(set(values))
-    return ", ".join(str(value) for value in unique[:4]) + (", …" if len(unique) > 4 else "")
+    return ", ".join(map(str, unique)) if len(unique) < 3 else f"{unique[0]} to {unique[-1]}"
 
 
 def model_document(info: ModelInfo) -> Document:

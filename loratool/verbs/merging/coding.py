@@ -35,7 +35,7 @@ def check_quantized(
         UnsupportedError: Its layers are replicated.
     """
     if quantized not in QUANTIZED:
-        raise OptionError("--quantized", f"{quantized!r} is none of {', '.join(QUANTIZED)}")
+        raise OptionError.none_of("--quantized", quantized, QUANTIZED)
     if quantized != "keep" or model.quantization is None:
         return
     if dtype is not None:

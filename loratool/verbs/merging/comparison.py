@@ -39,7 +39,19 @@ def check_files(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
     if plan.is_folder and merged.path.is_dir():
         for sidecar in plan.beside():
             yield from _check_sidecar(sidecar, merged.path / sidecar.name, len(merged.shards))
+        yield from _surplus(plan, merged)
     yield from _check_metadata(plan, merged)
+
+
+def _surplus(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
+    """Yield the files that no merge has written; tools that look for them would use them."""
+    expected = {file.name for file in plan.files} | {one.name for one in plan.sidecars}
+    read = {shard.path for shard in merged.shards}
+    for path in sorted(merged.path.rglob("*")):
+        name = path.relative_to(merged.path).as_posix()
+        is_known = name in expected or path in read or is_index(path.name)
+        if not is_known and (path.is_symlink() or not path.is_dir()):
+            yield finding("LT111", name, "is not written by the merge")
 
 
 def _check_sidecar(sidecar: Sidecar, path: Path, shards: int) -> Iterator[Finding]:

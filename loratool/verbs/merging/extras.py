@@ -114,6 +114,7 @@ def _plan_full(share: Share, extra: Extra, base: Model) -> None:
             raise AdapterError(
                 share.where(extra.name),
                 f"the base has no such tensor, so a weight of {share.weight:g} means nothing",
+                code="LT024",
             )
         share.changes[extra.name].replacement = extra.tensor
     else:
@@ -163,6 +164,7 @@ def _replace(share: Share, extra: Extra, name: str, base: Model) -> None:
             raise AdapterError(
                 share.where(extra.name),
                 f"has shape {list(shape)}, the base's {list(old)}; only weight 1 can replace it",
+                code="LT022",
             )
     changes.replacement = extra.tensor
 
@@ -179,6 +181,7 @@ def _check_resize(share: Share, extra: Extra, name: str, base: Model) -> None:
         share.where(extra.name),
         f"has shape {list(shape)}, the base's tensor {list(old)}",
         hint="is this the base that the adapter was trained on?",
+        code="LT022",
     )
 
 
@@ -210,12 +213,14 @@ def _plan_rows(share: Share, extra: Extra, base: Model) -> None:
             share.where(extra.key),
             f"has shape {list(extra.tensor.spec.shape)}, expected "
             f"{[len(indices), *shape[1:]]}: one row for each of the trained tokens",
+            code="LT028",
         )
     if indices and max(indices) >= shape[0]:
         raise BaseModelError(
             share.where(extra.name),
             f"trains token {max(indices)}, but the base has only {shape[0]} rows",
             hint="resize the base's vocabulary first, as the training did",
+            code="LT022",
         )
     share.changes[name].edits.append(SetRows(indices, extra.tensor, share.weight))
 
@@ -229,5 +234,6 @@ def _token_indices(share: Share, extra: Extra) -> tuple[int, ...]:
         raise AdapterError(
             share.where(extra.key),
             "holds trained token rows, but trainable_token_indices does not say which",
+            code="LT028",
         )
     return tuple(value)

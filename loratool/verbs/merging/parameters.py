@@ -75,12 +75,14 @@ def add_bias(share: Share, place: Fit, tensor: StoredTensor, base: Model, factor
             share.where(site.label),
             f"trains a bias, but the base has no {name!r} to add it to",
             hint=f"merge without it: {_without_biases(share, key, base)}",
+            code="LT022",
         )
     outputs = place.outputs or region.rows
     if tensor.spec.elements != outputs:
         raise BaseModelError(
             share.where(site.label),
             f"its bias has shape {list(tensor.spec.shape)}, the base's {[outputs]}",
+            code="LT022",
         )
     edit = AddTensor(_as_matrix(tensor, 1), share.weight * factor, region, place.first)
     share.changes[name].edits.append(edit)
@@ -217,6 +219,7 @@ def _mismatch(
         share.where(site.label),
         f"is {site.variant.words} of shape {list(shape)}, and the base has {list(old)}",
         hint="is this the base that the adapter was trained on?",
+        code="LT022",
     )
 
 
@@ -234,6 +237,7 @@ def _missing(
             share.where(key),
             f"the base's {place.module!r} has no {leaves[0]} that it could be added to",
             hint=leave_out(site, key),
+            code="LT022",
         )
     nearest = base.nearest(site.module)
     words = f" (nearest: {', '.join(nearest)})" if nearest else ""

@@ -66,6 +66,7 @@ def plan_cut(share: Share, extra: Extra, place: Place, base: Model) -> None:
             share.where(extra.name),
             f"has shape {list(found)}, the base's weight {list(wanted)}",
             hint="is this the base that the adapter was trained on?",
+            code="LT022",
         )
     for piece in place.pieces:
         name = piece.bias if is_bias else piece.name

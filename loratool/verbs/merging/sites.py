@@ -188,6 +188,7 @@ def _grown(
             f"is for a weight of shape {list(shape)}, and the base has {list(old)}, which does not "
             "grow to that",
             hint="is this the base that the adapter was trained on?",
+            code="LT022",
         )
     if old == shape:
         return {}

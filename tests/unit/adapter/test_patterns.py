@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.adapter.automaton import Automaton, EndlessError, UnsupportedExpressionError
-from loratool.adapter.expressions import Expression
+from loratool.adapter.automaton import Automaton, Budget, EndlessError, UnsupportedExpressionError
+from loratool.adapter.expressions import Expression, ExpressionError
 from loratool.adapter.patterns import (
     matches_target,
     pattern_matches,
@@ -163,8 +163,22 @@ def test_tables_and_lists_that_were_made_to_take_long() -> None:
     dots = {"".join(chars) + "aaa": 1 for chars in itertools.product("a.", repeat=13)}
     with pytest.raises(AdapterError, match="dots"):
         pattern_value(dots, "b." + "a" * 16, 0)
-    with pytest.raises(AdapterError, match="2000 patterns"):
+    with pytest.raises(AdapterError, match="more than 1000 patterns"):
         pattern_value({f"a{i}+": 1 for i in range(2000)}, "a", 0)
     targets = tuple(f"m{i}" for i in range(50_000))
     assert sum(matches_target(targets, f"layers.{i}.m{i}") for i in range(2000)) == 2000
     assert time.perf_counter() - begin < 10, "a hang, not a slow machine"
+
+
+def test_all_patterns_of_a_file_share_what_they_may_take() -> None:
+    """Each is harmless by itself; three hundred of them are not."""
+    counted = {f"(a{{1,20}}){{40}}{index}": 4 for index in range(300)}
+    (first, *_) = counted
+    assert pattern_value({first: 4}, "a" * 40 + "0", 0) == 4
+    with pytest.raises(AdapterError, match="too large"):
+        pattern_value(counted, "q_proj", 0)
+    budget = Budget(steps=10_000)
+    slow = [Expression(rf"((a|b){{1,3}}c?){{8}}{index}", budget) for index in range(10)]
+    names = ["".join("abc"[(n >> i) % 3] for i in range(40)) for n in range(200)]
+    with pytest.raises(ExpressionError, match="too many steps"):
+        assert not any(each.match(name) for name in names for each in slow)

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from samples import FIXTURES, lora
 
 from loratool.cli.main import COMMANDS
-from loratool.display.folding import fold_names, fold_numbers
 
 Make = Callable[..., Path]
 BASE = FIXTURES / "bases" / "llama-untied"
@@ -189,7 +188,7 @@ def test_schemes_as_json() -> None:
     assert {"peft", "kohya", "diffusers", "diffusers-legacy", "comfy", "mlx"} <= set(names)
     assert all(scheme["reads"] for scheme in document["schemes"])
     written = {scheme["name"] for scheme in document["schemes"] if scheme["writes"]}
-    assert set(names) - written == {"adapterhub", "megatron", "numbered", "trtllm"}
+    assert set(names) - written == {"numbered"}
     assert all(set(s) == {"name", "reads", "writes", "example"} for s in document["schemes"])
 
 
@@ -260,44 +259,3 @@ def test_output_that_nobody_reads_is_no_bug(tmp_path: Path) -> None:
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert "Traceback" not in result.stderr
     assert "bug" not in result.stderr
-
-
-def test_folding_numbers() -> None:
-    assert fold_numbers([3]) == "3"
-    assert fold_numbers([0, 1, 2, 3]) == "{0..3}"
-    assert fold_numbers([0, 1]) == "{0,1}"
-    assert fold_numbers([0, 2, 5, 6, 7]) == "{0,2,5..7}"
-
-
-def expand(pattern: str) -> list[str]:
-    import itertools
-    import re
-
-    parts = re.split(r"\{([^}]*)\}", pattern)
-    choices = []
-    for index, part in enumerate(parts):
-        if index % 2 == 0:
-            choices.append([part])
-            continue
-        options: list[str] = []
-        for item in part.split(","):
-            first, dots, last = item.partition("..")
-            options += [str(i) for i in range(int(first), int(last) + 1)] if dots else [item]
-        choices.append(options)
-    return ["".join(words) for words in itertools.product(*choices)]
-
-
-def test_folded_names_stand_for_exactly_the_names() -> None:
-    names = [
-        f"model.layers.{layer}.{module}"
-        for layer in range(4)
-        for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-        if (layer, module) != (2, "mlp.down_proj")
-    ] + ["lm_head", "model.layers.7.self_attn.q_proj"]
-    folded = fold_names(names)
-    assert len(folded) < len(names)
-    assert sorted(name for pattern in folded for name in expand(pattern)) == sorted(names)
-    assert fold_names(["a.0.q_proj", "a.1.q_proj", "a.0.v_proj", "a.1.v_proj"]) == [
-        "a.{0,1}.{q,v}_proj"
-    ]
-    assert fold_names([]) == []

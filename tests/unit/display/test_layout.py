@@ -29,7 +29,7 @@ TABLE = Table.grouped(
     "modules",
     (Column("modules", folds=True, is_kept=True), Column("count", is_kept=True), "kind", "rank"),
     [
-        Group("first", (((NAME, "lm_head"), 129, "linear", "8"),)),
+        Group("first", (((NAME, "lm_head"), 129, "linear", "8"), ("norm", 1, "linear", "4"))),
         Group("second", (((NAME,), 7, "linear", "16 to 32"),)),
     ],
 )
@@ -44,8 +44,17 @@ def test_what_all_rows_say_is_said_once() -> None:
         "first\n"
         f"{NAME}    129         8\n"
         "lm_head\n"
+        "norm                                               1         4\n"
         "second\n"
         f"{NAME}      7  16 to 32"
+    )
+
+
+def test_where_no_group_has_a_second_row_there_are_no_columns() -> None:
+    groups = [Group("first (a.b)", ((("c.d", "e"), 2),)), Group("second", (("f", 11),))]
+    table = Table.grouped("", (Column("modules", folds=True, is_kept=True), "count"), groups)
+    assert plain_text(Document((table,))) == (
+        "first (a.b): count 2\n  c.d\n  e\nsecond: count 11\n  f"
     )
 
 

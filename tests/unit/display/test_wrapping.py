@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from loratool.display.wrapping import INDENT, width_of, wrapped
 
-NAMES = st.lists(st.from_regex(r"[a-z][a-z0-9_{},]{0,11}", fullmatch=True), min_size=1).map(".".join)
+WORDS = st.from_regex(r"[a-z][a-z0-9_{},]{0,11}", fullmatch=True)
+NAMES = st.lists(WORDS, min_size=1).map(".".join)
 TEXTS = st.text(st.characters(exclude_categories=("C", "Z")), max_size=80) | NAMES
 
 
@@ -45,3 +46,9 @@ def test_wide_characters_count_as_two() -> None:
 
 def test_without_a_width_nothing_is_folded() -> None:
     assert wrapped("a.b" * 100, None) == ["a.b" * 100]
+
+
+def test_braces_are_folded_only_where_they_are_wider_than_a_line() -> None:
+    name = "attn.to_{q,k,v,out.0}"
+    assert wrapped(name, 18) == ["attn.", "  to_{q,k,v,out.0}"]
+    assert wrapped(name, 12) == ["attn.to_{q,", "  k,v,out.0}"]

@@ -81,7 +81,7 @@ def test_safetensors_win_over_pickles_and_consolidated_copies(tmp_path: Path) ->
 def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="holds no model"):
         open_checkpoint(tmp_path)
-    with pytest.raises(BaseModelError, match="no such"):
+    with pytest.raises(FileNotFoundError, match="no such"):
         open_checkpoint(tmp_path / "missing")
 
 

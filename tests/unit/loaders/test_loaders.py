@@ -23,7 +23,7 @@ from loratool.adapter.model import Adapter
 from loratool.adapter.part import Part
 from loratool.base.model import open_model
 from loratool.errors import OptionError, UnsupportedError
-from loratool.loaders import builtin_loaders, loader_named
+from loratool.loaders import builtin_loaders, comfy, loader_named
 from loratool.loaders.checks import check_for
 from loratool.loaders.loader import Fate, Feature, Mend
 from loratool.loaders.preparation import prepare, refusals, uniform_rank
@@ -585,8 +585,8 @@ def test_lokr_lora_mid_and_dora_in_diffusers(make_kohya: Make) -> None:
 
 
 def test_alphas_outside_the_tensors_are_lost_in_comfy(tmp_path: Path) -> None:
-    module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    fields = {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]}
+    module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
+    fields = {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": ["net.2"]}
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(lora(module, 16, 16), path, {"lora_adapter_metadata": json.dumps(fields)})
     assert f"would apply 1 instead of {2 / 4:g}" in only(path, "comfy", "LT202").message
@@ -594,11 +594,57 @@ def test_alphas_outside_the_tensors_are_lost_in_comfy(tmp_path: Path) -> None:
 
 
 def test_alpha_tensors_under_pefts_names_are_lost_in_diffusers(tmp_path: Path) -> None:
-    module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(lora(module, 16, 16) | {f"{module}.alpha": torch.tensor(2.0)}, path)
     assert f"would apply 1 instead of {2 / 4:g}" in only(path, "diffusers", "LT202").message
     assert codes(path, "comfy") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "ending", "family", "unknown"),
+    [
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", ".lora_A.weight", "", True),
+        (
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",
+            ".lora_A.weight",
+            "",
+            True,
+        ),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", ".lora.down.weight", "", True),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2", ".lora_A.weight", "", False),
+        (
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q",
+            *("_lora.down.weight", "", False),
+        ),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", ".lora_A.weight", "", False),
+        ("transformer.transformer_blocks.0.attn.to_q", ".lora_A.weight", "flux", False),
+        ("transformer.transformer_blocks.0.attn.to_q", ".lora_A.weight", "sd3", False),
+        ("transformer.transformer_blocks.0.attn.to_q", ".lora_A.weight", "hunyuan-video", True),
+        ("transformer.double_blocks.0.img_attn_qkv", ".lora_A.weight", "hunyuan-video", False),
+        ("transformer.blocks.0.attn1.to_q", ".lora_A.weight", "wan", True),
+        ("transformer_2.blocks.0.attn1.to_q", ".lora_A.weight", "wan", True),
+        ("transformer.transformer_blocks.0.attn1.to_q", ".lora_A.weight", "ltx-video", True),
+    ],
+)
+def test_names_that_comfy_does_not_look_for(
+    module: str, ending: str, family: str, unknown: bool
+) -> None:
+    """As ``model_lora_keys_unet`` and ``LoRAAdapter.load`` of ComfyUI make and ask its list."""
+    assert comfy._is_unknown(f"{module}{ending}", family) is unknown
+
+
+def test_diffusers_names_of_attention_are_not_loaded_by_comfy(tmp_path: Path) -> None:
+    module = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    path, mended = tmp_path / "new.safetensors", tmp_path / "mended.safetensors"
+    save_file(lora(module, 640, 640), path)
+    found = only(path, "comfy", "LT203")
+    assert module in found.message and "convert ADAPTER --for comfy" in str(found.hint)
+    assert codes(path, "diffusers") == []
+    loratool.convert(path, None, mended, target="comfy")
+    assert codes(mended, "comfy") == []
+    loratool.convert(path, "diffusers-legacy", tmp_path / "old.safetensors")
+    assert codes(tmp_path / "old.safetensors", "comfy") == []
 
 
 def test_native_names_are_read_by_diffusers_for_some_models(tmp_path: Path) -> None:
