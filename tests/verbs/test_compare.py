@@ -160,7 +160,12 @@ def test_pictures(two: list[Path], make_adapter: Make, tmp_path: Path, suffix: s
         file = tmp_path / f"{number}{suffix}"
         run(*command, "--plot", file)
         content = file.read_bytes()
-        start = {".pdf": b"%PDF", ".png": b"\x89PNG", ".svg": b"<?xml", ".html": b"<!doctype html>"}[suffix]
+        start = {
+            ".pdf": b"%PDF",
+            ".png": b"\x89PNG",
+            ".svg": b"<?xml",
+            ".html": b"<!doctype html>",
+        }[suffix]
         assert content.startswith(start)
         assert b"<script" not in content
         again = tmp_path / f"again-{number}{suffix}"
