@@ -86,8 +86,11 @@ def effective_rank(values: Sequence[float]) -> float:
     return math.exp(-math.fsum(share * math.log(share) for share in shares))
 
 
-def energy_rank(values: Sequence[float], share: float) -> int:
-    """Return the fewest leading singular values that hold ``share`` of ``‖Δ‖_F²``."""
-    if not any(values):
-        return 0
-    return minimal_rank([value * value for value in values], "energy", share)
+def energy_rank(profile: Sequence[float], share: float) -> int:
+    """Return the fewest ranks that hold ``share`` of ``‖Δ‖_F²``; 0 for a zero matrix.
+
+    Args:
+        profile: What each further rank adds: the squares of singular values, descending.
+        share: Between 0 and 1.
+    """
+    return minimal_rank(profile, "energy", share) if any(profile) else 0

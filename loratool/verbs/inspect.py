@@ -31,6 +31,7 @@ from loratool.schemes.opening import open_adapter
 
 if TYPE_CHECKING:
     from loratool.base.model import Model, Quantization
+    from loratool.verbs.advice import Advice
     from loratool.verbs.spectrum import Spectrum
 
 __all__ = ["AdapterInfo", "ModelInfo", "ModuleInfo", "inspect"]
@@ -85,11 +86,13 @@ class AdapterInfo(Shown):
         adapter: The opened adapter.
         modules: Its modules.
         spectra: Their spectra, where those were asked for, in the same order.
+        advice: Which ranks would be enough, where spectra were asked for.
     """
 
     adapter: Adapter
     modules: tuple[ModuleInfo, ...]
     spectra: tuple[Spectrum, ...] = ()
+    advice: Advice | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -129,7 +132,29 @@ class AdapterInfo(Shown):
             "metadata": dict(adapter.metadata),
             "notes": list(self.notes),
             **({"base": self.base} if adapter.beside else {}),
+            **({"advice": self.advice.as_json()} if self.advice is not None else {}),
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return flat rows, for a table or a DataFrame: one for each module.
+
+        With spectra they have norms and ranks too.
+        """
+        from loratool.names.kinds import positions_of
+
+        names = [module.module for module in self.modules]
+        positions = positions_of(names, self.adapter.components, self.adapter.family)
+        return [
+            {
+                "module": module.module,
+                "section": position.section,
+                "layer_kind": position.kind,
+                "layer": position.layer,
+                **{name: value for name, value in module.as_json().items() if name != "module"},
+                **(spectrum.summary if spectrum is not None else {}),
+            }
+            for module, position, spectrum in zip_longest(self.modules, positions, self.spectra)
+        ]
 
     def document(self, *, unfolded: bool = False) -> Document:
         """Return what people see of it; ``unfolded`` gives every module a row."""
@@ -269,11 +294,16 @@ def inspect(
     )
     if adapter is not None:
         found: tuple[Spectrum, ...] = ()
+        advice: Advice | None = None
         if spectrum:
+            from loratool.verbs.advice import advice_on
             from loratool.verbs.spectrum import spectra
 
             found = spectra(adapter, threads=threads, progress=progress)
-        return AdapterInfo(adapter, tuple(ModuleInfo.of(site) for site in adapter.sites), found)
+            advice = advice_on(adapter, found)
+        return AdapterInfo(
+            adapter, tuple(ModuleInfo.of(site) for site in adapter.sites), found, advice
+        )
     if spectrum:
         raise OptionError(place, "a model; only adapters have deltas with a spectrum")
     from loratool.base.model import open_model, open_stored  # no adapter needs it

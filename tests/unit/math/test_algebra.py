@@ -370,7 +370,7 @@ def test_ranks_of_spectra() -> None:
     assert stable_rank([2.0, 2.0]) == 2
     assert math.isclose(effective_rank([3.0, 3.0, 3.0]), 3)
     assert (stable_rank([]), effective_rank([0.0]), energy_rank([0.0], 0.9)) == (0, 0, 0)
-    assert energy_rank([10.0, 5.0, 2.0], 0.99) == 3
+    assert energy_rank([100.0, 25.0, 4.0], 0.99) == 3
 
 
 def test_fixed_prices_are_part_of_the_budget() -> None:
