@@ -1,7 +1,7 @@
 """What the site has besides the pages of this folder, for ``mkdocs build``.
 
 The pages at the top of the repository lie where a forge looks for them and are pages of the site
-too; their links lead to the site's pages. Every finding has a short anchor, ``findings.html#LT012``.
+too; their links lead to the site's pages. Every finding has an anchor, ``findings.html#LT012``.
 """
 
 from __future__ import annotations

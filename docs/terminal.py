@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from rich.text import Text
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 104
+FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
+"""What would be fetched from elsewhere to show the picture."""
 COMMANDS = (
     "loratool inspect fixtures/adapters/rank-alpha-patterns",
     "loratool validate fixtures/adapters/factor-missing --base fixtures/bases/llama-untied",
@@ -56,7 +59,7 @@ def main() -> None:
             console.print(Text.assemble(("$ ", "dim"), (line.format(out="merged"), "bold")))
             output = run_in_terminal([sys.executable, "-m", *words, *quiet])
             console.print(Text.from_ansi(output.replace(out, "merged").rstrip("\n")), end="\n\n")
-    svg = console.export_svg(title="loratool")
+    svg = FONTS.sub("", console.export_svg(title="loratool"))
     (ROOT / "docs" / "terminal.svg").write_text(svg)
 
 

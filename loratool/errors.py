@@ -93,9 +93,7 @@ class LoratoolError(Exception):
         if code is not None:
             self.code = code
         if isinstance(self, OSError):
-            self.errno = self.number if number is None else number
-            self.strerror = what
-            self.filename = self.where
+            _fill(self, self.number if number is None else number, self)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
@@ -110,6 +108,11 @@ class LoratoolError(Exception):
     def as_json(self) -> dict[str, str | None]:
         """Return the keys that the command line's JSON promises."""
         return {"code": self.code, "where": self.where, "message": self.what, "hint": self.hint}
+
+
+def _fill(error: OSError, number: int | None, own: LoratoolError) -> None:
+    """Give an error what Python's own of the system have."""
+    error.errno, error.strerror, error.filename = number, own.what, own.where
 
 
 def _again(kind: type[LoratoolError], where: str, what: str, hint: str | None) -> LoratoolError:

@@ -106,4 +106,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=3, metavar="N", help="how often each writing verb is killed"
     )
-    parser.addoption("--write-docs", action="store_true", help="write docs/cli.md anew")
+    parser.addoption(
+        "--write-docs", action="store_true", help="write generated parts of the pages anew"
+    )

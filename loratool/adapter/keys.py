@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final
 
@@ -239,10 +239,9 @@ def transposed(tensor: StoredTensor) -> StoredTensor:
         )
     rows, columns = spec.shape
     strides = tensor.strides or (columns, 1)
-    return StoredTensor(
-        TensorSpec(spec.name, spec.dtype, (columns, rows)),
-        tensor.path,
-        tensor.offset,
-        (strides[1], strides[0]),
-        tensor.alias_of,
+    return replace(
+        tensor,
+        spec=TensorSpec(spec.name, spec.dtype, (columns, rows)),
+        strides=(strides[1], strides[0]),
+        steps=None,
     )

@@ -300,8 +300,10 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Number of elements in all its tensors."""
-        return sum(tensor.spec.elements for tensor in self.tensors.values())
+        """Number of elements in all its tensors but for alphas, which nobody trains."""
+        stored = sum(tensor.spec.elements for tensor in self.tensors.values())
+        alphas = (site.slots[Slot.ALPHA] for site in self.sites if Slot.ALPHA in site.slots)
+        return stored - sum(alpha.spec.elements for alpha in alphas)
 
     @property
     def nbytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from loratool.adapter.findings import Finding
 from loratool.adapter.keys import KeyTable
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loratool.names.family import Family
 
 __all__ = [
+    "RANKS",
     "Context",
     "Home",
     "Names",
@@ -35,6 +36,10 @@ __all__ = [
     "Told",
     "Written",
 ]
+
+
+RANKS: Final = "ranks"
+"""Under which a site remembers how many tensor-parallel ranks its rows are of, one by one."""
 
 
 class NoPlaceError(Exception):
@@ -434,6 +439,7 @@ class Scheme:
         beside: What is used instead where PEFT's configuration, or alphas, lie beside the input.
         resembles: Patterns of keys that are of its tool and no factors, with what they are.
         priority: Which scheme is meant where two recognise as many keys: the higher.
+        join: Returns a tensor from its parts on tensor-parallel ranks, where its tool has such.
         follows: Returns the scheme for one model, where names or rows depend on which that is.
         is_written: Whether adapters are written in it too.
     """
@@ -451,6 +457,7 @@ class Scheme:
     beside: Mapping[str, tuple[Scale, Settings]] = field(default_factory=dict)
     resembles: tuple[tuple[str, str], ...] = ()
     priority: int = 0
+    join: Callable[[str, Sequence[StoredTensor]], StoredTensor] | None = None
     follows: Callable[[Told], Scheme] | None = None
     is_written: bool = True
 

@@ -15,7 +15,7 @@ from loratool.names.paths import fusions
 if TYPE_CHECKING:
     from loratool.base.model import Model
 
-__all__ = ["fused_place"]
+__all__ = ["fused_place", "parts_apart"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,21 @@ def fused_place(module: str, base: Model, family: str | None = None) -> Place | 
     places = (_place_in(name, each, base, family) for name, each in known)
     found = next(filter(None, places), None)
     return replace(found, module=module) if found is not None else None
+
+
+def parts_apart(module: str, base: Model) -> tuple[tuple[str, int], ...]:
+    """Return the modules that a projection is in the model, each with its outputs.
+
+    Empty where it is one there, or where their rows lie in another order than its own.
+    """
+    for fused in (base.live.fused(module), base.layout.fused(module, base.config)):
+        if fused is None or fused.whole != module or any(fused.paired):
+            continue
+        places = [base.own_place(part) for part in fused.parts]
+        found = [(place.module, place.shape[0]) for place in places if place is not None]
+        if base.own_place(module) is None and len(found) == len(places):
+            return tuple(found)
+    return ()
 
 
 def _known(module: str, base: Model, family: str | None) -> Iterator[tuple[str, Known]]:

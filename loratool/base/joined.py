@@ -108,7 +108,7 @@ def joined(name: str, shape: tuple[int, ...], parts: Sequence[StoredTensor]) -> 
         parts: Stored tensors of at most 32 bits, without strides.
     """
     dtypes = {part.spec.dtype for part in parts}
-    if len(dtypes) != 1 or "F64" in dtypes or any(part.strides for part in parts):
+    if len(dtypes) != 1 or "F64" in dtypes or not all(part.is_run for part in parts):
         return None
     spec = TensorSpec(name, dtypes.pop(), shape)
     return CodedTensor(JOINED, {str(n): part for n, part in enumerate(parts)}, spec)

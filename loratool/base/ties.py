@@ -289,7 +289,7 @@ def have_same_values(first: Weight, second: Weight) -> bool:
     spec = first.spec
     if (spec.shape, spec.dtype) != (second.spec.shape, second.spec.dtype):
         return False
-    places = [(each.path, each.offset, each.strides) for each in (first, second)]
+    places = [(each.path, each.offset, each.strides, each.whole) for each in (first, second)]
     if not spec.elements or places[0] == places[1]:
         return True
     rows = spec.shape[0] if spec.shape else 1

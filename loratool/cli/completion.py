@@ -7,7 +7,7 @@ and lose what follows a colon, at which bash breaks words (``cuda:0``).
 from __future__ import annotations
 
 import os
-from typing import Final, cast
+from typing import Final
 
 from click.shell_completion import (
     BashComplete,
@@ -146,7 +146,7 @@ class _Fish(FishComplete):
 
 SHELLS: Final = {"bash": _Bash, "zsh": _Zsh, "fish": _Fish}
 for _name, _class in SHELLS.items():
-    add_completion_class(cast("type[ShellComplete]", _class), _name)
+    add_completion_class(_class, _name)
 
 
 def _unquoted(word: str) -> str:

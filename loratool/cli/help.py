@@ -7,7 +7,7 @@ second at start-up, and neither says choices in full.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Final
 
@@ -76,7 +76,7 @@ class HelpFormatter(click.HelpFormatter):
         super().write_text(HYPHEN.sub(UNBROKEN, text))
 
     def write_dl(
-        self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
+        self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
     ) -> None:
         super().write_dl([(a, HYPHEN.sub(UNBROKEN, b)) for a, b in rows], col_max, col_spacing)
 

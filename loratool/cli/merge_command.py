@@ -44,21 +44,9 @@ def command(
     base: Path,
     adapters: tuple[Path, ...],
     output: Path,
-    weights: tuple[str, ...],
-    dtype: str | None,
-    alpha: float | None,
-    adapter_name: str | None,
-    skip: tuple[str, ...],
-    enable_lora: tuple[bool, ...],
-    quantized: str,
-    allow_nonfinite: bool,
-    force: bool,
-    dry_run: bool,
-    sync: bool,
-    device: str,
-    threads: int | None,
     quiet: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Fold adapters into a base: W + Σ weight · delta, written as a checkpoint like the base.
 
@@ -71,37 +59,10 @@ def command(
         loratool merge base/ style/ tone/ -w 0.7 -w -0.2 -o merged/
         loratool merge sdxl.safetensors style.safetensors -w te1=0.5 -w unet=1.1 -o out.safetensors
     """
-    from loratool.verbs.merge import merge, plan_merge
+    from loratool.verbs.merge import merge
 
-    settings: dict[str, Any] = {
-        "weights": weights,
-        "dtype": dtype,
-        "alpha": alpha,
-        "adapter_name": adapter_name,
-        "skip": skip,
-        "enable_lora": enable_lora,
-        "quantized": quantized,
-    }
-    if dry_run:
-        plan = plan_merge(base, adapters, output=output, **settings)
-        if as_json:
-            render.print_json(plan.as_json())
-        else:
-            render.show(plan.document())
-        return
     with render.progress_bar("merging", quiet=quiet) as progress:
-        report = merge(
-            base,
-            adapters,
-            output,
-            **settings,
-            force=force,
-            allow_nonfinite=allow_nonfinite,
-            device=device,
-            threads=threads,
-            sync=sync,
-            progress=progress,
-        )
+        report = merge(base, adapters, output, progress=progress, **settings)
     if as_json:
         render.print_json(report.as_json())
         return

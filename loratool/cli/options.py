@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from loratool.cli.named import DEVICE, LOADER, SCHEME
-from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.dtypes import OUTPUT_DTYPES, SHORT_DTYPES
 
 __all__ = [
     "PATH",
@@ -65,9 +65,31 @@ def _device(help_text: str) -> Decorator:
     return click.option("--device", default="auto", type=DEVICE, help=help_text)
 
 
-as_json: Decorator = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document instead of a table."
-)
+def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json``, and what tells how its documents look."""
+    schema = click.option(
+        "--json-schema",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_print_schema,
+        help="Print the JSON Schema of what --json prints, and exit.",
+    )
+    json = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document instead of a table."
+    )
+    return json(schema(command))
+
+
+def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from loratool.cli.json_schemas import json_schema
+        from loratool.cli.render import print_json
+
+        print_json(json_schema(str(ctx.info_name)))
+        ctx.exit()
+
+
 quiet: Decorator = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
 no_progress: Decorator = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 debug: Decorator = click.option(
@@ -203,7 +225,6 @@ force: Decorator = click.option("--force", is_flag=True, help="Replace an existi
 dry_run: Decorator = click.option(
     "--dry-run", is_flag=True, help="Say what would be written, and write nothing."
 )
-SHORT_DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 dtype: Decorator = click.option(
     "--dtype",
     type=click.Choice([*OUTPUT_DTYPES, *SHORT_DTYPES]),

@@ -60,7 +60,7 @@ class FileParts:
         size_of, width = DTYPES[part.spec.dtype].size, _width(part)
         row, skipped, size = size_of(width), size_of(start), size_of(stop) - size_of(start)
         is_small = last - first != 1 and (last - first) * row <= WHOLE
-        if part.strides is not None or is_small:
+        if not part.is_run or is_small:
             whole = np.frombuffer(self.rows(part, first, last), np.uint8)
             cut = whole.reshape(last - first, -1)[:, skipped : skipped + size]
             return np.ascontiguousarray(cut).reshape(-1).data

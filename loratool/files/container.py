@@ -177,6 +177,8 @@ def read_view(stored: StoredTensor) -> memoryview:
 
 
 def _read(stored: StoredTensor) -> bytes:
+    if stored.whole is not None:
+        return stored.whole.read()[stored.offset : stored.offset + stored.span]
     try:
         with stored.path.open("rb") as file:
             data = os.pread(file.fileno(), stored.span, stored.offset)

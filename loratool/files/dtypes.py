@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["BLOCKS", "DTYPES", "OUTPUT_DTYPES", "Dtype", "dtype_named"]
+__all__ = ["BLOCKS", "DTYPES", "OUTPUT_DTYPES", "SHORT_DTYPES", "Dtype", "dtype_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +137,8 @@ DTYPES: Final[dict[str, Dtype]] = {dtype.name: dtype for dtype in (*PLAIN, *BLOC
 
 OUTPUT_DTYPES: Final[dict[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """What ``--dtype`` accepts, and the name of each in a header."""
+SHORT_DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What people call them."""
 
 
 def dtype_named(torch_name: str) -> Dtype | None:

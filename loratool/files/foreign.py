@@ -64,8 +64,7 @@ SUFFIXES: Final = {
     ".onnx": ONNX,
     ".distcp": Foreign(
         "one shard of a distributed checkpoint of PyTorch (DCP)",
-        "join them first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER "
-        "OUT.pt",
+        "name the folder that it lies in, with the other shards and .metadata",
     ),
     ".mlmodel": Foreign("a Core ML model", "take the weights it was made from"),
     ".orbax": Foreign(
@@ -116,17 +115,19 @@ def foreign_folder(path: Path) -> Foreign | None:
 
 def _dcp(here: str, name: str) -> Foreign:
     return Foreign(
-        "a distributed checkpoint of PyTorch (DCP, as FSDP and torchtitan write it), whose "
-        "description is a pickle",
+        "a distributed checkpoint of PyTorch (DCP, as FSDP and torchtitan write it), of which "
+        "adapters alone are read, and only beside their .metadata",
         f"join it first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {here} "
         "OUT.pt",
     )
 
 
 def _fsdp(here: str, name: str) -> Foreign:
+    inner = f"{here}/{shlex.quote(name)}"
     return Foreign(
         "a checkpoint of FSDP, sharded over processes",
-        f"join it first: accelerate merge-weights {here}/{shlex.quote(name)} OUT",
+        f"name {inner}, where it holds an adapter, or join it first: accelerate merge-weights "
+        f"{inner} OUT",
     )
 
 
@@ -145,14 +146,6 @@ def _orbax(here: str, name: str) -> Foreign:
     )
 
 
-def _tensor_parallel(here: str, name: str) -> Foreign:
-    return Foreign(
-        "a checkpoint of Megatron, sharded over tensor-parallel ranks",
-        "join it with NeMo or Megatron-Bridge (one tensor-parallel rank, or their export to "
-        "Hugging Face), and name what that writes",
-    )
-
-
 FOLDERS: Final[tuple[tuple[re.Pattern[str], Callable[[str, str], Foreign]], ...]] = (
     (re.compile(r"pytorch_model_fsdp_\d+"), _fsdp),
     (
@@ -161,7 +154,6 @@ FOLDERS: Final[tuple[tuple[re.Pattern[str], Callable[[str, str], Foreign]], ...]
     ),
     (re.compile(r"_CHECKPOINT_METADATA|manifest\.ocdbt|ocdbt\.process_\d+"), _orbax),
     (re.compile(r"\.metadata|__\d+_\d+\.distcp"), _dcp),
-    (re.compile(r"mp_rank_\d+(_.*)?|tp_rank_\d+_pp_rank_\d+"), _tensor_parallel),
 )
 """What lies in a folder, and what it is then."""
 

@@ -32,7 +32,8 @@ def missing(path: Path, what: str = "no such file or folder") -> MissingFileErro
 
 def nearest_path(path: Path) -> Path | None:
     """Return the existing path that is spelled most like ``path``, if one is near."""
-    parent, rest = path, []
+    rest: list[str] = []
+    parent = path
     while not parent.exists() and parent.name:
         rest.insert(0, parent.name)
         parent = parent.parent

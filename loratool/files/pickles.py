@@ -39,7 +39,7 @@ from loratool.files.zip_entries import (
     short,
 )
 
-__all__ = ["TorchPickle", "other_contents", "read_pickle"]
+__all__ = ["WRAPPERS", "TorchPickle", "other_contents", "read_pickle", "tensor_in"]
 
 WRAPPERS: Final = (
     "lora_state_dict",
@@ -115,6 +115,32 @@ def read_pickle(path: Path) -> TorchPickle:
         if stored.offset + stored.span > size:
             raise FileFormatError(path, f"truncated: tensor {stored.spec.name!r} ends beyond it")
     return TorchPickle(path, tensors, {}, other, size, stamp)
+
+
+def tensor_in(path: Path, file: IO[bytes], name: str) -> StoredTensor:
+    """Return the one tensor that an archive of ``torch.save`` holds, where it lies in ``file``.
+
+    Args:
+        path: The file, for messages.
+        file: The archive.
+        name: What the tensor is called.
+
+    Raises:
+        FileFormatError: It is no such archive, or holds something else.
+    """
+    try:
+        value, places = _read_zip(path, file)
+        if not isinstance(value, PickledTensor):
+            raise FileFormatError(path, f"holds something else where {name!r} should be")
+        found = _Collector(path, places).collect(PickledDict({name: value}))[0][name]
+        size = file.seek(0, io.SEEK_END)
+    except (zipfile.BadZipFile, struct.error, zlib.error, EOFError, RuntimeError) as error:
+        raise FileFormatError(path, f"damaged or truncated at {name!r}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise FileFormatError(path, f"damaged at {name!r}: {error}") from None
+    if found.offset + found.span > size:
+        raise FileFormatError(path, f"truncated: tensor {name!r} ends beyond its archive")
+    return found
 
 
 def _not_a_pickle(start: bytes, size: int) -> str:

@@ -25,7 +25,7 @@ class RowBytes:
         self.width = width
         self.row_bytes = DTYPES[stored.spec.dtype].size(width)
         self._files = files
-        self._whole = read_view(stored) if stored.strides is not None else None
+        self._whole = read_view(stored) if not stored.is_run else None
 
     @property
     def dtype(self) -> str:

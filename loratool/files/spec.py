@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from loratool.files.dtypes import DTYPES
 
-__all__ = ["StoredTensor", "TensorSpec"]
+__all__ = ["StoredTensor", "TensorSpec", "Whole"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,14 @@ class TensorSpec:
         return DTYPES[self.dtype].size(self.elements)
 
 
+class Whole(Protocol):
+    """A tensor whose parts lie apart."""
+
+    def read(self) -> bytes:
+        """Return all of it, row-major."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor and the place of its data.
@@ -44,6 +53,8 @@ class StoredTensor:
         alias_of: Name of another tensor that owns the same bytes, or ``None``.
         steps: Where its rows do not follow each other: how many there are, and how many rows
             further each lies, the outermost such loop first. It has strides then, those of a row.
+        whole: What its data are read from where they are no run of a file; the offset is the one
+            inside that.
     """
 
     spec: TensorSpec
@@ -52,6 +63,12 @@ class StoredTensor:
     strides: tuple[int, ...] | None = None
     alias_of: str | None = None
     steps: tuple[tuple[int, int], ...] | None = None
+    whole: Whole | None = None
+
+    @property
+    def is_run(self) -> bool:
+        """Whether its data are one run of bytes of its file, in their order."""
+        return self.strides is None and self.whole is None
 
     @property
     def span(self) -> int:

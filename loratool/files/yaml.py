@@ -13,11 +13,15 @@ from typing import Any, Final
 from loratool.errors import FileFormatError, unreadable
 from loratool.files.json import MAX_SIDECAR_BYTES, parse_json
 
-__all__ = ["read_flat_yaml"]
+__all__ = ["read_flat_yaml", "read_front_matter"]
+
+MAX_CARD_BYTES: Final = 1 << 16
+"""No front matter is longer."""
 
 FIELD: Final = re.compile(
     r"(?P<key>[A-Za-z_][\w.-]*|\"[^\"\\]*\"|'[^']*')\s*:(?:\s+(?P<value>.*))?"
 )
+ITEM: Final = re.compile(r"\s*-\s+(?P<value>.*)")
 NUMBER: Final = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 WORDS: Final[dict[str, Any]] = {
     "": None,
@@ -80,3 +84,38 @@ def _plain(text: str) -> Any:
     if NUMBER.fullmatch(text):
         return int(text) if re.fullmatch(r"[-+]?\d{1,18}", text) else float(text)
     return text
+
+
+def read_front_matter(path: Path) -> dict[str, Any]:
+    """Return the plain fields, and lists of such, between the dashes at the top of a Markdown file.
+
+    What is neither is stepped over: a card is for people, and may hold anything.
+
+    Raises:
+        FileFormatError: It cannot be read, or is no text.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CARD_BYTES)
+        text = data.decode("utf-8-sig", "strict" if len(data) < MAX_CARD_BYTES else "replace")
+    except OSError as error:
+        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise FileFormatError(path, "not UTF-8 text") from None
+    first, *lines = text.splitlines() or [""]
+    found: dict[str, Any] = {}
+    if first.rstrip() != "---":
+        return found
+    key = ""
+    for line in lines:
+        if line.rstrip() in ("---", "..."):
+            return found
+        item = ITEM.fullmatch(line.rstrip())
+        if item is not None and isinstance(found.get(key), list):
+            found[key].append(_plain(item["value"]))
+        elif (match := FIELD.fullmatch(line.rstrip())) is not None:
+            key, value = match["key"].strip("\"'"), (match["value"] or "").strip()
+            is_flow = value.startswith("[") and value.endswith("]") and "{" not in value
+            items = [_plain(word) for word in value[1:-1].split(",")] if is_flow else []
+            found.setdefault(key, items if is_flow or not value else _plain(value))
+    return {}  # the dashes at the end are missing, so nothing says where it ends

@@ -34,8 +34,6 @@ def _pipelines(adapter: Adapter, loader: Loader) -> Iterator[Finding]:
     Of a U-Net's attention the list has the names of before diffusers 0.22 alone
     (``attn1.processor.to_q``); of transformers those of some families.
     """
-    if adapter.scheme not in ("diffusers", "diffusers-legacy"):
-        return
     unknown = [
         site.module
         for site in adapter.sites

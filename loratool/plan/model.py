@@ -232,7 +232,7 @@ class Step:
     def copied(self) -> StoredTensor | None:
         """The source, where its bytes are written as they are."""
         source = self.source
-        if self.edits or not isinstance(source, StoredTensor) or source.strides is not None:
+        if self.edits or not isinstance(source, StoredTensor) or not source.is_run:
             return None
         is_same = (self.spec.dtype, self.spec.shape) == (source.spec.dtype, source.spec.shape)
         return source if is_same else None

@@ -68,14 +68,14 @@ class ModuleTask(_Whole):
         self.nbytes = sum(
             output.spec.nbytes
             for _, output in item.outputs()
-            if output.moved is None or output.moved.strides is not None
+            if output.moved is None or not output.moved.is_run
         )
         self.effort = max(self.nbytes, sum(each.nbytes for each in item.togethers))
 
     def do(self, run: Run) -> None:
         made = computed(self.item, self.outcome)
         for slot, output in self.item.outputs():
-            is_copied = output.moved is not None and output.moved.strides is None
+            is_copied = output.moved is not None and output.moved.is_run
             if slot in made or not is_copied:
                 _write(run, output, self.spots[output.spec.name], made.get(slot))
         run.count(self.nbytes)
@@ -148,14 +148,14 @@ def adapter_work(plan: AdapterPlan, outcome: Outcome) -> FileWork:
         if not item.is_moved:
             tasks.append(ModuleTask(item, spots, outcome))
         for output in outputs:
-            if output.moved is not None and output.moved.strides is None:
+            if output.moved is not None and output.moved.is_run:
                 moves[output.spec.name] = output.moved
             elif item.is_moved:
                 tasks.append(OutputTask(output, spots[output.spec.name]))
         if item.alpha is not None:
             tasks.append(OutputTask(item.alpha, spots[item.alpha.spec.name]))
     for output in plan.carried:
-        if output.moved is not None and output.moved.strides is None:
+        if output.moved is not None and output.moved.is_run:
             moves[output.spec.name] = output.moved
         else:
             tasks.append(OutputTask(output, spots[output.spec.name]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from loratool.adapter.build import adapter_names
 from loratool.adapter.config import CONFIG_NAME
@@ -20,8 +21,19 @@ from loratool.files.missing import missing
 from loratool.files.spec import StoredTensor
 from loratool.schemes import builtin_schemes, claimed, sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
+from loratool.schemes.ranks import weights_of_ranks
 
-__all__ = ["detect_scheme", "find_weights", "forms", "selected"]
+__all__ = ["detect_scheme", "distributed", "find_weights", "forms", "selected"]
+
+
+DISTRIBUTED: Final = ".metadata"
+"""What describes the shards of a distributed checkpoint (PyTorch's DCP)."""
+
+
+def distributed(path: Path) -> Path | None:
+    """Return what describes the shards in a folder, where it is a distributed checkpoint."""
+    found = path / DISTRIBUTED
+    return found if found.is_file() else None
 
 
 def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tuple[str, ...]]:
@@ -38,6 +50,10 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
         return find_weights(path / adapter_name)
     others = sorted(config.parent.name for config in path.glob(f"*/{CONFIG_NAME}"))
     found = [path / name for name in weights_names() if (path / name).is_file()]
+    if not found and (described := distributed(path)) is not None:
+        return described, ()
+    if not found and (first := weights_of_ranks(path)) is not None:
+        return first, ()
     if not found:
         found = sorted(
             file

@@ -11,9 +11,11 @@ from typing import Any, Final
 from loratool.adapter.keys import KeyTable, Template
 from loratool.adapter.model import Site
 from loratool.adapter.part import Part
-from loratool.adapter.scheme import Home, Scheme, Told, Written
+from loratool.adapter.scheme import RANKS, Home, Scheme, Told, Written
 from loratool.adapter.slots import AdapterKey, Slot
-from loratool.errors import AdapterError
+from loratool.errors import AdapterError, UnsupportedError
+from loratool.files.container import read_bytes
+from loratool.files.gathered import Gathered, Piece, StoredSource
 from loratool.files.spec import StoredTensor
 from loratool.files.yaml import read_flat_yaml
 from loratool.names.gguf import architecture_of, attention_in_config
@@ -125,7 +127,8 @@ class MegatronRoles(Roles):
             each = heads // groups
             return self._cut(site, groups, {"q": each, "k": 1, "v": 1})
         if leaf == "linear_fc1" and self.shape.is_gated:
-            return self._cut(site, 1, {"gate": 1, "up": 1})
+            # Each rank has gate and up of its own columns.
+            return self._cut(site, site.settings.get(RANKS, 1), {"gate": 1, "up": 1})
         return [site]
 
     def together(self, parts: Sequence[Part]) -> list[Part]:
@@ -227,11 +230,47 @@ def _kept(stored: StoredTensor, groups: int, first: int, last: int, where: str) 
     return found
 
 
+def _join(name: str, shards: Sequence[StoredTensor]) -> StoredTensor:
+    """Return a tensor from its parts on the ranks.
+
+    A layer whose outputs are spread has its rank spread in A and its outputs in B, one whose inputs
+    are has them spread in A and its outputs in B too.
+
+    Raises:
+        AdapterError: The parts do not fit.
+        UnsupportedError: How they are spread is not known.
+    """
+    key = SCHEME.keys.parse(name)
+    first = shards[0]
+    if key is None or key.slot not in (Slot.DOWN, Slot.UP) or len(first.spec.shape) != 2:
+        if len({read_bytes(shard) for shard in shards}) == 1:
+            return first
+        raise UnsupportedError(name, "differs between tensor-parallel ranks, and is no factor")
+    leaves = key.module.split(".")
+    spreads_inputs = any(leaf in leaves for leaf in ("linear_proj", "linear_fc2"))
+    axis = 1 if key.slot is Slot.DOWN and spreads_inputs else 0
+    if key.slot is Slot.DOWN and not axis and len({read_bytes(shard) for shard in shards}) == 1:
+        return first  # which some releases keep whole on every rank
+    kept = {(shard.spec.dtype, shard.spec.shape[1 - axis]) for shard in shards}
+    if len(kept) > 1:
+        raise AdapterError(name, "has parts of different shapes on the tensor-parallel ranks")
+    pieces, start = [], 0
+    for shard in shards:
+        place = (0, start) if axis else (start, 0)
+        pieces.append(Piece(place, shard.spec.shape, StoredSource(shard)))
+        start += shard.spec.shape[axis]
+    sides = (first.spec.shape[0], start) if axis else (start, first.spec.shape[1])
+    spec = replace(first.spec, shape=sides)
+    return StoredTensor(spec, first.path, 0, whole=Gathered(spec, tuple(pieces)))
+
+
 def _following(told: Told) -> Scheme:
     """Return the scheme for the heads of one model."""
     config = described(told)
-    path = told.folder / MODEL if told.folder is not None else None
-    beside = read_flat_yaml(path) if path is not None and path.is_file() else {}
+    folder = told.folder
+    paths = [each / MODEL for each in (folder, folder.parent)] if folder is not None else []
+    path = next((each for each in paths if each.is_file()), None)
+    beside = read_flat_yaml(path) if path is not None else {}
     architecture = architecture_of(config)
     name = architecture.name if architecture is not None else "unknown"
     kind = "" if not config or name in GATED else f"{config.get('architectures') or name}"[:80]
@@ -270,5 +309,6 @@ SCHEME = Scheme(
     settings=MegatronSettings(),
     home=Home(weights_name="model_weights.ckpt", suffix=".ckpt"),
     priority=4,
+    join=_join,
     follows=_following,
 )

@@ -14,7 +14,7 @@ from loratool.adapter.fields import is_number
 from loratool.adapter.model import Adapter, ExtraKind, Site, without
 from loratool.adapter.recognise import PEFT_TYPES
 from loratool.adapter.scaling import Scaling
-from loratool.adapter.scheme import Scheme, Told
+from loratool.adapter.scheme import RANKS, Scheme, Told
 from loratool.adapter.selectors import PartlyMeantError, Selector, Spellings, selector
 from loratool.adapter.slots import Slot
 from loratool.errors import OptionError, UnsupportedError
@@ -23,6 +23,7 @@ from loratool.files.json import read_json_object
 from loratool.names.spellings import spellings_of, spellings_of_extra
 from loratool.schemes import claimed, claims, scheme_named, scheme_names
 from loratool.schemes.detection import detect_scheme, find_weights, selected
+from loratool.schemes.ranks import joined, ranks_around
 from loratool.schemes.spelled_out import spell_out
 from loratool.variants import evident_slots, peft_types, variant_of
 
@@ -126,6 +127,9 @@ def open_as_spelled(
         _check_type(config, config_path)
     file = open_weights(weights)
     scheme = detect_scheme(file, schemes)
+    ranks = ranks_around(weights)
+    if ranks is not None:
+        file = joined(ranks, scheme, file)
     tensors, name, more = selected(file, scheme, adapter_name, weights)
     skipped = _matching(tensors, _selectors(skip))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
@@ -133,6 +137,10 @@ def open_as_spelled(
     beside = {key: tensors[key] for key in tensors if key in parts.of_base}
     tensors = {key: tensor for key, tensor in tensors.items() if key not in beside}
     sites = parts.sites
+    if ranks is not None:
+        sites = tuple(
+            replace(site, settings={**site.settings, RANKS: len(ranks.files)}) for site in sites
+        )
     sidecar, sidecar_path = (raw if is_foreign else None), config_path
     if scheme.settings.file not in ("", CONFIG_NAME):
         sidecar_path = weights.parent / scheme.settings.file

@@ -207,12 +207,11 @@ class Stored(Expr):
         tensor = self.tensor
         is_flat = strides == contiguous_strides(shape)
         return Stored(
-            StoredTensor(
-                replace(tensor.spec, shape=shape),
-                tensor.path,
-                tensor.offset + DTYPES[tensor.spec.dtype].size(begin),
-                None if is_flat else strides,
-                tensor.alias_of,
+            replace(
+                tensor,
+                spec=replace(tensor.spec, shape=shape),
+                offset=tensor.offset + DTYPES[tensor.spec.dtype].size(begin),
+                strides=None if is_flat else strides,
             )
         )
 

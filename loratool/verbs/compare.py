@@ -21,6 +21,7 @@ from loratool.plan.devices import exactly, mover_to
 from loratool.plan.threads import in_parallel, usual_threads
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.modules import Joint, join
+from loratool.verbs.arguments import one_or_more
 from loratool.verbs.comparison.modules import (
     NAN_HINT,
     Deltas,
@@ -50,7 +51,7 @@ APART: Final = 2.0
 
 @exactly
 def compare(
-    adapters: AnyPath | Sequence[AnyPath],
+    adapters: Sequence[AnyPath] | AnyPath,
     *,
     weights: Weights = (),
     directions: int | None = None,
@@ -88,7 +89,7 @@ def compare(
     Raises:
         LoratoolError: Fewer than two adapters can be read, or two are for different bases.
     """
-    paths = [adapters] if isinstance(adapters, (str, PathLike)) else list(adapters)
+    paths = one_or_more(adapters)
     if len(paths) < 2 and (random is None or not paths):
         raise OptionError("compare", "needs two adapters or more")
     if len(paths) > 2 and random is not None:

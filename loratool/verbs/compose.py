@@ -22,6 +22,7 @@ from loratool.verbs.algebra.modules import check_computable, join
 from loratool.verbs.algebra.ranks import Truncation, parse_size
 from loratool.verbs.algebra.result import AdapterReport, finish
 from loratool.verbs.algebra.sums import Method
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.write.options import WriteOptions
 
 __all__ = ["METHODS", "compose"]
@@ -33,7 +34,7 @@ METHODS: Final = ("linear", "ties", "dare", "dare-ties", "della", "knots", "peft
 
 @exactly
 def compose(
-    adapters: Sequence[AnyPath],
+    adapters: Sequence[AnyPath] | AnyPath,
     output: AnyPath,
     *,
     weights: Weights = (),
@@ -106,6 +107,8 @@ def compose(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
+    adapters, skip, dtype = one_or_more(adapters), one_or_more(skip), dtype_name(dtype)
+    place = output_path(output)
     _check_methods(method, density, epsilon)
     density = 0.5 if density is None else density
     epsilon = 0.1 if epsilon is None else epsilon
@@ -157,7 +160,7 @@ def compose(
         adapters=opened,
         joints=joints,
         scheme=output_scheme(opened, to),
-        options=WriteOptions(Path(output), told=told, dtype=written_dtype, keeps_naming=True),
+        options=WriteOptions(place, told=told, dtype=written_dtype, keeps_naming=True),
         asked=options,
         method=Method(method, Settings(density, epsilon), seed, mover_to(device)),
         policy=extras,

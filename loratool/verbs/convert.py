@@ -26,6 +26,7 @@ from loratool.plan.plan import run as run_plan
 from loratool.plan.plan import write as write_plan
 from loratool.schemes import scheme_named, scheme_names
 from loratool.schemes.opening import open_adapter
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.verbs.conversion.contents import Conversion, converted
 from loratool.verbs.conversion.refusals import check_options
 from loratool.write.options import WriteOptions
@@ -76,6 +77,7 @@ class ConvertReport(Shown):
         return {
             "schema": 1,
             "dry_run": not self.is_written,
+            "output": str(self.output),
             "from": self.source,
             "to": plan.scheme,
             "family": plan.family,
@@ -179,7 +181,8 @@ def convert(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    place, origin = Path(output), Path(adapter)
+    place, origin = output_path(output), Path(adapter)
+    dtype, drop, skip = dtype_name(dtype), one_or_more(drop), one_or_more(skip)
     inputs = [Path(path) for path in (adapter, base, initial) if path is not None]
     loader = loader_named(target) if target is not None else None
     scheme = _written_scheme(_scheme_name(to, loader))

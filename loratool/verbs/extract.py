@@ -15,6 +15,7 @@ from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.verbs.algebra.combination import ONE_RANK, output_scheme
 from loratool.verbs.algebra.ranks import Truncation, parse_size
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.verbs.extraction.adapter import Difference
 from loratool.verbs.extraction.difference import Settings
 from loratool.verbs.extraction.pairs import Leftover, Pairing, Selection, Target, pair
@@ -123,7 +124,9 @@ def extract(
         truncation, is_auto=is_auto, method=method, residual=residual, clamp=clamp_quantile
     )
     _check_variant(variant, truncation, is_auto=is_auto, clamp=clamp_quantile)
-    place = Path(output)
+    place, dtype = output_path(output), dtype_name(dtype)
+    include, exclude = one_or_more(include), one_or_more(exclude)
+    save_module = one_or_more(save_module)
     models = [open_model(Path(path)) for path in (base, finetuned)]
     for model in models:
         check_base(model)

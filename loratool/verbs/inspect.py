@@ -26,7 +26,7 @@ from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
 from loratool.files.missing import missing
 from loratool.schemes import claimed, sidecar_names, weights_names
-from loratool.schemes.detection import forms
+from loratool.schemes.detection import distributed, forms
 from loratool.schemes.opening import open_adapter
 
 if TYPE_CHECKING:
@@ -323,6 +323,8 @@ def _is_adapter(path: Path) -> bool:
         return path.name in sidecar_names() or (not is_index(path.name) and _holds_factors(path))
     if any((path / name).exists() for name in (*sidecar_names(), *weights_names())):
         return True
+    if (described := distributed(path)) is not None:
+        return bool(factor_names(open_weights(described).tensors))
     if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None:
         from loratool.base.config import is_model_folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +13,9 @@ from loratool.display.figures import human_bytes
 from loratool.display.shown import Shown
 from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
+from loratool.plan.model import ModelPlan
 from loratool.plan.plan import write
+from loratool.verbs.arguments import one_or_more, output_path
 from loratool.verbs.merging.planning import plan_merge
 
 __all__ = ["MergeReport", "merge", "plan_merge"]
@@ -25,21 +27,24 @@ RETENTION_WARNING: Final = 0.9
 
 @dataclass(frozen=True)
 class MergeReport(Shown):
-    """What a merge did.
+    """What a merge did, or would do.
 
     Attributes:
+        plan: What was decided.
         tensors: Tensors in the output.
         merged: Tensors of the base that changed.
         copied: Tensors that did not.
         added: Tensors that the base did not have.
         unused: Adapter keys left out on request.
-        bytes_written: Bytes of the weights files.
+        bytes_written: Bytes of the weights files, written or to be written.
         retention: ``⟨W' - W, Δ⟩ / ‖Δ‖²``, the share of the update that survived rounding to
             the output dtype; ``None`` where nothing was added to anything.
-        output: Where it is.
+        output: Where it is, or would be.
+        is_written: Whether it was written.
         notes: What a user should know, one sentence each.
     """
 
+    plan: ModelPlan
     tensors: int
     merged: int
     copied: int
@@ -48,12 +53,34 @@ class MergeReport(Shown):
     bytes_written: int
     retention: float | None
     output: Path
+    is_written: bool = True
     notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(cls, plan: ModelPlan, output: Path) -> MergeReport:
+        """Return the report of a merge that is planned, and nothing more."""
+        return cls(
+            plan=plan,
+            tensors=sum(1 for _ in plan.steps()),
+            merged=plan.merged,
+            copied=plan.copied,
+            added=plan.added,
+            unused=plan.unused,
+            bytes_written=plan.nbytes,
+            retention=None,
+            output=output,
+            is_written=False,
+            notes=plan.notes,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
+        if not self.is_written:
+            return self.plan.as_json() | {"output": str(self.output), "retention": None}
         return {
             "schema": 1,
+            "dry_run": False,
+            "output": str(self.output),
             "tensors": self.tensors,
             "merged": self.merged,
             "copied": self.copied,
@@ -61,11 +88,17 @@ class MergeReport(Shown):
             "unused": list(self.unused),
             "bytes_written": self.bytes_written,
             "retention": self.retention,
+            "files": [{"name": file.name, "bytes": file.size} for file in self.plan.files],
+            "sidecars": [{"name": item.name, "why": item.why} for item in self.plan.sidecars],
+            "left_behind": [{"name": name, "why": why} for name, why in self.plan.left_behind],
+            "peak_memory": self.plan.peak_memory,
             "notes": list(self.notes),
         }
 
     def document(self) -> Document:
-        """Return what people see of it: one sentence."""
+        """Return what people see of it: one sentence, or the plan."""
+        if not self.is_written:
+            return self.plan.document()
         added = f", {self.added} added" if self.added else ""
         words = (
             f"{self.output}: {self.merged} tensors merged, {self.copied} copied{added}, "
@@ -79,7 +112,7 @@ class MergeReport(Shown):
 @exactly
 def merge(
     base: AnyPath,
-    adapters: Sequence[AnyPath],
+    adapters: Sequence[AnyPath] | AnyPath,
     output: AnyPath,
     *,
     weights: Weights = (),
@@ -94,6 +127,7 @@ def merge(
     device: str = "auto",
     threads: int | None = None,
     sync: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge adapters into a base, file to file.
@@ -121,12 +155,13 @@ def merge(
         device: Where to compute: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: Number of worker threads; by default one for each processor, at most eight.
         sync: Wait until the weights are on the disk, not only in the system's cache.
+        dry_run: Say what would be written, and write nothing.
         progress: Called with bytes done and bytes in all.
 
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    output = Path(output)
+    output, adapters = output_path(output), one_or_more(adapters)
     plan = plan_merge(
         base,
         adapters,
@@ -139,6 +174,8 @@ def merge(
         quantized=quantized,
         output=output,
     )
+    if dry_run:
+        return MergeReport.of(plan, output)
     outcome = write(
         plan,
         output,
@@ -159,14 +196,6 @@ def merge(
         notes.append(
             f"only {retention:.1%} of the update survived rounding to the output's dtype; {wider}"
         )
-    return MergeReport(
-        tensors=sum(1 for _ in plan.steps()),
-        merged=plan.merged,
-        copied=plan.copied,
-        added=plan.added,
-        unused=plan.unused,
-        bytes_written=plan.nbytes,
-        retention=retention,
-        output=output,
-        notes=tuple(notes),
+    return replace(
+        MergeReport.of(plan, output), is_written=True, retention=retention, notes=tuple(notes)
     )

@@ -42,6 +42,7 @@ from loratool.verbs.algebra.scale_changes import (
     rounding_of,
 )
 from loratool.verbs.algebra.sums import load_terms
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.write.adapter import NewAdapter
 from loratool.write.metadata import kept_metadata
 from loratool.write.options import WriteOptions
@@ -84,6 +85,7 @@ class RescaleReport(Shown):
         return {
             "schema": 1,
             "dry_run": not self.is_written,
+            "output": str(self.output),
             "relative_error": self.relative_error,
             "modules": [
                 {"module": name, "scale": new, "old_scale": old, "ratio": self.ratios[name]}
@@ -154,7 +156,7 @@ def rescale(
         LoratoolError: Nothing was written; the message says why.
     """
     _check_options(scale, weights, alpha, keep, max_norm, fold=fold, to=to_rslora, back=from_rslora)
-    place = Path(output)
+    place, dtype, skip = output_path(output), dtype_name(dtype), one_or_more(skip)
     if not dry_run:
         check_output(place, force=force, inputs=[Path(adapter)])
     opened = open_adapter(adapter, adapter_name=adapter_name, skip=skip)

@@ -23,6 +23,7 @@ from loratool.verbs.algebra.modules import check_computable, join
 from loratool.verbs.algebra.ranks import Truncation, parse_size
 from loratool.verbs.algebra.result import AdapterReport, finish
 from loratool.verbs.algebra.sums import Method
+from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.write.options import WriteOptions
 
 __all__ = ["truncate"]
@@ -92,6 +93,7 @@ def truncate(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
+    place, dtype, skip = output_path(output), dtype_name(dtype), one_or_more(skip)
     size = parse_size(max_size) if max_size is not None else None
     truncation = Truncation(
         rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
@@ -104,7 +106,7 @@ def truncate(
     if _lacks_factors(opened) and truncation == Truncation(rank) and spectrum is None:
         return _by_way_of_factors(
             opened,
-            Path(output),
+            place,
             rank=rank,
             options={"alpha": alpha, "adapter_name": adapter_name, "skip": skip},
             further={
@@ -138,7 +140,7 @@ def truncate(
         adapters=[opened],
         joints=joints,
         scheme=output_scheme([opened], None),
-        options=WriteOptions(Path(output), dtype=written_dtype, keeps_naming=True),
+        options=WriteOptions(place, dtype=written_dtype, keeps_naming=True),
         asked=options,
         method=Method(mover=mover_to(device)),
         keep_factors=True,

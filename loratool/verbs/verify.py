@@ -46,7 +46,7 @@ def verify(
     merged: AnyPath,
     *,
     base: AnyPath,
-    adapters: Sequence[AnyPath],
+    adapters: Sequence[AnyPath] | AnyPath,
     weights: Weights = (),
     alpha: float | None = None,
     adapter_name: str | None = None,
@@ -243,7 +243,7 @@ class _CompareSink:
         return self._bytes(stored, position, size)
 
     def _bytes(self, stored: StoredTensor, position: int, size: int) -> memoryview:
-        if stored.strides is not None:
+        if not stored.is_run:
             return memoryview(read_bytes(stored))[position : position + size]
         view = memoryview(bytearray(size))
         with self.files.using(stored.path) as descriptor:

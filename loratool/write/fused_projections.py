@@ -17,9 +17,16 @@ from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
 from loratool.files.container import read_bytes
 from loratool.names.family import Fusion
-from loratool.values.expr import Expr, Stored, concatenated
+from loratool.values.expr import Expr, Placed, Stored, concatenated
 
-__all__ = ["ROW_SLOTS", "check_magnitude", "check_splittable", "split_fused", "swapped"]
+__all__ = [
+    "ROW_SLOTS",
+    "check_magnitude",
+    "check_splittable",
+    "split_fused",
+    "split_rows",
+    "swapped",
+]
 
 ROW_SLOTS: Final = (Slot.UP_BIAS, Slot.BIAS, Slot.MAGNITUDE)
 """What else has one number for each output."""
@@ -34,11 +41,26 @@ def split_fused(part: Part, names: Sequence[str], fusion: Fusion) -> Iterator[Pa
         UnsupportedError: It is no plain LoRA, or its outputs cannot be shared among them.
     """
     check_splittable(part, "split")
-    sizes = _sizes(part, fusion)
+    yield from split_rows(part, tuple(zip(names, _sizes(part, fusion), strict=True)))
+
+
+def split_rows(part: Part, heights: Sequence[tuple[str, int]]) -> Iterator[Part]:
+    """Yield the modules, each with its rows, that the outputs of a projection belong to.
+
+    Raises:
+        UnsupportedError: It is no plain LoRA, or has other rows.
+    """
+    check_splittable(part, "split")
+    sizes = [size for _, size in heights]
+    if sum(sizes) != part.up.shape[0]:
+        raise UnsupportedError(
+            part.module,
+            f"has {part.up.shape[0]} outputs, and those that it is made of {sum(sizes)}",
+        )
     ranks = _blocks(part, sizes)
     check_magnitude(part, "split")
     start = 0
-    for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
+    for index, (name, size) in enumerate(heights):
         up = part.up.rows(start, start + size)
         down, how = part.down, "split from a fused projection, sharing its A"
         others: dict[Slot, Expr] = {
@@ -125,9 +147,9 @@ def swapped(part: Part) -> Part:
 def _blocks(part: Part, sizes: Sequence[int]) -> list[tuple[int, int]] | None:
     """Return which ranks each part of a block-diagonal B has; ``None`` where it is dense."""
     up = part.up
-    if not isinstance(up, Stored) or len(sizes) == 1:
+    if not isinstance(up, Stored | Placed) or len(sizes) == 1:
         return None
-    nonzero = _support(up, sizes)
+    nonzero = _support(up, sizes) if isinstance(up, Stored) else _placed(up, sizes)
     rank = up.shape[1]
     if not any(found for found in nonzero):
         return None  # untrained
@@ -155,6 +177,21 @@ def _blocks(part: Part, sizes: Sequence[int]) -> list[tuple[int, int]] | None:
     starts = [0, *ends[:-1]]
     filled = iter(zip(starts, ends, strict=True))
     return [next(filled) if span is not None else (0, 0) for span in spans]
+
+
+def _placed(up: Placed, sizes: Sequence[int]) -> list[list[int]]:
+    """Return the columns of a B that is laid out of blocks in the rows of each part."""
+    found, start = [], 0
+    for size in sizes:
+        columns = {
+            column
+            for block, row, first in up.pieces
+            if row < start + size and start < row + block.shape[0]
+            for column in range(first, first + block.shape[1])
+        }
+        found.append(sorted(columns))
+        start += size
+    return found
 
 
 def _support(up: Stored, sizes: Sequence[int]) -> list[list[int]]:

@@ -131,7 +131,10 @@ def _share_down(parts: Sequence[Part]) -> bool:
     tensors = [part.down.tensor for part in parts if isinstance(part.down, Stored)]
     if len(tensors) < len(parts) or len({tensor.spec.dtype for tensor in tensors}) > 1:
         return False
-    places = {(tensor.path, tensor.offset, tensor.strides, tensor.steps) for tensor in tensors}
+    places = {
+        (tensor.path, tensor.offset, tensor.strides, tensor.steps, tensor.whole)
+        for tensor in tensors
+    }
     return len(places) == 1 or len({read_bytes(tensor) for tensor in tensors}) == 1
 
 

@@ -13,10 +13,15 @@ from loratool.plan.sidecar import TOKENIZER_FILES, Sidecar
 from loratool.schemes import sidecar_names
 from loratool.schemes.companions import is_training_state
 
-__all__ = ["carried_files"]
+__all__ = ["carried_files", "without_room"]
 
 DESCRIPTIONS: Final = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
-"""What is about one adapter; kept where the result is made of one."""
+"""What is about one adapter; kept where the result is made of one, in a folder.
+
+It is no part of an adapter, and nobody misses it elsewhere.
+"""
+OF_REPOSITORY: Final = ".gitattributes"
+"""What every folder of the hub has."""
 
 
 def carried_files(
@@ -36,7 +41,9 @@ def carried_files(
         for path, reason in _files(adapter):
             name = path.name
             is_wanted = name in TOKENIZER_FILES or (len(adapters) == 1 and name in DESCRIPTIONS)
-            if path == adapter.weights or name in sidecar_names():
+            if path == adapter.weights or name in sidecar_names() or name == OF_REPOSITORY:
+                continue
+            if name in DESCRIPTIONS and len(adapters) > 1:
                 continue
             if reason or not is_wanted:
                 shown = name if len(adapters) == 1 else str(path)
@@ -46,6 +53,11 @@ def carried_files(
             elif found[name].read_bytes() != path.read_bytes():
                 notes.append(f"{path} differs from {found[name]}, which is kept")
     return [Sidecar(name, path) for name, path in sorted(found.items())], left, notes
+
+
+def without_room(sidecars: Sequence[Sidecar]) -> list[tuple[str, str]]:
+    """Return the files that stay behind where the output is one file, with the reason."""
+    return [(s.name, "the output is a single file") for s in sidecars if s.name not in DESCRIPTIONS]
 
 
 def _files(adapter: Adapter) -> Iterator[tuple[Path, str]]:

@@ -29,6 +29,7 @@ from loratool.write.notes import dtype_notes, unknown_notes
 from loratool.write.options import WriteOptions
 from loratool.write.refusals import check_counterparts
 from loratool.write.shapes import fitted, padded, slotted
+from loratool.write.sidecars import without_room
 from loratool.write.tensors import alpha_output, part_specs
 
 __all__ = ["check_place", "write"]
@@ -344,7 +345,7 @@ def _check_unique(modules: Sequence[ModuleOutput], carried: Sequence[Output]) ->
 
 def _files(new: NewAdapter, output: Path) -> tuple[Sequence[Any], list[tuple[str, str]]]:
     if is_weights(output):
-        return (), [(sidecar.name, "the output is a single file") for sidecar in new.sidecars]
+        return (), without_room(new.sidecars)
     return new.sidecars, []
 
 

@@ -6,10 +6,12 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
+from reference_pages import formats
 from samples import FIXTURES, ROOT
 
 import loratool
@@ -36,18 +38,21 @@ def help_pages() -> str:
     return "\n".join(pages)
 
 
-def test_the_help_of_every_command_is_in_the_docs(request: pytest.FixtureRequest) -> None:
-    page = ROOT / "docs" / "cli.md"
+@pytest.mark.parametrize(("name", "written"), [("cli.md", help_pages), ("formats.md", formats)])
+def test_what_is_made_from_the_code_is_in_the_docs(
+    name: str, written: Callable[[], str], request: pytest.FixtureRequest
+) -> None:
+    page = ROOT / "docs" / name
     head, mark, tail = page.read_text().partition(MARK)
     if request.config.getoption("--write-docs"):
-        page.write_text(f"{head}{MARK}\n{help_pages()}")
+        page.write_text(f"{head}{MARK}\n{written()}")
         return
     assert mark
-    assert tail.strip() == help_pages().strip()
+    assert tail.strip() == written().strip()
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")):
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -27,7 +27,7 @@ FILES: Final = {
     "adapter.pkl": (b"\x80\x04.", "pickle"),
 }
 FOLDERS: Final = {
-    "DCP": ([".metadata", "__0_0.distcp", "__1_0.distcp"], "dcp_to_torch"),
+    "DCP": (["__0_0.distcp", "__1_0.distcp"], "dcp_to_torch"),
     "FSDP": (["pytorch_model_fsdp_0/.metadata", "README.md"], "accelerate merge-weights"),
     "DeepSpeed": (
         [
@@ -40,7 +40,6 @@ FOLDERS: Final = {
     ),
     "DeepSpeed's run": (["global_step100/x.pt", "latest"], "zero_to_fp32.py"),
     "Orbax": (["_CHECKPOINT_METADATA", "d/x", "manifest.ocdbt"], "Orbax"),
-    "Megatron": (["mp_rank_00/model.pt", "mp_rank_01/model.pt"], "NeMo"),
     "Keras": (["gemma.lora.h5"], "Keras"),
 }
 

@@ -170,3 +170,97 @@ def test_what_has_no_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoratoolError, match="no module of a model of Llama's kind") as caught:
         loratool.convert(tmp_path / "a.safetensors", "megatron", tmp_path / "m")
     assert "--drop" in str(caught.value.hint)
+
+
+def shard(tensors: dict[str, torch.Tensor], rank: int, count: int) -> dict[str, torch.Tensor]:
+    """Return what one tensor-parallel rank has of an adapter."""
+    found = {}
+    for name, value in tensors.items():
+        is_row = "linear_proj" in name or "linear_fc2" in name or "dense" in name or "4htoh" in name
+        axis = 1 if is_row and "linear_in" in name else 0
+        is_gated = ("fc1" in name or "_hto4h" in name) and "linear_out" in name
+        halves = value.chunk(2) if is_gated else [value]
+        parts = [half.chunk(count, axis)[rank] for half in halves]
+        found[name] = torch.cat(parts).contiguous()
+    return found
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize(
+    "folder", ["mp_rank_{:02d}", "mp_rank_{:02d}_000", "tp_rank_{:02d}_pp_rank_000"]
+)
+def test_tensor_parallel_ranks_are_gathered(names: str, folder: str, tmp_path: Path) -> None:
+    truth = write(tmp_path / "a.safetensors", names)
+    # A rank of 3 is not spread over two processes: one of 4 is, with a row of zeros.
+    tensors = {}
+    for name, value in load_file(tmp_path / "a.safetensors").items():
+        axis = 0 if "linear_in" in name else 1
+        more = list(value.shape)
+        more[axis] = 1
+        tensors[name] = torch.cat([value, torch.zeros(more)], axis)
+    for rank in range(2):
+        place = tmp_path / "run" / folder.format(rank)
+        place.mkdir(parents=True)
+        torch.save(shard(tensors, rank, 2), place / "model_weights.ckpt")
+    model = base(tmp_path / "base", truth)
+    alpha = ALPHA / RANK * 4
+    for given in (tmp_path / "run", tmp_path / "run" / folder.format(1)):
+        out = tmp_path / f"peft-{given.name}"
+        loratool.convert(given, "peft", out, base=model, alpha=alpha)
+        assert relative_error(dense_deltas(out), truth) < 1e-6
+    loratool.merge(model, [tmp_path / "run"], tmp_path / "m", alpha=alpha)
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    for module, delta in truth.items():
+        torch.testing.assert_close(merged[f"{module}.weight"].double(), delta, rtol=1e-5, atol=1e-5)
+    assert "2 tensor-parallel ranks" in " ".join(loratool.open_adapter(tmp_path / "run").notes)
+
+
+def test_factors_that_every_rank_has_are_one(tmp_path: Path) -> None:
+    truth = write(tmp_path / "a.safetensors", "Bridge")
+    tensors = load_file(tmp_path / "a.safetensors")
+    for rank in range(2):
+        place = tmp_path / "run" / f"mp_rank_{rank:02d}"
+        place.mkdir(parents=True)
+        part = shard(tensors, rank, 2)
+        for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+            key = f"decoder.layers.0.{name}.adapter.linear_in.weight"
+            part[key] = tensors[key]
+        torch.save(part, place / "model_weights.ckpt")
+    model = base(tmp_path / "base", truth)
+    loratool.convert(tmp_path / "run", "peft", tmp_path / "p", base=model, alpha=ALPHA)
+    assert relative_error(dense_deltas(tmp_path / "p"), truth) < 1e-6
+
+
+def test_missing_ranks_and_stages_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors", "NeMo 1")
+    tensors = load_file(tmp_path / "a.safetensors")
+    for rank in (1, 3):
+        place = tmp_path / "run" / f"mp_rank_{rank:02d}"
+        place.mkdir(parents=True)
+        torch.save(tensors, place / "model_weights.ckpt")
+    with pytest.raises(LoratoolError, match="rank 3 of 4, and the parts of rank 0, 2 are missing"):
+        loratool.open_adapter(tmp_path / "run" / "mp_rank_03")
+    (tmp_path / "run" / "model_config.yaml").write_text("tensor_model_parallel_size: 8\n")
+    with pytest.raises(LoratoolError, match="rank 1 of 8"):
+        loratool.open_adapter(tmp_path / "run")
+    for stage in (0, 1):
+        place = tmp_path / "staged" / f"tp_rank_00_pp_rank_{stage:03d}"
+        place.mkdir(parents=True)
+        torch.save(tensors, place / "model_weights.ckpt")
+    with pytest.raises(LoratoolError, match="2 pipeline stages"):
+        loratool.open_adapter(tmp_path / "staged")
+
+
+def test_other_schemes_in_folders_of_ranks_are_refused(tmp_path: Path) -> None:
+    for rank in range(2):
+        place = tmp_path / "run" / f"mp_rank_{rank:02d}"
+        place.mkdir(parents=True)
+        name = "model.layers.0.self_attn.q_proj"
+        pair = {
+            f"{name}.lora_A.weight": torch.ones(2, 4),
+            f"{name}.lora_B.weight": torch.ones(4, 2),
+        }
+        torch.save(pair, place / "model.pt")
+    with pytest.raises(LoratoolError, match="sharded over 2 tensor-parallel ranks") as caught:
+        loratool.open_adapter(tmp_path / "run")
+    assert "join it" in str(caught.value.hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -383,3 +384,53 @@ def test_stacked_factors_are_merged_by_the_parts_that_they_are_for(
     given = {"base": base, "adapters": [adapter], "alpha": 4}
     assert not loratool.verify(merged, **given, enable_lora=enabled)
     assert loratool.verify(merged, **given, enable_lora=(False, True, True))
+
+
+@pytest.mark.parametrize("scheme", ["peft", "kohya", "loralib", "mlx"])
+@pytest.mark.parametrize("form", ["stacked", "grouped", "dense", "trained in one block"])
+def test_a_merged_projection_is_apart_where_the_base_has_it_so(
+    form: str, scheme: str, tmp_path: Path
+) -> None:
+    attention, side = "model.layers.0.self_attn", 12
+    base = tmp_path / "base"
+    base.mkdir()
+    config = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": side}
+    (base / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **config}))
+    weights = {f"{attention}.{name}_proj.weight": torch.randn(side, side) for name in "qkv"}
+    save_file(weights, base / "model.safetensors")
+    is_stacked = form in ("stacked", "grouped")
+    down = torch.randn(2 * RANK if is_stacked else RANK, side)
+    up = torch.randn(2 * side if is_stacked else 3 * side, RANK)
+    truth: Tensors = {}
+    if is_stacked:
+        for index, name in enumerate("qv"):
+            rows, ranks = (slice(index * n, (index + 1) * n) for n in (side, RANK))
+            truth[name] = up[rows].double() @ down[ranks].double()
+    else:
+        if form == "trained in one block":
+            up[side : 2 * side] = 0
+        for index, name in enumerate("qkv"):
+            delta = up[index * side : (index + 1) * side].double() @ down.double()
+            if delta.any():
+                truth[name] = delta
+    truth = {f"{attention}.{name}_proj": ALPHA / RANK * delta for name, delta in truth.items()}
+    factors = {"lora_A": down, "lora_B": up[..., None] if form == "grouped" else up}
+    source = tmp_path / "source.safetensors"
+    save_file({f"{attention}.qkv_proj.{name}": value for name, value in factors.items()}, source)
+    options: dict[str, Any] = {"enable_lora": [True, False, True]} if is_stacked else {}
+    out = place(tmp_path, scheme, "out")
+    loratool.convert(source, scheme, out, base=base, alpha=ALPHA, **options)
+    modules = {module.module: module.rank for module in loratool.inspect(out).modules}
+    if scheme != "kohya":
+        assert modules == dict.fromkeys(truth, RANK)
+    loratool.merge(base, [out], tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, weight in weights.items():
+        delta = truth.get(name.removesuffix(".weight"), torch.zeros(()).double())
+        torch.testing.assert_close(
+            merged[name].double(), weight.double() + delta, rtol=0, atol=1e-5
+        )
+    loratool.merge(base, [source], tmp_path / "direct", alpha=ALPHA, **options)
+    direct = load_file(tmp_path / "direct" / "model.safetensors")
+    for name in weights:
+        torch.testing.assert_close(direct[name], merged[name], rtol=0, atol=1e-5)

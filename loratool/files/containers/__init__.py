@@ -30,7 +30,12 @@ USUAL: Final = ".safetensors"
 
 def is_weights(path: PurePath) -> bool:
     """Whether a path is named like a weights file that can be read."""
-    return path.suffix.lower() in FILES.claimed("suffixes")
+    return _ending(path) in FILES.claimed("suffixes")
+
+
+def _ending(path: PurePath) -> str:
+    """Return the suffix of a path; a name that begins with its only dot is one."""
+    return (path.suffix or (path.name if path.name.startswith(".") else "")).lower()
 
 
 def is_split(path: PurePath) -> bool:
@@ -55,7 +60,7 @@ def container_of(path: PurePath | str) -> Container:
     Raises:
         FileFormatError: None has this suffix.
     """
-    suffix = path if isinstance(path, str) else path.suffix
+    suffix = path if isinstance(path, str) else _ending(path)
     files = FILES.claimed("suffixes")
     if suffix.lower() not in files:
         known = ", ".join((*model_suffixes(), *(s for s in files if s not in model_suffixes())))

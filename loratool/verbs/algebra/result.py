@@ -81,6 +81,7 @@ class AdapterReport(Shown):
         document: dict[str, Any] = {
             "schema": 1,
             "dry_run": not self.is_written,
+            "output": str(self.output),
             "relative_error": self.relative_error,
             "modules": [
                 {

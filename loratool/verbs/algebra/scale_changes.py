@@ -31,7 +31,7 @@ from loratool.verbs.algebra.followed import Followed
 from loratool.verbs.algebra.modules import Joint, is_one_side
 from loratool.verbs.algebra.sums import Spectrum
 from loratool.write.metadata import without_hashes
-from loratool.write.sidecars import carried_files
+from loratool.write.sidecars import carried_files, without_room
 from loratool.write.stored import part_of
 from loratool.write.write import check_place
 
@@ -171,7 +171,7 @@ def plan_in_place(
     is_folder = output.suffix.lower() != ".safetensors"
     sidecars, left, notes = carried_files([adapter])
     if not is_folder:
-        left += [(sidecar.name, "the output is a single file") for sidecar in sidecars]
+        left += without_room(sidecars)
         sidecars = []
     return AdapterPlan(
         parts=(),

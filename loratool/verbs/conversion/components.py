@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
 from loratool.adapter.model import Adapter
 from loratool.adapter.part import Part
 from loratool.adapter.scheme import Scheme
+from loratool.base.fused import parts_apart
 from loratool.base.model import Model
 from loratool.errors import AdapterError, OptionError, nearest_name
 from loratool.names.pipelines import COMPONENTS, FIRST, SECOND, component_of
+from loratool.write.fused_projections import split_rows
 
 __all__ = ["as_in_base", "of_component"]
 
@@ -57,9 +59,9 @@ def of_component(
 
 
 def as_in_base(parts: Sequence[Part], base: Model, adapter: Adapter, scheme: Scheme) -> list[Part]:
-    """Return ``parts`` with the paths that the base has for text encoders.
+    """Return ``parts`` as the base has them: its projections apart, its paths of text encoders.
 
-    Since transformers 5 they have no ``text_model.`` any more.
+    Since transformers 5 these have no ``text_model.`` any more.
 
     Raises:
         AdapterError: The base has none of the modules.
@@ -72,9 +74,11 @@ def as_in_base(parts: Sequence[Part], base: Model, adapter: Adapter, scheme: Sch
             hint="is this the base that it was trained on?",
             code="LT022",
         )
+    parts = [each for part in parts for each in _apart(part, base)]
     if not scheme.paths.follows_base:
-        return list(parts)
+        return parts
     made = []
+    found = [base.find(part.module) for part in parts]
     for part, place in zip(parts, found, strict=True):
         component, local = component_of(part.module, adapter.components)
         short = local.removeprefix(TEXT_MODEL)
@@ -83,3 +87,12 @@ def as_in_base(parts: Sequence[Part], base: Model, adapter: Adapter, scheme: Sch
                 part = replace(part, module=f"{component}.{short}" if component else short)
         made.append(part)
     return made
+
+
+def _apart(part: Part, base: Model) -> Iterator[Part]:
+    """Yield a part, or the modules that its projection is in the base."""
+    heights = parts_apart(part.module, base) if part.is_plain and part.experts == 1 else ()
+    if heights:
+        yield from split_rows(part, heights)
+    else:
+        yield part

@@ -253,7 +253,7 @@ class _Lane:
         parts: list[_Part],
     ) -> Tensor:
         """Return room for rows of a weight, and note what has to be read into it."""
-        if not isinstance(weight, StoredTensor) or weight.strides is not None:
+        if not isinstance(weight, StoredTensor) or not weight.is_run:
             return self._decoded(weight, first, rows, width, files)
         dtype = torch_dtype(weight.spec.dtype)
         room = torch.empty((rows, width), dtype=dtype, device=self.device)

@@ -124,6 +124,7 @@ class ExtractReport(Shown):
         return {
             "schema": 1,
             "dry_run": not self.is_written,
+            "output": str(self.output),
             "device": self.device,
             "relative_error": self.relative_error,
             "captured": self.captured,

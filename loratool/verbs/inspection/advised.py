@@ -21,7 +21,7 @@ ADVISED: Final = 0.99
 def advice_blocks(advice: Advice) -> Iterator[Block]:
     """Yield which ranks keep how much, and what ``truncate`` would save."""
     yield Table.of(
-        "the rank that keeps so much of ‖delta‖², with every module of the kind at it",
+        "ranks that keep so much of ‖delta‖²",
         (
             Column("kind", folds=True, is_kept=True),
             Column("modules", is_kept=True),

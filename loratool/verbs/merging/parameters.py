@@ -106,7 +106,7 @@ def _without_biases(share: Share, key: str, base: Model) -> str:
 def _as_matrix(tensor: StoredTensor, columns: int) -> StoredTensor:
     """Return a tensor as a matrix of as many columns; its bytes lie where they are."""
     spec = tensor.spec
-    if tensor.strides is not None:
+    if not tensor.is_run:
         return tensor
     return replace(tensor, spec=replace(spec, shape=(spec.elements // columns, columns)))
 

@@ -21,7 +21,7 @@ from loratool.base.ties import have_same_values
 from loratool.base.trained_on import training_notes
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
-from loratool.errors import BaseModelError, MergeError, UnsupportedError
+from loratool.errors import BaseModelError, MergeError, OptionError, UnsupportedError
 from loratool.files.containers import container_of
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.links import NOT_FILES
@@ -32,6 +32,7 @@ from loratool.names.strengths import Weights, with_strengths
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
 from loratool.plan.model import Blend, Edit, ModelPlan, SetRows, Step
 from loratool.schemes.opening import open_adapter
+from loratool.verbs.arguments import dtype_name, one_or_more
 from loratool.verbs.merging.coding import (
     check_quantized,
     decoded_steps,
@@ -72,7 +73,7 @@ VOCABULARY_BIASES: Final = (
 
 def plan_merge(
     base: AnyPath,
-    adapters: Sequence[AnyPath],
+    adapters: Sequence[AnyPath] | AnyPath,
     *,
     weights: Weights = (),
     dtype: str | None = None,
@@ -88,8 +89,9 @@ def plan_merge(
     Raises:
         LoratoolError: The adapters do not fit, would leave a key unused, or change nothing.
     """
+    adapters, skip, dtype = one_or_more(adapters), one_or_more(skip), dtype_name(dtype)
     if not adapters:
-        raise MergeError("merge", "no adapter was given")
+        raise OptionError("merge", "no adapter was given")
     model = open_model(Path(base))
     opened = [
         _opened(

@@ -110,7 +110,7 @@ def _put(share: Share, name: str, rows: range | None, tensor: StoredTensor, base
         changes.edits.append(SetRows(tuple(rows), tensor, share.weight))
         return
     shape = base.shape(name)
-    if tensor.strides is None:
+    if tensor.is_run:
         tensor = replace(tensor, spec=replace(tensor.spec, shape=shape))
     if share.weight != 1:
         changes.edits.insert(0, Blend(tensor, share.weight))

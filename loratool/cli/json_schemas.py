@@ -1,0 +1,32 @@
+"""The JSON Schema of what each command prints with ``--json``; ``schemas/`` holds one a file."""
+
+from __future__ import annotations
+
+import json
+from pkgutil import get_data
+from typing import Any
+
+__all__ = ["json_schema"]
+
+
+def json_schema(command: str) -> dict[str, Any]:
+    """Return the schema of every document that a command may print, that of a failure included.
+
+    Args:
+        command: Its name.
+
+    Raises:
+        FileNotFoundError: It prints none.
+    """
+    own = _read(command)
+    dialect, title = own.pop("$schema"), own.pop("title")
+    failure = _read("error")
+    del failure["$schema"]
+    return {"$schema": dialect, "title": title, "anyOf": [*own.pop("anyOf", [own]), failure]}
+
+
+def _read(name: str) -> dict[str, Any]:
+    data = get_data("loratool.cli", f"schemas/{name}.json")
+    assert data is not None
+    found: dict[str, Any] = json.loads(data)
+    return found

@@ -1,0 +1,141 @@
+"""The tables of ``docs/formats.md``, made from what plug-ins claim and say of themselves."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import loratool
+from loratool import variants
+from loratool.base import layouts
+from loratool.codecs import codec
+from loratool.discovery import Plugins
+from loratool.files import containers
+from loratool.loaders import loader_named, loader_names
+from loratool.names import families
+
+
+def formats() -> str:
+    """Return the tables as Markdown."""
+    return "\n".join(
+        (
+            *_table(
+                "Key schemes",
+                "How an adapter's tensors are called, and where its scale is: "
+                "`convert --to`, `--from`.",
+                ("scheme", "what it is", "read", "written", "a key"),
+                (
+                    (
+                        f"`{info.name}`",
+                        info.summary,
+                        _yes(info.reads),
+                        _yes(info.writes),
+                        f"`{info.example}`",
+                    )
+                    for info in loratool.schemes()
+                ),
+            ),
+            *_table(
+                "Variants",
+                "What the tensors of a module make of its weight.",
+                ("in reports", "what it is", "`peft_type`"),
+                (
+                    (
+                        _code(variants.variant_named(name).name),
+                        summary,
+                        ", ".join(map(_code, claim.get("peft_types", ()))),
+                    )
+                    for name, summary, claim in _each(variants.FILES)
+                ),
+            ),
+            *_table(
+                "Families of diffusion models",
+                "Which modules correspond in the two namings of a model: `--family`, `--naming`.",
+                ("families", "what is known"),
+                (
+                    (", ".join(map(_code, claim["families"])), summary)
+                    for _, summary, claim in _each(families.FILES)
+                ),
+            ),
+            *_table(
+                "Layouts of checkpoints",
+                "How the modules of a model lie in its files. [More](bases.md)",
+                ("layout", "what it is"),
+                (
+                    (_code(layouts.FILES.load(name).name), summary)
+                    for name, summary in _summaries(layouts.FILES)
+                ),
+            ),
+            *_table(
+                "Codecs",
+                "How weights are stored that are no plain numbers. [More](quantised.md)",
+                ("codec", "what it is", "told by"),
+                (
+                    (
+                        _code(codec.codec_named(claim.codec).name),
+                        _summary(codec.FILES, claim.codec),
+                        ", ".join(map(_code, (*claim.suffixes, *claim.dtypes, *claim.methods))),
+                    )
+                    for claim in codec.claims()
+                ),
+            ),
+            *_table(
+                "Containers",
+                "Files that hold tensors.",
+                ("files", "what it is"),
+                (
+                    (", ".join(map(_code, claim["suffixes"])), summary)
+                    for _, summary, claim in _each(containers.FILES)
+                ),
+            ),
+            *_table(
+                "Loaders",
+                "Programs whose rules are known: `validate --for`, `convert --for`.",
+                ("loader", "what is written for it", "scheme", "it reads"),
+                (
+                    (
+                        f"{_code(name)} ({loader.title})",
+                        loader.summary,
+                        _code(loader.scheme),
+                        ", ".join(map(_code, sorted(loader.reads))),
+                    )
+                    for name, loader in ((name, loader_named(name)) for name in loader_names())
+                ),
+            ),
+        )
+    )
+
+
+def _table(
+    title: str, words: str, head: Sequence[str], rows: Iterable[Sequence[str]]
+) -> Iterator[str]:
+    yield f"## {title}\n\n{words}\n"
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in row)} |"
+    yield ""
+
+
+def _each(plugins: Plugins) -> Iterator[tuple[str, str, dict[str, list[str]]]]:
+    for name, claim in plugins.claims().items():
+        yield name, _summary(plugins, name), claim
+
+
+def _summaries(plugins: Plugins) -> Iterator[tuple[str, str]]:
+    for name in plugins.names():
+        yield name, _summary(plugins, name)
+
+
+def _summary(plugins: Plugins, name: str) -> str:
+    """Return the first paragraph of what a plug-in says of itself."""
+    said = importlib.import_module(f"{plugins.package}.{name}").__doc__ or ""
+    return " ".join(said.strip().partition("\n\n")[0].split()).replace("``", "`")
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
