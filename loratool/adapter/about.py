@@ -182,7 +182,7 @@ class _Beside:
             "BaseModel": managed.get("base_model"),
             **matrix,
         }
-        is_own = adapter.path.resolve() != file.resolve() or adapter.config is not None
+        is_own = adapter.path != file or adapter.config is not None
         self.card = self._read(file.parent / CARD, read_front_matter) if is_own else {}
 
     def _read(self, path: Path, read: Any) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class _Pictures:
 
 
 def _hashes(said: Mapping[str, str], version: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield hashes as they are recorded; those of the model site only where they are this file's."""
+    """Yield hashes as they are recorded; a model site's only where it has one file."""
     for key in RECORDED:
         if (text := _first(said.get(key))) is not None:
             yield key, text
@@ -248,9 +248,9 @@ def _titled(version: Mapping[str, Any]) -> str | None:
 def _first(*values: Any) -> str | None:
     """Return the first that is a text and says something."""
     for value in values:
-        if isinstance(value, str) and value.strip().lower() not in UNKNOWN:
-            if not PICTURE.match(value):
-                return _cut(value.strip())
+        is_said = isinstance(value, str) and value.strip().lower() not in UNKNOWN
+        if is_said and not PICTURE.match(value):
+            return _cut(value.strip())
     return None
 
 

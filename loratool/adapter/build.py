@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 from loratool.adapter.config import LoraConfig
@@ -84,6 +85,7 @@ class Parts:
     of_base: frozenset[str] = frozenset()
 
 
+@lru_cache(maxsize=1 << 13)
 def strip_wrappers(module: str) -> str:
     """Return ``module`` without the prefixes of wrappers, and without ``._orig_mod``."""
     if module.startswith(WRAPPERS):

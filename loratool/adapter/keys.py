@@ -23,6 +23,8 @@ __all__ = [
 
 FIELDS: Final = {"module": r"(?P<module>.+)", "adapter": r"(?P<adapter>(?!weight$|bias$).+)"}
 MOST_KNOWN: Final = 1 << 17
+MOST_KEPT: Final = 1 << 12
+"""How many keys are kept from one adapter to the next."""
 LONGEST_SUFFIX: Final = 4
 """How many dots the part of a key behind its module has at most."""
 
@@ -113,8 +115,9 @@ class KeyTable:
         return known[key]
 
     def forget(self) -> None:
-        """Let go of what was asked for."""
-        self._known.clear()
+        """Let go of what was asked for, if it is much: the next adapter may have the same keys."""
+        if len(self._known) > MOST_KEPT:
+            self._known.clear()
 
     @cached_property
     def _known(self) -> dict[str, AdapterKey | None]:

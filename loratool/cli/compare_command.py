@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loratool.cli import options, render
+from loratool.cli import many, options, render
 from loratool.cli.drawings import check_drawings, write_drawings
 from loratool.cli.help import GroupedCommand
 from loratool.errors import OptionError
@@ -20,6 +20,7 @@ __all__ = ["command"]
 
 @click.command("compare", cls=GroupedCommand)
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@many.recursive
 @options.weights
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
 @click.option("--layers", is_flag=True, help="Of one adapter: how alike its layers are.")
@@ -41,8 +42,8 @@ __all__ = ["command"]
 @options.threads
 @options.no_progress
 @options.as_json
-@options.as_jsonl
-@options.as_csv
+@many.as_jsonl
+@many.as_csv
 @options.debug
 def command(
     adapters: tuple[Path, ...],
@@ -61,15 +62,15 @@ def command(
 ) -> int:
     """Say how alike adapters are: cosine, distance and subspaces of their deltas.
 
-    Two adapters are compared module by module; of more, each two as a whole, and the like are
-    put side by side. Nothing as large as a weight is ever formed.
+    Two adapters are compared module by module; of more, or of a folder of them, each two as a
+    whole, and the like are put side by side. Nothing as large as a weight is ever formed.
 
     \b
     Example:
         loratool compare epoch-1/ epoch-2/
         loratool compare epoch-1/ epoch-2/ -w self_attn=0
         loratool compare r8/ r64/ --random --plot phi.svg
-        loratool compare a/ b/ c/ d/ --report alike.html
+        loratool compare loras/ --recursive --report alike.html
         loratool compare my-adapter/ --layers
     """
     check_drawings(plot, report, force=force, inputs=adapters)
@@ -107,6 +108,8 @@ def _found(
         raise OptionError(
             "--layers", f"compares those of one adapter, and {len(adapters)} are given"
         )
+    if settings.pop("recursive"):
+        raise OptionError("--recursive", "--layers is about one adapter")
     if settings.pop("weights"):
         raise OptionError("--layers", "compares subspaces, which no weight changes")
     if random is not None:

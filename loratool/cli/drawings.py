@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loratool.reports.charts import Report
+    from loratool.display.shown import Shown
 
 __all__ = ["check_drawings", "write_drawings"]
 
@@ -30,7 +30,7 @@ def check_drawings(
         check_page(page, force=force, inputs=inputs)
 
 
-def write_drawings(report: Report, plot: Path | None, page: Path | None, *, force: bool) -> None:
+def write_drawings(report: Shown, plot: Path | None, page: Path | None, *, force: bool) -> None:
     """Write the picture and the page that were asked for."""
     if plot is not None:
         from loratool.reports.pictures import plot as draw

@@ -15,9 +15,7 @@ __all__ = [
     "PATH",
     "adapter_name",
     "alpha",
-    "as_csv",
     "as_json",
-    "as_jsonl",
     "debug",
     "device",
     "dry_run",
@@ -237,7 +235,3 @@ plot: Decorator = click.option(
 report: Decorator = click.option(
     "--report", type=PATH, metavar="FILE", help="Write it as one page: an .html file."
 )
-as_jsonl: Decorator = click.option(
-    "--jsonl", "as_jsonl", is_flag=True, help="Print JSON with one line for each."
-)
-as_csv: Decorator = click.option("--csv", "as_csv", is_flag=True, help="Print rows as CSV.")

@@ -94,10 +94,15 @@ class Table:
 
     @property
     def common(self) -> tuple[tuple[str, str], ...]:
-        """The columns in which all rows say the same, by their titles, and what they say."""
+        """The columns in which all rows say the same, by their titles, and what they say.
+
+        Those that say nothing in any row are not among them.
+        """
         rows = self.rows
         return tuple(
-            (self.columns[index].title, _words(rows[0][index])) for index in self._common(rows)
+            (self.columns[index].title, words)
+            for index in self._common(rows)
+            if (words := _words(rows[0][index]))
         )
 
     def without_common(self) -> Table:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import FileFormatError
+from loratool.errors import unreadable
 
 __all__ = ["hashes_of"]
 
@@ -23,7 +23,7 @@ def hashes_of(path: Path) -> dict[str, str]:
     which trainers record as ``sshs_model_hash`` and tools show twelve digits of.
 
     Raises:
-        FileFormatError: It cannot be read.
+        UnreadableError: It cannot be read.
     """
     whole, data, window = (hashlib.sha256() for _ in range(3))
     is_safetensors = path.suffix.lower() == ".safetensors"
@@ -39,7 +39,7 @@ def hashes_of(path: Path) -> dict[str, str]:
                 window.update(piece[max(0, first) : max(0, last)])
                 position += len(piece)
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     found = {"sha256": whole.hexdigest(), "AutoV1": window.hexdigest()[:8]}
     found["AutoV2"] = found["sha256"][:10]
     return found | ({"AutoV3": data.hexdigest()} if is_safetensors else {})

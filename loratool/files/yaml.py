@@ -99,7 +99,7 @@ def read_front_matter(path: Path) -> dict[str, Any]:
             data = file.read(MAX_CARD_BYTES)
         text = data.decode("utf-8-sig", "strict" if len(data) < MAX_CARD_BYTES else "replace")
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     except UnicodeDecodeError:
         raise FileFormatError(path, "not UTF-8 text") from None
     first, *lines = text.splitlines() or [""]

@@ -15,7 +15,8 @@ from loratool.verbs.algebra.result import AdapterReport
 from loratool.verbs.comparison.layers import LayerComparison
 from loratool.verbs.comparison.result import Comparison, Matrix, ModuleComparison
 from loratool.verbs.extraction.result import ExtractReport
-from loratool.verbs.inspect import AdapterInfo
+from loratool.verbs.inspect import AdapterInfo, ModelInfo
+from loratool.verbs.many import Many
 
 __all__ = ["Chart", "Curve", "Curves", "Heat", "Report", "charts_of", "is_drawn", "title_of"]
 
@@ -106,17 +107,22 @@ def is_drawn(report: object) -> TypeGuard[Report]:
     return isinstance(report, Report)
 
 
-def title_of(report: Report) -> str:
-    """Return what the charts of a report are about."""
+def title_of(report: object) -> str:
+    """Return what a picture or a page of a report is about."""
     if isinstance(report, AdapterInfo):
         return report.adapter.path.resolve().name
+    if isinstance(report, ModelInfo):
+        return report.model.path.resolve().name
     if isinstance(report, LayerComparison):
         return f"layers of {_name(report.adapter)}"
     if isinstance(report, Comparison):
         if report.is_pair:
             return " and ".join(_unlike(report.adapters))
         return f"{len(report.adapters)} adapters"
-    return _name(str(report.output))
+    if isinstance(report, Many):
+        return ", ".join(Path(path).resolve().name for path in report.paths)
+    output = getattr(report, "output", None)
+    return _name(str(output)) if output is not None else type(report).__name__
 
 
 def charts_of(report: Report) -> tuple[Chart, ...]:

@@ -21,7 +21,8 @@ from loratool.files.atomic import check_output, staged
 from loratool.reports.charts import charts_of, is_drawn, title_of
 from loratool.reports.svg import drawing
 from loratool.verbs.inspect import AdapterInfo
-from loratool.verbs.validate import validate
+from loratool.verbs.inspection.many import Inspections
+from loratool.verbs.validate import validate, validate_many
 
 __all__ = ["check_page", "page", "write_page"]
 
@@ -67,7 +68,7 @@ def write_page(report: Shown, path: str | PathLike[str], *, force: bool = False)
 
 def page(report: Shown) -> str:
     """Return a page about a report as text."""
-    title = title_of(report) if is_drawn(report) else type(report).__name__
+    title = title_of(report)
     script = _resource("page.js")
     style = _resource("page.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -118,6 +119,9 @@ def _sections(report: Shown) -> Iterator[tuple[str, str]]:
         yield "Pictures", f'<div class="charts">{"".join(figures)}</div>'
     if tables:
         yield "Details", fragment(Document(tables))
+    if isinstance(report, Inspections):
+        found = validate_many(report.paths, recursive=report.recursive)
+        yield "Findings", fragment(_shortened(found.document()))
     if not isinstance(report, AdapterInfo):
         return
     yield "Findings", _findings(report)

@@ -11,9 +11,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from loratool.display.shown import Shown
 from loratool.errors import OptionError, OutputError, UnsupportedError, printable
 from loratool.files.atomic import check_output, staged
-from loratool.reports.charts import Chart, Curves, Heat, Report, charts_of, is_drawn, title_of
+from loratool.reports.charts import Chart, Curves, Heat, charts_of, is_drawn, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +64,7 @@ def check_plot(path: Path, *, force: bool, inputs: Sequence[Path]) -> None:
     check_output(path, force=force, inputs=inputs, kinds=FORMATS)
 
 
-def plot(report: Report, path: str | PathLike[str], *, force: bool = False) -> None:
+def plot(report: Shown, path: str | PathLike[str], *, force: bool = False) -> None:
     """Draw a report: an adapter with its spectra, a comparison, what was extracted or truncated.
 
     Args:
@@ -81,7 +82,7 @@ def plot(report: Report, path: str | PathLike[str], *, force: bool = False) -> N
     check_plot(place, force=force, inputs=())
     charts = charts_of(report) if is_drawn(report) else ()
     if not charts:
-        raise OptionError("--plot", "there is nothing to draw")
+        raise OptionError("--plot", "there is nothing to draw of it")
     title = title_of(report)
     _save(_drawn(title, charts), title, place, force=force)
 

@@ -8,10 +8,10 @@ imported only once its claim matches, or somebody names it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter.scheme import Scheme
 from loratool.discovery import Plugins
@@ -61,10 +61,43 @@ class Claim:
         return re.compile(self.keys, re.MULTILINE)
 
 
+class _Known:
+    """All claims, and what follows from them."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self.found = found
+        read = (Claim(module, **claim) for module, claim in found.items())
+        self.claims = tuple(sorted(read, key=lambda claim: claim.name))
+        self.modules = {claim.name: claim.module for claim in self.claims}
+        self.sidecars = frozenset(claim.sidecar for claim in self.claims if claim.sidecar)
+
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """Names of weights files, the one that most schemes use first."""
+        names = [name for claim in self.claims for name in claim.weights]
+        stems = [name.partition(".")[0] for name in names]
+
+        def order(name: str) -> tuple[int, bool, str]:
+            stem = name.partition(".")[0]
+            return -stems.count(stem), not name.endswith(".safetensors"), name
+
+        return tuple(sorted(set(names), key=order))
+
+
+_last: list[_Known] = []
+"""What was read last: the claims are asked for several times for each adapter."""
+
+
+def _known() -> _Known:
+    found = FILES.claims()
+    if not _last or _last[0].found is not found:
+        _last[:] = [_Known(found)]
+    return _last[0]
+
+
 def claims() -> tuple[Claim, ...]:
     """Return the claims of all schemes, in the order of their names; none is imported."""
-    found = (Claim(module, **claim) for module, claim in FILES.claims().items())
-    return tuple(sorted(found, key=lambda claim: claim.name))
+    return _known().claims
 
 
 def _imported(module: str) -> Scheme:
@@ -83,7 +116,7 @@ def scheme_named(name: str) -> Scheme:
     Raises:
         KeyError: There is none.
     """
-    return _imported({claim.name: claim.module for claim in claims()}[name])
+    return _imported(_known().modules[name])
 
 
 def builtin_schemes() -> tuple[Scheme, ...]:
@@ -102,16 +135,9 @@ def claimed(keys: Iterable[str]) -> Iterator[Scheme]:
 
 def weights_names() -> tuple[str, ...]:
     """Return what weights files are called in folders, the name that most schemes use first."""
-    names = [name for claim in claims() for name in claim.weights]
-    stems = [name.partition(".")[0] for name in names]
-
-    def order(name: str) -> tuple[int, bool, str]:
-        stem = name.partition(".")[0]
-        return -stems.count(stem), not name.endswith(".safetensors"), name
-
-    return tuple(sorted(set(names), key=order))
+    return _known().weights
 
 
 def sidecar_names() -> frozenset[str]:
     """Return what the configurations beside weights are called."""
-    return frozenset(claim.sidecar for claim in claims() if claim.sidecar)
+    return _known().sidecars

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -48,8 +49,10 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
         return path, _of_parts(path)
     if adapter_name and "/" not in adapter_name and (path / adapter_name / CONFIG_NAME).is_file():
         return find_weights(path / adapter_name)
-    others = sorted(config.parent.name for config in path.glob(f"*/{CONFIG_NAME}"))
-    found = [path / name for name in weights_names() if (path / name).is_file()]
+    there = {entry.name: entry.is_dir() for entry in os.scandir(path)}
+    folders = sorted(name for name, is_folder in there.items() if is_folder)
+    others = [name for name in folders if (path / name / CONFIG_NAME).exists()]
+    found = [path / name for name in weights_names() if name in there and (path / name).is_file()]
     if not found and (described := distributed(path)) is not None:
         return described, ()
     if not found and (first := weights_of_ranks(path)) is not None:

@@ -2,111 +2,152 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
-from loratool.errors import AdapterError
+from loratool.errors import AdapterError, LoratoolError
 from loratool.files.checkpoint import PREFERRED, SHARD, is_index
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder
 from loratool.schemes import sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
 
-__all__ = ["is_collection", "places"]
+__all__ = ["Place", "is_collection", "places"]
 
 OF_MODELS: Final = frozenset(("config.json", "model_index.json", *PREFERRED))
 """What tells that a folder is a model."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an adapter or a model is.
+
+    Attributes:
+        path: File or folder.
+        name: What it is called: its path inside the folder that was named, or as it was named.
+        error: Why there is none.
+    """
+
+    path: Path
+    name: str
+    error: LoratoolError | None = None
+
+
 def is_collection(path: Path) -> bool:
     """Whether a path is a folder of adapters, and not an adapter or a model by itself."""
-    return path.is_dir() and _what(path) == "" and bool(_files(path) or _folders(path))
+    inside = _Folder.of(path)
+    return bool(inside.weights or inside.folders) and not inside.what()
 
 
-def places(paths: Sequence[str | PathLike[str]], *, recursive: bool = False) -> Iterator[Path]:
+def places(paths: Sequence[str | PathLike[str]], *, recursive: bool = False) -> Iterator[Place]:
     """Yield every adapter or model at some paths, in the order of their names.
 
     A folder that is an adapter or a model is one; of any other each weights file in it is one,
-    and each folder that is. Hidden folders, and those that were seen already, are left out.
+    and each folder that is. Hidden folders, and those that were seen already, are left out. A
+    path with nothing at it is one, and so is a folder with nothing of the kind.
 
     Args:
-        paths: Files and folders, whether they are there or not.
+        paths: Files and folders.
         recursive: Look into all folders, and into those of adapters too, for checkpoints.
-
-    Raises:
-        AdapterError: A folder holds nothing of that kind.
     """
-    seen: set[Path] = set()
+    seen: set[tuple[int, int]] = set()
     for each in paths:
         path = Path(each)
         if not path.is_dir():
-            yield path
+            yield Place(path, str(each))
             continue
         found = False
         for place in _inside(path, recursive, seen, is_top=True):
             found = True
-            yield place
+            yield Place(place, _name(place, path))
         if not found:
-            deeper = bool(_folders(path)) and not recursive
-            hint = "--recursive looks into the folders in it" if deeper else None
-            raise AdapterError(path, "holds no adapter and no model", hint=hint)
+            yield Place(path, str(each), _empty(path, recursive))
 
 
-def _inside(folder: Path, recursive: bool, seen: set[Path], *, is_top: bool) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in seen:
+def _name(place: Path, root: Path) -> str:
+    """Return what a place is called inside the folder that was named."""
+    if place == root:
+        return str(root)
+    inside = place.relative_to(root)
+    return str(inside.with_suffix("") if is_weights(inside) and place.is_file() else inside)
+
+
+def _empty(path: Path, recursive: bool) -> AdapterError:
+    is_deeper = bool(_Folder.of(path).folders) and not recursive
+    hint = "--recursive looks into the folders in it" if is_deeper else None
+    return AdapterError(path, "holds no adapter and no model", hint=hint)
+
+
+def _inside(
+    folder: Path, recursive: bool, seen: set[tuple[int, int]], *, is_top: bool
+) -> Iterator[Path]:
+    try:
+        status = folder.stat()
+    except OSError:
         return
-    seen.add(real)
-    what = _what(folder, is_alone=is_top or not recursive)
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    inside = _Folder.of(folder)
+    what = inside.what(is_alone=is_top or not recursive)
     if what:
         yield folder
     else:
-        yield from _files(folder)
-    if what == "model" or not (is_top or recursive):
+        yield from inside.weights
+    if what == "model" or not (recursive or (is_top and not what)):
         return
-    if what and not recursive:
-        return
-    for each in _folders(folder):
+    for each in inside.folders:
         yield from _inside(each, recursive, seen, is_top=False)
 
 
-def _what(folder: Path, *, is_alone: bool = True) -> str:
-    """Return ``adapter`` or ``model`` for a folder that is one, else an empty text.
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """What is in a folder and not hidden, in the order of names.
 
-    Args:
-        folder: The folder.
-        is_alone: Whether the only weights file of a folder without such folders is the adapter.
+    Attributes:
+        path: The folder.
+        names: Everything.
+        weights: Weights files, but for what only resuming a training needs.
+        folders: Folders.
     """
-    names = {entry.name for entry in _entries(folder)}
-    if not names.isdisjoint({*sidecar_names(), *weights_names()}):
-        return "adapter"
-    if not names.isdisjoint(OF_MODELS) or any(map(is_index, names)):
-        return "model"
-    files = _files(folder)
-    if files and all(SHARD.fullmatch(file.name) for file in files):
-        return "model"
-    if len(files) == 1 and is_alone and not _folders(folder):
-        return "adapter"
-    return "model" if not files and foreign_folder(folder) is not None else ""
 
+    path: Path
+    names: frozenset[str]
+    weights: tuple[Path, ...]
+    folders: tuple[Path, ...]
 
-def _files(folder: Path) -> list[Path]:
-    return [
-        entry
-        for entry in _entries(folder)
-        if is_weights(entry) and entry.is_file() and not is_training_state(entry)
-    ]
+    @staticmethod
+    def of(path: Path) -> _Folder:
+        """Look into a folder; one that may not be read is empty."""
+        try:
+            with os.scandir(path) as found:
+                entries = sorted((e for e in found if e.name[0] != "."), key=lambda e: e.name)
+        except OSError:
+            entries = []
+        files = (path / e.name for e in entries if is_weights(PurePath(e.name)) and e.is_file())
+        return _Folder(
+            path,
+            frozenset(entry.name for entry in entries),
+            tuple(file for file in files if not is_training_state(file)),
+            tuple(path / entry.name for entry in entries if entry.is_dir()),
+        )
 
+    def what(self, *, is_alone: bool = True) -> str:
+        """Return ``adapter`` or ``model`` where it is one as a whole, else an empty text.
 
-def _folders(folder: Path) -> list[Path]:
-    return [entry for entry in _entries(folder) if entry.is_dir()]
-
-
-def _entries(folder: Path) -> list[Path]:
-    """Return what is in a folder and not hidden; nothing where it may not be read."""
-    try:
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError:
-        return []
+        Args:
+            is_alone: Whether the only weights file, if no folder in it has such, is the adapter.
+        """
+        if not self.names.isdisjoint((*sidecar_names(), *weights_names())):
+            return "adapter"
+        if not self.names.isdisjoint(OF_MODELS) or any(map(is_index, self.names)):
+            return "model"
+        if self.weights and all(SHARD.fullmatch(file.name) for file in self.weights):
+            return "model"
+        if len(self.weights) == 1 and is_alone:
+            return "" if any(_Folder.of(each).weights for each in self.folders) else "adapter"
+        return "model" if not self.weights and foreign_folder(self.path) is not None else ""

@@ -19,6 +19,7 @@ from loratool.math.clustering import average_linkage, leaf_order
 from loratool.names.strengths import Weights, with_strengths
 from loratool.plan.devices import exactly, mover_to
 from loratool.plan.threads import in_parallel, usual_threads
+from loratool.schemes.folders import Place, is_collection, places
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.modules import Joint, join
 from loratool.verbs.arguments import one_or_more
@@ -53,6 +54,7 @@ APART: Final = 2.0
 def compare(
     adapters: Sequence[AnyPath] | AnyPath,
     *,
+    recursive: bool = False,
     weights: Weights = (),
     directions: int | None = None,
     random: int | None = None,
@@ -72,7 +74,9 @@ def compare(
     Of three or more, those that cannot be read are told and left out.
 
     Args:
-        adapters: Files or folders; one alone with ``random``.
+        adapters: Files or folders; one alone with ``random``. Of a folder that is no adapter,
+            every adapter in it is one, and each two are compared as a whole.
+        recursive: Look into all folders.
         weights: As in :func:`compose`: deltas are compared as strong as they would be used.
         directions: Up to how many leading singular directions φ(i, j) is tabulated; by default
             8 of each, and 64 of the larger of two unequal ranks.
@@ -89,24 +93,29 @@ def compare(
     Raises:
         LoratoolError: Fewer than two adapters can be read, or two are for different bases.
     """
-    paths = one_or_more(adapters)
+    given: Sequence[AnyPath] = one_or_more(adapters)
+    is_pair = len(given) <= 2 and not _are_collections(given, recursive, adapter_name)
+    paths = (
+        [Place(Path(path), str(path)) for path in given]
+        if is_pair
+        else list(places(given, recursive=recursive))
+    )
     if len(paths) < 2 and (random is None or not paths):
         raise OptionError("compare", "needs two adapters or more")
     if len(paths) > 2 and random is not None:
         raise OptionError("--random", "goes with one adapter or two")
     if directions is not None and directions < 1:
         raise OptionError("--directions", f"{directions} is less than 1")
-    is_pair = len(paths) <= 2
     names, opened, unread = _opened(
         paths, is_pair=is_pair, alpha=alpha, adapter_name=adapter_name, base=base
     )
     opened, strengths, left_out = with_strengths(opened, weights)
     models, notes = ([[*range(len(opened))]], []) if is_pair else _models(opened)
     joints: list[Joint] = []
-    for places in models:
+    for members in models:
         found, told = join(
-            [opened[place] for place in places],
-            [strengths[place] for place in places],
+            [opened[place] for place in members],
+            [strengths[place] for place in members],
             to_write=False,
         )
         joints += found
@@ -128,8 +137,15 @@ def compare(
     return total.comparison(names, models, unread, notes, is_pair=is_pair)
 
 
+def _are_collections(paths: Sequence[AnyPath], recursive: bool, adapter_name: str | None) -> bool:
+    """Whether paths stand for all adapters in them."""
+    if recursive:
+        return True
+    return adapter_name is None and any(is_collection(Path(path)) for path in paths)
+
+
 def _opened(
-    paths: Sequence[AnyPath],
+    paths: Sequence[Place],
     *,
     is_pair: bool,
     alpha: float | None,
@@ -145,10 +161,12 @@ def _opened(
     names: list[str] = []
     opened: list[Adapter] = []
     unread: list[tuple[str, LoratoolError]] = []
-    for path in paths:
+    for place in paths:
         try:
+            if place.error is not None:
+                raise place.error
             adapter = open_adapter(
-                path,
+                place.path,
                 adapter_name=adapter_name,
                 alpha=alpha,
                 base_modules=model.paths if model is not None else (),
@@ -158,9 +176,9 @@ def _opened(
         except LoratoolError as error:
             if is_pair:
                 raise
-            unread.append((str(path), error))
+            unread.append((str(place.path), error))
         else:
-            names.append(str(path))
+            names.append(str(place.path))
             opened.append(adapter)
     if len(opened) < 2 and unread:
         raise unread[0][1]
@@ -345,7 +363,7 @@ class _Total:
         if len(kept) < 2:
             raise AdapterError(*gone[0], code="LT017")
         norms = [math.sqrt(max(0.0, float(self.inner[place, place]))) for place in kept]
-        model_of = {place: number for number, places in enumerate(models) for place in places}
+        model_of = {place: number for number, members in enumerate(models) for place in members}
         cosines: list[list[float | None]] = []
         distances: list[list[float | None]] = []
         for i, norm in zip(kept, norms, strict=True):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from loratool.adapter.about import About, about, without_pictures
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import looks_like_adapter
@@ -32,9 +34,10 @@ from loratool.schemes.opening import open_adapter
 if TYPE_CHECKING:
     from loratool.base.model import Model, Quantization
     from loratool.verbs.advice import Advice
+    from loratool.verbs.inspection.many import Inspections
     from loratool.verbs.spectrum import Spectrum
 
-__all__ = ["AdapterInfo", "ModelInfo", "ModuleInfo", "inspect"]
+__all__ = ["AdapterInfo", "ModelInfo", "ModuleInfo", "inspect", "inspect_many", "is_adapter"]
 
 ADAPTER_SHARE: Final = 0.5
 """A file whose keys are factors for at least this part is an adapter, not a model."""
@@ -84,24 +87,40 @@ class AdapterInfo(Shown):
 
     Attributes:
         adapter: The opened adapter.
-        modules: Its modules.
-        spectra: Their spectra, where those were asked for, in the same order.
+        about: What it says of itself.
+        spectra: The spectra of its modules, where those were asked for, in the same order.
+        hashes: Hashes of its weights file, where those were asked for, by name.
         advice: Which ranks would be enough, where spectra were asked for.
     """
 
     adapter: Adapter
-    modules: tuple[ModuleInfo, ...]
+    about: About
     spectra: tuple[Spectrum, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
     advice: Advice | None = None
+
+    @property
+    def path(self) -> Path:
+        """What was named."""
+        return self.adapter.path
+
+    @property
+    def modules(self) -> tuple[ModuleInfo, ...]:
+        """Its modules."""
+        return tuple(ModuleInfo.of(site) for site in self.adapter.sites)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is worth knowing, one sentence each."""
         partial = {s.variant.name for s in self.adapter.sites if s.variant.undetermined}
-        if not self.spectra or not partial:
-            return self.adapter.notes
-        words = f"{', '.join(sorted(partial))}: the spectra are those of scale · B @ A alone"
-        return (*self.adapter.notes, words)
+        notes = (*self.adapter.notes, *self.about.notes)
+        if self.spectra and partial:
+            words = f"{', '.join(sorted(partial))}: the spectra are those of scale · B @ A alone"
+            notes = (*notes, words)
+        recorded, found = self.about.hashes.get("sshs_model_hash"), self.hashes.get("AutoV3")
+        if recorded and found and recorded != found:
+            notes = (*notes, "the hash that sshs_model_hash records is not that of the tensors")
+        return notes
 
     @property
     def base(self) -> dict[str, int]:
@@ -122,6 +141,7 @@ class AdapterInfo(Shown):
             "path": str(adapter.path),
             "scheme": adapter.scheme,
             "base_model": adapter.base_model,
+            "family": adapter.family,
             "parameters": adapter.parameters,
             "bytes": adapter.nbytes,
             "modules": [
@@ -129,7 +149,9 @@ class AdapterInfo(Shown):
                 for module, spectrum in zip_longest(self.modules, self.spectra)
             ],
             "extras": [extra.key for extra in adapter.extras],
-            "metadata": dict(adapter.metadata),
+            "about": self.about.as_json(),
+            **({"hashes": dict(self.hashes)} if self.hashes else {}),
+            "metadata": without_pictures(adapter.metadata),
             "notes": list(self.notes),
             **({"base": self.base} if adapter.beside else {}),
             **({"advice": self.advice.as_json()} if self.advice is not None else {}),
@@ -171,11 +193,18 @@ class ModelInfo(Shown):
         model: The opened model.
         dtypes: Dtype to number of tensors.
         unread: Why its weights are not read, where they are in codes that are only known.
+        hashes: Hashes of its one weights file, where those were asked for, by name.
     """
 
     model: Model
     dtypes: Mapping[str, int]
     unread: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """What was named."""
+        return self.model.path
 
     @property
     def quantization(self) -> Quantization | None:
@@ -253,7 +282,8 @@ class ModelInfo(Shown):
             "tensors": len(self.model.stored),
             "dtypes": dict(self.dtypes),
             "shards": len(self.model.shards),
-            "metadata": self.metadata,
+            **({"hashes": dict(self.hashes)} if self.hashes else {}),
+            "metadata": without_pictures(self.metadata),
             "notes": list(self.notes),
         }
 
@@ -268,6 +298,7 @@ def inspect(
     path: str | PathLike[str],
     *,
     spectrum: bool = False,
+    hashes: bool = False,
     adapter_name: str | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -277,6 +308,7 @@ def inspect(
     Args:
         path: An adapter or a model, file or folder.
         spectrum: Read the factors of an adapter too, and add the singular values of its deltas.
+        hashes: Read the weights file too, for the hashes by which other tools know it.
         adapter_name: Which adapter, where there are several.
         threads: With ``spectrum``: number of modules in work at a time.
         progress: With ``spectrum``: called with how much is done and how much there is.
@@ -289,7 +321,7 @@ def inspect(
         raise missing(place)
     adapter = (
         open_adapter(place, adapter_name=adapter_name)
-        if _is_adapter(place)
+        if is_adapter(place)
         else _adapter_in_model(place, adapter_name)
     )
     if adapter is not None:
@@ -301,9 +333,8 @@ def inspect(
 
             found = spectra(adapter, threads=threads, progress=progress)
             advice = advice_on(adapter, found)
-        return AdapterInfo(
-            adapter, tuple(ModuleInfo.of(site) for site in adapter.sites), found, advice
-        )
+        hashed = _hashed([adapter.weights]) if hashes else {}
+        return AdapterInfo(adapter, about(adapter), found, hashed, advice)
     if spectrum:
         raise OptionError(place, "a model; only adapters have deltas with a spectrum")
     from loratool.base.model import open_model, open_stored  # no adapter needs it
@@ -315,17 +346,73 @@ def inspect(
         unread = (f"its weights are not read: {error}",)
         model = open_stored(place)
     dtypes = Counter(stored.spec.dtype for stored in model.stored)
-    return ModelInfo(model, dtypes=dict(dtypes.most_common()), unread=unread)
+    hashed = _hashed([shard.path for shard in model.shards]) if hashes else {}
+    return ModelInfo(model, dict(dtypes.most_common()), unread, hashed)
 
 
-def _is_adapter(path: Path) -> bool:
+def inspect_many(
+    paths: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    recursive: bool = False,
+    duplicates: bool = False,
+    spectrum: bool = False,
+    hashes: bool = False,
+    adapter_name: str | None = None,
+    threads: int | None = None,
+) -> Inspections:
+    """Say what is at many paths, one after another; what cannot be read does not stop the rest.
+
+    Going through the result yields an :class:`AdapterInfo`, a :class:`ModelInfo` or, where a path
+    cannot be read, an ``Unread`` for each, as it is read. ``records()`` returns rows as plain
+    dictionaries; a notebook or ``print`` shows them as a table.
+
+    Args:
+        paths: Files and folders. Of a folder that is no adapter and no model, every weights file
+            in it is one, and every folder in it that is.
+        recursive: Look into all folders.
+        duplicates: Say in rows which earlier adapter has the same content. Files that may have it
+            by their headers are read whole.
+        spectrum: As in :func:`inspect`.
+        hashes: As in :func:`inspect`.
+        adapter_name: As in :func:`inspect`.
+        threads: As in :func:`inspect`.
+    """
+    from loratool.verbs.inspection.many import Inspections  # one path needs none of it
+
+    several = [paths] if isinstance(paths, str | PathLike) else paths
+    return Inspections(
+        several,
+        recursive=recursive,
+        duplicates=duplicates,
+        spectrum=spectrum,
+        hashes=hashes,
+        adapter_name=adapter_name,
+        threads=threads,
+    )
+
+
+def _hashed(files: Sequence[Path]) -> dict[str, str]:
+    from loratool.files.hashes import hashes_of  # few ask for it
+
+    if len(files) != 1:
+        raise OptionError("--hashes", f"a model in {len(files)} files has no hash of its own")
+    return hashes_of(files[0])
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is an adapter by itself, and not a model.
+
+    Raises:
+        FileFormatError: A file breaks the rules of its format.
+    """
     if path.is_file():
         return path.name in sidecar_names() or (not is_index(path.name) and _holds_factors(path))
-    if any((path / name).exists() for name in (*sidecar_names(), *weights_names())):
+    there = {entry.name: entry for entry in os.scandir(path)}
+    if not there.keys().isdisjoint((*sidecar_names(), *weights_names())):
         return True
     if (described := distributed(path)) is not None:
         return bool(factor_names(open_weights(described).tensors))
-    if next(path.glob(f"*/{CONFIG_NAME}"), None) is not None:
+    if any((path / name / CONFIG_NAME).exists() for name, e in there.items() if e.is_dir()):
         from loratool.base.config import is_model_folder
 
         if not is_model_folder(path):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.adapter.findings import SEVERITIES, Finding, Findings, finding
+from loratool.adapter.model import Adapter
 from loratool.base.model import Model, open_model
 from loratool.base.refusals import CODE
 from loratool.base.trained_on import training_notes
@@ -13,13 +17,17 @@ from loratool.errors import AdapterError, LoratoolError, UnsupportedError
 from loratool.files.missing import missing
 from loratool.loaders import loader_named
 from loratool.loaders.checks import check_for
+from loratool.loaders.loader import Loader
 from loratool.schemes import scheme_named
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.checks.base import check_against_base
 from loratool.verbs.checks.config import check_config
 from loratool.verbs.checks.tensors import check_tensors
 
-__all__ = ["validate"]
+if TYPE_CHECKING:
+    from loratool.verbs.checks.many import Validations
+
+__all__ = ["Checks", "validate", "validate_many"]
 
 
 def validate(
@@ -46,38 +54,121 @@ def validate(
         LoratoolError: There is nothing at one of the paths, or the base cannot be read.
         OptionError: There is no such loader.
     """
-    loader = loader_named(target) if target is not None else None
+    checks = Checks.of(base=base, deep=deep, adapter_name=adapter_name, target=target)
     path = Path(adapter)
     if not path.exists():
         raise missing(path)
-    model, unread = _model(base)
     try:
-        opened = open_adapter(path, adapter_name=adapter_name)
-        follows = scheme_named(opened.scheme).follows
-        if model is not None and (follows is not None or opened.unresolved):
-            opened = open_adapter(
-                path, adapter_name=adapter_name, base_modules=model.paths, base=model.told
-            )
+        opened = checks.open(path)
     except LoratoolError as error:
         return Findings([finding("LT000", error.where, error.what, error.hint)])
-    found: list[Finding] = []
-    try:
-        found += check_tensors(opened, deep=deep)
-        found += check_config(opened)
-        found += scheme_named(opened.scheme).settings.findings(opened)
-        if loader is not None:
-            found += check_for(opened, loader)
-    except AdapterError as error:
-        found.append(finding("LT015", error.where, error.what, error.hint))
-    if model is not None:
-        found += check_against_base(opened, model)
-    elif unread is not None:
-        found.append(unread)
-    else:
-        notes = training_notes(opened.base_model)
-        found += [finding("LT035", opened.path, note) for note in notes]
-    found.sort(key=lambda item: (SEVERITIES.index(item.severity), item.code))
-    return Findings(dict.fromkeys(found), "nothing is wrong with it")
+    return checks.findings(opened)
+
+
+def validate_many(
+    paths: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    recursive: bool = False,
+    base: str | PathLike[str] | None = None,
+    deep: bool = False,
+    adapter_name: str | None = None,
+    target: str | None = None,
+) -> Validations:
+    """Check many adapters, one after another; one that cannot be read does not stop the rest.
+
+    Going through the result yields what was found of each, or why it cannot be read, as it is
+    read; the base is opened once. Models in folders of adapters are left out, which a note says.
+
+    Args:
+        paths: Files and folders. Of a folder that is no adapter, every weights file in it is one,
+            and every folder in it that is.
+        recursive: Look into all folders.
+        base: As in :func:`validate`.
+        deep: As in :func:`validate`.
+        adapter_name: As in :func:`validate`.
+        target: As in :func:`validate`.
+
+    Raises:
+        LoratoolError: The base cannot be read, or there is no such loader.
+    """
+    from loratool.verbs.checks.many import Validations  # one path needs none of it
+
+    several = [paths] if isinstance(paths, str | PathLike) else paths
+    checks = Checks.of(base=base, deep=deep, adapter_name=adapter_name, target=target)
+    return Validations(several, checks, recursive=recursive)
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """What is checked.
+
+    Attributes:
+        loader: What the adapter is for, where that is asked.
+        model: The base that it should fit, opened.
+        unread: That the base is in codes which are known and not read.
+        deep: Whether tensors are read.
+        adapter_name: Which adapter, where there are several.
+    """
+
+    loader: Loader | None
+    model: Model | None
+    unread: Finding | None
+    deep: bool
+    adapter_name: str | None
+
+    @staticmethod
+    def of(
+        *,
+        base: str | PathLike[str] | None,
+        deep: bool,
+        adapter_name: str | None,
+        target: str | None,
+    ) -> Checks:
+        """Open what adapters are checked against.
+
+        Raises:
+            LoratoolError: The base cannot be read, or there is no such loader.
+        """
+        loader = loader_named(target) if target is not None else None
+        return Checks(loader, *_model(base), deep, adapter_name)
+
+    def open(self, path: Path) -> Adapter:
+        """Open an adapter, with the names of the base where it takes those.
+
+        Raises:
+            LoratoolError: It cannot be read.
+        """
+        model, name = self.model, self.adapter_name
+        opened = open_adapter(path, adapter_name=name)
+        follows = scheme_named(opened.scheme).follows
+        if model is None or (follows is None and not opened.unresolved):
+            return opened
+        return open_adapter(path, adapter_name=name, base_modules=model.paths, base=model.told)
+
+    def findings(self, opened: Adapter) -> Findings:
+        """Return everything that is wrong with an adapter.
+
+        Raises:
+            LoratoolError: The base is damaged.
+        """
+        found: list[Finding] = []
+        try:
+            found += check_tensors(opened, deep=self.deep)
+            found += check_config(opened)
+            found += scheme_named(opened.scheme).settings.findings(opened)
+            if self.loader is not None:
+                found += check_for(opened, self.loader)
+        except AdapterError as error:
+            found.append(finding("LT015", error.where, error.what, error.hint))
+        if self.model is not None:
+            found += check_against_base(opened, self.model)
+        elif self.unread is not None:
+            found.append(self.unread)
+        else:
+            notes = training_notes(opened.base_model)
+            found += [finding("LT035", opened.path, note) for note in notes]
+        found.sort(key=lambda item: (SEVERITIES.index(item.severity), item.code))
+        return Findings(dict.fromkeys(found), "nothing is wrong with it")
 
 
 def _model(base: str | PathLike[str] | None) -> tuple[Model | None, Finding | None]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from deltas import dense_deltas
 from safetensors.torch import load_file, save_file
 from samples import FIXTURES, lora
 
 import loratool
+from loratool.cli.main import cli
 from loratool.errors import AdapterError, LoratoolError, OptionError
 from loratool.files.spec import StoredTensor
 from loratool.plan import host
@@ -257,3 +262,68 @@ def test_layers_of_every_kind(name: str) -> None:
     names = [module for kind in found.kinds for module in kind.modules]
     count = len(loratool.open_adapter(FIXTURES / "adapters" / name).sites)
     assert len({*names, *found.alone}) == count
+
+
+# --------------------------------------------------------------- command line
+
+
+def run(*arguments: object) -> Result:
+    words = [str(argument) for argument in arguments]
+    return CliRunner().invoke(cli, words, standalone_mode=False)
+
+
+def test_a_folder_is_its_adapters(five: list[Path], tmp_path: Path) -> None:
+    found = loratool.compare(tmp_path)
+    assert sorted(found.adapters) == sorted(map(str, five))
+    assert not found.is_pair
+    (tmp_path / "inner").mkdir()
+    five[4].rename(tmp_path / "inner" / "else")
+    assert len(loratool.compare(tmp_path).adapters) == 4
+    assert len(loratool.compare(tmp_path, recursive=True).adapters) == 5
+    two = loratool.compare(five[:2], recursive=True)
+    assert len(two.as_json()["items"]) == 1
+
+
+def test_lines_and_rows_and_exit_statuses(five: list[Path], tmp_path: Path) -> None:
+    lines = run("compare", *five, "--jsonl").stdout.splitlines()
+    assert [json.loads(line)["schema"] for line in lines] == [1] * 10
+    rows = list(csv.DictReader(io.StringIO(run("compare", *five, "--csv").stdout)))
+    items = json.loads(run("compare", *five, "--json").stdout)["items"]
+    for row, item in zip(rows, items, strict=True):
+        assert (row["first"], row["second"]) == (item["first"], item["second"])
+        assert float(row["cosine"]) == item["cosine"]
+    assert run("compare", *five).return_value == 0
+    some = run("compare", *five[:2], tmp_path / "nothing", "--json")
+    assert some.return_value == 1
+    assert json.loads(some.stdout)["unread"][0]["path"] == str(tmp_path / "nothing")
+    assert isinstance(run("compare", five[0], tmp_path / "nothing").exception, LoratoolError)
+
+
+def test_patterns_weigh_each_of_many(five: list[Path]) -> None:
+    plain = loratool.compare(five[:3]).norms
+    found = loratool.compare(five[:3], weights=["2:k_proj=0", "0.5"]).norms
+    assert found[0] == pytest.approx(plain[0] / 2)
+    assert found[1] < plain[1]
+    assert found[2] == pytest.approx(plain[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--layers",), "those of one adapter"),
+        (("--random",), "one adapter or two"),
+    ],
+)
+def test_options_that_do_not_fit(five: list[Path], options: tuple[str, ...], words: str) -> None:
+    assert words in str(run("compare", *five, *options).exception)
+
+
+def test_layers_on_a_terminal(five: list[Path], make_adapter: Make) -> None:
+    tensors = {**lora("layers.0.q_proj", 14, 9), **lora("layers.1.q_proj", 14, 9)}
+    path = make_adapter(tensors, "layered", target_modules=["q_proj"])
+    text = run("compare", path, "--layers").stdout
+    assert "q_proj" in text and "by chance" in text
+    document = json.loads(run("compare", path, "--layers", "--json").stdout)
+    assert document["kinds"][0]["layers"] == ["0", "1"]
+    rows = list(csv.DictReader(io.StringIO(run("compare", path, "--layers", "--csv").stdout)))
+    assert float(rows[0]["phi_left"]) == document["kinds"][0]["phi_left"][0][1]

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
 from loratool.display.document import Block, Column, Document, Facts, Group, Row, Table
-from loratool.display.figures import human_bytes, human_count, span, sparkline
+from loratool.display.figures import counted, human_bytes, human_count, span, sparkline
 from loratool.display.folding import fold_names
 from loratool.names.sections import module_groups, section_of, shared_path
 from loratool.verbs.inspection.advised import advice_blocks
@@ -23,6 +23,11 @@ __all__ = ["adapter_document", "model_document"]
 SAID: Final = "general."
 """What the keys begin with of what a file says of any model."""
 LONG: Final = 80
+LONGEST: Final = 300
+"""How much of what an adapter says is shown; all of it is in the JSON."""
+MOST_TAGS: Final = 8
+SHORTEST: Final = 12
+"""How many digits of a hash tell files apart."""
 
 
 def adapter_document(info: AdapterInfo, *, unfolded: bool = False) -> Document:
@@ -37,10 +42,11 @@ def adapter_document(info: AdapterInfo, *, unfolded: bool = False) -> Document:
 
 def _adapter_blocks(info: AdapterInfo, unfolded: bool) -> Iterator[Block]:
     adapter = info.adapter
-    facts = [
+    facts: list[tuple[str, str]] = [
         ("adapter", str(adapter.path)),
         ("scheme", adapter.scheme),
-        ("base model", adapter.base_model or "not said"),
+        ("base model", info.about.base or "not said"),
+        *_said_of(info),
         ("parameters", human_count(adapter.parameters)),
         ("size", human_bytes(adapter.nbytes)),
         ("modules", str(len(info.modules))),
@@ -65,6 +71,54 @@ def _adapter_blocks(info: AdapterInfo, unfolded: bool) -> Iterator[Block]:
     )
     if info.advice is not None:
         yield from advice_blocks(info.advice)
+
+
+def _said_of(info: AdapterInfo) -> Iterator[tuple[str, str]]:
+    """Yield what an adapter says of itself beside its base, as far as it does."""
+    said = info.about
+    trained = (
+        _times(said.steps, "step"),
+        _times(said.epochs, "epoch"),
+        _times(said.images, "image"),
+        said.resolution,
+        _optimizer(said.optimizer),
+    )
+    shapes = [f"{shape} ({count})" for shape, count in said.buckets]
+    tags = [f"{tag} ({count})" for tag, count in said.tags]
+    hashes = {**said.hashes, **info.hashes}
+    for name, text in (
+        ("family", info.adapter.family or said.architecture),
+        ("title", said.title),
+        ("author", said.author),
+        ("licence", said.license),
+        ("trigger words", ", ".join(said.triggers)),
+        ("tags", ", ".join(_first(tags, MOST_TAGS))),
+        ("trained", ", ".join(filter(None, trained))),
+        ("buckets", ", ".join(_first(shapes, MOST_TAGS)) if len(shapes) > 1 else ""),
+        ("hashes", ", ".join(f"{name} {_short(name, text)}" for name, text in hashes.items())),
+    ):
+        if text:
+            yield name, text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def _times(count: int | None, noun: str) -> str:
+    return "" if count is None else counted(count, noun)
+
+
+def _first(texts: Sequence[str], count: int) -> list[str]:
+    return [*texts[:count], *(["…"] if len(texts) > count else [])]
+
+
+def _optimizer(text: str | None) -> str:
+    """Return the name of an optimiser without its package and its settings."""
+    return (text or "").partition("(")[0].rpartition(".")[2]
+
+
+def _short(name: str, text: str) -> str:
+    """Return a hash as short as tools show it."""
+    return (
+        text[:SHORTEST] if name in ("AutoV3", "sshs_model_hash", "modelspec.hash_sha256") else text
+    )
 
 
 def _modules(info: AdapterInfo, unfolded: bool) -> Table:
