@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from loratool.adapter.findings import Finding
     from loratool.errors import LoratoolError
+    from loratool.reports.page import write_page
+    from loratool.reports.pictures import plot
     from loratool.schemes.opening import open_adapter
     from loratool.verbs.algebra.result import AdapterReport
     from loratool.verbs.compare import Comparison, compare
@@ -49,11 +51,13 @@ __all__ = [
     "merge",
     "open_adapter",
     "plan_merge",
+    "plot",
     "rescale",
     "schemes",
     "truncate",
     "validate",
     "verify",
+    "write_page",
 ]
 
 __version__ = "0.1.0"
@@ -77,11 +81,13 @@ _PLACES: Final = {
     "merge": "loratool.verbs.merge",
     "open_adapter": "loratool.schemes.opening",
     "plan_merge": "loratool.verbs.merge",
+    "plot": "loratool.reports.pictures",
     "rescale": "loratool.verbs.rescale",
     "schemes": "loratool.verbs.schemes",
     "truncate": "loratool.verbs.truncate",
     "validate": "loratool.verbs.validate",
     "verify": "loratool.verbs.verify",
+    "write_page": "loratool.reports.page",
 }
 
 

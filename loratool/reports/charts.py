@@ -23,7 +23,8 @@ __all__ = ["Chart", "Curve", "Curves", "Heat", "Report", "charts_of", "is_drawn"
 Report = AdapterInfo | Comparison | LayerComparison | ExtractReport | AdapterReport
 MOST_CURVES: Final = 12
 MOST_ROWS: Final = 64
-MOST_KINDS: Final = 16
+MOST_CELLS: Final = 40_000
+"""Of all pictures of layers together."""
 NUMBERED: Final = 24
 """Adapters whose cosines are written into their cells."""
 
@@ -231,7 +232,12 @@ def _of_many(found: Comparison) -> Heat:
 
 def _of_layers(found: LayerComparison) -> tuple[Chart, ...]:
     charts: list[Chart] = []
-    for kind in found.kinds[:MOST_KINDS]:
+    room = MOST_CELLS
+    for kind in found.kinds:
+        cells = 2 * len(kind.layers) ** 2
+        if charts and cells > room:  # the table has all of them
+            continue
+        room -= cells
         for side, table, expected in zip(
             ("left (B)", "right (A)"), (kind.left, kind.right), kind.expected, strict=True
         ):

@@ -18,7 +18,7 @@ from loratool.display.html import fragment, hypertext
 from loratool.display.shown import Shown
 from loratool.errors import LoratoolError, OptionError, OutputError, printable
 from loratool.files.atomic import check_output, staged
-from loratool.reports.charts import charts_of, is_drawn, title_of
+from loratool.reports.charts import Heat, charts_of, is_drawn, title_of
 from loratool.reports.svg import drawing
 from loratool.verbs.inspect import AdapterInfo
 from loratool.verbs.inspection.many import Inspections
@@ -29,6 +29,8 @@ __all__ = ["check_page", "page", "write_page"]
 FORMATS: Final = (".html", ".htm")
 LONGEST: Final = 240
 """Characters of one text; names in files can be megabytes."""
+MOST_TOLD: Final = 8000
+"""Cells of all heat maps up to which each tells a pointer its number."""
 MOST_ROWS: Final = 400
 """Rows of one table; what is more is said to be there."""
 
@@ -111,9 +113,10 @@ def _sections(report: Shown) -> Iterator[tuple[str, str]]:
         yield "Summary", fragment(Document(others, document.notes))
     charts = charts_of(report) if is_drawn(report) else ()
     if charts:
+        cells = sum(len(c.rows) * len(c.columns) for c in charts if isinstance(c, Heat))
         figures = (
             f"<figure><figcaption>{hypertext(_cut(chart.title))}</figcaption>"
-            f'<div class="chart">{drawing(chart)}</div></figure>'
+            f'<div class="chart">{drawing(chart, is_told=cells <= MOST_TOLD)}</div></figure>'
             for chart in charts
         )
         yield "Pictures", f'<div class="charts">{"".join(figures)}</div>'

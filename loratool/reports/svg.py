@@ -35,8 +35,10 @@ NARROWEST: Final = 5
 HEIGHT: Final = 300
 BAR: Final = 90
 """Pixels of the bar of colours with its numbers."""
-TOLD: Final = 2500
+TOLD: Final = 1600
 """Cells up to which each tells its number to a pointer."""
+SHADES: Final = 48
+"""Colours of the cells of larger charts."""
 BANDS: Final = 0.5
 """How dark all bands are together."""
 NUMBERED: Final = 34
@@ -45,14 +47,19 @@ BRIGHT: Final = 0.6
 """How far towards its highest colour a cell is dark on the scale of two signs, or bright."""
 
 
-def drawing(chart: Chart) -> str:
-    """Return a chart as one ``svg`` element; its title is not in it."""
+def drawing(chart: Chart, *, is_told: bool = True) -> str:
+    """Return a chart as one ``svg`` element; its title is not in it.
+
+    Args:
+        chart: What to draw.
+        is_told: Whether each cell of a heat map tells a pointer its number, if they are not many.
+    """
     if isinstance(chart, Heat):
-        return _heat(chart)
+        return _heat(chart, is_told=is_told)
     return _curves(chart)
 
 
-def _heat(chart: Heat) -> str:
+def _heat(chart: Heat, *, is_told: bool) -> str:
     if not any(value is not None for row in chart.values for value in row):
         return "<p>nothing to show</p>"
     rows, columns = len(chart.rows), len(chart.columns)
@@ -65,27 +72,9 @@ def _heat(chart: Heat) -> str:
     is_turned = longest > 4
     below = 14 + (CHARACTER * longest * 0.75 if is_turned else 6) + (18 if chart.x else 0)
     body_width, body_height = across * columns, down * rows
-    low, high = chart.limits
-    palette = DIVERGING if chart.is_diverging else SEQUENTIAL
     width, height = left + body_width + BAR, max(body_height, 120) + below + 8
     parts = [f'<rect class="ground" {_box(left, 4, body_width, body_height)}/>']
-    is_told = rows * columns <= TOLD
-    for i, row in enumerate(chart.values):
-        for j, value in enumerate(row):
-            if value is None:
-                continue
-            share = (value - low) / (high - low)
-            x, y = left + across * j, 4 + down * i
-            box = f'{_box(x, y, across, down)} fill="{_colour(palette, share)}"'
-            told = f"{printable(chart.rows[i])}, {printable(chart.columns[j])}: {value:.4g}"
-            parts.append(
-                f"<rect {box}><title>{escape(told[-200:])}</title></rect>"
-                if is_told
-                else f"<rect {box}/>"
-            )
-            if chart.is_numbered:
-                shade = "#fff" if abs(2 * share - 1) > BRIGHT else "#111"
-                parts.append(_text(x + across / 2, y + down / 2 + 4, f"{value:z.2f}", "m", shade))
+    parts += (_told if is_told and rows * columns <= TOLD else _packed)(chart, left, across, down)
     step = math.ceil(12 / down)
     parts += [
         _text(left - 5, 4 + down * (i + 0.5) + 4, names[i], "e") for i in range(0, rows, step)
@@ -96,8 +85,50 @@ def _heat(chart: Heat) -> str:
         turn = f' transform="rotate(-45 {x:.0f} {y:.0f})"' if is_turned else ""
         parts.append(_text(x, y, heads[j], "e" if is_turned else "m", turn=turn))
     parts += _axes(chart.x, chart.y, left, body_width, body_height, body_height + below + 2)
-    parts += _bar(left + body_width + 14, palette, low, high, max(body_height, 100))
+    palette = DIVERGING if chart.is_diverging else SEQUENTIAL
+    parts += _bar(left + body_width + 14, palette, *chart.limits, max(body_height, 100))
     return _svg(width, height, parts, chart.title)
+
+
+def _told(chart: Heat, left: float, across: float, down: float) -> Iterator[str]:
+    """Yield every cell as an element of its own, which tells a pointer what it is."""
+    for i, j, value, share in _cells(chart):
+        x, y = left + across * j, 4 + down * i
+        told = f"{printable(chart.rows[i])}, {printable(chart.columns[j])}: {value:.4g}"
+        fill = _colour(DIVERGING if chart.is_diverging else SEQUENTIAL, share)
+        title = f"<title>{escape(told[-200:])}</title>"
+        yield f'<rect {_box(x, y, across, down)} fill="{fill}">{title}</rect>'
+        if chart.is_numbered:
+            shade = "#fff" if abs(2 * share - 1) > BRIGHT else "#111"
+            yield _text(x + across / 2, y + down / 2 + 4, f"{value:z.2f}", "m", shade)
+
+
+def _packed(chart: Heat, left: float, across: float, down: float) -> Iterator[str]:
+    """Yield all cells of one colour as one element, neighbours in one stroke."""
+    strokes: dict[int, list[list[int]]] = {}
+    for i, j, _, share in _cells(chart):
+        there = strokes.setdefault(round(share * SHADES), [])
+        if there and there[-1][0] == i and there[-1][1] + there[-1][2] == j:
+            there[-1][2] += 1
+        else:
+            there.append([i, j, 1])
+    palette = DIVERGING if chart.is_diverging else SEQUENTIAL
+    for shade, runs in sorted(strokes.items()):
+        moves = (
+            f"M{left + across * j:.1f} {4 + down * (i + 0.5):.1f}h{across * count:.1f}"
+            for i, j, count in runs
+        )
+        colour = _colour(palette, shade / SHADES)
+        yield f'<path stroke="{colour}" stroke-width="{down + 0.4:.1f}" d="{"".join(moves)}"/>'
+
+
+def _cells(chart: Heat) -> Iterator[tuple[int, int, float, float]]:
+    """Yield row, column, number and how far up the colours it is, of every cell with a number."""
+    low, high = chart.limits
+    for i, row in enumerate(chart.values):
+        for j, value in enumerate(row):
+            if value is not None:
+                yield i, j, value, (value - low) / (high - low)
 
 
 def _bar(x: float, palette: Sequence[str], low: float, high: float, room: float) -> Iterator[str]:

@@ -251,8 +251,13 @@ def _groups(joints: Sequence[Joint], adapter: Adapter) -> dict[str, list[Member]
             label += f" expert {'.'.join(map(str, experts))}"
         if names.count((component, kind, experts)) > 1:
             label += f" {shape[0]} × {shape[1]}"
-        groups[label] = members
+        groups[label] = sorted(members, key=lambda member: _depth(member[1]))
     return groups
+
+
+def _depth(position: Position) -> tuple[str, tuple[int, ...]]:
+    """Return what layers are ordered by: the stretch of a U-Net, then their numbers."""
+    return position.section, position.numbers
 
 
 def _subspaces(joint: Joint, adapter: Adapter, most: int | None, mover: Mover) -> _Subspaces:
