@@ -72,7 +72,7 @@ def _heat(chart: Heat, *, is_told: bool) -> str:
     is_turned = longest > 4
     below = 14 + (CHARACTER * longest * 0.75 if is_turned else 6) + (18 if chart.x else 0)
     body_width, body_height = across * columns, down * rows
-    width, height = left + body_width + BAR, max(body_height, 120) + below + 8
+    width, height = left + body_width + BAR, max(body_height + below, 130) + 8
     parts = [f'<rect class="ground" {_box(left, 4, body_width, body_height)}/>']
     parts += (_told if is_told and rows * columns <= TOLD else _packed)(chart, left, across, down)
     step = math.ceil(12 / down)
@@ -115,11 +115,11 @@ def _packed(chart: Heat, left: float, across: float, down: float) -> Iterator[st
     palette = DIVERGING if chart.is_diverging else SEQUENTIAL
     for shade, runs in sorted(strokes.items()):
         moves = (
-            f"M{left + across * j:.1f} {4 + down * (i + 0.5):.1f}h{across * count:.1f}"
+            f"M{left + across * j:.1f} {4 + down * (i + 0.5):.1f}h{across * count + 0.3:.1f}"
             for i, j, count in runs
         )
         colour = _colour(palette, shade / SHADES)
-        yield f'<path stroke="{colour}" stroke-width="{down + 0.4:.1f}" d="{"".join(moves)}"/>'
+        yield f'<path class="cells" stroke="{colour}" stroke-width="{down + 0.4:.1f}" d="{"".join(moves)}"/>'
 
 
 def _cells(chart: Heat) -> Iterator[tuple[int, int, float, float]]:
