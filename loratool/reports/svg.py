@@ -119,7 +119,8 @@ def _packed(chart: Heat, left: float, across: float, down: float) -> Iterator[st
             for i, j, count in runs
         )
         colour = _colour(palette, shade / SHADES)
-        yield f'<path class="cells" stroke="{colour}" stroke-width="{down + 0.4:.1f}" d="{"".join(moves)}"/>'
+        stroke = f'stroke="{colour}" stroke-width="{down + 0.4:.1f}"'
+        yield f'<path class="cells" {stroke} d="{"".join(moves)}"/>'
 
 
 def _cells(chart: Heat) -> Iterator[tuple[int, int, float, float]]:
