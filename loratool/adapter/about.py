@@ -16,7 +16,6 @@ from typing import Any, Final
 from loratool.adapter.model import Adapter
 from loratool.errors import FileFormatError
 from loratool.files.json import read_json_object
-from loratool.files.yaml import read_front_matter
 
 __all__ = ["About", "about", "without_pictures"]
 
@@ -183,7 +182,7 @@ class _Beside:
             **matrix,
         }
         is_own = adapter.path != file or adapter.config is not None
-        self.card = self._read(file.parent / CARD, read_front_matter) if is_own else {}
+        self.card = self._read(file.parent / CARD, _front_matter) if is_own else {}
 
     def _read(self, path: Path, read: Any) -> dict[str, Any]:
         if not path.is_file():
@@ -195,6 +194,12 @@ class _Beside:
             return {}
         self.sources.append(path.name)
         return found
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    from loratool.files.yaml import read_front_matter  # few have a card
+
+    return read_front_matter(path)
 
 
 @dataclass(frozen=True, slots=True)

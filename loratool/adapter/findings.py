@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from loratool.display.document import Document, Remark, Remarks
 from loratool.display.shown import Shown
+
+if TYPE_CHECKING:
+    from loratool.display.document import Document
 
 __all__ = ["CODES", "SEVERITIES", "Finding", "Findings", "finding"]
 
@@ -132,6 +134,8 @@ class Findings(Shown, tuple[Finding, ...]):
 
     def document(self) -> Document:
         """Return what people see of it."""
+        from loratool.display.document import Document, Remark, Remarks
+
         remarks = (
             Remark(item.severity, item.code, item.where, item.message, item.hint or "")
             for item in self

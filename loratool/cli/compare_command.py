@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loratool.cli import many, options, render
+from loratool.cli import options, render
 from loratool.cli.drawings import check_drawings, write_drawings
 from loratool.cli.help import GroupedCommand
 from loratool.errors import OptionError
@@ -20,7 +20,7 @@ __all__ = ["command"]
 
 @click.command("compare", cls=GroupedCommand)
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
-@many.recursive
+@options.recursive
 @options.weights
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
 @click.option("--layers", is_flag=True, help="Of one adapter: how alike its layers are.")
@@ -42,8 +42,8 @@ __all__ = ["command"]
 @options.threads
 @options.no_progress
 @options.as_json
-@many.as_jsonl
-@many.as_csv
+@options.as_jsonl
+@options.as_csv
 @options.debug
 def command(
     adapters: tuple[Path, ...],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from loratool.cli import many, options, render
+from loratool.cli import options, render
 from loratool.cli.help import GroupedCommand
 from loratool.errors import OptionError
 from loratool.verbs.inspect import AdapterInfo, inspect, inspect_many
@@ -17,14 +17,14 @@ __all__ = ["command"]
 
 @click.command("inspect", cls=GroupedCommand)
 @click.argument("paths", type=options.PATH, nargs=-1, required=True, metavar="PATH...")
-@many.recursive
+@options.recursive
 @click.option("--modules", is_flag=True, help="One row for each module, nothing folded.")
 @click.option("--spectrum", is_flag=True, help="Read the factors too: singular values, norms.")
 @click.option("--hashes", is_flag=True, help="Read the files too: AutoV1, AutoV2, AutoV3, SHA-256.")
 @click.option(
     "--duplicates", is_flag=True, help="Say which adapters have the same content, by its values."
 )
-@many.sort
+@options.sort
 @options.plot
 @options.report
 @options.force
@@ -32,8 +32,8 @@ __all__ = ["command"]
 @options.threads
 @options.no_progress
 @options.as_json
-@many.as_jsonl
-@many.as_csv
+@options.as_jsonl
+@options.as_csv
 @options.debug
 def command(
     paths: tuple[Path, ...],
@@ -73,13 +73,15 @@ def command(
 
         check_drawings(plot, report, force=force, inputs=paths)
     of_modules = len(paths) == 1 and (modules or spectrum)
-    is_many = many.are_many(
+    is_many = options.are_many(
         paths,
         recursive=recursive,
         adapter_name=adapter_name,
         asks_for_rows=sort is not None or duplicates or (as_csv and not of_modules),
     )
     if is_many:
+        from loratool.cli.many import tell
+
         _check_alone(modules=modules, plot=plot is not None)
         found = inspect_many(
             paths,
@@ -94,7 +96,7 @@ def command(
             from loratool.cli.drawings import write_drawings
 
             write_drawings(found, None, report, force=force)
-        return many.tell(found, as_json=as_json, as_jsonl=as_jsonl, as_csv=as_csv, sort=sort)
+        return tell(found, as_json=as_json, as_jsonl=as_jsonl, as_csv=as_csv, sort=sort)
     (path,) = paths
     reads = spectrum or plot is not None or report is not None
     with render.progress_bar("reading", quiet=quiet or not reads) as progress:

@@ -6,7 +6,6 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,39 +13,9 @@ import click
 from loratool.cli import render
 from loratool.cli.failures import FAILURE
 from loratool.errors import OptionError, nearest_name, printable
-from loratool.schemes.folders import is_collection
 from loratool.verbs.many import Many, Record, Unread
 
-__all__ = ["are_many", "as_csv", "as_jsonl", "recursive", "sort", "tell"]
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-recursive: Decorator = click.option(
-    "--recursive", is_flag=True, help="Look into all folders in the folders that are named."
-)
-sort: Decorator = click.option(
-    "--sort", metavar="COLUMN", help="Sort rows by this column; -COLUMN from the largest on."
-)
-as_jsonl: Decorator = click.option(
-    "--jsonl", "as_jsonl", is_flag=True, help="Print one JSON document a line, as it is read."
-)
-as_csv: Decorator = click.option("--csv", "as_csv", is_flag=True, help="Print rows as CSV.")
-
-
-def are_many(
-    paths: Sequence[Path], *, recursive: bool, adapter_name: str | None, asks_for_rows: bool
-) -> bool:
-    """Whether rows are asked for: of several paths, of all folders, or of a folder of adapters.
-
-    Args:
-        paths: What was named.
-        recursive: Whether all folders are looked into.
-        adapter_name: Which adapter of a folder of several is meant.
-        asks_for_rows: Whether an option asks for rows, even of one path.
-    """
-    if len(paths) > 1 or recursive or asks_for_rows:
-        return True
-    return adapter_name is None and is_collection(paths[0])
+__all__ = ["tell"]
 
 
 def tell(

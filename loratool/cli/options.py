@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ __all__ = [
     "PATH",
     "adapter_name",
     "alpha",
+    "are_many",
+    "as_csv",
     "as_json",
+    "as_jsonl",
     "debug",
     "device",
     "dry_run",
@@ -27,7 +30,9 @@ __all__ = [
     "plot",
     "quiet",
     "report",
+    "recursive",
     "skip",
+    "sort",
     "target",
     "threads",
     "to",
@@ -235,3 +240,33 @@ plot: Decorator = click.option(
 report: Decorator = click.option(
     "--report", type=PATH, metavar="FILE", help="Write it as one page: an .html file."
 )
+recursive: Decorator = click.option(
+    "--recursive", is_flag=True, help="Look into all folders in the folders that are named."
+)
+sort: Decorator = click.option(
+    "--sort", metavar="COLUMN", help="Sort rows by this column; -COLUMN from the largest on."
+)
+as_jsonl: Decorator = click.option(
+    "--jsonl", "as_jsonl", is_flag=True, help="Print one JSON document a line, as it is read."
+)
+as_csv: Decorator = click.option("--csv", "as_csv", is_flag=True, help="Print rows as CSV.")
+
+
+def are_many(
+    paths: Sequence[Path], *, recursive: bool, adapter_name: str | None, asks_for_rows: bool
+) -> bool:
+    """Whether rows are asked for: of several paths, of all folders, or of a folder of adapters.
+
+    Args:
+        paths: What was named.
+        recursive: Whether all folders are looked into.
+        adapter_name: Which adapter of a folder of several is meant.
+        asks_for_rows: Whether an option asks for rows, even of one path.
+    """
+    if len(paths) > 1 or recursive or asks_for_rows:
+        return True
+    if adapter_name is not None or not paths[0].is_dir():
+        return False
+    from loratool.schemes.folders import is_collection
+
+    return is_collection(paths[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loratool.cli import many, options, render
+from loratool.cli import options, render
 from loratool.cli.help import GroupedCommand
 from loratool.verbs.validate import validate, validate_many
 
@@ -17,17 +17,17 @@ __all__ = ["command"]
 
 @click.command("validate", cls=GroupedCommand)
 @click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
-@many.recursive
+@options.recursive
 @click.option("--base", type=options.PATH, help="The model that it should fit.")
 @click.option(
     "--deep", is_flag=True, help="Read the tensors too: NaN, infinity, untrained factors."
 )
 @options.target("Also find what this loader would refuse or misread.")
-@many.sort
+@options.sort
 @options.adapter_name
 @options.as_json
-@many.as_jsonl
-@many.as_csv
+@options.as_jsonl
+@options.as_csv
 @options.debug
 def command(
     adapters: tuple[Path, ...],
@@ -59,14 +59,16 @@ def command(
         "adapter_name": adapter_name,
         "target": target,
     }
-    is_many = many.are_many(
+    is_many = options.are_many(
         adapters,
         recursive=recursive,
         adapter_name=adapter_name,
         asks_for_rows=sort is not None or as_csv,
     )
     if is_many:
-        return many.tell(
+        from loratool.cli.many import tell
+
+        return tell(
             validate_many(adapters, recursive=recursive, **settings),
             is_bad=lambda one: not one.findings.ok,
             as_json=as_json,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -28,9 +27,7 @@ GAP: Final = "  "
 """What stands between columns."""
 NARROWEST: Final = 24
 """A column of folded names is not made narrower than this, or than its longest piece."""
-NUMBER: Final = re.compile(
-    r"-|×? ?-?[\d.,]+(e[+-]?\d+)?( %|%| [kMGT]?B)?( to -?[\d.,]+(e[+-]?\d+)?)?"
-)
+UNITS: Final = (" %", "%", " kB", " MB", " GB", " TB", " B")
 
 Clean = Callable[[object], str]
 
@@ -62,8 +59,20 @@ def lines_of(document: Document, width: int | None, clean: Clean = printable) ->
 
 
 def is_number(cell: Cell) -> bool:
-    """Whether a cell is a number, a size or a range of numbers."""
-    return isinstance(cell, int) or (isinstance(cell, str) and NUMBER.fullmatch(cell) is not None)
+    """Whether a cell is a number, a size or a range of numbers, or a dash in place of one."""
+    if not isinstance(cell, str):
+        return isinstance(cell, int)
+    text = cell.removeprefix("× ")
+    unit = next((unit for unit in UNITS if text.endswith(unit)), "")
+    return cell == "-" or all(map(_is_figure, text.removesuffix(unit).split(" to ")))
+
+
+def _is_figure(text: str) -> bool:
+    try:
+        float(text.replace(",", ""))
+    except ValueError:
+        return False
+    return text[-1].isdigit()  # and no word for what is none
 
 
 @dataclass(frozen=True, slots=True)

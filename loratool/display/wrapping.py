@@ -13,7 +13,7 @@ JOINT: Final = re.compile(r"(?<=[\s/\\])(?=\S)|(?<=[^\d.]\.)(?=[^\s.])|(?<=[^.]\
 
 Numbers (``0.25``, ``1e-05``) and ranges of them (``{0..31}``) are no joints.
 """
-FINER: Final = re.compile(rf"(?<=_)(?=[^_])|(?<=-)(?=[^\d-])|(?<=,)(?=\S)|{JOINT.pattern}")
+FINER: Final = rf"(?<=_)(?=[^_])|(?<=-)(?=[^\d-])|(?<=,)(?=\S)|{JOINT.pattern}"
 """Where pieces are folded that are wider than a line."""
 INDENT: Final = "  "
 """What further lines of one text begin with."""
@@ -68,7 +68,7 @@ def _pieces(text: str, width: int) -> Iterator[str]:
         if width_of(whole.rstrip()) <= width:
             yield whole
             continue
-        for part in FINER.split(whole):
+        for part in re.split(FINER, whole):
             yield from _cut(part, width)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.adapter.model import Adapter, Site
 from loratool.base.region import Region
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import MergeError
 from loratool.files.container import Layout, WeightsFile
@@ -22,6 +21,9 @@ from loratool.plan.lanes import Spot, Task
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork
 from loratool.plan.sidecar import Sidecar, files_read
+
+if TYPE_CHECKING:
+    from loratool.display.document import Document
 
 __all__ = [
     "PROCESS_BYTES",

@@ -15,6 +15,8 @@ from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder
 from loratool.schemes import sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
+from loratool.schemes.detection import distributed
+from loratool.schemes.ranks import weights_of_ranks
 
 __all__ = ["Place", "is_collection", "places"]
 
@@ -146,6 +148,8 @@ class _Folder:
             return "adapter"
         if not self.names.isdisjoint(OF_MODELS) or any(map(is_index, self.names)):
             return "model"
+        if distributed(self.path) is not None or weights_of_ranks(self.path) is not None:
+            return "model"  # or an adapter: in either case in many files
         if self.weights and all(SHARD.fullmatch(file.name) for file in self.weights):
             return "model"
         if len(self.weights) == 1 and is_alone:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.adapter.model import Adapter
 from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
 from loratool.base.told import open_told
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import LoratoolError, OptionError
 from loratool.files.atomic import check_output
@@ -31,6 +30,9 @@ from loratool.verbs.conversion.contents import Conversion, converted
 from loratool.verbs.conversion.refusals import check_options
 from loratool.write.options import WriteOptions
 from loratool.write.write import write
+
+if TYPE_CHECKING:
+    from loratool.display.document import Document
 
 __all__ = ["NAMINGS", "ConvertReport", "convert"]
 

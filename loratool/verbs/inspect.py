@@ -16,7 +16,6 @@ from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.recognise import looks_like_adapter
 from loratool.adapter.wrapped import factor_names
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import (
     BaseModelError,
@@ -34,6 +33,7 @@ from loratool.schemes.opening import open_adapter
 if TYPE_CHECKING:
     from loratool.base.model import Model, Quantization
     from loratool.verbs.advice import Advice
+    from loratool.display.document import Document
     from loratool.verbs.inspection.many import Inspections
     from loratool.verbs.spectrum import Spectrum
 

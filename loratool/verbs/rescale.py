@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.adapter.fields import LARGEST_NUMBER
 from loratool.adapter.model import Adapter, Site
 from loratool.adapter.problems import plain_hint
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import Slot
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
@@ -48,6 +47,9 @@ from loratool.write.metadata import kept_metadata
 from loratool.write.options import WriteOptions
 from loratool.write.refusals import check_names
 from loratool.write.sidecars import carried_files
+
+if TYPE_CHECKING:
+    from loratool.display.document import Document
 
 __all__ = ["RescaleReport", "rescale"]
 

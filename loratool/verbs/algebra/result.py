@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.files.atomic import check_output
 from loratool.plan.adapter import AdapterPlan
@@ -19,6 +18,9 @@ from loratool.verbs.algebra.combination import Combination
 from loratool.verbs.algebra.modules import Joint
 from loratool.verbs.algebra.ranks import Truncation, choose_ranks, full_ranks
 from loratool.verbs.algebra.sums import ModuleReport, SumOfDeltas, joint_spectra
+
+if TYPE_CHECKING:
+    from loratool.display.document import Document
 
 __all__ = ["AdapterReport", "finish"]
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapter.model import Adapter
 from loratool.adapter.problems import check_plain, check_sound
 from loratool.base.told import open_told
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.errors import AdapterError, OptionError
 from loratool.math.factored import factor
@@ -28,6 +27,9 @@ from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.modules import Joint, join
 from loratool.verbs.comparison.modules import NAN_HINT, Mover, continued, deltas_of, rank
 from loratool.verbs.comparison.result import Matrix
+
+if TYPE_CHECKING:
+    from loratool.display.document import Document
 
 __all__ = ["KindOfModule", "LayerComparison", "compare_layers"]
 

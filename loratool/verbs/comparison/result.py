@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.math.clustering import Joining
 from loratool.names.kinds import positions_of
+
+if TYPE_CHECKING:
+    from loratool.display.document import Document
 
 __all__ = ["Baseline", "Comparison", "Matrix", "ModuleComparison", "Pair"]
 

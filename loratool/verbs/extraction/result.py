@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from loratool.display.document import Document
 from loratool.display.shown import Shown
 from loratool.plan.adapter import PYTHON_BYTES, AdapterPlan
 from loratool.verbs.extraction.difference import ModuleResult
+
+if TYPE_CHECKING:
+    from loratool.display.document import Document
 
 __all__ = ["ExtractReport", "LeftoverChange"]
 
