@@ -14,14 +14,17 @@ from typing import Any, ClassVar, Final
 
 __all__ = [
     "CODES",
+    "SPOKEN",
     "AdapterError",
     "BaseModelError",
     "FileFormatError",
     "FullDiskError",
+    "HubError",
     "LoratoolError",
     "MergeError",
     "MissingFileError",
     "MissingFolderError",
+    "MissingModelError",
     "MissingModuleError",
     "OptionError",
     "OutputDeniedError",
@@ -33,6 +36,7 @@ __all__ = [
     "UnsupportedError",
     "nearest_name",
     "printable",
+    "spoken",
     "unreadable",
 ]
 
@@ -51,6 +55,7 @@ CODES: Final = {
     "LT311": "the output may not be written",
     "LT312": "the disk is full",
     "LT313": "a plug-in is wrong",
+    "LT314": "the hub does not give it",
     "LT320": "out of memory",
     "LT321": "no more threads",
     "LT322": "interrupted",
@@ -144,6 +149,18 @@ class ReadingDeniedError(UnreadableError, PermissionError):
     """A file or folder that this user may not read."""
 
     number = errno.EACCES
+
+
+class HubError(LoratoolError):
+    """A model of the Hugging Face hub that is not in the cache and cannot be fetched."""
+
+    code = "LT314"
+
+
+class MissingModelError(HubError, MissingFileError):
+    """A name of which there is nothing: on the disk, in the cache of the hub, or there."""
+
+    code = "LT301"
 
 
 class AdapterError(LoratoolError):
@@ -256,6 +273,17 @@ def unreadable(where: object, error: OSError, *, hint: str | None = None) -> Unr
     return kind(where, what, hint=hint, number=error.errno)
 
 
+SPOKEN: dict[str, str] = {}
+"""Paths on the disk that stand for something else, and what that is called."""
+
+
+def spoken(text: str) -> str:
+    """Return ``text`` with what paths stand for in their place."""
+    for path, name in SPOKEN.items():
+        text = text.replace(path, name)
+    return text
+
+
 def printable(text: object) -> str:
     """Return ``text`` with every control, format and bidirectional character escaped.
 
@@ -263,5 +291,5 @@ def printable(text: object) -> str:
     """
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in str(text)
+        for char in spoken(str(text))
     )

@@ -229,6 +229,9 @@ def _with_untold(sites: list[Site], extras: list[Extra]) -> tuple[list[Site], li
             kept.append(extra)
             continue
         site = sites[index]
+        if extra.tensor in site.settings.values():  # it is shared by several
+            kept.append(extra)
+            continue
         if _is_of_training(extra, leaf, site):
             kept.append(replace(extra, kind=ExtraKind.STATE))
             continue

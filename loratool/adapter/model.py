@@ -300,10 +300,12 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Number of elements in all its tensors but for alphas, which nobody trains."""
-        stored = sum(tensor.spec.elements for tensor in self.tensors.values())
-        alphas = (site.slots[Slot.ALPHA] for site in self.sites if Slot.ALPHA in site.slots)
-        return stored - sum(alpha.spec.elements for alpha in alphas)
+        """Number of trained numbers: elements of all tensors but alphas, which nobody trains."""
+        alphas = {
+            site.slots[Slot.ALPHA].spec.name for site in self.sites if Slot.ALPHA in site.slots
+        }
+        specs = (tensor.spec for tensor in self.tensors.values())
+        return sum(spec.elements for spec in specs if spec.name not in alphas)
 
     @property
     def nbytes(self) -> int:

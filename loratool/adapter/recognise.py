@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Final
 
-__all__ = ["PEFT_TYPES", "describe_keys", "looks_like_adapter"]
+__all__ = ["PEFT_TYPES", "describe_keys", "looks_like_adapter", "looks_like_model"]
 
 PEFT_TYPES: Final = {
     "PROMPT_TUNING": "a trained prompt, not a change of weights",
@@ -20,16 +20,17 @@ PEFT_TYPES: Final = {
     "POLY": "a router that mixes adapters by task; no fixed weights equal it",
     "LILY": "a router that mixes factors by input; no fixed weights equal it",
     "SHADOW": "a small model beside the large one; no weights of that equal it",
-    "PEANUT": "a small network of the weight, whose layers are not linear",
-    "PSOFT": "rotations of the base's own leading directions, not read yet",
-    "OSF": "a decomposition of the base's own weights, not read yet",
-    "FROD": "factors in directions of the base's own weights, not read yet",
-    "ADAMSS": "factors of parts of the base's own weights, not read yet",
+    "PSOFT": "rotations of singular vectors of the base, whose signs differ between machines",
+    "FROD": "factors in directions shared by modules of the live model, not read yet",
+    "ADAMSS": "factors of clusters of the base's singular vectors, which differ between machines",
 }
 """What the commonest types are; the others are named as they are."""
 
 CONTROL: Final = "lora_controlnet"
 """The empty tensor by which ComfyUI knows a control-LoRA, most of whose keys are a model's."""
+
+LEAVES: Final = (".weight", ".bias", ".weight_scale", ".weight_scale_inv", ".input_scale")
+"""How names of a model's tensors end."""
 
 FORMS: Final[tuple[tuple[str, str], ...]] = (
     (
@@ -60,6 +61,17 @@ def looks_like_adapter(keys: Collection[str], forms: Sequence[tuple[str, str]] =
         2 * sum(1 for key in keys if re.search(pattern, key)) >= len(keys)
         for pattern, _ in (*forms, *FORMS)
     )
+
+
+def looks_like_model(keys: Collection[str], forms: Sequence[tuple[str, str]] = ()) -> bool:
+    """Whether ``keys``, none of them a factor that is known, are those of a model's weights.
+
+    Args:
+        keys: The keys of a file.
+        forms: What keys look like that schemes know, with what they are.
+    """
+    weights = sum(1 for key in keys if key.endswith(LEAVES))
+    return bool(keys) and 10 * weights >= 9 * len(keys) and not looks_like_adapter(keys, forms)
 
 
 def describe_keys(keys: Collection[str], forms: Sequence[tuple[str, str]] = ()) -> str:

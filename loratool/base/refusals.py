@@ -65,6 +65,12 @@ def check_base(model: Model) -> list[str]:
         FileFormatError: There are scales of weights that are missing.
         UnsupportedError: There are such codes.
     """
+    if model.factors and not _has_weights(model):
+        raise BaseModelError(
+            model.path,
+            "is an adapter, not a model",
+            hint="give the model that it was trained on; a BASE comes before the adapters",
+        )
     if model.factors:
         raise BaseModelError(
             model.path,
@@ -108,6 +114,12 @@ def check_base(model: Model) -> list[str]:
     if method and not is_coded:
         return [f"the base's config.json names the quantisation {method!r}, its weights are not"]
     return []
+
+
+def _has_weights(model: Model) -> bool:
+    """Whether a model with the factors of an adapter in it has anything beside them."""
+    factors = set(model.factors)
+    return any(name.endswith((".weight", ".bias")) and name not in factors for name in model.raw)
 
 
 def _has_weight(scale: str, model: Model) -> bool:

@@ -28,7 +28,7 @@ __all__ = ["command"]
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random matrices.")
 @click.option(
     "--directions",
-    type=click.IntRange(1),
+    type=options.Whole(1),
     metavar="N",
     help="Singular directions to tabulate; by default 8, and 64 of the larger of unequal ranks.",
 )

@@ -42,11 +42,11 @@ __all__ = ["command"]
 @click.option("--component", type=COMPONENT, help="Write one component alone.")
 @click.option("--to-lora", is_flag=True, help="Write LoHa, LoKr, DoRA and others as plain LoRA.")
 @click.option(
-    "--rank", type=click.IntRange(1), metavar="R", help="Rank of what --to-lora approximates."
+    "--rank", type=options.Whole(1), metavar="R", help="Rank of what --to-lora approximates."
 )
 @click.option("--fold", is_flag=True, help="Multiply every scale into B.")
 @click.option(
-    "--pad", type=click.IntRange(1), metavar="R", help="Fill every module to this rank with zeros."
+    "--pad", type=options.Whole(1), metavar="R", help="Fill every module to this rank with zeros."
 )
 @options.enable_lora
 @options.dtype

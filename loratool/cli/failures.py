@@ -12,7 +12,7 @@ from typing import Final
 
 import click
 
-from loratool.errors import LoratoolError, OptionError, printable
+from loratool.errors import LoratoolError, OptionError, printable, spoken
 
 __all__ = ["FAILURE", "Failure", "failure_of", "stopped_by", "tell"]
 
@@ -129,5 +129,5 @@ def tell(failure: Failure, *, as_json: bool, debug: bool) -> int:
                 "message": failure.what,
                 "hint": failure.hint,
             }
-            click.echo(json.dumps({"schema": 1, "error": told}))
+            click.echo(spoken(json.dumps({"schema": 1, "error": told})))
     return failure.status

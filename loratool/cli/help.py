@@ -115,6 +115,9 @@ class GroupedCommand(click.Command):
         except click.NoSuchOption as error:
             own = [name for option in self.get_params(ctx) for name in option.opts]
             raise click.UsageError(no_such_option(error.option_name, own), ctx) from None
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
 
 
 def no_such_option(given: str, own: Sequence[str]) -> str:

@@ -19,7 +19,8 @@ from loratool.cli.failures import FAILURE, failure_of, stopped_by, tell
 from loratool.cli.help import help_of, no_such_option, summary_of
 from loratool.cli.synonyms import no_such_command
 from loratool.display.characters import ASCII, is_unicode
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, printable
+from loratool.files.sources import Fetching, listeners
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -68,7 +69,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise no_such_command(args[0], COMMANDS, ctx)
+            raise no_such_command(args, COMMANDS, ctx)
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -151,14 +152,38 @@ def main(args: list[str] | None = None) -> NoReturn:
     if COMPLETING in os.environ:
         import loratool.cli.completion  # noqa: F401 - how each shell is answered
     arguments = sys.argv[1:] if args is None else args
+    _follow_fetching(is_quiet=bool({"-q", "--quiet"} & set(arguments)))
     debug = "--debug" in arguments
     status = _run([argument for argument in arguments if argument != "--debug"], debug=debug)
+    if "loratool.files.places" in sys.modules:
+        sys.modules["loratool.files.places"].forget_stand_ins()
     if "torch" in sys.modules:
         # Taking torch down takes a while, and aborts now and then after an interruption. All
         # outputs are renamed and closed by now.
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _follow_fetching(*, is_quiet: bool) -> None:
+    """Say what is fetched from elsewhere before it is, and leave the rest to the progress bars.
+
+    The hub's own library is told through the environment, which it reads when it is imported.
+    """
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if is_quiet or sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not is_quiet:
+        listeners.append(_say_fetching)
+
+
+def _say_fetching(fetching: Fetching) -> None:
+    from loratool.display.figures import human_bytes
+
+    files = f"{fetching.files} file{'s' * (fetching.files != 1)}"
+    size = human_bytes(fetching.size)
+    text = f"fetching {files}, {size}, of {fetching.name} into {fetching.folder}"
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _open_missing_streams() -> None:

@@ -15,8 +15,7 @@ __all__ = ["command"]
 
 
 @click.command("merge", cls=GroupedCommand)
-@click.argument("base", type=options.PATH)
-@click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("paths", type=options.PATH, nargs=-1, required=True, metavar="[BASE] ADAPTER...")
 @options.output
 @options.weights
 @options.dtype
@@ -41,8 +40,7 @@ __all__ = ["command"]
 @options.as_json
 @options.debug
 def command(
-    base: Path,
-    adapters: tuple[Path, ...],
+    paths: tuple[Path, ...],
     output: Path,
     quiet: bool,
     as_json: bool,
@@ -51,7 +49,8 @@ def command(
     """Fold adapters into a base: W + Σ weight · delta, written as a checkpoint like the base.
 
     The base may be larger than memory: it is streamed in small blocks, summed in float32 and
-    rounded once. Everything that no adapter touches is copied byte for byte.
+    rounded once. Everything that no adapter touches is copied byte for byte. A single path is an
+    adapter, and the base is the model that it records.
 
     \b
     Example:
@@ -61,6 +60,7 @@ def command(
     """
     from loratool.verbs.merge import merge
 
+    base, adapters = (paths[0], paths[1:]) if len(paths) > 1 else (None, paths)
     with render.progress_bar("merging", quiet=quiet) as progress:
         report = merge(base, adapters, output, progress=progress, **settings)
     if as_json:

@@ -15,7 +15,7 @@ from loratool.errors import OptionError, printable
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-__all__ = ["COMPONENT", "DEVICE", "FAMILY", "LOADER", "SCHEME", "Named", "choice"]
+__all__ = ["COMPONENT", "DEVICE", "DTYPE", "FAMILY", "LOADER", "SCHEME", "Named", "choice"]
 
 DEVICES: Final = re.compile(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*")
 
@@ -115,6 +115,22 @@ def _components() -> Sequence[str]:
     return COMPONENTS
 
 
+def _dtypes() -> Sequence[str]:
+    from loratool.files.dtypes import OUTPUT_DTYPES, SHORT_DTYPES
+
+    return (*OUTPUT_DTYPES, *SHORT_DTYPES)
+
+
+DTYPES: Final = {
+    "bf": "bfloat16",
+    "float": "float32",
+    "full": "float32",
+    "half": "float16",
+    "f16": "float16",
+    "f32": "float32",
+    "b16": "bfloat16",
+}
+DTYPE: Final = Named("dtype", _dtypes, DTYPES)
 SCHEME: Final = Named("scheme", _schemes, SCHEME_SYNONYMS)
 LOADER: Final = Named("loader", _loaders)
 FAMILY: Final = Named("family", _families)

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from loratool.cli.named import DEVICE, LOADER, SCHEME
-from loratool.files.dtypes import OUTPUT_DTYPES, SHORT_DTYPES
+from loratool.cli.named import DEVICE, DTYPE, LOADER, SCHEME
 
 __all__ = [
     "PATH",
+    "Whole",
     "adapter_name",
     "alpha",
     "are_many",
@@ -29,8 +29,8 @@ __all__ = [
     "output",
     "plot",
     "quiet",
-    "report",
     "recursive",
+    "report",
     "skip",
     "sort",
     "target",
@@ -40,7 +40,23 @@ __all__ = [
     "weights",
 ]
 
-PATH = click.Path(path_type=Path)
+
+class _GivenPath(click.Path):
+    """A path, which is not empty as that of a variable that is not set."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value == "":
+            self.fail("it is empty; is a variable of the shell not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Whole(click.IntRange):
+    """A whole number, called so where it is none."""
+
+    name = "whole number"
+
+
+PATH = _GivenPath(path_type=Path)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -136,13 +152,13 @@ gpu_device: Decorator = _device(
 )
 threads: Decorator = click.option(
     "--threads",
-    type=click.IntRange(1, 64),
+    type=Whole(1, 64),
     metavar="N",
     help="Worker threads; by default one for each processor, at most 8.",
 )
 all_threads: Decorator = click.option(
     "--threads",
-    type=click.IntRange(1, 1024),
+    type=Whole(1, 1024),
     metavar="N",
     help="Worker threads; by default one for each processor, as memory allows.",
 )
@@ -157,7 +173,7 @@ class _RankOrAuto(click.ParamType[int | str]):
         if value == "auto":
             return "auto"
         try:
-            found = click.IntRange(1).convert(value, param, ctx)
+            found = Whole(1).convert(value, param, ctx)
         except click.BadParameter:
             self.fail(f"{value!r} is neither a number from 1 on nor auto", param, ctx)
         assert isinstance(found, int)
@@ -166,7 +182,7 @@ class _RankOrAuto(click.ParamType[int | str]):
 
 def truncation(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how far to truncate."""
-    rank = click.option("--rank", type=click.IntRange(1), metavar="R", help="At most this rank.")
+    rank = click.option("--rank", type=Whole(1), metavar="R", help="At most this rank.")
     return rank(_rules(command))
 
 
@@ -210,7 +226,7 @@ def _rules(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--rank-multiple",
-            type=click.IntRange(1),
+            type=Whole(1),
             default=1,
             metavar="M",
             help="Make every rank a multiple of this, such as 8 for servers.",
@@ -230,8 +246,7 @@ dry_run: Decorator = click.option(
 )
 dtype: Decorator = click.option(
     "--dtype",
-    type=click.Choice([*OUTPUT_DTYPES, *SHORT_DTYPES]),
-    callback=lambda context, parameter, value: SHORT_DTYPES.get(value, value),
+    type=DTYPE,
     help="Write floats in this; by default as the input.",
 )
 plot: Decorator = click.option(

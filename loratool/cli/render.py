@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from loratool.display.characters import in_ascii, is_unicode
-from loratool.errors import printable
+from loratool.errors import printable, spoken
 
 if TYPE_CHECKING:
     from loratool.display.document import Document
@@ -27,7 +27,7 @@ def print_json(value: Any) -> None:
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     if len(text) < READABLE:  # indenting takes ten times as long
         text = json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False)
-    click.echo(text)
+    click.echo(spoken(text))
 
 
 def print_lines(items: Iterable[Any]) -> None:
@@ -79,6 +79,14 @@ def progress_bar(words: str, *, quiet: bool) -> Iterator[Callable[[int, int], No
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(words), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(words, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(words, total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.start()  # not before: what is fetched first has a bar of its own
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        bar.stop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import click
@@ -127,18 +127,25 @@ class HintedError(click.UsageError):
         self.hint = hint
 
 
-def no_such_command(given: str, commands: Collection[str], ctx: click.Context) -> click.UsageError:
+def no_such_command(
+    words: Sequence[str], commands: Collection[str], ctx: click.Context
+) -> click.UsageError:
     """Return the error for a word that is no command, with the command that is meant.
 
     Args:
-        given: The word.
+        words: The word, and those behind it.
         commands: The commands that there are.
         ctx: Where it was given.
     """
     from difflib import get_close_matches
 
+    given, *rest = words
     meant = COMMAND_SYNONYMS.get(given.lower())
     what = f"no such command '{printable(given)}'"
+    if given == "help":
+        named = next((word for word in rest if word in commands), None)
+        hint = f"loratool {named} --help" if named else "loratool --help"
+        return HintedError("help is an option", ctx, hint)
     if meant in commands:
         return HintedError(f"{what}; it is called '{meant}' here", ctx, f"loratool {meant} --help")
     near = get_close_matches(given.lower(), commands, n=1)

@@ -14,7 +14,11 @@ __all__ = ["command"]
 
 @click.command("verify", cls=GroupedCommand)
 @click.argument("merged", type=options.PATH)
-@click.option("--base", type=options.PATH, required=True, help="The model it was made from.")
+@click.option(
+    "--base",
+    type=options.PATH,
+    help="The model it was made from; by default the one that the adapter records.",
+)
 @click.option(
     "--adapter",
     "adapters",
@@ -35,7 +39,7 @@ __all__ = ["command"]
 @options.debug
 def command(
     merged: Path,
-    base: Path,
+    base: Path | None,
     adapters: tuple[Path, ...],
     weights: tuple[str, ...],
     alpha: float | None,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,10 @@ IGNORED_STEMS: Final = (
     *("consolidated", "adapter_model", "training_args", "optimizer", "scheduler"),
     "mmproj",  # llama.cpp's projector of images, beside a language model
 )
+ADAPTER_CONFIG: Final = "adapter_config.json"
+CONFIG_NAME: Final = "config.json"
+MOST_FOLDERS: Final = 200
+"""Entries of a folder without a model that are looked into for one, to name it."""
 FOREIGN_SUFFIXES: Final = (".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz", ".ckpt")
 
 
@@ -115,10 +120,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     foreign = foreign_folder(path)
     if foreign is not None:
         raise BaseModelError(path, f"this is {foreign.what}; it is not read", hint=foreign.hint)
+    config = path / ADAPTER_CONFIG
+    if config.is_file():
+        raise BaseModelError(path, "is an adapter, not a model", hint=_model_hint(config))
     raise BaseModelError(
         path,
         "holds no model: expected model.safetensors, shards with an index, or pytorch_model.bin",
-        hint="the BASE comes first, then the adapters" if _holds_adapter(path) else None,
+        hint=_nearby_hint(path),
     )
 
 
@@ -138,8 +146,31 @@ def is_weight_like(path: Path) -> bool:
     )
 
 
-def _holds_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").exists()
+def _model_hint(config: Path) -> str:
+    """Return what is to be given instead of an adapter: the model that it says it is for."""
+    order = "a BASE comes before the adapters"
+    try:
+        recorded = read_json_object(config).get("base_model_name_or_path")
+    except FileFormatError:
+        recorded = None
+    if not isinstance(recorded, str) or not recorded:
+        return f"give the model that it was trained on; {order}"
+    return f"give the model that it was trained on, {recorded}; {order}"
+
+
+def _nearby_hint(path: Path) -> str | None:
+    """Return which folder in this one holds a model, where one does."""
+    for folder in sorted(path.iterdir())[:MOST_FOLDERS]:
+        if folder.is_dir() and any(_weights_in_any(folder)):
+            return f"name the folder in it: {shlex.quote(str(folder))}"
+    return None
+
+
+def _weights_in_any(folder: Path) -> Iterator[Path]:
+    """Yield the weights of a model in a folder, whatever they are called."""
+    if (folder / CONFIG_NAME).is_file():
+        for suffix in model_suffixes():
+            yield from folder.glob(f"*{suffix}")
 
 
 def _weights_in(folder: Path, suffix: str) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from loratool.errors import FileFormatError, unreadable
 from loratool.files.inputs import Stamp
+from loratool.files.sources import opened, source_of
 from loratool.files.spec import StoredTensor, TensorSpec
 
 __all__ = ["Container", "KeptLayout", "Layout", "WeightsFile", "read_bytes", "read_view"]
@@ -179,8 +180,13 @@ def read_view(stored: StoredTensor) -> memoryview:
 def _read(stored: StoredTensor) -> bytes:
     if stored.whole is not None:
         return stored.whole.read()[stored.offset : stored.offset + stored.span]
+    source = source_of(stored.path)
+    if source is not None:
+        view = bytearray(stored.span)
+        source.read_into(memoryview(view), stored.offset)
+        return bytes(view)
     try:
-        with stored.path.open("rb") as file:
+        with opened(stored.path) as file:
             data = os.pread(file.fileno(), stored.span, stored.offset)
             while len(data) < stored.span:
                 more = os.pread(file.fileno(), stored.span - len(data), stored.offset + len(data))

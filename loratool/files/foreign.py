@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from loratool.files.sources import opened
+
 __all__ = ["Foreign", "foreign_bytes", "foreign_file", "foreign_folder", "part_of"]
 
 FIRST: Final = 512
@@ -87,7 +89,7 @@ def foreign_bytes(start: bytes) -> Foreign | None:
 def foreign_file(path: Path) -> Foreign | None:
     """Return what a file is that is not read, by its content or its name."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             start = file.read(FIRST)
     except OSError:
         start = b""

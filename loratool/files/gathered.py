@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, unreadable
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.pickles import tensor_in
+from loratool.files.sources import opened
 from loratool.files.spec import StoredTensor, TensorSpec
 
 __all__ = ["ArchivedTensor", "Gathered", "Piece", "Source", "StoredSource", "cover"]
@@ -60,12 +60,13 @@ class ArchivedTensor:
     def read(self) -> bytes:
         """See :class:`Source`."""
         try:
-            with self.path.open("rb") as file:
-                if stamp_of(file.fileno()) != self.stamp:
+            with opened(self.path) as file:
+                if not stamp_of(file).fits(self.stamp):
                     raise FileFormatError(self.path, "was changed while it was read")
-                data = os.pread(file.fileno(), self.length, self.begin)
+                file.seek(self.begin)
+                data = file.read(self.length)
         except OSError as error:
-            raise FileFormatError(self.path, f"cannot be read: {error.strerror}") from None
+            raise unreadable(self.path, error) from None
         found = tensor_in(self.path, io.BytesIO(data), self.spec.name)
         if (found.spec.dtype, found.spec.shape) != (self.spec.dtype, self.spec.shape):
             raise FileFormatError(

@@ -26,6 +26,7 @@ from loratool.files.container import WeightsFile
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import stamp_of
 from loratool.files.json import LFS_PREFIX
+from loratool.files.sources import opened
 from loratool.files.spec import StoredTensor, TensorSpec
 
 __all__ = [
@@ -220,8 +221,8 @@ def read_gguf(path: Path) -> GgufFile:
         FileFormatError: The file breaks a rule of the format; the message says which.
     """
     try:
-        with path.open("rb") as file:
-            stamp = stamp_of(file.fileno())
+        with opened(path) as file:
+            stamp = stamp_of(file)
             header = _Header(path, file, stamp.size)
             version, tensors, count = _read_counts(header)
             values = dict(_key_values(header, count))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.errors import unreadable
+from loratool.files.sources import whole
 
 __all__ = ["hashes_of"]
 
@@ -25,21 +26,21 @@ def hashes_of(path: Path) -> dict[str, str]:
     Raises:
         UnreadableError: It cannot be read.
     """
-    whole, data, window = (hashlib.sha256() for _ in range(3))
+    all_of_it, data, window = (hashlib.sha256() for _ in range(3))
     is_safetensors = path.suffix.lower() == ".safetensors"
     position = 0
     try:
-        with path.open("rb") as file:
+        with whole(path).open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little") if is_safetensors else 0
             file.seek(0)
             while piece := file.read(PIECE):
-                whole.update(piece)
+                all_of_it.update(piece)
                 data.update(piece[max(0, start - position) :])
                 first, last = WINDOW.start - position, WINDOW.stop - position
                 window.update(piece[max(0, first) : max(0, last)])
                 position += len(piece)
     except OSError as error:
         raise unreadable(path, error) from None
-    found = {"sha256": whole.hexdigest(), "AutoV1": window.hexdigest()[:8]}
+    found = {"sha256": all_of_it.hexdigest(), "AutoV1": window.hexdigest()[:8]}
     found["AutoV2"] = found["sha256"][:10]
     return found | ({"AutoV3": data.hexdigest()} if is_safetensors else {})

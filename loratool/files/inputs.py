@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 from loratool.errors import FileFormatError, unreadable
 from loratool.files.descriptors import Descriptors
+from loratool.files.sources import fetch, size_of_opened, whole
 
 __all__ = ["InputFiles", "Stamp", "stamp_of"]
+
+
+ELSEWHERE: Final = -1
+"""The device of a file that is not on the disk, and does not change."""
 
 
 class Stamp(NamedTuple):
@@ -23,9 +28,20 @@ class Stamp(NamedTuple):
     size: int
     modified: int
 
+    def fits(self, other: Stamp) -> bool:
+        """Whether both may be of one file, which one of them may have found elsewhere."""
+        if ELSEWHERE in (self.device, other.device):
+            return self.size == other.size
+        return self == other
 
-def stamp_of(file: int | Path) -> Stamp:
+
+def stamp_of(file: int | Path | BinaryIO) -> Stamp:
     """Return the stamp of a file, open or by its path."""
+    if not isinstance(file, int | Path):
+        size = size_of_opened(file)
+        if size is not None:
+            return Stamp(ELSEWHERE, 0, size, 0)
+        file = file.fileno()
     status = os.stat(file)  # noqa: PTH116 - descriptors too
     return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -70,8 +86,10 @@ class InputFiles:
             FileFormatError: One was.
         """
         for path, stamp in self._stamps.items():
+            if stamp.device == ELSEWHERE:
+                continue
             try:
-                named = stamp_of(path)
+                named = stamp_of(whole(path))
             except OSError:
                 raise FileFormatError(path, "vanished while it was read") from None
             if named[:2] != stamp[:2]:
@@ -80,8 +98,9 @@ class InputFiles:
                 raise FileFormatError(path, "was changed while it was read")
 
     def _open(self, path: Path) -> int:
+        fetch((path, *self._stamps))
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(whole(path), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise unreadable(path, error) from None
         try:
@@ -93,7 +112,7 @@ class InputFiles:
 
     def _check(self, path: Path, descriptor: int) -> None:
         stamp = stamp_of(descriptor)
-        if self._stamps.setdefault(path, stamp) != stamp:
+        if not self._stamps.setdefault(path, stamp).fits(stamp):
             raise FileFormatError(path, "was changed while it was read")
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.errors import FileFormatError, unreadable
+from loratool.files.sources import opened, size_of
 
 __all__ = ["as_text", "is_text", "parse_json", "read_json_object"]
 
@@ -85,9 +86,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         FileFormatError: Unreadable, a git-LFS pointer, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > MAX_SIDECAR_BYTES:
+        if size_of(path) > MAX_SIDECAR_BYTES:
             raise FileFormatError(path, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB")
-        data = path.read_bytes()
+        with opened(path) as file:
+            data = file.read()
     except OSError as error:
         raise unreadable(path, error) from None
     if data.startswith(LFS_PREFIX):

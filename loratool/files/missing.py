@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Final
@@ -11,6 +12,7 @@ from loratool.errors import MissingFileError
 
 __all__ = ["missing", "nearest_path"]
 
+NUMBER: Final = re.compile(r"[-+]?\d*\.?\d+")
 MOST_NAMES: Final = 5000
 """Entries of a folder that are looked at; beyond them nobody waits for a guess."""
 
@@ -22,6 +24,8 @@ def missing(path: Path, what: str = "no such file or folder") -> MissingFileErro
         path: The path, as it was given.
         what: What was found instead of it.
     """
+    if NUMBER.fullmatch(str(path)):
+        return MissingFileError(path, what, hint=f"is it a weight? Give -w before each: -w {path}")
     near = nearest_path(path)
     if near is not None:
         return MissingFileError(path, what, hint=f"did you mean {shlex.quote(str(near))}?")

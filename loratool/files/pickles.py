@@ -28,6 +28,7 @@ from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.json import LFS_PREFIX
 from loratool.files.pickle_machine import PickledDict, PickledTensor, Storage, interpret
+from loratool.files.sources import opened
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.zip_entries import (
     FLAGS,
@@ -92,8 +93,8 @@ def read_pickle(path: Path) -> TorchPickle:
         FileFormatError: Not such a file, damaged, or it names something that would be executed.
     """
     try:
-        with path.open("rb") as file:
-            stamp = stamp_of(file.fileno())
+        with opened(path) as file:
+            stamp = stamp_of(file)
             size = stamp.size
             start = file.read(64)
             file.seek(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from loratool.files.container import read_view
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import InputFiles
+from loratool.files.sources import source_of
 from loratool.files.spec import StoredTensor
 from loratool.files.transfer import read_into
 
@@ -50,6 +51,11 @@ class RowBytes:
         if self._whole is not None:
             return self._whole[offset : offset + size]
         view = memoryview(bytearray(size)) if buffer is None else buffer[:size]
-        with self._files.using(self.stored.path) as descriptor:
-            read_into(descriptor, view, self.stored.offset + offset, path=self.stored.path)
+        path, place = self.stored.path, self.stored.offset + offset
+        source = source_of(path)
+        if source is not None:
+            source.read_into(view, place)
+            return view
+        with self._files.using(path) as descriptor:
+            read_into(descriptor, view, place, path=path)
         return view

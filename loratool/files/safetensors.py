@@ -21,6 +21,7 @@ from loratool.files.container import WeightsFile
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import stamp_of
 from loratool.files.json import LFS_PREFIX, parse_json
+from loratool.files.sources import opened
 from loratool.files.spec import StoredTensor, TensorSpec
 
 __all__ = ["MAX_HEADER_BYTES", "canonical_order", "format_header", "read_header"]
@@ -40,8 +41,8 @@ def read_header(path: Path) -> WeightsFile:
         FileFormatError: The file breaks a rule of the format; the message says which.
     """
     try:
-        with path.open("rb") as file:
-            stamp = stamp_of(file.fileno())
+        with opened(path) as file:
+            stamp = stamp_of(file)
             size = stamp.size
             prefix = file.read(8)
             if len(prefix) < 8:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from loratool.errors import FileFormatError, unreadable
 from loratool.files.json import MAX_SIDECAR_BYTES, parse_json
+from loratool.files.sources import opened, size_of
 
 __all__ = ["read_flat_yaml", "read_front_matter"]
 
@@ -41,9 +42,10 @@ def read_flat_yaml(path: Path) -> dict[str, Any]:
         FileFormatError: It is none, or has a field twice.
     """
     try:
-        if path.stat().st_size > MAX_SIDECAR_BYTES:
+        if size_of(path) > MAX_SIDECAR_BYTES:
             raise FileFormatError(path, f"larger than {MAX_SIDECAR_BYTES >> 20} MiB")
-        data = path.read_bytes()
+        with opened(path) as file:
+            data = file.read()
     except OSError as error:
         raise unreadable(path, error) from None
     if data.lstrip().startswith(b"{"):
@@ -95,7 +97,7 @@ def read_front_matter(path: Path) -> dict[str, Any]:
         FileFormatError: It cannot be read, or is no text.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             data = file.read(MAX_CARD_BYTES)
         text = data.decode("utf-8-sig", "strict" if len(data) < MAX_CARD_BYTES else "replace")
     except OSError as error:

@@ -9,12 +9,25 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, unreadable
+from loratool.files.inputs import Stamp, stamp_of
 
-__all__ = ["FLAGS", "FOLDER", "UTF8", "begin_of", "check_stored", "ends_well", "short"]
+__all__ = [
+    "FLAGS",
+    "FOLDER",
+    "UTF8",
+    "DeflatedEntry",
+    "begin_of",
+    "check_stored",
+    "ends_well",
+    "is_deflated",
+    "short",
+]
 
 FLAGS: Final = 0x808
 """Bits that an entry may have: sizes follow the data, the name is UTF-8."""
@@ -28,6 +41,11 @@ LONG: Final = 0xFFFF
 LONGER: Final = 0xFFFFFFFF
 """Both stand for numbers that a longer record holds."""
 UTF8: Final = 0x800
+BLOCK: Final = 1 << 20
+MOST: Final = 1 << 30
+"""Bytes that an entry may become."""
+EXPANSION: Final = 1100
+"""A little more than DEFLATE can do, which zeros come near."""
 LONGEST: Final = 200
 """How much of a name is shown."""
 
@@ -86,6 +104,86 @@ def check_stored(path: Path, info: zipfile.ZipInfo) -> None:
             f"entry {short(info.filename)} is compressed",
             hint="write it without compression (numpy.savez, mx.savez, torch.save)",
         )
+
+
+def is_deflated(path: Path, info: zipfile.ZipInfo) -> bool:
+    """Whether an entry is compressed in the one way that is read.
+
+    Raises:
+        FileFormatError: It is larger than one is believed to be.
+    """
+    if info.compress_type != zipfile.ZIP_DEFLATED:
+        return False
+    if info.file_size > min(MOST, EXPANSION * info.compress_size + BLOCK):
+        raise FileFormatError(
+            path,
+            f"entry {short(info.filename)} would become {info.file_size} bytes out of "
+            f"{info.compress_size}, which is not believed",
+            hint="write it without compression (numpy.savez, mx.savez)",
+        )
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class DeflatedEntry:
+    """An entry that is compressed with DEFLATE.
+
+    Attributes:
+        path: The archive.
+        name: The entry.
+        begin: Where its data begin.
+        packed: Bytes there.
+        size: Bytes that they stand for.
+        checksum: CRC-32 of these.
+        skipped: How many of them are a header.
+        stamp: What the archive was when it was first seen.
+    """
+
+    path: Path
+    name: str
+    begin: int
+    packed: int
+    size: int
+    checksum: int
+    skipped: int
+    stamp: Stamp
+
+    def read(self) -> bytes:
+        """Return all but the header.
+
+        Raises:
+            FileFormatError: The archive has changed, or is damaged.
+        """
+        try:
+            with self.path.open("rb") as file:
+                if stamp_of(file.fileno()) != self.stamp:
+                    raise FileFormatError(self.path, "was changed while it was read")
+                file.seek(self.begin)
+                found = self._unpacked(file)
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+        except zlib.error as error:
+            raise FileFormatError(
+                self.path, f"damaged: entry {short(self.name)} cannot be unpacked: {error}"
+            ) from None
+        return found[self.skipped :]
+
+    def _unpacked(self, file: IO[bytes]) -> bytes:
+        machine = zlib.decompressobj(-zlib.MAX_WBITS)
+        found = bytearray()
+        left = self.packed
+        while left and not machine.eof:
+            data = file.read(min(BLOCK, left))
+            left -= len(data) or left
+            # One byte more than there may be tells a longer one from a whole one.
+            found += machine.decompress(data, self.size + 1 - len(found))
+            if len(found) > self.size:
+                break
+        if len(found) != self.size or not machine.eof or zlib.crc32(found) != self.checksum:
+            raise FileFormatError(
+                self.path, f"damaged: entry {short(self.name)} is not what its directory says"
+            )
+        return bytes(found)
 
 
 def _raw_name(info: zipfile.ZipInfo) -> bytes:

@@ -34,6 +34,7 @@ __all__ = [
     "leading_shares",
     "repeated_block",
     "shortest",
+    "split_matrix",
     "summed",
     "unit_ranks",
     "vera_factors",
@@ -92,7 +93,7 @@ def hadamard_factors(
     """
     (up1, down1), (up2, down2) = hadamard_halves(w1_a, w1_b, w2_a, w2_b, t1, t2)
     if up1.shape[1] * up2.shape[1] > min(up1.shape[0], down1.shape[1]):
-        return _split((up1 @ down1) * (up2 @ down2))
+        return split_matrix((up1 @ down1) * (up2 @ down2))
     up = flat(up1[:, :, None] * up2[:, None, :])
     down = down1[:, None, :] * down2[None, :, :]
     return up, down.reshape((-1, down.shape[2]))
@@ -300,7 +301,7 @@ def _half_shape(a: Shape, b: Shape, core: Shape | None) -> tuple[int, int]:
     return a[1], math.prod((*b[1:], *core[2:]))
 
 
-def _split(matrix: Array) -> Factors:
+def split_matrix(matrix: Array) -> Factors:
     """Return factors of any matrix: itself, and the identity on its smaller side."""
     rows, columns = matrix.shape
     identity = array_namespace(matrix).eye(
@@ -314,11 +315,11 @@ def _smallest(half: Array | Factors, core: Array | None) -> Factors:
     if not isinstance(half, tuple):
         if core is not None:
             raise ValueError("a core belongs to a factored half")
-        return _split(flat(half))
+        return split_matrix(flat(half))
     a, b = half
     up, down = _half(a, b, core)
     if up.shape[1] > min(up.shape[0], down.shape[1]):
-        return _split(up @ down)
+        return split_matrix(up @ down)
     return up, down
 
 
@@ -335,7 +336,7 @@ def _is_pair(half: Shape | tuple[Shape, Shape]) -> TypeGuard[tuple[Shape, Shape]
 
 def shortest(up: Array, down: Array) -> Factors:
     """Return factors of no more columns than the smaller side of their product has."""
-    return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else _split(up @ down)
+    return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else split_matrix(up @ down)
 
 
 def summed(made: Callable[[slice], Factors], count: int, smallest: int, each: int) -> Factors:
@@ -353,7 +354,7 @@ def summed(made: Callable[[slice], Factors], count: int, smallest: int, each: in
     for start in range(0, count, CHUNK):
         up, down = made(slice(start, start + CHUNK))
         whole = whole + up @ down
-    return _split(whole)
+    return split_matrix(whole)
 
 
 def repeated_block(block: Array, out: int, into: int) -> Factors:

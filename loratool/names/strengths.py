@@ -117,7 +117,12 @@ def strengths(adapters: Sequence[Adapter], weights: Weights) -> list[Strength]:
     listed = _listed(weights)
     numbers = [number for item in listed if (number := _number(item)) is not None]
     if len(numbers) > len(adapters):
-        raise OptionError(OPTION, f"{len(numbers)} weights for {len(adapters)} adapters")
+        adapter = f"{len(adapters)} adapter{'s' * (len(adapters) > 1)}"
+        raise OptionError(
+            OPTION,
+            f"{len(numbers)} weights for {adapter}",
+            hint="give one number for each adapter, in their order, or PATTERN=NUMBER for modules",
+        )
     numbers += [1.0] * (len(adapters) - len(numbers))
     entries = [_entry(item, adapters) for item in map(str, listed) if _number(item) is None]
     for number in chain(numbers, (entry.number for entry in entries)):
@@ -155,14 +160,25 @@ def _entry(item: str, adapters: Sequence[Adapter]) -> _Entry:
     """Return ``[K:]PATTERN=NUMBER``, split at the last ``=``."""
     text, is_split, digits = item.rpartition("=")
     number = _number(digits) if is_split else None
-    if number is None:
+    if number is None or ("=" in text and _meant(item) is not None):
         raise OptionError(
             OPTION,
             f"{item!r} is neither a number nor PATTERN=NUMBER",
-            hint="such as -w 0.8, -w te1=0.5, -w layers.0-11=0 or -w 2:unet=0.7",
+            hint=_meant(item) or "such as -w 0.8, -w te1=0.5, -w layers.0-11=0 or -w 2:unet=0.7",
         )
     adapter, text = _bound(text, adapters)
     return _Entry(selector(text, OPTION), number, adapter)
+
+
+def _meant(item: str) -> str | None:
+    """Return what a weight that is none was probably meant to be."""
+    parts = [part for part in re.split(r"[,;\s]+", item.strip()) if part]
+    if len(parts) > 1 and all(_number(part.rpartition("=")[2]) is not None for part in parts):
+        return f"give -w for each: {' '.join(f'-w {part}' for part in parts)}"
+    name, is_split, digits = item.rpartition(":")
+    if is_split and name and _number(digits) is not None:
+        return f"did you mean -w {name}={digits}?"
+    return None
 
 
 def _bound(text: str, adapters: Sequence[Adapter]) -> tuple[int | None, str]:

@@ -210,7 +210,7 @@ class AdapterPlan:
         found = [{"name": self.weights_name or "(the output)", "bytes": self.nbytes}]
         found += [{"name": n, "bytes": len(content)} for n, content in self.config_files.items()]
         found += [
-            {"name": sidecar.name, "bytes": sidecar.source.stat().st_size}
+            {"name": sidecar.name, "bytes": sidecar.nbytes}
             for sidecar in self.sidecars
             if sidecar.source is not None
         ]

@@ -13,6 +13,7 @@ import loratool
 from loratool.adapter.model import HISTORY_KEY
 from loratool.errors import unreadable
 from loratool.files.json import as_text
+from loratool.files.sources import whole
 
 __all__ = ["History", "Source", "digest_of"]
 
@@ -78,7 +79,7 @@ def digest_of(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with whole(path).open("rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
     except OSError as error:

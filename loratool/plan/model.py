@@ -16,6 +16,8 @@ from loratool.errors import MergeError
 from loratool.files.container import Layout, WeightsFile
 from loratool.files.containers import container_of
 from loratool.files.inputs import Stamp
+from loratool.files.places import hub_as_json
+from loratool.files.sources import unfetched
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.lanes import Spot, Task
 from loratool.plan.outcome import Outcome
@@ -392,6 +394,7 @@ class ModelPlan(Shown):
         notes: What a user should know, one sentence each.
         left_behind: Files of the base that are not carried over, with the reason.
         stamps: What the weights files were when their headers were read.
+        base: The model that everything is merged into.
     """
 
     files: tuple[OutputFile, ...]
@@ -402,6 +405,17 @@ class ModelPlan(Shown):
     notes: tuple[str, ...] = ()
     left_behind: tuple[tuple[str, str], ...] = field(default=())
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    base: Path = Path()
+
+    @property
+    def hub(self) -> Mapping[str, Any] | None:
+        """Models and commits of what came from the hub; ``None`` where nothing did."""
+        return hub_as_json({"base": self.base}, [adapter.path for adapter in self.adapters])
+
+    @property
+    def unfetched(self) -> Mapping[Path, int]:
+        """Bytes of every file of the hub that would have to be fetched first."""
+        return unfetched((*self.stamps, *(s.source for s in self.sidecars if s.source is not None)))
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
@@ -414,6 +428,7 @@ class ModelPlan(Shown):
             "added": self.added,
             "unused": list(self.unused),
             "bytes_to_write": self.nbytes,
+            **({"bytes_to_fetch": sum(missing.values())} if (missing := self.unfetched) else {}),
             "peak_memory": self.peak_memory,
             "files": [{"name": file.name, "bytes": file.size} for file in self.files],
             "steps": [
@@ -424,6 +439,7 @@ class ModelPlan(Shown):
             "sidecars": [{"name": item.name, "why": item.why} for item in self.sidecars],
             "left_behind": [{"name": name, "why": why} for name, why in self.left_behind],
             "notes": list(self.notes),
+            **({"hub": hub} if (hub := self.hub) else {}),
         }
 
     def document(self) -> Document:

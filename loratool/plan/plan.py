@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 from loratool.files.atomic import check_output, staged, sync_file
 from loratool.files.inputs import Stamp
+from loratool.files.sources import fetch
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork, NullSink, Sink, run_files, write_files
 from loratool.plan.sidecar import Sidecar, write_sidecar
@@ -80,6 +81,7 @@ def run(
     Raises:
         LoratoolError: An input changed or ended, or a result is not finite.
     """
+    fetch((*plan.stamps, *_sidecar_sources(plan)))
     outcome = Outcome()
     outcome.weights = run_files(
         plan.works(outcome),
@@ -91,6 +93,10 @@ def run(
         progress=progress,
     )
     return outcome
+
+
+def _sidecar_sources(plan: Plan) -> Iterator[Path]:
+    yield from (sidecar.source for sidecar in plan.beside() if sidecar.source is not None)
 
 
 def write(
@@ -158,6 +164,7 @@ def write_at(
         LoratoolError: An input changed or ended, or the result is not to be kept.
         OSError: Writing failed, such as for want of space.
     """
+    fetch((*plan.stamps, *_sidecar_sources(plan)))
     for sidecar in plan.beside():
         write_sidecar(sidecar, place)
     outcome = Outcome()

@@ -70,6 +70,10 @@ def model_document(plan: ModelPlan) -> Document:
     )
     memory = human_bytes(plan.peak_memory)
     summary = f"{human_bytes(plan.nbytes)} in all; about {memory} of memory; "
+    fetched: tuple[str, ...] = ()
+    if plan.unfetched:
+        size = human_bytes(sum(plan.unfetched.values()))
+        fetched = (f"would be fetched from the hub: {len(plan.unfetched)} files, {size}",)
     skipped = [f"skipped: {key}" for key in plan.unused]
     return Document.of(
         (
@@ -77,7 +81,7 @@ def model_document(plan: ModelPlan) -> Document:
             beside,
             _changes(plan),
             left,
-            Lines((*skipped, f"{summary}{plan.copied} tensors are copied")),
+            Lines((*fetched, *skipped, f"{summary}{plan.copied} tensors are copied")),
         ),
         plan.notes,
     )

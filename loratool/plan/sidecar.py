@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from loratool.files.sources import size_of, whole
+
 __all__ = ["TOKENIZER_FILES", "Sidecar", "files_read", "write_sidecar"]
 
 TOKENIZER_FILES: Final = frozenset(
@@ -47,7 +49,7 @@ class Sidecar:
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return self.source.stat().st_size if self.source else len(self.content or b"")
+        return size_of(self.source) if self.source else len(self.content or b"")
 
 
 def files_read(weights: Iterable[Path], sidecars: Iterable[Sidecar]) -> Iterator[Path]:
@@ -67,4 +69,4 @@ def write_sidecar(sidecar: Sidecar, folder: Path) -> None:
     if sidecar.source is None:
         target.write_bytes(sidecar.content or b"")
     else:
-        shutil.copyfile(sidecar.source, target)
+        shutil.copyfile(whole(sidecar.source), target)

@@ -16,6 +16,7 @@ import numpy as np
 
 from loratool.errors import AdapterError
 from loratool.files.container import read_view
+from loratool.files.sources import size_of
 from loratool.files.spec import StoredTensor
 from loratool.files.transfer import read_into
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
@@ -130,7 +131,7 @@ class DigestTask(_Whole):
     def __init__(self, path: Path, digests: dict[Path, str]) -> None:
         super().__init__()
         self.path = path
-        self.effort = path.stat().st_size
+        self.effort = size_of(path)
         self.digests = digests
 
     def do(self, run: Run) -> None:

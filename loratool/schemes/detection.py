@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -12,8 +13,9 @@ from loratool.adapter.build import adapter_names
 from loratool.adapter.config import CONFIG_NAME
 from loratool.adapter.keys import are_transposed
 from loratool.adapter.model import HISTORY_KEY
-from loratool.adapter.recognise import describe_keys
+from loratool.adapter.recognise import describe_keys, looks_like_model
 from loratool.adapter.scheme import Scheme
+from loratool.base.config import is_model_folder
 from loratool.errors import AdapterError
 from loratool.files.container import WeightsFile
 from loratool.files.containers import is_weights
@@ -26,9 +28,17 @@ from loratool.schemes.ranks import weights_of_ranks
 
 __all__ = ["detect_scheme", "distributed", "find_weights", "forms", "selected"]
 
-
 DISTRIBUTED: Final = ".metadata"
 """What describes the shards of a distributed checkpoint (PyTorch's DCP)."""
+MODEL_HINT: Final = (
+    "name the adapter, a file or the folder that holds it; to make one of a model and its base: "
+    "loratool extract BASE FINETUNED --rank 16 -o OUT"
+)
+PIPELINE_INDEX: Final = "model_index.json"
+SHOWN: Final = 6
+LEVELS: Final = 3
+"""How deep an adapter is looked for in a folder that holds none, to name its place."""
+MOST_FOLDERS: Final = 300
 
 
 def distributed(path: Path) -> Path | None:
@@ -63,6 +73,8 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
             for file in path.iterdir()
             if is_weights(file) and file.is_file() and not is_training_state(file)
         )
+        if len(found) > 1 and (is_model_folder(path) or _has_index(path)):
+            raise AdapterError(path, "is a model, not an adapter", hint=MODEL_HINT)
         if len(found) > 1 and all(part_of(file.name) for file in found):
             raise AdapterError(
                 path,
@@ -71,18 +83,32 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
                 hint="save it again in one file (PEFT: save_pretrained without shards)",
             )
         if len(found) > 1:
-            names = ", ".join(file.name for file in found[:6])
-            raise AdapterError(path, f"several weights files: {names}", hint="name one of them")
+            names = _few([file.name for file in found])
+            raise AdapterError(
+                path,
+                f"several weights files: {names}",
+                hint=f"name one of them, such as {shlex.quote(str(found[0]))}",
+            )
     if not found:
         what = "holds no adapter: expected adapter_model.safetensors or adapter_model.bin"
         foreign = foreign_folder(path)
         if foreign is not None:
             raise AdapterError(path, f"this is {foreign.what}; it is not read", hint=foreign.hint)
-        if others:
+        if (path / PIPELINE_INDEX).is_file() or is_model_folder(path):
+            raise AdapterError(path, "is a model, not an adapter", hint=MODEL_HINT)
+        if len(others) > 1:
             raise AdapterError(
                 path,
-                f"holds several adapters, each in a folder: {', '.join(others)}",
-                hint=f"name one, such as {path / others[0]}",
+                f"holds several adapters, each in a folder: {_few(others)}",
+                hint=f"name one, such as {shlex.quote(str(path / others[0]))}",
+            )
+        inside = path / others[0] if others else _adapter_below(path)
+        if inside is not None:
+            name = inside.relative_to(path).as_posix()
+            raise AdapterError(
+                path,
+                f"holds no adapter itself, and one in the folder {name!r} in it",
+                hint=f"name that: {shlex.quote(str(inside))}",
             )
         raise AdapterError(path, what)
     notes = []
@@ -91,6 +117,33 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
     if others:
         notes.append(f"more adapters in sub-folders, not read: {', '.join(others)}")
     return found[0], tuple(notes)
+
+
+def _few(names: Sequence[str]) -> str:
+    """Return names, not too many of them."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _has_index(folder: Path) -> bool:
+    return next(folder.glob("*.index*.json"), None) is not None
+
+
+def _adapter_below(folder: Path) -> Path | None:
+    """Return the folder of the only adapter some levels below, if there is just one."""
+    level, found, looked = [folder], [], 0
+    for _ in range(LEVELS):
+        level = [
+            each
+            for one in level
+            for each in sorted(one.iterdir())
+            if each.is_dir() and not each.is_symlink() and os.access(each, os.R_OK | os.X_OK)
+        ]
+        looked += len(level)
+        if looked > MOST_FOLDERS:
+            return None
+        found += [each for each in level if (each / CONFIG_NAME).is_file()]
+    return found[0] if len(found) == 1 else None
 
 
 def _of_parts(path: Path) -> tuple[str, ...]:
@@ -124,6 +177,8 @@ def detect_scheme(file: WeightsFile, schemes: Sequence[Scheme] = ()) -> Scheme:
     best, _, scheme = max(scores, key=lambda item: item[:2], default=(0, 0, None))
     if scheme is None or best == 0:
         what = describe_keys(list(file.tensors), forms())
+        if looks_like_model(file.tensors, forms()):
+            raise AdapterError(file.path, f"is a model, not an adapter: {what}", hint=MODEL_HINT)
         raise AdapterError(file.path, f"no known scheme: {what}")
     _check_rivals(file, [item[2] for item in scores if item[:2] == (best, scheme.priority)])
     return _settled(file, scheme, tried)

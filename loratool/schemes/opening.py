@@ -20,6 +20,7 @@ from loratool.adapter.slots import Slot
 from loratool.errors import OptionError, UnsupportedError
 from loratool.files.containers import open_weights
 from loratool.files.json import read_json_object
+from loratool.files.places import located
 from loratool.names.spellings import spellings_of, spellings_of_extra
 from loratool.schemes import claimed, claims, scheme_named, scheme_names
 from loratool.schemes.detection import detect_scheme, find_weights, selected
@@ -64,7 +65,7 @@ def open_adapter(
     if scheme is not None and scheme not in scheme_names():
         raise OptionError.none_of("--from", scheme, scheme_names())
     opened = open_as_spelled(
-        Path(path),
+        located(path),
         (scheme_named(scheme),) if scheme is not None else (),
         adapter_name=adapter_name,
         alpha=alpha,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Final
@@ -15,6 +15,8 @@ from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import check_plain, check_sound
 from loratool.base.told import open_told
 from loratool.errors import AdapterError, LoratoolError, OptionError
+from loratool.files.places import located
+from loratool.files.sources import fetch
 from loratool.math.clustering import average_linkage, leaf_order
 from loratool.names.strengths import Weights, with_strengths
 from loratool.plan.devices import exactly, mover_to
@@ -98,7 +100,9 @@ def compare(
     paths = (
         [Place(Path(path), str(path)) for path in given]
         if is_pair
-        else list(places(given, recursive=recursive))
+        else [
+            _named(place) for place in places([_here(path) for path in given], recursive=recursive)
+        ]
     )
     if len(paths) < 2 and (random is None or not paths):
         raise OptionError("compare", "needs two adapters or more")
@@ -137,6 +141,19 @@ def compare(
     return total.comparison(names, models, unread, notes, is_pair=is_pair)
 
 
+def _here(path: AnyPath) -> AnyPath:
+    """Return where a path is, if it is anywhere; what is not is told when it is opened."""
+    try:
+        return located(path)
+    except LoratoolError:
+        return path
+
+
+def _named(place: Place) -> Place:
+    """Return a place that goes by its whole path."""
+    return replace(place, name=str(place.path))
+
+
 def _are_collections(paths: Sequence[AnyPath], recursive: bool, adapter_name: str | None) -> bool:
     """Whether paths stand for all adapters in them."""
     if recursive:
@@ -157,7 +174,10 @@ def _opened(
     Raises:
         LoratoolError: One of two cannot be read, or too few of more.
     """
-    model, told = open_told(Path(base), needs_weights=False) if base is not None else (None, None)
+    place_of_base = located(base) if base is not None else None
+    model, told = (
+        open_told(place_of_base, needs_weights=False) if place_of_base is not None else (None, None)
+    )
     names: list[str] = []
     opened: list[Adapter] = []
     unread: list[tuple[str, LoratoolError]] = []
@@ -166,7 +186,7 @@ def _opened(
             if place.error is not None:
                 raise place.error
             adapter = open_adapter(
-                place.path,
+                place.name,
                 adapter_name=adapter_name,
                 alpha=alpha,
                 base_modules=model.paths if model is not None else (),
@@ -176,12 +196,13 @@ def _opened(
         except LoratoolError as error:
             if is_pair:
                 raise
-            unread.append((str(place.path), error))
+            unread.append((place.name, error))
         else:
-            names.append(str(place.path))
+            names.append(place.name)
             opened.append(adapter)
     if len(opened) < 2 and unread:
         raise unread[0][1]
+    fetch(adapter.weights for adapter in opened)
     is_mixed = len({adapter.scheme for adapter in opened}) > 1
     for adapter in opened:
         if is_mixed and adapter.unknown is not None:

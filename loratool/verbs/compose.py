@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Final
 
 from loratool.adapter.model import Adapter, ExtraKind
 from loratool.base.told import open_told
 from loratool.errors import AdapterError, OptionError, UnsupportedError
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.places import called, located
 from loratool.math.combining import Settings
 from loratool.names.strengths import Strength, Weights, recorded_weights, with_strengths
 from loratool.plan.devices import exactly, mover_to
@@ -117,7 +117,9 @@ def compose(
     truncation = Truncation(
         rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
     )
-    model, told = open_told(Path(base), needs_weights=False) if base is not None else (None, None)
+    base = located(base) if base is not None else None
+    inputs = [located(path) for path in adapters]
+    model, told = open_told(base, needs_weights=False) if base is not None else (None, None)
     opened = [
         open_adapter(
             path,
@@ -127,7 +129,7 @@ def compose(
             base_modules=model.paths if model is not None else (),
             base=told,
         )
-        for path in adapters
+        for path in inputs
     ]
     for adapter in opened:
         check_computable(adapter, verb="add up")
@@ -147,14 +149,13 @@ def compose(
         "epsilon": epsilon if method == "della" else None,
         "seed": seed if is_random else None,
         "extras": extras,
-        "base": Path(base).resolve().name if base is not None else None,
+        "base": called(base) if base is not None else None,
         "to": to,
         **truncation.recorded,
         "dtype": dtype,
         "alpha": alpha,
         "skip": tuple(skip),
     }
-    inputs = [Path(path) for path in adapters]
     draft = Combination(
         verb="compose",
         adapters=opened,

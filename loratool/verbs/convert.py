@@ -16,6 +16,7 @@ from loratool.display.shown import Shown
 from loratool.errors import LoratoolError, OptionError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.places import called, located
 from loratool.loaders import loader_named
 from loratool.loaders.loader import Loader
 from loratool.plan.adapter import AdapterPlan
@@ -183,18 +184,18 @@ def convert(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    place, origin = output_path(output), Path(adapter)
+    place, origin = output_path(output), located(adapter)
+    base = located(base) if base is not None else None
+    initial = located(initial) if initial is not None else None
+    inputs = [path for path in (origin, base, initial) if path is not None]
     dtype, drop, skip = dtype_name(dtype), one_or_more(drop), one_or_more(skip)
-    inputs = [Path(path) for path in (adapter, base, initial) if path is not None]
     loader = loader_named(target) if target is not None else None
     scheme = _written_scheme(_scheme_name(to, loader))
     if naming is not None and naming not in NAMINGS:
         raise OptionError.none_of("--naming", naming, NAMINGS)
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
-    opened_base, told = (
-        open_told(Path(base), needs_weights=False) if base is not None else (None, None)
-    )
+    opened_base, told = open_told(base, needs_weights=False) if base is not None else (None, None)
     opened = open_adapter(
         origin,
         adapter_name=adapter_name,
@@ -207,13 +208,13 @@ def convert(
     )
     if base is not None and opened_base is None:
         follows = (scheme.follows, scheme_named(opened.scheme).follows)
-        open_told(Path(base), needs_weights=follows == (None, None))
+        open_told(base, needs_weights=follows == (None, None))
     asked = {
         "to": scheme.name,
         "for": target,
         "from": source,
-        "base": Path(base).resolve().name if base is not None else None,
-        "initial": Path(initial).resolve().name if initial is not None else None,
+        "base": called(base) if base is not None else None,
+        "initial": called(initial) if initial is not None else None,
         "alpha": alpha,
         "family": family,
         "naming": naming,
@@ -248,7 +249,7 @@ def convert(
         pad=pad,
     )
     hashed = opened.weights if opened.stamp.size < HASHED_BELOW else None
-    history = History("convert", (Source(opened.path.resolve().name, hashed),), asked)
+    history = History("convert", (Source(called(opened.path), hashed),), asked)
     new, options = converted(opened, scheme, conversion, options, history)
     plan = write(new, scheme, options)
     if dry_run:
@@ -287,7 +288,11 @@ def _is_in(base: Model, module: str, adapter: Adapter) -> bool:
 def _scheme_name(to: str | None, loader: Loader | None) -> str:
     if loader is None:
         if to is None:
-            raise OptionError("convert", "say which scheme to write: --to, or --for a loader")
+            raise OptionError(
+                "convert",
+                "say which scheme to write: --to, or --for a loader",
+                hint="such as --to kohya, or --for vllm; loratool schemes lists them",
+            )
         return to
     if to is not None and to != loader.scheme:
         raise OptionError("--to", f"{loader.name} reads {loader.scheme}, not {to}")

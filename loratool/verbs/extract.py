@@ -13,6 +13,7 @@ from loratool.base.refusals import check_base
 from loratool.errors import BaseModelError, OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.places import located
 from loratool.verbs.algebra.combination import ONE_RANK, output_scheme
 from loratool.verbs.algebra.ranks import Truncation, parse_size
 from loratool.verbs.arguments import dtype_name, one_or_more, output_path
@@ -127,10 +128,11 @@ def extract(
     place, dtype = output_path(output), dtype_name(dtype)
     include, exclude = one_or_more(include), one_or_more(exclude)
     save_module = one_or_more(save_module)
-    models = [open_model(Path(path)) for path in (base, finetuned)]
+    base, finetuned = located(base), located(finetuned)
+    models = [open_model(path) for path in (base, finetuned)]
     for model in models:
         check_base(model)
-    inputs = [Path(base), Path(finetuned)]
+    inputs = [base, finetuned]
     if not dry_run:
         check_output(place, force=force, inputs=inputs)
         if save_spectrum is not None:

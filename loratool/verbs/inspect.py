@@ -26,14 +26,15 @@ from loratool.errors import (
 from loratool.files.checkpoint import is_index, open_checkpoint
 from loratool.files.containers import open_weights
 from loratool.files.missing import missing
+from loratool.files.places import located, origin_of
 from loratool.schemes import claimed, sidecar_names, weights_names
 from loratool.schemes.detection import distributed, forms
 from loratool.schemes.opening import open_adapter
 
 if TYPE_CHECKING:
     from loratool.base.model import Model, Quantization
-    from loratool.verbs.advice import Advice
     from loratool.display.document import Document
+    from loratool.verbs.advice import Advice
     from loratool.verbs.inspection.many import Inspections
     from loratool.verbs.spectrum import Spectrum
 
@@ -139,6 +140,7 @@ class AdapterInfo(Shown):
             "schema": 1,
             "kind": "adapter",
             "path": str(adapter.path),
+            **_hub(adapter.path),
             "scheme": adapter.scheme,
             "base_model": adapter.base_model,
             "family": adapter.family,
@@ -271,6 +273,7 @@ class ModelInfo(Shown):
             "schema": 1,
             "kind": "model",
             "path": str(self.model.path),
+            **_hub(self.model.path),
             "model_type": self.model_type,
             "architectures": self.architectures,
             "layout": self.model.layout.name,
@@ -292,6 +295,12 @@ class ModelInfo(Shown):
         from loratool.verbs.inspection.shown import model_document
 
         return model_document(self)
+
+
+def _hub(path: Path) -> dict[str, Any]:
+    """Return the model and commit of what came from the hub."""
+    origin = origin_of(path)
+    return {"hub": origin.as_json()} if origin is not None else {}
 
 
 def inspect(
@@ -316,7 +325,7 @@ def inspect(
     Raises:
         LoratoolError: It is neither, or a file breaks the rules of its format.
     """
-    place = Path(path)
+    place = located(path)
     if not place.exists():
         raise missing(place)
     adapter = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Final
 from loratool.display.document import Document, Lines
 from loratool.display.figures import human_bytes
 from loratool.display.shown import Shown
+from loratool.files.places import located
 from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
 from loratool.plan.model import ModelPlan
@@ -73,6 +74,11 @@ class MergeReport(Shown):
             notes=plan.notes,
         )
 
+    @property
+    def hub(self) -> Mapping[str, Any] | None:
+        """Models and commits of what came from the hub; ``None`` where nothing did."""
+        return self.plan.hub
+
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
         if not self.is_written:
@@ -93,6 +99,7 @@ class MergeReport(Shown):
             "left_behind": [{"name": name, "why": why} for name, why in self.plan.left_behind],
             "peak_memory": self.plan.peak_memory,
             "notes": list(self.notes),
+            **({"hub": self.hub} if self.hub else {}),
         }
 
     def document(self) -> Document:
@@ -111,7 +118,7 @@ class MergeReport(Shown):
 
 @exactly
 def merge(
-    base: AnyPath,
+    base: AnyPath | None,
     adapters: Sequence[AnyPath] | AnyPath,
     output: AnyPath,
     *,
@@ -136,7 +143,8 @@ def merge(
     for a float64 base) and one rounding, however many adapters there are.
 
     Args:
-        base: Folder or file of the base model.
+        base: Folder or file of the base model, or its name on the hub; ``None`` for the one that
+            the first adapter records.
         adapters: Adapters, each a file or a folder.
         output: Where the merged model goes: a folder, or a file where the base is one.
         weights: A number for each adapter, in order (missing ones are 1), and ``"PATTERN=N"`` for
@@ -162,9 +170,10 @@ def merge(
         LoratoolError: Nothing was written; the message says why.
     """
     output, adapters = output_path(output), one_or_more(adapters)
+    paths = [located(path) for path in adapters]
     plan = plan_merge(
         base,
-        adapters,
+        paths,
         weights=weights,
         dtype=dtype,
         alpha=alpha,
@@ -179,7 +188,7 @@ def merge(
     outcome = write(
         plan,
         output,
-        inputs=[Path(base), *(Path(adapter) for adapter in adapters)],
+        inputs=[plan.base, *paths],
         force=force,
         allow_nonfinite=allow_nonfinite,
         device=device,

@@ -19,6 +19,7 @@ from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import OUTPUT_DTYPES
+from loratool.files.places import called, located
 from loratool.math.factored import norm
 from loratool.names.strengths import Weights, recorded_weights, with_strengths
 from loratool.plan.adapter import AdapterPlan
@@ -159,8 +160,9 @@ def rescale(
     """
     _check_options(scale, weights, alpha, keep, max_norm, fold=fold, to=to_rslora, back=from_rslora)
     place, dtype, skip = output_path(output), dtype_name(dtype), one_or_more(skip)
+    adapter = located(adapter)
     if not dry_run:
-        check_output(place, force=force, inputs=[Path(adapter)])
+        check_output(place, force=force, inputs=[adapter])
     opened = open_adapter(adapter, adapter_name=adapter_name, skip=skip)
     scheme = scheme_named(opened.scheme)
     check_names(opened, scheme)
@@ -227,7 +229,7 @@ def rescale(
         error, is_measured = 0.0, False
     if not dry_run:
         outcome = write_plan(
-            plan, place, inputs=[Path(adapter)], force=force, threads=threads, progress=progress
+            plan, place, inputs=[adapter], force=force, threads=threads, progress=progress
         )
     elif not is_measured:
         outcome = run_plan(plan, threads=threads, progress=progress)
@@ -273,7 +275,7 @@ def _rewritten(
         stem=adapter.weights.stem,
         told=adapter.told,
         metadata=kept_metadata(adapter, adapter.scheme),
-        history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
+        history=History("rescale", (Source(called(adapter.path), adapter.weights),), asked),
         sidecars=tuple(sidecars),
         stamps={adapter.weights: adapter.stamp},
         notes=(*notes, *input_notes([adapter])),

@@ -16,6 +16,7 @@ from loratool.errors import AdapterError, FileFormatError, OptionError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.files.json import read_json_object
+from loratool.files.places import called, located
 from loratool.plan.devices import exactly, mover_to
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.combination import Combination, output_scheme
@@ -99,9 +100,15 @@ def truncate(
         rank, energy, max_error, size, sv_ratio, sv_fro, sv_cumulative, rank_multiple
     )
     if not truncation.is_given:
-        raise OptionError("truncation", "say how far: --rank, --energy, --max-error or --max-size")
+        raise OptionError(
+            "truncation",
+            "say how far: --rank, --energy, --max-error or --max-size",
+            hint="such as --rank 16, or --max-error 0.05",
+        )
     if base is not None and truncation.max_size is None:
         raise OptionError("--base", "weighs modules against each other, for --max-size only")
+    adapter = located(adapter)
+    base = located(base) if base is not None else None
     opened = open_adapter(adapter, adapter_name=adapter_name, alpha=alpha, skip=skip)
     if _lacks_factors(opened) and truncation == Truncation(rank) and spectrum is None:
         return _by_way_of_factors(
@@ -123,18 +130,18 @@ def truncate(
     joints, notes = join([opened], dtype=written_dtype)
     options = {
         **truncation.recorded,
-        "base": Path(base).resolve().name if base is not None else None,
+        "base": called(base) if base is not None else None,
         "spectrum": Path(spectrum).name if spectrum is not None else None,
         "dtype": dtype,
         "alpha": alpha,
         "skip": tuple(skip),
     }
-    inputs = [Path(adapter), *([Path(base)] if base is not None else [])]
+    inputs = [adapter, *([base] if base is not None else [])]
     base_norms = None
     if base is not None:
         from loratool.verbs.algebra.base_norms import weight_norms
 
-        base_norms = weight_norms(opened, Path(base))
+        base_norms = weight_norms(opened, base)
     draft = Combination(
         verb="truncate",
         adapters=[opened],

@@ -15,6 +15,7 @@ from loratool.base.refusals import CODE
 from loratool.base.trained_on import training_notes
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError
 from loratool.files.missing import missing
+from loratool.files.places import located
 from loratool.loaders import loader_named
 from loratool.loaders.checks import check_for
 from loratool.loaders.loader import Loader
@@ -55,7 +56,7 @@ def validate(
         OptionError: There is no such loader.
     """
     checks = Checks.of(base=base, deep=deep, adapter_name=adapter_name, target=target)
-    path = Path(adapter)
+    path = located(adapter)
     if not path.exists():
         raise missing(path)
     try:
@@ -180,6 +181,6 @@ def _model(base: str | PathLike[str] | None) -> tuple[Model | None, Finding | No
     if base is None:
         return None, None
     try:
-        return open_model(Path(base)), None
+        return open_model(located(base)), None
     except UnsupportedError as error:
         return None, finding(CODE, error.where, error.what, error.hint)

@@ -19,11 +19,12 @@ from loratool.adapter.findings import Finding, Findings, finding
 from loratool.base.config import DTYPE_KEYS
 from loratool.base.model import Model, open_model
 from loratool.codecs.codec import CodedTensor
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, OptionError
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.inputs import InputFiles
 from loratool.files.json import read_json_object
+from loratool.files.places import located
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import read_into
 from loratool.names.strengths import Weights
@@ -31,6 +32,7 @@ from loratool.plan.devices import exactly
 from loratool.plan.lanes import ByteRange, Spot
 from loratool.plan.model import ModelPlan, Step
 from loratool.plan.plan import run
+from loratool.verbs.arguments import one_or_more
 from loratool.verbs.merging.comparison import check_files
 from loratool.verbs.merging.planning import plan_merge
 
@@ -45,7 +47,7 @@ COMPARED_BYTES: Final = 1 << 20
 def verify(
     merged: AnyPath,
     *,
-    base: AnyPath,
+    base: AnyPath | None = None,
     adapters: Sequence[AnyPath] | AnyPath,
     weights: Weights = (),
     alpha: float | None = None,
@@ -60,7 +62,7 @@ def verify(
 
     Args:
         merged: The model to check, file or folder.
-        base: The base it was made from.
+        base: The base it was made from; ``None`` for the one that the first adapter records.
         adapters: The adapters, in the order of the merge.
         weights: As in the merge.
         alpha: As in the merge.
@@ -78,16 +80,24 @@ def verify(
     Raises:
         LoratoolError: Base or adapters cannot be read, or the merge is not possible.
     """
-    original = open_model(Path(base))
+    paths: tuple[AnyPath, ...] = one_or_more(adapters)
+    if not paths:
+        raise OptionError("verify", "no adapter was given")
+    if base is None:
+        from loratool.verbs.merging.recorded import recorded_base
+
+        base, _ = recorded_base(paths[0], adapter_name=adapter_name)
+    base, merged = located(base), located(merged)
+    original = open_model(base)
     try:
-        result = open_model(Path(merged))
+        result = open_model(merged)
     except LoratoolError as error:
-        if not Path(merged).exists():
+        if not merged.exists():
             raise
         return Findings([finding("LT109", error.where, error.what, error.hint)])
     plan = plan_merge(
         base,
-        adapters,
+        paths,
         weights=weights,
         dtype=_dtype_of(original, result),
         alpha=alpha,

@@ -9,6 +9,7 @@ from typing import Final
 from loratool.adapter.model import Adapter
 from loratool.files.checkpoint import is_weight_like
 from loratool.files.links import DANGLING_LINK, NO_FILE, STRAY_LINK, link_roots, stays_inside
+from loratool.files.sources import whole
 from loratool.plan.sidecar import TOKENIZER_FILES, Sidecar
 from loratool.schemes import sidecar_names
 from loratool.schemes.companions import is_training_state
@@ -50,7 +51,7 @@ def carried_files(
                 left.append((shown, reason or _reason(path)))
             elif name not in found:
                 found[name] = path
-            elif found[name].read_bytes() != path.read_bytes():
+            elif whole(found[name]).read_bytes() != whole(path).read_bytes():
                 notes.append(f"{path} differs from {found[name]}, which is kept")
     return [Sidecar(name, path) for name, path in sorted(found.items())], left, notes
 

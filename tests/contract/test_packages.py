@@ -221,6 +221,7 @@ def test_the_hook_stops_a_commit_with_a_broken_adapter(tmp_path: Path) -> None:
         for name in ("lora-linear", "factor-missing")
     )
     assert all(pattern.search(str(path)) for path in (good, bad))
+    assert pattern.search("adapters/mine/adapter_config.json")
     assert not pattern.search("adapters/README.md")
     program, *arguments = hook["entry"].split()
     command = [sys.executable, "-m", program, *arguments]

@@ -30,7 +30,7 @@ from samples import ROOT
 from torch import nn
 
 from loratool import convert, merge
-from loratool.errors import LoratoolError, UnsupportedError
+from loratool.errors import AdapterError, LoratoolError, UnsupportedError
 
 pytestmark = pytest.mark.slow
 
@@ -1487,12 +1487,14 @@ class TestFiles:
             save_file(tensors | {f"{QUERY_PATH}.mystery": torch.ones(3)}, first)
         else:
             one_module(first, {f"{QUERY}.mystery": torch.ones(3)})
-        with pytest.raises(UnsupportedError, match="mystery") as caught:
+        with pytest.raises(AdapterError, match="mystery") as caught:
             convert(first, "diffusers", tmp_path / "b.safetensors")
-        match = re.search(r"--drop '(.+)'", str(caught.value.hint))
+        match = re.search(r"--skip '(.+)'", str(caught.value))
         assert match is not None
-        convert(first, "diffusers", tmp_path / "b.safetensors", drop=[match[1]])
-        assert f"{QUERY_PATH}.lora_A.weight" in load_file(tmp_path / "b.safetensors")
+        for number, left_out in enumerate(({"skip": [match[1]]}, {"drop": [match[1]]})):
+            convert(first, "diffusers", tmp_path / f"{number}.safetensors", **left_out)
+            written = load_file(tmp_path / f"{number}.safetensors")
+            assert written.keys() == {f"{QUERY_PATH}.lora_{side}.weight" for side in "AB"}
 
     def test_the_hint_for_a_norm_helps(self, tmp_path: Path) -> None:
         extra = {"lora_unet_mid_block_resnets_0_norm1.w_norm": torch.ones(8)}

@@ -275,6 +275,13 @@ case("tinylora-drawn", "TinyLoraConfig", one, targets=("wide",), several=False, 
 case("tinylora-embedding", "TinyLoraConfig", {}, targets=("embed_tokens",), lora=NEVER)
 
 
+for depth, function in ((0, "relu"), (1, "tanh"), (3, "silu"), (2, "sigmoid"), (1, "leaky_relu")):
+    options = {"r": 3, "depth": depth, "act_fn": function, "scaling": 1.7}
+    case(f"peanut-{function}", "PeanutConfig", options, lora=NEAR)
+case("osf", "OSFConfig", {}, lora=NEAR, exact=2e-6, several=False)
+case("osf-few", "OSFConfig", {"effective_rank": 20}, lora=NEAR, exact=2e-6, several=False)
+
+
 class Diagonal:
     """What PEFT's extension for BOFT does, which only a GPU has."""
 
@@ -558,6 +565,8 @@ DISTINCT = [
     "glora-lora-lora",
     "glora-vector-vector",
     "tinylora",
+    "peanut-tanh",
+    "osf",
 ]
 
 
@@ -567,7 +576,9 @@ UNTOLD = {
         "adapter_config",
     ),
     **dict.fromkeys(("oft-conv", "hra", "road-road_1", "gralora-hybrid"), "adapter_config"),
-    **dict.fromkeys(("vblora", "supertuning-lora", "deft-qr", "tinylora"), "adapter_config"),
+    **dict.fromkeys(
+        ("vblora", "supertuning-lora", "deft-qr", "tinylora", "peanut-tanh"), "adapter_config"
+    ),
     "miss-mini": "shape",
 }
 
@@ -679,7 +690,9 @@ def test_an_impossible_option_is_told(
         ("PREFIX_TUNING", "prefix"),
         ("CPT", "prompt"),
         ("CARTRIDGE", "cache"),
-        ("OSF", "decomposition"),
+        ("PSOFT", "signs"),
+        ("FROD", "directions"),
+        ("ADAMSS", "clusters"),
     ],
 )
 def test_what_has_no_fixed_weights_is_refused_by_name(

@@ -21,14 +21,13 @@ def formats() -> str:
         (
             *_table(
                 "Key schemes",
-                "How an adapter's tensors are called, and where its scale is: "
-                "`convert --to`, `--from`.",
-                ("scheme", "what it is", "read", "written", "a key"),
+                "How an adapter's tensors are called, and where its scale is: `convert --to`, "
+                "`--from`. All are read.",
+                ("scheme", "what it is", "written", "a key"),
                 (
                     (
                         f"`{info.name}`",
                         info.summary,
-                        _yes(info.reads),
                         _yes(info.writes),
                         f"`{info.example}`",
                     )

@@ -15,6 +15,7 @@ from loratool.discovery import Plugins
 from loratool.errors import FileFormatError
 from loratool.files.foreign import foreign_bytes, foreign_file
 from loratool.files.missing import missing
+from loratool.files.sources import opened
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,7 +93,7 @@ def open_weights(path: Path) -> WeightsFile:
 
 def _start(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return file.read(512)
     except OSError:
         return b""

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.errors import FileFormatError, UnsupportedError
+from loratool.errors import FileFormatError, UnsupportedError, unreadable
 from loratool.files.container import Container, Layout, WeightsFile
 from loratool.files.dtypes import dtype_named
 from loratool.files.gathered import ArchivedTensor, Gathered, Piece, cover
 from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.pickle_records import Pairs, Record, read_records
 from loratool.files.pickles import WRAPPERS
+from loratool.files.sources import opened
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.zip_entries import short
 
@@ -84,11 +85,11 @@ class _Distributed:
     def open(self, path: Path) -> WeightsFile:
         """See :class:`Container`; nothing in it is executed."""
         try:
-            with path.open("rb") as file:
-                stamp = stamp_of(file.fileno())
+            with opened(path) as file:
+                stamp = stamp_of(file)
                 data = file.read(LONGEST + 1)
         except OSError as error:
-            raise FileFormatError(path, f"cannot be read: {error.strerror or error}") from None
+            raise unreadable(path, error) from None
         if len(data) > LONGEST:
             raise FileFormatError(path, "its description is too long to be a checkpoint's")
         if not data.startswith(b"\x80"):
@@ -130,7 +131,7 @@ def _file(path: Path, fields: Mapping[str, Any], stamp: Stamp) -> WeightsFile:
         for key, name in names.items()
     }
     size = stamp.size + sum(each.size for each in files.stamps.values())
-    notes = ()
+    notes: tuple[str, ...] = ()
     if left:
         notes = (f"the checkpoint holds {len(left)} more entries, not used: {', '.join(left[:4])}",)
     return WeightsFile(path, tensors, {}, size, stamp, notes=notes)

@@ -22,6 +22,7 @@ from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import stamp_of
 from loratool.files.json import read_json_object
 from loratool.files.npy import SHAPES, NpyHeader, format_npy_header, read_npy_header
+from loratool.files.sources import opened
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.files.transfer import write_all
 
@@ -68,8 +69,8 @@ class _Npy:
         weights = path.with_name(stem)
         rows = _rows(path.with_name(stem.replace(WEIGHTS, CONFIG)))
         try:
-            with weights.open("rb") as file:
-                stamp = stamp_of(file.fileno())
+            with opened(weights) as file:
+                stamp = stamp_of(file)
                 header = read_npy_header(weights, weights.name, file)
         except OSError as error:
             raise unreadable(weights, error) from None
@@ -149,8 +150,11 @@ def _halves(
     for (module, layer, rank, *_), row in zip(rows, tensors.values(), strict=True):
         name = f"layer.{layer}.module.{module}"
         widths = said.get(name)
-        is_pair = isinstance(widths, list) and len(widths) == 2
-        if not is_pair or not all(type(each) is int and each > 0 for each in widths):
+        if (
+            not isinstance(widths, list)
+            or len(widths) != 2
+            or not all(type(each) is int and each > 0 for each in widths)
+        ):
             raise FileFormatError(path, f"says {widths!r:.40} of {name}, expected two widths")
         into, out = widths
         if rank * (into + out) > row.spec.elements:
@@ -170,7 +174,7 @@ def _rows(path: Path) -> list[tuple[int, ...]]:
         FileFormatError: The file is missing, or none of that kind.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             header = read_npy_header(path, path.name, file)
             if header.dtype != "I32" or header.is_turned or len(header.shape) not in (2, 3):
                 raise FileFormatError(path, "is no table of whole numbers (int32)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from loratool.adapter.config import CONFIG_NAME, KNOWN_FIELDS
@@ -101,12 +101,14 @@ class PeftSettings(Settings):
     def findings(self, adapter: Adapter) -> Iterator[Finding]:
         """Yield that there is none."""
         if adapter.config is None:
-            yield finding(
+            # A merge takes what the tensors say, so that it is no error of the file.
+            missing = finding(
                 "LT015",
                 adapter.folder,
                 "there is no adapter_config.json, which PEFT needs",
                 "write one with peft_type, r, lora_alpha and target_modules",
             )
+            yield replace(missing, severity="warning")
 
 
 def _looks_like_conv1d(parts: Sequence[Part]) -> bool:

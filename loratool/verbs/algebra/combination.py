@@ -13,6 +13,7 @@ from loratool.adapter.part import Part
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
+from loratool.files.places import called
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
 from loratool.schemes import DEFAULT_SCHEME, scheme_named, scheme_names
@@ -176,7 +177,7 @@ class Combination:
             metadata=joined_metadata(self.adapters, self.scheme.name),
             history=History(
                 self.verb,
-                tuple(Source(a.path.resolve().name, a.weights) for a in self.adapters),
+                tuple(Source(called(a.path), a.weights) for a in self.adapters),
                 self.asked,
             ),
             sidecars=tuple(sidecars),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Final, Protocol
 
@@ -14,9 +15,18 @@ from loratool.plan.adapter import AdapterPlan
 from loratool.verbs.algebra.modules import Joint
 from loratool.verbs.algebra.sizes import FileSize
 
-__all__ = ["Truncation", "choose_ranks", "full_ranks", "parse_size", "within_budget"]
+__all__ = [
+    "Truncation",
+    "choose_ranks",
+    "full_ranks",
+    "parse_size",
+    "ruling_notes",
+    "within_budget",
+]
 
 UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+NOTHING: Final = 1e-4
+"""A share of ``‖Δ‖²`` that the rounding of a stored dtype costs."""
 TRIED: Final = 32
 """How many modules are looked at to tell how small a file can be."""
 ATTEMPTS: Final = 8
@@ -95,6 +105,21 @@ class Truncation:
         """Whether the ranks depend on the tensors, not on headers alone."""
         return self.rule is not None or self.max_size is not None
 
+    def is_met(self, lost: float) -> bool:
+        """Whether a module that lacks this share of its ``‖Δ‖²`` has what its rule asks for.
+
+        Of rules that no share tells of, and of a budget, it is not known: a rank that is the most
+        allowed counts as the limit that ruled.
+        """
+        share = {
+            "energy": lambda v: 1 - v,
+            "max_error": lambda v: v**2,
+            "sv_fro": lambda v: 1 - v**2,
+        }
+        if self.rule is None or self.rule[0] not in share:
+            return lost < NOTHING
+        return lost <= share[self.rule[0]](self.rule[1]) + NOTHING
+
     @property
     def recorded(self) -> dict[str, int | float | None]:
         """What was asked for, by the names of the options, as the metadata tells it."""
@@ -107,6 +132,39 @@ class Truncation:
         if self.rank is not None:
             rank = min(rank, self.rank // self.multiple * self.multiple)
         return rank
+
+
+def ruling_notes(
+    truncation: Truncation, modules: Iterable[tuple[int, float, float]]
+) -> tuple[str, ...]:
+    """Return which of two limits ruled in how many modules, and what that keeps.
+
+    Args:
+        truncation: What was asked for; with one limit alone there is nothing to say.
+        modules: For each its rank, its ``‖Δ‖²`` and the part of that which is lost.
+    """
+    if truncation.rank is None or not truncation.needs_spectra:
+        return ()
+    found = list(modules)
+    top = truncation.fitted(truncation.rank)
+    short = [
+        max(0.0, 1 - lost / norm)
+        for rank, norm, lost in found
+        if norm and rank >= top and not truncation.is_met(lost / norm)
+    ]
+    total = math.fsum(norm for _, norm, _ in found)
+    kept = 1 - math.fsum(lost for _, _, lost in found) / total if total else 1.0
+    other = "--max-size" if truncation.rule is None else _flag(truncation.rule[0])
+    other = f"{other} {truncation.max_size if truncation.rule is None else truncation.rule[1]:g}"
+    words = f"{kept:.1%} of ‖delta‖² is kept in all"
+    if not short:
+        return (f"{other} ruled in all modules, --rank {truncation.rank} in none; {words}",)
+    each = f"{min(short):.1%}" + (f" to {max(short):.1%}" if len(short) > 1 else "")
+    others = f"and {other} in the others" if len(short) < len(found) else f"{other} in none"
+    return (
+        f"--rank {truncation.rank} ruled in {len(short)} of {len(found)} modules, which keep "
+        f"{each}, {others}; {words}",
+    )
 
 
 def _rules() -> tuple[str, ...]:

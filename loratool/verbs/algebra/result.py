@@ -16,7 +16,7 @@ from loratool.plan.plan import write as write_plan
 from loratool.plan.threads import Progress, in_parallel
 from loratool.verbs.algebra.combination import Combination
 from loratool.verbs.algebra.modules import Joint
-from loratool.verbs.algebra.ranks import Truncation, choose_ranks, full_ranks
+from loratool.verbs.algebra.ranks import Truncation, choose_ranks, full_ranks, ruling_notes
 from loratool.verbs.algebra.sums import ModuleReport, SumOfDeltas, joint_spectra
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ def finish(
         plan = draft.plan(ranks)
     if dry_run:
         reports = [expected_report(j, ranks[j.rank_group], spectra[j.name]) for j in joints]
-        return AdapterReport(tuple(reports), plan, False, plan.notes, output)
+        notes = ruling_notes(truncation, map(_figures, reports))
+        return AdapterReport(tuple(reports), plan, False, (*plan.notes, *notes), output)
     outcome = write_plan(
         plan,
         output,
@@ -198,8 +199,15 @@ def finish(
     ]
     reports = [*written, *gone]
     dtypes = {joint.shape.dtype for joint in joints}
-    notes = _result_notes(dtypes, reports, truncation)
+    notes = [
+        *ruling_notes(truncation, map(_figures, reports)),
+        *_result_notes(dtypes, reports, truncation),
+    ]
     return AdapterReport(tuple(reports), plan, True, (*plan.notes, *notes), output)
+
+
+def _figures(module: ModuleReport) -> tuple[int, float, float]:
+    return module.rank, module.squared_norm, module.squared_error
 
 
 def _report_of(joint: Joint, outcome: Outcome) -> ModuleReport:
@@ -266,7 +274,8 @@ def _result_notes(
         )
     limit = truncation.max_error
     if limit is not None:
-        missed = [m for m in modules if m.relative_error > limit]
+        most = math.inf if truncation.rank is None else truncation.fitted(truncation.rank)
+        missed = [m for m in modules if m.relative_error > limit and m.rank < most]
         if missed:
             worst = max(m.relative_error for m in missed)
             advice = "; write them with --dtype float32" if dtypes & ROUNDED else ""

@@ -15,6 +15,7 @@ from loratool.adapter.model import FILE_ALPHA_KEY, Adapter, Site
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.files.dtypes import DTYPES
+from loratool.files.places import called
 from loratool.files.spec import StoredTensor
 from loratool.math.factored import norm
 from loratool.math.lowrank import LowRank
@@ -177,7 +178,7 @@ def plan_in_place(
         parts=(),
         carried=tuple(carried),
         metadata=without_hashes(adapter.metadata),
-        history=History("rescale", (Source(adapter.path.resolve().name, adapter.weights),), asked),
+        history=History("rescale", (Source(called(adapter.path), adapter.weights),), asked),
         config=_config(adapter, changes, asked),
         sidecars=tuple(sidecars),
         weights_name=WEIGHTS_NAME if is_folder else "",

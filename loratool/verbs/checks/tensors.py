@@ -14,6 +14,7 @@ from loratool.adapter.slots import Slot
 from loratool.errors import printable
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES
+from loratool.files.sources import whole
 from loratool.files.spec import StoredTensor
 
 __all__ = ["check_tensors"]
@@ -105,7 +106,7 @@ def _scales(adapter: Adapter) -> Iterator[Finding]:
 def _checksums(adapter: Adapter) -> Iterator[Finding]:
     """Yield the records of zip archives whose bytes are not those that were written."""
     for path in dict.fromkeys(stored.path for stored in adapter.tensors.values()):
-        with path.open("rb") as file:
+        with whole(path).open("rb") as file:
             if file.read(len(ARCHIVE)) != ARCHIVE:
                 continue
             with zipfile.ZipFile(file) as archive:

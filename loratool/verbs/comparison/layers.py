@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,8 @@ from loratool.adapter.problems import check_plain, check_sound
 from loratool.base.told import open_told
 from loratool.display.shown import Shown
 from loratool.errors import AdapterError, OptionError
+from loratool.files.places import located
+from loratool.files.sources import fetch
 from loratool.math.factored import factor
 from loratool.math.namespace import Array, squared_norm
 from loratool.math.similarity import expected_similarity
@@ -179,7 +180,8 @@ def compare_layers(
     """
     if directions is not None and directions < 1:
         raise OptionError("--directions", f"{directions} is less than 1")
-    model, told = open_told(Path(base), needs_weights=False) if base is not None else (None, None)
+    place = located(base) if base is not None else None
+    model, told = open_told(place, needs_weights=False) if place is not None else (None, None)
     opened = open_adapter(
         adapter,
         adapter_name=adapter_name,
@@ -191,6 +193,7 @@ def compare_layers(
         check_sound(site, opened)
         if not site.is_plain:
             check_plain(site, opened, is_named=False)
+    fetch([opened.weights])
     joints, notes = join([opened], to_write=False)
     mover = mover_to(device)
     groups = _groups(joints, opened)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter.model import Adapter, ExtraKind, Site, unknown_scale
+from loratool.adapter.model import UNTOLD, Adapter, ExtraKind, Site, unknown_scale
 from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
 from loratool.base.placing import with_places
@@ -73,7 +73,9 @@ def converted(
     if loader is not None:
         refusals(adapter, loader, drop=conversion.drop, to_lora=conversion.to_lora)
     dropping = Dropping(conversion.drop)
-    sites = [site for site in adapter.sites if not dropping.takes(site.label)]
+    sites = [
+        _without_untold(site, dropping) for site in adapter.sites if not dropping.takes(site.label)
+    ]
     check_nesting(sites, adapter, scheme)
     base = options.base
     parts = [part_of(site, adapter, _width(site, base)) for site in sites]
@@ -120,6 +122,16 @@ def converted(
         ),
     )
     return new, options
+
+
+def _without_untold(site: Site, dropping: Dropping) -> Site:
+    """Return a site without what lies beside its factors and may be left out."""
+    untold = site.settings.get(UNTOLD, ())
+    patterns = dropping.patterns  # what is dropped is noted with the other tensors
+    kept = tuple(s for s in untold if not any(each.search(s.name) for each in patterns))
+    if len(kept) == len(untold):
+        return site
+    return replace(site, settings={**site.settings, UNTOLD: kept})
 
 
 def _width(site: Site, base: Model | None) -> int | None:

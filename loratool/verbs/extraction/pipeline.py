@@ -20,7 +20,7 @@ from loratool.plan.devices import gpus_for
 from loratool.plan.plan import write as write_plan
 from loratool.plan.threads import usual_threads
 from loratool.verbs.algebra.modules import Joint
-from loratool.verbs.algebra.ranks import Truncation, within_budget
+from loratool.verbs.algebra.ranks import Truncation, ruling_notes, within_budget
 from loratool.verbs.extraction.adapter import Difference
 from loratool.verbs.extraction.decomposition import decompose_all, leftover_changes, open_spool
 from loratool.verbs.extraction.difference import Extracted, ModuleResult, Settings
@@ -201,6 +201,9 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
                 *told,
                 *differences.notes,
                 *_tie_notes(plan),
+                *ruling_notes(
+                    truncation, ((m.rank, m.squared_norm, m.squared_error) for m in results)
+                ),
                 *_notes(results, leftovers, how, draft.clamp),
             ),
         )

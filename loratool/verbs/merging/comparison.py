@@ -15,6 +15,7 @@ from loratool.errors import FileFormatError
 from loratool.files.checkpoint import is_index
 from loratool.files.gguf import COUNT, HEAD, GgufFile
 from loratool.files.json import parse_json
+from loratool.files.sources import size_of, whole
 from loratool.plan.model import ModelPlan, OutputFile
 from loratool.plan.sidecar import Sidecar
 
@@ -70,7 +71,7 @@ def _check_sidecar(sidecar: Sidecar, path: Path, shards: int) -> Iterator[Findin
         if not name.endswith(".json"):
             raise FileFormatError(path, "not JSON")
         expected = parse_json(wanted, where=name, allow_constants=True)
-        data = path.read_bytes()
+        data = whole(path).read_bytes()
         if data.startswith(BOM_UTF8) and not wanted.startswith(BOM_UTF8):
             raise FileFormatError(path, "begins with a byte order mark, which JSON may not")
         found: Any = parse_json(data, where=path, allow_constants=True)
@@ -90,11 +91,11 @@ def _check_sidecar(sidecar: Sidecar, path: Path, shards: int) -> Iterator[Findin
 
 
 def _is_same(sidecar: Sidecar, path: Path) -> bool:
-    if sidecar.nbytes != path.stat().st_size:
+    if sidecar.nbytes != size_of(path):
         return False
     if sidecar.source is None:
-        return path.read_bytes() == (sidecar.content or b"")
-    with sidecar.source.open("rb") as one, path.open("rb") as other:
+        return whole(path).read_bytes() == (sidecar.content or b"")
+    with whole(sidecar.source).open("rb") as one, whole(path).open("rb") as other:
         while block := one.read(BLOCK):
             if block != other.read(BLOCK):
                 return False
@@ -102,7 +103,7 @@ def _is_same(sidecar: Sidecar, path: Path) -> bool:
 
 
 def _content(sidecar: Sidecar) -> bytes:
-    return sidecar.source.read_bytes() if sidecar.source else sidecar.content or b""
+    return whole(sidecar.source).read_bytes() if sidecar.source else sidecar.content or b""
 
 
 def _differences(

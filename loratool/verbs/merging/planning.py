@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Final
 
 from loratool.adapter.model import Adapter, unknown_scale
@@ -25,6 +24,7 @@ from loratool.errors import BaseModelError, MergeError, OptionError, Unsupported
 from loratool.files.containers import container_of
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.links import NOT_FILES
+from loratool.files.places import located, origin_of
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.names.one_model import check_one_model
 from loratool.names.pipelines import AVERAGES, FIRST, SECOND, UNTRAINED
@@ -72,7 +72,7 @@ VOCABULARY_BIASES: Final = (
 
 
 def plan_merge(
-    base: AnyPath,
+    base: AnyPath | None,
     adapters: Sequence[AnyPath] | AnyPath,
     *,
     weights: Weights = (),
@@ -92,7 +92,13 @@ def plan_merge(
     adapters, skip, dtype = one_or_more(adapters), one_or_more(skip), dtype_name(dtype)
     if not adapters:
         raise OptionError("merge", "no adapter was given")
-    model = open_model(Path(base))
+    told: list[str] = []
+    if base is None:
+        from loratool.verbs.merging.recorded import recorded_base
+
+        base, said = recorded_base(adapters[0], adapter_name=adapter_name)
+        told.append(f"the base is {origin_of(base) or base}: the adapter records {said!r}")
+    model = open_model(located(base))
     opened = [
         _opened(
             path,
@@ -107,7 +113,7 @@ def plan_merge(
     opened = [as_spelled(adapter, model) for adapter in opened]
     if model.factors and _is_one_file(model, opened):
         model = model.as_unwrapped()
-    notes = [*model.notes, *check_base(model)]
+    notes = [*told, *model.notes, *check_base(model), *_absent_sidecars(model)]
     for adapter in opened:
         check_adapter(adapter)
     check_one_model(opened, has_base=True)
@@ -169,6 +175,7 @@ def plan_merge(
         sidecars=tuple(sidecars),
         is_folder=is_folder,
         adapters=tuple(opened),
+        base=model.path,
         unused=tuple(key for adapter in opened for key in adapter.skipped),
         notes=tuple(dict.fromkeys(notes)),
         left_behind=tuple(left),
@@ -178,6 +185,22 @@ def plan_merge(
             **{path: stamp for each in complete for path, stamp in each.stamps.items()},
         },
     )
+
+
+def _absent_sidecars(model: Model) -> list[str]:
+    """Return a note on what the cache of the hub lacks of the files that travel along."""
+    if origin_of(model.path) is None:
+        return []
+    from loratool.files.hub.cache import absent_sidecars, snapshot_of
+
+    snapshot = snapshot_of(model.path)
+    lost = absent_sidecars(snapshot) if snapshot is not None else []
+    if snapshot is None or not lost:
+        return []
+    return [
+        f"the cache lacks {', '.join(lost[:4])}{' and more' if len(lost) > 4 else ''} of "
+        f"{snapshot.repo}, which the output lacks too: 'hf download {snapshot.repo}' fetches all"
+    ]
 
 
 def _check_inside(changes: ConfigChanges, steps: Iterable[Step], base: Model) -> None:

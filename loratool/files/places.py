@@ -1,0 +1,228 @@
+"""Where what a user names is: on the disk, in the cache of the hub, or on the hub."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loratool.errors import SPOKEN, HubError, MissingModelError
+from loratool.files.sources import forget, stand_in
+
+if TYPE_CHECKING:
+    from loratool.files.hub.names import HubName
+    from loratool.files.hub.remote import HubFiles
+
+__all__ = [
+    "Origin",
+    "called",
+    "forget_stand_ins",
+    "hub_as_json",
+    "located",
+    "on_the_hub",
+    "origin_of",
+]
+
+EXTRA: Final = "pip install 'loratool[hub]'"
+PREFIX: Final = "loratool-hub-"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which file or folder of the hub a path is.
+
+    Attributes:
+        repo: ``org/name``.
+        commit: The commit.
+        inside: The path in it; empty for all of it.
+    """
+
+    repo: str
+    commit: str
+    inside: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit[:8]}{f'/{self.inside}' if self.inside else ''}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON documents have it."""
+        return {"repo": self.repo, "commit": self.commit, "path": self.inside or None}
+
+
+_folders: dict[Path, HubFiles] = {}
+"""By the folder that stands for them."""
+_known: dict[HubName, Path] = {}
+
+
+def located(path: str | PathLike[str]) -> Path:
+    """Return the path on the disk of what a user names; what is on the disk names itself.
+
+    ``org/name[@revision][/inside]``, ``hf://…`` and addresses of the hub are looked for in the
+    local cache. What it lacks is asked of the hub, of which nothing is fetched until it is read.
+
+    Raises:
+        HubError: It is named like a model of the hub, and cannot be had.
+        OptionError: It is an address of something else.
+    """
+    text = os.fspath(path)
+    place = Path(text)
+    if os.path.lexists(text) or place.is_absolute() or "\0" in text:
+        return place
+    from loratool.files.hub.names import parse_hub_name
+
+    name = parse_hub_name(text)
+    if name is None:
+        return place
+    if not name.is_told and _is_meant_here(place):
+        from loratool.files.hub.cache import cached, missing_in
+
+        snapshot = cached(name)
+        return snapshot.place if snapshot is not None and not missing_in(snapshot) else place
+    return on_the_hub(name)
+
+
+def on_the_hub(name: HubName) -> Path:
+    """Return the path on the disk of a model of the hub.
+
+    Raises:
+        HubError: It cannot be had.
+    """
+    from loratool.files.hub.cache import cached, is_offline, missing_in
+
+    snapshot = cached(name)
+    lack = missing_in(snapshot) if snapshot is not None else None
+    if snapshot is not None and lack is None:
+        return snapshot.place
+    here = "" if name.is_told else "no such file or folder, and "
+    where = f"{here}not in the local cache of the hub"
+    if lack is not None:
+        where = f"in the local cache of the hub, but {lack}"
+    if is_offline():
+        raise MissingModelError(
+            name,
+            f"{where}, and HF_HUB_OFFLINE is set",
+            hint=_near(name) or f"without it, 'hf download {name.repo}' fetches it",
+        )
+    if name not in _known:
+        try:
+            from loratool.files.hub.remote import list_files
+
+            files = list_files(name)
+        except ModuleNotFoundError:
+            hint = _near(name) or f"to fetch from the hub: {EXTRA}"
+            raise MissingModelError(name, where, hint=hint) from None
+        except HubError as error:
+            raise type(error)(error.where, error.what, hint=_near(name) or error.hint) from None
+        _known[name] = _stand_ins(files, name)
+    return _known[name]
+
+
+def called(path: str | PathLike[str]) -> str:
+    """Return what a file or folder is called in what is written down, wherever it lies."""
+    place = located(path)
+    origin = origin_of(place)
+    return str(origin) if origin is not None else place.resolve().name
+
+
+def _is_meant_here(place: Path) -> bool:
+    """Whether what does not exist is meant on the disk, so that no stranger is asked for it."""
+    from loratool.files.containers import is_weights
+
+    return (len(place.parts) == 2 and is_weights(place)) or Path(place.parts[0]).is_dir()
+
+
+def _near(name: HubName) -> str | None:
+    """Return a hint at a path on the disk that is spelled almost like a name of the hub."""
+    from loratool.files.missing import nearest_path
+
+    near = nearest_path(Path(str(name))) if not name.is_told else None
+    return f"did you mean {shlex.quote(str(near))}?" if near is not None else None
+
+
+def _stand_ins(files: HubFiles, name: HubName) -> Path:
+    """Make a folder that stands for the files of a model, and return what is meant in it.
+
+    Raises:
+        HubError: It has no such file or folder.
+    """
+    inside = name.inside
+    meant = {
+        path: file
+        for path, file in files.files.items()
+        if not inside or path == inside or path.startswith(f"{inside}/")
+    }
+    if not meant:
+        raise HubError(name, f"{files.repo} holds no {inside!r}" if inside else "it is empty")
+    if inside in meant:  # what lies beside a file says what it is
+        folder = inside.rpartition("/")[0]
+        meant = {p: f for p, f in files.files.items() if p.rpartition("/")[0] == folder}
+    root = _root() / files.repo.replace("/", "--") / files.commit
+    for path, file in meant.items():
+        place = root / path
+        if place not in _made:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stand_in(place, file)
+            _made.add(place)
+    _folders[root] = files
+    SPOKEN[str(root)] = f"{files.repo}@{files.commit[:8]}"
+    return root / inside if inside else root
+
+
+_made: set[Path] = set()
+_roots: list[Path] = []
+
+
+def _root() -> Path:
+    if not _roots:
+        import atexit
+        import tempfile
+
+        _roots.append(Path(tempfile.mkdtemp(prefix=PREFIX)))
+        atexit.register(forget_stand_ins)
+    return _roots[0]
+
+
+def forget_stand_ins() -> None:
+    """Remove what stands for files of the hub; they are asked for again where they are named."""
+    for root in _roots:
+        import shutil
+
+        shutil.rmtree(root, ignore_errors=True)
+    forget(_made)
+    for folder in _folders:
+        SPOKEN.pop(str(folder), None)
+    _roots.clear()
+    _folders.clear()
+    _known.clear()
+    _made.clear()
+
+
+def origin_of(path: Path) -> Origin | None:
+    """Return what a path is on the hub; ``None`` for what is not from there."""
+    for root, files in _folders.items():
+        if path == root or root in path.parents:
+            inside = path.relative_to(root).as_posix()
+            return Origin(files.repo, files.commit, "" if inside == "." else inside)
+    if "models--" not in str(path):
+        return None
+    from loratool.files.hub.cache import snapshot_of
+
+    found = snapshot_of(path)
+    return Origin(found.repo, found.commit, found.inside) if found is not None else None
+
+
+def hub_as_json(paths: Mapping[str, Path], adapters: Sequence[Path] = ()) -> dict[str, Any] | None:
+    """Return what came from the hub, for JSON documents; ``None`` where nothing did.
+
+    Args:
+        paths: What was read, by what it was.
+        adapters: Adapters in their order, ``null`` for those that are not from the hub.
+    """
+    found = {what: origin.as_json() for what, path in paths.items() if (origin := origin_of(path))}
+    origins = [origin_of(path) for path in adapters]
+    listed = [origin.as_json() if origin is not None else None for origin in origins]
+    return {**found, **({"adapters": listed} if any(listed) else {})} or None

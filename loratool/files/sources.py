@@ -1,0 +1,227 @@
+"""Where the bytes of a file are: on the disk, or elsewhere behind a stand-in.
+
+Everything is named by a path on the disk. A file that is elsewhere has a *stand-in* there: its
+name, a line of text, and a :class:`Source` that this process knows. What reads files asks here,
+so that descriptions are read in ranges, and data in ranges or from the whole file, fetched first.
+What would read a stand-in itself finds a line of text, never zeros.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final, Protocol
+
+__all__ = [
+    "Fetching",
+    "Source",
+    "Store",
+    "fetch",
+    "forget",
+    "listeners",
+    "opened",
+    "size_of",
+    "size_of_opened",
+    "source_of",
+    "stand_in",
+    "tell",
+    "unfetched",
+    "whole",
+]
+
+MARK: Final = "a stand-in of loratool: the file itself is elsewhere, and was not read\n"
+
+
+class Store(Protocol):
+    """Where several files are that can be fetched together."""
+
+    def fetch(self, sources: Sequence[Source]) -> None:
+        """Bring whole files of this store to the disk.
+
+        Raises:
+            LoratoolError: It cannot be done; the message says why.
+        """
+        ...
+
+
+class Source(Protocol):
+    """The bytes of one file that is elsewhere; they never change."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def store(self) -> Store:
+        """Where it is."""
+        ...
+
+    @property
+    def local(self) -> Path | None:
+        """The whole file on the disk, once it is there."""
+        ...
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset`` on.
+
+        Raises:
+            LoratoolError: It cannot be read, or has not as many bytes.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """What is about to be fetched.
+
+    Attributes:
+        name: Of what.
+        files: How many files.
+        size: How many bytes.
+        folder: Where they go.
+    """
+
+    name: str
+    files: int
+    size: int
+    folder: Path
+
+
+listeners: list[Callable[[Fetching], None]] = []
+"""Who is told before files are fetched."""
+
+
+def tell(fetching: Fetching) -> None:
+    """Tell everybody who wants to know that files are about to be fetched."""
+    for listener in listeners:
+        listener(fetching)
+
+
+_sources: dict[Path, Source] = {}
+"""By the path of the stand-in; empty in a run whose files are all on the disk."""
+
+
+def stand_in(path: Path, source: Source) -> None:
+    """Let a path on the disk, where nothing is yet, stand for a file that is elsewhere."""
+    path.write_text(MARK)
+    _sources[path] = source
+
+
+def forget(paths: Iterable[Path]) -> None:
+    """Let paths stand for nothing any more."""
+    for path in paths:
+        _sources.pop(path, None)
+
+
+def source_of(path: Path) -> Source | None:
+    """Return where the bytes of a file are that is not on the disk, or not yet.
+
+    Returns:
+        ``None`` for what lies on the disk, stand-ins of what was fetched among them.
+    """
+    source = _sources.get(path) if _sources else None
+    return source if source is not None and source.local is None else None
+
+
+def whole(path: Path) -> Path:
+    """Return the path at which all bytes of a file can be read, fetched first if need be.
+
+    Raises:
+        LoratoolError: It cannot be fetched.
+    """
+    source = _sources.get(path) if _sources else None
+    if source is None:
+        return path
+    if source.local is None:
+        fetch([path])
+    assert source.local is not None, path
+    return source.local
+
+
+def fetch(paths: Iterable[Path]) -> None:
+    """Bring the files behind stand-ins to the disk, those of one store together.
+
+    Raises:
+        LoratoolError: One cannot be fetched.
+    """
+    if not _sources:
+        return
+    stores: dict[int, tuple[Store, list[Source]]] = {}
+    for path in dict.fromkeys(paths):
+        source = source_of(path)
+        if source is not None:
+            stores.setdefault(id(source.store), (source.store, []))[1].append(source)
+    for store, sources in stores.values():
+        store.fetch(sources)
+
+
+def unfetched(paths: Iterable[Path]) -> dict[Path, int]:
+    """Return the sizes of those files of which not all bytes are on the disk."""
+    sources = ((path, source_of(path)) for path in dict.fromkeys(paths) if _sources)
+    return {path: source.size for path, source in sources if source is not None}
+
+
+def size_of_opened(file: BinaryIO) -> int | None:
+    """Return the size of a file that is open and elsewhere; ``None`` for one of the disk."""
+    raw = getattr(file, "raw", None)
+    return raw.source.size if isinstance(raw, _Reader) else None
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes, wherever it is.
+
+    Raises:
+        OSError: There is none.
+    """
+    source = _sources.get(path) if _sources else None
+    return path.stat().st_size if source is None else source.size
+
+
+def opened(path: Path) -> BinaryIO:
+    """Open a file to read some of it, which of one that is elsewhere is all that is fetched.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    source = _sources.get(path) if _sources else None
+    if source is None:
+        return path.open("rb")
+    if source.local is not None:
+        return source.local.open("rb")
+    return io.BufferedReader(_Reader(source))
+
+
+class _Reader(io.RawIOBase):
+    """A file that is elsewhere, as one that is open for reading."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source = source
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.source.size}[whence]
+        if start + offset < 0:
+            raise ValueError("a place before the file")
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # as RawIOBase calls it
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, min(len(view), self.source.size - self._at))]
+        if len(view):
+            self.source.read_into(view, self._at)
+        self._at += len(view)
+        return len(view)
