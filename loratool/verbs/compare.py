@@ -96,14 +96,11 @@ def compare(
         LoratoolError: Fewer than two adapters can be read, or two are for different bases.
     """
     given: Sequence[AnyPath] = one_or_more(adapters)
-    is_pair = len(given) <= 2 and not _are_collections(given, recursive, adapter_name)
-    paths = (
-        [Place(Path(path), str(path)) for path in given]
-        if is_pair
-        else [
-            _named(place) for place in places([_here(path) for path in given], recursive=recursive)
-        ]
-    )
+    folders = [_is_folder_of_adapters(path, recursive, adapter_name) for path in given]
+    is_pair = len(given) <= 2 and not recursive and not any(folders)
+    paths: list[Place] = []
+    for path, is_folder in zip(given, folders, strict=True):
+        paths += _inside(path, recursive) if is_folder else [Place(Path(path), str(path))]
     if len(paths) < 2 and (random is None or not paths):
         raise OptionError("compare", "needs two adapters or more")
     if len(paths) > 2 and random is not None:
@@ -141,24 +138,21 @@ def compare(
     return total.comparison(names, models, unread, notes, is_pair=is_pair)
 
 
-def _here(path: AnyPath) -> AnyPath:
-    """Return where a path is, if it is anywhere; what is not is told when it is opened."""
+def _is_folder_of_adapters(path: AnyPath, recursive: bool, adapter_name: str | None) -> bool:
+    """Whether a path stands for all adapters in it; what is not there is told when it is opened."""
     try:
-        return located(path)
+        place = located(path)
     except LoratoolError:
-        return path
-
-
-def _named(place: Place) -> Place:
-    """Return a place that goes by its whole path."""
-    return replace(place, name=str(place.path))
-
-
-def _are_collections(paths: Sequence[AnyPath], recursive: bool, adapter_name: str | None) -> bool:
-    """Whether paths stand for all adapters in them."""
+        return False
     if recursive:
-        return True
-    return adapter_name is None and any(is_collection(Path(path)) for path in paths)
+        return place.is_dir()
+    return adapter_name is None and is_collection(place)
+
+
+def _inside(path: AnyPath, recursive: bool) -> list[Place]:
+    """Return the adapters in a folder, each of which goes by its whole path."""
+    found = places([located(path)], recursive=recursive)
+    return [replace(place, name=str(place.path)) for place in found]
 
 
 def _opened(

@@ -327,3 +327,9 @@ def test_layers_on_a_terminal(five: list[Path], make_adapter: Make) -> None:
     assert document["kinds"][0]["layers"] == ["0", "1"]
     rows = list(csv.DictReader(io.StringIO(run("compare", path, "--layers", "--csv").stdout)))
     assert float(rows[0]["phi_left"]) == document["kinds"][0]["phi_left"][0][1]
+
+
+def test_one_adapter_may_be_named_twice(five: list[Path]) -> None:
+    found = loratool.compare([five[0], five[0], five[1]], weights=[1, -2])
+    assert found.cosines[0][1] == pytest.approx(-1)
+    assert [Path(path) for path in found.adapters] == [five[0], five[0], five[1]]
