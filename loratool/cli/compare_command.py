@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,8 +12,10 @@ from loratool.cli import options, render
 from loratool.cli.drawings import check_drawings, write_drawings
 from loratool.cli.help import GroupedCommand
 from loratool.errors import OptionError
-from loratool.verbs.compare import Comparison, compare
-from loratool.verbs.comparison.layers import LayerComparison, compare_layers
+
+if TYPE_CHECKING:
+    from loratool.verbs.comparison.layers import LayerComparison
+    from loratool.verbs.comparison.result import Comparison
 
 __all__ = ["command"]
 
@@ -80,14 +82,12 @@ def command(
     if as_json:
         render.print_json(found.as_json())
     elif as_jsonl:
-        render.print_lines(_items(found))
+        render.print_lines(found.lines())
     elif as_csv:
         render.print_csv(found.records())
-    elif isinstance(found, Comparison):
-        render.show(found.document(unfolded=modules))
     else:
-        render.show(found.document())
-    return 1 if isinstance(found, Comparison) and found.unread else 0
+        render.show(found.document(unfolded=modules))
+    return 1 if found.unread else 0
 
 
 def _found(
@@ -103,6 +103,8 @@ def _found(
         OptionError: The layers of several were asked for.
     """
     if not layers:
+        from loratool.verbs.compare import compare
+
         return compare(adapters, random=random, progress=progress, **settings)
     if len(adapters) != 1:
         raise OptionError(
@@ -114,15 +116,6 @@ def _found(
         raise OptionError("--layers", "compares subspaces, which no weight changes")
     if random is not None:
         raise OptionError("--random", "--layers says already what chance makes")
+    from loratool.verbs.comparison.layers import compare_layers
+
     return compare_layers(adapters[0], progress=progress, **settings)
-
-
-def _items(found: Comparison | LayerComparison) -> Iterator[dict[str, Any]]:
-    """Yield what ``--jsonl`` has a line for: each pair, or each kind of module."""
-    if isinstance(found, LayerComparison):
-        yield from (kind.as_json() for kind in found.kinds)
-    elif found.is_pair:
-        yield found.as_json()
-    else:
-        yield from (pair.as_json() for pair in found.pairs)
-        yield from ({"path": path, "error": why} for path, why in found.unread)

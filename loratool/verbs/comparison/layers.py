@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from statistics import fmean
@@ -115,8 +115,17 @@ class LayerComparison(Shown):
     alone: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
-    def document(self) -> Document:
-        """Return what people see of it."""
+    @property
+    def unread(self) -> tuple[tuple[str, str], ...]:
+        """What could not be compared: nothing, for there is one adapter."""
+        return ()
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield what ``--jsonl`` has a line for: each kind of module."""
+        return (kind.as_json() for kind in self.kinds)
+
+    def document(self, *, unfolded: bool = False) -> Document:
+        """Return what people see of it; a kind has one row in any case."""
         from loratool.verbs.comparison.shown import layers_document
 
         return layers_document(self)

@@ -183,6 +183,14 @@ class Comparison(Shown):
                     (self.shared[i][i] - both, self.shared[j][j] - both),
                 )
 
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield what ``--jsonl`` has a line for: each two adapters, and what was not read."""
+        if self.is_pair:
+            yield self.as_json()
+            return
+        yield from (pair.as_json() for pair in self.pairs)
+        yield from ({"path": path, "error": why} for path, why in self.unread)
+
     def document(self, *, unfolded: bool = False) -> Document:
         """Return what people see of it; ``unfolded`` gives every module a row."""
         from loratool.verbs.comparison.shown import comparison_document
