@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from loratool.display.document import Column, Document, Lines, Row, Table
+from loratool.display.document import Column, Document, Group, Lines, Row, Table
 from loratool.display.figures import span
 from loratool.display.folding import listed
 from loratool.names.sections import module_groups
@@ -68,7 +68,7 @@ def _pair(found: Comparison, unfolded: bool) -> tuple[Table, Lines]:
     return table, Lines((words,))
 
 
-def _many(found: Comparison) -> Iterator[Table]:
+def _many(found: Comparison) -> Iterator[Table | Lines]:
     """Yield the adapters, the like side by side, with their nearest, and what is alike in all."""
     numbers = {place: str(number) for number, place in enumerate(found.order, 1)}
     rows: list[tuple[str, ...]] = []
@@ -102,6 +102,7 @@ def _many(found: Comparison) -> Iterator[Table]:
         rows,
     )
     if len(found.order) > WIDEST:
+        yield Lines(("the cosines of each two: --csv, --json, --plot, --report",))
         return
     yield Table.of(
         "cosines",
@@ -118,33 +119,30 @@ def _many(found: Comparison) -> Iterator[Table]:
 
 def layers_document(found: LayerComparison) -> Document:
     """Return how alike the layers of one adapter are, for each kind of module."""
-    rows: list[Row] = [
-        (
-            kind.kind,
-            len(kind.modules),
-            span(kind.directions, "d"),
-            *(
-                f"{value:.4f}"
-                for side in (0, 1)
-                for value in (kind.mean[side], kind.neighbours[side], kind.expected[side])
+    groups = [
+        Group(
+            name,
+            tuple(
+                (
+                    kind.kind,
+                    len(kind.modules),
+                    span(kind.directions, "d"),
+                    *(f"{of[side]:.4f}" for of in (kind.mean, kind.neighbours, kind.expected)),
+                )
+                for kind in found.kinds
             ),
         )
-        for kind in found.kinds
+        for side, name in enumerate(("left subspaces, those of B", "right subspaces, those of A"))
     ]
-    sides = ("left (B)", "right (A)")
-    table = Table.of(
-        "φ between layers, of the subspaces of B and of A",
+    table = Table.grouped(
+        "φ between layers",
         (
             Column("kind", folds=True, is_kept=True),
             Column("layers", is_kept=True),
             "directions",
-            *(
-                Column(f"{side}, {what}", is_kept=True)
-                for side in sides
-                for what in ("mean", "next", "by chance")
-            ),
+            *(Column(what, is_kept=True) for what in ("mean", "next", "by chance")),
         ),
-        rows,
+        groups,
     )
     alone = f"not compared, for no other layer has their kind and shape: {listed(found.alone)}"
     return Document.of((table,), (*found.notes, *([alone] if found.alone else [])))

@@ -18,6 +18,7 @@ import loratool
 from loratool.cli.main import cli
 from loratool.errors import OptionError, OutputError
 from loratool.reports.page import page, write_page
+from loratool.verbs.inspect import inspect_many
 
 Make = Callable[..., Path]
 ADAPTERS = FIXTURES / "adapters"
@@ -162,6 +163,18 @@ def test_what_is_written_has_a_page(tmp_path: Path) -> None:
     assert read(page(report)).counts["svg"] == 3
     findings = read(page(loratool.validate(ADAPTERS / "lora-linear")))
     assert "svg" not in findings.counts
+
+
+def test_an_extraction_and_a_folder_have_a_page(hostile: Path, tmp_path: Path) -> None:
+    base = FIXTURES / "bases" / "llama-untied"
+    loratool.merge(base, ADAPTERS / "lora-linear", tmp_path / "tuned", dtype="float32")
+    report = loratool.extract(base, tmp_path / "tuned", tmp_path / "out", rank=2)
+    found = read(page(report))
+    assert found.counts["svg"] == 3 and "relative error" in found.words
+    hostile.rename(tmp_path / "<i>")
+    many = read(page(inspect_many(hostile.parent, recursive=True)))
+    assert {"Details", "Findings"} <= set(many.texts["h2"])
+    assert "<i>" in many.words
 
 
 def test_a_page_is_written_whole_and_only_where_it_may(tmp_path: Path) -> None:
