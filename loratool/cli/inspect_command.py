@@ -10,7 +10,8 @@ import click
 from loratool.cli import options, render
 from loratool.cli.help import GroupedCommand
 from loratool.errors import OptionError
-from loratool.verbs.inspect import AdapterInfo, inspect, inspect_many
+from loratool.files.places import located
+from loratool.verbs.inspect import AdapterInfo, inspect, inspect_many, is_adapter
 
 __all__ = ["command"]
 
@@ -98,7 +99,9 @@ def command(
             write_drawings(found, None, report, force=force)
         return tell(found, as_json=as_json, as_jsonl=as_jsonl, as_csv=as_csv, sort=sort)
     (path,) = paths
-    reads = spectrum or plot is not None or report is not None
+    place = located(path)
+    has_spectrum = report is not None and place.exists() and is_adapter(place)
+    reads = spectrum or plot is not None or has_spectrum
     with render.progress_bar("reading", quiet=quiet or not reads) as progress:
         info = inspect(
             path,

@@ -129,7 +129,7 @@ def title_of(report: object) -> str:
 def charts_of(report: Report) -> tuple[Chart, ...]:
     """Return the charts of a report, the most telling first."""
     if isinstance(report, AdapterInfo):
-        return _of_adapter(report)
+        return _of_adapter(report) if report.spectra else ()
     if isinstance(report, LayerComparison):
         return _of_layers(report)
     if isinstance(report, Comparison):

@@ -102,7 +102,11 @@ def compare(
     for path, is_folder in zip(given, folders, strict=True):
         paths += _inside(path, recursive) if is_folder else [Place(Path(path), str(path))]
     if len(paths) < 2 and (random is None or not paths):
-        raise OptionError("compare", "needs two adapters or more")
+        raise OptionError(
+            "compare",
+            "needs two adapters or more",
+            hint="one alone goes with --random or --layers",
+        )
     if len(paths) > 2 and random is not None:
         raise OptionError("--random", "goes with one adapter or two")
     if directions is not None and directions < 1:

@@ -177,6 +177,15 @@ def test_an_extraction_and_a_folder_have_a_page(hostile: Path, tmp_path: Path) -
     assert "<i>" in many.words
 
 
+def test_a_model_has_a_page_without_pictures(tmp_path: Path) -> None:
+    place = tmp_path / "model.html"
+    base = FIXTURES / "bases" / "llama-untied"
+    result = CliRunner().invoke(cli, ["inspect", str(base), "--report", str(place)])
+    assert result.exit_code == 0, result.output
+    found = read(place.read_text())
+    assert "svg" not in found.counts and "llama" in found.words
+
+
 def test_a_page_is_written_whole_and_only_where_it_may(tmp_path: Path) -> None:
     place = tmp_path / "page.html"
     arguments = ["inspect", str(ADAPTERS / "lora-linear"), "--report", str(place)]
