@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from loratool.adapter.findings import Finding
     from loratool.errors import LoratoolError
+    from loratool.jobs.batch import BatchReport, JobRecord, batch
+    from loratool.jobs.recorded import RecordedRecipe, recipe
+    from loratool.jobs.run import RunReport, run
     from loratool.reports.page import write_page
     from loratool.reports.pictures import plot
     from loratool.schemes.opening import open_adapter
@@ -24,38 +27,52 @@ if TYPE_CHECKING:
     from loratool.verbs.convert import ConvertReport, convert
     from loratool.verbs.extract import extract
     from loratool.verbs.extraction.result import ExtractReport
-    from loratool.verbs.inspect import inspect
+    from loratool.verbs.inspect import AdapterInfo, ModelInfo, inspect, inspect_many
     from loratool.verbs.merge import MergeReport, merge, plan_merge
+    from loratool.verbs.metadata import MetadataReport, metadata
     from loratool.verbs.rescale import RescaleReport, rescale
     from loratool.verbs.schemes import schemes
     from loratool.verbs.truncate import truncate
-    from loratool.verbs.validate import validate
+    from loratool.verbs.validate import validate, validate_many
     from loratool.verbs.verify import verify
 
 __all__ = [
+    "AdapterInfo",
     "AdapterReport",
+    "BatchReport",
     "Comparison",
     "ConvertReport",
     "ExtractReport",
     "Finding",
+    "JobRecord",
     "LayerComparison",
     "LoratoolError",
     "MergeReport",
+    "MetadataReport",
+    "ModelInfo",
+    "RecordedRecipe",
     "RescaleReport",
+    "RunReport",
+    "batch",
     "compare",
     "compare_layers",
     "compose",
     "convert",
     "extract",
     "inspect",
+    "inspect_many",
     "merge",
+    "metadata",
     "open_adapter",
     "plan_merge",
     "plot",
+    "recipe",
     "rescale",
+    "run",
     "schemes",
     "truncate",
     "validate",
+    "validate_many",
     "verify",
     "write_page",
 ]
@@ -63,29 +80,42 @@ __all__ = [
 __version__ = "0.1.0"
 
 _PLACES: Final = {
+    "AdapterInfo": "loratool.verbs.inspect",
     "AdapterReport": "loratool.verbs.algebra.result",
+    "BatchReport": "loratool.jobs.batch",
     "Comparison": "loratool.verbs.compare",
     "ConvertReport": "loratool.verbs.convert",
     "ExtractReport": "loratool.verbs.extraction.result",
     "Finding": "loratool.adapter.findings",
     "LayerComparison": "loratool.verbs.comparison.layers",
+    "JobRecord": "loratool.jobs.batch",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.verbs.merge",
+    "ModelInfo": "loratool.verbs.inspect",
+    "MetadataReport": "loratool.verbs.metadata",
+    "RecordedRecipe": "loratool.jobs.recorded",
     "RescaleReport": "loratool.verbs.rescale",
+    "RunReport": "loratool.jobs.run",
+    "batch": "loratool.jobs.batch",
     "compare": "loratool.verbs.compare",
     "compare_layers": "loratool.verbs.comparison.layers",
     "compose": "loratool.verbs.compose",
     "convert": "loratool.verbs.convert",
     "extract": "loratool.verbs.extract",
     "inspect": "loratool.verbs.inspect",
+    "inspect_many": "loratool.verbs.inspect",
     "merge": "loratool.verbs.merge",
+    "metadata": "loratool.verbs.metadata",
     "open_adapter": "loratool.schemes.opening",
     "plan_merge": "loratool.verbs.merge",
     "plot": "loratool.reports.pictures",
+    "recipe": "loratool.jobs.recorded",
     "rescale": "loratool.verbs.rescale",
+    "run": "loratool.jobs.run",
     "schemes": "loratool.verbs.schemes",
     "truncate": "loratool.verbs.truncate",
     "validate": "loratool.verbs.validate",
+    "validate_many": "loratool.verbs.validate",
     "verify": "loratool.verbs.verify",
     "write_page": "loratool.reports.page",
 }

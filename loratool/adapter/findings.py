@@ -55,6 +55,7 @@ CODES: Final = {
     "LT034": ("error", "the head that was trained is in no file"),
     "LT035": ("info", "trained on, or merged into, a quantised base"),
     "LT036": ("warning", "a checksum is wrong"),
+    "LT037": ("info", "the base that it records is at hand"),
     "LT101": ("error", "a tensor is missing"),
     "LT102": ("error", "a tensor that should not be there"),
     "LT103": ("error", "wrong dtype or shape"),

@@ -412,6 +412,7 @@ class Home:
         is_open: Whether tensors that are no deltas may lie beside the factors.
         dtype: What factors of other schemes are written as unless somebody says; empty for theirs.
         tokens: How trained tokens are stored; ``None`` where they are not.
+        library: What model cards call the library that loads it; empty where none is its own.
     """
 
     weights_name: str = ""
@@ -419,6 +420,7 @@ class Home:
     is_open: bool = False
     dtype: str = ""
     tokens: Tokens | None = None
+    library: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ __all__ = ["command"]
 @options.base
 @options.device
 @options.threads
-@options.no_progress
+@options.quiet
 @options.as_json
 @options.as_jsonl
 @options.as_csv

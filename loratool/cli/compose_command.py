@@ -94,4 +94,4 @@ def command(
     if as_json:
         render.print_json(found.as_json())
         return
-    render.show(found.document(), quiet=quiet)
+    render.show(found.document(), quiet=quiet and found.is_written)

@@ -86,4 +86,4 @@ def command(
     if as_json:
         render.print_json(report.as_json())
         return
-    render.show(report.document(), quiet=quiet)
+    render.show(report.document(), quiet=quiet and report.is_written)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import signal
+import sys
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Final
 
 import click
 
-from loratool.errors import LoratoolError, OptionError, printable, spoken
+from loratool.display.characters import writable
+from loratool.errors import LoratoolError, OptionError, spoken
 
 __all__ = ["FAILURE", "Failure", "failure_of", "stopped_by", "tell"]
 
@@ -118,9 +120,10 @@ def tell(failure: Failure, *, as_json: bool, debug: bool) -> int:
         what = failure.what
         if len(what) > LONGEST_MESSAGE:
             what = f"{what[:LONGEST_MESSAGE]}…"
-        click.echo(f"error: {printable(failure.where)}: {printable(what)}", err=True)
+        clean = writable(sys.stderr.encoding)
+        click.echo(f"error: {clean(failure.where)}: {clean(what)}", err=True)
         if failure.hint:
-            click.echo(f"hint: {printable(failure.hint)}", err=True)
+            click.echo(f"hint: {clean(failure.hint)}", err=True)
     if as_json:
         with suppress(OSError):
             told = {

@@ -7,6 +7,7 @@ second at start-up, and neither says choices in full.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Final
@@ -15,6 +16,7 @@ import click
 
 from loratool.cli.named import Named
 from loratool.cli.synonyms import OPTION_SYNONYMS
+from loratool.display.characters import writable
 from loratool.errors import printable
 
 __all__ = [
@@ -88,7 +90,8 @@ def help_of(command: click.Command, ctx: click.Context) -> str:
     """Return the help of a command."""
     formatter = HelpFormatter(width=ctx.terminal_width, max_width=ctx.max_content_width)
     command.format_help(ctx, formatter)
-    return formatter.getvalue().rstrip("\n")
+    clean = writable(sys.stdout.encoding)
+    return "\n".join(clean(line) for line in formatter.getvalue().rstrip("\n").split("\n"))
 
 
 class GroupedCommand(click.Command):

@@ -31,7 +31,7 @@ __all__ = ["command"]
 @options.force
 @options.adapter_name
 @options.threads
-@options.no_progress
+@options.quiet
 @options.as_json
 @options.as_jsonl
 @options.as_csv

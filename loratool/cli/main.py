@@ -38,6 +38,10 @@ COMMANDS: Final = (
     "extract",
     "merge",
     "verify",
+    "metadata",
+    "recipe",
+    "run",
+    "batch",
     "schemes",
     "completion",
 )

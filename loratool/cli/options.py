@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from loratool.cli.named import DEVICE, DTYPE, LOADER, SCHEME
+from loratool.files.places import located
 
 __all__ = [
     "PATH",
@@ -25,7 +26,6 @@ __all__ = [
     "dtype",
     "extraction",
     "force",
-    "no_progress",
     "output",
     "plot",
     "quiet",
@@ -109,8 +109,12 @@ def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> No
         ctx.exit()
 
 
-quiet: Decorator = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
-no_progress: Decorator = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+quiet: Decorator = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    help="No progress, and no summary of what was written or found in order.",
+)
 debug: Decorator = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show a traceback where something fails."
 )
@@ -280,8 +284,9 @@ def are_many(
     """
     if len(paths) > 1 or recursive or asks_for_rows:
         return True
-    if adapter_name is not None or not paths[0].is_dir():
+    path = located(paths[0])
+    if adapter_name is not None or not path.is_dir():
         return False
     from loratool.schemes.folders import is_collection
 
-    return is_collection(paths[0])
+    return is_collection(path)

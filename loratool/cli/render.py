@@ -6,24 +6,49 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loratool.display.characters import in_ascii, is_unicode
-from loratool.errors import printable, spoken
+from loratool.display.characters import writable
+from loratool.errors import spoken
 
 if TYPE_CHECKING:
     from loratool.display.document import Document
 
-__all__ = ["print_csv", "print_json", "print_lines", "print_notes", "progress_bar", "show"]
+__all__ = [
+    "collected",
+    "print_csv",
+    "print_json",
+    "print_lines",
+    "print_notes",
+    "progress_bar",
+    "show",
+]
 
 READABLE: Final = 1 << 20
 """Characters up to which a JSON document is indented."""
 
+_collecting: ContextVar[list[Any] | None] = ContextVar("_collecting", default=None)
+
+
+@contextmanager
+def collected(documents: list[Any]) -> Iterator[None]:
+    """Have the documents of this thread appended to ``documents`` instead of printed."""
+    token = _collecting.set(documents)
+    try:
+        yield
+    finally:
+        _collecting.reset(token)
+
 
 def print_json(value: Any) -> None:
     """Print one JSON document, indented unless it is so large that nobody reads it."""
+    documents = _collecting.get()
+    if documents is not None:
+        documents.append(value)
+        return
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     if len(text) < READABLE:  # indenting takes ten times as long
         text = json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False)
@@ -53,7 +78,7 @@ def show(document: Document, *, quiet: bool = False) -> None:
 def _print(document: Document) -> None:
     from loratool.display.terminal import Rendered, plain_text
 
-    clean = printable if is_unicode(sys.stdout.encoding) else in_ascii
+    clean = writable(sys.stdout.encoding)
     if not sys.stdout.isatty():
         click.echo(plain_text(document, clean=clean))
         return
@@ -65,8 +90,9 @@ def _print(document: Document) -> None:
 
 def print_notes(notes: Iterable[str]) -> None:
     """Print notes to standard error, one line each."""
+    clean = writable(sys.stderr.encoding)
     for note in notes:
-        click.echo(f"note: {printable(note)}", err=True)
+        click.echo(f"note: {clean(note)}", err=True)
 
 
 @contextmanager

@@ -62,4 +62,4 @@ def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings:
     if as_json:
         render.print_json(report.as_json())
         return
-    render.show(report.document(), quiet=quiet)
+    render.show(report.document(), quiet=quiet and report.is_written)

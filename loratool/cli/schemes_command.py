@@ -12,9 +12,10 @@ __all__ = ["command"]
 
 
 @click.command("schemes", cls=GroupedCommand)
+@options.quiet
 @options.as_json
 @options.debug
-def command(as_json: bool) -> None:
+def command(quiet: bool, as_json: bool) -> None:
     """List the key schemes, and whether each is read and written.
 
     \b

@@ -25,6 +25,7 @@ __all__ = ["command"]
 @options.target("Also find what this loader would refuse or misread.")
 @options.sort
 @options.adapter_name
+@options.quiet
 @options.as_json
 @options.as_jsonl
 @options.as_csv
@@ -37,6 +38,7 @@ def command(
     target: str | None,
     sort: str | None,
     adapter_name: str | None,
+    quiet: bool,
     as_json: bool,
     as_jsonl: bool,
     as_csv: bool,
@@ -82,5 +84,5 @@ def command(
     elif as_json:
         render.print_json(findings.as_json())
     else:
-        render.show(findings.document())
+        render.show(findings.document(), quiet=quiet and not findings)
     return 0 if findings.ok else 1

@@ -17,15 +17,14 @@ __all__ = ["command"]
 @click.option(
     "--base",
     type=options.PATH,
-    help="The model it was made from; by default the one that the adapter records.",
+    help="The model it was made from; by default as it or the adapter records.",
 )
 @click.option(
     "--adapter",
     "adapters",
     type=options.PATH,
-    required=True,
     multiple=True,
-    help="An adapter that was merged; give it once for each, in order.",
+    help="An adapter that was merged, once for each, in order; by default as it records.",
 )
 @options.weights
 @options.alpha
@@ -54,10 +53,13 @@ def command(
     """Prove that a merged model is what 'merge' should have written.
 
     Every tensor is computed again from base and adapters and compared; what no adapter touches
-    must be equal byte for byte. The exit status is 1 where something differs.
+    must be equal byte for byte. The exit status is 1 where something differs. What 'merge' wrote
+    records what it was made of: those files are looked for by name, here and beside MERGED, and
+    taken where their digests are the recorded ones.
 
     \b
     Example:
+        loratool verify merged/
         loratool verify merged/ --base TinyLlama-1.1B/ --adapter my-adapter/
     """
     from loratool.verbs.verify import verify
@@ -79,5 +81,5 @@ def command(
     if as_json:
         render.print_json(findings.as_json())
     else:
-        render.show(findings.document())
+        render.show(findings.document(), quiet=quiet and not findings)
     return 0 if findings.ok else 1

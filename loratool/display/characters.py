@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from loratool.errors import printable
 
-__all__ = ["ASCII", "BARS", "in_ascii", "is_unicode"]
+__all__ = ["ASCII", "BARS", "in_ascii", "is_unicode", "writable"]
 
 BARS: Final = "▁▂▃▄▅▆▇█"
 """Bars of a sparkline, from the lowest to the highest."""
@@ -17,6 +18,9 @@ ASCII: Final = {
     "\N{MULTIPLICATION SIGN}": "x",
     "\N{HORIZONTAL ELLIPSIS}": "...",
     "\N{GREEK SMALL LETTER PHI}": "phi",
+    "\N{GREEK CAPITAL LETTER SIGMA}": "sum of",
+    "\N{SQUARE ROOT}": "sqrt ",
+    "\N{SUPERSCRIPT TWO}": "^2",
     "\N{GREEK SMALL LETTER SIGMA}": "sigma",
     "\N{SUBSCRIPT ONE}": "1",
     "\N{RIGHTWARDS ARROW}": "->",
@@ -38,6 +42,14 @@ def in_ascii(text: object) -> str:
         else ASCII.get(char) or char.encode("ascii", "backslashreplace").decode()
         for char in clean
     )
+
+
+def writable(encoding: str | None) -> Callable[[object], str]:
+    """Return what makes text fit for a terminal or a pipe with this encoding.
+
+    click would write UTF-8 whatever the terminal can show.
+    """
+    return printable if is_unicode(encoding) else in_ascii
 
 
 def is_unicode(encoding: str | None) -> bool:

@@ -44,7 +44,7 @@ LONGEST_NAME: Final = 200
 SHOWN: Final = 3
 USUAL_NAMES: Final = re.compile(
     r"""(?x)^(
-    ([a-z0-9_]+_)?config\.json | .*\.index\.json | model_index\.json | modules\.json | params\.json
+    ([a-z0-9_]+_)?config\.json | .*\.index\.json | (model_index|modules|params|loratool)\.json
     | tokenizer(_\w+)?\.(json|model) | (vocab|added_tokens|special_tokens_map|chat_template)\.json
     | .*\.(jinja|tiktoken|gguf) | (spiece|sentencepiece(\.bpe)?)\.model | .*\.safetensors\.\w+
     | (modeling|configuration|tokenization|processing|image_processing|feature_extraction)_\w+\.py

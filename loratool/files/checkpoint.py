@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,6 @@ IGNORED_STEMS: Final = (
     "mmproj",  # llama.cpp's projector of images, beside a language model
 )
 ADAPTER_CONFIG: Final = "adapter_config.json"
-CONFIG_NAME: Final = "config.json"
 MOST_FOLDERS: Final = 200
 """Entries of a folder without a model that are looked into for one, to name it."""
 FOREIGN_SUFFIXES: Final = (".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz", ".ckpt")
@@ -161,16 +160,10 @@ def _model_hint(config: Path) -> str:
 def _nearby_hint(path: Path) -> str | None:
     """Return which folder in this one holds a model, where one does."""
     for folder in sorted(path.iterdir())[:MOST_FOLDERS]:
-        if folder.is_dir() and any(_weights_in_any(folder)):
+        is_model = any((folder / name).is_file() for name in PREFERRED)
+        if is_model or next(folder.glob("*.index.json"), None) is not None:
             return f"name the folder in it: {shlex.quote(str(folder))}"
     return None
-
-
-def _weights_in_any(folder: Path) -> Iterator[Path]:
-    """Yield the weights of a model in a folder, whatever they are called."""
-    if (folder / CONFIG_NAME).is_file():
-        for suffix in model_suffixes():
-            yield from folder.glob(f"*{suffix}")
 
 
 def _weights_in(folder: Path, suffix: str) -> list[Path]:

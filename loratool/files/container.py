@@ -8,14 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from loratool.errors import FileFormatError, unreadable
 from loratool.files.inputs import Stamp
 from loratool.files.sources import opened, source_of
 from loratool.files.spec import StoredTensor, TensorSpec
 
-__all__ = ["Container", "KeptLayout", "Layout", "WeightsFile", "read_bytes", "read_view"]
+__all__ = [
+    "Container",
+    "KeptLayout",
+    "Layout",
+    "Telling",
+    "WeightsFile",
+    "read_bytes",
+    "read_view",
+]
 
 WORDS: Final = {1: "u1", 2: "u2", 4: "u4", 8: "u8"}
 """Bytes of an element to a numpy dtype that moves as one word."""
@@ -33,6 +41,7 @@ class WeightsFile:
         stamp: What the file was when it was read.
         header: The raw bytes before the data, of a file that may be copied and keeps its layout.
         notes: What else it holds and was not read, one sentence each.
+        groups: What its names begin with, where it holds them in dictionaries of these names.
     """
 
     path: Path
@@ -42,6 +51,7 @@ class WeightsFile:
     stamp: Stamp
     header: bytes | None = None
     notes: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
 
 
 class Layout(Protocol):
@@ -144,6 +154,23 @@ class Container(Protocol):
 
         Raises:
             UnsupportedError: The format is only read, or has no such dtype.
+        """
+        ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A container whose files say something of themselves before their data, and may say other."""
+
+    def beginning(self, file: WeightsFile, changes: Mapping[str, str | None]) -> bytes:
+        """Return what a file begins with, up to its data, if it said something else.
+
+        Args:
+            file: The file; its tensors stay in their order.
+            changes: By key what it says instead, or ``None`` where it says nothing any more.
+
+        Raises:
+            UnsupportedError: A key means something else, or has to be where it is.
         """
         ...
 

@@ -40,6 +40,7 @@ __all__ = [
     "KeyValue",
     "Value",
     "aligned",
+    "edited_values",
     "format_header",
     "format_values",
     "read_gguf",
@@ -234,7 +235,17 @@ def read_gguf(path: Path) -> GgufFile:
     start = aligned(header.at, alignment)
     stored = _placed(path, infos, start, alignment, (header.at, stamp.size))
     texts = {k: text for k, value in values.items() if (text := value_as_text(value)) is not None}
-    return GgufFile(path, stored, texts, stamp.size, stamp, raw, (), values, alignment, version)
+    return GgufFile(
+        path,
+        stored,
+        texts,
+        stamp.size,
+        stamp,
+        raw,
+        values=values,
+        alignment=alignment,
+        version=version,
+    )
 
 
 class _Header:
@@ -579,14 +590,45 @@ def format_values(metadata: Mapping[str, str]) -> tuple[bytes, int]:
     Raises:
         UnsupportedError: A text is not what its key stands for.
     """
-    made = []
-    for key, text in metadata.items():
-        kind = _kind_written(key, text)
-        try:
-            made.append(_string(key) + _value(text, kind))
-        except (ValueError, TypeError, struct.error):
-            raise UnsupportedError(key, f"is {reprlib.repr(text)}, and has to be {kind}") from None
+    made = [_key_value(key, text, _kind_written(key, text)) for key, text in metadata.items()]
     return b"".join(made), len(made)
+
+
+def edited_values(file: GgufFile, changes: Mapping[str, str | None]) -> tuple[bytes, int]:
+    """Return the key values of ``file`` with some changed, and how many they are.
+
+    What is changed keeps its type and its place, what is new goes to the end.
+
+    Args:
+        file: The file; the bytes of every other key value are those that it has.
+        changes: By key what it says instead, as :func:`value_as_text` spells it, or ``None``
+            where it goes.
+
+    Raises:
+        UnsupportedError: A text is not what its key stands for.
+    """
+    header, made = file.header or b"", []
+    for key, value in file.values.items():
+        if key not in changes:
+            made.append(header[slice(*value.place)])
+        elif (text := changes[key]) is not None:
+            made.append(_key_value(key, text, value.kind))
+    for key, text in changes.items():
+        if key not in file.values and text is not None:
+            made.append(_key_value(key, text, _kind_written(key, text)))
+    return b"".join(made), len(made)
+
+
+def _key_value(key: str, text: str, kind: str) -> bytes:
+    """Return the bytes of one key value.
+
+    Raises:
+        UnsupportedError: The text is not what its key stands for.
+    """
+    try:
+        return _string(key) + _value(text, kind)
+    except (ValueError, TypeError, KeyError, RecursionError, struct.error):
+        raise UnsupportedError(key, f"is {reprlib.repr(text)}, and has to be {kind}") from None
 
 
 def _kind_written(key: str, text: str) -> str:
@@ -618,6 +660,8 @@ def _element(value: Any, kind: str) -> bytes:
     if kind == "str":
         return _string(value)
     form = SCALARS[NUMBERS[kind]][1]
+    if kind == "bool":
+        value = {"true": True, "false": False}[str(value).lower()]
     return form.pack(float(value) if kind.startswith("f") else int(value))
 
 

@@ -47,6 +47,8 @@ WRAPPERS: Final = (
     "adapter_state_dict",
     "lora",
     "adapter",
+    "adapters",
+    "loras",
     "state_dict",
     "model",
     "module",
@@ -76,6 +78,7 @@ class TorchPickle:
         other: What else the file holds (``epoch``, ``optimizer``, …): name to a short text.
         size: Size of the file in bytes.
         stamp: What the file was when it was read.
+        groups: The dictionaries that hold all tensors, by name, where no tensor lies beside them.
     """
 
     path: Path
@@ -84,6 +87,7 @@ class TorchPickle:
     other: Mapping[str, str]
     size: int
     stamp: Stamp
+    groups: tuple[str, ...] = ()
 
 
 def read_pickle(path: Path) -> TorchPickle:
@@ -111,11 +115,12 @@ def read_pickle(path: Path) -> TorchPickle:
         raise FileFormatError(path, f"damaged or truncated: {error}") from None
     except ValueError as error:
         raise FileFormatError(path, f"damaged: {error}") from None
-    tensors, other = _Collector(path, places).collect(value)
+    collector = _Collector(path, places)
+    tensors, other = collector.collect(value)
     for stored in tensors.values():
         if stored.offset + stored.span > size:
             raise FileFormatError(path, f"truncated: tensor {stored.spec.name!r} ends beyond it")
-    return TorchPickle(path, tensors, {}, other, size, stamp)
+    return TorchPickle(path, tensors, {}, other, size, stamp, collector.groups)
 
 
 def tensor_in(path: Path, file: IO[bytes], name: str) -> StoredTensor:
@@ -306,6 +311,7 @@ class _Collector:
         self.visited = self.letters = 0
         self.inside: set[int] = set()
         self.with_tensors: dict[int, bool] = {}
+        self.groups: tuple[str, ...] = ()
 
     def collect(self, value: Any) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         """Return tensors and the rest by name; nested containers are joined with dots."""
@@ -316,13 +322,22 @@ class _Collector:
         items = value.items
         wrapped = [key for key in WRAPPERS if isinstance(items.get(key), PickledDict)]
         if wrapped and not any(isinstance(item, PickledTensor) for item in items.values()):
-            self._visit("", items[wrapped[0]].items, 0)
+            inner = items[wrapped[0]].items
+            self._visit("", inner, 0)
+            self._group(inner)
             self.other |= {
                 str(key): _summary(item)[:200] for key, item in items.items() if key != wrapped[0]
             }
         else:
             self._visit("", items, 0)
+            self._group(items)
         return self.tensors, self.other
+
+    def _group(self, items: Mapping[Any, Any]) -> None:
+        """Remember the dictionaries among ``items``, where no tensor lies beside them."""
+        if not any(isinstance(item, PickledTensor) for item in items.values()):
+            named = (key for key, item in items.items() if isinstance(item, PickledDict))
+            self.groups = tuple(key for key in named if isinstance(key, str) and key)
 
     def _visit(self, prefix: str, items: Mapping[Any, Any], depth: int) -> None:
         for key, item in items.items():

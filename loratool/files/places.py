@@ -22,6 +22,7 @@ __all__ = [
     "called",
     "forget_stand_ins",
     "hub_as_json",
+    "in_cache",
     "located",
     "on_the_hub",
     "origin_of",
@@ -78,11 +79,16 @@ def located(path: str | PathLike[str]) -> Path:
     if name is None:
         return place
     if not name.is_told and _is_meant_here(place):
-        from loratool.files.hub.cache import cached, missing_in
-
-        snapshot = cached(name)
-        return snapshot.place if snapshot is not None and not missing_in(snapshot) else place
+        return in_cache(name) or place
     return on_the_hub(name)
+
+
+def in_cache(name: HubName) -> Path | None:
+    """Return the path of a model of the hub that is whole in the local cache."""
+    from loratool.files.hub.cache import cached, missing_in
+
+    snapshot = cached(name)
+    return snapshot.place if snapshot is not None and missing_in(snapshot) is None else None
 
 
 def on_the_hub(name: HubName) -> Path:

@@ -16,6 +16,7 @@ from typing import IO, Final
 
 from loratool.errors import FileFormatError, unreadable
 from loratool.files.inputs import Stamp, stamp_of
+from loratool.files.sources import opened
 
 __all__ = [
     "FLAGS",
@@ -155,8 +156,8 @@ class DeflatedEntry:
             FileFormatError: The archive has changed, or is damaged.
         """
         try:
-            with self.path.open("rb") as file:
-                if stamp_of(file.fileno()) != self.stamp:
+            with opened(self.path) as file:
+                if not stamp_of(file).fits(self.stamp):
                     raise FileFormatError(self.path, "was changed while it was read")
                 file.seek(self.begin)
                 found = self._unpacked(file)

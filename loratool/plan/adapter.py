@@ -19,10 +19,12 @@ from loratool.files.containers import USUAL, container_of
 from loratool.files.inputs import Stamp
 from loratool.files.safetensors import canonical_order
 from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.plan.card import Card
 from loratool.plan.history import History
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork
 from loratool.plan.sidecar import Sidecar, files_read
+from loratool.plan.telling import card_file, record_file
 from loratool.values.expr import Expr, Stored, Together, sources, togethers
 
 __all__ = ["AdapterPlan", "ModuleOutput", "Output"]
@@ -105,7 +107,8 @@ class AdapterPlan:
         carried: Tensors that are no deltas.
         measured: What is computed for its report alone.
         metadata: Of the weights file, but for its history.
-        history: How it came to be, for the metadata; ``None`` where that is not recorded.
+        history: How it came to be; ``None`` where that is not recorded.
+        card: What its card says, where it has one.
         config: The configuration beside the weights, or ``None``.
         config_name: What it is called.
         format_config: Makes the files of it, the one of that name and maybe more.
@@ -127,6 +130,7 @@ class AdapterPlan:
     measured: tuple[Together, ...] = ()
     metadata: Mapping[str, str]
     history: History | None = None
+    card: Card | None = None
     config: Mapping[str, Any] | None
     config_name: str = CONFIG_NAME
     format_config: Callable[[Mapping[str, Any]], Mapping[str, bytes]] | None = None
@@ -158,7 +162,7 @@ class AdapterPlan:
         return self.container.lay_out(specs, self.metadata_with(room), self.file_name)
 
     def metadata_with(
-        self, sealed: Mapping[str, str], digests: Sequence[str | None] = ()
+        self, sealed: Mapping[str, str], digests: Mapping[Path, str] | None = None
     ) -> dict[str, str]:
         """Return the metadata of the weights file, of the same length whatever the arguments.
 
@@ -166,7 +170,8 @@ class AdapterPlan:
             sealed: What the seal adds.
             digests: SHA-256 of the inputs, for the history; zeros where there are none.
         """
-        history = self.history.metadata(digests) if self.history is not None else {}
+        is_recorded = self.history is not None and self.container.has_metadata
+        history = self.history.metadata(digests or {}) if self.history and is_recorded else {}
         return {**self.metadata, **history, **sealed}
 
     @property
@@ -196,6 +201,15 @@ class AdapterPlan:
         for name, content in self.config_files.items():
             yield Sidecar(name, None, content)
 
+    def telling(self, outcome: Outcome) -> Iterator[Sidecar]:
+        """Yield the card, and how it came to be where the weights have no place for that."""
+        if not self.is_folder or self.history is None:
+            return
+        if self.card is not None:
+            yield card_file(self.card, self.history, outcome)
+        if not self.container.has_metadata:
+            yield record_file(self.history, outcome)
+
     def works(self, outcome: Outcome) -> list[FileWork]:
         """Return what is to be done for the weights file."""
         from loratool.plan.tasks import adapter_work
@@ -209,12 +223,8 @@ class AdapterPlan:
         """Return name and size of every file of the output."""
         found = [{"name": self.weights_name or "(the output)", "bytes": self.nbytes}]
         found += [{"name": n, "bytes": len(content)} for n, content in self.config_files.items()]
-        found += [
-            {"name": sidecar.name, "bytes": sidecar.nbytes}
-            for sidecar in self.sidecars
-            if sidecar.source is not None
-        ]
-        return found
+        others = (*self.sidecars, *self.telling(Outcome()))
+        return found + [{"name": each.name, "bytes": each.nbytes} for each in others]
 
     def inputs(self) -> Iterator[Path]:
         """Yield every file that is read, which no output may replace."""

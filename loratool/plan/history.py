@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import loratool
-from loratool.adapter.model import HISTORY_KEY
+from loratool.adapter.model import HISTORY_KEY, Adapter
 from loratool.errors import unreadable
 from loratool.files.json import as_text
+from loratool.files.places import called
 from loratool.files.sources import whole
+from loratool.files.spec import StoredTensor, TensorSpec
 
-__all__ = ["History", "Source", "digest_of"]
+__all__ = ["RECORD_NAME", "History", "Source", "as_recorded", "described_digest", "digest_of"]
 
 BLOCK: Final = 1 << 20
 NO_DIGEST: Final = "0" * 64
+RECORD_NAME: Final = "loratool.json"
+"""The file beside weights that records it, where these have no place for it or stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +33,31 @@ class Source:
         name: Its file or folder, without the path: the same inputs give the same bytes
             wherever they lie.
         weights: What is hashed; ``None`` where nothing is.
+        described: SHA-256 of what its headers say, of a model that is too large to be hashed.
     """
 
     name: str
     weights: Path | None = None
+    described: str | None = None
+
+    @staticmethod
+    def of_adapter(adapter: Adapter) -> Source:
+        """Return an adapter that is an input."""
+        return Source(called(adapter.path), adapter.weights)
+
+    @staticmethod
+    def of_model(path: Path, tensors: Iterable[StoredTensor]) -> Source:
+        """Return a model that is an input, with what its headers say, for it is large."""
+        return Source(called(path), described=described_digest(each.spec for each in tensors))
+
+    def entry(self, digest: str | None) -> dict[str, str]:
+        """Return it as it is recorded, with the hash of its weights; zeros stand for none."""
+        found = {"name": as_text(self.name)}
+        if self.weights is not None:
+            found["sha256"] = digest or NO_DIGEST
+        if self.described is not None:
+            found["headers_sha256"] = self.described
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +74,50 @@ class History:
     inputs: tuple[Source, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def metadata(self, digests: Sequence[str | None] = ()) -> dict[str, str]:
-        """Return the keys that record it, and the format.
+    @property
+    def hashed(self) -> list[Path]:
+        """The files that are hashed, each once."""
+        return list(dict.fromkeys(s.weights for s in self.inputs if s.weights is not None))
+
+    def document(self, digests: Mapping[Path, str]) -> dict[str, Any]:
+        """Return what is recorded.
 
         Args:
-            digests: SHA-256 of the weights of each input; zeros hold their place where they
-                are not known yet.
+            digests: SHA-256 of the weights of the inputs; zeros hold their place where they are
+                not known yet.
         """
-        known = dict(enumerate(digests))
-        history = {
+        known = [digests.get(s.weights) if s.weights is not None else None for s in self.inputs]
+        return {
             "command": self.verb,
             "version": loratool.__version__,
-            "inputs": [
-                {"name": as_text(source.name)}
-                | ({"sha256": known.get(i) or NO_DIGEST} if source.weights is not None else {})
-                for i, source in enumerate(self.inputs)
-            ],
+            "inputs": [s.entry(found) for s, found in zip(self.inputs, known, strict=True)],
             "options": {k: v for k, v in self.options.items() if v is not None and v != ()},
         }
-        text = json.dumps(history, sort_keys=True, separators=(",", ":"))
-        return {"format": "pt", HISTORY_KEY: text}
+
+    def text(self, digests: Mapping[Path, str]) -> str:
+        """Return the same as the text of a key, as long whatever the hashes are."""
+        return json.dumps(self.document(digests), sort_keys=True, separators=(",", ":"))
+
+    def metadata(self, digests: Mapping[Path, str]) -> dict[str, str]:
+        """Return the keys that record it, and the format."""
+        return {"format": "pt", HISTORY_KEY: self.text(digests)}
+
+    def beside(self, digests: Mapping[Path, str]) -> bytes:
+        """Return the file that records it."""
+        return (json.dumps(self.document(digests), indent=2, sort_keys=True) + "\n").encode()
+
+
+def as_recorded(enabled: Sequence[bool]) -> str | None:
+    """Return which parts are enabled as the command line has it, ``1,0,1``."""
+    return ",".join("1" if each else "0" for each in enabled) or None
+
+
+def described_digest(specs: Iterable[TensorSpec]) -> str:
+    """Return the SHA-256 of names, dtypes and shapes, however the tensors are cut into files."""
+    digest = hashlib.sha256()
+    for spec in sorted(specs, key=lambda spec: spec.name):
+        digest.update(f"{spec.name}\0{spec.dtype}\0{spec.shape}\n".encode())
+    return digest.hexdigest()
 
 
 def digest_of(path: Path) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Final
 
-from loratool.adapter.model import Adapter, Site
+from loratool.adapter.model import HISTORY_KEY, Adapter, Site
 from loratool.base.region import Region
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
@@ -19,10 +21,13 @@ from loratool.files.inputs import Stamp
 from loratool.files.places import hub_as_json
 from loratool.files.sources import unfetched
 from loratool.files.spec import StoredTensor, TensorSpec
+from loratool.plan.card import Card
+from loratool.plan.history import History
 from loratool.plan.lanes import Spot, Task
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork
 from loratool.plan.sidecar import Sidecar, files_read
+from loratool.plan.telling import card_file, record_file
 
 if TYPE_CHECKING:
     from loratool.display.document import Document
@@ -278,6 +283,7 @@ class OutputFile:
         metadata: What its header says of it as a whole.
         original: The base's file, where header and layout are those of it.
         prefix: What the names of the tensors begin with here, and in the file do not.
+        history: How it came to be, where its header says that.
     """
 
     name: str
@@ -286,6 +292,7 @@ class OutputFile:
     metadata: Mapping[str, str]
     original: WeightsFile | None = None
     prefix: str = ""
+    history: History | None = None
 
     @property
     def size(self) -> int:
@@ -298,12 +305,13 @@ class OutputFile:
         for step in self.steps:
             yield Spot(step.spec, number, places[step.spec.name.removeprefix(self.prefix)])
 
-    def work(self, number: int, spots: Mapping[str, Spot]) -> FileWork:
+    def work(self, number: int, spots: Mapping[str, Spot], outcome: Outcome) -> FileWork:
         """Return what is to be done for it.
 
         Args:
             number: Which of the output files it is.
             spots: Where the tensors of all files go, by name.
+            outcome: What is found on the way, such as hashes for its history.
         """
         from loratool.plan.patches import Patch
 
@@ -319,7 +327,18 @@ class OutputFile:
             elif step.spec.nbytes:
                 tasks.append(Patch(step, spot))
         original = self.original.path if self.original is not None else None
-        return FileWork(self.name, self.size, self.layout.header, moves, tasks, original)
+        seal = partial(self._seal, outcome) if self.history is not None else None
+        return FileWork(self.name, self.size, self.layout.header, moves, tasks, original, seal)
+
+    def _seal(self, outcome: Outcome, path: Path) -> None:
+        """Write the header again, now that the hashes in it are known."""
+        assert self.history is not None
+        metadata = {**self.metadata, HISTORY_KEY: self.history.text(outcome.digests)}
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.layout.seal(descriptor, metadata, path=path)
+        finally:
+            os.close(descriptor)
 
     @staticmethod
     def lay_out(
@@ -328,6 +347,7 @@ class OutputFile:
         metadata: Mapping[str, str],
         original: WeightsFile,
         prefix: str = "",
+        history: History | None = None,
     ) -> OutputFile:
         """Return the file that holds ``steps``: as the base lays it out where nothing moves.
 
@@ -337,6 +357,7 @@ class OutputFile:
             metadata: Of its header.
             original: The base's file that it takes the place of.
             prefix: What the names of the tensors begin with here, and in the file do not.
+            history: How it comes to be, where its header is to say that.
         """
         container = container_of(PurePath(name))
         if prefix:
@@ -345,11 +366,15 @@ class OutputFile:
             specs = [step.spec for step in steps]
         if not container.keeps_codes:  # there what the base says is kept as it is
             metadata = {**metadata, "format": "pt"}
+        else:
+            history = None
+        if history is not None:
+            metadata = {**metadata, HISTORY_KEY: history.text({})}
         layout = container.lay_out(specs, metadata, name, original)
         places = layout.offsets
         ordered = sorted(steps, key=lambda step: places[step.spec.name.removeprefix(prefix)])
         kept = original if layout.header and layout.header is original.header else None
-        return OutputFile(name, layout, tuple(ordered), metadata, kept, prefix)
+        return OutputFile(name, layout, tuple(ordered), metadata, kept, prefix, history)
 
 
 def _recode(step: Step, recoded: Recoded, spots: Mapping[str, Spot]) -> Task:
@@ -395,6 +420,8 @@ class ModelPlan(Shown):
         left_behind: Files of the base that are not carried over, with the reason.
         stamps: What the weights files were when their headers were read.
         base: The model that everything is merged into.
+        history: How it came to be.
+        card: What its card says, where it has one.
     """
 
     files: tuple[OutputFile, ...]
@@ -406,6 +433,8 @@ class ModelPlan(Shown):
     left_behind: tuple[tuple[str, str], ...] = field(default=())
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     base: Path = Path()
+    history: History | None = None
+    card: Card | None = None
 
     @property
     def hub(self) -> Mapping[str, Any] | None:
@@ -436,7 +465,7 @@ class ModelPlan(Shown):
                 for step in self.steps()
                 if step.is_changed
             ],
-            "sidecars": [{"name": item.name, "why": item.why} for item in self.sidecars],
+            "sidecars": [{"name": item.name, "why": item.why} for item in self.others()],
             "left_behind": [{"name": name, "why": why} for name, why in self.left_behind],
             "notes": list(self.notes),
             **({"hub": hub} if (hub := self.hub) else {}),
@@ -460,11 +489,23 @@ class ModelPlan(Shown):
             for number, file in enumerate(self.files)
             for spot in file.spots(number)
         }
-        return [file.work(number, spots) for number, file in enumerate(self.files)]
+        return [file.work(number, spots, outcome) for number, file in enumerate(self.files)]
 
     def beside(self) -> Iterator[Sidecar]:
         """Yield the other files."""
         yield from self.sidecars
+
+    def telling(self, outcome: Outcome) -> Iterator[Sidecar]:
+        """Yield the card, and how it came to be, for files of weights stay as they are."""
+        if self.is_folder and self.history is not None:
+            if self.card is not None:
+                yield card_file(self.card, self.history, outcome)
+            yield record_file(self.history, outcome)
+
+    def others(self) -> Iterator[Sidecar]:
+        """Yield all files that are no weights, those that tell what was done as far as known."""
+        yield from self.beside()
+        yield from self.telling(Outcome())
 
     def check(self, outcome: Outcome) -> None:
         """Refuse a merge that has changed nothing.

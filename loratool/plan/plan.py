@@ -6,12 +6,15 @@ There are two kinds, of a model and of an adapter; here they are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
 from loratool.files.atomic import check_output, staged, sync_file
 from loratool.files.inputs import Stamp
 from loratool.files.sources import fetch
+from loratool.plan.digests import digest_tasks
+from loratool.plan.history import History
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork, NullSink, Sink, run_files, write_files
 from loratool.plan.sidecar import Sidecar, write_sidecar
@@ -29,6 +32,11 @@ class Plan(Protocol):
     @property
     def stamps(self) -> Mapping[Path, Stamp]:
         """What the weights files that are read were when their headers were read."""
+        ...
+
+    @property
+    def history(self) -> History | None:
+        """How the output came to be, where that is recorded."""
         ...
 
     @property
@@ -52,6 +60,10 @@ class Plan(Protocol):
 
     def beside(self) -> Iterator[Sidecar]:
         """Yield the files that are no weights."""
+        ...
+
+    def telling(self, outcome: Outcome) -> Iterator[Sidecar]:
+        """Yield the files that tell what was done, which only ``outcome`` knows."""
         ...
 
     def works(self, outcome: Outcome) -> list[FileWork]:
@@ -132,7 +144,7 @@ def write(
         force=force,
         inputs=[*inputs, *plan.inputs()],
         needed=plan.nbytes + sum(sidecar.nbytes for sidecar in plan.beside()),
-        names=[sidecar.name for sidecar in plan.beside()],
+        names=[sidecar.name for sidecar in (*plan.beside(), *plan.telling(Outcome()))],
         folder=plan.is_folder,
     )
     sync = sync or plan.nbytes < SYNC_BELOW
@@ -169,6 +181,9 @@ def write_at(
         write_sidecar(sidecar, place)
     outcome = Outcome()
     works = plan.works(outcome)
+    hashing = digest_tasks(plan.history, outcome)
+    if hashing:
+        works[-1] = replace(works[-1], tasks=[*works[-1].tasks, *hashing])
     paths = [place / work.name if plan.is_folder else place for work in works]
     outcome.weights = write_files(
         works,
@@ -179,6 +194,8 @@ def write_at(
         threads=threads,
         progress=progress,
     )
+    for sidecar in plan.telling(outcome):
+        write_sidecar(sidecar, place)
     for path in paths if sync else ():
         sync_file(path)
     plan.check(outcome)

@@ -61,7 +61,7 @@ def model_document(plan: ModelPlan) -> Document:
     beside = Table.of(
         "beside them",
         (Column("file", folds=True, is_kept=True), Column("what", folds=True, is_kept=True)),
-        [(item.name, item.why or "as it is") for item in plan.sidecars],
+        [(item.name, item.why or "as it is") for item in plan.others()],
     )
     left = Table.of(
         "not carried over",

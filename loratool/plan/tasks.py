@@ -1,12 +1,8 @@
-"""What is done for an adapter: modules computed as a whole, single tensors, reports, hashes.
-
-Hashes that go into metadata are taken while the bytes are still in the system's cache.
-"""
+"""What is done for an adapter: modules computed as a whole, single tensors, reports."""
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,12 +12,11 @@ import numpy as np
 
 from loratool.errors import AdapterError
 from loratool.files.container import read_view
-from loratool.files.sources import size_of
 from loratool.files.spec import StoredTensor
 from loratool.files.transfer import read_into
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
-from loratool.plan.history import digest_of
-from loratool.plan.lanes import Spot, Task, Unit
+from loratool.plan.digests import WholeTask
+from loratool.plan.lanes import Spot, Task
 from loratool.plan.module_error import computed
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork
@@ -34,25 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["adapter_work"]
 
 
-class _Whole:
-    """A task of one unit."""
-
-    def __init__(self) -> None:
-        self._is_free = threading.Lock()
-
-    def prepare(self) -> None:
-        """Do nothing: what plans an adapter has loaded it."""
-
-    def take(self, run: Run) -> Unit | None:
-        """Return the work, once."""
-        return (lambda: self.do(run)) if self._is_free.acquire(blocking=False) else None
-
-    def do(self, run: Run) -> None:
-        """Do all of it."""
-        raise NotImplementedError
-
-
-class ModuleTask(_Whole):
+class ModuleTask(WholeTask):
     """A module of an adapter, all of whose tensors are computed together.
 
     Args:
@@ -82,7 +59,7 @@ class ModuleTask(_Whole):
         run.count(self.nbytes)
 
 
-class OutputTask(_Whole):
+class OutputTask(WholeTask):
     """A tensor by itself."""
 
     def __init__(self, output: Output, spot: Spot) -> None:
@@ -108,7 +85,7 @@ class OutputTask(_Whole):
         run.count(self.nbytes)
 
 
-class ReportTask(_Whole):
+class ReportTask(WholeTask):
     """Something that is computed for its report alone."""
 
     nbytes = 0
@@ -121,21 +98,6 @@ class ReportTask(_Whole):
 
     def do(self, run: Run) -> None:
         self.outcome.reports[self.of.name] = self.of.compute()[1]
-
-
-class DigestTask(_Whole):
-    """The SHA-256 of an input, for the history."""
-
-    nbytes = 0
-
-    def __init__(self, path: Path, digests: dict[Path, str]) -> None:
-        super().__init__()
-        self.path = path
-        self.effort = size_of(path)
-        self.digests = digests
-
-    def do(self, run: Run) -> None:
-        self.digests[self.path] = digest_of(self.path)
 
 
 def adapter_work(plan: AdapterPlan, outcome: Outcome) -> FileWork:
@@ -161,10 +123,8 @@ def adapter_work(plan: AdapterPlan, outcome: Outcome) -> FileWork:
         else:
             tasks.append(OutputTask(output, spots[output.spec.name]))
     tasks += [ReportTask(each, outcome) for each in plan.measured]
-    digests: dict[Path, str] = {}
-    tasks += [DigestTask(path, digests) for path in dict.fromkeys(_hashed(plan)) if path]
     in_order = [(spots[spec.name], moves[spec.name]) for spec in plan.specs if spec.name in moves]
-    seal = partial(_seal, plan, digests)
+    seal = partial(_seal, plan, outcome.digests)
     return FileWork(plan.weights_name, plan.nbytes, b"", in_order, tasks, seal=seal)
 
 
@@ -178,17 +138,12 @@ def _write(run: Run, output: Output, spot: Spot, made: Rounded | None) -> None:
         run.sink.write(spot, 0, read_view(stored))
 
 
-def _hashed(plan: AdapterPlan) -> list[Path | None]:
-    return [source.weights for source in plan.history.inputs] if plan.history is not None else []
-
-
 def _seal(plan: AdapterPlan, digests: Mapping[Path, str], weights: Path) -> None:
     """Write what can be said only once all data is there: what surrounds it, hashes in it."""
     descriptor = os.open(weights, os.O_RDWR | os.O_CLOEXEC)
     try:
         sealed = _sealed(plan, descriptor, weights)
-        hashes = [digests[path] if path else None for path in _hashed(plan)]
-        plan.layout.seal(descriptor, plan.metadata_with(sealed, hashes), path=weights)
+        plan.layout.seal(descriptor, plan.metadata_with(sealed, digests), path=weights)
     finally:
         os.close(descriptor)
 

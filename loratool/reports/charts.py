@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final, TypeGuard
 
+from loratool.files.places import called
 from loratool.names.kinds import Position, positions_of
 from loratool.verbs.algebra.result import AdapterReport
 from loratool.verbs.comparison.layers import LayerComparison
@@ -111,9 +112,9 @@ def is_drawn(report: object) -> TypeGuard[Report]:
 def title_of(report: object) -> str:
     """Return what a picture or a page of a report is about."""
     if isinstance(report, AdapterInfo):
-        return report.adapter.path.resolve().name
+        return called(report.adapter.path)
     if isinstance(report, ModelInfo):
-        return report.model.path.resolve().name
+        return called(report.model.path)
     if isinstance(report, LayerComparison):
         return f"layers of {_name(report.adapter)}"
     if isinstance(report, Comparison):

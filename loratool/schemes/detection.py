@@ -26,7 +26,7 @@ from loratool.schemes import builtin_schemes, claimed, sidecar_names, weights_na
 from loratool.schemes.companions import is_training_state
 from loratool.schemes.ranks import weights_of_ranks
 
-__all__ = ["detect_scheme", "distributed", "find_weights", "forms", "selected"]
+__all__ = ["detect_scheme", "distributed", "find_weights", "forms", "naming", "selected"]
 
 DISTRIBUTED: Final = ".metadata"
 """What describes the shards of a distributed checkpoint (PyTorch's DCP)."""
@@ -247,6 +247,20 @@ def _written_as(metadata: Mapping[str, str]) -> str | None:
     except (ValueError, RecursionError, KeyError, TypeError):
         return None
     return said if isinstance(said, str) else None
+
+
+def naming(file: WeightsFile, scheme: Scheme, adapter_name: str | None) -> Scheme:
+    """Return ``scheme``, or the one in which a file holds an adapter of that name.
+
+    The name of an adapter may be that of a layer, so that keys alone do not tell which it is.
+    """
+    if adapter_name is None:
+        return scheme
+    for each in (scheme, *claimed(file.tensors)):
+        names = adapter_names({key: each.keys.parse(key) for key in file.tensors})
+        if adapter_name in names:
+            return each
+    return scheme
 
 
 def selected(

@@ -13,6 +13,7 @@ from loratool.errors import AdapterError, LoratoolError
 from loratool.files.checkpoint import PREFERRED, SHARD, is_index
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder
+from loratool.files.places import located
 from loratool.schemes import sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
 from loratool.schemes.detection import distributed
@@ -49,20 +50,23 @@ def places(paths: Sequence[str | PathLike[str]], *, recursive: bool = False) -> 
     """Yield every adapter or model at some paths, in the order of their names.
 
     A folder that is an adapter or a model is one; of any other each weights file in it is one,
-    and each folder that is. Hidden folders, and those that were seen already, are left out. A
-    path with nothing at it is one, and so is a folder with nothing of the kind.
+    and each folder that is. Hidden ones are left out, and links that lead back. A path with
+    nothing at it is one, and so is a folder with nothing of the kind, which says so.
 
     Args:
         paths: Files and folders.
         recursive: Look into all folders, and into those of adapters too, for checkpoints.
     """
-    seen: set[tuple[int, int]] = set()
     for each in paths:
-        path = Path(each)
+        try:
+            path = located(each)
+        except LoratoolError as error:
+            yield Place(Path(each), str(each), error)
+            continue
         if not path.is_dir():
             yield Place(path, str(each))
             continue
-        found = False
+        found, seen = False, set[tuple[int, int]]()
         for place in _inside(path, recursive, seen, is_top=True):
             found = True
             yield Place(place, _name(place, path))

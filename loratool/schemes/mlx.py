@@ -177,5 +177,5 @@ SCHEME = Scheme(
     scale=MultiplierScale(),
     roles=MlxRoles(embeddings=FactorsOfTable(), is_transposed=True, has_convolutions=False),
     settings=MlxSettings(file="adapter_config.json"),
-    home=Home(weights_name="adapters.safetensors"),
+    home=Home(weights_name="adapters.safetensors", library="mlx"),
 )

@@ -99,6 +99,9 @@ SCHEME = Scheme(
             Template("{module}.lora_A.{adapter}.weight", Slot.DOWN),
             Template("{module}.lora_B.{adapter}.weight", Slot.UP),
             Template("{module}.lora_B.{adapter}.bias", Slot.UP_BIAS),
+            # Dictionaries of bare parameters, by the names of adapters.
+            Template("{module}.lora_A.{adapter}", Slot.DOWN),
+            Template("{module}.lora_B.{adapter}", Slot.UP),
             Template("{module}.lora_embedding_A.{adapter}", Slot.EMBEDDING_DOWN),
             Template("{module}.lora_embedding_B.{adapter}", Slot.EMBEDDING_UP),
             Template("{module}.lora_magnitude_vector.weight", Slot.MAGNITUDE),

@@ -23,7 +23,8 @@ from loratool.files.json import read_json_object
 from loratool.files.places import located
 from loratool.names.spellings import spellings_of, spellings_of_extra
 from loratool.schemes import claimed, claims, scheme_named, scheme_names
-from loratool.schemes.detection import detect_scheme, find_weights, selected
+from loratool.schemes.detection import detect_scheme, find_weights, naming, selected
+from loratool.schemes.groups import one_group
 from loratool.schemes.ranks import joined, ranks_around
 from loratool.schemes.spelled_out import spell_out
 from loratool.variants import evident_slots, peft_types, variant_of
@@ -126,8 +127,9 @@ def open_as_spelled(
     if raw is not None and not is_foreign:
         config = parse_config(raw, where=config_path)
         _check_type(config, config_path)
-    file = open_weights(weights)
-    scheme = detect_scheme(file, schemes)
+    file, group = one_group(open_weights(weights), adapter_name, weights)
+    adapter_name = None if group is not None else adapter_name
+    scheme = naming(file, detect_scheme(file, schemes), adapter_name if not schemes else None)
     ranks = ranks_around(weights)
     if ranks is not None:
         file = joined(ranks, scheme, file)
@@ -161,7 +163,7 @@ def open_as_spelled(
         metadata=file.metadata,
         tensors=tensors,
         stamp=file.stamp,
-        name=name,
+        name=group or name,
         skipped=tuple(skipped),
         notes=(*notes, *parts.notes, *more, *file.notes),
         sidecar=sidecar,

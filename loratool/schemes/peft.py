@@ -75,7 +75,7 @@ SCHEME = Scheme(
     scale=ConfiguredScale(),
     roles=Roles(embeddings=EmbeddingSlots()),
     settings=PeftSettings(is_own=True),
-    home=Home(weights_name="adapter_model.safetensors", is_open=True),
+    home=Home(weights_name="adapter_model.safetensors", is_open=True, library="peft"),
     resembles=(
         (r"ia3_l", "(IA)³ vectors, but not behind PEFT's base_model.model"),
         (r"^prompt_embeddings$|prefix", "a trained prompt: there is no delta"),

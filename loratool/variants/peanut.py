@@ -104,7 +104,7 @@ class Peanut(Variant):
 
     def expected(self, slots: Slots) -> Mapping[str, str]:
         """See :class:`Variant`."""
-        inner = {slot: "rank rank" for slot in (*ENCODERS, *DECODERS) if slot in slots}
+        inner = {str(slot): "rank rank" for slot in (*ENCODERS, *DECODERS) if slot in slots}
         return MappingProxyType({DOWN: "rank out", UP: "out rank", **inner})
 
     def geometry(self, shapes: Shapes, settings: Settings) -> Geometry:

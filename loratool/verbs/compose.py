@@ -154,6 +154,7 @@ def compose(
         **truncation.recorded,
         "dtype": dtype,
         "alpha": alpha,
+        "adapter_name": adapter_name,
         "skip": tuple(skip),
     }
     draft = Combination(

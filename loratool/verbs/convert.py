@@ -20,7 +20,7 @@ from loratool.files.places import called, located
 from loratool.loaders import loader_named
 from loratool.loaders.loader import Loader
 from loratool.plan.adapter import AdapterPlan
-from loratool.plan.history import History, Source
+from loratool.plan.history import History, Source, as_recorded
 from loratool.plan.outcome import Outcome
 from loratool.plan.plan import run as run_plan
 from loratool.plan.plan import write as write_plan
@@ -40,8 +40,6 @@ __all__ = ["NAMINGS", "ConvertReport", "convert"]
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
 NAMINGS: Final = ("native", "diffusers")
-HASHED_BELOW: Final = 64 << 20
-"""Larger inputs go by their size in the metadata: hashing takes longer than copying."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +214,8 @@ def convert(
         "base": called(base) if base is not None else None,
         "initial": called(initial) if initial is not None else None,
         "alpha": alpha,
+        "adapter_name": adapter_name,
+        "name": name,
         "family": family,
         "naming": naming,
         "component": component,
@@ -223,6 +223,7 @@ def convert(
         "rank": rank,
         "fold": fold or None,
         "pad": pad,
+        "enable_lora": as_recorded(enable_lora),
         "dtype": dtype,
         "drop": tuple(drop),
         "skip": tuple(skip),
@@ -248,8 +249,7 @@ def convert(
         fold=fold,
         pad=pad,
     )
-    hashed = opened.weights if opened.stamp.size < HASHED_BELOW else None
-    history = History("convert", (Source(called(opened.path), hashed),), asked)
+    history = History("convert", (Source.of_adapter(opened),), asked)
     new, options = converted(opened, scheme, conversion, options, history)
     plan = write(new, scheme, options)
     if dry_run:

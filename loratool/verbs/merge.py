@@ -181,6 +181,7 @@ def merge(
         skip=skip,
         enable_lora=enable_lora,
         quantized=quantized,
+        allow_nonfinite=allow_nonfinite,
         output=output,
     )
     if dry_run:

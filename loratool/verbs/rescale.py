@@ -19,7 +19,7 @@ from loratool.errors import OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import OUTPUT_DTYPES
-from loratool.files.places import called, located
+from loratool.files.places import located
 from loratool.math.factored import norm
 from loratool.names.strengths import Weights, recorded_weights, with_strengths
 from loratool.plan.adapter import AdapterPlan
@@ -214,6 +214,7 @@ def rescale(
         "to_rslora": to_rslora or None,
         "from_rslora": from_rslora or None,
         "dtype": dtype,
+        "adapter_name": adapter_name,
         "skip": tuple(skip),
     }
     written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
@@ -275,7 +276,7 @@ def _rewritten(
         stem=adapter.weights.stem,
         told=adapter.told,
         metadata=kept_metadata(adapter, adapter.scheme),
-        history=History("rescale", (Source(called(adapter.path), adapter.weights),), asked),
+        history=History("rescale", (Source.of_adapter(adapter),), asked),
         sidecars=tuple(sidecars),
         stamps={adapter.weights: adapter.stamp},
         notes=(*notes, *input_notes([adapter])),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.files.json import read_json_object
 from loratool.files.places import called, located
 from loratool.plan.devices import exactly, mover_to
+from loratool.plan.history import Source
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.combination import Combination, output_scheme
 from loratool.verbs.algebra.modules import check_computable, join
@@ -110,60 +111,108 @@ def truncate(
     adapter = located(adapter)
     base = located(base) if base is not None else None
     opened = open_adapter(adapter, adapter_name=adapter_name, alpha=alpha, skip=skip)
-    if _lacks_factors(opened) and truncation == Truncation(rank) and spectrum is None:
-        return _by_way_of_factors(
-            opened,
-            place,
-            rank=rank,
-            options={"alpha": alpha, "adapter_name": adapter_name, "skip": skip},
-            further={
-                "dtype": dtype,
-                "force": force,
-                "dry_run": dry_run,
-                "device": device,
-                "threads": threads,
-                "progress": progress,
-            },
-        )
-    check_computable(opened, verb="truncate")
-    written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
-    joints, notes = join([opened], dtype=written_dtype)
-    options = {
+    asked = {
         **truncation.recorded,
         "base": called(base) if base is not None else None,
         "spectrum": Path(spectrum).name if spectrum is not None else None,
         "dtype": dtype,
         "alpha": alpha,
+        "adapter_name": adapter_name,
         "skip": tuple(skip),
     }
-    inputs = [adapter, *([base] if base is not None else [])]
+    inputs = [Path(path) for path in (adapter, base, spectrum) if path is not None]
+    carry_out = _CarryOut(
+        output=place,
+        truncation=truncation,
+        asked=asked,
+        origin=Source.of_adapter(opened),
+        inputs=inputs,
+        dtype=OUTPUT_DTYPES[dtype] if dtype else None,
+        force=force,
+        dry_run=dry_run,
+        device=device,
+        threads=threads,
+        progress=progress,
+    )
+    if _lacks_factors(opened) and truncation == Truncation(rank) and spectrum is None:
+        given = {"alpha": alpha, "adapter_name": adapter_name, "skip": skip}
+        return _by_way_of_factors(opened, carry_out, given)
     base_norms = None
     if base is not None:
         from loratool.verbs.algebra.base_norms import weight_norms
 
-        base_norms = weight_norms(opened, base)
-    draft = Combination(
-        verb="truncate",
-        adapters=[opened],
-        joints=joints,
-        scheme=output_scheme([opened], None),
-        options=WriteOptions(place, dtype=written_dtype, keeps_naming=True),
-        asked=options,
-        method=Method(mover=mover_to(device)),
-        keep_factors=True,
-        notes=notes,
-    )
-    return finish(
-        draft,
-        truncation,
-        inputs=[*inputs, *([Path(spectrum)] if spectrum is not None else [])],
-        force=force,
-        dry_run=dry_run,
-        threads=threads,
-        progress=progress,
-        base_norms=base_norms,
-        rests=_rests(opened, Path(spectrum)) if spectrum is not None else None,
-    )
+        base_norms = weight_norms(opened, Path(base))
+    rests = _rests(opened, Path(spectrum)) if spectrum is not None else None
+    return carry_out.of(opened, base_norms=base_norms, rests=rests)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CarryOut:
+    """A truncation, whatever it is of.
+
+    Attributes:
+        output: Where the result goes.
+        truncation: How far.
+        asked: What was asked for, for the metadata.
+        origin: The adapter that was given.
+        inputs: What the output may not touch.
+        dtype: Of the result, as a header calls it.
+        force: Replace an existing output.
+        dry_run: Compute, report, and write nothing.
+        device: Where to compute.
+        threads: Number of modules in work at a time.
+        progress: Called with how much is done and how much there is.
+    """
+
+    output: Path
+    truncation: Truncation
+    asked: Mapping[str, Any]
+    origin: Source
+    inputs: Sequence[Path]
+    dtype: str | None
+    force: bool
+    dry_run: bool
+    device: str
+    threads: int | None
+    progress: Progress | None
+
+    def of(
+        self,
+        adapter: Adapter,
+        *,
+        base_norms: Mapping[str, float] | None = None,
+        rests: Mapping[str, float] | None = None,
+    ) -> AdapterReport:
+        """Truncate an adapter of plain factors.
+
+        Raises:
+            LoratoolError: Nothing was written; the message says why.
+        """
+        check_computable(adapter, verb="truncate")
+        joints, notes = join([adapter], dtype=self.dtype)
+        draft = Combination(
+            verb="truncate",
+            adapters=[adapter],
+            joints=joints,
+            scheme=output_scheme([adapter], None),
+            options=WriteOptions(self.output, dtype=self.dtype, keeps_naming=True),
+            asked=self.asked,
+            sources=(self.origin,),
+            method=Method(mover=mover_to(self.device)),
+            keep_factors=True,
+            notes=notes,
+        )
+        return finish(
+            draft,
+            self.truncation,
+            inputs=self.inputs,
+            force=self.force,
+            dry_run=self.dry_run,
+            threads=self.threads,
+            progress=self.progress,
+            base_norms=base_norms,
+            rests=rests,
+        )
 
 
 def _lacks_factors(adapter: Adapter) -> bool:
@@ -176,20 +225,20 @@ def _lacks_factors(adapter: Adapter) -> bool:
 
 
 def _by_way_of_factors(
-    opened: Adapter,
-    output: Path,
-    *,
-    rank: int | None,
-    options: Mapping[str, Any],
-    further: Mapping[str, Any],
+    opened: Adapter, carry_out: _CarryOut, given: Mapping[str, Any]
 ) -> AdapterReport:
     """Truncate what has no factors: write it as plain LoRA first, then truncate that.
 
     The errors are those of both steps, against the deltas as they were.
+
+    Args:
+        opened: The adapter.
+        carry_out: The truncation.
+        given: With which options it was opened.
     """
     from loratool.verbs.convert import convert
 
-    check_output(output, force=bool(further["force"]), inputs=[opened.path])
+    check_output(carry_out.output, force=carry_out.force, inputs=carry_out.inputs)
     with TemporaryDirectory(prefix="loratool-") as folder:
         place = Path(folder) / opened.path.name
         first = convert(
@@ -197,10 +246,10 @@ def _by_way_of_factors(
             output_scheme([opened], None).name,
             place,
             to_lora=True,
-            rank=rank,
-            **options,
+            rank=carry_out.truncation.rank,
+            **given,
         )
-        found = truncate(place, output, rank=rank, **further)
+        found = carry_out.of(open_adapter(place))
     errors = first.outcome.errors
     modules = []
     for module in found.modules:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from loratool.adapter.findings import SEVERITIES, Finding, Findings, finding
@@ -13,7 +14,7 @@ from loratool.adapter.model import Adapter
 from loratool.base.model import Model, open_model
 from loratool.base.refusals import CODE
 from loratool.base.trained_on import training_notes
-from loratool.errors import AdapterError, LoratoolError, UnsupportedError
+from loratool.errors import AdapterError, HubError, LoratoolError, UnsupportedError
 from loratool.files.missing import missing
 from loratool.files.places import located
 from loratool.loaders import loader_named
@@ -24,6 +25,7 @@ from loratool.schemes.opening import open_adapter
 from loratool.verbs.checks.base import check_against_base
 from loratool.verbs.checks.config import check_config
 from loratool.verbs.checks.tensors import check_tensors
+from loratool.verbs.merging.recorded import base_at_hand
 
 if TYPE_CHECKING:
     from loratool.verbs.checks.many import Validations
@@ -61,9 +63,11 @@ def validate(
         raise missing(path)
     try:
         opened = checks.open(path)
+    except HubError:
+        raise  # of the network, not of the adapter
     except LoratoolError as error:
         return Findings([finding("LT000", error.where, error.what, error.hint)])
-    return checks.findings(opened)
+    return checks.findings(opened, fspath(adapter))
 
 
 def validate_many(
@@ -146,8 +150,12 @@ class Checks:
             return opened
         return open_adapter(path, adapter_name=name, base_modules=model.paths, base=model.told)
 
-    def findings(self, opened: Adapter) -> Findings:
+    def findings(self, opened: Adapter, called: str | None = None) -> Findings:
         """Return everything that is wrong with an adapter.
+
+        Args:
+            opened: The adapter.
+            called: What the caller calls it, for hints; by default its path.
 
         Raises:
             LoratoolError: The base is damaged.
@@ -168,6 +176,12 @@ class Checks:
         else:
             notes = training_notes(opened.base_model)
             found += [finding("LT035", opened.path, note) for note in notes]
+            near = base_at_hand(opened)
+            if near is not None:
+                what = f"it was not compared with the base that it records, {near}"
+                again = f"loratool validate {quote(called or fspath(opened.path))}"
+                hint = f"{again} --base {quote(near)}"
+                found.append(finding("LT037", opened.path, what, hint))
         found.sort(key=lambda item: (SEVERITIES.index(item.severity), item.code))
         return Findings(dict.fromkeys(found), "nothing is wrong with it")
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter.findings import Finding, Findings, finding
 from loratool.base.config import DTYPE_KEYS
 from loratool.base.model import Model, open_model
 from loratool.codecs.codec import CodedTensor
-from loratool.errors import LoratoolError, OptionError
+from loratool.errors import LoratoolError
 from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
 from loratool.files.inputs import InputFiles
@@ -48,7 +48,7 @@ def verify(
     merged: AnyPath,
     *,
     base: AnyPath | None = None,
-    adapters: Sequence[AnyPath] | AnyPath,
+    adapters: Sequence[AnyPath] | AnyPath = (),
     weights: Weights = (),
     alpha: float | None = None,
     adapter_name: str | None = None,
@@ -62,7 +62,8 @@ def verify(
 
     Args:
         merged: The model to check, file or folder.
-        base: The base it was made from; ``None`` for the one that the first adapter records.
+        base: The base it was made from; ``None`` for the one that the model records, or, where
+            adapters are given, the one that the first of them does.
         adapters: The adapters, in the order of the merge.
         weights: As in the merge.
         alpha: As in the merge.
@@ -81,13 +82,26 @@ def verify(
         LoratoolError: Base or adapters cannot be read, or the merge is not possible.
     """
     paths: tuple[AnyPath, ...] = one_or_more(adapters)
+    merged = located(merged)
+    asked: dict[str, Any] = {
+        "weights": weights,
+        "alpha": alpha,
+        "adapter_name": adapter_name,
+        "skip": skip,
+        "enable_lora": enable_lora,
+    }
+    recorded: Mapping[str, Any] = {}
     if not paths:
-        raise OptionError("verify", "no adapter was given")
+        from loratool.verbs.merging.recipe import recorded_merge
+
+        merge = recorded_merge(merged, located(base) if base is not None else None, asked)
+        base, paths, recorded = merge.base, merge.adapters, merge.options
+        asked = {name: recorded.get(name, value) for name, value in asked.items()}
     if base is None:
         from loratool.verbs.merging.recorded import recorded_base
 
         base, _ = recorded_base(paths[0], adapter_name=adapter_name)
-    base, merged = located(base), located(merged)
+    base = located(base)
     original = open_model(base)
     try:
         result = open_model(merged)
@@ -98,12 +112,8 @@ def verify(
     plan = plan_merge(
         base,
         paths,
-        weights=weights,
-        dtype=_dtype_of(original, result),
-        alpha=alpha,
-        adapter_name=adapter_name,
-        skip=skip,
-        enable_lora=enable_lora,
+        **asked,
+        dtype=recorded.get("dtype") or _dtype_of(original, result),
         quantized="keep" if _is_kept(original, result) else "dequantize",
     )
     found = [*_check_layout(plan, result), *check_files(plan, result)]

@@ -12,7 +12,7 @@ from loratool.adapter.model import Adapter
 from loratool.files.json import as_text
 from loratool.schemes import builtin_schemes
 
-__all__ = ["joined_metadata", "kept_metadata", "without_hashes"]
+__all__ = ["is_hash", "joined_metadata", "kept_metadata", "transferable", "without_hashes"]
 
 HASHES: Final = re.compile(r"sshs_.*|modelspec\.hash_sha256")
 """What only the file is true of that it was computed from."""
@@ -45,14 +45,29 @@ def kept_metadata(adapter: Adapter, scheme: str = "") -> dict[str, str]:
         adapter: The input.
         scheme: What is written; by default any.
     """
-    if not adapter.metadata:
+    return transferable(adapter.metadata, is_renamed=scheme != adapter.scheme)
+
+
+def transferable(metadata: Mapping[str, str], *, is_renamed: bool = False) -> dict[str, str]:
+    """Return what a file says of itself and may be said of another with other tensors.
+
+    Args:
+        metadata: What it says.
+        is_renamed: Whether what is said of the names of tensors is true no more.
+    """
+    if not metadata:
         return {}
     settings = [s.settings for s in builtin_schemes()]
     forms = [s.stale for s in settings if s.stale]
-    if scheme != adapter.scheme:
+    if is_renamed:
         forms += [s.naming for s in settings if s.naming]
     stale = re.compile("|".join(("format", r"loratool\w*", "alpha", *forms)))
-    return {k: v for k, v in adapter.metadata.items() if not stale.fullmatch(k)}
+    return {k: v for k, v in metadata.items() if not stale.fullmatch(k)}
+
+
+def is_hash(key: str) -> bool:
+    """Whether what a key says is computed from the tensors of its file."""
+    return HASHES.fullmatch(key) is not None
 
 
 def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -9,7 +10,9 @@ from typing import Final
 from loratool.adapter.model import Adapter
 from loratool.files.checkpoint import is_weight_like
 from loratool.files.links import DANGLING_LINK, NO_FILE, STRAY_LINK, link_roots, stays_inside
+from loratool.files.npy import SHAPES
 from loratool.files.sources import whole
+from loratool.plan.history import RECORD_NAME
 from loratool.plan.sidecar import TOKENIZER_FILES, Sidecar
 from loratool.schemes import sidecar_names
 from loratool.schemes.companions import is_training_state
@@ -21,6 +24,8 @@ DESCRIPTIONS: Final = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOT
 
 It is no part of an adapter, and nobody misses it elsewhere.
 """
+OF_WEIGHTS: Final = re.compile(r".*\.distcp|" + re.escape(SHAPES))
+"""Files that are parts of weights: shards of a distributed checkpoint, widths of rows."""
 OF_REPOSITORY: Final = ".gitattributes"
 """What every folder of the hub has."""
 
@@ -42,7 +47,9 @@ def carried_files(
         for path, reason in _files(adapter):
             name = path.name
             is_wanted = name in TOKENIZER_FILES or (len(adapters) == 1 and name in DESCRIPTIONS)
-            if path == adapter.weights or name in sidecar_names() or name == OF_REPOSITORY:
+            if path == adapter.weights or name in (*sidecar_names(), OF_REPOSITORY, RECORD_NAME):
+                continue
+            if OF_WEIGHTS.fullmatch(name):
                 continue
             if name in DESCRIPTIONS and len(adapters) > 1:
                 continue

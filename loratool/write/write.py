@@ -23,6 +23,7 @@ from loratool.names.pipelines import (
 from loratool.plan.adapter import AdapterPlan, ModuleOutput, Output
 from loratool.schemes import DEFAULT_SCHEME, scheme_named
 from loratool.write.adapter import NewAdapter
+from loratool.write.card import adapter_card
 from loratool.write.conventions import Naming, families_of, to_hub, to_native, without_foreign
 from loratool.write.extras import placed_extras
 from loratool.write.notes import dtype_notes, unknown_notes
@@ -96,6 +97,8 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         own = scheme.settings.metadata(written)
         metadata = {**new.metadata, **own, **scheme.paths.record(paths)}
     sidecars, left = _files(new, options.output)
+    recorded_base = (config or new.config or {}).get("base_model_name_or_path")
+    card, sidecars = adapter_card(sidecars, scheme, base=recorded_base, family=named.family)
     notes = [
         *new.notes,
         *scheme.settings.notes(written),
@@ -108,11 +111,12 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         carried=tuple(carried),
         measured=new.measured,
         metadata=metadata,
-        history=new.history if container.has_metadata else None,
+        history=new.history,
+        card=card,
         config=config,
         config_name=scheme.settings.file,
         format_config=scheme.settings.dump,
-        sidecars=tuple(sidecars),
+        sidecars=sidecars,
         weights_name=_weights_name(options.output, scheme),
         stamps=new.stamps,
         container=container,

@@ -6,12 +6,13 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
-from reference_pages import formats
+from reference_pages import documents, formats, functions
 from samples import FIXTURES, ROOT
 
 import loratool
@@ -38,7 +39,15 @@ def help_pages() -> str:
     return "\n".join(pages)
 
 
-@pytest.mark.parametrize(("name", "written"), [("cli.md", help_pages), ("formats.md", formats)])
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("cli.md", help_pages),
+        ("formats.md", formats),
+        ("json.md", documents),
+        ("python.md", functions),
+    ],
+)
 def test_what_is_made_from_the_code_is_in_the_docs(
     name: str, written: Callable[[], str], request: pytest.FixtureRequest
 ) -> None:
@@ -67,6 +76,13 @@ def test_every_codec_is_in_the_docs() -> None:
     page = (ROOT / "docs" / "quantised.md").read_text()
     for claim in claims():
         assert f"`{codec_named(claim.codec).name}`" in page, claim.codec
+
+
+def test_every_extra_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name in project["optional-dependencies"]:
+        assert f"| `loratool[{name}]` |" in page
 
 
 def test_public_names_are_sorted_documented_and_there() -> None:

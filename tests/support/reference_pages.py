@@ -1,13 +1,17 @@
-"""The tables of ``docs/formats.md``, made from what plug-ins claim and say of themselves."""
+"""Pages that are made from the code: from claims of plug-ins, and from JSON Schemas."""
 
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import loratool
 from loratool import variants
 from loratool.base import layouts
+from loratool.cli.main import COMMANDS
 from loratool.codecs import codec
 from loratool.discovery import Plugins
 from loratool.files import containers
@@ -138,3 +142,70 @@ def _code(text: str) -> str:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def documents() -> str:
+    """Return what is in the JSON documents of each command, as Markdown."""
+    parts = []
+    for file in sorted((Path(loratool.__file__).parent / "cli" / "schemas").glob("*.json")):
+        schema = json.loads(file.read_text("utf-8"))
+        title = "A failure" if file.stem == "error" else file.stem
+        parts.append(f"## {title}\n")
+        alternatives = schema.get("anyOf", [schema])
+        for alternative in alternatives:
+            if len(alternatives) > 1:
+                parts.append(f"**{_told(alternative)}**\n")
+            parts += ["| key | type | |", "|---|---|---|"]
+            parts += [
+                f"| {_code(path)}{' (may be missing)' if optional else ''} | {kind} | {words} |"
+                for path, kind, words, optional in _keys(alternative, "")
+            ]
+            parts.append("")
+    return "\n".join(parts)
+
+
+def functions() -> str:
+    """Return what mkdocstrings is to show of the package, by kind."""
+    found: dict[str, list[str]] = {"Functions": [], "Reports": [], "Errors": []}
+    for name in sorted(loratool.__all__, key=_rank):
+        value = getattr(loratool, name)
+        if isinstance(value, type) and issubclass(value, Exception):
+            continue  # with all of the tree
+        kind = "Reports" if isinstance(value, type) else "Functions"
+        found[kind].append(f"::: {value.__module__}.{name}")
+    found["Functions"].append("::: loratool.live.attach")
+    found["Errors"].append("::: loratool.errors")
+    return "\n".join(f"## {title}\n\n" + "\n".join(names) + "\n" for title, names in found.items())
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Order functions as the commands are, and all else by name."""
+    return (COMMANDS.index(name) if name in COMMANDS else len(COMMANDS), name)
+
+
+def _told(schema: dict[str, Any]) -> str:
+    kind = schema.get("properties", {}).get("kind", {}).get("const")
+    if kind is not None:
+        return f"of {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    if "items" in schema.get("properties", {}):
+        return "of several paths"
+    return schema.get("description", "of one path, or one pair")
+
+
+def _keys(schema: dict[str, Any], before: str) -> Iterator[tuple[str, str, str, bool]]:
+    required = schema.get("required", ())
+    for key, value in schema.get("properties", {}).items():
+        path = f"{before}{key}"
+        words = value.get("description", "").replace("|", "&#124;")
+        yield path, _kind(value), words, key not in required
+        yield from _keys(value, f"{path}.")
+        yield from _keys(value.get("items", {}), f"{path}[].")
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "const" in schema:
+        return f"always {_code(json.dumps(schema['const']))}"
+    if "enum" in schema:
+        return ", ".join(_code(json.dumps(value)) for value in schema["enum"])
+    kinds = schema.get("type", "any")
+    return kinds if isinstance(kinds, str) else " or ".join(kinds)

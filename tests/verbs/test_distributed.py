@@ -163,6 +163,20 @@ def test_shards_are_what_they_are_said_to_be(tmp_path: Path) -> None:
         loratool.convert(folder, "module-path", tmp_path / "o.safetensors", alpha=1.0)
 
 
+def test_a_shard_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    folder = save(state(), tmp_path / "x")
+    (folder / "__0_0.distcp").rename(tmp_path / "elsewhere")
+    (folder / "__0_0.distcp").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileFormatError, match="a link that leaves the folder"):
+        loratool.open_adapter(folder)
+
+
+def test_shards_are_no_files_that_stay_behind(tmp_path: Path) -> None:
+    folder = save(state(), tmp_path / "x")
+    report = loratool.convert(folder, "peft", tmp_path / "peft", alpha=3.0)
+    assert not any("distcp" in name for name, _ in report.plan.dropped)
+
+
 class Evil:
     """Something that a pickle would call."""
 

@@ -20,6 +20,7 @@ from samples import FIXTURES, lora
 
 import loratool
 from loratool.errors import BaseModelError, LoratoolError, MergeError, OutputError
+from loratool.files.container import read_bytes
 from loratool.files.safetensors import read_header
 
 Make = Callable[..., Path]
@@ -89,9 +90,15 @@ def test_lone_files_in_and_out(make_base: Make, make_adapter: Make, tmp_path: Pa
     adapter = make_adapter(lora("a.q", 6, 5))
     loratool.merge(base, [adapter], tmp_path / "out.safetensors")
     loratool.merge(base, [adapter], tmp_path / "folder")
-    assert (tmp_path / "out.safetensors").read_bytes() == (
-        tmp_path / "folder" / "model.safetensors"
-    ).read_bytes()
+    files = [tmp_path / "out.safetensors", tmp_path / "folder" / "model.safetensors"]
+    one, two = map(read_header, files)
+    assert {name: text for name, text in one.metadata.items() if name != "loratool"} == two.metadata
+    for name, stored in one.tensors.items():
+        assert read_bytes(stored) == read_bytes(two.tensors[name])
+    assert (
+        files[1].read_bytes()[: len(two.header or b"")]
+        == base.read_bytes()[: len(two.header or b"")]
+    )
     with pytest.raises(OutputError, match="safetensors"):
         loratool.merge(base, [adapter], tmp_path / "out.bin")
     with pytest.raises(OutputError, match="the output is one"):
@@ -153,7 +160,8 @@ def test_sidecars_travel_and_unmerged_weights_do_not(
     assert dict(plan.left_behind).keys() == {"consolidated.safetensors", "model.gguf", "link.txt"}
     loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out")
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")}
-    assert found == {"model.safetensors", "tokenizer.json", "sub", "sub/notes.txt"}
+    told = {"README.md", "loratool.json"}
+    assert found == {"model.safetensors", "tokenizer.json", "sub", "sub/notes.txt"} | told
 
 
 def test_hub_cache_links_are_read_and_never_written_through(
@@ -410,7 +418,8 @@ def test_outputs_are_protected(make_base: Make, make_adapter: Make, tmp_path: Pa
         loratool.merge(base, [adapter], tmp_path / "there", force=True)
     (tmp_path / "there" / "keep.txt").rename(tmp_path / "there" / "old.safetensors")
     loratool.merge(base, [adapter], tmp_path / "there", force=True)
-    assert {path.name for path in (tmp_path / "there").iterdir()} == {"model.safetensors"}
+    found = {path.name for path in (tmp_path / "there").iterdir()}
+    assert found == {"model.safetensors", "README.md", "loratool.json"}
 
 
 def test_two_adapters_that_replace_the_same_tensor_are_refused(

@@ -119,7 +119,7 @@ def test_the_nearest_name_of_a_path(command: str, folder: Folder) -> None:
     said = folder.refused(line.format("adaptr", "adapter"))
     assert said.error == "adaptr: no such file or folder"
     assert said.hint == "did you mean adapter?"
-    assert folder.refused(line.format("nothing/like/it", "adapter")).err.count("\n") == 1
+    assert folder.refused(line.format("/nothing/like/it", "adapter")).err.count("\n") == 1
     said = folder.refused(line.format("ADAPTER/adapter_model.safetensor", "adapter"))
     assert said.hint == "did you mean adapter/adapter_model.safetensors?"
 

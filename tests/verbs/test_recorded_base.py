@@ -140,3 +140,16 @@ def test_the_command_line(cache: Path, tmp_path: Path) -> None:
     assert f"note: the base is {BASE}: the adapter records '{BASE}'" in done.stderr
     again = [sys.executable, "-m", "loratool", "verify", str(tmp_path / "out")]
     assert subprocess.run([*again, "--adapter", str(adapter)], check=False).returncode == 0
+
+
+def test_validate_says_that_the_base_is_at_hand(cache: Path, tmp_path: Path) -> None:
+    in_cache(cache, "org/base", BASE)
+    for number, (said, near) in enumerate(
+        [("org/base", "org/base"), (str(BASE), str(BASE)), ("org/other", None), (None, None)]
+    ):
+        adapter = recording(tmp_path / f"a{number}", said)
+        found = [item for item in loratool.validate(adapter) if item.code == "LT037"]
+        hints = [f"loratool validate {adapter} --base {near}"] if near else []
+        assert [item.hint for item in found] == hints
+    again = loratool.validate(tmp_path / "a0", base="org/base")
+    assert "LT037" not in {item.code for item in again}

@@ -349,12 +349,14 @@ def test_stacked_factors_are_told_with_flags_of_their_count(
     loratool.convert(tmp_path / "a.safetensors", "peft", tmp_path / "out", enable_lora=given)
 
 
-def test_a_compressed_archive_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    factors = {"q.lora_a": np.zeros((12, 4), "f4"), "q.lora_b": np.zeros((4, 12), "f4")}
-    np.savez_compressed(tmp_path / "adapters.npz", allow_pickle=False, **factors)
-    with pytest.raises(LoratoolError, match="is compressed") as caught:
-        loratool.inspect(tmp_path / "adapters.npz")
-    assert caught.value.hint == "write it without compression (numpy.savez, mx.savez, torch.save)"
+def test_a_compressed_archive_is_read_as_a_plain_one(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    a, b = np.random.default_rng(0).normal(size=(12, 4)), np.zeros((4, 12))
+    b[1] = 2.0
+    np.savez_compressed(tmp_path / "adapters.npz", **{f"{name}.lora_a": a, f"{name}.lora_b": b})
+    loratool.convert(tmp_path / "adapters.npz", "peft", tmp_path / "peft", alpha=8.0)
+    truth = {name: torch.from_numpy(2.0 * (a @ b).T)}
+    assert relative_error(dense_deltas(tmp_path / "peft"), truth) < 1e-12
 
 
 @pytest.mark.parametrize("enabled", [(True, False, True), (True, True, False)])
@@ -434,3 +436,61 @@ def test_a_merged_projection_is_apart_where_the_base_has_it_so(
     direct = load_file(tmp_path / "direct" / "model.safetensors")
     for name in weights:
         torch.testing.assert_close(direct[name], merged[name], rtol=0, atol=1e-5)
+
+
+def pairs(form: str, *, layers: int = 2) -> dict[str, torch.Tensor]:
+    """Return factors of some modules, under names of a form."""
+    found = {}
+    for layer in range(layers):
+        found[form.format(layer=layer, side="A")] = torch.randn(4, 8)
+        found[form.format(layer=layer, side="B")] = torch.randn(6, 4)
+    return found
+
+
+PLAIN: Final = "model.layers.{layer}.self_attn.q_proj.lora_{side}.weight"
+SEVERAL: Final = {
+    "bare parameters by adapter": pairs("model.layers.{layer}.q_proj.lora_{side}.style")
+    | pairs("model.layers.{layer}.q_proj.lora_{side}.other"),
+    "a dictionary for each": {"style": pairs(PLAIN), "other": pairs(PLAIN)},
+    "dictionaries in one": {"epoch": 3, "adapters": {"style": pairs(PLAIN), "other": pairs(PLAIN)}},
+    "flat names in dictionaries": {
+        name: pairs("model_layers_{layer}_q_proj.lora_{side}") for name in ("style", "other")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_one_of_several_adapters_is_chosen(kind: str, tmp_path: Path) -> None:
+    torch.save(SEVERAL[kind], tmp_path / "all.pt")
+    with pytest.raises(LoratoolError, match="several adapters: style, other") as caught:
+        loratool.open_adapter(tmp_path / "all.pt")
+    assert "--adapter-name" in str(caught.value.hint)
+    adapter = loratool.open_adapter(tmp_path / "all.pt", adapter_name="other")
+    assert adapter.name == "other" and len(adapter.sites) == 2
+    assert all("layers" in site.module and "other" not in site.module for site in adapter.sites)
+    assert any("4 tensors of other adapters" in note for note in adapter.notes)
+
+
+def test_one_adapter_in_a_dictionary_of_its_name(tmp_path: Path) -> None:
+    torch.save({"style": pairs(PLAIN)}, tmp_path / "a.pt")
+    adapter = loratool.open_adapter(tmp_path / "a.pt")
+    assert adapter.name == "style"
+    assert adapter.sites[0].module == "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("group", ["encoder", "unet", "text_encoder", "layer_0"])
+def test_dictionaries_of_a_models_parts_stay_parts(group: str, tmp_path: Path) -> None:
+    other = {"encoder": "decoder", "layer_0": "layer_1"}.get(group, "vision_model")
+    inner = pairs("block.{layer}.q.lora_{side}.weight")
+    torch.save({group: inner, other: inner}, tmp_path / "a.pt")
+    adapter = loratool.open_adapter(tmp_path / "a.pt")
+    assert {site.module.partition(".")[0] for site in adapter.sites} == {group, other}
+
+
+@pytest.mark.parametrize("name", ["0", "head"])
+def test_an_adapter_called_like_a_layer_is_what_somebody_says(name: str, tmp_path: Path) -> None:
+    torch.save(pairs(f"enc_layer_{{layer}}_q.{name}.lora_{{side}}"), tmp_path / "a.pt")
+    assert loratool.open_adapter(tmp_path / "a.pt").sites[0].module == f"enc_layer_0_q.{name}"
+    adapter = loratool.open_adapter(tmp_path / "a.pt", adapter_name=name)
+    assert (adapter.scheme, adapter.name) == ("prefixed", name)
+    assert [site.module for site in adapter.sites] == ["enc_layer_0_q", "enc_layer_1_q"]

@@ -17,6 +17,7 @@ from loratool.files.container import Container, Layout, WeightsFile
 from loratool.files.dtypes import dtype_named
 from loratool.files.gathered import ArchivedTensor, Gathered, Piece, cover
 from loratool.files.inputs import Stamp, stamp_of
+from loratool.files.links import STRAY_LINK, link_roots, stays_inside
 from loratool.files.pickle_records import Pairs, Record, read_records
 from loratool.files.pickles import WRAPPERS
 from loratool.files.sources import opened
@@ -66,11 +67,16 @@ class _Files:
                 raise FileFormatError(
                     self.path, f"names the shard {short(name)}: expected a plain file beside it"
                 )
+            shard = self.path.with_name(name)
+            if shard.is_symlink() and not stays_inside(
+                shard, link_roots(self.path.parent, [self.path])
+            ):
+                raise FileFormatError(shard, f"is {STRAY_LINK}, which is not followed")
             try:
-                self.stamps[name] = stamp_of(self.path.with_name(name))
+                self.stamps[name] = stamp_of(shard)
             except OSError:
                 raise FileFormatError(
-                    self.path.with_name(name),
+                    shard,
                     "is missing: each process wrote a shard, and all of them are needed",
                     hint="copy the whole folder",
                 ) from None

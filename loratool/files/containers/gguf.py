@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from loratool.errors import UnsupportedError
 from loratool.files.container import Container, KeptLayout, Layout, WeightsFile
 from loratool.files.gguf import (
     ALIGNMENT,
     GgufFile,
     aligned,
+    edited_values,
     format_header,
     format_values,
     read_gguf,
@@ -22,6 +24,9 @@ from loratool.files.transfer import write_all
 
 __all__ = ["CLAIM", "CONTAINER"]
 
+FIXED: Final = ("general.alignment", "general.architecture")
+SPLIT: Final = "split."
+"""What the keys begin with that say which part of a model a file is."""
 CLAIM: Final = {"suffixes": [".gguf"], "models": [".gguf"], "preference": 0, "splits": [".gguf"]}
 
 
@@ -98,6 +103,16 @@ class _Gguf:
         alignment = int(metadata.get("general.alignment", ALIGNMENT))
         head = format_header(specs, *format_values(metadata), alignment)
         return _Layout(tuple(specs), head, alignment)
+
+    def beginning(self, file: WeightsFile, changes: Mapping[str, str | None]) -> bytes:
+        """See :class:`Telling`; a key value keeps its type, a new one is of the type of its key."""
+        assert isinstance(file, GgufFile)
+        for key in changes:
+            if key in FIXED or key.startswith(SPLIT):
+                raise UnsupportedError(key, "says how the file is laid out, and stays as it is")
+        specs = [stored.spec for stored in file.tensors.values()]
+        header = format_header(specs, *edited_values(file, changes), file.alignment)
+        return header.ljust(aligned(len(header), file.alignment), b"\0")
 
 
 def _like(specs: Sequence[TensorSpec], like: GgufFile) -> Layout:

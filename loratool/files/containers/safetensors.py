@@ -8,8 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from loratool.errors import UnsupportedError
 from loratool.files.container import Container, KeptLayout, Layout, WeightsFile
-from loratool.files.safetensors import canonical_order, format_header, read_header
+from loratool.files.safetensors import (
+    MAX_HEADER_BYTES,
+    canonical_order,
+    format_header,
+    read_header,
+)
 from loratool.files.spec import TensorSpec
 from loratool.files.transfer import write_all
 
@@ -67,6 +73,17 @@ class _Safetensors:
             return KeptLayout(like)
         ordered = tuple(canonical_order(specs))
         return _Layout(ordered, format_header(ordered, metadata))
+
+    def beginning(self, file: WeightsFile, changes: Mapping[str, str | None]) -> bytes:
+        """See :class:`Telling`."""
+        said = {**file.metadata, **changes}
+        metadata = {key: text for key, text in said.items() if text is not None}
+        header = format_header([stored.spec for stored in file.tensors.values()], metadata)
+        if len(header) - 8 > MAX_HEADER_BYTES:
+            raise UnsupportedError(
+                file.path, f"would say too much: the format allows {MAX_HEADER_BYTES} bytes"
+            )
+        return header
 
 
 def _stays(specs: Sequence[TensorSpec], metadata: Mapping[str, str], like: WeightsFile) -> bool:

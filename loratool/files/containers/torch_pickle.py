@@ -48,7 +48,15 @@ class _TorchPickle:
         """See :class:`Container`; nothing in the pickle is executed."""
         file = read_pickle(path)
         notes = other_contents(file)
-        return WeightsFile(file.path, file.tensors, {}, file.size, file.stamp, notes=notes)
+        return WeightsFile(
+            file.path,
+            file.tensors,
+            {},
+            file.size,
+            file.stamp,
+            notes=notes,
+            groups=file.groups,
+        )
 
     def lay_out(
         self,

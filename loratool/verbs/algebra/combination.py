@@ -13,7 +13,6 @@ from loratool.adapter.part import Part
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
-from loratool.files.places import called
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
 from loratool.schemes import DEFAULT_SCHEME, scheme_named, scheme_names
@@ -107,6 +106,7 @@ class Combination:
         policy: What to do where extras disagree.
         keep_factors: Whether a module that loses nothing is copied with its own alpha.
         notes: What a user should know already.
+        sources: What the metadata says of the inputs, where these are made of others.
     """
 
     verb: str
@@ -119,6 +119,7 @@ class Combination:
     policy: str = "error"
     keep_factors: bool = False
     notes: Sequence[str] = ()
+    sources: Sequence[Source] = ()
 
     def __post_init__(self) -> None:
         for adapter in self.adapters:
@@ -177,7 +178,7 @@ class Combination:
             metadata=joined_metadata(self.adapters, self.scheme.name),
             history=History(
                 self.verb,
-                tuple(Source(called(a.path), a.weights) for a in self.adapters),
+                tuple(self.sources or map(Source.of_adapter, self.adapters)),
                 self.asked,
             ),
             sidecars=tuple(sidecars),

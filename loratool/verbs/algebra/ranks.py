@@ -111,14 +111,14 @@ class Truncation:
         Of rules that no share tells of, and of a budget, it is not known: a rank that is the most
         allowed counts as the limit that ruled.
         """
-        share = {
-            "energy": lambda v: 1 - v,
-            "max_error": lambda v: v**2,
-            "sv_fro": lambda v: 1 - v**2,
-        }
-        if self.rule is None or self.rule[0] not in share:
-            return lost < NOTHING
-        return lost <= share[self.rule[0]](self.rule[1]) + NOTHING
+        allowed = 0.0
+        if self.energy is not None:
+            allowed = 1 - self.energy
+        elif self.max_error is not None:
+            allowed = self.max_error**2
+        elif self.sv_fro is not None:
+            allowed = 1 - self.sv_fro**2
+        return lost <= allowed + NOTHING
 
     @property
     def recorded(self) -> dict[str, int | float | None]:

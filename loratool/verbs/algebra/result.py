@@ -180,8 +180,8 @@ def finish(
         plan = draft.plan(ranks)
     if dry_run:
         reports = [expected_report(j, ranks[j.rank_group], spectra[j.name]) for j in joints]
-        notes = ruling_notes(truncation, map(_figures, reports))
-        return AdapterReport(tuple(reports), plan, False, (*plan.notes, *notes), output)
+        ruling = ruling_notes(truncation, map(_figures, reports))
+        return AdapterReport(tuple(reports), plan, False, (*plan.notes, *ruling), output)
     outcome = write_plan(
         plan,
         output,

@@ -15,7 +15,6 @@ from loratool.adapter.model import FILE_ALPHA_KEY, Adapter, Site
 from loratool.adapter.part import Part
 from loratool.adapter.slots import Slot
 from loratool.files.dtypes import DTYPES
-from loratool.files.places import called
 from loratool.files.spec import StoredTensor
 from loratool.math.factored import norm
 from loratool.math.lowrank import LowRank
@@ -24,6 +23,7 @@ from loratool.plan.factors import site_deltas
 from loratool.plan.history import History, Source
 from loratool.plan.host import DOUBLE
 from loratool.plan.threads import in_parallel
+from loratool.schemes import scheme_named
 from loratool.schemes.parts.peft_config import exact_number, scale_fields, target_fields
 from loratool.values.arrays import Rounded
 from loratool.values.expr import Constant, Expr, Stored, is_power_of_two, spec_of
@@ -31,6 +31,7 @@ from loratool.verbs.algebra.combination import input_notes
 from loratool.verbs.algebra.followed import Followed
 from loratool.verbs.algebra.modules import Joint, is_one_side
 from loratool.verbs.algebra.sums import Spectrum
+from loratool.write.card import adapter_card
 from loratool.write.metadata import without_hashes
 from loratool.write.sidecars import carried_files, without_room
 from loratool.write.stored import part_of
@@ -174,13 +175,21 @@ def plan_in_place(
     if not is_folder:
         left += without_room(sidecars)
         sidecars = []
+    config = _config(adapter, changes, asked)
+    card, kept = adapter_card(
+        sidecars,
+        scheme_named(adapter.scheme),
+        base=adapter.base_model,
+        family=adapter.family,
+    )
     return AdapterPlan(
         parts=(),
         carried=tuple(carried),
         metadata=without_hashes(adapter.metadata),
-        history=History("rescale", (Source(called(adapter.path), adapter.weights),), asked),
-        config=_config(adapter, changes, asked),
-        sidecars=tuple(sidecars),
+        history=History("rescale", (Source.of_adapter(adapter),), asked),
+        card=card,
+        config=config,
+        sidecars=kept,
         weights_name=WEIGHTS_NAME if is_folder else "",
         stamps={adapter.weights: adapter.stamp},
         scheme=adapter.scheme,

@@ -14,7 +14,6 @@ from loratool.base.ties import Tie
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
 from loratool.errors import UnsupportedError
-from loratool.files.places import called
 from loratool.names.paths.dotted import from_paths
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.history import History, Source
@@ -137,7 +136,7 @@ class Difference:
         adapted = {part.module for part in parts}
         saved = self._saved(adapted, tie)
         names = from_paths([part.module for part in parts])
-        inputs = tuple(Source(called(m.path)) for m in (self.base, self.tuned))
+        inputs = tuple(Source.of_model(m.path, m.raw.values()) for m in (self.base, self.tuned))
         return NewAdapter(
             parts=tuple(parts),
             extras=Extras(items=list(self._extras(saved, tie))),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.findings import Finding, finding
+from loratool.adapter.model import HISTORY_KEY
 from loratool.base.config import CONFIG_NAME, QUANTIZATION
 from loratool.base.model import Model
 from loratool.errors import FileFormatError
@@ -46,7 +47,7 @@ def check_files(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
 
 def _surplus(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
     """Yield the files that no merge has written; tools that look for them would use them."""
-    expected = {file.name for file in plan.files} | {one.name for one in plan.sidecars}
+    expected = {file.name for file in plan.files} | {one.name for one in plan.others()}
     read = {shard.path for shard in merged.shards}
     for path in sorted(merged.path.rglob("*")):
         name = path.relative_to(merged.path).as_posix()
@@ -162,7 +163,11 @@ def _check_metadata(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
         shard = merged.shards[0] if alone else by_name.get(file.name)
         if shard is None or shard.header is None:
             continue
-        expected, found = file.metadata, dict(shard.metadata)
+        # How a file came to be is true of that file alone.
+        expected, found = (
+            {key: text for key, text in each.items() if key != HISTORY_KEY}
+            for each in (file.metadata, shard.metadata)
+        )
         for key in dict.fromkeys((*expected, *found)):
             if expected.get(key) != found.get(key):
                 is_needed = key == "format" or (isinstance(shard, GgufFile) and _decides(key))

@@ -15,6 +15,7 @@ from loratool.files.checkpoint import SHARD, Checkpoint
 from loratool.files.container import WeightsFile
 from loratool.files.containers import USUAL, container_of, is_weights
 from loratool.files.json import read_json_object
+from loratool.plan.history import History
 from loratool.plan.model import OutputFile, Step
 from loratool.plan.sidecar import Sidecar
 from loratool.verbs.merging.coding import Placed
@@ -83,11 +84,17 @@ def _is_plain(stem: str) -> bool:
 
 
 def output_files(
-    view: Model, steps: Sequence[Placed], output: AnyPath | None, *, is_decoded: bool
+    view: Model,
+    steps: Sequence[Placed],
+    output: AnyPath | None,
+    *,
+    is_decoded: bool,
+    history: History | None = None,
 ) -> list[OutputFile]:
     """Lay out the output: every tensor in the shard it came from, added ones in the last.
 
-    Files that decoding has made too large are cut.
+    Files that decoding has made too large are cut. ``history`` is what headers say of how they
+    came to be.
     """
     lasts = {component: one.shards[-1].path for component, one in view.checkpoints.items()}
     by_shard: dict[Path, list[Step]] = {shard.path: [] for shard in view.shards}
@@ -111,7 +118,9 @@ def output_files(
         for (shard, mine), name in zip(contents, names, strict=True):
             name = Path(output).name if output is not None else name
             metadata = {k: v for k, v in shard.metadata.items() if k not in about_codes}
-            files.append(OutputFile.lay_out(f"{folder}{name}", mine, metadata, shard, prefix))
+            files.append(
+                OutputFile.lay_out(f"{folder}{name}", mine, metadata, shard, prefix, history)
+            )
     return files
 
 

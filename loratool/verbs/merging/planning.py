@@ -28,12 +28,15 @@ from loratool.files.places import located, origin_of
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.names.one_model import check_one_model
 from loratool.names.pipelines import AVERAGES, FIRST, SECOND, UNTRAINED
-from loratool.names.strengths import Weights, with_strengths
+from loratool.names.strengths import Weights, recorded_weights, with_strengths
 from loratool.names.tied import EMBEDDING_LEAVES, HEAD_LEAVES
+from loratool.plan.history import History, Source, as_recorded
 from loratool.plan.model import Blend, Edit, ModelPlan, SetRows, Step
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.arguments import dtype_name, one_or_more
+from loratool.verbs.merging.cards import merged_card
 from loratool.verbs.merging.coding import (
+    QUANTIZED,
     check_quantized,
     decoded_steps,
     decoding_notes,
@@ -82,9 +85,12 @@ def plan_merge(
     skip: Sequence[str] = (),
     enable_lora: Sequence[bool] = (),
     quantized: str = "dequantize",
+    allow_nonfinite: bool = False,
     output: AnyPath | None = None,
 ) -> ModelPlan:
     """Decide what a merge writes, from headers alone; the arguments are those of :func:`merge`.
+
+    ``allow_nonfinite`` decides nothing here, and is recorded with the others.
 
     Raises:
         LoratoolError: The adapters do not fit, would leave a key unused, or change nothing.
@@ -164,12 +170,36 @@ def plan_merge(
             "the merge changes what config.json has to say (ties or vocabulary)",
             hint="name a folder as the output",
         )
-    files = output_files(view, placed, output if not is_folder else None, is_decoded=bool(decoded))
+    asked = {
+        "weights": tuple(recorded_weights(weights, len(opened))) if weights else (),
+        "dtype": dtype,
+        "alpha": alpha,
+        "adapter_name": adapter_name,
+        "skip": tuple(skip),
+        "enable_lora": as_recorded(enable_lora),
+        "quantized": quantized if quantized != QUANTIZED[0] else None,
+        "allow_nonfinite": allow_nonfinite or None,
+    }
+    history = History(
+        "merge",
+        (Source.of_model(model.path, model.raw.values()), *map(Source.of_adapter, opened)),
+        asked,
+    )
+    files = output_files(
+        view,
+        placed,
+        output if not is_folder else None,
+        is_decoded=bool(decoded),
+        history=history if not is_folder else None,
+    )
     tokenizer = _with_tokenizer(changes, opened)
     sidecars, left = collect_sidecars(model, changes, tokenizer) if is_folder else ([], [])
     notes += [f"{name} was not carried over: {why}" for name, why in left if why in NOT_FILES]
+    card = None
     if is_folder:
         sidecars += indices(model, files)
+        bases = {adapter.base_model for adapter in opened}
+        card, sidecars = merged_card(model, sidecars, bases)
     return ModelPlan(
         files=tuple(files),
         sidecars=tuple(sidecars),
@@ -184,6 +214,8 @@ def plan_merge(
             **{adapter.weights: adapter.stamp for adapter in opened},
             **{path: stamp for each in complete for path, stamp in each.stamps.items()},
         },
+        history=history,
+        card=card,
     )
 
 

@@ -15,6 +15,7 @@ from loratool.base.config_edits import ConfigChanges, edit_config
 from loratool.base.model import Model
 from loratool.files.checkpoint import is_weight_like
 from loratool.files.links import DANGLING_LINK, NO_FILE, STRAY_LINK, link_roots, stays_inside
+from loratool.plan.history import RECORD_NAME
 from loratool.plan.sidecar import TOKENIZER_FILES, Sidecar
 
 __all__ = [
@@ -43,8 +44,8 @@ def collect_sidecars(
     # What lies beside a file that is no library's folder is not the model's.
     is_library = model.is_folder or is_model_folder(model.folder)
     for path, name in _files_below(model.folder, roots, left) if is_library else ():
-        if name in used:
-            continue
+        if name in used or name == RECORD_NAME:
+            continue  # another is written, of this merge
         is_merged = "" in model.checkpoints or name.rpartition("/")[0] in ("", *model.checkpoints)
         if is_weight_like(path) and is_merged:
             left.append((name, "weights or training state of the unmerged base"))

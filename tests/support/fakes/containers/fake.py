@@ -72,5 +72,10 @@ class Fake:
             place += spec.nbytes
         return FakeLayout(tuple(specs), offsets, place)
 
+    def beginning(self, file: WeightsFile, changes: Mapping[str, str | None]) -> bytes:
+        said = {**file.metadata, **changes}
+        metadata = {key: text for key, text in said.items() if text is not None}
+        return head([stored.spec for stored in file.tensors.values()], metadata)
+
 
 CONTAINER = Fake()

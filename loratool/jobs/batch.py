@@ -1,0 +1,477 @@
+"""``batch``: many commands in one pool of processes, with one record each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any, Final
+
+from loratool.display.document import Column, Document, Lines, Table
+from loratool.display.shown import Shown
+from loratool.errors import (
+    FileFormatError,
+    LoratoolError,
+    OptionError,
+    OutputExistsError,
+    unreadable,
+)
+from loratool.files.json import parse_json
+from loratool.jobs.step import Asked, Commands, Done, Places, Step, command_line, step_from
+from loratool.jobs.workers import WorkerDiedError, Workers
+
+__all__ = ["BatchReport", "JobRecord", "batch"]
+
+AnyPath = str | PathLike[str]
+STDIN: Final = "-"
+RETRIES: Final = 3
+"""How often a job is tried again that failed for no reason of its own."""
+AHEAD: Final = 4
+"""Jobs that wait for each process."""
+AT_ONCE: Final = 64
+"""Jobs that somebody else's executor is given at a time."""
+FAILURE: Final = 2
+SHOWN: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A command that is to be carried out.
+
+    Attributes:
+        number: Which, from 1 on: its line.
+        asked: The command.
+        digest: What tells it from others, wherever it stands in the list.
+    """
+
+    number: int
+    asked: Asked
+    digest: str
+
+    @property
+    def is_there(self) -> bool:
+        """Whether what it writes exists; where it writes nothing, that is there."""
+        return self.asked.place is None or self.asked.place.exists()
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """What came of a job.
+
+    Attributes:
+        job: Which.
+        words: Its command line.
+        digest: What tells it from others.
+        done: Its status and its document, or how it failed.
+        attempts: How often it was tried.
+        seconds: How long the last attempt took, waiting included.
+    """
+
+    job: int
+    words: tuple[str, ...]
+    digest: str
+    done: Done
+    attempts: int = 1
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record for scripts."""
+        return {
+            "schema": 1,
+            "job": self.job,
+            "command": list(self.words),
+            "digest": self.digest,
+            "status": self.done.status,
+            "attempts": self.attempts,
+            "seconds": round(self.seconds, 6),
+            "result": self.done.document,
+            "error": self.done.error,
+        }
+
+
+@dataclass(frozen=True)
+class BatchReport(Shown):
+    """What came of all jobs.
+
+    Attributes:
+        jobs: How many there are.
+        done: How many went well.
+        found: How many ran and found something wrong.
+        skipped: How many were done before.
+        failures: The records of those that failed.
+        records: Where all records are; ``None`` where they are in ``results``.
+        results: The records in the order of the jobs, where no file holds them.
+    """
+
+    jobs: int
+    done: int = 0
+    found: int = 0
+    skipped: int = 0
+    failures: tuple[JobRecord, ...] = ()
+    records: Path | None = None
+    results: tuple[JobRecord, ...] = ()
+
+    @property
+    def status(self) -> int:
+        """The exit status: 2 where nothing could be done, 1 where something failed or was found."""
+        if self.failures and not (self.done or self.found or self.skipped):
+            return FAILURE
+        return 1 if self.failures or self.found else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a document for scripts."""
+        return {
+            "schema": 1,
+            "jobs": self.jobs,
+            "done": self.done,
+            "found": self.found,
+            "failed": len(self.failures),
+            "skipped": self.skipped,
+            "records": str(self.records) if self.records is not None else None,
+            "failures": [
+                {"job": each.job, "command": list(each.words), "error": each.done.error}
+                for each in self.failures
+            ],
+        }
+
+    def document(self) -> Document:
+        """Return what people see of it: what failed, and how much went well."""
+        failed = sorted(self.failures, key=lambda record: record.job)
+        rows = [
+            (record.job, " ".join(record.words), _told(record.done)) for record in failed[:SHOWN]
+        ]
+        columns = (
+            Column("job", is_kept=True),
+            Column("command", folds=True, is_kept=True),
+            Column("error", folds=True, is_kept=True),
+        )
+        counts = {
+            "done": self.done,
+            "found something wrong": self.found,
+            "failed": len(failed),
+            "done before": self.skipped,
+        }
+        parts = [f"{count} {words}" for words, count in counts.items() if count]
+        summary = f"{self.jobs} jobs: {', '.join(parts) or 'nothing to do'}"
+        if self.records is not None:
+            summary += f"; records in {self.records}"
+        more = len(failed) - len(rows)
+        lines = (*((f"and {more} more that failed",) if more else ()), summary)
+        return Document.of([Table.of("failed", columns, rows), Lines(lines)])
+
+
+def _told(done: Done) -> str:
+    error = done.error or {}
+    return f"{error.get('where')}: {error.get('message')}"
+
+
+def batch(
+    jobs: AnyPath | Iterable[Mapping[str, Any]],
+    output: AnyPath | None = None,
+    *,
+    workers: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    executor: Executor | None = None,
+    on_record: Callable[[JobRecord, int], None] | None = None,
+    commands: Commands | None = None,
+) -> BatchReport:
+    """Carry out many commands, a few at a time, each in a process that others have used before.
+
+    A job is ``{"command": ["inspect", "a"]}`` or ``{"verb": "truncate", "adapter": "a", "rank": 4,
+    "output": "b"}``, with the names that recipes have. All are understood before the first is
+    carried out. A job that fails for no reason of its own (its process dies, memory is short) is
+    tried again, three times at most, while the others go on.
+
+    Args:
+        jobs: A file of JSON lines (``-`` for standard input) or the jobs themselves. Relative paths
+            begin where the file lies.
+        output: The file for the records, one line each; by default they are in the report.
+        workers: How many processes; by default one for each processor.
+        resume: Go on with the records that are in ``output``: what went well is not done again, as
+            long as what it wrote is there.
+        force: Begin ``output`` anew, where it exists.
+        executor: What carries the jobs out instead of processes of our own.
+        on_record: Called with each record, and with how many there are to come in all.
+        commands: What understands them; by default the command line.
+
+    Raises:
+        LoratoolError: Nothing was done; the message says why.
+    """
+    commands = commands or command_line()
+    count = workers or len(os.sched_getaffinity(0))
+    place = Path(output) if output is not None else None
+    if resume and place is None:
+        raise OptionError("--resume", "needs the file with the records")
+    found = list(_understood(jobs, commands, count))
+    _check_apart(found)
+    before = _read_records(place) if resume and place is not None else {}
+    left = [
+        job for job in found if not (before.get(job.digest, FAILURE) < FAILURE and job.is_there)
+    ]
+    report = _Tally(skipped=len(found) - len(left))
+    with _Records(place, resume=resume, force=force) as records:
+
+        def take(record: JobRecord) -> None:
+            records.write(record)
+            report.count(record, is_kept=place is None)
+            if on_record is not None:
+                on_record(record, len(left))
+
+        _carry_out(left, commands, executor, count, take)
+    return BatchReport(
+        len(found),
+        report.done,
+        report.found,
+        report.skipped,
+        tuple(sorted(report.failures, key=lambda record: record.job)),
+        place,
+        tuple(sorted(report.results, key=lambda record: record.job)),
+    )
+
+
+@dataclass
+class _Tally:
+    """What has come of jobs so far."""
+
+    done: int = 0
+    found: int = 0
+    skipped: int = 0
+    failures: list[JobRecord] = field(default_factory=list)
+    results: list[JobRecord] = field(default_factory=list)
+
+    def count(self, record: JobRecord, *, is_kept: bool) -> None:
+        """Note a record."""
+        if record.done.status >= FAILURE:
+            self.failures.append(record)
+        elif record.done.status:
+            self.found += 1
+        else:
+            self.done += 1
+        if is_kept:
+            self.results.append(record)
+
+
+def _understood(
+    jobs: AnyPath | Iterable[Mapping[str, Any]], commands: Commands, count: int
+) -> Iterator[Job]:
+    """Yield the jobs as commands.
+
+    Raises:
+        OptionError: One of them cannot be understood.
+        FileFormatError: The file cannot be read.
+    """
+    places = Places()
+    if isinstance(jobs, str | PathLike):
+        path = Path(jobs)
+        steps = _read_jobs(path)
+        if str(path) != STDIN:
+            places = Places(path.parent)
+    else:
+        steps = ((n, step_from(table, f"job {n}")) for n, table in enumerate(jobs, 1))
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    defaults = {"as_json": True, "quiet": True, "threads": threads}
+    for number, step in steps:
+        if step.digests or step.headers:
+            raise OptionError(step.where, "digests are checked in recipes only")
+        asked = commands.understand(step, places, defaults=defaults)
+        text = json.dumps([step.verb, step.words, step.values], sort_keys=True, default=str)
+        yield Job(number, asked, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _read_jobs(path: Path) -> Iterator[tuple[int, Step]]:
+    """Yield the jobs of a file with their lines."""
+    name = "standard input" if str(path) == STDIN else str(path)
+    try:
+        data = sys.stdin.buffer.read() if str(path) == STDIN else path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from None
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            where = f"{name}: line {number}"
+            yield number, step_from(parse_json(line, where=where), where)
+
+
+def _check_apart(jobs: Sequence[Job]) -> None:
+    """Make sure that jobs may be carried out in any order.
+
+    Raises:
+        OptionError: Two write the same, or one reads what another writes.
+    """
+    writers: dict[str, Job] = {}
+    for job in jobs:
+        if job.asked.place is None:
+            continue
+        place = os.path.abspath(job.asked.place)  # noqa: PTH100 - links stay what they are
+        other = writers.setdefault(place, job)
+        if other is not job:
+            raise OptionError(
+                f"jobs {other.number} and {job.number}", f"both write {job.asked.place}"
+            )
+    for job in jobs:
+        for path in (path for paths in job.asked.inputs.values() for path in paths):
+            other = writers.get(os.path.abspath(path), job)  # noqa: PTH100
+            if other is not job:
+                raise OptionError(
+                    f"job {job.number}",
+                    f"reads {path}, which job {other.number} writes, and jobs have no order",
+                    hint="put the two into a recipe, and run that as one job",
+                )
+
+
+def _carry_out(
+    jobs: Sequence[Job],
+    commands: Commands,
+    executor: Executor | None,
+    count: int,
+    take: Callable[[JobRecord], None],
+) -> None:
+    """Carry out jobs, and hand over what comes of them as they end."""
+    if executor is not None:
+        _Course(executor, commands, take).follow(jobs, AT_ONCE)
+        return
+    workers = Workers(max(1, min(count, len(jobs))))
+    course = _Course(workers, commands, take)
+    try:
+        course.follow(jobs, AHEAD * count)
+        workers.shutdown()
+    except BaseException:  # an interruption, too
+        workers.terminate()
+        course.drain()
+        raise
+
+
+@dataclass
+class _Course:
+    """Jobs that an executor carries out.
+
+    Attributes:
+        executor: Who does.
+        commands: What it is asked to do.
+        take: What takes the records.
+        running: The jobs that it has, which attempt each is, and when that began.
+    """
+
+    executor: Executor
+    commands: Commands
+    take: Callable[[JobRecord], None]
+    running: dict[Future[Done], tuple[Job, int, float]] = field(default_factory=dict)
+
+    def follow(self, jobs: Sequence[Job], most: int) -> None:
+        """Have all jobs carried out, ``most`` of them at a time."""
+        waiting = [(job, 1) for job in reversed(jobs)]
+        while waiting or self.running:
+            while waiting and len(self.running) < most:
+                job, attempt = waiting.pop()
+                future = self.executor.submit(self.commands.attempt, job.asked.words)
+                self.running[future] = (job, attempt, time.monotonic())
+            ended, _ = wait(self.running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                again = self._settle(future)
+                if again is not None:
+                    waiting.append(again)
+
+    def _settle(self, future: Future[Done]) -> tuple[Job, int] | None:
+        """Take what has come of a job, or return it where it is to be tried again."""
+        job, attempt, begun = self.running[future]
+        error = future.exception()
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        is_own = error is None or isinstance(error, LoratoolError)
+        if is_own or attempt > RETRIES:
+            done = future.result() if error is None else _failed(error)
+            seconds = time.monotonic() - begun
+            self.take(JobRecord(job.number, job.asked.words, job.digest, done, attempt, seconds))
+        del self.running[future]
+        return None if is_own or attempt > RETRIES else (job, attempt + 1)
+
+    def drain(self) -> None:
+        """Take what has ended well by now, before the rest is given up."""
+        for future in list(self.running):
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._settle(future)
+
+
+def _failed(error: BaseException) -> Done:
+    """Return what is recorded of a job that failed for no reason of its own."""
+    if isinstance(error, LoratoolError):
+        return Done(FAILURE, None, error.as_json())
+    is_system = isinstance(error, WorkerDiedError | MemoryError | OSError)
+    what = str(error) if isinstance(error, WorkerDiedError) else f"{type(error).__name__}: {error}"
+    told = {"code": "LT324" if is_system else "LT399", "where": "loratool", "message": what}
+    return Done(FAILURE, None, {**told, "hint": "run it by itself, with --debug"})
+
+
+def _read_records(path: Path) -> dict[str, int]:
+    """Return the last status of each job that a file records, by its digest.
+
+    Raises:
+        FileFormatError: It holds something else.
+    """
+    found: dict[str, int] = {}
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise unreadable(path, error) from None
+    *whole, _ = data.split(b"\n")  # the last is empty, or was not written to its end
+    for number, line in enumerate(whole, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            found[str(record["digest"])] = int(record["status"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise FileFormatError(path, f"line {number} is no record of a batch") from None
+    return found
+
+
+class _Records:
+    """The file that records are appended to, a line each, as soon as they are there."""
+
+    def __init__(self, path: Path | None, *, resume: bool, force: bool) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+        if path is None:
+            return
+        if path.exists() and not resume and not force:
+            raise OutputExistsError(
+                path, "exists already", hint="--resume goes on with it, --force begins it anew"
+            )
+        try:
+            self._file = path.open("ab" if resume else "wb")
+            if resume and self._is_torn():
+                self._file.write(b"\n")
+        except OSError as error:
+            raise unreadable(path, error) from None
+
+    def _is_torn(self) -> bool:
+        """Whether the last line was not written to its end."""
+        assert self.path is not None
+        with self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if not size:
+                return False
+            file.seek(size - 1)
+            return file.read(1) != b"\n"
+
+    def write(self, record: JobRecord) -> None:
+        """Write a record."""
+        if self._file is not None:
+            self._file.write(json.dumps(record.as_json(), separators=(",", ":")).encode() + b"\n")
+            self._file.flush()
+
+    def __enter__(self) -> _Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,73 @@
+"""Files with a dictionary for each adapter: which of them is meant."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from loratool.errors import AdapterError
+from loratool.files.container import WeightsFile
+from loratool.names.pipelines import component_of
+
+__all__ = ["one_group"]
+
+LAYER: Final = re.compile(r"(^|[._])\d+[._]")
+"""What a path through the layers of a model has in it."""
+PARTS: Final = frozenset(
+    (
+        *("model", "base_model", "transformer", "encoder", "decoder", "backbone", "bert", "llama"),
+        *("vision_model", "text_model", "language_model", "visual", "vision_tower", "head"),
+    )
+)
+"""What dictionaries of one model's parts are called, and those of adapters are not."""
+WHOLE: Final = ("base_model.", "model.", "transformer.", "encoder.", "decoder.", "bert.", "unet.")
+"""What the paths of a whole model begin with."""
+
+
+def one_group(
+    file: WeightsFile, adapter_name: str | None, where: Path
+) -> tuple[WeightsFile, str | None]:
+    """Return a file with the tensors of one adapter, and its name, where it holds such apart.
+
+    Args:
+        file: The weights.
+        adapter_name: The one that is meant, if somebody said so.
+        where: The file, for messages.
+
+    Raises:
+        AdapterError: There are several, and nobody said which.
+    """
+    inside = {
+        group: {
+            name[len(group) + 1 :]: stored
+            for name, stored in file.tensors.items()
+            if name.startswith(f"{group}.")
+        }
+        for group in file.groups
+    }
+    if adapter_name not in inside:
+        if not all(_is_name(group) for group in inside):
+            return file, None
+        paths = [set(tensors) for tensors in inside.values()]
+        if len(paths) > 1 and all(
+            names == paths[0] and all(map(LAYER.search, names)) for names in paths
+        ):
+            raise AdapterError(
+                where,
+                f"holds several adapters: {', '.join(inside)}",
+                hint="choose one with --adapter-name",
+            )
+        if len(paths) != 1 or not all(name.startswith(WHOLE) for name in paths[0]):
+            return file, None
+        (adapter_name,) = inside
+    left = len(file.tensors) - len(inside[adapter_name])
+    note = f"{left} tensors of other adapters in the file were not read"
+    notes = (*file.notes, note) if left else file.notes
+    return replace(file, tensors=inside[adapter_name], notes=notes), adapter_name
+
+
+def _is_name(group: str) -> bool:
+    """Whether a dictionary is called as an adapter may be, and no part of a model is."""
+    return not (group in PARTS or group[-1:].isdigit() or component_of(f"{group}.x")[0] is not None)
