@@ -107,8 +107,10 @@ def page(report: Shown) -> str:
 def _sections(report: Shown) -> Iterator[tuple[str, str]]:
     """Yield what is on the page: a heading and what is under it, which is escaped."""
     document = _shortened(report.document())
-    tables = tuple(block for block in document.blocks if isinstance(block, Table))
-    others = tuple(block for block in document.blocks if not isinstance(block, Table))
+    has_facts = any(isinstance(block, Facts) for block in document.blocks)
+    detailed = (Table, Lines) if has_facts else (Table,)  # sentences are about tables, or all
+    tables = tuple(block for block in document.blocks if isinstance(block, detailed))
+    others = tuple(block for block in document.blocks if not isinstance(block, detailed))
     if others or document.notes:
         yield "Summary", fragment(Document(others, document.notes))
     charts = charts_of(report) if is_drawn(report) else ()
