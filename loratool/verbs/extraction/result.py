@@ -158,6 +158,7 @@ class ExtractReport(Shown):
             "bytes_written" if self.is_written else "bytes_to_write": self.plan.nbytes,
             "tensors": len(self.plan.specs),
             "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
+            "left_behind": [{"name": name, "why": why} for name, why in self.plan.left_behind],
             "files": self.plan.described_files(),
             "seconds_expected": self.seconds,
             "peak_memory": self.peak_memory,
