@@ -183,3 +183,26 @@ def test_live_documents_are_what_the_schemas_say(
         assert error == f"error: {told['where']}: {told['message']}"
         assert hint == ([f"hint: {told['hint']}"] if told["hint"] else [])
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compare", "lora-linear", "rank-alpha-patterns", "--random"],
+        ["compare", "lora-linear", "rank-alpha-patterns", "lora-linear"],
+        ["compare", "lora-linear", "--random"],
+        ["compare", "experts-gpt-oss", "--layers"],
+        ["inspect", "conv", "--spectrum"],
+        ["inspect", "dora-linear", "--spectrum"],
+    ],
+)
+def test_what_options_add_is_in_the_schemas(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ADAPTERS)
+    assert _run([*words, "--json"], debug=False) == 0
+    document = json.loads(capsys.readouterr().out)
+    check(words[0], document)
+    named = [schema for schema in json_schema(words[0])["anyOf"] if "properties" in schema]
+    new = {"advice"} if words[0] == "inspect" else document.keys()
+    assert any(new <= schema["properties"].keys() for schema in named)
