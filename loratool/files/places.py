@@ -128,10 +128,15 @@ def on_the_hub(name: HubName) -> Path:
 
 
 def called(path: str | PathLike[str]) -> str:
-    """Return what a file or folder is called in what is written down, wherever it lies."""
+    """Return what a file or folder is called in what is written down, wherever it lies.
+
+    What is of the hub goes by its whole name, with the commit, under which it is found again.
+    """
     place = located(path)
     origin = origin_of(place)
-    return str(origin) if origin is not None else place.resolve().name
+    if origin is None:
+        return place.resolve().name
+    return f"{origin.repo}@{origin.commit}{f'/{origin.inside}' if origin.inside else ''}"
 
 
 def _is_meant_here(place: Path) -> bool:
