@@ -272,7 +272,7 @@ for at, more in (("", {}), ("-conv1d", {"targets": CONV1D, "build": gpt2})):
         case(f"tinylora-{tying}{at}", "TinyLoraConfig", options, **more)
 one = {"u": 3, "r": 2, "save_projection": False}
 case("tinylora-drawn", "TinyLoraConfig", one, targets=("wide",), several=False, exact=1e-6)
-case("tinylora-embedding", "TinyLoraConfig", {}, targets=("embed_tokens",), lora=NEVER)
+case("tinylora-embedding", "TinyLoraConfig", {}, targets=("embed_tokens",))
 
 
 for depth, function in ((0, "relu"), (1, "tanh"), (3, "silu"), (2, "sigmoid"), (1, "leaky_relu")):
