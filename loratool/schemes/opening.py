@@ -163,6 +163,7 @@ def open_as_spelled(
         metadata=file.metadata,
         tensors=tensors,
         stamp=file.stamp,
+        others=file.others,
         name=group or name,
         skipped=tuple(skipped),
         notes=(*notes, *parts.notes, *more, *file.notes),

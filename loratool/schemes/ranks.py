@@ -16,7 +16,7 @@ from loratool.files.spec import StoredTensor
 from loratool.files.yaml import read_flat_yaml
 from loratool.schemes.companions import is_training_state
 
-__all__ = ["Ranks", "joined", "ranks_around", "weights_of_ranks"]
+__all__ = ["Ranks", "files_of", "joined", "ranks_around", "weights_of_ranks"]
 
 RANK: Final = re.compile(
     r"mp_rank_(?P<rank>\d{2,4})(_(?P<stage>\d{3}))?(_\d{3})?"
@@ -83,6 +83,18 @@ def ranks_around(weights: Path) -> Ranks | None:
     return Ranks(folder, tuple(_weights(path) for _, _, path in members))
 
 
+def files_of(weights: Path) -> list[Path]:
+    """Return all files of an adapter that one of its weights files stands for, that one first.
+
+    Raises:
+        AdapterError: Ranks are missing.
+        FileFormatError: The file, or one that it names, breaks a rule of its format.
+    """
+    ranks = ranks_around(weights)
+    parts = [weights, *(path for path in ranks.files if path != weights)] if ranks else [weights]
+    return [path for part in parts for path in open_weights(part).stamps]
+
+
 def joined(ranks: Ranks, scheme: Scheme, file: WeightsFile) -> WeightsFile:
     """Return the file of an adapter whose tensors are those of all ranks together.
 
@@ -108,7 +120,9 @@ def joined(ranks: Ranks, scheme: Scheme, file: WeightsFile) -> WeightsFile:
         name: scheme.join(name, [each.tensors[name] for each in files]) for name in file.tensors
     }
     note = f"gathered from {len(files)} tensor-parallel ranks"
-    return replace(file, tensors=tensors, notes=(*file.notes, note))
+    stamps = {path: stamp for each in files for path, stamp in each.stamps.items()}
+    others = {path: stamp for path, stamp in stamps.items() if path != file.path}
+    return replace(file, tensors=tensors, notes=(*file.notes, note), others=others)
 
 
 def _members(folder: Path) -> list[tuple[int, int, Path]]:

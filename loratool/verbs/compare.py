@@ -173,7 +173,7 @@ def compare(
         )
         for path in adapters
     ]
-    fetch(adapter.weights for adapter in opened)
+    fetch(path for adapter in opened for path in adapter.stamps)
     is_mixed = len({adapter.scheme for adapter in opened}) > 1
     for adapter in opened:
         if is_mixed and adapter.unknown is not None:
