@@ -347,6 +347,15 @@ class Roles(Protocol):
         """Return stored magnitudes as ``(out,)``, or as they are where they are of the inputs."""
         ...
 
+    def cut(self, parts: Sequence[Part]) -> list[Part]:
+        """Return ``parts`` with those as several that are several there, before ranks are set.
+
+        Raises:
+            AdapterError: One has other rows than those.
+            UnsupportedError: One is no plain LoRA, or nothing tells where it is cut.
+        """
+        ...
+
     def together(self, parts: Sequence[Part]) -> list[Part]:
         """Return ``parts`` with those as one that are stored as one.
 

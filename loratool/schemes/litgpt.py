@@ -193,6 +193,15 @@ class LitgptRoles(Roles):
         heights = [self.sizes.of(side) for side in sides]
         return heights if sum(heights) == rows else []
 
+    def cut(self, parts: Sequence[Part]) -> list[Part]:
+        """Return ``parts`` with projections apart that are one in transformers.
+
+        Raises:
+            AdapterError: One has other rows than those of such heads.
+            UnsupportedError: One is more than A and B, or nothing tells the heads.
+        """
+        return [piece for part in parts for piece in self._cut(part)]
+
     def together(self, parts: Sequence[Part]) -> list[Part]:
         """Return ``parts`` with queries, keys and values of a layer as one.
 
@@ -201,7 +210,7 @@ class LitgptRoles(Roles):
         """
         groups: dict[str, dict[str, Part]] = defaultdict(dict)
         made: list[Part] = []
-        for part in (piece for whole in parts for piece in self._cut(whole)):
+        for part in parts:
             own = self.kind.litgpt(part.module) or part.module
             name, _, side = own.rpartition(".")
             if side in SIDES and name.endswith(".attn.qkv"):
@@ -212,12 +221,7 @@ class LitgptRoles(Roles):
         return [*made, *(self._fused(name, group, sides) for name, group in groups.items())]
 
     def _cut(self, part: Part) -> Iterator[Part]:
-        """Yield the modules that a projection of transformers is in litgpt.
-
-        Raises:
-            AdapterError: Its rows are not those of such heads.
-            UnsupportedError: It is more than A and B, or nothing tells the heads.
-        """
+        """Yield the modules that a projection of transformers is in litgpt; see :meth:`cut`."""
         names = self.kind.parts(part.module)
         if not names:
             yield part

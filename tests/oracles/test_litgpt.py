@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from samples import FIXTURES
 
 import loratool
+from loratool.errors import LoratoolError
+from loratool.files.yaml import read_flat_yaml
 
 PLACE: Final = FIXTURES / "litgpt"
 CASES: Final = sorted(path.name for path in PLACE.iterdir() if path.is_dir())
@@ -68,6 +70,19 @@ def base_of(case: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return folder, truth
 
 
+@cache
+def recording() -> ModuleType:
+    """Return the script that runs litgpt."""
+    for name in ("litgpt.lora", "litgpt.scripts.convert_lit_checkpoint"):
+        pytest.importorskip(name, exc_type=ImportError)
+    spec = importlib.util.spec_from_file_location("litgpt_record", PLACE / "record.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("is_told", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_merged_it_is_what_litgpt_makes_of_it(case: str, is_told: bool, tmp_path: Path) -> None:
@@ -113,46 +128,43 @@ def apart(truth: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_written_for_litgpt_again(case: str, tmp_path: Path) -> None:
-    """Straight back, factors are those that they were; by way of PEFT, litgpt reads the same."""
-    base, truth = base_of(case, tmp_path / "base")
+def test_straight_back_factors_are_those_that_they_were(case: str, tmp_path: Path) -> None:
+    base, _ = base_of(case, tmp_path / "base")
     loratool.convert(PLACE / case, "litgpt", tmp_path / "again", base=base)
     one = torch.load(PLACE / case / "lit_model.pth.lora", weights_only=True)["model"]
     two = torch.load(tmp_path / "again" / "lit_model.pth.lora", weights_only=True)
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_by_way_of_peft_litgpt_merges_the_same(case: str, tmp_path: Path) -> None:
+    script = recording()
+    base, truth = base_of(case, tmp_path / "base")
     loratool.convert(PLACE / case, "peft", tmp_path / "peft", base=base)
     loratool.convert(tmp_path / "peft", "litgpt", tmp_path / "lit", base=base)
-    merged_as_litgpt_does(case, tmp_path / "lit", truth)
-
-
-@cache
-def recording() -> ModuleType:
-    """Return the script that runs litgpt."""
-    for name in ("litgpt.lora", "litgpt.scripts.convert_lit_checkpoint"):
-        pytest.importorskip(name, exc_type=ImportError)
-    spec = importlib.util.spec_from_file_location("litgpt_record", PLACE / "record.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def merged_as_litgpt_does(case: str, adapter: Path, truth: dict[str, torch.Tensor]) -> None:
-    """Load a folder that loratool wrote into litgpt's model, merge, and compare."""
-    script = recording()
-    from loratool.files.yaml import read_flat_yaml
-
-    said = read_flat_yaml(adapter / "hyperparameters.yaml")
+    said = read_flat_yaml(tmp_path / "lit" / "hyperparameters.yaml")
     config = {key: value for key, value in said.items() if key.startswith("lora_")}
     kind = case.rpartition("-")[0]
     model = script.model_of(kind, config)
-    state = torch.load(adapter / "lit_model.pth.lora", weights_only=True)
+    state = torch.load(tmp_path / "lit" / "lit_model.pth.lora", weights_only=True)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and not [name for name in missing if "lora_" in name]
     found = script.deltas(model, kind)
     assert found.keys() == truth.keys()
     for name, delta in truth.items():
         torch.testing.assert_close(found[name], delta, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_of_other_heads_and_one_that_litgpt_does_not_have(tmp_path: Path) -> None:
+    base, _ = base_of("pythia-qkv", tmp_path / "base")
+    loratool.convert(PLACE / "pythia-qkv", "peft", tmp_path / "peft", base=base)
+    config = json.loads((base / "config.json").read_text())
+    for change, words in (
+        ({"num_attention_heads": 6, "hidden_size": 24}, "has 48 rows, expected 72"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+    ):
+        (base / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(LoratoolError, match=words):
+            loratool.convert(tmp_path / "peft", "litgpt", tmp_path / "lit", base=base)
