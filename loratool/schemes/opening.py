@@ -195,7 +195,9 @@ def _alpha_notes(sites: Sequence[Site], alpha: float) -> Iterator[str]:
         site for site in scaled if _with_alpha(site, alpha) is site and site.scaling.alpha != alpha
     ]
     if recorded:
-        some = "" if len(recorded) == len(scaled) else f" in {len(recorded)} of {len(scaled)} modules"
+        some = (
+            "" if len(recorded) == len(scaled) else f" in {len(recorded)} of {len(scaled)} modules"
+        )
         yield (
             f"--alpha {alpha:g} has no effect{some}: another one is recorded, which "
             "loratool rescale changes"

@@ -19,7 +19,7 @@ from loratool.schemes.companions import is_training_state
 __all__ = ["Ranks", "files_of", "joined", "ranks_around", "weights_of_ranks"]
 
 RANK: Final = re.compile(
-    r"mp_rank_(?P<rank>\d{2,4})(_(?P<stage>\d{3}))?(_\d{3})?"
+    r"mp_rank_(?P<rank>\d{2,4})(_(?P<stage>\d{3}))?(_(?P<expert>\d{3}))?"
     r"|tp_rank_(?P<tp>\d{2,4})_pp_rank_(?P<pp>\d{3})",
     re.ASCII,
 )
@@ -77,6 +77,13 @@ def ranks_around(weights: Path) -> Ranks | None:
             f"holds {len(stages)} pipeline stages, each of which numbers its layers from 0",
             hint="save it with one pipeline stage, or export it to Hugging Face's format with "
             "NeMo or Megatron-Bridge, and name what that writes",
+        )
+    if len(members) > len(ranks):
+        raise UnsupportedError(
+            folder,
+            "holds several expert-parallel ranks, each of which numbers its experts from 0",
+            hint="export it to Hugging Face's format with NeMo or Megatron-Bridge, and name what "
+            "that writes",
         )
     if count == 1:
         return None
