@@ -313,6 +313,10 @@ class Settings(Protocol):
         """Yield what a user should know about what is written."""
         ...
 
+    def remarks(self, sites: Sequence[Site], sidecar: Mapping[str, Any] | None) -> Iterator[str]:
+        """Yield what somebody who reads these settings should know, one sentence each."""
+        ...
+
     def findings(self, adapter: Adapter) -> Iterator[Finding]:
         """Yield what is wrong with a stored adapter of this scheme, or missing beside it."""
         ...

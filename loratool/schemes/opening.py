@@ -151,6 +151,7 @@ def open_as_spelled(
     if sidecar is None and (model := scheme.settings.base_model(file.metadata)) is not None:
         sidecar = {"model": model}
     sites = scheme.settings.read(sites, file.metadata, sidecar, sidecar_path)
+    more = (*more, *scheme.settings.remarks(sites, sidecar))
     if alpha is not None:
         more = (*more, *_alpha_notes(sites, alpha))
         sites = tuple(_with_alpha(site, alpha) for site in sites)
