@@ -208,7 +208,7 @@ def _opened(
             del opened[place]
     if len(opened) < 2 and unread:
         raise unread[0][1]
-    fetch(adapter.weights for adapter in opened)
+    fetch(path for adapter in opened for path in adapter.stamps)
     return names, opened, [(path, str(error)) for path, error in unread]
 
 
