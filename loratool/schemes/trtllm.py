@@ -113,7 +113,7 @@ class RowRoles(Roles):
             NoPlaceError: It has more than A and B.
         """
         if Slot.MAGNITUDE in part.values:
-            # The runtime multiplies by magnitudes that are divided by the norms of the weight.
+            # The converter that is known takes A and B alone, and passes over magnitudes.
             raise NoPlaceError("magnitudes", Slot.MAGNITUDE)
         return super().stored(part)
 

@@ -347,7 +347,7 @@ def inspect(
 
             found = spectra(adapter, threads=threads, progress=progress)
             advice = advice_on(adapter, found)
-        hashed = _hashed([adapter.weights]) if hashes else {}
+        hashed = _hashed(list(adapter.stamps)) if hashes else {}
         return AdapterInfo(adapter, about(adapter), found, hashed, advice)
     if spectrum:
         raise OptionError(place, "a model; only adapters have deltas with a spectrum")
@@ -409,7 +409,7 @@ def _hashed(files: Sequence[Path]) -> dict[str, str]:
     from loratool.files.hashes import hashes_of  # few ask for it
 
     if len(files) != 1:
-        raise OptionError("--hashes", f"a model in {len(files)} files has no hash of its own")
+        raise OptionError("--hashes", f"what is in {len(files)} files has no hash of its own")
     return hashes_of(files[0])
 
 

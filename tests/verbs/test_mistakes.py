@@ -155,8 +155,8 @@ def test_an_adapter_where_a_model_is_meant(command: str, adapter: str, folder: F
 def test_an_adapter_in_a_parent_folder(command: str, folder: Folder) -> None:
     shutil.copytree("adapter", "parent/one")
     line = READS_ADAPTERS[command]
-    if command == "validate":  # which looks at every adapter of a folder
-        assert folder.run(line.format("parent")).status == 0
+    if command in ("validate", "compare"):  # which look at every adapter of a folder
+        assert folder.run(line.format("parent", "adapter")).status == 0
         return
     said = folder.refused(line.format("parent", "adapter"))
     assert said.error == "parent: holds no adapter itself, and one in the folder 'one' in it"

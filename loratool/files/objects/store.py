@@ -19,7 +19,7 @@ from threading import Event
 from typing import Any, Final
 
 from loratool.errors import FileFormatError, LoratoolError, StoreError
-from loratool.files.checkpoint import is_index
+from loratool.files.checkpoint import ADAPTER_CONFIG, MODEL_CONFIG, is_index
 from loratool.files.hub.names import is_safe
 from loratool.files.json import parse_json
 from loratool.files.objects.addresses import Address
@@ -28,7 +28,7 @@ from loratool.files.sources import Fetching, Source, tell
 
 __all__ = ["ObjectFile", "Objects", "list_objects"]
 
-BESIDE: Final = ("config.json", "adapter_config.json")
+BESIDE: Final = (MODEL_CONFIG, ADAPTER_CONFIG)
 """What is asked for beside a file of a server that lists nothing."""
 PLAIN_HTTP: Final = re.compile(r"http://(localhost|127\.|\[::1\]).*", re.DOTALL)
 """Endpoints on this machine, which need no encryption."""

@@ -28,6 +28,7 @@ from loratool.names.gguf.tables import (
 )
 
 __all__ = [
+    "EXPERT_COUNTS",
     "Architecture",
     "Attention",
     "Heads",
