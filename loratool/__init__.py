@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from loratool.jobs.batch import BatchReport, JobRecord, batch
     from loratool.jobs.recorded import RecordedRecipe, recipe
     from loratool.jobs.run import RunReport, run
+    from loratool.reports.page import write_page
+    from loratool.reports.pictures import plot
     from loratool.schemes.opening import open_adapter
     from loratool.verbs.algebra.result import AdapterReport
     from loratool.verbs.compare import Comparison, compare
+    from loratool.verbs.comparison.layers import LayerComparison, compare_layers
     from loratool.verbs.compose import compose
     from loratool.verbs.convert import ConvertReport, convert
     from loratool.verbs.extract import extract
@@ -42,6 +45,7 @@ __all__ = [
     "ExtractReport",
     "Finding",
     "JobRecord",
+    "LayerComparison",
     "LoratoolError",
     "MergeReport",
     "MetadataReport",
@@ -51,6 +55,7 @@ __all__ = [
     "RunReport",
     "batch",
     "compare",
+    "compare_layers",
     "compose",
     "convert",
     "extract",
@@ -60,6 +65,7 @@ __all__ = [
     "metadata",
     "open_adapter",
     "plan_merge",
+    "plot",
     "recipe",
     "rescale",
     "run",
@@ -68,6 +74,7 @@ __all__ = [
     "validate",
     "validate_many",
     "verify",
+    "write_page",
 ]
 
 __version__ = "0.1.0"
@@ -80,6 +87,7 @@ _PLACES: Final = {
     "ConvertReport": "loratool.verbs.convert",
     "ExtractReport": "loratool.verbs.extraction.result",
     "Finding": "loratool.adapter.findings",
+    "LayerComparison": "loratool.verbs.comparison.layers",
     "JobRecord": "loratool.jobs.batch",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.verbs.merge",
@@ -90,6 +98,7 @@ _PLACES: Final = {
     "RunReport": "loratool.jobs.run",
     "batch": "loratool.jobs.batch",
     "compare": "loratool.verbs.compare",
+    "compare_layers": "loratool.verbs.comparison.layers",
     "compose": "loratool.verbs.compose",
     "convert": "loratool.verbs.convert",
     "extract": "loratool.verbs.extract",
@@ -99,6 +108,7 @@ _PLACES: Final = {
     "metadata": "loratool.verbs.metadata",
     "open_adapter": "loratool.schemes.opening",
     "plan_merge": "loratool.verbs.merge",
+    "plot": "loratool.reports.pictures",
     "recipe": "loratool.jobs.recorded",
     "rescale": "loratool.verbs.rescale",
     "run": "loratool.jobs.run",
@@ -107,6 +117,7 @@ _PLACES: Final = {
     "validate": "loratool.verbs.validate",
     "validate_many": "loratool.verbs.validate",
     "verify": "loratool.verbs.verify",
+    "write_page": "loratool.reports.page",
 }
 
 

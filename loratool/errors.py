@@ -32,6 +32,7 @@ __all__ = [
     "OutputExistsError",
     "PluginError",
     "ReadingDeniedError",
+    "StoreError",
     "UnreadableError",
     "UnsupportedError",
     "nearest_name",
@@ -56,6 +57,7 @@ CODES: Final = {
     "LT312": "the disk is full",
     "LT313": "a plug-in is wrong",
     "LT314": "the hub does not give it",
+    "LT315": "the store does not give it",
     "LT320": "out of memory",
     "LT321": "no more threads",
     "LT322": "interrupted",
@@ -155,6 +157,12 @@ class HubError(LoratoolError):
     """A model of the Hugging Face hub that is not in the cache and cannot be fetched."""
 
     code = "LT314"
+
+
+class StoreError(LoratoolError):
+    """A file of an object store or web server that cannot be had."""
+
+    code = "LT315"
 
 
 class MissingModelError(HubError, MissingFileError):

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
+from loratool.cli.drawings import check_drawings, write_drawings
 from loratool.cli.help import GroupedCommand
 from loratool.cli.named import choice
 
@@ -48,6 +49,8 @@ __all__ = ["command"]
 @options.base
 @options.truncation
 @options.to("The scheme to write; as the inputs.")
+@options.plot
+@options.report
 @options.dtype
 @options.alpha
 @options.adapter_name
@@ -60,7 +63,13 @@ __all__ = ["command"]
 @options.as_json
 @options.debug
 def command(
-    adapters: tuple[Path, ...], output: Path, quiet: bool, as_json: bool, **settings: Any
+    adapters: tuple[Path, ...],
+    output: Path,
+    plot: Path | None,
+    report: Path | None,
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Write the exact weighted sum of the deltas of adapters, as one adapter.
 
@@ -76,9 +85,13 @@ def command(
     """
     from loratool.verbs.compose import compose
 
+    force = settings["force"]
+    check_drawings(plot, report, force=force, inputs=[*adapters, output])
     with render.progress_bar("composing", quiet=quiet) as progress:
-        report = compose(adapters, output, progress=progress, **settings)
+        found = compose(adapters, output, progress=progress, **settings)
+    if found.is_written:
+        write_drawings(found, plot, report, force=force)
     if as_json:
-        render.print_json(report.as_json())
+        render.print_json(found.as_json())
         return
-    render.show(report.document(), quiet=quiet and report.is_written)
+    render.show(found.document(), quiet=quiet and found.is_written)

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
+from loratool.cli.drawings import check_drawings, write_drawings
 from loratool.cli.help import GroupedCommand
 from loratool.cli.named import choice
-from loratool.files.places import called
 
 __all__ = ["command"]
 
@@ -61,6 +61,7 @@ __all__ = ["command"]
 )
 @options.to("The scheme to write; peft by default.")
 @options.plot
+@options.report
 @options.dtype
 @options.force
 @options.dry_run
@@ -75,6 +76,7 @@ def command(
     finetuned: Path,
     output: Path,
     plot: Path | None,
+    report: Path | None,
     quiet: bool,
     as_json: bool,
     **settings: Any,
@@ -93,17 +95,13 @@ def command(
     """
     from loratool.verbs.extract import extract
 
-    if plot is not None:
-        from loratool.cli.plots import check_plot
-
-        check_plot(plot, force=settings["force"], inputs=[base, finetuned, output])
+    force = settings["force"]
+    check_drawings(plot, report, force=force, inputs=[base, finetuned, output])
     with render.progress_bar("extracting", quiet=quiet) as progress:
-        report = extract(base, finetuned, output, progress=progress, **settings)
-    if plot is not None and report.is_written:
-        from loratool.cli.plots import plot_extraction
-
-        plot_extraction(report, called(finetuned), plot, force=settings["force"])
+        found = extract(base, finetuned, output, progress=progress, **settings)
+    if found.is_written:
+        write_drawings(found, plot, report, force=force)
     if as_json:
-        render.print_json(report.as_json())
+        render.print_json(found.as_json())
         return
-    render.show(report.document(), quiet=quiet and report.is_written)
+    render.show(found.document(), quiet=quiet and found.is_written)

@@ -1,7 +1,7 @@
 """How ``--help`` is laid out: options in groups, every choice named, nothing cut off.
 
-It is click's own formatter. rich-click and cloup group options too; the first costs a third of a
-second at start-up, and neither says choices in full.
+It is click's own formatter. rich-click and cloup group options too: cloup takes every command the
+time that click itself takes to be imported, and rich-click a tenth of a second for each page.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import click
 from loratool.cli import options, render
 from loratool.cli.help import GroupedCommand
 from loratool.errors import OptionError
-from loratool.files.places import called
-from loratool.verbs.inspect import AdapterInfo, inspect, inspect_many
+from loratool.files.places import located
+from loratool.verbs.inspect import AdapterInfo, inspect, inspect_many, is_adapter
 
 __all__ = ["command"]
 
@@ -27,6 +27,7 @@ __all__ = ["command"]
 )
 @options.sort
 @options.plot
+@options.report
 @options.force
 @options.adapter_name
 @options.threads
@@ -44,6 +45,7 @@ def command(
     duplicates: bool,
     sort: str | None,
     plot: Path | None,
+    report: Path | None,
     force: bool,
     adapter_name: str | None,
     threads: int | None,
@@ -55,8 +57,9 @@ def command(
     """Say what an adapter (or a model) is, or many of them at one look.
 
     Only headers are read, so this is quick for files of any size. --spectrum reads the factors
-    of an adapter as well, and --plot draws their spectra. Several paths, and folders of adapters,
-    are a row each; a path that cannot be read has one too, and makes the exit status 1.
+    of an adapter as well, --plot draws their spectra, and --report makes a page of all of it.
+    Several paths, and folders of adapters, are a row each; a path that cannot be read has one
+    too, and makes the exit status 1.
 
     \b
     Example:
@@ -66,11 +69,16 @@ def command(
         loratool inspect loras/ --recursive --sort -size --duplicates
         loratool inspect loras/ --csv > loras.csv
     """
+    if plot is not None or report is not None:
+        from loratool.cli.drawings import check_drawings
+
+        check_drawings(plot, report, force=force, inputs=paths)
+    of_modules = len(paths) == 1 and (modules or spectrum)
     is_many = options.are_many(
         paths,
         recursive=recursive,
         adapter_name=adapter_name,
-        asks_for_rows=sort is not None or duplicates or as_csv,
+        asks_for_rows=sort is not None or duplicates or (as_csv and not of_modules),
     )
     if is_many:
         from loratool.cli.many import tell
@@ -85,26 +93,31 @@ def command(
             adapter_name=adapter_name,
             threads=threads,
         )
+        if report is not None:
+            from loratool.cli.drawings import write_drawings
+
+            write_drawings(found, None, report, force=force)
         return tell(found, as_json=as_json, as_jsonl=as_jsonl, as_csv=as_csv, sort=sort)
     (path,) = paths
-    if plot is not None:
-        from loratool.cli.plots import check_plot
-
-        check_plot(plot, force=force, inputs=[path])
-    with render.progress_bar("reading", quiet=quiet or not (spectrum or plot)) as progress:
+    place = located(path)
+    has_spectrum = report is not None and place.exists() and is_adapter(place)
+    reads = spectrum or plot is not None or has_spectrum
+    with render.progress_bar("reading", quiet=quiet or not reads) as progress:
         info = inspect(
             path,
-            spectrum=spectrum or plot is not None,
+            spectrum=reads,
             hashes=hashes,
             adapter_name=adapter_name,
             threads=threads,
             progress=progress,
         )
-    if plot is not None and isinstance(info, AdapterInfo):
-        from loratool.cli.plots import plot_spectra
+    if plot is not None or report is not None:
+        from loratool.cli.drawings import write_drawings
 
-        plot_spectra(info.spectra, called(path), plot, force=force)
-    if as_jsonl:
+        write_drawings(info, plot, report, force=force)
+    if as_csv and isinstance(info, AdapterInfo):
+        render.print_csv(info.records())
+    elif as_jsonl:
         click.echo(json.dumps(info.as_json()))
     elif as_json:
         render.print_json(info.as_json())

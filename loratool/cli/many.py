@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from loratool.cli import render
-from loratool.cli.failures import FAILURE
-from loratool.errors import OptionError, nearest_name, printable
+from loratool.cli.failures import failure_of
+from loratool.cli.failures import tell as tell_failure
+from loratool.errors import LoratoolError, OptionError, nearest_name, printable
 from loratool.verbs.many import Many, Record, Unread
 
 __all__ = ["tell"]
@@ -45,40 +46,65 @@ def tell(
     is_streamed = as_jsonl and order is None and not found.compares
     rows: list[dict[str, Any]] = []
     documents: list[dict[str, Any]] = []
-    count = bad = unread = 0
+    unread: list[LoratoolError] = []
+    count = bad = 0
     for place, one in found.pairs():
         count += 1
-        unread += isinstance(one, Unread)
-        bad += not isinstance(one, Unread) and is_bad(one)
+        if isinstance(one, Unread):
+            unread.append(one.error)
+        else:
+            bad += is_bad(one)
         if is_streamed:
             click.echo(json.dumps(one.as_json()))
             continue
         rows.append(dict(found.record(place, one)))
         documents.append(one.as_json() if as_json or as_jsonl else {})
-    rows = found.compared(rows)
-    places = list(range(len(rows)))
-    if order is not None:
-        column, is_descending = order
-        places.sort(
-            key=lambda index: _rank(rows[index][column], is_descending), reverse=is_descending
-        )
-    rows = [rows[index] for index in places]
-    documents = [
-        documents[index] | found.added(row) for index, row in zip(places, rows, strict=True)
-    ]
+    failure = _failure(unread) if len(unread) == count else None
+    if not is_streamed:
+        rows, documents = _arranged(found, rows, documents, order)
     if as_json:
-        render.print_json({"schema": 1, "items": documents})
+        told = {"error": failure.as_json()} if failure is not None else {}
+        render.print_json({"schema": 1, "items": documents, **told})
     elif as_jsonl:
-        for document in documents if not is_streamed else ():
+        for document in documents:
             click.echo(json.dumps(document))
     elif as_csv:
         _print_csv(rows, found.columns)
-    else:
+    elif failure is None or count > 1:
         render.show(found.page(rows))
-    if unread and (as_json or as_jsonl or as_csv):
-        render.print_notes([f"{unread} of {count} could not be read"])
     render.print_notes(found.notes())
-    return FAILURE if unread == count else 1 if unread or bad else 0
+    if failure is not None:
+        return tell_failure(failure_of(failure), as_json=False, debug=False)
+    if unread and (as_json or as_jsonl or as_csv):
+        render.print_notes([f"{len(unread)} of {count} could not be read"])
+    return 1 if unread or bad else 0
+
+
+def _failure(errors: Sequence[LoratoolError]) -> LoratoolError:
+    """Return what to say where nothing could be read: the first reason, and how many there are."""
+    first = errors[0]
+    if len(errors) == 1:
+        return first
+    what = f"{first.what}; none of {len(errors)} could be read"
+    return LoratoolError(first.where, what, hint=first.hint, code=first.code)
+
+
+def _arranged(
+    found: Many[Any],
+    rows: list[dict[str, Any]],
+    documents: Sequence[dict[str, Any]],
+    order: tuple[str, bool] | None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return rows and documents compared with each other, and in the order that is asked for."""
+    rows = found.compared(rows)
+    places = list(range(len(rows)))
+    if order is not None:
+        name, is_descending = order
+        places.sort(
+            key=lambda place: _rank(rows[place][name], is_descending), reverse=is_descending
+        )
+    rows = [rows[place] for place in places]
+    return rows, [documents[p] | found.added(row) for p, row in zip(places, rows, strict=True)]
 
 
 def _check_forms(forms: Mapping[str, bool]) -> None:

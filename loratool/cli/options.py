@@ -30,6 +30,7 @@ __all__ = [
     "plot",
     "quiet",
     "recursive",
+    "report",
     "skip",
     "sort",
     "target",
@@ -253,7 +254,10 @@ dtype: Decorator = click.option(
     help="Write floats in this; by default as the input.",
 )
 plot: Decorator = click.option(
-    "--plot", type=PATH, metavar="FILE", help="Draw it: a .png, .svg or .html file."
+    "--plot", type=PATH, metavar="FILE", help="Draw it: a .png, .svg, .pdf or .html file."
+)
+report: Decorator = click.option(
+    "--report", type=PATH, metavar="FILE", help="Write it as one page: an .html file."
 )
 recursive: Decorator = click.option(
     "--recursive", is_flag=True, help="Look into all folders in the folders that are named."

@@ -14,9 +14,10 @@ __all__ = ["command"]
 
 @click.command("recipe", cls=GroupedCommand)
 @click.argument("path", type=options.PATH, metavar="OUT")
+@options.quiet
 @options.as_json
 @options.debug
-def command(path: Path, as_json: bool) -> None:
+def command(path: Path, quiet: bool, as_json: bool) -> None:
     """Print the recipe that made OUT, which 'loratool run' carries out again.
 
     What loratool writes records the command, its options, and its inputs by name and SHA-256.

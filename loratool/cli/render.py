@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +17,15 @@ from loratool.errors import spoken
 if TYPE_CHECKING:
     from loratool.display.document import Document
 
-__all__ = ["collected", "print_json", "print_notes", "progress_bar", "show"]
+__all__ = [
+    "collected",
+    "print_csv",
+    "print_json",
+    "print_lines",
+    "print_notes",
+    "progress_bar",
+    "show",
+]
 
 READABLE: Final = 1 << 20
 """Characters up to which a JSON document is indented."""
@@ -45,6 +53,19 @@ def print_json(value: Any) -> None:
     if len(text) < READABLE:  # indenting takes ten times as long
         text = json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False)
     click.echo(spoken(text))
+
+
+def print_lines(items: Iterable[Any]) -> None:
+    """Print JSON documents, one a line."""
+    for item in items:
+        click.echo(json.dumps({"schema": 1, **item}, ensure_ascii=True, allow_nan=False))
+
+
+def print_csv(records: Iterable[Mapping[str, Any]]) -> None:
+    """Print flat rows as CSV."""
+    from loratool.display.records import csv_text
+
+    click.echo(csv_text(records), nl=False)
 
 
 def show(document: Document, *, quiet: bool = False) -> None:

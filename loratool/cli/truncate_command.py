@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from loratool.cli import options, render
+from loratool.cli.drawings import check_drawings, write_drawings
 from loratool.cli.help import GroupedCommand
 
 __all__ = ["command"]
@@ -29,6 +30,8 @@ __all__ = ["command"]
     metavar="FILE",
     help="From extract --save-spectrum: rules are about the whole difference.",
 )
+@options.plot
+@options.report
 @options.dtype
 @options.alpha
 @options.adapter_name
@@ -40,7 +43,15 @@ __all__ = ["command"]
 @options.quiet
 @options.as_json
 @options.debug
-def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings: Any) -> None:
+def command(
+    adapter: Path,
+    output: Path,
+    plot: Path | None,
+    report: Path | None,
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Write the best approximation of an adapter at lower ranks, with the exact error.
 
     Each delta is decomposed through its factors, in milliseconds, without being formed. Give
@@ -55,9 +66,13 @@ def command(adapter: Path, output: Path, quiet: bool, as_json: bool, **settings:
     """
     from loratool.verbs.truncate import truncate
 
+    force = settings["force"]
+    check_drawings(plot, report, force=force, inputs=[adapter, output])
     with render.progress_bar("truncating", quiet=quiet) as progress:
-        report = truncate(adapter, output, progress=progress, **settings)
+        found = truncate(adapter, output, progress=progress, **settings)
+    if found.is_written:
+        write_drawings(found, plot, report, force=force)
     if as_json:
-        render.print_json(report.as_json())
+        render.print_json(found.as_json())
         return
-    render.show(report.document(), quiet=quiet and report.is_written)
+    render.show(found.document(), quiet=quiet and found.is_written)

@@ -25,7 +25,7 @@ __all__ = ["Line", "Span", "is_number", "lines_of"]
 
 GAP: Final = "  "
 """What stands between columns."""
-NARROWEST: Final = 24
+NARROWEST: Final = 16
 """A column of folded names is not made narrower than this, or than its longest piece."""
 UNITS: Final = (" %", "%", " kB", " MB", " GB", " TB", " B")
 
@@ -202,15 +202,15 @@ class _Setter:
         groups: Sequence[Group],
         cells: Sequence[Sequence[Sequence[Sequence[str]]]],
     ) -> Iterator[Line]:
-        """Yield rows below each other: what folds on lines of its own, the rest in a sentence.
+        """Yield rows below each other: names on lines of their own, the rest in a sentence.
 
         The only row of a group has that sentence behind the group's name.
         """
         for group, members in zip(groups, cells, strict=True):
             for number, row in enumerate(members):
-                pairs = list(zip(columns, row, strict=True))
-                rest = "; ".join(f"{c.title} {', '.join(t)}" for c, t in pairs if not c.folds)
-                names = [text for c, cell in pairs if c.folds for text in cell]
+                names, others = (row[0], row[1:]) if columns[0].folds else ([], row)
+                said = zip(columns[len(row) - len(others) :], others, strict=True)
+                rest = "; ".join(f"{c.title} {', '.join(t)}" for c, t in said if any(t))
                 heading = self.clean(group.name) if number == 0 else ""
                 if heading and len(members) == 1:
                     first, *others = wrapped(f"{heading}: {rest}", self.width)

@@ -7,7 +7,6 @@ for keep their bytes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -109,4 +108,8 @@ def _scalar(text: str) -> str:
     """Return a text as YAML: plain where it can be nothing else."""
     if PLAIN.fullmatch(text) and text.lower() not in WORDS:
         return text
-    return json.dumps(text)
+    plain = (
+        f"\\{char}" if char in '"\\' else char if char.isprintable() else f"\\U{ord(char):08x}"
+        for char in text
+    )
+    return f'"{"".join(plain)}"'

@@ -10,12 +10,13 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loratool.errors import SPOKEN, HubError, MissingModelError
-from loratool.files.sources import forget, stand_in
+from loratool.errors import SPOKEN, HubError, MissingModelError, StoreError
+from loratool.files.sources import Source, forget, stand_in
 
 if TYPE_CHECKING:
     from loratool.files.hub.names import HubName
     from loratool.files.hub.remote import HubFiles
+    from loratool.files.objects.addresses import Address
 
 __all__ = [
     "Origin",
@@ -64,8 +65,10 @@ def located(path: str | PathLike[str]) -> Path:
 
     ``org/name[@revision][/inside]``, ``hf://…`` and addresses of the hub are looked for in the
     local cache. What it lacks is asked of the hub, of which nothing is fetched until it is read.
+    So are files of object stores and web servers (``s3://…``, ``https://…``).
 
     Raises:
+        StoreError: There is nothing at an address.
         HubError: It is named like a model of the hub, and cannot be had.
         OptionError: It is an address of something else.
     """
@@ -75,6 +78,12 @@ def located(path: str | PathLike[str]) -> Path:
         return place
     from loratool.files.hub.names import parse_hub_name
 
+    if ":" in text:
+        from loratool.files.objects.addresses import parse_address
+
+        address = parse_address(text)
+        if address is not None:
+            return in_a_store(address)
     name = parse_hub_name(text)
     if name is None:
         return place
@@ -128,10 +137,15 @@ def on_the_hub(name: HubName) -> Path:
 
 
 def called(path: str | PathLike[str]) -> str:
-    """Return what a file or folder is called in what is written down, wherever it lies."""
+    """Return what a file or folder is called in what is written down, wherever it lies.
+
+    Of one from the hub that is its name there at its commit, by which it is found again.
+    """
     place = located(path)
     origin = origin_of(place)
-    return str(origin) if origin is not None else place.resolve().name
+    if origin is None:
+        return place.resolve().name
+    return f"{origin.repo}@{origin.commit}{f'/{origin.inside}' if origin.inside else ''}"
 
 
 def _is_meant_here(place: Path) -> bool:
@@ -166,16 +180,58 @@ def _stand_ins(files: HubFiles, name: HubName) -> Path:
     if inside in meant:  # what lies beside a file says what it is
         folder = inside.rpartition("/")[0]
         meant = {p: f for p, f in files.files.items() if p.rpartition("/")[0] == folder}
-    root = _root() / files.repo.replace("/", "--") / files.commit
-    for path, file in meant.items():
+    shown = f"{files.repo}@{files.commit[:8]}"
+    root = _stood(f"{files.repo.replace('/', '--')}/{files.commit}", shown, meant)
+    _folders[root] = files
+    return root / inside if inside else root
+
+
+def _stood(folder: str, shown: str, sources: Mapping[str, Source]) -> Path:
+    """Let files in a folder stand for others, and return it.
+
+    Args:
+        folder: What it is called.
+        shown: What it is called to people.
+        sources: The files by their paths in it.
+    """
+    root = _root() / folder
+    for path, source in sources.items():
         place = root / path
         if place not in _made:
             place.parent.mkdir(parents=True, exist_ok=True)
-            stand_in(place, file)
+            stand_in(place, source)
             _made.add(place)
-    _folders[root] = files
-    SPOKEN[str(root)] = f"{files.repo}@{files.commit[:8]}"
-    return root / inside if inside else root
+    SPOKEN[str(root)] = shown
+    return root
+
+
+def in_a_store(address: Address) -> Path:
+    """Return the path on the disk that stands for what is at an address.
+
+    Raises:
+        StoreError: There is nothing, or it cannot be had.
+    """
+    try:
+        from loratool.files.objects.store import list_objects
+
+        found = list_objects(address)
+    except ModuleNotFoundError:
+        raise StoreError(
+            address, "is in no reach", hint="to read from stores: pip install 'loratool[remote]'"
+        ) from None
+    key = address.key
+    meant = {
+        path: file
+        for path, file in found.files.items()
+        if not key or path == key or path.startswith(f"{key}/")
+    }
+    if not meant:
+        raise StoreError(address, "there is nothing", hint="look at the address")
+    if key in meant:  # what lies beside a file says what it is
+        folder = key.rpartition("/")[0]
+        meant = {p: f for p, f in found.files.items() if p.rpartition("/")[0] == folder}
+    root = _stood(f"{address.kind}-{address.host.replace(':', '-')}", address.root, meant)
+    return root / key if key else root
 
 
 _made: set[Path] = set()
@@ -199,8 +255,7 @@ def forget_stand_ins() -> None:
 
         shutil.rmtree(root, ignore_errors=True)
     forget(_made)
-    for folder in _folders:
-        SPOKEN.pop(str(folder), None)
+    SPOKEN.clear()
     _roots.clear()
     _folders.clear()
     _known.clear()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import Final
 
 from loratool.errors import FileFormatError
+from loratool.files.checkpoint import SHARD
 
-__all__ = ["FIRST_BYTES", "SHARD_BYTES", "Ranged"]
+__all__ = ["AT_ONCE", "Ranged"]
 
 FIRST_BYTES: Final = 256 << 10
 """What is read of a file first; few headers of adapters are longer."""
 SHARD_BYTES: Final = 32 << 10
 """The same for one of several files of a model, each of which describes few tensors."""
+AT_ONCE: Final = 8
+"""How many requests are made at a time."""
 MOST_BYTES: Final = 32 << 20
 """What one request asks for at most."""
 
@@ -23,15 +28,19 @@ class Ranged:
 
     Args:
         name: What it is called in messages.
+        path: What it is called among those that it lies with.
         size: Its size in bytes.
-        first: How many bytes of it are read first.
+        others: Files that it lies with, itself among them, by their paths.
     """
 
-    def __init__(self, name: str, size: int, first: int = FIRST_BYTES) -> None:
+    def __init__(self, name: str, path: str, size: int, others: Mapping[str, Ranged]) -> None:
         self.name = name
+        self.path = path
         self.size = size
         self.local: Path | None = None
-        self._first = first
+        self._others = others
+        self._is_begun = False
+        self._first = SHARD_BYTES if SHARD.fullmatch(path) else FIRST_BYTES
         self._head = b""
         self._last = (0, b"")
         self._lock = Lock()
@@ -45,7 +54,7 @@ class Ranged:
         raise NotImplementedError
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from ``offset`` on.
+        """Fill ``view`` from ``offset`` on; the beginnings of a model's files are read at once.
 
         Raises:
             FileFormatError: It has not as many bytes.
@@ -58,6 +67,8 @@ class Ranged:
                 file.seek(offset)
                 view[:] = file.read(len(view))
             return
+        if not self._is_begun:
+            self._begin()
         if len(view) >= MOST_BYTES:
             for start in range(0, len(view), MOST_BYTES):
                 part = view[start : start + MOST_BYTES]
@@ -66,8 +77,19 @@ class Ranged:
         with self._lock:
             view[:] = self._read(offset, offset + len(view))
 
-    def read_head(self) -> None:
-        """Have the beginning of it in memory."""
+    def _begin(self) -> None:
+        """Have the beginnings of the files in memory that are parts of one model with it."""
+        match = SHARD.fullmatch(self.path)
+        matches = ((SHARD.fullmatch(path), each) for path, each in self._others.items())
+        found = [e for m, e in matches if m and match and (m[1], m[3]) == (match[1], match[3])]
+        for each in found:
+            each._is_begun = True
+        if len(found) > 1:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(Ranged._read_head, found))
+        self._is_begun = True
+
+    def _read_head(self) -> None:
         with self._lock:
             self._read(0, min(1, self.size))
 

@@ -20,6 +20,7 @@ __all__ = [
     "Store",
     "fetch",
     "forget",
+    "is_stand_in",
     "listeners",
     "opened",
     "size_of",
@@ -114,6 +115,11 @@ def forget(paths: Iterable[Path]) -> None:
     """Let paths stand for nothing any more."""
     for path in paths:
         _sources.pop(path, None)
+
+
+def is_stand_in(path: Path) -> bool:
+    """Whether a path stands for a file that is elsewhere, fetched or not."""
+    return path in _sources
 
 
 def source_of(path: Path) -> Source | None:

@@ -99,7 +99,7 @@ def recipe(output: AnyPath, *, folder: AnyPath | None = None) -> RecordedRecipe:
         if place is None:
             missing.append(wanted.name)
             return wanted.name
-        return _relative(place, start)
+        return wanted.name if "/" in wanted.name else _relative(place, start)
 
     step = step_of(
         {

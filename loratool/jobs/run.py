@@ -11,6 +11,7 @@ from typing import Any, Final
 from loratool.display.document import Document, Lines
 from loratool.display.shown import Shown
 from loratool.errors import AdapterError, BaseModelError, LoratoolError, OptionError
+from loratool.files.places import located
 from loratool.jobs.recipe import Recipe, read_recipe
 from loratool.jobs.step import Asked, Commands, Places, Step, command_line
 from loratool.plan.history import digest_of_all
@@ -189,7 +190,7 @@ def _check_digests(step: Step, asked: Asked) -> None:
     """
     for name, values in step.digests.items():
         for path, digest in zip(asked.inputs[name], values, strict=True):
-            found = digest_of_all(files_of(find_weights(path)[0]))
+            found = digest_of_all(files_of(find_weights(located(path))[0]))
             if found != digest:
                 raise AdapterError(
                     f"{step.where}: {path}",
@@ -199,7 +200,7 @@ def _check_digests(step: Step, asked: Asked) -> None:
                 )
     for name, values in step.headers.items():
         for path, digest in zip(asked.inputs[name], values, strict=True):
-            if not matches(Input(path.name, headers_sha256=digest), path):
+            if not matches(Input(path.name, headers_sha256=digest), located(path)):
                 raise BaseModelError(
                     f"{step.where}: {path}",
                     "is not what the recipe was made with: its headers have another SHA-256 than "

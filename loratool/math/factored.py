@@ -13,6 +13,7 @@ which is two to three times as fast, and from Householder QR where it is not.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -20,10 +21,18 @@ from typing import Final
 import numpy as np
 
 from loratool.math.lowrank import LowRank
-from loratool.math.namespace import Array, array_namespace, beside, double, padded, squared_norm
+from loratool.math.namespace import (
+    Array,
+    array_namespace,
+    beside,
+    double,
+    on_host,
+    padded,
+    squared_norm,
+)
 from loratool.math.small import cholesky, svd, upper_inverse
 
-__all__ = ["Basis", "Factored", "factor", "from_core", "inner", "norm"]
+__all__ = ["Basis", "Factored", "factor", "from_core", "inner", "inner_products", "norm"]
 
 WELL_CONDITIONED: Final = 1e-3
 """Smallest over largest diagonal element of a Cholesky factor. What it costs in orthogonality is
@@ -165,6 +174,31 @@ def inner(first: LowRank, second: LowRank) -> float:
     left = double(first.up).mT @ double(second.up)
     right = double(first.down) @ double(second.down).mT
     return float(array_namespace(left, right).sum(left * right)) * first.scale * second.scale
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def inner_products(deltas: Sequence[LowRank]) -> np.ndarray:
+    """Return :func:`inner` of each two of ``deltas``, which all share a shape.
+
+    Each is multiplied with all that follow it at once, so that what is in memory beside the
+    factors is as large as one pair of them with the ranks of all.
+
+    Returns:
+        Float64, symmetric; a row and a column for each.
+    """
+    ups = [double(delta.up) for delta in deltas]
+    downs = [double(delta.down) for delta in deltas]
+    xp = array_namespace(*ups, *downs)
+    across, along = xp.concat(ups, axis=1), xp.concat(downs, axis=0)
+    starts = np.cumsum([0, *(delta.rank for delta in deltas[:-1])])
+    scales = np.array([delta.scale for delta in deltas])
+    found = np.zeros((len(deltas), len(deltas)))
+    for i, (up, down) in enumerate(zip(ups, downs, strict=True)):
+        rest = slice(int(starts[i]), None)
+        product = (up.mT @ across[:, rest]) * (down @ along[rest, :].mT)
+        found[i, i:] = np.add.reduceat(on_host(xp.sum(product, axis=0)), starts[i:] - starts[i])
+    found *= scales[:, None] * scales
+    return np.triu(found) + np.triu(found, 1).T
 
 
 @np.errstate(over="ignore", invalid="ignore")

@@ -122,7 +122,8 @@ class AdapterPlan:
         scheme: Name of the scheme.
         family: What pipeline it is for, where known.
         notes: What a user should know.
-        dropped: What is not written, with the reason.
+        dropped: Tensors and modules that are not written, with the reason.
+        left_behind: Files beside the weights that are not carried over, with the reason.
     """
 
     parts: tuple[ModuleOutput, ...]
@@ -144,6 +145,7 @@ class AdapterPlan:
     family: str | None = None
     notes: tuple[str, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
+    left_behind: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def specs(self) -> tuple[TensorSpec, ...]:

@@ -23,6 +23,7 @@ LARGEST: Final = 1 << 20
 BEGIN: Final = "<!-- loratool: what follows is written anew by each command -->"
 END: Final = "<!-- loratool: end -->"
 OURS: Final = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+AT_COMMIT: Final = re.compile(r"@[0-9a-f]{40}")
 HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -67,7 +68,7 @@ class Card:
         defaults = {"library_name": self.library} if self.library is not None else {}
         text = self.existing
         if text is None:
-            names = [printable(source.name) for source in history.inputs]
+            names = [printable(AT_COMMIT.sub("", source.name)) for source in history.inputs]
             text = f"\n# {' + '.join(names) or ADAPTER}\n"
         section = "\n".join([BEGIN, *self._section(history, outcome), END])
         if OURS.search(text):

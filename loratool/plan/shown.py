@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from loratool.display.document import Block, Column, Document, Lines, Table
 from loratool.display.figures import human_bytes
@@ -30,10 +30,10 @@ def carried_along(names: Sequence[str]) -> Lines:
     return Lines((f"carried along: {listed(names)}",) if names else ())
 
 
-def not_written(dropped: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Return what is not written, a sentence for each reason."""
+def not_written(plan: AdapterPlan) -> tuple[str, ...]:
+    """Return what of the inputs is not written, a sentence for each reason."""
     reasons: dict[str, list[str]] = {}
-    for name, why in dropped:
+    for name, why in (*plan.dropped, *plan.left_behind):
         reasons.setdefault(why, []).append(name)
     return tuple(f"not written: {listed(names)}: {why}" for why, names in reasons.items())
 

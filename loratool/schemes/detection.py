@@ -18,6 +18,7 @@ from loratool.adapter.recognise import describe_keys, looks_like_model
 from loratool.adapter.scheme import Scheme
 from loratool.base.config import is_model_folder
 from loratool.errors import AdapterError
+from loratool.files.checkpoint import PIPELINE_INDEX
 from loratool.files.container import WeightsFile
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder, part_of
@@ -35,7 +36,6 @@ MODEL_HINT: Final = (
     "name the adapter, a file or the folder that holds it; to make one of a model and its base: "
     "loratool extract BASE FINETUNED --rank 16 -o OUT"
 )
-PIPELINE_INDEX: Final = "model_index.json"
 SHOWN: Final = 6
 LEVELS: Final = 3
 """How deep an adapter is looked for in a folder that holds none, to name its place."""

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Final
 
 from loratool.errors import AdapterError, LoratoolError
-from loratool.files.checkpoint import PREFERRED, SHARD, is_index
+from loratool.files.checkpoint import MODEL_CONFIG, PIPELINE_INDEX, PREFERRED, SHARD, is_index
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder
 from loratool.files.places import located
@@ -21,7 +21,7 @@ from loratool.schemes.ranks import weights_of_ranks
 
 __all__ = ["Place", "is_collection", "places"]
 
-OF_MODELS: Final = frozenset(("config.json", "model_index.json", *PREFERRED))
+OF_MODELS: Final = frozenset((MODEL_CONFIG, PIPELINE_INDEX, *PREFERRED))
 """What tells that a folder is a model."""
 
 

@@ -34,7 +34,7 @@ CLAIM: Final = {
     "sidecar": "adapter_config.json",
 }
 
-BLOCK: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(.+)$", re.DOTALL)
+BLOCK: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 
 
 class MlxKeys(KeyTable):

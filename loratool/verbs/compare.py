@@ -3,131 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Final
+
+import numpy as np
 
 from loratool.adapter.model import Adapter, unknown_scale
-from loratool.adapter.problems import check_sound
+from loratool.adapter.problems import check_plain, check_sound
 from loratool.base.told import open_told
-from loratool.display.shown import Shown
-from loratool.errors import AdapterError, OptionError
+from loratool.errors import AdapterError, LoratoolError, OptionError
 from loratool.files.places import located
 from loratool.files.sources import fetch
-from loratool.math.factored import Factored, factor, inner
-from loratool.math.lowrank import LowRank
-from loratool.math.namespace import on_host
-from loratool.math.ranks import numerical_rank
-from loratool.math.similarity import overlap, subspace_similarity
+from loratool.math.clustering import average_linkage, leaf_order
 from loratool.names.strengths import Weights, with_strengths
 from loratool.plan.devices import exactly, mover_to
-from loratool.plan.factors import site_deltas
-from loratool.plan.host import DOUBLE
-from loratool.plan.threads import in_parallel
+from loratool.plan.threads import in_parallel, usual_threads
+from loratool.schemes.folders import Place, is_collection, places
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.algebra.modules import Joint, join
-from loratool.verbs.algebra.sums import values_of
 from loratool.verbs.arguments import one_or_more
+from loratool.verbs.comparison.modules import (
+    NAN_HINT,
+    Deltas,
+    Directions,
+    Mover,
+    Products,
+    compare_modules,
+    continued,
+    cosine,
+    deltas_of,
+    like,
+    multiply,
+)
+from loratool.verbs.comparison.result import Comparison, ModuleComparison, Pair
 
-if TYPE_CHECKING:
-    from loratool.display.document import Document
-
-__all__ = ["Comparison", "ModuleComparison", "compare"]
+__all__ = ["Comparison", "ModuleComparison", "Pair", "compare"]
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
-Matrix = tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleComparison:
-    """One module in which two adapters are compared.
-
-    Attributes:
-        module: Its name.
-        cosine: ``⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖)``; ``None`` where a delta is zero.
-        relative_distance: ``‖Δ₁ - Δ₂‖ / ‖Δ₁‖``; ``None`` where the first is zero.
-        subspace_similarity: φ of the whole subspaces, the mean of both sides.
-        phi_left: φ(i, j) of the leading left singular vectors (those of B).
-        phi_right: φ(i, j) of the leading right singular vectors (those of A).
-        norms: ``‖Δ‖_F`` of each.
-    """
-
-    module: str
-    cosine: float | None
-    relative_distance: float | None
-    subspace_similarity: float | None
-    phi_left: Matrix
-    phi_right: Matrix
-    norms: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Comparison(Shown):
-    """What a comparison found.
-
-    Attributes:
-        adapters: Paths as they were given.
-        cosines: Cosines of the whole deltas of each two adapters; ``None`` where one is zero.
-        relative_distance: ``‖Δ₁ - Δ₂‖ / ‖Δ₁‖`` of the first two, over all modules.
-        modules: The modules that the first two share; empty where more are compared.
-        only_in: For each adapter the modules that not all of the others have.
-        norms: ``‖Δ‖_F`` of each adapter.
-        notes: What a user should know.
-    """
-
-    adapters: tuple[str, ...]
-    cosines: tuple[tuple[float | None, ...], ...]
-    relative_distance: float | None
-    modules: tuple[ModuleComparison, ...]
-    only_in: tuple[tuple[str, ...], ...]
-    norms: tuple[float, ...]
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def cosine(self) -> float | None:
-        """The cosine of the first two."""
-        return self.cosines[0][1]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the keys that the command line's JSON promises, and more."""
-        return {
-            "schema": 1,
-            "adapters": list(self.adapters),
-            "cosine": self.cosine,
-            "relative_distance": self.relative_distance,
-            "cosines": [list(row) for row in self.cosines],
-            "norms": list(self.norms),
-            "modules": [
-                {
-                    "module": module.module,
-                    "cosine": module.cosine,
-                    "relative_distance": module.relative_distance,
-                    "subspace_similarity": module.subspace_similarity,
-                    "phi_left": [list(row) for row in module.phi_left],
-                    "phi_right": [list(row) for row in module.phi_right],
-                    "norms": list(module.norms),
-                }
-                for module in self.modules
-            ],
-            "only_in": [list(names) for names in self.only_in],
-            "notes": list(self.notes),
-        }
-
-    def document(self, *, unfolded: bool = False) -> Document:
-        """Return what people see of it; ``unfolded`` gives every module a row."""
-        from loratool.verbs.comparison.shown import comparison_document
-
-        return comparison_document(self, unfolded=unfolded)
+HELD: Final = 64
+"""How many modules' products are held at a time."""
+MEMORY: Final = 1 << 30
+"""Bytes of factors, as stored, that may be in work at a time, if more than one module is."""
+APART: Final = 2.0
+"""``1 - cosine`` of adapters for different models, which have no cosine: the largest there is."""
 
 
 @exactly
 def compare(
     adapters: Sequence[AnyPath] | AnyPath,
     *,
+    recursive: bool = False,
     weights: Weights = (),
-    directions: int = 8,
+    directions: int | None = None,
+    random: int | None = None,
     alpha: float | None = None,
     adapter_name: str | None = None,
     base: AnyPath | None = None,
@@ -139,12 +71,19 @@ def compare(
 
     Inner products come from r × r Gram matrices, distances from the core of both deltas
     together, so that even nearly equal adapters have a distance with all its digits. A module
-    that one adapter lacks is zero there.
+    that one adapter lacks is zero there. Every factor is read once, however many adapters.
+
+    Of three or more, those that cannot be read are told and left out.
 
     Args:
-        adapters: Files or folders.
+        adapters: Files or folders; one alone with ``random``. Of a folder that is no adapter,
+            every adapter in it is one, and each two are compared as a whole.
+        recursive: Look into all folders.
         weights: As in :func:`compose`: deltas are compared as strong as they would be used.
-        directions: Up to how many leading singular directions φ(i, j) is tabulated.
+        directions: Up to how many leading singular directions φ(i, j) is tabulated; by default
+            8 of each, and 64 of the larger of two unequal ranks.
+        random: A seed: compare one adapter with random matrices of its shapes, ranks and norms,
+            or tell for two what φ is by chance.
         alpha: Alpha where none is recorded.
         adapter_name: Which adapter, where a path holds several.
         base: The model that they are for, whose headers alone are read: its names settle flattened
@@ -154,175 +93,362 @@ def compare(
         progress: Called with how much is done and how much there is.
 
     Raises:
-        LoratoolError: An adapter cannot be read, or they are for different bases.
+        LoratoolError: Fewer than two adapters can be read, or two are for different bases.
     """
-    adapters = one_or_more(adapters)
-    if len(adapters) < 2:
-        raise OptionError("compare", "needs two adapters or more")
-    if directions < 1:
-        raise OptionError("--directions", f"{directions} is less than 1")
-    base = located(base) if base is not None else None
-    model, told = open_told(base, needs_weights=False) if base is not None else (None, None)
-    opened = [
-        open_adapter(
-            path,
-            adapter_name=adapter_name,
-            alpha=alpha,
-            base_modules=model.paths if model is not None else (),
-            base=told,
+    given: Sequence[AnyPath] = one_or_more(adapters)
+    folders = [_is_folder_of_adapters(path, recursive, adapter_name) for path in given]
+    is_pair = len(given) <= 2 and not recursive and not any(folders)
+    paths: list[Place] = []
+    for path, is_folder in zip(given, folders, strict=True):
+        paths += _inside(path, recursive) if is_folder else [Place(Path(path), str(path))]
+    if len(paths) < 2 and (random is None or not paths):
+        raise OptionError(
+            "compare",
+            "needs two adapters or more",
+            hint="one alone goes with --random or --layers",
         )
-        for path in adapters
-    ]
-    fetch(path for adapter in opened for path in adapter.stamps)
-    is_mixed = len({adapter.scheme for adapter in opened}) > 1
-    for adapter in opened:
-        if is_mixed and adapter.unknown is not None:
-            raise AdapterError(adapter.path, adapter.unknown, code="LT033")
-        for site in adapter.sites:
-            check_sound(site, adapter)
+    if len(paths) > 2 and random is not None:
+        raise OptionError("--random", "goes with one adapter or two")
+    if directions is not None and directions < 1:
+        raise OptionError("--directions", f"{directions} is less than 1")
+    names, opened, unread = _opened(
+        paths, is_pair=is_pair, alpha=alpha, adapter_name=adapter_name, base=base
+    )
     opened, strengths, left_out = with_strengths(opened, weights)
-    joints, notes = join(opened, strengths, to_write=False)
-    mover = mover_to(device)
-    found = in_parallel(
-        lambda joint: _products(joint, opened, directions, mover),
-        joints,
-        threads=threads,
-        progress=progress,
-        sizes=[joint.nbytes for joint in joints],
+    models, notes = ([[*range(len(opened))]], []) if is_pair else _models(opened)
+    joints: list[Joint] = []
+    for members in models:
+        found, told = join(
+            [opened[place] for place in members],
+            [strengths[place] for place in members],
+            to_write=False,
+        )
+        joints += found
+        notes += told
+    notes = [*notes, *left_out, *_notes(opened)]
+    if len(opened) == 1:
+        names.append(f"random matrices (seed {random})")
+    work = _Work(
+        {id(adapter): place for place, adapter in enumerate(opened)},
+        [str(adapter.path) for adapter in opened],
+        Directions(directions),
+        random,
+        mover_to(device),
+        is_pair=is_pair,
     )
-    grams = [gram for gram, _ in found]
-    count = len(opened)
-    total = [[math.fsum(gram[i][j] for gram in grams) for j in range(count)] for i in range(count)]
-    squared = math.fsum(pair.squared_distance for _, pair in found)
-    norms = [math.sqrt(max(0.0, total[i][i])) for i in range(count)]
-    return Comparison(
-        adapters=tuple(str(path) for path in adapters),
-        cosines=tuple(
-            tuple(
-                1.0 if i == j and norms[i] else _cosine(total[i][j], norms[i], norms[j])
-                for j in range(count)
-            )
-            for i in range(count)
-        ),
-        relative_distance=math.sqrt(squared) / norms[0] if norms[0] else None,
-        modules=tuple(pair.module for _, pair in found if pair.module is not None)
-        if count == 2
-        else (),
-        only_in=tuple(
-            tuple(
-                joint.name
-                for joint in joints
-                if len(joint.terms) < count and any(t.adapter is adapter for t in joint.terms)
-            )
-            for adapter in opened
-        ),
-        norms=tuple(norms),
-        notes=tuple(dict.fromkeys([*notes, *left_out, *_notes(opened)])),
+    total = _Total.of(len(names))
+    for joint, found_there in _computed(work, joints, threads, progress):
+        total.add(joint, found_there, work)
+    return total.comparison(names, models, unread, notes, is_pair=is_pair)
+
+
+def _is_folder_of_adapters(path: AnyPath, recursive: bool, adapter_name: str | None) -> bool:
+    """Whether a path stands for all adapters in it; what is not there is told when it is opened."""
+    try:
+        place = located(path)
+    except LoratoolError:
+        return False
+    if recursive:
+        return place.is_dir()
+    return adapter_name is None and is_collection(place)
+
+
+def _inside(path: AnyPath, recursive: bool) -> list[Place]:
+    """Return the adapters in a folder, each of which goes by its whole path."""
+    found = places([located(path)], recursive=recursive)
+    return [replace(place, name=str(place.path)) for place in found]
+
+
+def _opened(
+    paths: Sequence[Place],
+    *,
+    is_pair: bool,
+    alpha: float | None,
+    adapter_name: str | None,
+    base: AnyPath | None,
+) -> tuple[list[str], list[Adapter], list[tuple[str, str]]]:
+    """Return adapters with their paths, and of more than two those that cannot be read.
+
+    Raises:
+        LoratoolError: One of two cannot be read, or too few of more.
+    """
+    place_of_base = located(base) if base is not None else None
+    model, told = (
+        open_told(place_of_base, needs_weights=False) if place_of_base is not None else (None, None)
     )
+    names: list[str] = []
+    opened: list[Adapter] = []
+    unread: list[tuple[str, LoratoolError]] = []
+    for place in paths:
+        try:
+            if place.error is not None:
+                raise place.error
+            adapter = open_adapter(
+                place.name,
+                adapter_name=adapter_name,
+                alpha=alpha,
+                base_modules=model.paths if model is not None else (),
+                base=told,
+            )
+            _check(adapter)
+        except LoratoolError as error:
+            if is_pair:
+                raise
+            unread.append((place.name, error))
+        else:
+            names.append(place.name)
+            opened.append(adapter)
+    is_mixed = len({adapter.scheme for adapter in opened}) > 1
+    for place, adapter in reversed([*enumerate(opened)]):
+        if is_mixed and adapter.unknown is not None:
+            error = AdapterError(adapter.path, adapter.unknown, code="LT033")
+            if is_pair:
+                raise error
+            unread.append((names.pop(place), error))
+            del opened[place]
+    if len(opened) < 2 and unread:
+        raise unread[0][1]
+    fetch(path for adapter in opened for path in adapter.stamps)
+    return names, opened, [(path, str(error)) for path, error in unread]
+
+
+def _check(adapter: Adapter) -> None:
+    for site in adapter.sites:
+        check_sound(site, adapter)
+        if not site.is_plain:
+            check_plain(site, adapter, is_named=False)
+
+
+def _models(adapters: Sequence[Adapter]) -> tuple[list[list[int]], list[str]]:
+    """Return the places of adapters that are for one model, for each of the models, and notes."""
+    everyone = [*range(len(adapters))]
+    if _refusal(adapters) is None:
+        return [everyone], []
+    models, notes = _grouped(adapters, seen=1)
+    if any(_refusal([adapters[place] for place in members]) for members in models):
+        # the first of a model may go with what does not go together: it tells too little
+        models, notes = _grouped(adapters, seen=len(adapters))
+    return models, notes
+
+
+def _grouped(adapters: Sequence[Adapter], *, seen: int) -> tuple[list[list[int]], list[str]]:
+    """Return the same, where an adapter is for a model if it goes with the first ``seen`` of it."""
+    models: list[list[int]] = []
+    notes: list[str] = []
+    for place, adapter in enumerate(adapters):
+        why: LoratoolError | None = None
+        for members in models:
+            refusal = _refusal([*(adapters[each] for each in members[:seen]), adapter])
+            if refusal is None:
+                members.append(place)
+                break
+            why = why or refusal
+        else:
+            models.append([place])
+            if why is not None:
+                notes.append(f"{adapter.path} is compared with none of those before: {why}")
+    return models, notes
+
+
+def _refusal(adapters: Sequence[Adapter]) -> LoratoolError | None:
+    """Return why adapters cannot be for one model, if they cannot."""
+    try:
+        join(adapters, to_write=False)
+    except LoratoolError as error:
+        return error
+    return None
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
-    """What the first two adapters differ in at one module."""
+class _Found:
+    """What was found at one module: products of all, and the first two compared."""
 
-    squared_distance: float
-    module: ModuleComparison | None
+    products: Products
+    squared: float | None = None
+    module: ModuleComparison | None = None
 
 
-def _products(
-    joint: Joint, adapters: Sequence[Adapter], directions: int, mover: Callable[[Any], Any]
-) -> tuple[list[list[float]], _Pair]:
-    """Return the Gram matrix of all adapters' deltas of a module, and the first two compared."""
-    by_adapter: dict[int, list[LowRank]] = {}
-    for term in joint.terms:
-        index = next(i for i, adapter in enumerate(adapters) if adapter is term.adapter)
-        by_adapter[index] = [
-            LowRank(mover(delta.up), mover(delta.down), delta.scale * term.weight)
-            for delta in site_deltas(term.site, term.adapter, DOUBLE)
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is done at every module.
+
+    Attributes:
+        places: Place of an adapter by its ``id``.
+        paths: What the adapters are called in messages.
+        directions: How many directions are tabulated.
+        seed: Of random matrices, if any are wanted.
+        mover: Brings an array to where it is computed with.
+        is_pair: Whether two are compared module by module.
+    """
+
+    places: Mapping[int, int]
+    paths: Sequence[str]
+    directions: Directions
+    seed: int | None
+    mover: Mover
+    is_pair: bool
+
+    def at(self, joint: Joint) -> _Found:
+        """Compare all adapters at one module.
+
+        Raises:
+            AdapterError: Of two, one is not finite.
+        """
+        deltas: dict[int, Deltas] = {**deltas_of(joint, self.places, self.mover)}
+        count = len(self.paths)
+        if count == 1 and self.seed is not None:
+            count, deltas[1] = 2, like(joint.name, deltas[0], self.seed)
+        products = multiply(deltas, count)
+        if not self.is_pair:
+            return _Found(products)
+        for place, problem in products.problems.items():
+            where = self.paths[min(place, len(self.paths) - 1)]
+            raise AdapterError(f"{where}: {joint.name}", problem, hint=NAN_HINT, code="LT017")
+        if len(deltas) < 2:
+            return _Found(products)
+        squared, module = compare_modules(
+            joint.name, deltas[0], deltas[1], self.directions, self.seed
+        )
+        return _Found(products, squared, module)
+
+
+def _computed(
+    work: _Work, joints: Sequence[Joint], threads: int | None, progress: Progress | None
+) -> Iterator[tuple[Joint, _Found]]:
+    """Yield what was found at every module, in order, a few of them in memory at a time."""
+    sizes = [joint.nbytes for joint in joints]
+    whole = sum(sizes)
+    largest = max(sizes, default=1)
+    most = min(threads or usual_threads(sizes), max(1, MEMORY // max(1, largest)))
+    for start in range(0, len(joints), HELD):
+        stretch = slice(start, start + HELD)
+        done = sum(sizes[:start])
+        found = in_parallel(
+            work.at,
+            joints[stretch],
+            threads=most,
+            progress=continued(progress, done, whole),
+            sizes=sizes[stretch],
+        )
+        yield from zip(joints[stretch], found, strict=True)
+
+
+@dataclass(slots=True)
+class _Total:
+    """What all modules add up to.
+
+    Attributes:
+        inner: Products of each two adapters.
+        squared: Their squared distances.
+        shared: How many modules each two have in common.
+        alone: By adapter, the modules that not all have.
+        problems: Why the deltas of an adapter cannot be compared, by its place.
+        modules: The modules that the first two share, compared.
+    """
+
+    inner: np.ndarray
+    squared: np.ndarray
+    shared: np.ndarray
+    alone: list[list[str]]
+    problems: dict[int, str] = field(default_factory=dict)
+    modules: list[ModuleComparison] = field(default_factory=list)
+
+    @staticmethod
+    def of(count: int) -> _Total:
+        """Return that of no modules."""
+        square = (count, count)
+        return _Total(
+            np.zeros(square), np.zeros(square), np.zeros(square, int), [[] for _ in range(count)]
+        )
+
+    def add(self, joint: Joint, found: _Found, work: _Work) -> None:
+        """Add what was found at one module."""
+        count = len(self.inner)
+        self.inner += found.products.inner
+        squared = found.products.squared_distances
+        if found.squared is not None:
+            squared = np.array([[0.0, found.squared], [found.squared, 0.0]])
+        self.squared += squared
+        there = [work.places[id(term.adapter)] for term in joint.terms]
+        there += [1] if len(work.paths) < count else []  # random matrices are like the others
+        self.shared[np.ix_(there, there)] += 1
+        if len(there) < count:
+            for place in there:
+                self.alone[place].append(joint.name)
+        for place, problem in found.products.problems.items():
+            self.problems.setdefault(place, f"{joint.name}: {problem}; {NAN_HINT}")
+        if found.module is not None:
+            self.modules.append(found.module)
+
+    def comparison(
+        self,
+        names: Sequence[str],
+        models: Sequence[Sequence[int]],
+        unread: Sequence[tuple[str, str]],
+        notes: Sequence[str],
+        *,
+        is_pair: bool,
+    ) -> Comparison:
+        """Return what is told of it, of those adapters whose deltas are finite.
+
+        Raises:
+            AdapterError: Fewer than two are.
+        """
+        kept = [place for place in range(len(names)) if place not in self.problems]
+        gone = [(names[place], problem) for place, problem in sorted(self.problems.items())]
+        if len(kept) < 2:
+            raise AdapterError(*gone[0], code="LT017")
+        norms = [math.sqrt(max(0.0, float(self.inner[place, place]))) for place in kept]
+        model_of = {place: number for number, members in enumerate(models) for place in members}
+        cosines: list[list[float | None]] = []
+        distances: list[list[float | None]] = []
+        for i, norm in zip(kept, norms, strict=True):
+            is_one = [is_pair or model_of[i] == model_of[j] for j in kept]
+            cosines.append(
+                [
+                    (1.0 if i == j and norm else cosine(float(self.inner[i, j]), norm, other))
+                    if same
+                    else None
+                    for j, other, same in zip(kept, norms, is_one, strict=True)
+                ]
+            )
+            distances.append(
+                [
+                    math.sqrt(float(self.squared[i, j])) if same else None
+                    for j, same in zip(kept, is_one, strict=True)
+                ]
+            )
+        apart = [
+            [
+                _apart(value, is_one=far is not None)
+                for value, far in zip(row, distance, strict=True)
+            ]
+            for row, distance in zip(cosines, distances, strict=True)
         ]
-    count = len(adapters)
-    gram = [[0.0] * count for _ in range(count)]
-    for i, first in by_adapter.items():
-        for j, second in by_adapter.items():
-            if j >= i:
-                product = math.fsum(inner(a, b) for a, b in zip(first, second, strict=True))
-                if not math.isfinite(product):
-                    raise AdapterError(
-                        f"{adapters[i].path}: {joint.name}",
-                        "holds NaN or infinity" if i == j else "has a product that is not finite",
-                        hint="loratool validate --deep names the tensors",
-                        code="LT017",
-                    )
-                gram[i][j] = gram[j][i] = product
-    one, other = by_adapter.get(0), by_adapter.get(1)
-    if one is None or other is None:
-        alone = gram[0][0] if other is None else gram[1][1]
-        return gram, _Pair(alone, None)
-    return gram, _compare_module(joint.name, one, other, gram, directions)
+        clusters = average_linkage(apart)
+        first = distances[0][1]
+        return Comparison(
+            adapters=tuple(names[place] for place in kept),
+            cosines=tuple(map(tuple, cosines)),
+            distances=tuple(map(tuple, distances)),
+            relative_distance=first / norms[0] if first is not None and norms[0] else None,
+            modules=tuple(self.modules),
+            shared=tuple(map(tuple, self.shared[np.ix_(kept, kept)].tolist())),
+            only_in=tuple(tuple(self.alone[place]) for place in kept),
+            norms=tuple(norms),
+            clusters=clusters,
+            order=leaf_order(clusters, apart),
+            is_pair=is_pair,
+            unread=(*unread, *gone),
+            notes=tuple(dict.fromkeys(notes)),
+        )
 
 
-def _compare_module(
-    name: str,
-    one: Sequence[LowRank],
-    other: Sequence[LowRank],
-    gram: Sequence[Sequence[float]],
-    directions: int,
-) -> _Pair:
-    firsts, seconds = [factor(delta) for delta in one], [factor(delta) for delta in other]
-    squared = math.fsum(
-        first.squared_distance(delta) for first, delta in zip(firsts, other, strict=True)
-    )
-    norms = (math.sqrt(max(0.0, gram[0][0])), math.sqrt(max(0.0, gram[1][1])))
-    lefts, rights, whole = [], [], []
-    for first, second in zip(firsts, seconds, strict=True):
-        ranks = (_rank(first), _rank(second))
-        if all(ranks):
-            left, right, similarity = _overlaps(first, second, ranks, directions)
-            lefts.append(left)
-            rights.append(right)
-            whole.append(similarity)
-    module = ModuleComparison(
-        module=name,
-        cosine=_cosine(gram[0][1], *norms),
-        relative_distance=math.sqrt(squared) / norms[0] if norms[0] else None,
-        subspace_similarity=math.fsum(whole) / len(whole) if whole else None,
-        phi_left=_mean(lefts),
-        phi_right=_mean(rights),
-        norms=norms,
-    )
-    return _Pair(squared, module)
-
-
-def _overlaps(
-    first: Factored, second: Factored, ranks: tuple[int, int], directions: int
-) -> tuple[list[list[float]], list[list[float]], float]:
-    left, right = overlap(first, second, min(directions, *ranks))
-    return (
-        on_host(left).tolist(),
-        on_host(right).tolist(),
-        subspace_similarity(first, second, ranks),
-    )
-
-
-def _rank(delta: Factored) -> int:
-    return numerical_rank([value * value for value in values_of(delta)])
-
-
-def _mean(matrices: Sequence[Sequence[Sequence[float]]]) -> Matrix:
-    """Return the mean over experts, as far as all have it."""
-    if not matrices:
-        return ()
-    size = min(len(matrix) for matrix in matrices)
-    return tuple(
-        tuple(math.fsum(m[i][j] for m in matrices) / len(matrices) for j in range(size))
-        for i in range(size)
-    )
-
-
-def _cosine(product: float, one: float, other: float) -> float | None:
-    if not one or not other:
-        return None
-    return max(-1.0, min(1.0, product / one / other))
+def _apart(value: float | None, *, is_one: bool) -> float:
+    """Return how far apart two adapters are for a cluster; a delta of zero is like none."""
+    if value is None:
+        return 1.0 if is_one else APART
+    return 1.0 - value
 
 
 def _notes(adapters: Sequence[Adapter]) -> list[str]:

@@ -102,6 +102,7 @@ class ConvertReport(Shown):
             "sidecars": [sidecar.name for sidecar in plan.sidecars],
             "carried": list(plan.extras),
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped],
+            "left_behind": [{"name": name, "why": why} for name, why in plan.left_behind],
             "notes": list(self.notes),
         }
 

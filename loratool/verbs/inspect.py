@@ -34,6 +34,7 @@ from loratool.schemes.opening import open_adapter
 if TYPE_CHECKING:
     from loratool.base.model import Model, Quantization
     from loratool.display.document import Document
+    from loratool.verbs.advice import Advice
     from loratool.verbs.inspection.many import Inspections
     from loratool.verbs.spectrum import Spectrum
 
@@ -90,12 +91,14 @@ class AdapterInfo(Shown):
         about: What it says of itself.
         spectra: The spectra of its modules, where those were asked for, in the same order.
         hashes: Hashes of its weights file, where those were asked for, by name.
+        advice: Which ranks would be enough, where spectra were asked for.
     """
 
     adapter: Adapter
     about: About
     spectra: tuple[Spectrum, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)
+    advice: Advice | None = None
 
     @property
     def path(self) -> Path:
@@ -153,7 +156,29 @@ class AdapterInfo(Shown):
             "metadata": without_pictures(adapter.metadata),
             "notes": list(self.notes),
             **({"base": self.base} if adapter.beside else {}),
+            **({"advice": self.advice.as_json()} if self.advice is not None else {}),
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return flat rows, for a table or a DataFrame: one for each module.
+
+        With spectra they have norms and ranks too.
+        """
+        from loratool.names.kinds import positions_of
+
+        names = [module.module for module in self.modules]
+        positions = positions_of(names, self.adapter.components, self.adapter.family)
+        return [
+            {
+                "module": module.module,
+                "section": position.section,
+                "layer_kind": position.kind,
+                "layer": position.layer,
+                **{name: value for name, value in module.as_json().items() if name != "module"},
+                **(spectrum.summary if spectrum is not None else {}),
+            }
+            for module, position, spectrum in zip_longest(self.modules, positions, self.spectra)
+        ]
 
     def document(self, *, unfolded: bool = False) -> Document:
         """Return what people see of it; ``unfolded`` gives every module a row."""
@@ -310,12 +335,15 @@ def inspect(
     )
     if adapter is not None:
         found: tuple[Spectrum, ...] = ()
+        advice: Advice | None = None
         if spectrum:
+            from loratool.verbs.advice import advice_on
             from loratool.verbs.spectrum import spectra
 
             found = spectra(adapter, threads=threads, progress=progress)
+            advice = advice_on(adapter, found)
         hashed = _hashed(list(adapter.stamps)) if hashes else {}
-        return AdapterInfo(adapter, about(adapter), found, hashed)
+        return AdapterInfo(adapter, about(adapter), found, hashed, advice)
     if spectrum:
         raise OptionError(place, "a model; only adapters have deltas with a spectrum")
     from loratool.base.model import open_model, open_stored  # no adapter needs it

@@ -23,9 +23,12 @@ from loratool.files.gguf import GgufFile
 from loratool.files.inputs import InputFiles
 from loratool.files.json import is_text
 from loratool.files.links import link_roots, stays_inside
+from loratool.files.places import located
+from loratool.files.sources import is_stand_in
 from loratool.files.transfer import copy_range, read_into, write_all
 from loratool.schemes import builtin_schemes
 from loratool.schemes.detection import find_weights
+from loratool.verbs.arguments import output_path
 from loratool.write.metadata import is_hash, transferable
 
 __all__ = ["FileMetadata", "MetadataReport", "metadata"]
@@ -185,7 +188,7 @@ def metadata(
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
-    place = Path(path)
+    place = located(path)
     opened = [open_weights(each) for each in _weights_of(place)]
     wanted = dict(set or {})
     is_edit = bool(wanted or remove or source is not None)
@@ -194,9 +197,9 @@ def metadata(
         return MetadataReport(place, files)
     _check_options(wanted, output, is_edit=is_edit, in_place=in_place, dry_run=dry_run)
     notes: list[str] = []
-    taken = _taken(Path(source), notes) if source is not None else {}
+    taken = _taken(located(source), notes) if source is not None else {}
     files = tuple(_edited(file, taken, remove, wanted) for file in opened)
-    target = place if in_place or output is None else Path(output)
+    target = place if in_place or output is None else output_path(output)
     if not dry_run and in_place:
         for file, edited in zip(opened, files, strict=True):
             _replace(file, edited)
@@ -329,6 +332,8 @@ def _replace(file: WeightsFile, edited: FileMetadata) -> None:
     Raises:
         OutputError: It is a link, whose target others may use, or cannot be written.
     """
+    if is_stand_in(file.path):
+        raise OutputError(file.path, "is not on this disk", hint="write another one with --output")
     if file.path.is_symlink():
         raise OutputError(
             file.path,

@@ -98,6 +98,7 @@ class RescaleReport(Shown):
             "tensors": len(self.plan.specs),
             "files": self.plan.described_files(),
             "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
+            "left_behind": [{"name": name, "why": why} for name, why in self.plan.left_behind],
             "notes": list(self.notes),
         }
 
@@ -280,7 +281,8 @@ def _rewritten(
         sidecars=tuple(sidecars),
         stamps=adapter.stamps,
         notes=(*notes, *input_notes([adapter])),
-        dropped=(*((key, "skipped as asked") for key in adapter.skipped), *left),
+        dropped=tuple((key, "skipped as asked") for key in adapter.skipped),
+        left_behind=tuple(left),
     )
     return write_or_refuse(new, scheme, options)
 

@@ -42,7 +42,8 @@ class NewAdapter:
         measured: What is computed for its report alone.
         stamps: What the inputs were when their headers were read.
         notes: What a user should know.
-        dropped: What is not written, with the reason.
+        dropped: Tensors and modules that are not written, with the reason.
+        left_behind: Files beside the weights that are not carried over, with the reason.
     """
 
     parts: tuple[Part, ...]
@@ -65,3 +66,4 @@ class NewAdapter:
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
+    left_behind: tuple[tuple[str, str], ...] = ()

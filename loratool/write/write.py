@@ -125,7 +125,8 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         scheme=scheme.name,
         family=named.family,
         notes=tuple(dict.fromkeys(notes)),
-        dropped=(*new.dropped, *new.extras.dropped, *left),
+        dropped=(*new.dropped, *new.extras.dropped),
+        left_behind=(*new.left_behind, *left),
     )
 
 

@@ -76,6 +76,24 @@ def test_every_command_publishes_a_sound_schema(
     assert not re.search(r'"additionalProperties": ?false', json.dumps(schema))
 
 
+def untold(schema: dict[str, Any], before: str = "") -> Iterator[str]:
+    """Yield the keys of a schema that nothing is said about."""
+    for key, value in schema.get("properties", {}).items():
+        if not value.get("description", "").endswith("."):
+            yield before + key
+        yield from untold(value, f"{before}{key}.")
+    for inside in ("items", "additionalProperties"):
+        if isinstance(value := schema.get(inside), dict):
+            yield from untold(value, before)
+    for each in schema.get("anyOf", ()):
+        yield from untold(each, before)
+
+
+@pytest.mark.parametrize("command", list(with_json()))
+def test_every_key_is_explained(command: str) -> None:
+    assert not list(untold(json_schema(command)))
+
+
 @pytest.mark.parametrize(("name", "command", "document"), list(golden_documents()))
 def test_goldens_are_what_the_schemas_say(
     name: str, command: str, document: dict[str, Any]
@@ -107,6 +125,12 @@ SITUATIONS: Final = [
     "inspect lora-linear --spectrum",
     "inspect lora-linear --modules",
     f"inspect {BASE}",
+    "inspect lora-linear --hashes",
+    "inspect lora-linear dora-linear nothing --duplicates",
+    f"inspect {ADAPTERS}",
+    "validate lora-linear factor-missing nothing",
+    "inspect nothing nowhere",
+    f"validate {BASE} nowhere",
     *(f"inspect {path}" for path in sorted(FIXTURES.glob("bases/*"))),
     *(f"inspect {path}" for path in sorted(ADAPTERS.iterdir())),
     *(f"validate {path} --deep" for path in sorted(ADAPTERS.iterdir())),
@@ -177,3 +201,26 @@ def test_live_documents_are_what_the_schemas_say(
         assert error == f"error: {told['where']}: {told['message']}"
         assert hint == ([f"hint: {told['hint']}"] if told["hint"] else [])
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compare", "lora-linear", "rank-alpha-patterns", "--random"],
+        ["compare", "lora-linear", "rank-alpha-patterns", "lora-linear"],
+        ["compare", "lora-linear", "--random"],
+        ["compare", "experts-gpt-oss", "--layers"],
+        ["inspect", "conv", "--spectrum"],
+        ["inspect", "dora-linear", "--spectrum"],
+    ],
+)
+def test_what_options_add_is_in_the_schemas(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ADAPTERS)
+    assert _run([*words, "--json"], debug=False) == 0
+    document = json.loads(capsys.readouterr().out)
+    check(words[0], document)
+    named = [schema for schema in json_schema(words[0])["anyOf"] if "properties" in schema]
+    new = {"advice"} if words[0] == "inspect" else document.keys()
+    assert any(new <= schema["properties"].keys() for schema in named)

@@ -225,6 +225,6 @@ def test_the_hook_stops_a_commit_with_a_broken_adapter(tmp_path: Path) -> None:
     assert not pattern.search("adapters/README.md")
     program, *arguments = hook["entry"].split()
     command = [sys.executable, "-m", program, *arguments]
-    for paths, status in (([good], 0), ([bad], 1)):
+    for paths, status in (([good], 0), ([bad], 1), ([good, bad], 1)):
         done = subprocess.run([*command, *map(str, paths)], capture_output=True, check=False)
         assert done.returncode == status

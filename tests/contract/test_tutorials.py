@@ -87,15 +87,25 @@ def test_options_on_all_pages_exist() -> None:
     """Also where a page is not run."""
     seen = 0
     for page, line in _command_lines():
-        words = shlex.split(line, comments=True)
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # a quotation that goes on
+            continue
         if len(words) < 2 or words[1] not in COMMANDS:
             continue
         with cli.make_context("loratool", ["schemes"]) as context:
             command = cli.get_command(context, words[1])
         assert command is not None
-        known = {name for item in command.params for name in (*item.opts, *item.secondary_opts)}
+        known = {
+            name: item for item in command.params for name in (*item.opts, *item.secondary_opts)
+        }
+        value_follows = False
         for word in words[2:]:
-            if re.match(r"--?[a-z]", word):
-                assert word.partition("=")[0] in known, f"{page}: {line}"
+            option, _, value = word.partition("=")
+            if not value_follows and re.match(r"--?[a-z]", word):
+                assert option in known, f"{page}: {line}"
                 seen += 1
+                value_follows = not value and not getattr(known[option], "is_flag", False)
+            else:
+                value_follows = False
     assert seen > 30

@@ -191,6 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(400, "TokenSentElsewhere", is_head=is_head)
             return
         path = repo.folder / inside
+        if not path.is_file():
+            self._refuse(404, "EntryNotFound", is_head=is_head)
+            return
         size = path.stat().st_size
         start, stop, status = 0, size, 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))

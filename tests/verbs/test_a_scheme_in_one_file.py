@@ -53,7 +53,8 @@ def deltas(folder: Path) -> Deltas:
     strengths = json.loads((folder / "turned.json").read_text())["strengths"]
     tensors = load_file(folder / "turned.safetensors")
     assert {name.rpartition(".")[0] for name in tensors} == set(strengths)
-    assert {file.name for file in folder.iterdir()} == {"turned.json", "turned.safetensors"}
+    found = {file.name for file in folder.iterdir()} - {"README.md"}
+    assert found == {"turned.json", "turned.safetensors"}
     return {
         name.replace(":", "."): factor
         * (tensors[f"{name}.turned_in"].double() @ tensors[f"{name}.turned_out"].double()).T
@@ -195,6 +196,7 @@ def test_extract(adapter: Path, make_base: Callable[..., Path], tmp_path: Path) 
     assert [file["name"] for file in dry.as_json()["files"]] == [
         "turned.safetensors",
         "turned.json",
+        "README.md",
     ]
     loratool.extract(base, tmp_path / "merged", tmp_path / "out", rank=4, to="turned")
     assert_equal(deltas(tmp_path / "out"), deltas(adapter), 1e-4)

@@ -118,7 +118,7 @@ def test_training_state_is_neither_opened_nor_named(
     report, _ = merged(base, adapter, tmp_path / "out")
     assert not any(name in note for name in STATE for note in report.notes)
     truncated = loratool.truncate(adapter, tmp_path / "small", rank=2)
-    reasons = dict(truncated.plan.dropped)
+    reasons = dict(truncated.plan.left_behind)
     assert {reasons[name] for name in STATE} == {"training state"}
 
 

@@ -147,7 +147,7 @@ def run(*arguments: object) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".html"])
 def test_pictures(two: list[Path], make_adapter: Make, tmp_path: Path, suffix: str) -> None:
     evil = make_adapter(lora("layers.0.$\\frac{<script>", 6, 5), "evil")
     commands = (
@@ -160,7 +160,12 @@ def test_pictures(two: list[Path], make_adapter: Make, tmp_path: Path, suffix: s
         file = tmp_path / f"{number}{suffix}"
         run(*command, "--plot", file)
         content = file.read_bytes()
-        start = {".png": b"\x89PNG", ".svg": b"<?xml", ".html": b"<!doctype html>"}[suffix]
+        start = {
+            ".pdf": b"%PDF",
+            ".png": b"\x89PNG",
+            ".svg": b"<?xml",
+            ".html": b"<!doctype html>",
+        }[suffix]
         assert content.startswith(start)
         assert b"<script" not in content
         again = tmp_path / f"again-{number}{suffix}"
@@ -171,7 +176,7 @@ def test_pictures(two: list[Path], make_adapter: Make, tmp_path: Path, suffix: s
 def test_pictures_are_refused_before_any_work(two: list[Path], tmp_path: Path) -> None:
     kept = tmp_path / "kept.png"
     kept.write_text("mine")
-    for file, words in ((tmp_path / "x.pdf", "ends in none"), (kept, "exists already")):
+    for file, words in ((tmp_path / "x.gif", "ends in none"), (kept, "exists already")):
         result = CliRunner().invoke(cli, ["inspect", str(two[0]), "--plot", str(file)])
         assert result.exit_code != 0
         assert words in str(result.exception)

@@ -339,7 +339,7 @@ def test_tokenizers_travel_along(make_adapter: Make, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "one"
     assert not (tmp_path / "out" / "vocab.txt").exists()
     assert any("differs from" in note for note in report.notes)
-    names = [Path(name).name for name, _ in report.plan.dropped]
+    names = [Path(name).name for name, _ in report.plan.left_behind]
     assert names == ["optimizer.pt", "vocab.txt"]
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from samples import FIXTURES
 
 import loratool
-from loratool.errors import FileFormatError, HubError, LoratoolError, MissingFileError
+from loratool.errors import FileFormatError, HubError, LoratoolError, MissingFileError, OutputError
 from loratool.files.container import read_bytes
 from loratool.files.containers import open_weights
 from loratool.files.hub import remote
@@ -57,8 +57,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MockHub]:
     close_session()
 
 
+RECORDS = ("README.md", "loratool.json")
+"""What says where the inputs came from."""
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in RECORDS}
 
 
 def sparse(folder: Path, shards: int, per_shard: int, size: int) -> int:
@@ -218,6 +222,7 @@ def verbs(base: object, tuned: object, adapter: object, out: Path) -> dict[str, 
         "validate": lambda: loratool.validate(adapter, base=base, deep=True).as_json(),
         "compare": lambda: loratool.compare(pair).cosines,
         "inspect": lambda: loratool.inspect(adapter, spectrum=True).as_json()["modules"],
+        "metadata": lambda: loratool.metadata(adapter, out / "m", set={"a": "b"}),
     }
 
 
@@ -510,3 +515,20 @@ def test_an_interruption_does_not_wait_for_gigabytes(hub: MockHub, tmp_path: Pat
     assert told.splitlines() == ["error: loratool: interrupted; nothing was written"]
     assert not list(Path(os.environ["HF_HUB_CACHE"]).rglob("*.incomplete"))
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_changed_in_place_that_is_elsewhere(hub: MockHub) -> None:
+    with pytest.raises(OutputError, match="is not on this disk"):
+        loratool.metadata("org/lora", set={"a": "b"}, in_place=True)
+
+
+def test_a_recipe_finds_the_commit_again(hub: MockHub, tmp_path: Path) -> None:
+    loratool.merge("org/base", ["org/lora"], tmp_path / "merged")
+    record = json.loads((tmp_path / "merged" / "loratool.json").read_text())
+    assert [each["name"] for each in record["inputs"]] == [
+        f"org/base@{'a' * 40}",
+        f"org/lora@{'a' * 40}",
+    ]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "base_model: org/base" in card and "# org/base + org/lora" in card
+    assert located(record["inputs"][0]["name"]).is_dir()

@@ -124,7 +124,11 @@ def test_rows_as_csv(folder: Path) -> None:
 def test_nothing_could_be_read(tmp_path: Path) -> None:
     result = run("inspect", tmp_path / "a", tmp_path / "b", "--json")
     assert result.return_value == 2
-    assert [item["error"]["code"] for item in json.loads(result.stdout)["items"]] == ["LT301"] * 2
+    document = json.loads(result.stdout)
+    assert [item["error"]["code"] for item in document["items"]] == ["LT301"] * 2
+    assert document["error"]["code"] == "LT301"
+    assert document["error"]["message"].endswith("; none of 2 could be read")
+    assert result.stderr.startswith(f"error: {tmp_path / 'a'}: no such file or folder")
     assert run("inspect", tmp_path / "a", ONE).return_value == 1
     assert run("inspect", tmp_path, "--recursive").return_value == 2
 

@@ -155,8 +155,8 @@ def test_an_adapter_where_a_model_is_meant(command: str, adapter: str, folder: F
 def test_an_adapter_in_a_parent_folder(command: str, folder: Folder) -> None:
     shutil.copytree("adapter", "parent/one")
     line = READS_ADAPTERS[command]
-    if command == "validate":
-        assert "name that: parent/one" in folder.run(line.format("parent")).out
+    if command in ("validate", "compare"):  # which look at every adapter of a folder
+        assert folder.run(line.format("parent", "adapter")).status == 0
         return
     said = folder.refused(line.format("parent", "adapter"))
     assert said.error == "parent: holds no adapter itself, and one in the folder 'one' in it"
@@ -384,3 +384,24 @@ def test_every_writing_function_has_a_dry_run_with_the_same_report(folder: Folde
         with pytest.raises(OutputError):
             call(dry_run=False)
         shutil.rmtree("OUT")
+
+
+def test_a_readme_is_not_dropped(folder: Folder) -> None:
+    """Files beside the weights are named by themselves; what is dropped are tensors and modules."""
+    Path("adapter/README.md").write_text("# a card")
+    Path("adapter/training.log").write_text("step 1")
+    for line, left in (
+        ("convert adapter --to kohya -o OUT.safetensors", {"training.log"}),
+        ("convert adapter --to peft -o OUT1", {"training.log"}),
+        ("truncate adapter --rank 1 -o OUT2", {"training.log"}),
+        ("rescale adapter --scale 2 -o OUT3", {"training.log"}),
+        ("rescale adapter --fold -o OUT4", {"training.log"}),
+    ):
+        said = folder.run(f"{line} --dry-run --json")
+        document = json.loads(said.out)
+        assert document["dropped"] == []
+        assert {item["name"] for item in document["left_behind"]} == left, line
+        said = folder.run(line)
+        assert "training.log" in said.err
+        assert "1 dropped" not in said.out and "2 dropped" not in said.out
+    assert Path("out1/README.md").read_text().count("# a card") == 1

@@ -341,3 +341,24 @@ def test_documents_are_what_the_schemas_say(here: Path) -> None:
         jsonschema.validate(report.steps[0].document, json_schema("merge"))
     jobs = [{"verb": "inspect", "path": path} for path in ("one", "nothing")]
     jsonschema.validate(loratool.batch(jobs).as_json(), json_schema("batch"))
+
+
+def test_inputs_from_the_hub_are_found_again_by_their_commit(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hub_cache import COMMIT, in_cache
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(here / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    in_cache(here / "cache", "some/base", here / "base")
+    in_cache(here / "cache", "some/style", here / "one")
+    loratool.merge("some/base", ["some/style", "two"], "out")
+    for name in ("base", "one"):
+        shutil.rmtree(here / name)
+    found = loratool.recipe("out")
+    assert found.missing == () and found.step["base"] == f"some/base@{COMMIT}"
+    assert loratool.verify("out") == ()
+    (here / "deep").mkdir()
+    (here / "deep" / "r.toml").write_text(found.toml.replace('"two"', '"../two"'))
+    loratool.run("deep/r.toml")
+    assert contents(here / "deep" / "out") == contents(here / "out")

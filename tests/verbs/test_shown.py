@@ -24,6 +24,8 @@ REPORTS: Final[dict[str, tuple[Callable[[Path], Any], str]]] = {
     "inspect a model": (lambda out: loratool.inspect(BASE), "LlamaForCausalLM"),
     "validate": (lambda out: loratool.validate(FIXTURES / "adapters/factor-missing"), "1 error"),
     "validate, nothing": (lambda out: loratool.validate(ONE, base=BASE), "nothing is wrong"),
+    "inspect many": (lambda out: loratool.inspect_many([ONE, TWO]), "2 adapters; "),
+    "validate many": (lambda out: loratool.validate_many([ONE, TWO]), "none with errors"),
     "schemes": (lambda out: loratool.schemes(), "diffusers-legacy"),
     "compare": (lambda out: loratool.compare([ONE, TWO]), Q_PROJ),
     "compare more": (lambda out: loratool.compare([ONE, TWO, ONE]), "1.0000"),

@@ -8,11 +8,10 @@ from typing import Any, Final
 
 from loratool.files.hub.cache import cache_folder
 from loratool.files.hub.names import endpoint
+from loratool.files.ranges import AT_ONCE
 
-__all__ = ["AT_ONCE", "download"]
+__all__ = ["download"]
 
-AT_ONCE: Final = 8
-"""How many files are fetched at a time."""
 GRACE: Final = 3.0
 """Seconds that files in work are given to end in, once nobody wants them any more."""
 

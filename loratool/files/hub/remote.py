@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from loratool.errors import FileFormatError, HubError
-from loratool.files.checkpoint import SHARD
 from loratool.files.hub.cache import Snapshot, cache_folder, is_sidecar
-from loratool.files.hub.download import AT_ONCE, download
+from loratool.files.hub.download import download
 from loratool.files.hub.names import HubName, endpoint, is_safe
 from loratool.files.hub.troubles import explained
-from loratool.files.ranges import FIRST_BYTES, SHARD_BYTES, Ranged
+from loratool.files.ranges import Ranged
 from loratool.files.sources import Fetching, Source, tell
 
 __all__ = ["HubFile", "HubFiles", "list_files"]
@@ -129,14 +127,6 @@ class HubFiles:
             and each.size <= MOST_SIDECAR
         ]
 
-    def parts_of(self, path: str) -> list[HubFile]:
-        """Return the files that are parts of one model with a file."""
-        match = SHARD.fullmatch(path)
-        if match is None:
-            return []
-        found = ((SHARD.fullmatch(other), each) for other, each in self.files.items())
-        return [each for m, each in found if m and (m[1], m[3]) == (match[1], match[3])]
-
 
 class HubFile(Ranged):
     """One file of the hub, a :class:`Source`.
@@ -148,28 +138,14 @@ class HubFile(Ranged):
     """
 
     def __init__(self, store: HubFiles, path: str, size: int) -> None:
-        first = SHARD_BYTES if SHARD.fullmatch(path) else FIRST_BYTES
-        super().__init__(f"{store.repo}@{store.commit[:8]}/{path}", size, first)
+        super().__init__(f"{store.repo}@{store.commit[:8]}/{path}", path, size, store.files)
         self.store = store
-        self.path = path
-        self._is_alone = False
         self._requests = 0
 
     @property
     def _is_better_fetched(self) -> bool:
         """Whether the whole of it takes less time than further requests."""
         return self.size <= SMALL_BYTES or (self._requests > 16 and self.size <= SOME_BYTES)
-
-    def read_into(self, view: memoryview, offset: int) -> None:
-        """See :class:`Source`; of one of several files the beginnings of all are read at once."""
-        if not self._is_alone and not offset:
-            parts = self.store.parts_of(self.path)
-            for each in parts:
-                each._is_alone = True
-            if len(parts) > 1:
-                with ThreadPoolExecutor(AT_ONCE) as pool:
-                    list(pool.map(HubFile.read_head, parts))
-        super().read_into(view, offset)
 
     def get(self, start: int, stop: int) -> bytes:
         """See :class:`Ranged`; what is read in many places is fetched whole."""

@@ -188,8 +188,8 @@ class Combination:
             dropped=(
                 *((name, "the budget leaves no rank for it") for name in gone),
                 *((key, "skipped as asked") for a in self.adapters for key in a.skipped),
-                *left,
             ),
+            left_behind=tuple(left),
         )
 
     def _parts(self, ranks: Mapping[str, int], kept: Collection[str]) -> Iterator[Part]:

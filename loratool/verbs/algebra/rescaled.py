@@ -51,5 +51,5 @@ def rescaling_document(report: RescaleReport) -> Document:
             carried_along(plan.extras if plan.parts else ()),
             Lines((words if report.is_written else f"dry run, nothing written; {words}",)),
         ),
-        (*report.notes, *not_written(plan.dropped)),
+        (*report.notes, *not_written(plan)),
     )

@@ -64,6 +64,19 @@ class AdapterReport(Shown):
         total = math.fsum(module.squared_norm for module in self.modules)
         return math.sqrt(squared / total) if total else 0.0
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return flat rows, for a table or a DataFrame: one for each module."""
+        return [
+            {
+                "module": module.module,
+                "rank": module.rank,
+                "from_rank": module.from_rank,
+                "relative_error": module.relative_error,
+                "frobenius_norm": math.sqrt(module.squared_norm),
+            }
+            for module in self.modules
+        ]
+
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
         plan = self.plan
@@ -91,6 +104,7 @@ class AdapterReport(Shown):
             "sidecars": [sidecar.name for sidecar in plan.sidecars],
             "carried": list(plan.extras),
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped],
+            "left_behind": [{"name": name, "why": why} for name, why in plan.left_behind],
             "notes": list(self.notes),
         }
         if self.distance_from_sum is not None:

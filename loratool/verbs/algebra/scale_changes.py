@@ -194,7 +194,8 @@ def plan_in_place(
         stamps=adapter.stamps,
         scheme=adapter.scheme,
         notes=(*notes, *input_notes([adapter])),
-        dropped=(*((key, "skipped as asked") for key in adapter.skipped), *left),
+        dropped=tuple((key, "skipped as asked") for key in adapter.skipped),
+        left_behind=tuple(left),
     )
 
 

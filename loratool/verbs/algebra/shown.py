@@ -46,7 +46,7 @@ def adapter_document(report: AdapterReport) -> Document:
             carried_along(plan.extras if plan.parts else ()),
             Lines((_summary(report),)),
         ),
-        (*report.notes, *not_written(plan.dropped)),
+        (*report.notes, *not_written(plan)),
     )
 
 

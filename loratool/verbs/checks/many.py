@@ -54,7 +54,8 @@ class Validations(Many[Validated]):
 
     def one(self, place: Place) -> Validated:
         """See :class:`Many`."""
-        return Validated(place.path, self.checks.findings(self.checks.open(place.path)))
+        opened = self.checks.open(place.path)
+        return Validated(place.path, self.checks.findings(opened))
 
     def places(self) -> Iterator[Place]:
         """Yield the adapters; models that nobody has named are left out."""

@@ -1,1 +1,1 @@
-"""What comparisons found, as people see it."""
+"""What ``compare`` is made of: one module, many adapters, the layers of one, what people see."""

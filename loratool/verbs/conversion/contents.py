@@ -118,8 +118,8 @@ def converted(
         dropped=(
             *dropping.found,
             *((key, "skipped as asked") for key in adapter.skipped),
-            *left,
         ),
+        left_behind=tuple(left),
     )
     return new, options
 

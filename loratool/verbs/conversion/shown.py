@@ -49,7 +49,7 @@ def conversion_document(report: ConvertReport) -> Document:
             carried_along(plan.extras),
             Lines((_summary(report),)),
         ),
-        (*report.notes, *not_written(plan.dropped)),
+        (*report.notes, *not_written(plan)),
     )
 
 

@@ -106,6 +106,20 @@ class ExtractReport(Shown):
         )
         return 1 - lost / total if total else 1.0
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return flat rows, for a table or a DataFrame: one for each module."""
+        return [
+            {
+                "module": module.module,
+                "rank": module.rank,
+                "relative_error": module.relative_error,
+                "frobenius_norm": math.sqrt(module.squared_norm),
+                "share_of_change": module.squared_norm / (self.total_change or 1.0),
+                "noise_floor": module.floor,
+            }
+            for module in self.modules
+        ]
+
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises, and more."""
         total = self.total_change or 1.0
@@ -144,6 +158,7 @@ class ExtractReport(Shown):
             "bytes_written" if self.is_written else "bytes_to_write": self.plan.nbytes,
             "tensors": len(self.plan.specs),
             "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped],
+            "left_behind": [{"name": name, "why": why} for name, why in self.plan.left_behind],
             "files": self.plan.described_files(),
             "seconds_expected": self.seconds,
             "peak_memory": self.peak_memory,

@@ -19,7 +19,7 @@ def extraction_document(report: ExtractReport) -> Document:
     """Return its modules, what they do not hold, and in one sentence what became of it."""
     return Document.of(
         (_modules(report), _leftovers(report), Lines((_summary(report),))),
-        (*report.notes, *not_written(report.plan.dropped)),
+        (*report.notes, *not_written(report.plan)),
     )
 
 

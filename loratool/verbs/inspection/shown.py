@@ -12,6 +12,7 @@ from loratool.display.document import Block, Column, Document, Facts, Group, Row
 from loratool.display.figures import counted, human_bytes, human_count, span, sparkline
 from loratool.display.folding import fold_names
 from loratool.names.sections import module_groups, section_of, shared_path
+from loratool.verbs.inspection.advised import advice_blocks
 
 if TYPE_CHECKING:
     from loratool.verbs.inspect import AdapterInfo, ModelInfo, ModuleInfo
@@ -68,6 +69,8 @@ def _adapter_blocks(info: AdapterInfo, unfolded: bool) -> Iterator[Block]:
             for e in adapter.extras
         ],
     )
+    if info.advice is not None:
+        yield from advice_blocks(info.advice)
 
 
 def _said_of(info: AdapterInfo) -> Iterator[tuple[str, str]]:

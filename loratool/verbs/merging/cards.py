@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from loratool.base.model import Model
+from loratool.files.places import origin_of
 from loratool.plan.card import CARD_NAME, Card, hub_name, read_card
 from loratool.plan.sidecar import Sidecar
 
@@ -30,9 +31,11 @@ def merged_card(
     if given is not None and existing is None:
         return None, list(sidecars)
     library = "transformers" if model.config.raw else None
+    origin = origin_of(model.path)
+    recorded = hub_name(next(iter(bases))) if len(bases) == 1 else None
     card = Card(
         relation="merge",
-        base_model=hub_name(next(iter(bases))) if len(bases) == 1 else None,
+        base_model=origin.repo if origin is not None else recorded,
         library=library if "" in model.checkpoints else "diffusers",
         tags=("lora", "loratool", "merge"),
         existing=existing,

@@ -51,7 +51,7 @@ def test_help_is_in_groups_and_fits(name: str) -> None:
         assert [title for title in titles if title in GROUPS] == [t for t in GROUPS if t in titles]
         example = lines.index("  Example:")
         for place, line in enumerate(lines):
-            is_example = place > example and line.startswith("      loratool")
+            is_example = place > example and line.startswith("      ")
             assert is_example or len(line) <= max(width, 60) or " " not in line.strip(), line
         assert "…" not in "".join(lines[: lines.index("")])
 

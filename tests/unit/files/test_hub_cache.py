@@ -67,8 +67,8 @@ def test_what_is_in_it_is_found(cache: Path) -> None:
     assert located("org/base/config.json") == snapshot / "config.json"
     origin = origin_of(snapshot / "config.json")
     assert origin is not None and (origin.repo, origin.commit) == ("org/base", COMMIT)
-    assert called("org/base") == "org/base@01234567"
-    assert called(snapshot / "config.json") == "org/base@01234567/config.json"
+    assert called("org/base") == f"org/base@{COMMIT}"
+    assert called(snapshot / "config.json") == f"org/base@{COMMIT}/config.json"
 
 
 def test_a_path_on_the_disk_wins(cache: Path) -> None:

@@ -62,7 +62,7 @@ from loratool.math import closeness, similarity
 from loratool.math.lowrank import LowRank
 delta = LowRank(np.ones((9, 2)), np.eye(2, 7), 0.5)
 found = factored.factor(delta)
-found.truncated(1), found.squared_distance(delta), similarity.overlap(found, found, 1)
+found.truncated(1), found.squared_distance(delta), similarity.overlap(found, found, (1, 1))
 generator = np.random.default_rng(0)
 combining.combine("della", [delta, delta], [1, 2], combining.Settings(), generator)
 extraction.leading_part(np.random.default_rng(1).standard_normal((300, 400)), 3, generator)

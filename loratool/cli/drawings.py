@@ -1,0 +1,42 @@
+"""``--plot`` and ``--report``: what is drawn of a report, besides what is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loratool.display.shown import Shown
+
+__all__ = ["check_drawings", "write_drawings"]
+
+
+def check_drawings(
+    plot: Path | None, page: Path | None, *, force: bool, inputs: Sequence[Path]
+) -> None:
+    """Make sure that what was asked for can be written, before any work is done.
+
+    Raises:
+        LoratoolError: It cannot.
+    """
+    if plot is not None:
+        from loratool.reports.pictures import check_plot
+
+        check_plot(plot, force=force, inputs=inputs)
+    if page is not None:
+        from loratool.reports.page import check_page
+
+        check_page(page, force=force, inputs=inputs)
+
+
+def write_drawings(report: Shown, plot: Path | None, page: Path | None, *, force: bool) -> None:
+    """Write the picture and the page that were asked for."""
+    if plot is not None:
+        from loratool.reports.pictures import plot as draw
+
+        draw(report, plot, force=force)
+    if page is not None:
+        from loratool.reports.page import write_page
+
+        write_page(report, page, force=force)
