@@ -38,7 +38,8 @@ CLAIM: Final = {
 BOTH: Final = Slot("both factors")
 SIDES: Final = {"in": Slot.DOWN, "out": Slot.UP}
 HALF: Final = re.compile(
-    r"(?P<module>layer\.[0-9]{1,9}\.module\.[0-9]{1,9}(\.rank\.[0-9]{1,9})?)\.(?P<side>in|out)", re.ASCII
+    r"(?P<module>layer\.[0-9]{1,9}\.module\.[0-9]{1,9}(\.rank\.[0-9]{1,9})?)\.(?P<side>in|out)",
+    re.ASCII,
 )
 LIKE_LLAMA: Final = frozenset(
     ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo", "olmo2", "mistral3", "phi3")

@@ -199,13 +199,13 @@ def _opened(
             names.append(place.name)
             opened.append(adapter)
     is_mixed = len({adapter.scheme for adapter in opened}) > 1
-    for place, adapter in reversed([*enumerate(opened)]):
+    for index, adapter in reversed([*enumerate(opened)]):
         if is_mixed and adapter.unknown is not None:
-            error = AdapterError(adapter.path, adapter.unknown, code="LT033")
+            unknown = AdapterError(adapter.path, adapter.unknown, code="LT033")
             if is_pair:
-                raise error
-            unread.append((names.pop(place), error))
-            del opened[place]
+                raise unknown
+            unread.append((names.pop(index), unknown))
+            del opened[index]
     if len(opened) < 2 and unread:
         raise unread[0][1]
     fetch(path for adapter in opened for path in adapter.stamps)

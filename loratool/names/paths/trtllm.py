@@ -21,7 +21,9 @@ MODULE: Final = re.compile(
     r"layer\.(?P<layer>[0-9]{1,9})\.module\.(?P<module>[0-9]{1,9})\.rank\.(?P<rank>[0-9]{1,9})(?P<dora>\.dora)?"
     r"(\.(?P<part>.+))?"
 )
-NUMBERS: Final = re.compile(r"layer\.(?P<layer>[0-9]{1,9})\.module\.(?P<module>[0-9]{1,9})", re.ASCII)
+NUMBERS: Final = re.compile(
+    r"layer\.(?P<layer>[0-9]{1,9})\.module\.(?P<module>[0-9]{1,9})", re.ASCII
+)
 """A row whose halves are known."""
 LEAVES: Final = {
     "0.q": "self_attn.q_proj",
