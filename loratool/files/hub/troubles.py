@@ -60,6 +60,12 @@ def _of(error: Exception, name: HubName) -> HubError:
             f"the hub at {endpoint()} cannot be reached: {_line(error)}",
             hint="check the network and HF_ENDPOINT; what is in the cache needs neither",
         )
+    if isinstance(error, ValueError | TypeError | LookupError | AttributeError):  # of its parsing
+        return HubError(
+            name,
+            f"{endpoint()} answers otherwise than a hub does",
+            hint="check HF_ENDPOINT, and whether the network wants to be logged in to first",
+        )
     return HubError(name, f"cannot be fetched: {_line(error)}")
 
 
