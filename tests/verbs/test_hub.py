@@ -590,3 +590,23 @@ def test_no_more_is_read_than_was_asked_for() -> None:
         raise AssertionError
 
     assert remote._beginning(endless(), 7) == b"1234567"
+
+
+def test_what_is_in_the_cache_is_called_as_on_the_hub(hub: MockHub) -> None:
+    hub.add("org/called", ADAPTER)
+    said = [str(loratool.inspect("org/called")).splitlines()[0]]
+    loratool.inspect("org/called", spectrum=True)  # fetches it
+    forget_stand_ins()
+    said.append(str(loratool.inspect("org/called")).splitlines()[0])
+    assert said == ["adapter     org/called@aaaaaaaa"] * 2
+    assert "snapshots" in loratool.inspect("org/called").as_json()["path"]
+
+
+def test_a_mistaken_path_is_none_of_the_hubs(hub: MockHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(remote, "WAIT", 0.0)
+    monkeypatch.setattr(remote, "TRIES", 1)
+    for name, is_told in (("some/path", False), ("hf://some/path", True)):
+        with pytest.raises(HubError, match="cannot be reached") as told:
+            located(name)
+        assert ("no such file or folder, and" in str(told.value)) is not is_told

@@ -99,7 +99,7 @@ class HubFiles:
         if lacking:
             size = sum(each.size for each in lacking)
             tell(Fetching(f"{self.repo}@{self.commit[:8]}", len(lacking), size, cache_folder()))
-            with explained(HubName(self.repo, self.revision)):
+            with explained(HubName(self.repo, self.revision, is_told=True)):
                 download(self.repo, self.commit, [each.path for each in lacking])
             self._remember(snapshot)
         for path, each in wanted.items():
@@ -153,7 +153,7 @@ class HubFile(Ranged):
         self._requests += is_elsewhere
         data: bytes | None = None
         if not (is_elsewhere and self._is_better_fetched):
-            with explained(HubName(self.store.repo, self.store.revision)):
+            with explained(HubName(self.store.repo, self.store.revision, is_told=True)):
                 data = _again(lambda: self._get(start, stop))
         if data is None:  # or the server knows no ranges
             self.store.fetch([self])

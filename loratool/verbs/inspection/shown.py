@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
 from loratool.display.document import Block, Column, Document, Facts, Group, Row, Table
 from loratool.display.figures import counted, human_bytes, human_count, span, sparkline
 from loratool.display.folding import fold_names
+from loratool.files.places import origin_of
 from loratool.names.sections import module_groups, section_of, shared_path
 from loratool.verbs.inspection.advised import advice_blocks
 
@@ -40,10 +42,16 @@ def adapter_document(info: AdapterInfo, *, unfolded: bool = False) -> Document:
     return Document.of(_adapter_blocks(info, unfolded), info.notes)
 
 
+def _named(path: Path) -> str:
+    """Return a path, or what the hub calls it, be it in the cache or not yet."""
+    origin = origin_of(path)
+    return str(origin if origin is not None else path)
+
+
 def _adapter_blocks(info: AdapterInfo, unfolded: bool) -> Iterator[Block]:
     adapter = info.adapter
     facts: list[tuple[str, str]] = [
-        ("adapter", str(adapter.path)),
+        ("adapter", _named(adapter.path)),
         ("scheme", adapter.scheme),
         ("base model", info.about.base or "not said"),
         *_said_of(info),
@@ -229,7 +237,7 @@ def model_document(info: ModelInfo) -> Document:
     if parts:
         what = [("family", model.family or "not known"), ("components", ", ".join(parts))]
     facts = [
-        ("model", str(model.path)),
+        ("model", _named(model.path)),
         *what,
         ("parameters", human_count(info.parameters)),
         ("size", human_bytes(model.bytes)),
