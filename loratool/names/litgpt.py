@@ -16,8 +16,8 @@ SIDES: Final = ("q", "k", "v")
 FUSED: Final = "attn.qkv"
 WHOLE: Final = "attn.qkv.whole"
 """Queries, keys and values with their rows in the order of transformers."""
-LAYER: Final = re.compile(r"transformer\.h\.(?P<layer>\d+)\.(?P<leaf>.+)", re.DOTALL)
-EXPERT: Final = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+LAYER: Final = re.compile(r"transformer\.h\.(?P<layer>[0-9]{1,9})\.(?P<leaf>.+)", re.DOTALL)
+EXPERT: Final = re.compile(r"(?<=\.experts\.)[0-9]{1,9}(?=\.)")
 OLDER: Final = "attn.attn"
 """What ``attn.qkv`` was called before, with its rows in another order."""
 
@@ -71,7 +71,9 @@ class Kind:
 
     def _inside(self, module: str) -> tuple[str, str] | None:
         """Return the number of a layer and the path in it."""
-        match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", plain_path(module), re.S)
+        match = re.fullmatch(
+            rf"{re.escape(self.layers)}\.([0-9]{1, 9})\.(.+)", plain_path(module), re.S
+        )
         return (match[1], match[2]) if match is not None else None
 
 

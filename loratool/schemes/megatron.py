@@ -74,6 +74,9 @@ MIXTRAL: Final = {
 }
 OF_EXPERTS: Final = {"qwen3moe": EXPERTS, "olmoe": EXPERTS}
 """The same of kinds whose MLPs are experts, with what transformers calls these."""
+ALL_LAYERS: Final = re.compile(
+    r"(?P<layers>(.+\.)?(decoder|encoder)\.layers)\.(?P<leaf>(?!\d+\.).+)", re.DOTALL
+)
 LOCAL_EXPERT: Final = re.compile(
     r"(?P<experts>.+\.mlp\.experts)\.local_experts\.(?P<number>\d+)\.(?P<leaf>linear_fc[12])",
     re.DOTALL,
@@ -138,7 +141,22 @@ class MegatronRoles(Roles):
         Raises:
             AdapterError: Its rows are not those of such heads.
         """
-        return [part for expert in self._experts(site) for part in self._parts(expert)]
+        layers = self._layers(site)
+        experts = (expert for layer in layers for expert in self._experts(layer))
+        return [part for expert in experts for part in self._parts(expert)]
+
+    def _layers(self, site: Site) -> list[Site]:
+        """Return one site for each layer, where those of all layers are stacked.
+
+        Megatron's distributed checkpoints have them so, unless layers differ.
+        """
+        match = ALL_LAYERS.fullmatch(site.module)
+        counts = {slot.spec.shape[0] if slot.spec.shape else 0 for slot in site.slots.values()}
+        is_stack = all(len(stored.spec.shape) > 2 for stored in site.slots.values())
+        if match is None or not is_stack or len(counts) != 1 or Slot.DOWN not in site.slots:
+            return [site]
+        name = f"{match['layers']}.{{}}.{match['leaf']}".format
+        return [one_of_stack(site, name(n), n) for n in range(counts.pop())]
 
     def _experts(self, site: Site) -> list[Site]:
         """Return one site for each expert that a layer is of, where it is of any.
@@ -351,7 +369,7 @@ SCHEME = Scheme(
     summary="NeMo, Megatron-Bridge: linear_qkv by groups, linear_fc1",
     example="decoder.layers.0.self_attention.linear_proj.adapter.linear_in.weight",
     keys=MegatronKeys(
-        modules=r"(.+\.)?(decoder|encoder)\.layers\.\d+\."
+        modules=r"(.+\.)?(decoder|encoder)\.layers\.(\d+\.)?"
         r"(self_attention|mlp(\.experts(\.local_experts\.\d+)?)?)\.linear_.+|(.+\.)?output_layer",
         templates=(
             Template("{module}.adapter.linear_in.weight", Slot.DOWN),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Final
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from deltas import dense_deltas, relative_error
 from safetensors.torch import load_file, save_file
 
@@ -327,3 +329,27 @@ def test_experts_on_several_ranks_are_refused(tmp_path: Path) -> None:
         save_file(factors, folder / "model.safetensors")
     with pytest.raises(LoratoolError, match="expert-parallel"):
         loratool.open_adapter(tmp_path / "x")
+
+
+def test_a_distributed_checkpoint_of_megatron_stacks_layers(tmp_path: Path) -> None:
+    """As ``torch_dist`` has layers that are alike: one tensor, a layer after the other."""
+    truth: dict[str, torch.Tensor] = {}
+    layers = []
+    for number in range(2):
+        deltas = write(tmp_path / f"{number}.safetensors", "Bridge")
+        layers.append(load_file(tmp_path / f"{number}.safetensors"))
+        truth |= {name.replace("layers.0", f"layers.{number}"): d for name, d in deltas.items()}
+    state = {
+        name.replace("layers.0.", "layers."): torch.stack([layer[name] for layer in layers])
+        for name in layers[0]
+    }
+    folder = tmp_path / "iter_0000100"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=str(folder), no_dist=True)
+    torch.save({"iteration": 100}, folder / "common.pt")
+    said = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(said))
+    model = base(tmp_path / "base", truth)
+    loratool.convert(folder, "peft", tmp_path / "p", base=model, alpha=ALPHA)
+    assert relative_error(dense_deltas(tmp_path / "p"), truth) < 1e-6

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
@@ -12,6 +13,7 @@ from loratool.display.document import Block, Column, Document, Facts, Group, Row
 from loratool.display.figures import counted, human_bytes, human_count, span, sparkline
 from loratool.display.folding import fold_names
 from loratool.display.grouping import kind_of
+from loratool.files.places import origin_of
 from loratool.names.kinds import Position, positions_of
 from loratool.names.sections import module_groups, section_of, shared_path
 from loratool.verbs.inspection.advised import advice_blocks
@@ -45,10 +47,16 @@ def adapter_document(
     return Document.of(_adapter_blocks(info, unfolded, names_all), info.notes)
 
 
+def _named(path: Path) -> str:
+    """Return a path, or what the hub calls it, be it in the cache or not yet."""
+    origin = origin_of(path)
+    return str(origin if origin is not None else path)
+
+
 def _adapter_blocks(info: AdapterInfo, unfolded: bool, names_all: bool) -> Iterator[Block]:
     adapter = info.adapter
     facts: list[tuple[str, str]] = [
-        ("adapter", str(adapter.path)),
+        ("adapter", _named(adapter.path)),
         ("scheme", adapter.scheme),
         ("base model", info.about.base or "not said"),
         *_said_of(info),
@@ -272,7 +280,7 @@ def model_document(info: ModelInfo) -> Document:
     if parts:
         what = [("family", model.family or "not known"), ("components", ", ".join(parts))]
     facts = [
-        ("model", str(model.path)),
+        ("model", _named(model.path)),
         *what,
         ("parameters", human_count(info.parameters)),
         ("size", human_bytes(model.bytes)),
