@@ -75,7 +75,7 @@ def command(
         loratool compare loras/ --recursive --report alike.html
         loratool compare my-adapter/ --layers
     """
-    check_drawings(plot, report, force=force, inputs=adapters)
+    check_drawings(plot, report, force=force, inputs=adapters, may_be_inside=True)
     with render.progress_bar("comparing", quiet=quiet) as progress:
         found = _found(adapters, layers, seed if random else None, progress, settings)
     write_drawings(found, plot, report, force=force)

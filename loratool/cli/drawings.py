@@ -13,13 +13,27 @@ __all__ = ["check_drawings", "write_drawings"]
 
 
 def check_drawings(
-    plot: Path | None, page: Path | None, *, force: bool, inputs: Sequence[Path]
+    plot: Path | None,
+    page: Path | None,
+    *,
+    force: bool,
+    inputs: Sequence[Path],
+    may_be_inside: bool = False,
 ) -> None:
     """Make sure that what was asked for can be written, before any work is done.
+
+    Args:
+        plot: Where a picture goes.
+        page: Where a page goes.
+        force: Whether existing ones may be replaced.
+        inputs: What is read or written besides, which they may not touch.
+        may_be_inside: Whether they may be in folders of these: nothing there is one of them.
 
     Raises:
         LoratoolError: It cannot.
     """
+    if may_be_inside:
+        inputs = [each for each in inputs if not each.is_dir()]
     if plot is not None:
         from loratool.reports.pictures import check_plot
 

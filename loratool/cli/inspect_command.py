@@ -72,7 +72,7 @@ def command(
     if plot is not None or report is not None:
         from loratool.cli.drawings import check_drawings
 
-        check_drawings(plot, report, force=force, inputs=paths)
+        check_drawings(plot, report, force=force, inputs=paths, may_be_inside=True)
     of_modules = len(paths) == 1 and (modules or spectrum)
     is_many = options.are_many(
         paths,

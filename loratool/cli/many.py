@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -17,6 +17,9 @@ from loratool.errors import LoratoolError, OptionError, nearest_name, printable
 from loratool.verbs.many import Many, Record, Unread
 
 __all__ = ["tell"]
+
+CALLED: Final = {"size": "bytes", "effective": "effective_rank", "what": "codes"}
+"""What columns are called in tables, where that is otherwise."""
 
 
 def tell(
@@ -123,11 +126,12 @@ def _order(sort: str | None, columns: Sequence[str]) -> tuple[str, bool] | None:
     if sort is None:
         return None
     name = sort.removeprefix("-")
-    column = {"size": "bytes"}.get(name, name)
+    known = [*columns, *(other for other, column in CALLED.items() if column in columns)]
+    column = CALLED.get(name, name)
     if column not in columns:
-        near = nearest_name(name, columns)
+        near = nearest_name(name, known)
         hint = f"did you mean {near!r}?" if near else None
-        raise OptionError("--sort", f"{name!r} is none of {', '.join(columns)}", hint=hint)
+        raise OptionError("--sort", f"{name!r} is none of {', '.join(known)}", hint=hint)
     return column, sort.startswith("-")
 
 

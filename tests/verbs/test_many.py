@@ -258,3 +258,19 @@ def test_progress_counts_what_is_read(folder: Path) -> None:
     rows = found.compared(rows, lambda *args: told.append(args))
     assert told == [(1, 2), (2, 2)]
     assert sum(row["duplicate_of"] is not None for row in rows) == 1
+
+
+def test_a_page_may_be_in_the_folder_that_it_is_about(folder: Path) -> None:
+    for place in (folder / "page.html", folder / "peft" / "page.html"):
+        assert run("inspect", place.parent, "--report", place, "-q").return_value in (0, 1)
+        assert place.read_text().startswith("<!doctype html>")
+    before = loratool.inspect_many(folder).records()
+    assert [row["name"] for row in before] == ["big", "damaged", "small", "peft"]
+
+
+def test_columns_are_sorted_by_what_tables_call_them(folder: Path) -> None:
+    lines = run("inspect", folder, "--csv", "--sort", "-size").stdout.splitlines()
+    sizes = [int(row["bytes"] or 0) for row in csv.DictReader(lines)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[1]
+    assert "did you mean 'size'?" in str(refusal("inspect", folder, "--sort", "sise").hint)
+    assert "effective" not in str(refusal("inspect", folder, "--sort", "effectiv"))
