@@ -274,3 +274,14 @@ def test_columns_are_sorted_by_what_tables_call_them(folder: Path) -> None:
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[1]
     assert "did you mean 'size'?" in str(refusal("inspect", folder, "--sort", "sise").hint)
     assert "effective" not in str(refusal("inspect", folder, "--sort", "effectiv"))
+
+
+def test_models_among_adapters_have_no_spectrum(folder: Path) -> None:
+    rows = loratool.inspect_many(folder, recursive=True, spectrum=True, hashes=True).records()
+    found = {row["name"]: row for row in rows}
+    model = found["deep/model"]
+    assert (model["kind"], model["error"], model["rank_99"]) == ("model", None, None)
+    assert found["peft"]["rank_99"] and found["peft"]["sha256"]
+    assert all(
+        row["kind"] for row in rows if row["name"] != "damaged" and "broken" not in row["name"]
+    )

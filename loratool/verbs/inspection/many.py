@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from loratool.display.document import Block, Column, Document, Lines, Table
 from loratool.display.figures import counted, human_bytes
+from loratool.errors import OptionError
 from loratool.schemes.folders import Place
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.inspect import AdapterInfo, ModelInfo, inspect
@@ -80,8 +81,17 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
         self.columns = (*COLUMNS[:-1], *more, COLUMNS[-1])
 
     def one(self, place: Place) -> AdapterInfo | ModelInfo:
-        """See :class:`Many`."""
-        return inspect(place.path, **self.settings)
+        """See :class:`Many`.
+
+        Models have no spectra, and in several files no hash; in rows that is said by nothing.
+        """
+        settings = dict(self.settings)
+        for of_adapters in ("spectrum", "hashes"):
+            try:
+                return inspect(place.path, **settings)
+            except OptionError:
+                settings.pop(of_adapters, None)
+        return inspect(place.path, **settings)
 
     def record(self, place: Place, found: AdapterInfo | ModelInfo | Unread) -> Record:
         """See :class:`Many`."""
