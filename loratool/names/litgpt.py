@@ -72,7 +72,7 @@ class Kind:
     def _inside(self, module: str) -> tuple[str, str] | None:
         """Return the number of a layer and the path in it."""
         match = re.fullmatch(
-            rf"{re.escape(self.layers)}\.([0-9]{1, 9})\.(.+)", plain_path(module), re.S
+            rf"{re.escape(self.layers)}\.([0-9]{{1,9}})\.(.+)", plain_path(module), re.S
         )
         return (match[1], match[2]) if match is not None else None
 

@@ -106,8 +106,9 @@ def page(report: Shown) -> str:
 
 def _sections(report: Shown) -> Iterator[tuple[str, str]]:
     """Yield what is on the page: a heading and what is under it, which is escaped."""
-    is_adapter = isinstance(report, AdapterInfo)
-    document = _shortened(report.document(names_all=True) if is_adapter else report.document())
+    adapter_info = report if isinstance(report, AdapterInfo) else None
+    shown = adapter_info.document(names_all=True) if adapter_info else report.document()
+    document = _shortened(shown)
     has_facts = any(isinstance(block, Facts) for block in document.blocks)
     detailed = (Table, Lines) if has_facts else (Table,)  # sentences are about tables, or all
     tables = tuple(block for block in document.blocks if isinstance(block, detailed))
@@ -128,10 +129,10 @@ def _sections(report: Shown) -> Iterator[tuple[str, str]]:
     if isinstance(report, Inspections):
         found = validate_many(report.paths, recursive=report.recursive)
         yield "Findings", fragment(_shortened(found.document()))
-    if not is_adapter:
+    if adapter_info is None:
         return
-    yield "Findings", _findings(report)
-    adapter = report.adapter
+    yield "Findings", _findings(adapter_info)
+    adapter = adapter_info.adapter
     if adapter.config is not None:
         yield "Configuration", _facts(adapter.config.raw)
     if adapter.metadata:
