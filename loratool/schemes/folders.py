@@ -51,13 +51,17 @@ def places(paths: Sequence[str | PathLike[str]], *, recursive: bool = False) -> 
 
     A folder that is an adapter or a model is one; of any other each weights file in it is one,
     and each folder that is. Hidden ones are left out, and links that lead back. A path with
-    nothing at it is one, and so is a folder with nothing of the kind, which says so.
+    nothing at it is one, and so is a folder with nothing of the kind, which says so. A file of
+    settings whose weights are named too is none of its own.
 
     Args:
         paths: Files and folders.
         recursive: Look into all folders, and into those of adapters too, for checkpoints.
     """
+    with_weights = {PurePath(each).parent for each in paths if is_weights(PurePath(each))}
     for each in paths:
+        if PurePath(each).name in sidecar_names() and PurePath(each).parent in with_weights:
+            continue
         try:
             path = located(each)
         except LoratoolError as error:
