@@ -38,10 +38,25 @@ FOLDERS: Final = {
         ],
         "zero_to_fp32.py",
     ),
+    "DeepSpeed's step": (
+        ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"],
+        "zero_to_fp32.py",
+    ),
     "DeepSpeed's run": (["global_step100/x.pt", "latest"], "zero_to_fp32.py"),
     "Orbax": (["_CHECKPOINT_METADATA", "d/x", "manifest.ocdbt"], "Orbax"),
     "Keras": (["gemma.lora.h5"], "Keras"),
 }
+
+
+def test_one_step_of_deepspeed_is_joined_from_above(tmp_path: Path) -> None:
+    step = tmp_path / "a run" / "global_step100"
+    step.mkdir(parents=True)
+    (step / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(LoratoolError) as caught:
+        loratool.open_adapter(step)
+    run = f"'{step.parent}'"
+    command = f"python {run}/zero_to_fp32.py {run} OUT --tag global_step100 "
+    assert command in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", FILES)
