@@ -13,7 +13,7 @@ from loratool.errors import AdapterError, LoratoolError
 from loratool.files.checkpoint import MODEL_CONFIG, PIPELINE_INDEX, PREFERRED, SHARD, is_index
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder
-from loratool.files.places import located
+from loratool.files.places import located, origin_of
 from loratool.schemes import sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
 from loratool.schemes.detection import distributed
@@ -81,7 +81,7 @@ def places(paths: Sequence[str | PathLike[str]], *, recursive: bool = False) -> 
 def _name(place: Path, root: Path) -> str:
     """Return what a place is called inside the folder that was named."""
     if place == root:
-        return str(root)
+        return str(origin_of(root) or root)
     inside = place.relative_to(root)
     return str(inside.with_suffix("") if is_weights(inside) and place.is_file() else inside)
 

@@ -598,6 +598,9 @@ def test_what_is_in_the_cache_is_called_as_on_the_hub(hub: MockHub) -> None:
     place = in_cache(Path(os.environ["HF_HUB_CACHE"]), "org/called", ADAPTER, commit="a" * 40)
     said.append(str(loratool.inspect("org/called")).splitlines()[0])
     assert said == ["adapter     org/called@aaaaaaaa"] * 2
+    many = loratool.inspect_many(["org/called", ADAPTER])
+    assert "org/called@aaaaaaaa" in str(many)
+    assert "snapshots" not in str(many)
     assert loratool.inspect("org/called").as_json()["path"] == str(place)
 
 
