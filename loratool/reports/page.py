@@ -106,7 +106,8 @@ def page(report: Shown) -> str:
 
 def _sections(report: Shown) -> Iterator[tuple[str, str]]:
     """Yield what is on the page: a heading and what is under it, which is escaped."""
-    document = _shortened(report.document())
+    is_adapter = isinstance(report, AdapterInfo)
+    document = _shortened(report.document(names_all=True) if is_adapter else report.document())
     has_facts = any(isinstance(block, Facts) for block in document.blocks)
     detailed = (Table, Lines) if has_facts else (Table,)  # sentences are about tables, or all
     tables = tuple(block for block in document.blocks if isinstance(block, detailed))
@@ -127,7 +128,7 @@ def _sections(report: Shown) -> Iterator[tuple[str, str]]:
     if isinstance(report, Inspections):
         found = validate_many(report.paths, recursive=report.recursive)
         yield "Findings", fragment(_shortened(found.document()))
-    if not isinstance(report, AdapterInfo):
+    if not is_adapter:
         return
     yield "Findings", _findings(report)
     adapter = report.adapter

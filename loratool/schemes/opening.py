@@ -23,7 +23,7 @@ from loratool.files.json import read_json_object
 from loratool.files.places import located
 from loratool.names.spellings import spellings_of, spellings_of_extra
 from loratool.schemes import claimed, claims, scheme_named, scheme_names
-from loratool.schemes.detection import detect_scheme, find_weights, naming, selected
+from loratool.schemes.detection import detect_scheme, find_weights, naming, selected, unnamed
 from loratool.schemes.groups import one_group
 from loratool.schemes.ranks import joined, ranks_around
 from loratool.schemes.spelled_out import spell_out
@@ -128,12 +128,15 @@ def open_as_spelled(
         config = parse_config(raw, where=config_path)
         _check_type(config, config_path)
     file, group = one_group(open_weights(weights), adapter_name, weights)
+    asked = adapter_name
     adapter_name = None if group is not None else adapter_name
     scheme = naming(file, detect_scheme(file, schemes), adapter_name if not schemes else None)
     ranks = ranks_around(weights)
     if ranks is not None:
         file = joined(ranks, scheme, file)
     tensors, name, more = selected(file, scheme, adapter_name, weights)
+    if asked is not None and name is None and group is None:
+        more = (*more, *unnamed(path, weights, asked))
     skipped = _matching(tensors, _selectors(skip))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
     parts = build_sites(tensors, scheme, config, variant_of, _enabled(config, enabled))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +25,7 @@ from loratool.plan.outcome import Outcome
 from loratool.plan.plan import run as run_plan
 from loratool.plan.plan import write as write_plan
 from loratool.schemes import scheme_named, scheme_names
+from loratool.schemes.detection import ADAPTER_NAME
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.verbs.conversion.contents import Conversion, converted
@@ -229,6 +230,10 @@ def convert(
         "drop": tuple(drop),
         "skip": tuple(skip),
     }
+    if scheme.keys.names_adapter and name is None and opened.name is None:
+        # which is what the option is for, then
+        kept = [note for note in opened.notes if ADAPTER_NAME not in note]
+        opened = replace(opened, notes=tuple(kept))
     written_name = name if name is not None else adapter_name
     check_options(scheme, rank=rank, to_lora=to_lora, name=written_name)
     conversion = Conversion(

@@ -180,11 +180,16 @@ class AdapterInfo(Shown):
             for module, position, spectrum in zip_longest(self.modules, positions, self.spectra)
         ]
 
-    def document(self, *, unfolded: bool = False) -> Document:
-        """Return what people see of it; ``unfolded`` gives every module a row."""
+    def document(self, *, unfolded: bool = False, names_all: bool = False) -> Document:
+        """Return what people see of it.
+
+        Args:
+            unfolded: Give every module a row.
+            names_all: Name modules also where their spectra are told by parts.
+        """
         from loratool.verbs.inspection.shown import adapter_document
 
-        return adapter_document(self, unfolded=unfolded)
+        return adapter_document(self, unfolded=unfolded, names_all=names_all)
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,8 @@ def _yes(value: bool) -> str:
 def documents() -> str:
     """Return what is in the JSON documents of each command, as Markdown."""
     parts = []
-    for file in sorted((Path(loratool.__file__).parent / "cli" / "schemas").glob("*.json")):
+    files = (Path(loratool.__file__).parent / "cli" / "schemas").glob("*.json")
+    for file in sorted(files, key=lambda file: (file.stem == "error", file.stem)):
         schema = json.loads(file.read_text("utf-8"))
         title = "A failure" if file.stem == "error" else file.stem
         parts.append(f"## {title}\n")

@@ -13,7 +13,7 @@ from loratool.schemes.folders import Place
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.inspect import AdapterInfo, ModelInfo, inspect
 from loratool.verbs.inspection.content import content_key, copies
-from loratool.verbs.many import Many, Record, Unread, not_read
+from loratool.verbs.many import Many, Progress, Record, Unread, not_read
 
 __all__ = ["Inspections"]
 
@@ -106,14 +106,16 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
             "triggers": list(about.triggers),
         }
 
-    def compared(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def compared(
+        self, rows: list[dict[str, Any]], progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
         """Return rows that say in ``duplicate_of`` which earlier one has the same content."""
         if not self.compares:
             return rows
         keys = [(Path(row["path"]), row.pop("content")) for row in rows if "content" in row]
         first = {
             str(path): str(paths[0])
-            for paths in copies(keys, self._adapter_at)
+            for paths in copies(keys, self._adapter_at, progress)
             for path in paths[1:]
         }
         return [row | {"duplicate_of": first.get(row["path"])} for row in rows]
