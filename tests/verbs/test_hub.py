@@ -595,11 +595,13 @@ def test_no_more_is_read_than_was_asked_for() -> None:
 def test_what_is_in_the_cache_is_called_as_on_the_hub(hub: MockHub) -> None:
     hub.add("org/called", ADAPTER)
     said = [str(loratool.inspect("org/called")).splitlines()[0]]
-    loratool.inspect("org/called", spectrum=True)  # fetches it
-    forget_stand_ins()
+    place = in_cache(Path(os.environ["HF_HUB_CACHE"]), "org/called", ADAPTER, commit="a" * 40)
     said.append(str(loratool.inspect("org/called")).splitlines()[0])
     assert said == ["adapter     org/called@aaaaaaaa"] * 2
-    assert "snapshots" in loratool.inspect("org/called").as_json()["path"]
+    many = loratool.inspect_many(["org/called", ADAPTER])
+    assert "org/called@aaaaaaaa" in str(many)
+    assert "snapshots" not in str(many)
+    assert loratool.inspect("org/called").as_json()["path"] == str(place)
 
 
 def test_a_mistaken_path_is_none_of_the_hubs(hub: MockHub, monkeypatch: pytest.MonkeyPatch) -> None:
