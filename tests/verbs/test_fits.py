@@ -114,3 +114,20 @@ def test_spectra_fit(sdxl: Path, tmp_path: Path) -> None:
     rows = plain_text(info.document(unfolded=True)).split("\n")
     assert sum("text_encoder_2.text_model" in line for line in rows) == 2 * 192
     assert any(re.search("σ₁.*99.9 %", line) for line in rows)
+
+
+@pytest.mark.parametrize("form", ["lora_{}_x", "{}.a.q", "a.{}.q", "model.{}.q"])
+def test_names_that_do_not_fold_do_not_flood(form: str, tmp_path: Path) -> None:
+    words = [f"{chr(97 + n % 26)}{n * 7919 % 10007}" * (1 + n % 3) for n in range(400)]
+    names = [form.format(word if n % 2 else f"{word}.{word}") for n, word in enumerate(words)]
+    tensors = {}
+    for name in names:
+        tensors[f"{name}.lora_A.weight"] = torch.zeros(1, 2)
+        tensors[f"{name}.lora_B.weight"] = torch.zeros(2, 1)
+    path = tmp_path / "odd.safetensors"
+    save_file(tensors, path)
+    info = loratool.inspect(path)
+    assert len(str(info)) < 8000
+    assert len(plain_text(info.document(), 80).split("\n")) < 150
+    assert isinstance(info, loratool.AdapterInfo)
+    assert len(plain_text(info.document(unfolded=True)).split("\n")) >= 400

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
@@ -29,6 +29,9 @@ SAID: Final = "general."
 LONG: Final = 80
 LONGEST: Final = 300
 """How much of what an adapter says is shown; all of it is in the JSON."""
+LONGEST_FOLDED: Final = 1000
+MOST_FOLDED: Final = 40
+"""How much of names that do not fold is shown."""
 MOST_TAGS: Final = 8
 SHORTEST: Final = 12
 """How many digits of a hash tell files apart."""
@@ -74,12 +77,17 @@ def _adapter_blocks(info: AdapterInfo, unfolded: bool, names_all: bool) -> Itera
     yield _modules(info, unfolded, is_named=names_all or not info.spectra)
     if info.spectra:
         yield _spectra(info, unfolded)
+    extras = adapter.extras if unfolded else adapter.extras[:MOST_FOLDED]
+    title = "not part of a delta"
+    if len(extras) < len(adapter.extras):
+        count = human_count(len(adapter.extras))
+        title += f", the first {len(extras)} of {count}; --modules names all"
     yield Table.of(
-        "not part of a delta",
+        title,
         (Column("tensor", folds=True, is_kept=True), "what", "dtype", "shape"),
         [
             (e.name, e.kind.value, e.tensor.spec.dtype, str(list(e.tensor.spec.shape)))
-            for e in adapter.extras
+            for e in extras
         ],
     )
     if info.advice is not None:
@@ -247,8 +255,9 @@ def _row(names: list[str], members: Sequence[ModuleInfo], shared: str, unfolded:
     kind = first.kind if first.variant == "lora" else f"{first.kind}, {first.variant}"
     if first.experts > 1:
         kind += f", {first.experts} experts"
+    local = [name.removeprefix(f"{shared}.") for name in names]
     return (
-        tuple(name.removeprefix(f"{shared}.") for name in names),
+        tuple(local) if unfolded else _few(local),
         *(() if unfolded else (len(members),)),
         kind,
         first.rank,
@@ -258,6 +267,14 @@ def _row(names: list[str], members: Sequence[ModuleInfo], shared: str, unfolded:
         _sizes(module.out_features for module in members),
         first.dtype,
     )
+
+
+def _few(names: Sequence[str]) -> tuple[str, ...]:
+    """Return folded names as far as somebody reads them; ``--modules`` names all."""
+    cut = (name if len(name) <= LONGEST_FOLDED else f"{name[:LONGEST_FOLDED]}…" for name in names)
+    more = len(names) - MOST_FOLDED
+    rest = (f"and {human_count(more)} more; --modules names all",) if more > 0 else ()
+    return (*islice(cut, MOST_FOLDED), *rest)
 
 
 def _sizes(values: Iterable[int]) -> str:
