@@ -17,6 +17,8 @@ __all__ = ["module_groups", "section_of", "shared_path"]
 Item = TypeVar("Item")
 MOST_ROWS: Final = 24
 """Where there are more kinds of modules, those of one parent are one row."""
+MOST_SHOWN: Final = 100
+"""Where there are still more of one part, the rest is one row."""
 
 STAGES: Final = {
     "down_blocks": "down",
@@ -82,7 +84,17 @@ def module_groups(
         inside = [name for _, name in members]
         shared = shared_path(inside) if section and len(sections) > 1 else ""
         local = [name.removeprefix(f"{shared}.") for name in inside]
-        folded = group_modules([item for item, _ in members], local, key)
+        folded = _few(group_modules([item for item, _ in members], local, key))
         title = f"{section} ({shared})" if shared else section if len(sections) > 1 else ""
         groups.append(Group(title, tuple(row(*pair) for pair in folded)))
     return groups
+
+
+def _few(
+    rows: list[tuple[tuple[str, ...], list[Item]]],
+) -> list[tuple[tuple[str, ...], list[Item]]]:
+    """Return rows of which those beyond the first are one; names that do not fold are many."""
+    if len(rows) <= MOST_SHOWN:
+        return rows
+    rest = [item for _, items in rows[MOST_SHOWN:] for item in items]
+    return [*rows[:MOST_SHOWN], ((f"{len(rest):,} others",), rest)]

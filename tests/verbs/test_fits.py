@@ -131,3 +131,6 @@ def test_names_that_do_not_fold_do_not_flood(form: str, tmp_path: Path) -> None:
     assert len(plain_text(info.document(), 80).split("\n")) < 150
     assert isinstance(info, loratool.AdapterInfo)
     assert len(plain_text(info.document(unfolded=True)).split("\n")) >= 400
+    for report in (loratool.compare([path, path]), loratool.inspect(path, spectrum=True)):
+        assert len(str(report).split("\n")) < 350
+    assert "others" in str(loratool.compare([path, path]))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from loratool.display.document import Block, Column, Lines, Row, Table
-from loratool.display.figures import human_bytes
+from loratool.display.figures import human_bytes, human_count
 
 if TYPE_CHECKING:
     from loratool.verbs.advice import Advice, EnoughRanks, Saving
@@ -14,21 +14,26 @@ if TYPE_CHECKING:
 __all__ = ["advice_blocks"]
 
 SHARES: Final = ("90 %", "99 %", "99.9 %")
+MOST_KINDS: Final = 100
+"""All of them are in the JSON."""
 ADVISED: Final = 0.99
 """The share whose command line is given in full."""
 
 
 def advice_blocks(advice: Advice) -> Iterator[Block]:
     """Yield which ranks keep how much, and what ``truncate`` would save."""
+    title = "ranks that keep so much of ‖delta‖²"
+    if len(advice.kinds) > MOST_KINDS:
+        title += f", the first {MOST_KINDS} of {human_count(len(advice.kinds))} kinds"
     yield Table.of(
-        "ranks that keep so much of ‖delta‖²",
+        title,
         (
             Column("kind", folds=True, is_kept=True),
             Column("modules", is_kept=True),
             Column("now", is_kept=True),
             *(Column(share, is_kept=True) for share in SHARES),
         ),
-        [*map(_kind, advice.kinds), _kind(advice.whole)],
+        [*map(_kind, advice.kinds[:MOST_KINDS]), _kind(advice.whole)],
     )
     if advice.refusal is not None:
         yield Lines((f"truncate does not take it: {advice.refusal}",))
