@@ -311,15 +311,15 @@ def _check_apart(jobs: Sequence[Job]) -> None:
                 raise OptionError(f"jobs {other.number} and {job.number}", f"both write {path}")
     for job in jobs:
         for path in job.asked.writes:
-            other = _writer_around(path.parent, writers)
-            if other is not None and other is not job:
+            other = _writer_around(path.parent, writers, job)
+            if other is not job:
                 raise OptionError(
                     f"jobs {other.number} and {job.number}",
                     f"{path} is inside of what job {other.number} writes",
                 )
         for path in (path for paths in job.asked.inputs.values() for path in paths):
-            other = _writer_around(path, writers)
-            if other is not None and other is not job:
+            other = _writer_around(path, writers, job)
+            if other is not job:
                 raise OptionError(
                     f"job {job.number}",
                     f"reads {path}, which job {other.number} writes, and jobs have no order",
@@ -327,10 +327,10 @@ def _check_apart(jobs: Sequence[Job]) -> None:
                 )
 
 
-def _writer_around(path: Path, writers: Mapping[str, Job]) -> Job | None:
-    """Return the job that writes ``path``, or a folder that it is in."""
+def _writer_around(path: Path, writers: Mapping[str, Job], job: Job) -> Job:
+    """Return which other job writes ``path``, or a folder that it is in; ``job`` if none does."""
     place = Path(os.path.abspath(path))  # noqa: PTH100
-    return next((writers[str(p)] for p in (place, *place.parents) if str(p) in writers), None)
+    return next((writers[str(p)] for p in (place, *place.parents) if str(p) in writers), job)
 
 
 def _carry_out(
