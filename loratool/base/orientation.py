@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loratool.base.model import Model
 
 __all__ = [
+    "folded_kernel",
     "is_conv1d_by_shape",
     "matrix_shape",
     "mismatch",
@@ -159,9 +160,8 @@ def _convolution(site: Site, shape: tuple[int, ...], out: int, into: int) -> Reg
     rows, columns = matrix_shape(shape)
     if (out, into) == (rows, columns):
         return Region(rows, columns)
-    factors_are_flat = site.down is not None and len(site.down.spec.shape) == 2
-    if factors_are_flat and out * into == rows * columns and out % rows == 0:
-        return Region(out, into)  # loralib folds the kernel into both factors
+    if folded_kernel(site, shape) > 1:
+        return Region(out, into)
     if out == rows and columns and into % columns == 0:
         raise BaseModelError(
             site.label,
@@ -169,6 +169,24 @@ def _convolution(site: Site, shape: tuple[int, ...], out: int, into: int) -> Reg
             code="LT022",
         )
     raise mismatch(site, shape, (out, into))
+
+
+def folded_kernel(site: Site, shape: tuple[int, ...]) -> int:
+    """Return the width of the kernel that loralib folds into both factors of a convolution.
+
+    There ``(B @ A)``, of shape ``(out · k, in · k)``, is read as ``(out, in, k, k)``. A has r · k
+    rows, and alpha is divided by r. It is 1 where no kernel is folded.
+
+    Args:
+        site: The site.
+        shape: The base's weight.
+    """
+    down, up = site.down, site.up
+    if down is None or up is None or len(down.spec.shape) != 2 or len(shape) != 4:
+        return 1
+    out, into, kernel, other = shape
+    is_folded = (up.spec.shape[0], down.spec.shape[1]) == (out * kernel, into * kernel)
+    return kernel if is_folded and kernel == other else 1
 
 
 def mismatch(site: Site, shape: tuple[int, ...], expected: tuple[int, int]) -> BaseModelError:

@@ -15,9 +15,10 @@ from loratool.files.places import located
 from loratool.files.transfer import describe_write_error
 from loratool.jobs.recipe import Recipe, read_recipe
 from loratool.jobs.step import Asked, Commands, Places, Step, command_line
-from loratool.plan.history import digest_of
+from loratool.plan.history import digest_of_all
 from loratool.plan.record import Input, matches
 from loratool.schemes.detection import find_weights
+from loratool.schemes.ranks import files_of
 
 __all__ = ["RunReport", "StepReport", "run"]
 
@@ -244,7 +245,7 @@ def _check_digests(step: Step, asked: Asked) -> None:
     """
     for name, values in step.digests.items():
         for path, digest in zip(asked.inputs[name], values, strict=True):
-            found = digest_of(find_weights(located(path))[0])
+            found = digest_of_all(files_of(find_weights(located(path))[0]))
             if found != digest:
                 raise AdapterError(
                     f"{step.where}: {path}",

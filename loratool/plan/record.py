@@ -28,8 +28,9 @@ from loratool.files.hub.names import parse_hub_name
 from loratool.files.json import parse_json, read_json_object
 from loratool.files.missing import missing
 from loratool.files.places import located
-from loratool.plan.history import RECORD_NAME, described_digest, digest_of
+from loratool.plan.history import RECORD_NAME, described_digest, digest_of_all
 from loratool.schemes.detection import find_weights
+from loratool.schemes.ranks import files_of
 
 __all__ = ["Input", "Record", "locate", "matches", "read_record"]
 
@@ -183,7 +184,7 @@ def matches(wanted: Input, path: Path) -> bool:
     """Whether what lies at ``path`` has the recorded digest."""
     try:
         if wanted.sha256 is not None:
-            return digest_of(find_weights(path)[0]) == wanted.sha256
+            return digest_of_all(files_of(find_weights(path)[0])) == wanted.sha256
         if wanted.headers_sha256 is not None:
             tensors = open_model(path).raw.values()
             return described_digest(each.spec for each in tensors) == wanted.headers_sha256

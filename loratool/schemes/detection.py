@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,7 @@ from loratool.adapter.recognise import describe_keys, looks_like_model
 from loratool.adapter.scheme import Scheme
 from loratool.base.config import is_model_folder
 from loratool.errors import AdapterError, nearest_name
+from loratool.files.checkpoint import PIPELINE_INDEX
 from loratool.files.container import WeightsFile
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder, part_of
@@ -46,7 +48,6 @@ MODEL_HINT: Final = (
 ADAPTER_NAME: Final = "--adapter-name"
 DEFAULT_NAME: Final = "default"
 """What PEFT calls the adapter that lies above folders of others."""
-PIPELINE_INDEX: Final = "model_index.json"
 SHOWN: Final = 6
 LEVELS: Final = 3
 """How deep an adapter is looked for in a folder that holds none, to name its place."""
@@ -190,9 +191,15 @@ def detect_scheme(file: WeightsFile, schemes: Sequence[Scheme] = ()) -> Scheme:
         what = describe_keys(list(file.tensors), forms())
         if looks_like_model(file.tensors, forms()):
             raise AdapterError(file.path, f"is a model, not an adapter: {what}", hint=MODEL_HINT)
-        raise AdapterError(file.path, f"no known scheme: {what}")
+        raise AdapterError(file.path, f"no known scheme: {what}", hint=_hint_for(file.tensors))
     _check_rivals(file, [item[2] for item in scores if item[:2] == (best, scheme.priority)])
     return _settled(file, scheme, tried)
+
+
+def _hint_for(keys: Iterable[str]) -> str | None:
+    """Return what to do with a file whose keys are of a tool, and no factors."""
+    is_known = any(re.search(pattern, key) for key in keys for pattern, _ in forms())
+    return "if its own tool can merge it, do that there, and save the model" if is_known else None
 
 
 def _check_rivals(file: WeightsFile, schemes: Sequence[Scheme]) -> None:

@@ -154,7 +154,9 @@ def open_as_spelled(
     if sidecar is None and (model := scheme.settings.base_model(file.metadata)) is not None:
         sidecar = {"model": model}
     sites = scheme.settings.read(sites, file.metadata, sidecar, sidecar_path)
+    more = (*more, *scheme.settings.remarks(sites, sidecar))
     if alpha is not None:
+        more = (*more, *_alpha_notes(sites, alpha))
         sites = tuple(_with_alpha(site, alpha) for site in sites)
     return Adapter(
         path=path,
@@ -166,6 +168,7 @@ def open_as_spelled(
         metadata=file.metadata,
         tensors=tensors,
         stamp=file.stamp,
+        others=file.others,
         name=group or name,
         skipped=tuple(skipped),
         notes=(*notes, *parts.notes, *more, *file.notes),
@@ -187,6 +190,24 @@ def _with_alpha(site: Site, alpha: float) -> Site:
     if not is_missing or not site.variant.is_scaled:
         return site
     return replace(site, scaling=Scaling(alpha, site.scaling.rank or site.rank))
+
+
+def _alpha_notes(sites: Sequence[Site], alpha: float) -> Iterator[str]:
+    """Yield for how many sites ``alpha`` has no effect, if for any, and why."""
+    scaled = [site for site in sites if site.variant.is_scaled]
+    recorded = [
+        site for site in scaled if _with_alpha(site, alpha) is site and site.scaling.alpha != alpha
+    ]
+    if recorded:
+        some = (
+            "" if len(recorded) == len(scaled) else f" in {len(recorded)} of {len(scaled)} modules"
+        )
+        yield (
+            f"--alpha {alpha:g} has no effect{some}: another one is recorded, which "
+            "loratool rescale changes"
+        )
+    elif sites and not scaled:
+        yield f"--alpha {alpha:g} has no effect: no scale multiplies what it adds"
 
 
 def _enabled(config: LoraConfig | None, given: Sequence[bool]) -> tuple[bool, ...]:

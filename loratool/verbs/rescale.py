@@ -282,7 +282,7 @@ def _rewritten(
         metadata=kept_metadata(adapter, adapter.scheme),
         history=History("rescale", (Source.of_adapter(adapter),), asked),
         sidecars=tuple(sidecars),
-        stamps={adapter.weights: adapter.stamp},
+        stamps=adapter.stamps,
         notes=(*notes, *input_notes([adapter])),
         dropped=tuple((key, "skipped as asked") for key in adapter.skipped),
         left_behind=tuple(left),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from loratool.adapter.model import Kind
+from loratool.adapter.model import Kind, Site
 from loratool.adapter.part import Part
+from loratool.base.orientation import folded_kernel
 from loratool.values.expr import block_diagonal
 
 __all__ = ["shaped_like"]
@@ -26,8 +27,8 @@ def shaped_like(part: Part, shape: tuple[int, ...]) -> Part:
             note="shaped like the base's convolution",
         )
         return replace(made, kind=Kind.CONV)
-    if _is_loralib_convolution(part, shape):
-        return _from_loralib(part, shape)
+    if part.site is not None and len(down.shape) == 2 and folded_kernel(part.site, shape) > 1:
+        return _from_loralib(part, part.site, shape)
     if len(shape) == 2 and len(down.shape) > 2 and set(down.shape[2:]) == {1}:
         made = part.factored(
             down.reshaped(down.shape[:2]),
@@ -50,15 +51,7 @@ def _is_kernel(inputs: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return more > 0 and inputs == (*wanted, *(1,) * more)
 
 
-def _is_loralib_convolution(part: Part, shape: tuple[int, ...]) -> bool:
-    """Whether factors are those of loralib's convolution, kernels folded into both of them."""
-    if len(shape) != 4 or len(part.down.shape) != 2 or shape[2] != shape[3] or shape[2] == 1:
-        return False
-    out, into, kernel, _ = shape
-    return (part.up.shape[0], part.down.shape[1]) == (out * kernel, into * kernel)
-
-
-def _from_loralib(part: Part, shape: tuple[int, ...]) -> Part:
+def _from_loralib(part: Part, site: Site, shape: tuple[int, ...]) -> Part:
     """Return loralib's factors of a convolution as A of kernels and B, at rank ``r k²``.
 
     There the weight's change is ``(B @ A)`` of shape ``(out · k, in · k)``, read as
@@ -68,13 +61,11 @@ def _from_loralib(part: Part, shape: tuple[int, ...]) -> Part:
     rows = part.down.shape[0]
     down = block_diagonal([part.down] * kernel, [rows] * kernel)
     up = part.up.reshaped((out, kernel * rows, 1, 1))
-    assert part.site is not None
-    scaling = part.site.scaling
     made = part.factored(
         down.reshaped((kernel * rows, into, kernel, kernel)),
         up,
         note="loralib's factors of a convolution laid out as kernels",
         # Alpha is divided by r, and A has r · k rows.
-        scale=part.scale if scaling.alpha is None else part.scale * kernel,
+        scale=part.scale if site.scaling.alpha is None else part.scale * kernel,
     )
     return replace(made, kind=Kind.CONV)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -126,8 +127,12 @@ def _factored(part: Part, site: Site, width: int) -> Part:
     rank = site.variant.factor_rank(site)
     note = f"{site.variant.name} written out as plain factors"
     both = Function(note, site.tensors, factors)
-    down = Result(both, 0, (rank, width), dtype)
-    up = Result(both, 1, (site.out_features, rank), dtype)
+    down: Expr = Result(both, 0, (rank, width), dtype)
+    up: Expr = Result(both, 1, (site.out_features, rank), dtype)
+    kernel = site.variant.kernel(site)
+    if kernel:
+        down = down.reshaped((rank, width // math.prod(kernel), *kernel))
+        up = up.reshaped((site.out_features, rank, *(1,) * len(kernel)))
     return replace(
         part,
         variant=variant_named("lora"),

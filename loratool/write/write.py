@@ -60,7 +60,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         options = replace(options, dtype=scheme.home.dtype)
     named = _named(new, scheme, options)
     try:
-        parts = padded(named.parts, options.pad, scheme)
+        parts = padded(scheme.roles.cut(named.parts), options.pad, scheme)
         parts = scheme.roles.together(parts)
         parts = scheme.scale.place(parts, fold=options.fold)
         parts = slotted(parts, scheme)

@@ -185,7 +185,7 @@ def test_loralib_convolutions_fold_the_kernel_into_both_factors(
     base = make_base({"c.weight": weight})
     factors = {"c.lora_A": torch.randn(2 * 3, 4 * 3), "c.lora_B": torch.randn(6 * 3, 2 * 3)}
     save_file(factors, tmp_path / "lora.safetensors")
-    delta = (factors["c.lora_B"] @ factors["c.lora_A"]).view(weight.shape) * (4 / 6)
+    delta = (factors["c.lora_B"] @ factors["c.lora_A"]).view(weight.shape) * (4 / 2)
     result = merged(base, tmp_path / "lora.safetensors", tmp_path, alpha=4)
     assert_close(result["c.weight"], (weight + delta).double())
 

@@ -193,7 +193,7 @@ def plan_in_place(
         config=config,
         sidecars=kept,
         weights_name=WEIGHTS_NAME if is_folder else "",
-        stamps={adapter.weights: adapter.stamp},
+        stamps=adapter.stamps,
         scheme=adapter.scheme,
         notes=(*notes, *input_notes([adapter])),
         dropped=tuple((key, "skipped as asked") for key in adapter.skipped),

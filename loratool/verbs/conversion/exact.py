@@ -12,6 +12,7 @@ from loratool.adapter.slots import Slot
 from loratool.base.model import Model
 from loratool.files.dtypes import DTYPES
 from loratool.files.spec import StoredTensor
+from loratool.names.embeddings import is_embedding
 from loratool.values.arrays import decode
 from loratool.values.expr import Expr, Function, Result, computed_dtype
 from loratool.variants import variant_named
@@ -51,16 +52,20 @@ def exactly(part: Part, base: Model | None) -> Part:
     dtype = computed_dtype([each for each in dtypes if DTYPES[each].is_factor])  # no places
     note = f"{variant.name} written out as plain factors"
     both = Function(note, site.tensors, factors)
-    down = Result(both, 0, (rank, width // math.prod(kernel), *kernel), dtype)
-    up = Result(both, 1, (site.out_features, rank, *(1,) * len(kernel)), dtype)
+    down: Expr = Result(both, 0, (rank, width // math.prod(kernel), *kernel), dtype)
+    up: Expr = Result(both, 1, (site.out_features, rank, *(1,) * len(kernel)), dtype)
+    kind, pair = Kind.CONV if kernel else Kind.LINEAR, {Slot.DOWN: down, Slot.UP: up}
+    if not kernel and is_embedding(part.module):  # its weight is (vocabulary, dim)
+        kind = Kind.EMBEDDING
+        pair = {Slot.EMBEDDING_DOWN: up.turned(), Slot.EMBEDDING_UP: down.turned()}
     biases: dict[Slot, Expr] = {s: v for s, v in part.values.items() if s is Slot.BIAS}
     return replace(
         part,
         variant=variant_named("lora"),
-        values={Slot.DOWN: down, Slot.UP: up, **biases},
+        values={**pair, **biases},
         rank=rank,
         alpha=part.alpha if rank == part.rank else None,
-        kind=Kind.CONV if kernel else Kind.LINEAR,
+        kind=kind,
         notes=(*part.notes, note),
     )
 

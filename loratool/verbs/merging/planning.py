@@ -214,7 +214,7 @@ def plan_merge(
         left_behind=tuple(left),
         stamps={
             **model.stamps,
-            **{adapter.weights: adapter.stamp for adapter in opened},
+            **{path: stamp for each in opened for path, stamp in each.stamps.items()},
             **{path: stamp for each in complete for path, stamp in each.stamps.items()},
         },
         history=history,

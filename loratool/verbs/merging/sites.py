@@ -15,6 +15,7 @@ from loratool.adapter.slots import Slot
 from loratool.base.experts import assign_parameters
 from loratool.base.fitting import Fit, fit
 from loratool.base.model import Model
+from loratool.base.orientation import folded_kernel
 from loratool.base.region import Region
 from loratool.errors import BaseModelError, MissingModuleError, UnsupportedError
 from loratool.plan.model import AddDelta, Blend, ChangeWeight, Decompose, Residual
@@ -93,7 +94,7 @@ class SitePlanner:
         places = fit(site, share.adapter, base, assigned, resized=self._resized)
         is_doubled = _is_attention_output(site, base, self._attention)
         for place in places:
-            scale = _scale(site, share.adapter, assigned.get(site.label), place.region)
+            scale = _scale(site, share.adapter, assigned.get(site.label), place, base)
             weighed = share.at(site)
             _add_edits(weighed, place, base, 2 * scale if is_doubled else scale)
             for slot, factor in ((Slot.UP_BIAS, site.scaling.factor), (Slot.BIAS, 1.0)):
@@ -218,13 +219,15 @@ def _is_attention_output(site: Site, base: Model, adapted: set[str]) -> bool:
     return base.tensor(parent, "in_proj_weight") is not None
 
 
-def _scale(site: Site, adapter: Adapter, parameter: str | None, region: Region) -> float:
+def _scale(site: Site, adapter: Adapter, parameter: str | None, place: Fit, base: Model) -> float:
     """Return the scale of a site, now that the parameter it adapts is known."""
     if adapter.config is None or not site.parameters:
-        return site.scaling.factor
+        divided = site.scaling.factor
+        has_alpha = site.scaling.alpha is not None
+        return divided * folded_kernel(site, base.shape(place.name)) if has_alpha else divided
     if parameter is None:
         return adapter.config.scaling_for(site.pattern_path, site.rows).factor
-    return adapter.config.scaling_for(parameter, site.rows // region.experts).factor
+    return adapter.config.scaling_for(parameter, site.rows // place.region.experts).factor
 
 
 def _add_edits(share: Share, place: Fit, base: Model, scale: float) -> None:
