@@ -82,7 +82,7 @@ def command(
     Example:
         loratool compose style/ subject/ -w 0.8 -w 0.6 -o both/
         loratool compose tuned/ unwanted/ -w 1 -w -1 --rank 16 -o without/
-        loratool compose early/ late/ -w 1:layers.16-31=0 -w 2:layers.0-15=0 -o halves/
+        loratool compose a/ b/ -w 1:layers.16-31=0 -w 2:layers.0-15=0 -o halves/
     """
     from loratool.verbs.compose import compose
 

@@ -74,10 +74,10 @@ def command(
 
     \b
     Example:
-        loratool convert style.safetensors --to diffusers -o style-diffusers.safetensors
+        loratool convert style.safetensors --to diffusers -o out.safetensors
         loratool convert mlx-adapter/ --to peft -o peft-adapter/
         loratool convert my-adapter/ --for vllm -o served/
-        loratool convert loha.safetensors --to comfy --to-lora -o plain.safetensors
+        loratool convert loha.safetensors --to comfy --to-lora -o a.safetensors
         loratool convert my-adapter/ --to kohya --dry-run -o out.safetensors
     """
     from loratool.verbs.convert import convert

@@ -133,9 +133,16 @@ def _note_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> No
     is_flag=True,
     expose_value=False,
     callback=_show_version,
-    help="Say which version this is, with --verbose what it runs on, and exit.",
+    help="Say which version this is, and exit.",
 )
-@click.option("--verbose", is_flag=True, is_eager=True, expose_value=False, callback=_note_verbose)
+@click.option(
+    "--verbose",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_note_verbose,
+    help="With --version: BLAS, PyTorch, GPU and extras too.",
+)
 def cli() -> None:
     """Inspect, check, convert, combine, shrink and merge LoRA adapters, file to file.
 

@@ -57,7 +57,7 @@ def command(
     Example:
         loratool merge TinyLlama-1.1B/ my-adapter/ -o merged/
         loratool merge base/ style/ tone/ -w 0.7 -w -0.2 -o merged/
-        loratool merge sdxl.safetensors style.safetensors -w te1=0.5 -w unet=1.1 -o out.safetensors
+        loratool merge sdxl/ style.safetensors -w te1=0.5 -w unet=1.1 -o merged/
     """
     from loratool.verbs.merge import merge
 

@@ -63,8 +63,8 @@ def command(
     Example:
         loratool metadata style.safetensors
         loratool metadata style.safetensors --set modelspec.author=me --in-place
-        loratool metadata style.safetensors --remove ss_dataset_dirs -o public.safetensors
-        loratool metadata small.safetensors --from style.safetensors --in-place --dry-run
+        loratool metadata style.safetensors --remove ss_tag_frequency -o a.safetensors
+        loratool metadata a.safetensors --from style.safetensors --in-place --dry-run
     """
     from loratool.verbs.metadata import metadata
 

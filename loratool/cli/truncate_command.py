@@ -62,7 +62,7 @@ def command(
     \b
     Example:
         loratool truncate my-adapter/ --rank 16 -o smaller/
-        loratool truncate my-adapter/ --max-error 0.05 --rank-multiple 8 -o smaller/
+        loratool truncate adapter/ --max-error 0.05 --rank-multiple 8 -o smaller/
         loratool truncate my-adapter/ --max-size 8MB -o smaller/
     """
     from loratool.verbs.truncate import truncate

@@ -43,7 +43,8 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: The file; ``-`` for standard input, whose paths begin in the working folder.
+        path: The file; ``-`` for standard input, whose paths, as those of any pipe, begin in the
+            working folder.
 
     Raises:
         FileFormatError: It cannot be read, or is no TOML.
@@ -68,7 +69,7 @@ def read_recipe(path: Path) -> Recipe:
         raise FileFormatError(name, "is not UTF-8 text") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise FileFormatError(name, f"is not valid TOML: {error}") from None
-    folder = Path() if is_piped else path.parent
+    folder = path.parent if path.is_file() and not is_piped else Path()  # not that of a pipe
     return Recipe(name, tuple(_steps(document, text, name)), folder)
 
 

@@ -39,10 +39,10 @@ def read_card(path: Path) -> str | None:
         return None
 
 
-def licence_of(folder: Path) -> dict[str, str]:
-    """Return the fields of the card in a folder that say under which licence it is, if any do."""
+def licence_of(path: Path) -> dict[str, str]:
+    """Return the fields of a folder's card that say under which licence it is; none for a file."""
     try:
-        said = read_front_matter(folder / CARD_NAME)
+        said = read_front_matter(path / CARD_NAME)
     except LoratoolError:
         return {}
     found = {key: said[key] for key in LICENCE if isinstance(said.get(key), str)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from loratool.display.document import Block, Column, Document, Lines, Table
-from loratool.display.figures import human_bytes
+from loratool.display.figures import counted, human_bytes
 from loratool.display.folding import fold_names, listed
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.model import ModelPlan
@@ -22,7 +22,7 @@ def adapter_files(plan: AdapterPlan) -> Iterator[Block]:
         [(file["name"], human_bytes(file["bytes"])) for file in files],
     )
     memory = human_bytes(plan.peak_memory)
-    yield Lines((f"{len(plan.specs)} tensors; about {memory} of memory",))
+    yield Lines((f"{counted(len(plan.specs), 'tensor')}; about {memory} of memory",))
 
 
 def carried_along(names: Sequence[str]) -> Lines:

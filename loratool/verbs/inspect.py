@@ -421,6 +421,8 @@ def is_adapter(path: Path) -> bool:
     """
     if path.is_file():
         return path.name in sidecar_names() or (not is_index(path.name) and _holds_factors(path))
+    if not path.is_dir():
+        return True  # a device or a pipe, which opening it refuses
     there = {entry.name: entry for entry in os.scandir(path)}
     if not there.keys().isdisjoint((*sidecar_names(), *weights_names())):
         return True

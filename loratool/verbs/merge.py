@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.display.document import Document, Lines
-from loratool.display.figures import human_bytes
+from loratool.display.figures import counted, human_bytes
 from loratool.display.shown import Shown
 from loratool.files.places import located
 from loratool.names.strengths import Weights
@@ -108,7 +108,7 @@ class MergeReport(Shown):
             return self.plan.document()
         added = f", {self.added} added" if self.added else ""
         words = (
-            f"{self.output}: {self.merged} tensors merged, {self.copied} copied{added}, "
+            f"{self.output}: {counted(self.merged, 'tensor')} merged, {self.copied} copied{added}, "
             f"{human_bytes(self.bytes_written)}"
         )
         if self.retention is not None:

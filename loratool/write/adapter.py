@@ -38,6 +38,7 @@ class NewAdapter:
         metadata: What it says about its training.
         told: What is known of the model that it is for.
         history: How it came to be.
+        licence: What its card says of its licence, where it comes with none of its own.
         sidecars: Files that travel along.
         measured: What is computed for its report alone.
         stamps: What the inputs were when their headers were read.
@@ -61,6 +62,7 @@ class NewAdapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     told: Told | None = None
     history: History | None = None
+    licence: Mapping[str, str] = field(default_factory=dict)
     sidecars: tuple[Sidecar, ...] = ()
     measured: tuple[Together, ...] = ()
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)

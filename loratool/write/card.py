@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from loratool.adapter.scheme import Scheme
@@ -21,6 +21,7 @@ def adapter_card(
     base: object,
     family: str | None,
     former: Scheme | None = None,
+    licence: Mapping[str, str] | None = None,
     is_wanted: bool = True,
 ) -> tuple[Card | None, tuple[Sidecar, ...]]:
     """Return the card, and the other files that travel along.
@@ -33,6 +34,7 @@ def adapter_card(
         base: What is recorded as the model that it is for.
         family: The pipeline that it is for, where known.
         former: What the input was in, where that is another scheme.
+        licence: What it says of its licence, where the input has no card.
         is_wanted: Whether there is to be one; else that of the input travels as it is.
     """
     if not is_wanted:
@@ -46,6 +48,7 @@ def adapter_card(
         base_model=hub_name(base),
         library=DIFFUSION if family is not None else scheme.home.library or None,
         former_library=former.home.library or None if former is not None else None,
+        licence=licence or {},
         existing=existing,
     )
     return card, tuple(each for each in sidecars if each is not given)

@@ -104,6 +104,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         base=recorded_base,
         family=named.family,
         former=scheme_named(new.scheme) if new.scheme not in ("", scheme.name) else None,
+        licence=new.licence,
         is_wanted=new.history is None or new.history.is_carded,
     )
     notes = [

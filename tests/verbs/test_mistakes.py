@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -432,3 +434,21 @@ def test_a_readme_is_not_dropped(folder: Folder) -> None:
         assert "training.log" in said.err
         assert "1 dropped" not in said.out and "2 dropped" not in said.out
     assert Path("out1/README.md").read_text().count("# a card") == 1
+
+
+@pytest.mark.parametrize("command", [*READS_ANYTHING, "recipe"])
+def test_what_is_neither_file_nor_folder_is_not_waited_for(command: str, folder: Folder) -> None:
+    os.mkfifo("pipe")
+    line = READS_ANYTHING.get(command, "recipe {}").format("pipe", "adapter")
+    said = folder.run(line)
+    assert said.status in (1, 2) and "neither a file nor a folder" in said.out + said.err
+
+
+def test_a_recipe_may_come_through_a_pipe(folder: Folder) -> None:
+    os.mkfifo("pipe")
+    text = 'verb = "rescale"\nadapter = "adapter"\nscale = 2\noutput = "out"\n'
+    writer = threading.Thread(target=Path("pipe").write_text, args=(text,))
+    writer.start()
+    said = folder.run("run pipe")
+    writer.join()
+    assert said.status == 0 and Path("out").is_dir(), said

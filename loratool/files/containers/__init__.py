@@ -78,6 +78,8 @@ def open_weights(path: Path) -> WeightsFile:
     """
     if not path.exists():
         raise missing(path, "no such file")
+    if not path.is_file() and not path.is_dir():
+        raise FileFormatError(path, "neither a file nor a folder")  # reading it may take for ever
     if not is_weights(path) and (known := foreign_file(path)) is not None:
         raise FileFormatError(path, f"this is {known.what}; it is not read", hint=known.hint)
     try:

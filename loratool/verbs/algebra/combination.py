@@ -14,6 +14,7 @@ from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import Slot
 from loratool.errors import UnsupportedError
 from loratool.plan.adapter import AdapterPlan
+from loratool.plan.card import licence_of
 from loratool.plan.history import History, Source
 from loratool.schemes import DEFAULT_SCHEME, scheme_named, scheme_names
 from loratool.values.expr import Result, Together
@@ -85,10 +86,19 @@ def input_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
     versions = {v for a in adapters if (v := a.metadata.get("ss_base_model_version"))}
     if len(versions) > 1:
         yield f"the adapters name different versions of a base: {', '.join(sorted(versions))}"
+    licences = {said["license"] for a in adapters if (said := licence_of(a.path))}
+    if len(licences) > 1:
+        yield f"the adapters name different licences: {', '.join(sorted(licences))}"
     for adapter in adapters:
         yield from (f"{adapter.path}: {note}" for note in adapter.notes)
         if unknown := unknown_scale(adapter):
             yield f"{adapter.path}: {unknown}"
+
+
+def _common_licence(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Return what the cards of all adapters say of their licence, where they say the same."""
+    first, *others = [licence_of(adapter.path) for adapter in adapters]
+    return first if all(other == first for other in others) else {}
 
 
 @dataclass(frozen=True)
@@ -181,6 +191,7 @@ class Combination:
                 tuple(self.sources or map(Source.of_adapter, self.adapters)),
                 self.asked,
             ),
+            licence=_common_licence(self.adapters),
             sidecars=tuple(sidecars),
             measured=tuple(Spectrum(joint) for joint in self.joints if joint.rank_group in kept),
             stamps={path: stamp for each in self.adapters for path, stamp in each.stamps.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratool.display.document import Column, Document, Lines, Table
-from loratool.display.figures import human_bytes, span
+from loratool.display.figures import counted, human_bytes, span
 from loratool.names.sections import module_groups
 from loratool.plan.shown import adapter_files, carried_along, not_written
 
@@ -41,7 +41,7 @@ def rescaling_document(report: RescaleReport) -> Document:
         ),
     )
     error = report.relative_error
-    words = f"{report.output}: {len(names)} modules, {human_bytes(plan.nbytes)}, " + (
+    words = f"{report.output}: {counted(len(names), 'module')}, {human_bytes(plan.nbytes)}, " + (
         f"relative error {error:.3g}" if error else "exact"
     )
     return Document.of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loratool.display.document import Column, Document, Lines, Table
-from loratool.display.figures import human_bytes, span
+from loratool.display.figures import counted, human_bytes, span
 from loratool.names.sections import module_groups
 from loratool.plan.shown import adapter_files, carried_along, not_written
 from loratool.verbs.algebra.result import AdapterReport
@@ -52,7 +52,8 @@ def adapter_document(report: AdapterReport) -> Document:
 
 def _summary(report: AdapterReport) -> str:
     words = (
-        f"{report.output}: {len(report.plan.parts)} modules, {human_bytes(report.plan.nbytes)}, "
+        f"{report.output}: {counted(len(report.plan.parts), 'module')}, "
+        f"{human_bytes(report.plan.nbytes)}, "
         f"relative error {report.relative_error:.3g}"
     )
     if report.distance_from_sum is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from loratool.display.document import Column, Document, Group, Lines, Row, Table
-from loratool.display.figures import span
+from loratool.display.figures import counted, span
 from loratool.display.folding import listed
 from loratool.names.sections import module_groups
 
@@ -164,7 +164,7 @@ def _alone(found: Comparison) -> Iterator[str]:
         return
     for path, names in zip(found.adapters, found.only_in, strict=True):
         if names:
-            yield f"not in all: {len(names)} modules of {path}: {listed(names)}"
+            yield f"not in all: {counted(len(names), 'module')} of {path}: {listed(names)}"
 
 
 def _chance(members: Sequence[ModuleComparison]) -> str:

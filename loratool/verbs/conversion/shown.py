@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratool.display.document import Column, Document, Lines, Table
-from loratool.display.figures import human_bytes, span
+from loratool.display.figures import counted, human_bytes, span
 from loratool.names.sections import module_groups
 from loratool.plan.shown import adapter_files, carried_along, not_written
 
@@ -44,7 +44,7 @@ def conversion_document(report: ConvertReport) -> Document:
     return Document.of(
         (
             modules,
-            Lines(tuple(f"{count} modules: {note}" for note, count in plan.changes())),
+            Lines(tuple(f"{counted(count, 'module')}: {note}" for note, count in plan.changes())),
             *(() if report.is_written else adapter_files(plan)),
             carried_along(plan.extras),
             Lines((_summary(report),)),
@@ -59,7 +59,7 @@ def _summary(report: ConvertReport) -> str:
     exact = "exact" if report.is_exact else f"relative error {report.relative_error:.3g}"
     dropped = f", {len(plan.dropped)} dropped" if plan.dropped else ", nothing dropped"
     words = (
-        f"{report.output}: {report.source} → {plan.scheme}, {len(plan.parts)} modules "
+        f"{report.output}: {report.source} → {plan.scheme}, {counted(len(plan.parts), 'module')} "
         f"({moved} moved, {len(plan.parts) - moved} computed), "
         f"{human_bytes(plan.nbytes)}, {exact}{dropped}"
     )

@@ -115,15 +115,10 @@ class Difference:
             UnsupportedError: The scheme cannot express it.
         """
         try:
-            plan = write(self._adapter(ranks), self.scheme, self.options)
+            return write(self._adapter(ranks), self.scheme, self.options)
         except UnsupportedError as error:
             hint = "leave it out with --exclude, or write another scheme, such as --to peft"
             raise UnsupportedError(error.where, error.what, hint=hint) from None
-        if plan.card is None:
-            return plan
-        found = (licence_of(m.path) for m in (self.tuned, self.base) if m.path.is_dir())
-        licence = next(filter(None, found), {})
-        return replace(plan, card=replace(plan.card, licence=licence))
 
     def _adapter(self, ranks: Mapping[str, int]) -> NewAdapter:
         tie = self.tie
@@ -152,6 +147,7 @@ class Difference:
             components=names.components | set(self.tuned.components),
             is_native=names.is_native,
             history=History("extract", inputs, self.asked),
+            licence=licence_of(self.tuned.path) or licence_of(self.base.path),
             stamps={s.path: s.stamp for m in (self.base, self.tuned) for s in m.shards},
             dropped=tuple(
                 (joint.name, "the budget leaves no rank for it")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.model import FUSED_PARAMETERS, Kind
+from loratool.display.figures import counted
 from loratool.errors import BaseModelError
 from loratool.files.atomic import kept, staged
 from loratool.files.inputs import InputFiles, Stamp
@@ -376,7 +377,7 @@ def _notes(
     missing = [item for item in leftovers if not item.is_carried]
     if missing:
         notes.append(
-            f"{len(missing)} changed tensors are not in the adapter, such as "
+            f"{counted(len(missing), 'changed tensor')} left out of the adapter, such as "
             f"{missing[0].name!r} ({missing[0].why})"
         )
     wanted = {"max_error": truncation.max_error}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loratool.display.document import Column, Document, Lines, Row, Table
-from loratool.display.figures import human_bytes, span
+from loratool.display.figures import counted, human_bytes, span
 from loratool.display.folding import shortened
 from loratool.names.sections import module_groups
 from loratool.plan.shown import not_written
@@ -82,7 +82,7 @@ def _summary(report: ExtractReport) -> str:
     size = human_bytes(report.plan.nbytes)
     if report.is_written:
         return (
-            f"{report.output}: {len(report.plan.parts)} modules, {size}, relative error "
+            f"{report.output}: {counted(len(report.plan.parts), 'module')}, {size}, relative error "
             f"{report.relative_error:.3g}; {report.captured:.2%} of the change"
             + ("" if report.device == "cpu" else f"; computed on {report.device}")
         )

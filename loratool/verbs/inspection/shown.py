@@ -71,7 +71,9 @@ def _adapter_blocks(info: AdapterInfo, unfolded: bool, names_all: bool) -> Itera
         facts.append(("name in keys", adapter.name))
     if adapter.beside:
         base = info.base
-        words = f"{base['tensors']} tensors, {human_count(base['parameters'])} parameters"
+        words = (
+            f"{counted(base['tensors'], 'tensor')}, {human_count(base['parameters'])} parameters"
+        )
         facts.append(("and a base", f"{words}, {human_bytes(base['bytes'])}"))
     yield Facts(tuple(facts))
     yield _modules(info, unfolded, is_named=names_all or not info.spectra)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+from loratool.adapter.model import Adapter
 from loratool.base.model import Model
 from loratool.files.places import origin_of
-from loratool.plan.card import CARD_NAME, Card, hub_name, read_card
+from loratool.plan.card import CARD_NAME, Card, hub_name, licence_of, read_card
 from loratool.plan.sidecar import Sidecar
 
-__all__ = ["merged_card"]
+__all__ = ["licence_notes", "merged_card"]
 
 
 def merged_card(
@@ -46,3 +47,18 @@ def merged_card(
         existing=existing,
     )
     return card, [each for each in sidecars if each is not given]
+
+
+def licence_notes(model: Model, adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Yield what the card of a merged model does not say of licences, which somebody has to settle.
+
+    Args:
+        model: The base, whose card the merged model gets.
+        adapters: The adapters.
+    """
+    own = licence_of(model.path).get("license")
+    for adapter in adapters:
+        said = licence_of(adapter.path).get("license")
+        if said is not None and said != own:
+            kept = f"keeps that of the base, {own!r}" if own is not None else "names none"
+            yield f"{adapter.path}: its licence is {said!r}; the card of the merged model {kept}"

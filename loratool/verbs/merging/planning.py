@@ -34,7 +34,7 @@ from loratool.plan.history import History, Source, as_recorded
 from loratool.plan.model import Blend, Edit, ModelPlan, SetRows, Step
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.arguments import dtype_name, one_or_more
-from loratool.verbs.merging.cards import merged_card
+from loratool.verbs.merging.cards import licence_notes, merged_card
 from loratool.verbs.merging.coding import (
     QUANTIZED,
     check_quantized,
@@ -200,6 +200,7 @@ def plan_merge(
     card = None
     if is_folder:
         sidecars += indices(model, files)
+        notes += licence_notes(model, opened) if history.is_carded else ()
         bases = {adapter.base_model for adapter in opened}
         card, sidecars = merged_card(model, sidecars, bases, is_wanted=history.is_carded)
     return ModelPlan(
