@@ -40,10 +40,10 @@ FORMS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
     (r"^w_[ab]_\d+$", "numbered factors, but not two pairs for each block"),
-    (r"\.lora_[ab]\.weight$", "factors of candle's kind, or of a torchtune model not read yet"),
+    (r"\.lora_[ab]\.weight$", "factors of a torchtune model that is not read"),
     (r"\.lora_(up|down)\.weight$", "factors under names of a scheme that is not known"),
     (
-        r"(^|[._])(lora|LoRA)([._A-Z0-9]|$)|[._](W|w|delta|linear|adapter)_?[aAbB](_\w+)?(\.weight)?$",
+        r"(^|[._])(lora|LoRA)([._A-Z0-9]|$)|[._](W|w|delta|linear|adapter|matrix)_?[aAbB](_\w+)?(\.weight)?$",
         "factors under names of their own, it seems: call them MODULE.lora_A (r, in) and "
         "MODULE.lora_B (out, r), and say the scale with --alpha",
     ),

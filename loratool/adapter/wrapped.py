@@ -23,7 +23,7 @@ __all__ = [
 FACTOR: Final = re.compile(
     r"(?P<module>.+)\.(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector|down|up|mid|a|b)"
     r"|hada_(w\d_[ab]|t\d)|lokr_(w\d(_[ab])?|t\d)|dora_scale|lora\.[AB]"
-    r"|(lora|LoRA)_?(mat(rix)?_|weight_)?[AB](_weight)?|lora_(layer|adapter|module)\.[AB])(\..+)?",
+    r"|lora(_(layer|adapter|module))?\.(down|up|[01])|w(eight)?_lora_[AB]|(lora|LoRA)_?(mat(rix)?_|weight_)?[AB](_weight)?|lora_(layer|adapter|module)\.[AB])(\..+)?",
     re.DOTALL,
 )
 LIKELY: Final = ("lora_", "hada_", "lokr_", ".lora", ".LoRA")

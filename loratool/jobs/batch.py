@@ -311,18 +311,18 @@ def _check_apart(jobs: Sequence[Job]) -> None:
                 raise OptionError(f"jobs {other.number} and {job.number}", f"both write {path}")
     for job in jobs:
         for path in job.asked.writes:
-            other = _writer_around(path.parent, writers)
-            if other is not None and other is not job:
+            above = _writer_around(path.parent, writers)
+            if above is not None and above is not job:
                 raise OptionError(
-                    f"jobs {other.number} and {job.number}",
-                    f"{path} is inside of what job {other.number} writes",
+                    f"jobs {above.number} and {job.number}",
+                    f"{path} is inside of what job {above.number} writes",
                 )
         for path in (path for paths in job.asked.inputs.values() for path in paths):
-            other = _writer_around(path, writers)
-            if other is not None and other is not job:
+            writer = _writer_around(path, writers)
+            if writer is not None and writer is not job:
                 raise OptionError(
                     f"job {job.number}",
-                    f"reads {path}, which job {other.number} writes, and jobs have no order",
+                    f"reads {path}, which job {writer.number} writes, and jobs have no order",
                     hint="put the two into a recipe, and run that as one job",
                 )
 

@@ -17,6 +17,7 @@ FUSED: Final = "attn.qkv"
 WHOLE: Final = "attn.qkv.whole"
 """Queries, keys and values with their rows in the order of transformers."""
 LAYER: Final = re.compile(r"transformer\.h\.(?P<layer>[0-9]{1,9})\.(?P<leaf>.+)", re.DOTALL)
+INSIDE: Final = re.compile(r"([0-9]{1,9})\.(.+)", re.DOTALL)
 EXPERT: Final = re.compile(r"(?<=\.experts\.)[0-9]{1,9}(?=\.)")
 OLDER: Final = "attn.attn"
 """What ``attn.qkv`` was called before, with its rows in another order."""
@@ -71,9 +72,8 @@ class Kind:
 
     def _inside(self, module: str) -> tuple[str, str] | None:
         """Return the number of a layer and the path in it."""
-        match = re.fullmatch(
-            rf"{re.escape(self.layers)}\.([0-9]{1, 9})\.(.+)", plain_path(module), re.S
-        )
+        plain, start = plain_path(module), f"{self.layers}."
+        match = INSIDE.fullmatch(plain.removeprefix(start)) if plain.startswith(start) else None
         return (match[1], match[2]) if match is not None else None
 
 

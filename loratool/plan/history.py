@@ -85,6 +85,11 @@ class History:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def is_carded(self) -> bool:
+        """Whether a card tells of it."""
+        return not self.options.get("no_card")
+
+    @property
     def hashed(self) -> list[Path]:
         """The files that are hashed, each once."""
         return list(dict.fromkeys(path for source in self.inputs for path in source.weights))

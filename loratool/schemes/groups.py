@@ -22,6 +22,12 @@ PARTS: Final = frozenset(
     )
 )
 """What dictionaries of one model's parts are called, and those of adapters are not."""
+SIDES: Final = (
+    frozenset(("lora_A", "lora_B")),
+    frozenset(("A", "B")),
+    frozenset(("lora_down", "lora_up")),
+)
+"""What the two dictionaries of a file are called that has all A in one, and all B in the other."""
 WHOLE: Final = ("base_model.", "model.", "transformer.", "encoder.", "decoder.", "bert.", "unet.")
 """What the paths of a whole model begin with."""
 
@@ -47,6 +53,11 @@ def one_group(
         }
         for group in file.groups
     }
+    if inside.keys() in SIDES:
+        turned = {
+            f"{name}.{side}": t for side, found in inside.items() for name, t in found.items()
+        }
+        return replace(file, tensors=turned), None
     if adapter_name not in inside:
         if not all(_is_name(group) for group in inside):
             return file, None

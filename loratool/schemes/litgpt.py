@@ -32,7 +32,7 @@ from loratool.variants import variant_named
 __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
-    "keys": r"^(transformer\.h\.\d+\.(attn\.(qkv|attn|proj)|mlp\..+)|lm_head)\.lora_[AB]$",
+    "keys": r"^(transformer\.h\.[0-9]{1,9}\.(attn\.(qkv|attn|proj)|mlp\..+)|lm_head)\.lora_[AB]$",
     "weights": ("lit_model.pth.lora",),
     "sidecar": "hyperparameters.yaml",
 }
@@ -442,8 +442,8 @@ SCHEME = Scheme(
     summary="litgpt: q, k and v stacked in one, its scale in hyperparameters.yaml",
     example="transformer.h.0.attn.proj.lora_A",
     keys=LitgptKeys(
-        modules=r"transformer\.h\.\d+\.(attn\.(qkv|attn|proj)"
-        r"|mlp\.((shared_)?experts\.(\d+\.)?)?(fc|fc_1|fc_2|proj|gate))|lm_head",
+        modules=r"transformer\.h\.[0-9]{1,9}\.(attn\.(qkv|attn|proj)"
+        r"|mlp\.((shared_)?experts\.([0-9]{1,9}\.)?)?(fc|fc_1|fc_2|proj|gate))|lm_head",
         templates=(
             Template("{module}.lora_A", Slot.DOWN),
             Template("{module}.lora_B", Slot.UP),

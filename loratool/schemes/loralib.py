@@ -13,15 +13,15 @@ from loratool.schemes.parts.peft_config import PeftSettings
 from loratool.schemes.parts.roles import FactorsOfTable, Roles
 from loratool.schemes.parts.scales import AlphaScale, ConfiguredScale, FoldedScale
 from loratool.schemes.parts.settings import Settings
-from loratool.schemes.parts.tutorials import TEMPLATES, has_letters
+from loratool.schemes.parts.tutorials import TEMPLATES, has_letters, may_be_torchtunes
 from loratool.values.expr import Scaled
 
 __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
     "keys": r"^(?!base_model\.model\.).*\.("
-    r"(lora|LoRA)_?(mat(rix)?_|weight_)?[AB]|lora(_(layer|adapter|module))?\.(lora_)?[AB]"
-    r"|lora_[ab]|[AB]|parametrizations\.weight\.\d+\.(lora_)?[AB])([._]weight)?$",
+    r"(lora|LoRA)_?(mat(rix)?_|weight_)?[AB]|lora(_(layer|adapter|module))?\.((lora_)?[AB]|[01])"
+    r"|w(eight)?_lora_[AB]|lora_(down|up)|lora_[ab]|[AB]|parametrizations\.weight\.\d+\.(lora_)?[AB])([._]weight)?$",
     "weights": ("adapter_model.safetensors", "adapter_model.bin"),
 }
 
@@ -33,6 +33,8 @@ class LoralibKeys(KeyTable):
         count = self.factor_keys(tensors)
         if has_letters(tensors):
             pairs = self.pairs(tensors)
+            if may_be_torchtunes(tensors):
+                return 0
             return count if 2 * len(pairs) == count and are_upright(pairs) else 0
         wrong = sum(
             down.spec.shape[0] % max(1, up.spec.shape[1]) != 0

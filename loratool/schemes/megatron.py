@@ -75,10 +75,10 @@ MIXTRAL: Final = {
 OF_EXPERTS: Final = {"qwen3moe": EXPERTS, "olmoe": EXPERTS}
 """The same of kinds whose MLPs are experts, with what transformers calls these."""
 ALL_LAYERS: Final = re.compile(
-    r"(?P<layers>(.+\.)?(decoder|encoder)\.layers)\.(?P<leaf>(?!\d+\.).+)", re.DOTALL
+    r"(?P<layers>(.+\.)?(decoder|encoder)\.layers)\.(?P<leaf>(?![0-9]{1,9}\.).+)", re.DOTALL
 )
 LOCAL_EXPERT: Final = re.compile(
-    r"(?P<experts>.+\.mlp\.experts)\.local_experts\.(?P<number>\d+)\.(?P<leaf>linear_fc[12])",
+    r"(?P<experts>.+\.mlp\.experts)\.local_experts\.(?P<number>[0-9]{1,9})\.(?P<leaf>linear_fc[12])",
     re.DOTALL,
 )
 GROUPED: Final = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<leaf>linear_fc[12])", re.DOTALL)
@@ -369,8 +369,8 @@ SCHEME = Scheme(
     summary="NeMo, Megatron-Bridge: linear_qkv by groups, linear_fc1",
     example="decoder.layers.0.self_attention.linear_proj.adapter.linear_in.weight",
     keys=MegatronKeys(
-        modules=r"(.+\.)?(decoder|encoder)\.layers\.(\d+\.)?"
-        r"(self_attention|mlp(\.experts(\.local_experts\.\d+)?)?)\.linear_.+|(.+\.)?output_layer",
+        modules=r"(.+\.)?(decoder|encoder)\.layers\.([0-9]{1,9}\.)?"
+        r"(self_attention|mlp(\.experts(\.local_experts\.[0-9]{1,9})?)?)\.linear_.+|(.+\.)?output_layer",
         templates=(
             Template("{module}.adapter.linear_in.weight", Slot.DOWN),
             Template("{module}.adapter.linear_out.weight", Slot.UP),

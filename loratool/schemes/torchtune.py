@@ -173,7 +173,7 @@ SCHEME = Scheme(
     summary="torchtune: its names and order of rows; alpha is in the recipe",
     example="layers.0.attn.q_proj.lora_a.weight",
     keys=KeyTable(
-        modules=r"layers\.\d+\.(attn|mlp)\..+|output",
+        modules=r"layers\.\d+\.(attn\.\w+_proj|mlp\.(.+\.)?w[123])|output",
         templates=(
             Template("{module}" + DOWN, Slot.DOWN),
             Template("{module}.lora_b.weight", Slot.UP),

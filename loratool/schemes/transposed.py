@@ -18,8 +18,8 @@ __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
     "keys": r"^(?!base_model\.model\.).*\.("
-    r"(lora|LoRA)_?(mat(rix)?_|weight_)?[AB]|lora(_(layer|adapter|module))?\.(lora_)?[AB]"
-    r"|lora_[ab]|[AB]|parametrizations\.weight\.\d+\.(lora_)?[AB])([._]weight)?$",
+    r"(lora|LoRA)_?(mat(rix)?_|weight_)?[AB]|lora(_(layer|adapter|module))?\.((lora_)?[AB]|[01])"
+    r"|w(eight)?_lora_[AB]|lora_(down|up)|lora_[ab]|[AB]|parametrizations\.weight\.\d+\.(lora_)?[AB])([._]weight)?$",
     "weights": ("adapter_model.safetensors", "adapter_model.bin"),
 }
 
@@ -29,7 +29,7 @@ class TransposedKeys(KeyTable):
 
     def recognise(self, tensors: Mapping[str, StoredTensor]) -> int:
         if has_letters(tensors):
-            return 0  # mlx reads those
+            return 0  # mlx reads those, or they are layers, which are never turned
         pairs = self.pairs(tensors)
         return self.factor_keys(tensors) if pairs and are_transposed(pairs) else 0
 

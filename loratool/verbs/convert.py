@@ -138,6 +138,7 @@ def convert(
     drop: Sequence[str] = (),
     skip: Sequence[str] = (),
     force: bool = False,
+    no_card: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConvertReport:
@@ -178,6 +179,7 @@ def convert(
         drop: Regular expressions of modules and tensors that may be left out.
         skip: Regular expressions; keys that match are not read at all, and reported.
         force: Replace an existing output.
+        no_card: Write no card; that of the input travels as it is.
         dry_run: Say what would be done, and write nothing.
         progress: Called with bytes done and bytes in all.
 
@@ -229,6 +231,7 @@ def convert(
         "dtype": dtype,
         "drop": tuple(drop),
         "skip": tuple(skip),
+        "no_card": no_card or None,
     }
     if scheme.keys.names_adapter and name is None and opened.name is None:
         # which is what the option is for, then

@@ -140,3 +140,34 @@ def test_containers_inside_a_pickle(wrapper: str, tmp_path: Path) -> None:
     made = load_file(tmp_path / "a.safetensors")
     assert made.keys() == tensors.keys()
     assert all(torch.equal(made[key], tensors[key]) for key in made)
+
+
+OWN = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "hint"),
+    [
+        (
+            "UNILORA",
+            {"base_model.model.unilora_theta_d": torch.ones(16)},
+            "if its own tool can merge it, do that there",
+        ),
+        ("SUPERTUNING", {f"{OWN}supertuning_values": torch.ones(5)}, "merge_and_unload"),
+    ],
+)
+def test_what_peft_can_make_again_is_left_to_it(
+    kind: str, tensors: dict[str, torch.Tensor], hint: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    said = f'{{"peft_type": "{kind}", "target_modules": ["q_proj"]}}'
+    (folder / "adapter_config.json").write_text(said)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({f"{OWN[17:]}weight": torch.ones(8, 8)}, base / "model.safetensors")
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(LoratoolError) as caught:
+        loratool.merge(base, [folder], tmp_path / "out")
+    assert hint in str(caught.value.hint)

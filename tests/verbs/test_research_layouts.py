@@ -136,6 +136,21 @@ LAYOUTS: Final[dict[str, Callable[[], Layout]]] = {
     "factors in a layer beside, as PEFT's": lambda: spelled(
         ".lora.lora_A.weight", ".lora.lora_B.weight", weight=".wrapped.weight"
     ),
+    "a layer of layers": lambda: spelled(".lora.0.weight", ".lora.1.weight", weight=".base.weight"),
+    "diffusers' words": lambda: spelled(
+        ".lora.down.weight", ".lora.up.weight", weight=".fc.weight"
+    ),
+    "down and up": lambda: spelled(".lora_down", ".lora_up", weight=".weight"),
+    "down and up, transposed": lambda: spelled(
+        ".lora_down", ".lora_up", weight=".weight", is_turned=True
+    ),
+    "small letters of layers": lambda: spelled(
+        ".lora_a.weight", ".lora_b.weight", weight=".linear.weight"
+    ),
+    "small letters of layers beside": lambda: spelled(
+        ".lora.lora_a.weight", ".lora.lora_b.weight", weight=".linear.weight"
+    ),
+    "of the weight": lambda: spelled(".weight_lora_A", ".weight_lora_B", weight=".weight"),
     "matrices": lambda: spelled(".lora_matrix_A", ".lora_matrix_B", weight=".W0"),
     "transposed matrices": lambda: spelled(
         ".loraA", ".loraB", weight=".orig.weight", is_turned=True
@@ -223,6 +238,8 @@ def test_every_name_of_a_factor_is_read(is_turned: bool, tmp_path: Path) -> None
     }
     assert len(texts[Slot.DOWN]) > 20
     for index, (down, up) in enumerate(zip(*texts.values(), strict=True)):
+        if is_turned and down.endswith(("lora_a.weight", ".0.weight")):
+            continue  # layers, which hold their weights in one way
         layout = spelled(down, up, is_turned=is_turned)
         source = tmp_path / f"{index}.safetensors"
         save_file(layout.tensors, source)
@@ -476,6 +493,25 @@ def test_one_adapter_in_a_dictionary_of_its_name(tmp_path: Path) -> None:
     adapter = loratool.open_adapter(tmp_path / "a.pt")
     assert adapter.name == "style"
     assert adapter.sites[0].module == "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("A", "B"), ("lora_down", "lora_up")])
+def test_all_of_a_side_in_a_dictionary(names: tuple[str, str], tmp_path: Path) -> None:
+    pairs = factors()
+    sides = {name: {m: pair[n] for m, pair in pairs.items()} for n, name in enumerate(names)}
+    torch.save(sides, tmp_path / "a.pt")
+    loratool.convert(tmp_path / "a.pt", "peft", tmp_path / "out", alpha=ALPHA)
+    assert relative_error(dense_deltas(tmp_path / "out"), deltas(pairs)) < 1e-6
+
+
+@pytest.mark.parametrize("holder", ["model_state_dict", "model_state", "lora_weights"])
+def test_a_training_checkpoint_holds_them(holder: str, tmp_path: Path) -> None:
+    layout = spelled(".lora_A", ".lora_B", weight=".weight")
+    state = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({holder: layout.tensors, "optimizer": state, "epoch": 3}, tmp_path / "a.pt")
+    loratool.convert(tmp_path / "a.pt", "peft", tmp_path / "out", alpha=ALPHA)
+    assert relative_error(dense_deltas(tmp_path / "out"), layout.truth) < 1e-6
+    assert dense_deltas(tmp_path / "out").keys() == layout.truth.keys()
 
 
 @pytest.mark.parametrize("group", ["encoder", "unet", "text_encoder", "layer_0"])

@@ -17,7 +17,7 @@ from loratool.names.paths.component import EachAlone
 
 __all__ = ["LitgptPaths"]
 
-OF_OTHERS: Final = re.compile(r"transformer\.h\.\d+\.mlp\.(fc$|experts\.|gate$)")
+OF_OTHERS: Final = re.compile(r"transformer\.h\.[0-9]{1,9}\.mlp\.(fc$|experts\.|gate$)")
 """What models of other kinds than Llama's have."""
 
 

@@ -27,11 +27,11 @@ LEAVES: Final = {
 }
 FUSED: Final = {"linear_qkv": ("q", "k", "v"), "linear_fc1": ("gate", "up")}
 """Layers that are several projections of transformers, in the order of their rows."""
-HUB_LAYER: Final = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<leaf>.+)", re.DOTALL)
+HUB_LAYER: Final = re.compile(r"model\.layers\.(?P<layer>[0-9]{1,9})\.(?P<leaf>.+)", re.DOTALL)
 LAYER: Final = re.compile(
-    r"(?:.+\.)?(?:decoder|encoder)\.layers\.(?P<layer>\d+)\.(?P<leaf>.+)", re.DOTALL
+    r"(?:.+\.)?(?:decoder|encoder)\.layers\.(?P<layer>[0-9]{1,9})\.(?P<leaf>.+)", re.DOTALL
 )
-EXPERT: Final = re.compile(r"mlp\.experts\.(?P<number>\d+)\.(?P<leaf>linear_.+)", re.DOTALL)
+EXPERT: Final = re.compile(r"mlp\.experts\.(?P<number>[0-9]{1,9})\.(?P<leaf>linear_.+)", re.DOTALL)
 WHOLE: Final = {"output_layer": "lm_head"}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from loratool.display.document import Block, Column, Document, Lines, Table
@@ -41,6 +43,14 @@ COLUMNS: Final = (
 
 HASHES: Final = {"AutoV2": "autov2", "AutoV3": "autov3", "sha256": "sha256"}
 """Columns for hashes, where those are asked for."""
+SPECTRA: Final = {
+    "frobenius_norm": "‖delta‖",
+    "effective_rank": "effective",
+    "rank_90": "90 %",
+    "rank_99": "99 %",
+    "rank_99_9": "99.9 %",
+}
+"""Columns for spectra, where those are asked for, and what is above them in a table."""
 
 
 class Inspections(Many[AdapterInfo | ModelInfo]):
@@ -65,7 +75,9 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
         self.compares = duplicates
         self.settings = settings
         self.hashed = tuple(HASHES.items()) if settings.get("hashes") else ()
-        self.columns = (*COLUMNS[:-1], *(column for _, column in self.hashed), COLUMNS[-1])
+        self.measured = tuple(SPECTRA) if settings.get("spectrum") else ()
+        more = (*self.measured, *(column for _, column in self.hashed))
+        self.columns = (*COLUMNS[:-1], *more, COLUMNS[-1])
 
     def one(self, place: Place) -> AdapterInfo | ModelInfo:
         """See :class:`Many`."""
@@ -104,6 +116,7 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
             "parameters": adapter.parameters,
             "bytes": adapter.nbytes,
             "triggers": list(about.triggers),
+            **_measured(found),
         }
 
     def compared(
@@ -134,7 +147,8 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
     def _blocks(self, records: Sequence[Record]) -> list[Block]:
         known = [row for row in records if not row["error"]]
         shown = ("AutoV2",) if self.hashed else ()
-        titles = ("scheme", "family", "base", "rank", "alpha", "size", *shown, "triggers")
+        spectra = tuple(SPECTRA[column] for column in self.measured)
+        titles = ("scheme", "family", "base", "rank", "alpha", "size", *spectra, *shown, "triggers")
         folding = ("base", "triggers")
         columns = (
             Column("name", folds=True, is_kept=True),
@@ -152,6 +166,7 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
                     _span(row["smallest_rank"], row["rank"]),
                     _span(row["smallest_alpha"], row["alpha"]),
                     human_bytes(row["bytes"]),
+                    *(_figure(row[column]) for column in self.measured),
                     *(row[HASHES[name]] or "" for name in shown),
                     ", ".join(row["triggers"]),
                 )
@@ -159,6 +174,22 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
             ],
         )
         return [table, _same(known), not_read(records), Lines((_summary(records),))]
+
+
+def _measured(found: AdapterInfo) -> dict[str, Any]:
+    """Return what the spectra of an adapter say of all of it."""
+    if not found.spectra:
+        return {}
+    norms = [spectrum.frobenius_norm for spectrum in found.spectra]
+    ranks = found.advice.whole.ranks if found.advice is not None else {}
+    effective = fmean(spectrum.effective_rank for spectrum in found.spectra)
+    return {"frobenius_norm": math.hypot(*norms), "effective_rank": effective, **ranks}
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _span(low: float | None, high: float | None) -> str:
