@@ -343,9 +343,10 @@ def test_what_cannot_be_had(
     assert "\n" not in str(caught.value)
 
 
-def test_offline(hub: MockHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(HubError, match="not in the local cache of the hub, and HF_HUB_OFFLINE"):
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline(hub: MockHub, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(HubError, match=f"not in the local cache of the hub, and {variable} is set"):
         loratool.inspect("org/lora")
     assert hub.asked == []
 
