@@ -106,7 +106,7 @@ def on_the_hub(name: HubName) -> Path:
     Raises:
         HubError: It cannot be had.
     """
-    from loratool.files.hub.cache import cached, is_offline, missing_in
+    from loratool.files.hub.cache import cached, missing_in, offline_by
 
     snapshot = cached(name)
     lack = missing_in(snapshot) if snapshot is not None else None
@@ -116,10 +116,10 @@ def on_the_hub(name: HubName) -> Path:
     where = f"{here}not in the local cache of the hub"
     if lack is not None:
         where = f"in the local cache of the hub, but {lack}"
-    if is_offline():
+    if (variable := offline_by()) is not None:
         raise MissingModelError(
             name,
-            f"{where}, and HF_HUB_OFFLINE is set",
+            f"{where}, and {variable} is set",
             hint=_near(name) or f"without it, 'hf download {name.repo}' fetches it",
         )
     if name not in _known:

@@ -9,7 +9,7 @@ What would read a stand-in itself finds a line of text, never zeros.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
@@ -39,6 +39,10 @@ MARK: Final = "a stand-in of loratool: the file itself is elsewhere, and was not
 
 class Store(Protocol):
     """Where several files are that can be fetched together."""
+
+    def lacking(self, sources: Sequence[Source]) -> Sequence[Source]:
+        """Return the files that fetching some brings, with what travels along."""
+        ...
 
     def fetch(self, sources: Sequence[Source]) -> None:
         """Bring whole files of this store to the disk.
@@ -155,21 +159,23 @@ def fetch(paths: Iterable[Path]) -> None:
     Raises:
         LoratoolError: One cannot be fetched.
     """
-    if not _sources:
-        return
-    stores: dict[int, tuple[Store, list[Source]]] = {}
-    for path in dict.fromkeys(paths):
-        source = source_of(path)
-        if source is not None:
-            stores.setdefault(id(source.store), (source.store, []))[1].append(source)
-    for store, sources in stores.values():
+    for store, sources in _by_store(paths):
         store.fetch(sources)
 
 
-def unfetched(paths: Iterable[Path]) -> dict[Path, int]:
-    """Return the sizes of those files of which not all bytes are on the disk."""
-    sources = ((path, source_of(path)) for path in dict.fromkeys(paths) if _sources)
-    return {path: source.size for path, source in sources if source is not None}
+def unfetched(paths: Iterable[Path]) -> list[Source]:
+    """Return the files that would be fetched, were these fetched."""
+    return [each for store, sources in _by_store(paths) for each in store.lacking(sources)]
+
+
+def _by_store(paths: Iterable[Path]) -> Collection[tuple[Store, list[Source]]]:
+    """Return the files of which not all bytes are on the disk, those of one store together."""
+    stores: dict[int, tuple[Store, list[Source]]] = {}
+    for path in dict.fromkeys(paths) if _sources else ():
+        source = source_of(path)
+        if source is not None:
+            stores.setdefault(id(source.store), (source.store, []))[1].append(source)
+    return stores.values()
 
 
 def size_of_opened(file: BinaryIO) -> int | None:

@@ -19,7 +19,7 @@ from loratool.files.container import Layout, WeightsFile
 from loratool.files.containers import container_of
 from loratool.files.inputs import Stamp
 from loratool.files.places import hub_as_json
-from loratool.files.sources import unfetched
+from loratool.files.sources import Source, unfetched
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.card import Card
 from loratool.plan.history import History
@@ -442,12 +442,13 @@ class ModelPlan(Shown):
         return hub_as_json({"base": self.base}, [adapter.path for adapter in self.adapters])
 
     @property
-    def unfetched(self) -> Mapping[Path, int]:
-        """Bytes of every file of the hub that would have to be fetched first."""
+    def unfetched(self) -> Sequence[Source]:
+        """The files of the hub or of stores that would have to be fetched first."""
         return unfetched((*self.stamps, *(s.source for s in self.sidecars if s.source is not None)))
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
+        missing = self.unfetched
         return {
             "schema": 1,
             "dry_run": True,
@@ -457,7 +458,7 @@ class ModelPlan(Shown):
             "added": self.added,
             "unused": list(self.unused),
             "bytes_to_write": self.nbytes,
-            **({"bytes_to_fetch": sum(missing.values())} if (missing := self.unfetched) else {}),
+            **({"bytes_to_fetch": sum(file.size for file in missing)} if missing else {}),
             "peak_memory": self.peak_memory,
             "files": [{"name": file.name, "bytes": file.size} for file in self.files],
             "steps": [

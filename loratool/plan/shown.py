@@ -71,9 +71,9 @@ def model_document(plan: ModelPlan) -> Document:
     memory = human_bytes(plan.peak_memory)
     summary = f"{human_bytes(plan.nbytes)} in all; about {memory} of memory; "
     fetched: tuple[str, ...] = ()
-    if plan.unfetched:
-        size = human_bytes(sum(plan.unfetched.values()))
-        fetched = (f"would be fetched from the hub: {len(plan.unfetched)} files, {size}",)
+    if missing := plan.unfetched:
+        size = human_bytes(sum(file.size for file in missing))
+        fetched = (f"would be fetched first: {counted(len(missing), 'file')}, {size}",)
     skipped = [f"skipped: {key}" for key in plan.unused]
     return Document.of(
         (

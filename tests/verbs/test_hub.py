@@ -189,7 +189,19 @@ def test_a_dry_run_fetches_no_data(hub: MockHub, tmp_path: Path) -> None:
     plan = plan_merge("org/large", [tmp_path / "a.safetensors"], alpha=4)
     assert plan.merged == 16
     assert hub.sent < 200_000
-    assert sum(plan.unfetched.values()) > size
+    assert sum(file.size for file in plan.unfetched) > size
+
+
+def test_what_a_dry_run_says_is_what_is_fetched(hub: MockHub, tmp_path: Path) -> None:
+    told: list[Any] = []
+    plan = plan_merge("org/base", ["org/lora"])
+    counts = len(plan.unfetched), sum(file.size for file in plan.unfetched)
+    listeners.append(told.append)
+    try:
+        loratool.merge("org/base", ["org/lora"], tmp_path / "merged")
+    finally:
+        listeners.remove(told.append)
+    assert counts == (sum(each.files for each in told), sum(each.size for each in told))
 
 
 def test_a_stand_in_is_never_read_as_data(hub: MockHub) -> None:
@@ -331,9 +343,10 @@ def test_what_cannot_be_had(
     assert "\n" not in str(caught.value)
 
 
-def test_offline(hub: MockHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(HubError, match="not in the local cache of the hub, and HF_HUB_OFFLINE"):
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline(hub: MockHub, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(HubError, match=f"not in the local cache of the hub, and {variable} is set"):
         loratool.inspect("org/lora")
     assert hub.asked == []
 

@@ -26,13 +26,14 @@ __all__ = [
     "absent_sidecars",
     "cache_folder",
     "cached",
-    "is_offline",
     "is_sidecar",
     "missing_in",
+    "offline_by",
     "snapshot_of",
 ]
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+OFFLINE: Final = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 TRUE: Final = ("1", "ON", "YES", "TRUE")
 SNAPSHOT: Final = re.compile(
     r".*/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.*))?", re.DOTALL
@@ -71,10 +72,10 @@ class Snapshot:
         return self.folder / self.inside if self.inside else self.folder
 
 
-def is_offline() -> bool:
-    """Whether the environment forbids the network."""
-    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return said.upper() in TRUE
+def offline_by() -> str | None:
+    """Return the variable of the environment that forbids the network, if one does."""
+    said = next((name for name in OFFLINE if os.environ.get(name)), None)
+    return said if said is not None and os.environ[said].upper() in TRUE else None
 
 
 def cache_folder() -> Path:

@@ -80,22 +80,30 @@ class HubFiles:
     revision: str | None
     files: dict[str, HubFile] = field(default_factory=dict)
 
+    @property
+    def _snapshot(self) -> Snapshot:
+        store = cache_folder() / f"models--{self.repo.replace('/', '--')}"
+        return Snapshot(self.repo, self.commit, store / "snapshots" / self.commit)
+
+    def _wanted(self, sources: Sequence[Source]) -> dict[str, HubFile]:
+        """Return files by their paths, with what travels along with weights."""
+        wanted = {each.path: each for each in sources if isinstance(each, HubFile)}
+        for folder in {path.rpartition("/")[0] for path in wanted}:
+            wanted |= {each.path: each for each in self._beside(folder)}
+        return wanted
+
+    def lacking(self, sources: Sequence[Source]) -> list[HubFile]:
+        """See :class:`Store`; what travels along with weights is fetched too."""
+        folder = self._snapshot.folder
+        return [each for p, each in self._wanted(sources).items() if not (folder / p).is_file()]
+
     def fetch(self, sources: Sequence[Source]) -> None:
-        """See :class:`Store`; what travels along with weights is fetched too.
+        """See :class:`Store`.
 
         Raises:
             HubError: It cannot be done; what is whole stays in the cache, and is not fetched again.
         """
-        wanted = {each.path: each for each in sources if isinstance(each, HubFile)}
-        for folder in {path.rpartition("/")[0] for path in wanted}:
-            wanted |= {each.path: each for each in self._beside(folder)}
-        snapshot = Snapshot(
-            self.repo,
-            self.commit,
-            cache_folder() / f"models--{self.repo.replace('/', '--')}" / "snapshots" / self.commit,
-        )
-        here = {path for path in wanted if (snapshot.folder / path).is_file()}
-        lacking = [each for path, each in wanted.items() if path not in here]
+        snapshot, wanted, lacking = self._snapshot, self._wanted(sources), self.lacking(sources)
         if lacking:
             size = sum(each.size for each in lacking)
             tell(Fetching(f"{self.repo}@{self.commit[:8]}", len(lacking), size, cache_folder()))

@@ -169,6 +169,11 @@ class Objects:
     store: Any
     files: dict[str, ObjectFile] = field(default_factory=dict)
 
+    def lacking(self, sources: Sequence[Source]) -> list[ObjectFile]:
+        """See :class:`Store`."""
+        wanted = (each for each in sources if isinstance(each, ObjectFile))
+        return [each for each in wanted if not each.kept.is_file()]
+
     def fetch(self, sources: Sequence[Source]) -> None:
         """See :class:`Store`.
 
@@ -176,7 +181,7 @@ class Objects:
             StoreError: One cannot be fetched; those that are whole are kept.
         """
         wanted = [each for each in sources if isinstance(each, ObjectFile)]
-        lacking = [each for each in wanted if not each.kept.is_file()]
+        lacking = self.lacking(wanted)
         if lacking:
             size = sum(each.size for each in lacking)
             tell(Fetching(str(self.address), len(lacking), size, objects_folder()))

@@ -14,8 +14,8 @@ from loratool.files.hub.cache import (
     absent_sidecars,
     cache_folder,
     cached,
-    is_offline,
     missing_in,
+    offline_by,
     snapshot_of,
 )
 from loratool.files.hub.names import HubName
@@ -54,7 +54,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_offline(monkeypatch: pytest.MonkeyPatch, said: str, expected: bool) -> None:
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", said)
-    assert is_offline() is expected
+    assert (offline_by() is not None) is expected
 
 
 def test_what_is_in_it_is_found(cache: Path) -> None:

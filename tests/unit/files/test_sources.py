@@ -36,6 +36,9 @@ class Far(Ranged):
         self.asked.append((start, stop))
         return self.data[start:stop]
 
+    def lacking(self, sources: Sequence[Source]) -> Sequence[Source]:
+        return sources
+
     def fetch(self, sources: Sequence[Source]) -> None:
         self.local = self.folder / "fetched"
         self.local.write_bytes(self.data)
