@@ -12,11 +12,11 @@ from loratool.adapter.initialisations import Initialisation, initialisation
 from loratool.adapter.patterns import pattern_value
 from loratool.adapter.scaling import Scaling
 from loratool.errors import AdapterError
+from loratool.files.checkpoint import ADAPTER_CONFIG as CONFIG_NAME
 from loratool.files.json import read_json_object
 
 __all__ = ["CONFIG_NAME", "KNOWN_FIELDS", "LoraConfig", "parse_config", "read_config"]
 
-CONFIG_NAME: Final = "adapter_config.json"
 OWN_ALPHA: Final = ("LOHA", "LOKR")
 """PEFT types whose alpha is called just that."""
 TOKENS: Final = "TRAINABLE_TOKENS"

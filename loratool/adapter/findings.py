@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -73,6 +74,8 @@ CODES: Final = {
     "LT204": ("info", "worth knowing about the loader"),
 }
 """Code to its usual severity and its title."""
+MOST_SHOWN: Final = 10
+"""Findings of one code that people see; all of them are in the JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,24 +137,37 @@ class Findings(Shown, tuple[Finding, ...]):
         return {"schema": 1, "ok": self.ok, "findings": [item.as_json() for item in self]}
 
     def document(self) -> Document:
-        """Return what people see of it."""
+        """Return what people see of it: of each code the first few, and how many more there are."""
         from loratool.display.document import Document, Remark, Remarks
 
-        remarks = (
-            Remark(item.severity, item.code, item.where, item.message, item.hint or "")
-            for item in self
-        )
-        return Document((Remarks(tuple(remarks), self.summary),))
+        shown: dict[tuple[str, str], list[Remark]] = {}
+        counts = Counter((item.severity, item.code) for item in self)
+        for item in self:
+            remarks = shown.setdefault((item.severity, item.code), [])
+            if len(remarks) < MOST_SHOWN:
+                hint = item.hint or ""
+                remarks.append(Remark(item.severity, item.code, item.where, item.message, hint))
+        for (severity, code), remarks in shown.items():
+            more = counts[severity, code] - len(remarks)
+            if more:
+                words = f"{CODES[code][1]}; --json lists all"
+                remarks.append(Remark(severity, code, f"and {more:,} more", words))
+        items = tuple(remark for remarks in shown.values() for remark in remarks)
+        return Document((Remarks(items, self.summary),))
 
     @property
     def summary(self) -> str:
-        """How many there are of each severity."""
+        """How many there are of each severity, and of each code where not all are shown."""
         counts = {name: sum(item.severity == name for item in self) for name in SEVERITIES}
         words = [
-            f"{count} {name}{'s' * (count != 1 and name != 'info')}"
+            f"{count:,} {name}{'s' * (count != 1 and name != 'info')}"
             for name, count in counts.items()
             if count
         ]
+        codes = Counter(item.code for item in self).most_common()
+        if codes and codes[0][1] > MOST_SHOWN:
+            each = ", ".join(f"{count:,} of {code}" for code, count in codes)
+            return f"{', '.join(words)}: {each}"
         return ", ".join(words) or self.clean
 
 

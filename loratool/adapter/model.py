@@ -263,6 +263,7 @@ class Adapter:
         mixed: Keys of factors that another scheme would read, and its own does not.
         beside: Weights of a base that lie in its file and are not its own, by key.
         told: What is known of the model that it is for.
+        others: Further files that its tensors lie in, and what they were.
     """
 
     path: Path
@@ -286,6 +287,12 @@ class Adapter:
     mixed: tuple[str, ...] = ()
     beside: Mapping[str, StoredTensor] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
+    others: Mapping[Path, Stamp] = field(default_factory=dict)
+
+    @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """What every file of its weights was when its header was read, the first one first."""
+        return {self.weights: self.stamp, **self.others}
 
     @property
     def title(self) -> str:

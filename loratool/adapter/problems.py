@@ -81,7 +81,10 @@ def check_sound(site: Site, adapter: Adapter) -> None:
         AdapterError: It is broken, or contradicts the configuration; the code is the finding's.
     """
     for code, problem in site_problems(site, adapter):
-        raise AdapterError(f"{adapter.path}: {site.label}", f"{problem} ({code})", code=code)
+        hint = site.variant.mending if code == "LT001" else None
+        raise AdapterError(
+            f"{adapter.path}: {site.label}", f"{problem} ({code})", hint=hint, code=code
+        )
 
 
 def check_unmixed(adapter: Adapter) -> None:

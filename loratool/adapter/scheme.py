@@ -313,6 +313,10 @@ class Settings(Protocol):
         """Yield what a user should know about what is written."""
         ...
 
+    def remarks(self, sites: Sequence[Site], sidecar: Mapping[str, Any] | None) -> Iterator[str]:
+        """Yield what somebody who reads these settings should know, one sentence each."""
+        ...
+
     def findings(self, adapter: Adapter) -> Iterator[Finding]:
         """Yield what is wrong with a stored adapter of this scheme, or missing beside it."""
         ...
@@ -345,6 +349,15 @@ class Roles(Protocol):
 
     def magnitude(self, tensor: StoredTensor) -> Expr:
         """Return stored magnitudes as ``(out,)``, or as they are where they are of the inputs."""
+        ...
+
+    def cut(self, parts: Sequence[Part]) -> list[Part]:
+        """Return ``parts`` with those as several that are several there, before ranks are set.
+
+        Raises:
+            AdapterError: One has other rows than those.
+            UnsupportedError: One is no plain LoRA, or nothing tells where it is cut.
+        """
         ...
 
     def together(self, parts: Sequence[Part]) -> list[Part]:

@@ -141,6 +141,7 @@ class Variant:
         spare: Those of them that it may lack.
         whole_numbers: Those of them that are places, which need not be floats.
         resizes: Whether what takes the place of a parameter may have another shape.
+        mending: What to do where tensors are missing that its own tool can make again.
     """
 
     name: ClassVar[str]
@@ -179,6 +180,7 @@ class Variant:
     spare: ClassVar[frozenset[str]] = frozenset()
     whole_numbers: ClassVar[frozenset[str]] = frozenset()
     resizes: ClassVar[bool] = True
+    mending: ClassVar[str | None] = None
 
     def __repr__(self) -> str:
         return f"<variant {self.name}>"

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.files.checkpoint import MODEL_CONFIG as CONFIG_NAME
 from loratool.files.json import read_json_object
 from loratool.names.tied import (
     ALWAYS_TIED,
@@ -34,7 +35,6 @@ __all__ = [
     "read_config",
 ]
 
-CONFIG_NAME: Final = "config.json"
 TIE: Final = "tie_word_embeddings"
 TEXT_PARTS: Final = ("text_config", "llm_config")
 """Where models of several modalities describe their language model."""

@@ -31,10 +31,10 @@ __all__ = [
     "parameter_place",
 ]
 
-EXPERT: Final = re.compile(r"(?P<container>.+)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)")
+EXPERT: Final = re.compile(r"(?P<container>.+)\.(?P<expert>[0-9]{1,9})\.(?P<leaf>[^.]+)")
 LISTED: Final = re.compile(
-    r"(?P<container>.+)\.((?P<expert>\d+)\.(?P<leaf>gate_up_proj)"
-    r"|(?P<list>gate_up_proj|down_proj)s\.(?P<place>\d+))"
+    r"(?P<container>.+)\.((?P<expert>[0-9]{1,9})\.(?P<leaf>gate_up_proj)"
+    r"|(?P<list>gate_up_proj|down_proj)s\.(?P<place>[0-9]{1,9}))"
 )
 """One expert's share of a parameter, as code calls it that keeps experts in lists (unsloth)."""
 INTERLEAVED: Final = frozenset(("gpt_oss",))

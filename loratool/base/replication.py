@@ -13,7 +13,7 @@ from loratool.errors import AdapterError, UnsupportedError
 __all__ = ["layer_ranges", "replicate"]
 
 LAYER: Final = re.compile(
-    r"(?P<before>(?:.*\.)?(?:layers|layer|h|blocks))\.(?P<index>\d+)\.(?P<after>.+)"
+    r"(?P<before>(?:.*\.)?(?:layers|layer|h|blocks))\.(?P<index>[0-9]{1,9})\.(?P<after>.+)"
 )
 MAX_LAYERS: Final = 1_000
 

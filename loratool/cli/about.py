@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 
@@ -43,7 +44,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     for line in wanted:
         package, _, marker = line.partition(";")
         extra = marker.partition("extra ==")[2].strip().strip("'\"")
-        name = package.partition(">")[0].partition("=")[0].partition("[")[0].strip()
+        name = re.split(r"[^\w.-]", package.strip(), maxsplit=1)[0]
         if extra not in ("", "dev", "test") and name != "loratool":
             extras.setdefault(extra, []).append(f"{name} {_version(name)}")
     for extra, packages in extras.items():

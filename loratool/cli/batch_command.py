@@ -73,6 +73,8 @@ def command(
         if str(jobs) == STDIN:
             raise OptionError("--output", "say where the records go: the jobs are in no file")
         output = jobs.with_name(f"{jobs.stem}.records.jsonl")
+    elif str(output) == STDIN:
+        raise OptionError("--output", "records go to a file, which --resume reads again")
     with _progress(quiet=quiet) as note:
         report = batch(
             jobs,

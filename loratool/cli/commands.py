@@ -23,15 +23,17 @@ from loratool.cli import render
 from loratool.cli.failures import FAILURE
 from loratool.cli.main import COMMANDS as NAMES
 from loratool.cli.main import cli
+from loratool.cli.pair import Pair
 from loratool.errors import LoratoolError, OptionError
 from loratool.jobs.step import Asked, Done, Places, Step
 from loratool.plan.recipe_text import ARGUMENTS
 
-__all__ = ["COMMANDS", "NESTED", "CommandLine"]
+__all__ = ["COMMANDS", "CommandLine"]
 
-NESTED: Final = ("run", "batch")
-"""Commands that carry out others."""
 OUTPUT: Final = "output"
+WRITTEN: Final = (OUTPUT, "plot", "report", "save_spectrum", "into")
+"""Options whose paths are written to."""
+IN_PLACE: Final = "in_place"
 HUB_NAME: Final = re.compile(r"hf:/.*|[\w.-]+/[\w.-]+(@[\w.-]+)?(/.*)?", re.ASCII)
 
 
@@ -90,7 +92,10 @@ class CommandLine:
         self._try(known, words, placed, step.where)
         paths = {n: v for n, v in placed.items() if _is_path(known.by_name[n])}
         output, place = (each.get(OUTPUT) for each in (values, placed))
-        inputs = {n: tuple(map(Path, _listed(v))) for n, v in paths.items() if n != OUTPUT}
+        inputs = {n: tuple(map(Path, _listed(v))) for n, v in paths.items() if n not in WRITTEN}
+        writes = [Path(paths[name]) for name in WRITTEN if paths.get(name) is not None]
+        if placed.get(IN_PLACE):
+            writes += inputs.get("path", ())
         for whole, part, span in parts:
             inputs[part] = inputs[whole][span]
         return Asked(
@@ -98,6 +103,7 @@ class CommandLine:
             inputs,
             Path(output) if output is not None else None,
             Path(place) if place is not None else None,
+            tuple(writes),
             "dry_run" in known.by_name,
         )
 
@@ -277,17 +283,19 @@ def _listed(value: Any) -> list[Any]:
 
 def _placed(param: click.Parameter, value: Any, places: Places) -> Any:
     """Return a value with its relative paths where they lead."""
-    if not _is_path(param):
-        return value
     if isinstance(value, list | tuple):
         return [_placed(param, each, places) for each in value]
+    if isinstance(param.type, Pair):
+        return param.type.placed(str(value), places.folder)
+    if not _is_path(param):
+        return value
     path = Path(str(value))
     made = places.made.get(places.named(path))
     if made is not None:
         return str(made)
     if path.is_absolute():
         return str(value)
-    if param.name == OUTPUT:
+    if param.name in WRITTEN:
         return str((places.into or places.folder) / path)
     place = places.folder / path
     if not place.exists() and HUB_NAME.fullmatch(str(value)) and not path.exists():

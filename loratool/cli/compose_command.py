@@ -55,6 +55,7 @@ __all__ = ["command"]
 @options.alpha
 @options.adapter_name
 @options.skip
+@options.no_card
 @options.force
 @options.dry_run
 @options.device

@@ -57,6 +57,7 @@ __all__ = ["command"]
     help="What may be left out where the scheme has no place for it; reported.",
 )
 @options.skip
+@options.no_card
 @options.force
 @options.dry_run
 @options.quiet

@@ -63,6 +63,7 @@ __all__ = ["command"]
 @options.plot
 @options.report
 @options.dtype
+@options.no_card
 @options.force
 @options.dry_run
 @click.option("--resume", is_flag=True, help="Keep finished modules; take up those of before.")

@@ -41,7 +41,7 @@ GROUPS: Final = {
     ),
     "Output": (
         *("output", "in_place", "force", "dry_run", "plot", "report", "as_json", "as_jsonl"),
-        *("as_csv", "json_schema", "quiet", "card"),
+        *("as_csv", "json_schema", "quiet", "into", "outside", "no_card"),
     ),
     "Running": (
         *("device", "threads", "workers", "executor", "shards", "finish", "resume", "offline"),

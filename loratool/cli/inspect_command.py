@@ -97,7 +97,9 @@ def command(
             from loratool.cli.drawings import write_drawings
 
             write_drawings(found, None, report, force=force)
-        return tell(found, as_json=as_json, as_jsonl=as_jsonl, as_csv=as_csv, sort=sort)
+        return tell(
+            found, as_json=as_json, as_jsonl=as_jsonl, as_csv=as_csv, sort=sort, quiet=quiet
+        )
     (path,) = paths
     place = located(path)
     has_spectrum = report is not None and place.exists() and is_adapter(place)

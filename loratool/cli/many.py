@@ -27,6 +27,7 @@ def tell(
     as_jsonl: bool = False,
     as_csv: bool = False,
     sort: str | None = None,
+    quiet: bool = False,
 ) -> int:
     """Print what a verb says of many paths, and return the exit status.
 
@@ -37,6 +38,7 @@ def tell(
         as_jsonl: Print one document a line; as it is read, unless rows are sorted or compared.
         as_csv: Print rows.
         sort: The column to sort by, with ``-`` before it from the largest on.
+        quiet: Show no progress.
 
     Raises:
         OptionError: There is no such column, or several forms are asked for.
@@ -48,19 +50,23 @@ def tell(
     documents: list[dict[str, Any]] = []
     unread: list[LoratoolError] = []
     count = bad = 0
-    for place, one in found.pairs():
-        count += 1
-        if isinstance(one, Unread):
-            unread.append(one.error)
-        else:
-            bad += is_bad(one)
-        if is_streamed:
-            click.echo(json.dumps(one.as_json()))
-            continue
-        rows.append(dict(found.record(place, one)))
-        documents.append(one.as_json() if as_json or as_jsonl else {})
+    is_seen = is_streamed and sys.stdout.isatty()
+    with render.progress_bar("reading", quiet=quiet or is_seen, is_counted=True) as progress:
+        for place, one in found.pairs(progress):
+            count += 1
+            if isinstance(one, Unread):
+                unread.append(one.error)
+            else:
+                bad += is_bad(one)
+            if is_streamed:
+                click.echo(json.dumps(one.as_json()))
+                continue
+            rows.append(dict(found.record(place, one)))
+            documents.append(one.as_json() if as_json or as_jsonl else {})
     failure = _failure(unread) if len(unread) == count else None
     if not is_streamed:
+        with render.progress_bar("comparing", quiet=quiet, is_counted=True) as progress:
+            rows = found.compared(rows, progress)
         rows, documents = _arranged(found, rows, documents, order)
     if as_json:
         told = {"error": failure.as_json()} if failure is not None else {}
@@ -95,8 +101,7 @@ def _arranged(
     documents: Sequence[dict[str, Any]],
     order: tuple[str, bool] | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return rows and documents compared with each other, and in the order that is asked for."""
-    rows = found.compared(rows)
+    """Return rows and documents in the order that is asked for."""
     places = list(range(len(rows)))
     if order is not None:
         name, is_descending = order

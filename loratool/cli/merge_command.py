@@ -24,6 +24,7 @@ __all__ = ["command"]
 @options.skip
 @options.enable_lora
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity where they come out.")
+@options.no_card
 @options.force
 @click.option(
     "--quantized",

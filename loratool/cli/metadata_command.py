@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Final
 
 import click
 
 from loratool.cli import options, render
 from loratool.cli.help import GroupedCommand
-from loratool.errors import FileFormatError, OptionError, printable
+from loratool.cli.pair import Pair
 
 __all__ = ["command"]
-
-FROM_FILE: Final = "@"
-FROM_STDIN: Final = "-"
-LARGEST: Final = 64 << 20
-
-
-def _pairs(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for text in value:
-        key, equals, said = text.partition("=")
-        if not equals or not key:
-            raise click.BadParameter(f"'{printable(text)}'; expected KEY=VALUE")
-        if key in found:
-            raise click.BadParameter(f"'{printable(key)}' is given twice")
-        found[key] = _read(said)
-    return found
-
-
-def _read(text: str) -> str:
-    """Return a value, or what the file holds that it names."""
-    if text == FROM_STDIN:
-        return sys.stdin.read()
-    if not text.startswith(FROM_FILE):
-        return text
-    if text.startswith(2 * FROM_FILE):
-        return text[1:]
-    path = Path(text[1:])
-    try:
-        if path.stat().st_size > LARGEST:
-            raise OptionError("--set", f"{path} is larger than {LARGEST >> 20} MiB")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise FileFormatError(path, "not UTF-8 text, as metadata are") from None
 
 
 @click.command("metadata", cls=GroupedCommand)
@@ -56,8 +19,8 @@ def _read(text: str) -> str:
     "--set",
     "set_",
     multiple=True,
+    type=Pair(),
     metavar="KEY=VALUE",
-    callback=_pairs,
     help="Say this; VALUE may be @FILE, or - for standard input (@@ for an @).",
 )
 @click.option("--remove", multiple=True, metavar="KEY", help="Say nothing under this key.")
@@ -79,7 +42,7 @@ def _read(text: str) -> str:
 @options.debug
 def command(
     path: Path,
-    set_: dict[str, str],
+    set_: tuple[str, ...],
     remove: tuple[str, ...],
     source: Path | None,
     output: Path | None,
@@ -108,7 +71,7 @@ def command(
     report = metadata(
         path,
         output,
-        set=set_,
+        set=Pair.read(set_),
         remove=remove,
         source=source,
         in_place=in_place,

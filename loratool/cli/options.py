@@ -26,6 +26,7 @@ __all__ = [
     "dtype",
     "extraction",
     "force",
+    "no_card",
     "output",
     "plot",
     "quiet",
@@ -245,6 +246,9 @@ output: Decorator = click.option(
     "-o", "--output", type=PATH, required=True, help="Where the result goes."
 )
 force: Decorator = click.option("--force", is_flag=True, help="Replace an existing output.")
+no_card: Decorator = click.option(
+    "--no-card", is_flag=True, help="Write no README.md; one that the input has stays as it is."
+)
 dry_run: Decorator = click.option(
     "--dry-run", is_flag=True, help="Say what would be written, and write nothing."
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,8 @@ from loratool.display.characters import writable
 from loratool.errors import spoken
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from loratool.display.document import Document
 
 __all__ = [
@@ -27,6 +30,8 @@ __all__ = [
     "show",
 ]
 
+MOMENT: Final = 0.5
+"""Seconds before which no progress of many small things is shown."""
 READABLE: Final = 1 << 20
 """Characters up to which a JSON document is indented."""
 
@@ -96,23 +101,51 @@ def print_notes(notes: Iterable[str]) -> None:
 
 
 @contextmanager
-def progress_bar(words: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Give a function that shows progress on standard error, where that is a terminal."""
+def progress_bar(
+    words: str, *, quiet: bool, is_counted: bool = False
+) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a function that shows progress on standard error, where that is a terminal.
+
+    Args:
+        words: What is done.
+        quiet: Show nothing.
+        is_counted: Whether things are counted, and not bytes; then it appears after a moment.
+    """
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(words, total=None)
+    begun = time.monotonic() + (MOMENT if is_counted else 0.0)
+    bar: Progress | None = None
 
     def update(done: int, total: int) -> None:
-        bar.start()  # not before: what is fetched first has a bar of its own
-        bar.update(task, completed=done, total=total)
+        nonlocal bar
+        if time.monotonic() < begun:
+            return
+        if bar is None:  # not before: what is fetched first has a bar of its own
+            bar = _bar(words, is_counted)
+            bar.start()
+        bar.update(bar.task_ids[0], completed=done, total=total)
 
     try:
         yield update
     finally:
-        bar.stop()
+        if bar is not None:
+            bar.stop()
+
+
+def _bar(words: str, is_counted: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    amount = MofNCompleteColumn() if is_counted else DownloadColumn()
+    columns = (TextColumn(words), BarColumn(), amount, TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task(words, total=None)
+    return bar

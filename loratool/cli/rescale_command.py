@@ -36,6 +36,7 @@ __all__ = ["command"]
 @options.dtype
 @options.adapter_name
 @options.skip
+@options.no_card
 @options.force
 @options.dry_run
 @options.threads

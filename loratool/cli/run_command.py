@@ -18,18 +18,30 @@ __all__ = ["command"]
 @click.option(
     "--into", type=options.PATH, metavar="FOLDER", help="Where relative outputs go instead."
 )
+@click.option(
+    "--outside",
+    is_flag=True,
+    help="Let it write elsewhere than in and below the recipe's folder, or FOLDER.",
+)
 @options.force
 @options.dry_run
 @options.quiet
 @options.as_json
 @options.debug
 def command(
-    recipe: Path, into: Path | None, force: bool, dry_run: bool, quiet: bool, as_json: bool
+    recipe: Path,
+    into: Path | None,
+    outside: bool,
+    force: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> int:
     """Carry out a recipe: commands in a TOML file, one after the other.
 
     Each step names a command as 'verb', and its arguments and options as on the command line.
     Relative paths begin where the recipe lies; a later step may read what an earlier one writes.
+    Outputs lie in or below that folder, unless --into or --outside says otherwise.
     'loratool recipe OUT' prints the recipe that made OUT. '-' reads standard input.
 
     \b
@@ -47,6 +59,7 @@ def command(
     report = run(
         recipe,
         into=into,
+        outside=outside,
         force=force,
         dry_run=dry_run,
         as_json=as_json,

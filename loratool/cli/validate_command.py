@@ -77,6 +77,7 @@ def command(
             as_jsonl=as_jsonl,
             as_csv=as_csv,
             sort=sort,
+            quiet=quiet,
         )
     findings = validate(adapters[0], **settings)
     if as_jsonl:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-__all__ = ["fold_names", "fold_numbers", "listed", "shortened"]
+__all__ = ["fold_names", "fold_numbers", "is_index", "listed", "shortened"]
 
 LISTED: Final = 8
 """How many names a sentence lists."""
+INDEX: Final = re.compile(r"0|[1-9][0-9]{,17}")
+
+
+def is_index(word: str) -> bool:
+    """Whether a word is a number as ``str`` writes it, and no longer than indices are."""
+    return INDEX.fullmatch(word) is not None
 
 
 def fold_numbers(numbers: Iterable[int]) -> str:
@@ -28,7 +35,7 @@ def fold_numbers(numbers: Iterable[int]) -> str:
             parts += [str(value) for value in range(start, previous + 1)]
         if number is not None:
             start = previous = number
-    return parts[0] if parts[0].isdigit() and len(parts) == 1 else f"{{{','.join(parts)}}}"
+    return parts[0] if is_index(parts[0]) and len(parts) == 1 else f"{{{','.join(parts)}}}"
 
 
 def fold_names(names: Sequence[str]) -> list[str]:
@@ -69,7 +76,7 @@ def _merge(
     alike: dict[tuple[object, ...], list[tuple[tuple[str, ...], int]]] = defaultdict(list)
     rest: list[tuple[tuple[str, ...], int]] = []
     for path, place in groups:
-        if len(path) > index and path[index].isdigit() == numeric and "{" not in path[index]:
+        if len(path) > index and is_index(path[index]) == numeric and "{" not in path[index]:
             alike[(len(path), path[:index], path[index + 1 :])].append((path, place))
         else:
             rest.append((path, place))
@@ -124,4 +131,7 @@ def _braces(words: list[str]) -> str:
         suffix, heads = "", words
     common = os.path.commonprefix(heads)
     prefix = common[: common.rindex("_") + 1] if "_" in common else ""
+    numbers = [head.removeprefix(prefix) for head in heads]
+    if all(map(is_index, numbers)):
+        return f"{prefix}{fold_numbers(map(int, numbers))}{suffix}"
     return f"{prefix}{{{','.join(head.removeprefix(prefix) for head in heads)}}}{suffix}"

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
-from loratool.display.folding import fold_names
+from loratool.display.folding import INDEX, fold_names, is_index
 
 __all__ = ["group_modules", "kind_of", "layer_of", "pattern_of", "row_pattern"]
 
 Item = TypeVar("Item")
+NUMBER: Final = rf"(^|\.)({INDEX.pattern})(?=\.|$)"
 
 
 def pattern_of(module: str) -> str:
     """Return a module path with ``*`` for every number in it."""
-    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+    return ".".join("*" if is_index(part) else part for part in module.split("."))
 
 
 def row_pattern(module: str) -> str:
     """Return a module path with ``*`` for the first number in it."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module, count=1)
+    return re.sub(NUMBER, r"\1*", module, count=1)
 
 
 def layer_of(module: str) -> int | None:
     """Return the first number in a module path."""
-    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
-    return int(match[1]) if match else None
+    match = re.search(NUMBER, module)
+    return int(match[2]) if match else None
 
 
 def kind_of(module: str) -> str:

@@ -19,7 +19,17 @@ from loratool.files.json import read_json_object
 from loratool.files.missing import missing
 from loratool.files.spec import StoredTensor
 
-__all__ = ["SHARD", "Checkpoint", "is_index", "is_weight_like", "open_checkpoint"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "MODEL_CONFIG",
+    "PIPELINE_INDEX",
+    "PREFERRED",
+    "SHARD",
+    "Checkpoint",
+    "is_index",
+    "is_weight_like",
+    "open_checkpoint",
+]
 
 INDEX: Final = re.compile(r".*\.index(\.[a-z0-9]+)?\.json", re.DOTALL)
 """Names of indices: those of a variant have its name in theirs (``….index.fp16.json``)."""
@@ -36,6 +46,10 @@ IGNORED_STEMS: Final = (
     "mmproj",  # llama.cpp's projector of images, beside a language model
 )
 ADAPTER_CONFIG: Final = "adapter_config.json"
+MODEL_CONFIG: Final = "config.json"
+"""What lies beside weights. ``files`` asks whether there is one; ``base`` alone reads it."""
+PIPELINE_INDEX: Final = "model_index.json"
+"""What names the components of a pipeline, each in a folder of its own."""
 MOST_FOLDERS: Final = 200
 """Entries of a folder without a model that are looked into for one, to name it."""
 FOREIGN_SUFFIXES: Final = (".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz", ".ckpt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
@@ -42,6 +42,7 @@ class WeightsFile:
         header: The raw bytes before the data, of a file that may be copied and keeps its layout.
         notes: What else it holds and was not read, one sentence each.
         groups: What its names begin with, where it holds them in dictionaries of these names.
+        others: Further files that its tensors lie in, and what they were.
     """
 
     path: Path
@@ -52,6 +53,12 @@ class WeightsFile:
     header: bytes | None = None
     notes: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    others: Mapping[Path, Stamp] = field(default_factory=dict)
+
+    @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """What every file that is read was, its own first."""
+        return {self.path: self.stamp, **self.others}
 
 
 class Layout(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -141,6 +141,16 @@ def _zero(here: str, name: str) -> Foreign:
     )
 
 
+def _zero_step(here: str, name: str) -> Foreign:
+    step = Path(shlex.split(here)[0]).resolve()
+    run, tag = shlex.quote(str(step.parent)), shlex.quote(step.name)
+    return replace(
+        _zero(here, name),
+        hint=f"join it first: python {run}/zero_to_fp32.py {run} OUT --tag {tag} (DeepSpeed writes "
+        "this script there)",
+    )
+
+
 def _orbax(here: str, name: str) -> Foreign:
     return Foreign(
         "a checkpoint of Orbax (JAX: Tunix, MaxText, EasyDeL)",
@@ -150,10 +160,8 @@ def _orbax(here: str, name: str) -> Foreign:
 
 FOLDERS: Final[tuple[tuple[re.Pattern[str], Callable[[str, str], Foreign]], ...]] = (
     (re.compile(r"pytorch_model_fsdp_\d+"), _fsdp),
-    (
-        re.compile(r"zero_to_fp32\.py|(bf16_)?zero_pp_rank_.*_optim_states\.pt|global_step\d+"),
-        _zero,
-    ),
+    (re.compile(r"zero_to_fp32\.py|global_step\d+"), _zero),
+    (re.compile(r"(bf16_)?zero_pp_rank_.*_optim_states\.pt"), _zero_step),
     (re.compile(r"_CHECKPOINT_METADATA|manifest\.ocdbt|ocdbt\.process_\d+"), _orbax),
     (re.compile(r"\.metadata|__\d+_\d+\.distcp"), _dcp),
 )

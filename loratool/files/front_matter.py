@@ -26,6 +26,7 @@ def with_fields(
     *,
     defaults: Mapping[str, str] | None = None,
     lists: Mapping[str, Sequence[str]] | None = None,
+    stale: Mapping[str, str] | None = None,
 ) -> str:
     """Return ``text`` with its front matter renewed, or begun.
 
@@ -34,9 +35,14 @@ def with_fields(
         fields: What single fields say from now on.
         defaults: The same, where the card does not say anything.
         lists: Entries that lists have to have; those that they have stay.
+        stale: Fields that go first, where they say just this.
     """
     ending = "\r\n" if "\r\n" in text else "\n"
     lines, body = _split(text.removeprefix("\ufeff").replace("\r\n", "\n"))
+    for key, value in (stale or {}).items():
+        place = _place(lines, key)
+        if place is not None and _says(lines[place[0] : place[1]], value):
+            del lines[place[0] : place[1]]
     for key, value in (defaults or {}).items():
         if _place(lines, key) is None:
             lines.append(f"{key}: {_scalar(value)}")
@@ -74,6 +80,12 @@ def _place(lines: Sequence[str], key: str) -> tuple[int, int] | None:
 
 def _continues(line: str) -> bool:
     return not line.strip() or line[0] in " \t" or line == "-" or line.startswith("- ")
+
+
+def _says(lines: Sequence[str], value: str) -> bool:
+    match = FIELD.fullmatch(lines[0])
+    said = (match["value"] if match is not None else "").partition(" #")[0].strip()
+    return len(lines) == 1 and said.strip("\"'") == value
 
 
 def _set(lines: list[str], key: str, new: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import SPOKEN, HubError, MissingModelError, StoreError
@@ -163,6 +163,19 @@ def _near(name: HubName) -> str | None:
     return f"did you mean {shlex.quote(str(near))}?" if near is not None else None
 
 
+def _held(files: HubFiles, inside: str) -> str:
+    """Return a hint at what a model holds in place of a file or folder that it does not."""
+    from difflib import get_close_matches
+
+    folders = {str(parent) for path in files.files for parent in PurePosixPath(path).parents}
+    near = get_close_matches(inside, [*files.files, *(folders - {"."})], n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    top = sorted({path.partition("/")[0] for path in files.files})
+    more = f" and {len(top) - 6} more" if len(top) > 6 else ""
+    return f"it holds {', '.join(map(repr, top[:6]))}{more}"
+
+
 def _stand_ins(files: HubFiles, name: HubName) -> Path:
     """Make a folder that stands for the files of a model, and return what is meant in it.
 
@@ -175,8 +188,10 @@ def _stand_ins(files: HubFiles, name: HubName) -> Path:
         for path, file in files.files.items()
         if not inside or path == inside or path.startswith(f"{inside}/")
     }
+    if not meant and inside:
+        raise HubError(name, f"{files.repo} holds no {inside!r}", hint=_held(files, inside))
     if not meant:
-        raise HubError(name, f"{files.repo} holds no {inside!r}" if inside else "it is empty")
+        raise HubError(name, "it is empty")
     if inside in meant:  # what lies beside a file says what it is
         folder = inside.rpartition("/")[0]
         meant = {p: f for p, f in files.files.items() if p.rpartition("/")[0] == folder}
@@ -195,9 +210,10 @@ def _stood(folder: str, shown: str, sources: Mapping[str, Source]) -> Path:
         sources: The files by their paths in it.
     """
     root = _root() / folder
+    folders = {str(parent) for path in sources for parent in PurePosixPath(path).parents}
     for path, source in sources.items():
         place = root / path
-        if place not in _made:
+        if place not in _made and path not in folders:  # which no disk holds under one name
             place.parent.mkdir(parents=True, exist_ok=True)
             stand_in(place, source)
             _made.add(place)

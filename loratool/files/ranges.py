@@ -79,15 +79,17 @@ class Ranged:
 
     def _begin(self) -> None:
         """Have the beginnings of the files in memory that are parts of one model with it."""
+        self._is_begun = True
         match = SHARD.fullmatch(self.path)
+        if match is None:
+            return
         matches = ((SHARD.fullmatch(path), each) for path, each in self._others.items())
-        found = [e for m, e in matches if m and match and (m[1], m[3]) == (match[1], match[3])]
+        found = [each for m, each in matches if m and (m[1], m[3]) == (match[1], match[3])]
         for each in found:
             each._is_begun = True
         if len(found) > 1:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(Ranged._read_head, found))
-        self._is_begun = True
 
     def _read_head(self) -> None:
         with self._lock:

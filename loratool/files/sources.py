@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
+from loratool.errors import unreadable
+
 __all__ = [
     "Fetching",
     "Source",
@@ -180,10 +182,15 @@ def size_of(path: Path) -> int:
     """Return the size of a file in bytes, wherever it is.
 
     Raises:
-        OSError: There is none.
+        FileFormatError: There is none.
     """
     source = _sources.get(path) if _sources else None
-    return path.stat().st_size if source is None else source.size
+    if source is not None:
+        return source.size
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def opened(path: Path) -> BinaryIO:

@@ -159,7 +159,7 @@ class BatchReport(Shown):
             "done before": self.skipped,
         }
         parts = [f"{count} {words}" for words, count in counts.items() if count]
-        summary = f"{self.jobs} jobs: {', '.join(parts) or 'nothing to do'}"
+        summary = f"{self.jobs} job{'s' * (self.jobs != 1)}: {', '.join(parts) or 'nothing to do'}"
         if self.records is not None:
             summary += f"; records in {self.records}"
         more = len(failed) - len(rows)
@@ -213,9 +213,7 @@ def batch(
     found = list(_understood(jobs, commands, count))
     _check_apart(found)
     before = _read_records(place) if resume and place is not None else {}
-    left = [
-        job for job in found if not (before.get(job.digest, FAILURE) < FAILURE and job.is_there)
-    ]
+    left = [job for job in found if before.get(job.digest) != 0 or not job.is_there]
     report = _Tally(skipped=len(found) - len(left))
     with _Records(place, resume=resume, force=force) as records:
 
@@ -307,23 +305,32 @@ def _check_apart(jobs: Sequence[Job]) -> None:
     """
     writers: dict[str, Job] = {}
     for job in jobs:
-        if job.asked.place is None:
-            continue
-        place = os.path.abspath(job.asked.place)  # noqa: PTH100 - links stay what they are
-        other = writers.setdefault(place, job)
-        if other is not job:
-            raise OptionError(
-                f"jobs {other.number} and {job.number}", f"both write {job.asked.place}"
-            )
-    for job in jobs:
-        for path in (path for paths in job.asked.inputs.values() for path in paths):
-            other = writers.get(os.path.abspath(path), job)  # noqa: PTH100
+        for path in job.asked.writes:
+            other = writers.setdefault(os.path.abspath(path), job)  # noqa: PTH100 - links stay
             if other is not job:
+                raise OptionError(f"jobs {other.number} and {job.number}", f"both write {path}")
+    for job in jobs:
+        for path in job.asked.writes:
+            above = _writer_around(path.parent, writers)
+            if above is not None and above is not job:
+                raise OptionError(
+                    f"jobs {above.number} and {job.number}",
+                    f"{path} is inside of what job {above.number} writes",
+                )
+        for path in (path for paths in job.asked.inputs.values() for path in paths):
+            writer = _writer_around(path, writers)
+            if writer is not None and writer is not job:
                 raise OptionError(
                     f"job {job.number}",
-                    f"reads {path}, which job {other.number} writes, and jobs have no order",
+                    f"reads {path}, which job {writer.number} writes, and jobs have no order",
                     hint="put the two into a recipe, and run that as one job",
                 )
+
+
+def _writer_around(path: Path, writers: Mapping[str, Job]) -> Job | None:
+    """Return the job that writes ``path``, or a folder that it is in."""
+    place = Path(os.path.abspath(path))  # noqa: PTH100
+    return next((writers[str(p)] for p in (place, *place.parents) if str(p) in writers), None)
 
 
 def _carry_out(
@@ -404,8 +411,12 @@ def _failed(error: BaseException) -> Done:
     if isinstance(error, LoratoolError):
         return Done(FAILURE, None, error.as_json())
     is_system = isinstance(error, WorkerDiedError | MemoryError | OSError)
-    what = str(error) if isinstance(error, WorkerDiedError) else f"{type(error).__name__}: {error}"
-    told = {"code": "LT324" if is_system else "LT399", "where": "loratool", "message": what}
+    where, what = "loratool", f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, WorkerDiedError):
+        what = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        where, what = str(error.filename or where), error.strerror
+    told = {"code": "LT324" if is_system else "LT399", "where": where, "message": what}
     return Done(FAILURE, None, {**told, "hint": "run it by itself, with --debug"})
 
 

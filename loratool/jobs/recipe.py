@@ -8,9 +8,11 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Final
 
-from loratool.errors import FileFormatError, OptionError
+from loratool.errors import FileFormatError, OptionError, unreadable
+from loratool.files.missing import missing
 from loratool.jobs.step import Step, step_from
 
 __all__ = ["STDIN", "Recipe", "read_recipe"]
@@ -51,8 +53,14 @@ def read_recipe(path: Path) -> Recipe:
     name = "standard input" if is_piped else str(path)
     try:
         data = sys.stdin.buffer.read() if is_piped else _bytes(path)
+    except FileNotFoundError:
+        raise missing(path) from None
+    except IsADirectoryError:
+        raise FileFormatError(
+            path, "is a folder, expected a TOML file", hint=f"loratool recipe {quote(str(path))}"
+        ) from None
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     try:
         text = data.decode("utf-8-sig")
         document = tomllib.loads(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,15 +12,20 @@ from loratool.display.document import Document, Lines
 from loratool.display.shown import Shown
 from loratool.errors import AdapterError, BaseModelError, LoratoolError, OptionError
 from loratool.files.places import located
+from loratool.files.transfer import describe_write_error
 from loratool.jobs.recipe import Recipe, read_recipe
 from loratool.jobs.step import Asked, Commands, Places, Step, command_line
-from loratool.plan.history import digest_of
+from loratool.plan.history import digest_of_all
 from loratool.plan.record import Input, matches
 from loratool.schemes.detection import find_weights
+from loratool.schemes.ranks import files_of
 
 __all__ = ["RunReport", "StepReport", "run"]
 
 AnyPath = str | PathLike[str]
+OUTSIDE: Final = "--outside"
+UNBOUNDED: Final = ("batch",)
+"""Commands that carry out others, which say themselves where they write."""
 HINT: Final = "take that line out of the recipe to use it all the same"
 
 
@@ -82,6 +87,7 @@ def run(
     recipe: AnyPath,
     *,
     into: AnyPath | None = None,
+    outside: bool = False,
     force: bool = False,
     dry_run: bool = False,
     as_json: bool = True,
@@ -96,7 +102,8 @@ def run(
 
     Args:
         recipe: A TOML file; ``-`` for standard input.
-        into: A folder where relative outputs go, instead of the recipe's.
+        into: A folder where relative outputs go, instead of the recipe's; made where it is missing.
+        outside: Let it write elsewhere than in and below the folder of the recipe, or ``into``.
         force: Replace existing outputs.
         dry_run: Say what would be done, and write nothing.
         as_json: Return the documents of the commands, instead of letting them print.
@@ -110,19 +117,25 @@ def run(
     commands = commands or command_line()
     read = read_recipe(Path(recipe))
     flags = {"force": force, "quiet": quiet, "as_json": as_json, "dry_run": dry_run}
-    planned = list(_understood(read, commands, Path(into) if into is not None else None, flags))
+    goes = Path(into) if into is not None else None
+    planned = list(_understood(read, commands, goes, flags | {"outside": outside}))
+    if not outside:
+        for step, asked in planned:
+            _check_inside(step, asked, [read.folder, *([goes] if goes is not None else [])])
     reports: list[StepReport] = []
     made: set[Path] = set()
     for number, (step, asked) in enumerate(planned, 1):
         if on_step is not None:
             on_step(number, len(planned), step.verb)
-        reason = _left_out(asked, made) if dry_run else ""
+        reason = _left_out(asked, made, goes) if dry_run else ""
         if asked.place is not None:
             made.add(asked.place)
         if reason:
             reports.append(StepReport(asked.words, left_out=reason))
             continue
         _check_digests(step, asked)
+        if goes is not None and not dry_run and asked.place is not None:
+            _make_folder(asked.place, goes)
         documents: list[Any] | None = [] if as_json else None
         try:
             status = commands.carry_out(asked.words, documents=documents)
@@ -171,13 +184,56 @@ def _check_names(step: Step, asked: Asked) -> None:
                 )
 
 
-def _left_out(asked: Asked, made: set[Path]) -> str:
+def _check_inside(step: Step, asked: Asked, folders: Sequence[Path]) -> None:
+    """Make sure that a step writes where somebody who runs it expects that.
+
+    A recipe may come from a stranger, and a folder may be a link that leads elsewhere.
+
+    Raises:
+        OptionError: It writes elsewhere, or lets others do so.
+    """
+    hint = "read what it does, and give --outside to let it"
+    if OUTSIDE in asked.words:
+        raise OptionError(step.where, f"{OUTSIDE} is for who runs a recipe, and not in one")
+    if step.verb in UNBOUNDED:
+        raise OptionError(
+            step.where, f"lets the jobs of {step.verb} write wherever they say", hint=hint
+        )
+    roots = [folder.resolve() for folder in folders]
+    for path in asked.writes:
+        place = path.parent.resolve() / path.name
+        if place.name == ".." or not any(root in (place, *place.parents) for root in roots):
+            raise OptionError(
+                step.where, f"writes {path}, outside of the folder of the recipe", hint=hint
+            )
+
+
+def _make_folder(place: Path, into: Path) -> None:
+    """Make the folder of an output, where that is asked to go in or below ``into``.
+
+    Raises:
+        OutputError: The system refuses it.
+    """
+    if into not in place.parents:
+        return
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise describe_write_error(place.parent, error) from None
+
+
+def _left_out(asked: Asked, made: set[Path], into: Path | None) -> str:
     """Return why a step cannot be rehearsed, empty where it can."""
     read = {path for paths in asked.inputs.values() for path in paths}
     earlier = sorted(str(path) for path in read & made)
     if earlier:
         return f"reads {earlier[0]}, which an earlier step writes"
-    return "" if asked.can_rehearse else "writes nothing"
+    if not asked.can_rehearse:
+        return "has no dry run"
+    place = asked.place
+    if into is not None and place is not None and into in place.parents:
+        return "" if place.parent.is_dir() else f"its folder {place.parent} is to be made first"
+    return ""
 
 
 def _check_digests(step: Step, asked: Asked) -> None:
@@ -189,7 +245,7 @@ def _check_digests(step: Step, asked: Asked) -> None:
     """
     for name, values in step.digests.items():
         for path, digest in zip(asked.inputs[name], values, strict=True):
-            found = digest_of(find_weights(located(path))[0])
+            found = digest_of_all(files_of(find_weights(located(path))[0]))
             if found != digest:
                 raise AdapterError(
                     f"{step.where}: {path}",

@@ -66,6 +66,7 @@ class Asked:
         inputs: The paths that it reads, by the name of the argument or option.
         output: What it writes, as it is named; ``None`` where it writes nothing.
         place: Where that goes.
+        writes: All places that it writes to, pictures and pages among them.
         can_rehearse: Whether there is ``--dry-run``.
     """
 
@@ -73,6 +74,7 @@ class Asked:
     inputs: Mapping[str, tuple[Path, ...]]
     output: Path | None = None
     place: Path | None = None
+    writes: tuple[Path, ...] = ()
     can_rehearse: bool = False
 
 

@@ -17,7 +17,7 @@ __all__ = ["CLAIM", "LOADER"]
 
 CLAIM: Final = {"for": "mlx"}
 
-BLOCK: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(?P<local>.+)$", re.DOTALL)
+BLOCK: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.([0-9]{1,9})\.(?P<local>.+)$", re.DOTALL)
 
 
 def _blocks(adapter: Adapter, loader: Loader) -> Iterator[Finding]:

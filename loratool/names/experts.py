@@ -33,7 +33,7 @@ class FusedPart:
     parts: int
 
 
-EXPERT: Final = re.compile(r".+\.experts\.\d+\.(?P<leaf>[^.]+)")
+EXPERT: Final = re.compile(r".+\.experts\.[0-9]{1,9}\.(?P<leaf>[^.]+)")
 
 FUSED: Final = {
     "gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")),

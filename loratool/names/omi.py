@@ -49,7 +49,9 @@ RENAMED: Final = {
 }
 """Ends of native names that differ from those of the checkpoints."""
 
-CONTEXT: Final = re.compile(r"joint_blocks\.(?P<number>\d+)\.context_block\.adaLN_modulation\.1")
+CONTEXT: Final = re.compile(
+    r"joint_blocks\.(?P<number>[0-9]{1,9})\.context_block\.adaLN_modulation\.1"
+)
 
 
 def omi(family: Family) -> Family | None:

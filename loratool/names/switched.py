@@ -10,7 +10,9 @@ __all__ = ["expert_path", "stacked_path"]
 STACK: Final = "switch_mlp"
 MIXTRAL: Final = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 """What Mixtral's blocks call the projections of an expert."""
-EXPERT: Final = re.compile(r"(?P<parent>.+)\.experts\.(?P<index>\d+)\.(?P<leaf>[^.]+)", re.DOTALL)
+EXPERT: Final = re.compile(
+    r"(?P<parent>.+)\.experts\.(?P<index>[0-9]{1,9})\.(?P<leaf>[^.]+)", re.DOTALL
+)
 
 
 def expert_path(module: str, index: int) -> str | None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import printable
+from loratool.errors import LoratoolError, printable
 from loratool.files.front_matter import with_fields
 from loratool.files.sources import size_of, whole
+from loratool.files.yaml import read_front_matter
 from loratool.plan.history import History
 from loratool.plan.outcome import Outcome
 from loratool.plan.recipe_text import ARGUMENTS, format_step, step_of
 
-__all__ = ["ADAPTER", "CARD_NAME", "Card", "hub_name", "read_card"]
+__all__ = ["ADAPTER", "CARD_NAME", "Card", "hub_name", "licence_of", "read_card"]
 
 CARD_NAME: Final = "README.md"
 ADAPTER: Final = "adapter"
+LICENCE: Final = ("license", "license_name", "license_link")
 LARGEST: Final = 1 << 20
 BEGIN: Final = "<!-- loratool: what follows is written anew by each command -->"
 END: Final = "<!-- loratool: end -->"
@@ -37,6 +39,16 @@ def read_card(path: Path) -> str | None:
         return None
 
 
+def licence_of(folder: Path) -> dict[str, str]:
+    """Return the fields of the card in a folder that say under which licence it is, if any do."""
+    try:
+        said = read_front_matter(folder / CARD_NAME)
+    except LoratoolError:
+        return {}
+    found = {key: said[key] for key in LICENCE if isinstance(said.get(key), str)}
+    return found if "license" in found else {}
+
+
 def hub_name(name: object) -> str | None:
     """Return the name of a base where it may be that of a repository, and is no absolute path."""
     return name if isinstance(name, str) and HUB_NAME.fullmatch(name) else None
@@ -50,6 +62,8 @@ class Card:
         relation: What the output is to its base: ``adapter`` or ``merge``.
         base_model: The repository of the base, where known.
         library: What loads it, where known.
+        former_library: What loaded the input, where that is another one.
+        licence: Fields of the card that say under which licence it is, where they are known.
         tags: What it is found by.
         existing: The card that the input came with, if it did.
     """
@@ -57,6 +71,8 @@ class Card:
     relation: str
     base_model: str | None = None
     library: str | None = None
+    former_library: str | None = None
+    licence: Mapping[str, str] = field(default_factory=dict)
     tags: Sequence[str] = ("lora", "loratool")
     existing: str | None = None
 
@@ -65,7 +81,8 @@ class Card:
         fields = {"base_model_relation": self.relation}
         if self.base_model is not None:
             fields = {"base_model": self.base_model} | fields
-        defaults = {"library_name": self.library} if self.library is not None else {}
+        library = {"library_name": self.library} if self.library is not None else {}
+        stale = {"library_name": self.former_library} if self.former_library is not None else {}
         text = self.existing
         if text is None:
             names = [printable(AT_COMMIT.sub("", source.name)) for source in history.inputs]
@@ -75,7 +92,13 @@ class Card:
             text = OURS.sub(lambda match: section, text, count=1)
         else:
             text = f"{text.rstrip()}\n\n{section}\n"
-        return with_fields(text, fields, defaults=defaults, lists={"tags": self.tags}).encode()
+        return with_fields(
+            text,
+            fields,
+            defaults={**self.licence, **library},
+            lists={"tags": self.tags},
+            stale=stale,
+        ).encode()
 
     def _section(self, history: History, outcome: Outcome) -> list[str]:
         """Return what was done: in words, and as the recipe that does it again."""

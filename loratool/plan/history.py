@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,16 @@ from loratool.files.places import called
 from loratool.files.sources import whole
 from loratool.files.spec import StoredTensor, TensorSpec
 
-__all__ = ["RECORD_NAME", "History", "Source", "as_recorded", "described_digest", "digest_of"]
+__all__ = [
+    "RECORD_NAME",
+    "History",
+    "Source",
+    "as_recorded",
+    "described_digest",
+    "digest_of",
+    "digest_of_all",
+    "joint_digest",
+]
 
 BLOCK: Final = 1 << 20
 NO_DIGEST: Final = "0" * 64
@@ -32,29 +42,29 @@ class Source:
     Attributes:
         name: Its file or folder, without the path: the same inputs give the same bytes
             wherever they lie.
-        weights: What is hashed; ``None`` where nothing is.
+        weights: The files that are hashed; none where nothing is.
         described: SHA-256 of what its headers say, of a model that is too large to be hashed.
     """
 
     name: str
-    weights: Path | None = None
+    weights: tuple[Path, ...] = ()
     described: str | None = None
 
     @staticmethod
     def of_adapter(adapter: Adapter) -> Source:
         """Return an adapter that is an input."""
-        return Source(called(adapter.path), adapter.weights)
+        return Source(called(adapter.path), tuple(adapter.stamps))
 
     @staticmethod
     def of_model(path: Path, tensors: Iterable[StoredTensor]) -> Source:
         """Return a model that is an input, with what its headers say, for it is large."""
         return Source(called(path), described=described_digest(each.spec for each in tensors))
 
-    def entry(self, digest: str | None) -> dict[str, str]:
+    def entry(self, digests: Mapping[Path, str]) -> dict[str, str]:
         """Return it as it is recorded, with the hash of its weights; zeros stand for none."""
         found = {"name": as_text(self.name)}
-        if self.weights is not None:
-            found["sha256"] = digest or NO_DIGEST
+        if self.weights:
+            found["sha256"] = joint_digest({p: digests.get(p, NO_DIGEST) for p in self.weights})
         if self.described is not None:
             found["headers_sha256"] = self.described
         return found
@@ -75,9 +85,14 @@ class History:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def is_carded(self) -> bool:
+        """Whether a card tells of it."""
+        return not self.options.get("no_card")
+
+    @property
     def hashed(self) -> list[Path]:
         """The files that are hashed, each once."""
-        return list(dict.fromkeys(s.weights for s in self.inputs if s.weights is not None))
+        return list(dict.fromkeys(path for source in self.inputs for path in source.weights))
 
     def document(self, digests: Mapping[Path, str]) -> dict[str, Any]:
         """Return what is recorded.
@@ -86,11 +101,10 @@ class History:
             digests: SHA-256 of the weights of the inputs; zeros hold their place where they are
                 not known yet.
         """
-        known = [digests.get(s.weights) if s.weights is not None else None for s in self.inputs]
         return {
             "command": self.verb,
             "version": loratool.__version__,
-            "inputs": [s.entry(found) for s, found in zip(self.inputs, known, strict=True)],
+            "inputs": [source.entry(digests) for source in self.inputs],
             "options": {k: v for k, v in self.options.items() if v is not None and v != ()},
         }
 
@@ -134,3 +148,25 @@ def digest_of(path: Path) -> str:
     except OSError as error:
         raise unreadable(path, error) from None
     return digest.hexdigest()
+
+
+def digest_of_all(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of files that make up one thing; see :func:`joint_digest`.
+
+    Raises:
+        FileFormatError: One cannot be read.
+    """
+    return joint_digest({path: digest_of(path) for path in paths})
+
+
+def joint_digest(digests: Mapping[Path, str]) -> str:
+    """Return one hash for files that make up one thing: of a single file its own.
+
+    Of several it is the SHA-256 of what ``sha256sum`` prints in the folder that they lie below,
+    in the order of their names.
+    """
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    folder = os.path.commonpath([path.parent for path in digests])
+    named = sorted((os.path.relpath(path, folder), digest) for path, digest in digests.items())
+    return hashlib.sha256("".join(f"{d}  {name}\n" for name, d in named).encode()).hexdigest()

@@ -96,7 +96,7 @@ def run(
     fetch((*plan.stamps, *_sidecar_sources(plan)))
     outcome = Outcome()
     outcome.weights = run_files(
-        plan.works(outcome),
+        _works(plan, outcome),
         sink or NullSink(),
         plan.stamps,
         allow_nonfinite=allow_nonfinite,
@@ -105,6 +105,15 @@ def run(
         progress=progress,
     )
     return outcome
+
+
+def _works(plan: Plan, outcome: Outcome) -> list[FileWork]:
+    """Return what is to be done, the hashes of inputs that are recorded among it."""
+    works = plan.works(outcome)
+    hashing = digest_tasks(plan.history, outcome)
+    if hashing:
+        works[-1] = replace(works[-1], tasks=[*works[-1].tasks, *hashing])
+    return works
 
 
 def _sidecar_sources(plan: Plan) -> Iterator[Path]:
@@ -180,10 +189,7 @@ def write_at(
     for sidecar in plan.beside():
         write_sidecar(sidecar, place)
     outcome = Outcome()
-    works = plan.works(outcome)
-    hashing = digest_tasks(plan.history, outcome)
-    if hashing:
-        works[-1] = replace(works[-1], tasks=[*works[-1].tasks, *hashing])
+    works = _works(plan, outcome)
     paths = [place / work.name if plan.is_folder else place for work in works]
     outcome.weights = write_files(
         works,

@@ -23,12 +23,14 @@ from loratool.errors import (
     UnsupportedError,
     printable,
 )
-from loratool.files.containers import is_weights, open_weights
+from loratool.files.containers import container_of, is_weights, open_weights
 from loratool.files.hub.names import parse_hub_name
 from loratool.files.json import parse_json, read_json_object
+from loratool.files.missing import missing
 from loratool.files.places import located
-from loratool.plan.history import RECORD_NAME, described_digest, digest_of
+from loratool.plan.history import RECORD_NAME, described_digest, digest_of_all
 from loratool.schemes.detection import find_weights
+from loratool.schemes.ranks import files_of
 
 __all__ = ["Input", "Record", "locate", "matches", "read_record"]
 
@@ -79,32 +81,50 @@ def read_record(path: Path) -> Record:
 
     Raises:
         UnsupportedError: It says nothing.
+        AdapterError: It is a folder in which nothing, or more than one thing, could.
         FileFormatError: What it says is damaged.
-        AdapterError: There is nothing at ``path``.
+        MissingFileError: There is nothing at ``path``.
     """
     if not path.exists():
-        raise AdapterError(path, "no such file or folder")
+        raise missing(path)
     if path.is_dir() and (path / RECORD_NAME).is_file():
         return _parsed(read_json_object(path / RECORD_NAME), path / RECORD_NAME)
     text = _metadata(path).get(HISTORY_KEY)
     if text is None:
-        raise UnsupportedError(
-            path,
-            "does not say how it was made",
-            hint="loratool records that in what it writes, but for single files of formats without "
-            "metadata",
-        )
+        raise UnsupportedError(path, "does not say how it was made", hint=_where_recorded(path))
     where = f"{path}: metadata {HISTORY_KEY!r}"
     return _parsed(parse_json(text.encode(), where=where), where)
 
 
+def _where_recorded(path: Path) -> str:
+    """Return where an output would say it, for one that does not."""
+    if path.is_file() and not container_of(path).has_metadata:
+        return (
+            f"a single {path.suffix} file has no place for that; write a folder, which keeps it in "
+            f"{RECORD_NAME}, or a .safetensors file"
+        )
+    return (
+        "loratool records that in what it writes, but for single files of formats without metadata"
+    )
+
+
 def _metadata(path: Path) -> Mapping[str, str]:
-    """Return what the weights at ``path`` say of themselves; nothing where it is unclear which."""
+    """Return what the weights at ``path`` say of themselves; nothing of a model in a folder.
+
+    Raises:
+        AdapterError: It is a folder with neither an adapter nor a model, or with several.
+    """
     if path.is_dir():
         try:
             path, _ = find_weights(path)
         except AdapterError:
-            return {}
+            try:
+                open_model(path)
+            except LoratoolError:
+                pass
+            else:
+                return {}
+            raise
     return open_weights(path).metadata
 
 
@@ -164,7 +184,7 @@ def matches(wanted: Input, path: Path) -> bool:
     """Whether what lies at ``path`` has the recorded digest."""
     try:
         if wanted.sha256 is not None:
-            return digest_of(find_weights(path)[0]) == wanted.sha256
+            return digest_of_all(files_of(find_weights(path)[0])) == wanted.sha256
         if wanted.headers_sha256 is not None:
             tensors = open_model(path).raw.values()
             return described_digest(each.spec for each in tensors) == wanted.headers_sha256

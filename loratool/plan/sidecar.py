@@ -57,7 +57,7 @@ def files_read(weights: Iterable[Path], sidecars: Iterable[Sidecar]) -> Iterator
     for file in weights:
         yield file
         for path in sorted(file.parent.iterdir()):
-            if path.suffix in (".json", ".yaml", ".yml") and path.is_file():
+            if path.suffix in (".json", ".npy", ".yaml", ".yml") and path.is_file():
                 yield path
     yield from (sidecar.source for sidecar in sidecars if sidecar.source is not None)
 

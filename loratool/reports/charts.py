@@ -19,13 +19,25 @@ from loratool.verbs.extraction.result import ExtractReport
 from loratool.verbs.inspect import AdapterInfo, ModelInfo
 from loratool.verbs.many import Many
 
-__all__ = ["Chart", "Curve", "Curves", "Heat", "Report", "charts_of", "is_drawn", "title_of"]
+__all__ = [
+    "Chart",
+    "Curve",
+    "Curves",
+    "Heat",
+    "Report",
+    "charts_of",
+    "charts_of_many",
+    "is_drawn",
+    "title_of",
+]
 
 Report = AdapterInfo | Comparison | LayerComparison | ExtractReport | AdapterReport
 MOST_CURVES: Final = 12
 MOST_ROWS: Final = 64
 MOST_CELLS: Final = 40_000
 """Of all pictures of layers together."""
+NOISE: Final = 1e-12
+"""Singular values smaller than this, relative to the largest, are zeros that are not exact."""
 NUMBERED: Final = 24
 """Adapters whose cosines are written into their cells."""
 
@@ -177,6 +189,54 @@ def _of_adapter(info: AdapterInfo) -> tuple[Chart, ...]:
             low=0.0,
         ),
     )
+
+
+def charts_of_many(items: Mapping[str, AdapterInfo]) -> tuple[Chart, ...]:
+    """Return the charts of many adapters whose spectra were read, by their names."""
+    spectra = {
+        name: [spectrum.singular_values for spectrum in info.spectra]
+        for name, info in items.items()
+        if info.spectra
+    }
+    if not spectra:
+        return ()
+    strongest = sorted(spectra, key=lambda name: -_energy(spectra[name]))[:MOST_CURVES]
+    what = "singular values of each adapter: mean and range over its modules"
+    if len(spectra) > MOST_CURVES:
+        what = f"singular values, the {MOST_CURVES} strongest of {len(spectra)} adapters"
+    bands = (_band(name, spectra[name]) for name in spectra if name in strongest)
+    rows = [*spectra][:MOST_ROWS]
+    norms = {name: _norms(items[name]) for name in rows}
+    kinds = [*dict.fromkeys(kind for row in norms.values() for kind in row)][:MOST_ROWS]
+    title = "Frobenius norm of each kind of module"
+    if len(spectra) > MOST_ROWS:
+        title += f", the first {MOST_ROWS} adapters"
+    return (
+        Curves(
+            what,
+            tuple(curve for curve in bands if curve.mean),
+            "index of the singular value",
+            "singular value of the delta",
+        ),
+        Heat(
+            title,
+            tuple(rows),
+            tuple(kinds),
+            tuple(tuple(norms[name].get(kind) for kind in kinds) for name in rows),
+            low=0.0,
+        ),
+    )
+
+
+def _norms(info: AdapterInfo) -> dict[str, float]:
+    """Return the norm of what an adapter adds to each kind of module."""
+    names = [spectrum.module for spectrum in info.spectra]
+    positions = positions_of(names, info.adapter.components, info.adapter.family)
+    squares: dict[str, float] = {}
+    for position, spectrum in zip(positions, info.spectra, strict=True):
+        kind = _kind(position)
+        squares[kind] = squares.get(kind, 0.0) + spectrum.frobenius_norm**2
+    return {kind: math.sqrt(square) for kind, square in squares.items()}
 
 
 def _of_pair(found: Comparison) -> tuple[Chart, ...]:
@@ -360,10 +420,8 @@ def _energy(spectra: Sequence[Sequence[float]]) -> float:
 
 
 def _band(name: str, spectra: Sequence[Sequence[float]]) -> Curve:
-    columns = [
-        [value for value in column if value is not None and value > 0]
-        for column in zip_longest(*spectra)
-    ]
+    told = ([value for value in values if value > NOISE * values[0]] for values in spectra)
+    columns = [[value for value in column if value is not None] for column in zip_longest(*told)]
     known = [column for column in columns if column]
     return Curve(
         name,

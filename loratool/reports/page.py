@@ -18,7 +18,7 @@ from loratool.display.html import fragment, hypertext
 from loratool.display.shown import Shown
 from loratool.errors import LoratoolError, OptionError, OutputError, printable
 from loratool.files.atomic import check_output, staged
-from loratool.reports.charts import Heat, charts_of, is_drawn, title_of
+from loratool.reports.charts import Chart, Heat, charts_of, charts_of_many, is_drawn, title_of
 from loratool.reports.svg import drawing
 from loratool.verbs.inspect import AdapterInfo
 from loratool.verbs.inspection.many import Inspections
@@ -106,14 +106,25 @@ def page(report: Shown) -> str:
 
 def _sections(report: Shown) -> Iterator[tuple[str, str]]:
     """Yield what is on the page: a heading and what is under it, which is escaped."""
-    document = _shortened(report.document())
+    charts: tuple[Chart, ...] = ()
+    if isinstance(report, Inspections):
+        read = list(report.pairs())  # once: their spectra may be among it
+        rows = report.compared([dict(report.record(place, one)) for place, one in read])
+        whole = report.page(rows)
+        charts = charts_of_many({p.name: o for p, o in read if isinstance(o, AdapterInfo)})
+    elif isinstance(report, AdapterInfo):
+        whole = report.document(names_all=True)
+    else:
+        whole = report.document()
+    document = _shortened(whole)
     has_facts = any(isinstance(block, Facts) for block in document.blocks)
     detailed = (Table, Lines) if has_facts else (Table,)  # sentences are about tables, or all
     tables = tuple(block for block in document.blocks if isinstance(block, detailed))
     others = tuple(block for block in document.blocks if not isinstance(block, detailed))
     if others or document.notes:
         yield "Summary", fragment(Document(others, document.notes))
-    charts = charts_of(report) if is_drawn(report) else ()
+    if is_drawn(report):
+        charts = charts_of(report)
     if charts:
         cells = sum(len(c.rows) * len(c.columns) for c in charts if isinstance(c, Heat))
         figures = (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,8 @@ from loratool.adapter.model import HISTORY_KEY
 from loratool.adapter.recognise import describe_keys, looks_like_model
 from loratool.adapter.scheme import Scheme
 from loratool.base.config import is_model_folder
-from loratool.errors import AdapterError
+from loratool.errors import AdapterError, nearest_name
+from loratool.files.checkpoint import PIPELINE_INDEX
 from loratool.files.container import WeightsFile
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder, part_of
@@ -26,7 +28,16 @@ from loratool.schemes import builtin_schemes, claimed, sidecar_names, weights_na
 from loratool.schemes.companions import is_training_state
 from loratool.schemes.ranks import weights_of_ranks
 
-__all__ = ["detect_scheme", "distributed", "find_weights", "forms", "naming", "selected"]
+__all__ = [
+    "ADAPTER_NAME",
+    "detect_scheme",
+    "distributed",
+    "find_weights",
+    "forms",
+    "naming",
+    "selected",
+    "unnamed",
+]
 
 DISTRIBUTED: Final = ".metadata"
 """What describes the shards of a distributed checkpoint (PyTorch's DCP)."""
@@ -34,7 +45,9 @@ MODEL_HINT: Final = (
     "name the adapter, a file or the folder that holds it; to make one of a model and its base: "
     "loratool extract BASE FINETUNED --rank 16 -o OUT"
 )
-PIPELINE_INDEX: Final = "model_index.json"
+ADAPTER_NAME: Final = "--adapter-name"
+DEFAULT_NAME: Final = "default"
+"""What PEFT calls the adapter that lies above folders of others."""
 SHOWN: Final = 6
 LEVELS: Final = 3
 """How deep an adapter is looked for in a folder that holds none, to name its place."""
@@ -59,9 +72,8 @@ def find_weights(path: Path, adapter_name: str | None = None) -> tuple[Path, tup
         return path, _of_parts(path)
     if adapter_name and "/" not in adapter_name and (path / adapter_name / CONFIG_NAME).is_file():
         return find_weights(path / adapter_name)
-    there = {entry.name: entry.is_dir() for entry in os.scandir(path)}
-    folders = sorted(name for name, is_folder in there.items() if is_folder)
-    others = [name for name in folders if (path / name / CONFIG_NAME).exists()]
+    there = {each.name for each in path.iterdir()}
+    others = adapter_folders(path)
     found = [path / name for name in weights_names() if name in there and (path / name).is_file()]
     if not found and (described := distributed(path)) is not None:
         return described, ()
@@ -179,9 +191,15 @@ def detect_scheme(file: WeightsFile, schemes: Sequence[Scheme] = ()) -> Scheme:
         what = describe_keys(list(file.tensors), forms())
         if looks_like_model(file.tensors, forms()):
             raise AdapterError(file.path, f"is a model, not an adapter: {what}", hint=MODEL_HINT)
-        raise AdapterError(file.path, f"no known scheme: {what}")
+        raise AdapterError(file.path, f"no known scheme: {what}", hint=_hint_for(file.tensors))
     _check_rivals(file, [item[2] for item in scores if item[:2] == (best, scheme.priority)])
     return _settled(file, scheme, tried)
+
+
+def _hint_for(keys: Iterable[str]) -> str | None:
+    """Return what to do with a file whose keys are of a tool, and no factors."""
+    is_known = any(re.search(pattern, key) for key in keys for pattern, _ in forms())
+    return "if its own tool can merge it, do that there, and save the model" if is_known else None
 
 
 def _check_rivals(file: WeightsFile, schemes: Sequence[Scheme]) -> None:
@@ -261,6 +279,38 @@ def naming(file: WeightsFile, scheme: Scheme, adapter_name: str | None) -> Schem
         if adapter_name in names:
             return each
     return scheme
+
+
+def unnamed(path: Path, weights: Path, adapter_name: str) -> Iterator[str]:
+    """Yield a note where an adapter was asked for by name, and there is one that has none.
+
+    Args:
+        path: What was named.
+        weights: The weights that it means.
+        adapter_name: The name.
+
+    Raises:
+        AdapterError: There are others, whose names may be meant.
+    """
+    if adapter_name in (DEFAULT_NAME, weights.parent.name):
+        return
+    others = adapter_folders(path) if path.is_dir() else []
+    if others:
+        names = (DEFAULT_NAME, *others)
+        near = nearest_name(adapter_name, names)
+        raise AdapterError(
+            path,
+            f"no adapter {adapter_name!r}: it holds {_few(names)}",
+            hint=f"did you mean {ADAPTER_NAME} {near}?" if near is not None else None,
+        )
+    yield f"it holds one adapter, which has no name; {ADAPTER_NAME} {adapter_name!r} chose nothing"
+
+
+def adapter_folders(path: Path) -> list[str]:
+    """Return the names of folders in ``path`` with a configuration of an adapter."""
+    with os.scandir(path) as entries:
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
+    return [name for name in folders if (path / name / CONFIG_NAME).exists()]
 
 
 def selected(

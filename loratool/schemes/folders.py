@@ -10,10 +10,10 @@ from pathlib import Path, PurePath
 from typing import Final
 
 from loratool.errors import AdapterError, LoratoolError
-from loratool.files.checkpoint import PREFERRED, SHARD, is_index
+from loratool.files.checkpoint import MODEL_CONFIG, PIPELINE_INDEX, PREFERRED, SHARD, is_index
 from loratool.files.containers import is_weights
 from loratool.files.foreign import foreign_folder
-from loratool.files.places import located
+from loratool.files.places import located, origin_of
 from loratool.schemes import sidecar_names, weights_names
 from loratool.schemes.companions import is_training_state
 from loratool.schemes.detection import distributed
@@ -21,7 +21,7 @@ from loratool.schemes.ranks import weights_of_ranks
 
 __all__ = ["Place", "is_collection", "places"]
 
-OF_MODELS: Final = frozenset(("config.json", "model_index.json", *PREFERRED))
+OF_MODELS: Final = frozenset((MODEL_CONFIG, PIPELINE_INDEX, *PREFERRED))
 """What tells that a folder is a model."""
 
 
@@ -51,13 +51,17 @@ def places(paths: Sequence[str | PathLike[str]], *, recursive: bool = False) -> 
 
     A folder that is an adapter or a model is one; of any other each weights file in it is one,
     and each folder that is. Hidden ones are left out, and links that lead back. A path with
-    nothing at it is one, and so is a folder with nothing of the kind, which says so.
+    nothing at it is one, and so is a folder with nothing of the kind, which says so. A file of
+    settings whose weights are named too is none of its own.
 
     Args:
         paths: Files and folders.
         recursive: Look into all folders, and into those of adapters too, for checkpoints.
     """
+    with_weights = {PurePath(each).parent for each in paths if is_weights(PurePath(each))}
     for each in paths:
+        if PurePath(each).name in sidecar_names() and PurePath(each).parent in with_weights:
+            continue
         try:
             path = located(each)
         except LoratoolError as error:
@@ -77,7 +81,7 @@ def places(paths: Sequence[str | PathLike[str]], *, recursive: bool = False) -> 
 def _name(place: Path, root: Path) -> str:
     """Return what a place is called inside the folder that was named."""
     if place == root:
-        return str(root)
+        return str(origin_of(root) or root)
     inside = place.relative_to(root)
     return str(inside.with_suffix("") if is_weights(inside) and place.is_file() else inside)
 

@@ -174,7 +174,9 @@ class GgufRoles(Roles):
         return replace(made, values={**made.values, Slot.UP: up})
 
 
-EXPERT_OF: Final = re.compile(r"(?P<tensor>blk\.\d+\.ffn_(gate|up|down)_exps)\.(?P<expert>\d+)")
+EXPERT_OF: Final = re.compile(
+    r"(?P<tensor>blk\.\d+\.ffn_(gate|up|down)_exps)\.(?P<expert>[0-9]{1,9})"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,21 +16,23 @@ from loratool.adapter.scaling import Scaling
 from loratool.adapter.scheme import Home, Scheme, Told, Written
 from loratool.adapter.slots import Slot
 from loratool.errors import AdapterError, UnsupportedError
+from loratool.files.gathered import Gathered, Piece, StoredSource
 from loratool.files.spec import StoredTensor
 from loratool.files.yaml import read_flat_yaml
-from loratool.names.gguf import architecture_of, attention_in_config
-from loratool.names.paths.litgpt import SIDES, LitgptPaths, side_of
+from loratool.names.gguf import attention_in_config
+from loratool.names.litgpt import LLAMA, SIDES, WHOLE, Kind, kind_beside, kind_of
+from loratool.names.paths.litgpt import LitgptPaths
 from loratool.schemes.parts.model import described
 from loratool.schemes.parts.roles import Roles
 from loratool.schemes.parts.scales import MultiplierScale
 from loratool.schemes.parts.settings import Settings
-from loratool.values.expr import Constant, Expr, concatenated
+from loratool.values.expr import Constant, Expr, Stored, concatenated
 from loratool.variants import variant_named
 
 __all__ = ["CLAIM", "SCHEME"]
 
 CLAIM: Final = {
-    "keys": r"^(transformer\.h\.\d+\.(attn\.(qkv|attn|proj)|mlp\..+)|lm_head)\.lora_[AB]$",
+    "keys": r"^(transformer\.h\.[0-9]{1,9}\.(attn\.(qkv|attn|proj)|mlp\..+)|lm_head)\.lora_[AB]$",
     "weights": ("lit_model.pth.lora",),
     "sidecar": "hyperparameters.yaml",
 }
@@ -39,15 +41,6 @@ FLAGS: Final = ("lora_query", "lora_key", "lora_value")
 ROWS: Final = {"q": "loratool_query_rows", "k": "loratool_key_rows", "v": "loratool_key_rows"}
 """Fields of loratool's own, for there may be no configuration of the model beside an adapter."""
 MODEL: Final = "model_config.yaml"
-OTHER_KINDS: Final = {
-    "GptNeoxMLP": "a GPT-NeoX, whose queries, keys and values are interleaved by head",
-    "LLaMAMoE": "a mixture of experts",
-}
-"""What ``mlp_class_name`` says of models that are not read."""
-LIKE_LLAMA: Final = frozenset(
-    ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo", "olmo2", "mistral3")
-)
-"""llama.cpp's names of the kinds of model whose modules are those of Llama's."""
 
 
 class LitgptKeys(KeyTable):
@@ -61,10 +54,17 @@ class LitgptKeys(KeyTable):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of queries, and of keys and of values."""
+    """Rows of queries, and of keys and of values.
+
+    Attributes:
+        query: Of queries.
+        key: Of keys, and of values.
+        groups: How many groups of heads they are of; 0 where nothing tells.
+    """
 
     query: int
     key: int
+    groups: int = 0
 
     def of(self, side: str) -> int:
         """Return the rows of one of q, k, v."""
@@ -78,10 +78,12 @@ class LitgptRoles(Roles):
     Attributes:
         sizes: Rows of each, where something tells.
         sides: Which of them are adapted, where something tells.
+        kind: The kind of model.
     """
 
     sizes: Sizes | None = None
     sides: tuple[str, ...] = ()
+    kind: Kind = LLAMA
 
     def apart(self, site: Site) -> list[Site]:
         """Return the projections that a fused one stacks, where that is known.
@@ -111,6 +113,8 @@ class LitgptRoles(Roles):
         heights = self._heights(up.spec.shape[0], sides)
         if len(sides) != count or down.spec.shape[0] != count * rank or not heights:
             return [site]
+        if self.kind.by_groups:
+            return [self._whole(site, down, up, sides)] if self._groups else [site]
         made, first = [], 0
         alpha = site.scaling.alpha
         for index, (side, height) in enumerate(zip(sides, heights, strict=True)):
@@ -133,6 +137,46 @@ class LitgptRoles(Roles):
                 )
         return made if len(made) == count else [site]
 
+    @property
+    def _groups(self) -> int:
+        """How many times the rows of queries, keys and values alternate; 0 where nothing tells."""
+        if not self.kind.by_groups:
+            return 1
+        return self.sizes.groups if self.sizes is not None else 0
+
+    def _whole(
+        self, site: Site, down: StoredTensor, up: StoredTensor, sides: Sequence[str]
+    ) -> Site:
+        """Return all projections as the one that they are in transformers, group by group.
+
+        Each keeps ranks of its own, and has no rows in those of the others.
+        """
+        sizes, groups, rank = self.sizes, self._groups, up.spec.shape[1]
+        assert sizes is not None
+        shares = {side: sizes.of(side) // groups for side in SIDES}
+        pieces, first = [], 0
+        for index, side in enumerate(sides):
+            share = shares[side]
+            begin = sum(shares[other] for other in SIDES[: SIDES.index(side)])
+            for group in range(groups):
+                rows = up.rows(first, share, rank)
+                if rows is None:
+                    return site
+                place = (group * sum(shares.values()) + begin, index * rank)
+                pieces.append(Piece(place, rows.spec.shape, StoredSource(rows)))
+                first += share
+        height = groups * sum(shares.values())
+        spec = replace(up.spec, shape=(height, len(sides) * rank))
+        joined = StoredTensor(spec, up.path, 0, whole=Gathered(spec, tuple(pieces)))
+        return replace(
+            site,
+            module=f"{site.module.rpartition('.')[0]}.{WHOLE.partition('.')[2]}",
+            slots={Slot.DOWN: down, Slot.UP: joined},
+            scaling=Scaling(site.scaling.alpha, rank),
+            enabled=(),
+            variant=variant_named("lora"),
+        )
+
     def _sides(self, site: Site, count: int) -> tuple[str, ...]:
         if count == len(SIDES):
             return SIDES
@@ -149,6 +193,15 @@ class LitgptRoles(Roles):
         heights = [self.sizes.of(side) for side in sides]
         return heights if sum(heights) == rows else []
 
+    def cut(self, parts: Sequence[Part]) -> list[Part]:
+        """Return ``parts`` with projections apart that are one in transformers.
+
+        Raises:
+            AdapterError: One has other rows than those of such heads.
+            UnsupportedError: One is more than A and B, or nothing tells the heads.
+        """
+        return [piece for part in parts for piece in self._cut(part)]
+
     def together(self, parts: Sequence[Part]) -> list[Part]:
         """Return ``parts`` with queries, keys and values of a layer as one.
 
@@ -158,23 +211,62 @@ class LitgptRoles(Roles):
         groups: dict[str, dict[str, Part]] = defaultdict(dict)
         made: list[Part] = []
         for part in parts:
-            place = side_of(part.module)
-            if place is None:
-                made.append(part)
+            own = self.kind.litgpt(part.module) or part.module
+            name, _, side = own.rpartition(".")
+            if side in SIDES and name.endswith(".attn.qkv"):
+                groups[name][side] = part
             else:
-                groups[place[0]][place[1]] = part
+                made.append(part)
         sides = [side for side in SIDES if any(side in group for group in groups.values())]
         return [*made, *(self._fused(name, group, sides) for name, group in groups.items())]
+
+    def _cut(self, part: Part) -> Iterator[Part]:
+        """Yield the modules that a projection of transformers is in litgpt; see :meth:`cut`."""
+        names = self.kind.parts(part.module)
+        if not names:
+            yield part
+            return
+        self._check_plain(part)
+        rows, groups, shares = part.up.shape[0], 1, [1] * len(names)
+        if len(names) == len(SIDES):
+            groups = self._groups
+            if self.sizes is None or not groups:
+                raise UnsupportedError(
+                    part.module,
+                    "is queries, keys and values in one, and how many rows each has nothing tells",
+                    hint="give --base BASE",
+                )
+            shares = [self.sizes.of(side) // groups for side in SIDES]
+            if groups * sum(shares) != rows:
+                raise AdapterError(
+                    part.module,
+                    f"has {rows} rows, expected {groups * sum(shares)} of queries, keys and values",
+                    hint="is this the base that it was trained on?",
+                    code="LT022",
+                )
+        height, first = rows // groups, 0
+        for name, share in zip(names, shares, strict=True):
+            last = first + height * share // sum(shares)
+            places = [(group * height + first, group * height + last) for group in range(groups)]
+            first = last
+            factors = _narrowed(part, places)
+            if factors is not None:
+                made = part.factored(*factors, note="cut as litgpt has it")
+                yield replace(made, module=name, site=None)
+
+    def _check_plain(self, part: Part) -> None:
+        if not part.is_plain or len(part.values) > 2 or len(part.up.shape) != 2:
+            raise UnsupportedError(
+                part.module,
+                f"is {part.variant.words or 'more than A and B'}, and is fused or in parts in "
+                "litgpt",
+                hint="merge the adapter into its base instead",
+            )
 
     def _fused(self, name: str, group: Mapping[str, Part], sides: Sequence[str]) -> Part:
         first = next(iter(group.values()))
         for part in group.values():
-            if not part.is_plain or len(part.values) > 2 or len(part.up.shape) != 2:
-                raise UnsupportedError(
-                    part.module,
-                    f"is {part.variant.words or 'more than A and B'}, and litgpt fuses it",
-                    hint="merge the adapter into its base instead",
-                )
+            self._check_plain(part)
         scales = {part.scale for part in group.values()}
         scale = scales.pop() if len(scales) == 1 else 1.0
         downs: list[Expr] = []
@@ -273,15 +365,38 @@ def _following(told: Told) -> Scheme:
     beside = _beside(told.folder, MODEL)
     run = _beside(told.folder, SETTINGS.file)
     config = described(told)
-    kind = OTHER_KINDS.get(str(beside.get("mlp_class_name")), "")
-    architecture = architecture_of(config)
-    if config.get("architectures") and not kind:
-        name = architecture.name if architecture is not None else "unknown"
-        kind = "" if name in LIKE_LLAMA else str(config["architectures"])[:80]
+    kind = kind_of(config) or kind_beside(beside)
+    is_unknown = bool(config.get("architectures")) and kind_of(config) is None
+    unknown = str(config["architectures"])[:80] if is_unknown else ""
+    if kind is None and not unknown and beside.get("mlp_class_name"):
+        unknown = f"model_config.yaml says {str(beside['mlp_class_name'])[:40]}, and no name"
     sides = tuple(s for s, flag in zip(SIDES, FLAGS, strict=True) if run.get(flag) is True)
     sizes = _sizes(beside, config) or _sizes_written(run)
-    roles = LitgptRoles(has_convolutions=False, sizes=sizes, sides=sides)
-    return replace(SCHEME, paths=LitgptPaths(kind=kind), roles=roles)
+    roles = LitgptRoles(has_convolutions=False, sizes=sizes, sides=sides, kind=kind or LLAMA)
+    return replace(SCHEME, paths=LitgptPaths(kind=kind, unknown=unknown), roles=roles)
+
+
+def _narrowed(part: Part, places: Sequence[tuple[int, int]]) -> tuple[Expr, Expr] | None:
+    """Return the factors of some rows of a part; ``None`` where it was read without such rows.
+
+    They have all of A, or of what was read from litgpt the ranks that those rows had there.
+    """
+    down, up = part.down, part.up
+    stored = up.tensor if isinstance(up, Stored) else None
+    whole = stored.whole if stored is not None and stored.strides is None else None
+    if stored is not None and isinstance(whole, Gathered) and whole.spec.shape == up.shape:
+        ranks = {
+            (piece.first[1], piece.first[1] + piece.shape[1])
+            for piece in whole.pieces
+            if any(first <= piece.first[0] < last for first, last in places)
+        }
+        if not ranks:
+            return None
+        if len(ranks) == 1:
+            ((first, last),) = ranks
+            down, up = down.rows(first, last), up.columns(first, last)
+    pieces = [up.rows(first, last) for first, last in places]
+    return down, concatenated(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _beside(folder: Path | None, name: str) -> Mapping[str, Any]:
@@ -298,9 +413,16 @@ def _sizes(model: Mapping[str, Any], config: Mapping[str, Any]) -> Sizes | None:
         found = attention.at(None) if attention is not None else None
         if found is None:
             return None
-        heads, groups = found.query, found.key
+        heads = found.query
+        groups = _falcon_groups(config) or found.key
         size = _count(config, "head_dim") or _count(config, "hidden_size") // heads
-    return Sizes(heads * size, groups * size) if size else None
+    return Sizes(heads * size, groups * size, groups) if size else None
+
+
+def _falcon_groups(config: Mapping[str, Any]) -> int:
+    """Return the groups of a Falcon, whose older files say a number of keys that is not used."""
+    is_single = config.get("multi_query") and not config.get("new_decoder_architecture")
+    return 1 if is_single else 0
 
 
 def _sizes_written(run: Mapping[str, Any]) -> Sizes | None:
@@ -320,7 +442,8 @@ SCHEME = Scheme(
     summary="litgpt: q, k and v stacked in one, its scale in hyperparameters.yaml",
     example="transformer.h.0.attn.proj.lora_A",
     keys=LitgptKeys(
-        modules=r"transformer\.h\.\d+\.(attn\.(qkv|attn|proj)|mlp\..+)|lm_head",
+        modules=r"transformer\.h\.[0-9]{1,9}\.(attn\.(qkv|attn|proj)"
+        r"|mlp\.((shared_)?experts\.([0-9]{1,9}\.)?)?(fc|fc_1|fc_2|proj|gate))|lm_head",
         templates=(
             Template("{module}.lora_A", Slot.DOWN),
             Template("{module}.lora_B", Slot.UP),

@@ -18,12 +18,13 @@ from loratool.files.container import read_bytes
 from loratool.files.gathered import Gathered, Piece, StoredSource
 from loratool.files.spec import StoredTensor
 from loratool.files.yaml import read_flat_yaml
-from loratool.names.gguf import architecture_of, attention_in_config
+from loratool.names.gguf import EXPERT_COUNTS, architecture_of, attention_in_config
 from loratool.names.paths.megatron import FUSED, MegatronPaths, part_of
 from loratool.schemes.parts.model import described
 from loratool.schemes.parts.roles import Roles
 from loratool.schemes.parts.scales import FoldedScale
 from loratool.schemes.parts.settings import Settings
+from loratool.schemes.parts.stacks import one_of_stack
 from loratool.values.expr import Expr, concatenated
 
 __all__ = ["CLAIM", "SCHEME"]
@@ -61,6 +62,26 @@ GATED: Final = frozenset(
     ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo", "olmo2", "mistral3")
 )
 """llama.cpp's names of kinds of model whose modules are those of Llama's."""
+EXPERTS: Final = {
+    "linear_fc1.gate": "mlp.experts.{}.gate_proj",
+    "linear_fc1.up": "mlp.experts.{}.up_proj",
+    "linear_fc2": "mlp.experts.{}.down_proj",
+}
+MIXTRAL: Final = {
+    "linear_fc1.gate": "block_sparse_moe.experts.{}.w1",
+    "linear_fc1.up": "block_sparse_moe.experts.{}.w3",
+    "linear_fc2": "block_sparse_moe.experts.{}.w2",
+}
+OF_EXPERTS: Final = {"qwen3moe": EXPERTS, "olmoe": EXPERTS}
+"""The same of kinds whose MLPs are experts, with what transformers calls these."""
+ALL_LAYERS: Final = re.compile(
+    r"(?P<layers>(.+\.)?(decoder|encoder)\.layers)\.(?P<leaf>(?![0-9]{1,9}\.).+)", re.DOTALL
+)
+LOCAL_EXPERT: Final = re.compile(
+    r"(?P<experts>.+\.mlp\.experts)\.local_experts\.(?P<number>[0-9]{1,9})\.(?P<leaf>linear_fc[12])",
+    re.DOTALL,
+)
+GROUPED: Final = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<leaf>linear_fc[12])", re.DOTALL)
 
 
 class MegatronKeys(KeyTable):
@@ -89,17 +110,19 @@ class MegatronKeys(KeyTable):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What tells the parts of fused layers.
+    """What tells the parts of fused layers, and which modules one of all experts is.
 
     Attributes:
         heads: Of queries; 0 where nothing tells.
         groups: Of keys and values.
         is_gated: Whether the first layer of an MLP is two.
+        experts: How many experts a layer has; 0 where nothing tells.
     """
 
     heads: int = 0
     groups: int = 0
     is_gated: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,11 +136,49 @@ class MegatronRoles(Roles):
     shape: Shape = field(default_factory=Shape)
 
     def apart(self, site: Site) -> list[Site]:
-        """Return the projections that a fused layer is, where that is known.
+        """Return the projections that a fused layer is, of each expert, where that is known.
 
         Raises:
             AdapterError: Its rows are not those of such heads.
         """
+        layers = self._layers(site)
+        experts = (expert for layer in layers for expert in self._experts(layer))
+        return [part for expert in experts for part in self._parts(expert)]
+
+    def _layers(self, site: Site) -> list[Site]:
+        """Return one site for each layer, where those of all layers are stacked.
+
+        Megatron's distributed checkpoints have them so, unless layers differ.
+        """
+        match = ALL_LAYERS.fullmatch(site.module)
+        counts = {slot.spec.shape[0] if slot.spec.shape else 0 for slot in site.slots.values()}
+        is_stack = all(len(stored.spec.shape) > 2 for stored in site.slots.values())
+        if match is None or not is_stack or len(counts) != 1 or Slot.DOWN not in site.slots:
+            return [site]
+        name = f"{match['layers']}.{{}}.{match['leaf']}".format
+        return [one_of_stack(site, name(n), n) for n in range(counts.pop())]
+
+    def _experts(self, site: Site) -> list[Site]:
+        """Return one site for each expert that a layer is of, where it is of any.
+
+        All of them share one adapter, or a grouped layer has theirs stacked.
+        """
+        if match := LOCAL_EXPERT.fullmatch(site.module):
+            return [replace(site, module=f"{match['experts']}.{match['number']}.{match['leaf']}")]
+        match = GROUPED.fullmatch(site.module)
+        down, up = site.slots.get(Slot.DOWN), site.slots.get(Slot.UP)
+        if match is None or down is None or up is None or set(site.slots) != {Slot.DOWN, Slot.UP}:
+            return [site]
+        names = f"{match['experts']}.{{}}.{match['leaf']}".format
+        sides = down.spec.shape, up.spec.shape
+        if all(len(shape) == 3 for shape in sides) and sides[0][0] == sides[1][0]:
+            return [one_of_stack(site, names(n), n) for n in range(sides[0][0])]
+        if all(len(shape) == 2 for shape in sides):
+            found = [replace(site, module=names(n)) for n in range(self.shape.experts)]
+            return found or [site]
+        return [site]
+
+    def _parts(self, site: Site) -> list[Site]:
         leaf = site.module.rpartition(".")[2]
         up = site.slots.get(Slot.UP)
         if up is None or len(up.spec.shape) != 2:
@@ -126,7 +187,8 @@ class MegatronRoles(Roles):
             heads, groups = self.shape.heads, self.shape.groups
             each = heads // groups
             return self._cut(site, groups, {"q": each, "k": 1, "v": 1})
-        if leaf == "linear_fc1" and self.shape.is_gated:
+        is_spread = site.settings.get(RANKS, 1) > 1 and ".mlp.experts." in site.module
+        if leaf == "linear_fc1" and self.shape.is_gated and not is_spread:
             # Each rank has gate and up of its own columns.
             return self._cut(site, site.settings.get(RANKS, 1), {"gate": 1, "up": 1})
         return [site]
@@ -273,7 +335,11 @@ def _following(told: Told) -> Scheme:
     beside = read_flat_yaml(path) if path is not None else {}
     architecture = architecture_of(config)
     name = architecture.name if architecture is not None else "unknown"
-    kind = "" if not config or name in GATED else f"{config.get('architectures') or name}"[:80]
+    kind = (
+        ""
+        if not config or name in (*GATED, *OF_EXPERTS)
+        else f"{config.get('architectures') or name}"[:80]
+    )
     attention = attention_in_config(config)
     found = attention.at(None) if attention is not None else None
     heads = found.query if found is not None else _count(beside, "num_attention_heads")
@@ -281,9 +347,16 @@ def _following(told: Told) -> Scheme:
     if not groups or heads % groups:
         heads = groups = 0
     activation = beside.get("activation")
-    is_gated = name in GATED or (isinstance(activation, str) and "glu" in activation)
-    roles = MegatronRoles(has_convolutions=False, shape=Shape(heads, groups, is_gated))
-    return replace(SCHEME, paths=MegatronPaths(kind=kind), roles=roles)
+    is_gated = name in (*GATED, *OF_EXPERTS) or (
+        isinstance(activation, str) and "glu" in activation
+    )
+    experts = next((_count(config, key) for key in EXPERT_COUNTS if _count(config, key)), 0)
+    shape = Shape(heads, groups, is_gated, experts)
+    roles = MegatronRoles(has_convolutions=False, shape=shape)
+    spelled = OF_EXPERTS.get(name, {}) if experts else {}
+    if experts and name in GATED:
+        spelled = MIXTRAL if config.get("architectures") == ["MixtralForCausalLM"] else {}
+    return replace(SCHEME, paths=MegatronPaths(kind=kind, experts=spelled), roles=roles)
 
 
 def _count(fields: Mapping[str, Any], key: str) -> int:
@@ -296,7 +369,8 @@ SCHEME = Scheme(
     summary="NeMo, Megatron-Bridge: linear_qkv by groups, linear_fc1",
     example="decoder.layers.0.self_attention.linear_proj.adapter.linear_in.weight",
     keys=MegatronKeys(
-        modules=r"(.+\.)?(decoder|encoder)\.layers\.\d+\.(self_attention|mlp)\.linear_.+|(.+\.)?output_layer",
+        modules=r"(.+\.)?(decoder|encoder)\.layers\.([0-9]{1,9}\.)?"
+        r"(self_attention|mlp(\.experts(\.local_experts\.[0-9]{1,9})?)?)\.linear_.+|(.+\.)?output_layer",
         templates=(
             Template("{module}.adapter.linear_in.weight", Slot.DOWN),
             Template("{module}.adapter.linear_out.weight", Slot.UP),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +34,7 @@ CLAIM: Final = {
     "sidecar": "adapter_config.json",
 }
 
-BLOCK: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(.+)$", re.DOTALL)
+BLOCK: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 
 
 class MlxKeys(KeyTable):
@@ -116,6 +116,18 @@ class MlxSettings(Settings):
             )
             for site in sites
         )
+
+    def remarks(self, sites: Sequence[Site], sidecar: Mapping[str, Any] | None) -> Iterator[str]:
+        """Yield that mlx-vlm's first layers have two meanings, where they have."""
+        said = sidecar or {}
+        ranks = {site.rank for site in sites}
+        is_first = len(ranks) == 1 and all(_is_bare(site) for site in sites)
+        if is_first and ranks != {1} and "alpha" in said and "lora_parameters" not in said:
+            yield (
+                "is multiplied by alpha itself, as mlx-vlm did before release 0.5; since then it "
+                "takes alpha / rank, for older files too. If that is how it was trained: "
+                f"loratool rescale --scale {1 / ranks.pop():g}"
+            )
 
     def config(self, written: Written) -> dict[str, Any] | None:
         """Return mlx-lm's ``adapter_config.json``."""

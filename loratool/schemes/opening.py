@@ -23,7 +23,7 @@ from loratool.files.json import read_json_object
 from loratool.files.places import located
 from loratool.names.spellings import spellings_of, spellings_of_extra
 from loratool.schemes import claimed, claims, scheme_named, scheme_names
-from loratool.schemes.detection import detect_scheme, find_weights, naming, selected
+from loratool.schemes.detection import detect_scheme, find_weights, naming, selected, unnamed
 from loratool.schemes.groups import one_group
 from loratool.schemes.ranks import joined, ranks_around
 from loratool.schemes.spelled_out import spell_out
@@ -128,12 +128,15 @@ def open_as_spelled(
         config = parse_config(raw, where=config_path)
         _check_type(config, config_path)
     file, group = one_group(open_weights(weights), adapter_name, weights)
+    asked = adapter_name
     adapter_name = None if group is not None else adapter_name
     scheme = naming(file, detect_scheme(file, schemes), adapter_name if not schemes else None)
     ranks = ranks_around(weights)
     if ranks is not None:
         file = joined(ranks, scheme, file)
     tensors, name, more = selected(file, scheme, adapter_name, weights)
+    if asked is not None and name is None and group is None:
+        more = (*more, *unnamed(path, weights, asked))
     skipped = _matching(tensors, _selectors(skip))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
     parts = build_sites(tensors, scheme, config, variant_of, _enabled(config, enabled))
@@ -151,7 +154,9 @@ def open_as_spelled(
     if sidecar is None and (model := scheme.settings.base_model(file.metadata)) is not None:
         sidecar = {"model": model}
     sites = scheme.settings.read(sites, file.metadata, sidecar, sidecar_path)
+    more = (*more, *scheme.settings.remarks(sites, sidecar))
     if alpha is not None:
+        more = (*more, *_alpha_notes(sites, alpha))
         sites = tuple(_with_alpha(site, alpha) for site in sites)
     return Adapter(
         path=path,
@@ -163,6 +168,7 @@ def open_as_spelled(
         metadata=file.metadata,
         tensors=tensors,
         stamp=file.stamp,
+        others=file.others,
         name=group or name,
         skipped=tuple(skipped),
         notes=(*notes, *parts.notes, *more, *file.notes),
@@ -184,6 +190,24 @@ def _with_alpha(site: Site, alpha: float) -> Site:
     if not is_missing or not site.variant.is_scaled:
         return site
     return replace(site, scaling=Scaling(alpha, site.scaling.rank or site.rank))
+
+
+def _alpha_notes(sites: Sequence[Site], alpha: float) -> Iterator[str]:
+    """Yield for how many sites ``alpha`` has no effect, if for any, and why."""
+    scaled = [site for site in sites if site.variant.is_scaled]
+    recorded = [
+        site for site in scaled if _with_alpha(site, alpha) is site and site.scaling.alpha != alpha
+    ]
+    if recorded:
+        some = (
+            "" if len(recorded) == len(scaled) else f" in {len(recorded)} of {len(scaled)} modules"
+        )
+        yield (
+            f"--alpha {alpha:g} has no effect{some}: another one is recorded, which "
+            "loratool rescale changes"
+        )
+    elif sites and not scaled:
+        yield f"--alpha {alpha:g} has no effect: no scale multiplies what it adds"
 
 
 def _enabled(config: LoraConfig | None, given: Sequence[bool]) -> tuple[bool, ...]:

@@ -16,10 +16,10 @@ from loratool.files.spec import StoredTensor
 from loratool.files.yaml import read_flat_yaml
 from loratool.schemes.companions import is_training_state
 
-__all__ = ["Ranks", "joined", "ranks_around", "weights_of_ranks"]
+__all__ = ["Ranks", "files_of", "joined", "ranks_around", "weights_of_ranks"]
 
 RANK: Final = re.compile(
-    r"mp_rank_(?P<rank>\d{2,4})(_(?P<stage>\d{3}))?(_\d{3})?"
+    r"mp_rank_(?P<rank>\d{2,4})(_(?P<stage>\d{3}))?(_(?P<expert>\d{3}))?"
     r"|tp_rank_(?P<tp>\d{2,4})_pp_rank_(?P<pp>\d{3})",
     re.ASCII,
 )
@@ -78,9 +78,28 @@ def ranks_around(weights: Path) -> Ranks | None:
             hint="save it with one pipeline stage, or export it to Hugging Face's format with "
             "NeMo or Megatron-Bridge, and name what that writes",
         )
+    if len(members) > len(ranks):
+        raise UnsupportedError(
+            folder,
+            "holds several expert-parallel ranks, each of which numbers its experts from 0",
+            hint="export it to Hugging Face's format with NeMo or Megatron-Bridge, and name what "
+            "that writes",
+        )
     if count == 1:
         return None
     return Ranks(folder, tuple(_weights(path) for _, _, path in members))
+
+
+def files_of(weights: Path) -> list[Path]:
+    """Return all files of an adapter that one of its weights files stands for, that one first.
+
+    Raises:
+        AdapterError: Ranks are missing.
+        FileFormatError: The file, or one that it names, breaks a rule of its format.
+    """
+    ranks = ranks_around(weights)
+    parts = [weights, *(path for path in ranks.files if path != weights)] if ranks else [weights]
+    return [path for part in parts for path in open_weights(part).stamps]
 
 
 def joined(ranks: Ranks, scheme: Scheme, file: WeightsFile) -> WeightsFile:
@@ -108,7 +127,9 @@ def joined(ranks: Ranks, scheme: Scheme, file: WeightsFile) -> WeightsFile:
         name: scheme.join(name, [each.tensors[name] for each in files]) for name in file.tensors
     }
     note = f"gathered from {len(files)} tensor-parallel ranks"
-    return replace(file, tensors=tensors, notes=(*file.notes, note))
+    stamps = {path: stamp for each in files for path, stamp in each.stamps.items()}
+    others = {path: stamp for path, stamp in stamps.items() if path != file.path}
+    return replace(file, tensors=tensors, notes=(*file.notes, note), others=others)
 
 
 def _members(folder: Path) -> list[tuple[int, int, Path]]:

@@ -61,7 +61,7 @@ class TorchtuneRoles(Roles):
                 slots[slot] = _unpaired(slots[slot], heads, site.label)
         return replace(site, slots=slots)
 
-    def together(self, parts: Sequence[Part]) -> list[Part]:
+    def cut(self, parts: Sequence[Part]) -> list[Part]:
         """Return ``parts`` with Phi-3's projections apart."""
         made: list[Part] = []
         for part in parts:

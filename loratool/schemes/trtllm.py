@@ -38,7 +38,8 @@ CLAIM: Final = {
 BOTH: Final = Slot("both factors")
 SIDES: Final = {"in": Slot.DOWN, "out": Slot.UP}
 HALF: Final = re.compile(
-    r"(?P<module>layer\.\d+\.module\.\d+(\.rank\.\d+)?)\.(?P<side>in|out)", re.ASCII
+    r"(?P<module>layer\.[0-9]{1,9}\.module\.[0-9]{1,9}(\.rank\.[0-9]{1,9})?)\.(?P<side>in|out)",
+    re.ASCII,
 )
 LIKE_LLAMA: Final = frozenset(
     ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo", "olmo2", "mistral3", "phi3")
@@ -112,7 +113,7 @@ class RowRoles(Roles):
             NoPlaceError: It has more than A and B.
         """
         if Slot.MAGNITUDE in part.values:
-            # The runtime multiplies by magnitudes that are divided by the norms of the weight.
+            # The converter that is known takes A and B alone, and passes over magnitudes.
             raise NoPlaceError("magnitudes", Slot.MAGNITUDE)
         return super().stored(part)
 

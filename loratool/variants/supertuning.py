@@ -70,6 +70,10 @@ class Supertuning(Sparse):
     )
     spare = frozenset(("supertuning_lora_A", "supertuning_lora_B"))
     whole_numbers = frozenset(("supertuning_indices",))
+    mending = (
+        "where save_precomputed_indices was false, PEFT finds them in the base: load both there, "
+        "merge_and_unload, and save the model"
+    )
     fields = frozenset(
         ("sparsity", "select_top", "save_precomputed_indices", "lora_alpha", "lora_dropout")
     )

@@ -198,13 +198,17 @@ def _opened(
         else:
             names.append(place.name)
             opened.append(adapter)
+    is_mixed = len({adapter.scheme for adapter in opened}) > 1
+    for index, adapter in reversed([*enumerate(opened)]):
+        if is_mixed and adapter.unknown is not None:
+            unknown = AdapterError(adapter.path, adapter.unknown, code="LT033")
+            if is_pair:
+                raise unknown
+            unread.append((names.pop(index), unknown))
+            del opened[index]
     if len(opened) < 2 and unread:
         raise unread[0][1]
-    fetch(adapter.weights for adapter in opened)
-    is_mixed = len({adapter.scheme for adapter in opened}) > 1
-    for adapter in opened:
-        if is_mixed and adapter.unknown is not None:
-            raise AdapterError(adapter.path, adapter.unknown, code="LT033")
+    fetch(path for adapter in opened for path in adapter.stamps)
     return names, opened, [(path, str(error)) for path, error in unread]
 
 
@@ -217,29 +221,42 @@ def _check(adapter: Adapter) -> None:
 
 def _models(adapters: Sequence[Adapter]) -> tuple[list[list[int]], list[str]]:
     """Return the places of adapters that are for one model, for each of the models, and notes."""
-    try:
-        join(adapters, to_write=False)
-    except LoratoolError:
-        pass
-    else:
-        return [[*range(len(adapters))]], []
+    everyone = [*range(len(adapters))]
+    if _refusal(adapters) is None:
+        return [everyone], []
+    models, notes = _grouped(adapters, seen=1)
+    if any(_refusal([adapters[place] for place in members]) for members in models):
+        # the first of a model may go with what does not go together: it tells too little
+        models, notes = _grouped(adapters, seen=len(adapters))
+    return models, notes
+
+
+def _grouped(adapters: Sequence[Adapter], *, seen: int) -> tuple[list[list[int]], list[str]]:
+    """Return the same, where an adapter is for a model if it goes with the first ``seen`` of it."""
     models: list[list[int]] = []
     notes: list[str] = []
     for place, adapter in enumerate(adapters):
         why: LoratoolError | None = None
         for members in models:
-            try:
-                join([adapters[members[0]], adapter], to_write=False)
-            except LoratoolError as error:
-                why = why or error
-            else:
+            refusal = _refusal([*(adapters[each] for each in members[:seen]), adapter])
+            if refusal is None:
                 members.append(place)
                 break
+            why = why or refusal
         else:
             models.append([place])
             if why is not None:
                 notes.append(f"{adapter.path} is compared with none of those before: {why}")
     return models, notes
+
+
+def _refusal(adapters: Sequence[Adapter]) -> LoratoolError | None:
+    """Return why adapters cannot be for one model, if they cannot."""
+    try:
+        join(adapters, to_write=False)
+    except LoratoolError as error:
+        return error
+    return None
 
 
 @dataclass(frozen=True, slots=True)

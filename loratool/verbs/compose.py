@@ -55,6 +55,7 @@ def compose(
     rank_multiple: int = 1,
     dtype: str | None = None,
     force: bool = False,
+    no_card: bool = False,
     dry_run: bool = False,
     alpha: float | None = None,
     adapter_name: str | None = None,
@@ -96,6 +97,7 @@ def compose(
         rank_multiple: See :func:`truncate`.
         dtype: ``float32``, ``float16`` or ``bfloat16``; by default the widest of the inputs.
         force: Replace an existing output.
+        no_card: Write no card; that of the input travels as it is.
         dry_run: Compute, report, and write nothing.
         alpha: Alpha where none is recorded.
         adapter_name: Which adapter, where a path holds several.
@@ -156,6 +158,7 @@ def compose(
         "alpha": alpha,
         "adapter_name": adapter_name,
         "skip": tuple(skip),
+        "no_card": no_card or None,
     }
     draft = Combination(
         verb="compose",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +25,7 @@ from loratool.plan.outcome import Outcome
 from loratool.plan.plan import run as run_plan
 from loratool.plan.plan import write as write_plan
 from loratool.schemes import scheme_named, scheme_names
+from loratool.schemes.detection import ADAPTER_NAME
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.arguments import dtype_name, one_or_more, output_path
 from loratool.verbs.conversion.contents import Conversion, converted
@@ -137,6 +138,7 @@ def convert(
     drop: Sequence[str] = (),
     skip: Sequence[str] = (),
     force: bool = False,
+    no_card: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConvertReport:
@@ -177,6 +179,7 @@ def convert(
         drop: Regular expressions of modules and tensors that may be left out.
         skip: Regular expressions; keys that match are not read at all, and reported.
         force: Replace an existing output.
+        no_card: Write no card; that of the input travels as it is.
         dry_run: Say what would be done, and write nothing.
         progress: Called with bytes done and bytes in all.
 
@@ -228,7 +231,12 @@ def convert(
         "dtype": dtype,
         "drop": tuple(drop),
         "skip": tuple(skip),
+        "no_card": no_card or None,
     }
+    if scheme.keys.names_adapter and name is None and opened.name is None:
+        # which is what the option is for, then
+        kept = [note for note in opened.notes if ADAPTER_NAME not in note]
+        opened = replace(opened, notes=tuple(kept))
     written_name = name if name is not None else adapter_name
     check_options(scheme, rank=rank, to_lora=to_lora, name=written_name)
     conversion = Conversion(

@@ -59,6 +59,7 @@ def extract(
     save_spectrum: AnyPath | None = None,
     dtype: str | None = None,
     force: bool = False,
+    no_card: bool = False,
     dry_run: bool = False,
     resume: bool = False,
     device: str = "auto",
@@ -102,6 +103,7 @@ def extract(
         dtype: ``float32``, ``float16`` or ``bfloat16``; by default
             the wider of the two models', of each weight.
         force: Replace an existing output.
+        no_card: Write no card; that of the input travels as it is.
         dry_run: Say what would be done, from headers alone.
         resume: Keep finished modules beside the output if the run is interrupted, and take
             up those of an interrupted run.
@@ -158,6 +160,7 @@ def extract(
         "seed": seed,
         "clamp_quantile": clamp_quantile,
         "dtype": dtype,
+        "no_card": no_card or None,
     }
     scheme = output_scheme((), to)
     written = OUTPUT_DTYPES[dtype] if dtype else None

@@ -180,11 +180,16 @@ class AdapterInfo(Shown):
             for module, position, spectrum in zip_longest(self.modules, positions, self.spectra)
         ]
 
-    def document(self, *, unfolded: bool = False) -> Document:
-        """Return what people see of it; ``unfolded`` gives every module a row."""
+    def document(self, *, unfolded: bool = False, names_all: bool = False) -> Document:
+        """Return what people see of it.
+
+        Args:
+            unfolded: Give every module a row.
+            names_all: Name modules also where their spectra are told by parts.
+        """
         from loratool.verbs.inspection.shown import adapter_document
 
-        return adapter_document(self, unfolded=unfolded)
+        return adapter_document(self, unfolded=unfolded, names_all=names_all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +347,7 @@ def inspect(
 
             found = spectra(adapter, threads=threads, progress=progress)
             advice = advice_on(adapter, found)
-        hashed = _hashed([adapter.weights]) if hashes else {}
+        hashed = _hashed(list(adapter.stamps)) if hashes else {}
         return AdapterInfo(adapter, about(adapter), found, hashed, advice)
     if spectrum:
         raise OptionError(place, "a model; only adapters have deltas with a spectrum")
@@ -404,7 +409,7 @@ def _hashed(files: Sequence[Path]) -> dict[str, str]:
     from loratool.files.hashes import hashes_of  # few ask for it
 
     if len(files) != 1:
-        raise OptionError("--hashes", f"a model in {len(files)} files has no hash of its own")
+        raise OptionError("--hashes", f"what is in {len(files)} files has no hash of its own")
     return hashes_of(files[0])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Generic, Protocol, TypeVar
@@ -24,6 +24,7 @@ class Told(Protocol):
 
 
 Found = TypeVar("Found", bound=Told)
+Progress = Callable[[int, int], None]
 Record = Mapping[str, Any]
 """What a row says, by column: numbers, texts and lists of such."""
 
@@ -78,7 +79,9 @@ class Many(Shown, Generic[Found]):
     def page(self, records: Sequence[Record]) -> Document:
         """Return what people see of rows."""
 
-    def compared(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def compared(
+        self, rows: list[dict[str, Any]], progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
         """Return rows with what only all of them together tell."""
         return rows
 
@@ -90,10 +93,19 @@ class Many(Shown, Generic[Found]):
         """Return the keys that the command line's JSON promises."""
         return {"schema": 1, "items": [found.as_json() for found in self]}
 
-    def pairs(self) -> Iterator[tuple[Place, Found | Unread]]:
-        """Yield every place, with what is said of it; it is read when it is asked for."""
-        for place in self.places():
+    def pairs(self, progress: Progress | None = None) -> Iterator[tuple[Place, Found | Unread]]:
+        """Yield every place, with what is said of it; it is read when it is asked for.
+
+        Args:
+            progress: Called with how many are read, and of how many.
+        """
+        total = 0
+        if progress is not None:
+            total = sum(1 for _ in places(self.paths, recursive=self.recursive))
+        for number, place in enumerate(self.places(), 1):
             yield place, self._read(place)
+            if progress is not None:
+                progress(number, total)
 
     def places(self) -> Iterator[Place]:
         """Yield every place that something is said of."""

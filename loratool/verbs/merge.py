@@ -134,6 +134,7 @@ def merge(
     device: str = "auto",
     threads: int | None = None,
     sync: bool = False,
+    no_card: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -163,6 +164,7 @@ def merge(
         device: Where to compute: ``auto`` (the processor), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: Number of worker threads; by default one for each processor, at most eight.
         sync: Wait until the weights are on the disk, not only in the system's cache.
+        no_card: Write no card; that of the input travels as it is.
         dry_run: Say what would be written, and write nothing.
         progress: Called with bytes done and bytes in all.
 
@@ -182,6 +184,7 @@ def merge(
         enable_lora=enable_lora,
         quantized=quantized,
         allow_nonfinite=allow_nonfinite,
+        no_card=no_card,
         output=output,
     )
     if dry_run:

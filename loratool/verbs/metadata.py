@@ -28,6 +28,7 @@ from loratool.files.sources import is_stand_in
 from loratool.files.transfer import copy_range, read_into, write_all
 from loratool.schemes import builtin_schemes
 from loratool.schemes.detection import find_weights
+from loratool.verbs.arguments import output_path
 from loratool.write.metadata import is_hash, transferable
 
 __all__ = ["FileMetadata", "MetadataReport", "metadata"]
@@ -198,7 +199,7 @@ def metadata(
     notes: list[str] = []
     taken = _taken(located(source), notes) if source is not None else {}
     files = tuple(_edited(file, taken, remove, wanted) for file in opened)
-    target = place if in_place or output is None else Path(output)
+    target = place if in_place or output is None else output_path(output)
     if not dry_run and in_place:
         for file, edited in zip(opened, files, strict=True):
             _replace(file, edited)

@@ -123,6 +123,7 @@ def rescale(
     from_rslora: bool = False,
     dtype: str | None = None,
     force: bool = False,
+    no_card: bool = False,
     dry_run: bool = False,
     adapter_name: str | None = None,
     skip: Sequence[str] = (),
@@ -150,6 +151,7 @@ def rescale(
         from_rslora: Record the scale as ``alpha / r``.
         dtype: ``float32``, ``float16`` or ``bfloat16``; by default that of the input.
         force: Replace an existing output.
+        no_card: Write no card; that of the input travels as it is.
         dry_run: Say what would be done, and write nothing.
         adapter_name: Which adapter, where a path holds several.
         skip: Regular expressions; keys that match are left out, and reported.
@@ -217,6 +219,7 @@ def rescale(
         "dtype": dtype,
         "adapter_name": adapter_name,
         "skip": tuple(skip),
+        "no_card": no_card or None,
     }
     written_dtype = OUTPUT_DTYPES[dtype] if dtype else None
     is_usual = not is_weights(place) or place.suffix.lower() == USUAL
@@ -279,7 +282,7 @@ def _rewritten(
         metadata=kept_metadata(adapter, adapter.scheme),
         history=History("rescale", (Source.of_adapter(adapter),), asked),
         sidecars=tuple(sidecars),
-        stamps={adapter.weights: adapter.stamp},
+        stamps=adapter.stamps,
         notes=(*notes, *input_notes([adapter])),
         dropped=tuple((key, "skipped as asked") for key in adapter.skipped),
         left_behind=tuple(left),

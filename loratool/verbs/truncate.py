@@ -51,6 +51,7 @@ def truncate(
     spectrum: AnyPath | None = None,
     dtype: str | None = None,
     force: bool = False,
+    no_card: bool = False,
     dry_run: bool = False,
     alpha: float | None = None,
     adapter_name: str | None = None,
@@ -84,6 +85,7 @@ def truncate(
             about the whole difference that was extracted, not about what the adapter holds.
         dtype: ``float32``, ``float16`` or ``bfloat16``; by default that of the input.
         force: Replace an existing output.
+        no_card: Write no card; that of the input travels as it is.
         dry_run: Compute, report, and write nothing.
         alpha: Alpha where none is recorded.
         adapter_name: Which adapter, where a path holds several.
@@ -119,6 +121,7 @@ def truncate(
         "alpha": alpha,
         "adapter_name": adapter_name,
         "skip": tuple(skip),
+        "no_card": no_card or None,
     }
     inputs = [Path(path) for path in (adapter, base, spectrum) if path is not None]
     carry_out = _CarryOut(

@@ -33,7 +33,7 @@ from loratool.plan.lanes import ByteRange, Spot
 from loratool.plan.model import ModelPlan, Step
 from loratool.plan.plan import run
 from loratool.verbs.arguments import one_or_more
-from loratool.verbs.merging.comparison import check_files
+from loratool.verbs.merging.comparison import check_files, check_record
 from loratool.verbs.merging.planning import plan_merge
 
 __all__ = ["verify"]
@@ -118,7 +118,7 @@ def verify(
     )
     found = [*_check_layout(plan, result), *check_files(plan, result)]
     sink = _CompareSink(result.raw, {step.spec.name: step for step in plan.steps()})
-    run(
+    outcome = run(
         plan,
         sink,
         allow_nonfinite=True,
@@ -126,7 +126,7 @@ def verify(
         threads=threads,
         progress=progress,
     )
-    found += sink.findings()
+    found += [*sink.findings(), *check_record(plan, result, outcome)]
     found.sort(key=lambda item: (item.severity != "error", item.code, item.where))
     return Findings(found, "every tensor is what it should be")
 

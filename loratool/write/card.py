@@ -15,7 +15,13 @@ DIFFUSION: Final = "diffusers"
 
 
 def adapter_card(
-    sidecars: Sequence[Sidecar], scheme: Scheme, *, base: object, family: str | None
+    sidecars: Sequence[Sidecar],
+    scheme: Scheme,
+    *,
+    base: object,
+    family: str | None,
+    former: Scheme | None = None,
+    is_wanted: bool = True,
 ) -> tuple[Card | None, tuple[Sidecar, ...]]:
     """Return the card, and the other files that travel along.
 
@@ -26,7 +32,11 @@ def adapter_card(
         scheme: What is written.
         base: What is recorded as the model that it is for.
         family: The pipeline that it is for, where known.
+        former: What the input was in, where that is another scheme.
+        is_wanted: Whether there is to be one; else that of the input travels as it is.
     """
+    if not is_wanted:
+        return None, tuple(sidecars)
     given = next((each for each in sidecars if each.name == CARD_NAME), None)
     existing = read_card(given.source) if given is not None and given.source is not None else None
     if given is not None and existing is None:
@@ -35,6 +45,7 @@ def adapter_card(
         relation=ADAPTER,
         base_model=hub_name(base),
         library=DIFFUSION if family is not None else scheme.home.library or None,
+        former_library=former.home.library or None if former is not None else None,
         existing=existing,
     )
     return card, tuple(each for each in sidecars if each is not given)

@@ -60,7 +60,7 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         options = replace(options, dtype=scheme.home.dtype)
     named = _named(new, scheme, options)
     try:
-        parts = padded(named.parts, options.pad, scheme)
+        parts = padded(scheme.roles.cut(named.parts), options.pad, scheme)
         parts = scheme.roles.together(parts)
         parts = scheme.scale.place(parts, fold=options.fold)
         parts = slotted(parts, scheme)
@@ -98,7 +98,14 @@ def write(new: NewAdapter, scheme: Scheme, options: WriteOptions) -> AdapterPlan
         metadata = {**new.metadata, **own, **scheme.paths.record(paths)}
     sidecars, left = _files(new, options.output)
     recorded_base = (config or new.config or {}).get("base_model_name_or_path")
-    card, sidecars = adapter_card(sidecars, scheme, base=recorded_base, family=named.family)
+    card, sidecars = adapter_card(
+        sidecars,
+        scheme,
+        base=recorded_base,
+        family=named.family,
+        former=scheme_named(new.scheme) if new.scheme not in ("", scheme.name) else None,
+        is_wanted=new.history is None or new.history.is_carded,
+    )
     notes = [
         *new.notes,
         *scheme.settings.notes(written),

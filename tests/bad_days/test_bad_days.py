@@ -96,7 +96,7 @@ def test_a_run_that_is_ended_leaves_nothing_finished(
         assert left == []
         assert process.returncode == 128 + number
         word = "interrupted" if number == signal.SIGINT else "terminated"
-        assert errors == f"error: {word}; nothing was written\n"
+        assert errors == f"error: loratool: {word}; nothing was written\n"
     loratool.merge(base, [adapter], output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert loratool.verify(output, base=base, adapters=[adapter]) == ()

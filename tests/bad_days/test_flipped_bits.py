@@ -24,6 +24,8 @@ BESIDE = {
     "chat_template.jinja": "{{ messages }}",
 }
 
+FOR_PEOPLE = ("README.md", "loratool.json")
+
 
 @pytest.fixture
 def merged(make_base: Make, make_adapter: Make, tmp_path: Path) -> tuple[Path, Path, Path]:
@@ -61,6 +63,8 @@ def is_seen(base: Path, adapter: Path, out: Path) -> bool:
 def test_every_flip_is_seen(merged: tuple[Path, Path, Path]) -> None:
     source, missed = random.Random(0), []
     for path in sorted(merged[2].iterdir()):
+        if path.name in FOR_PEOPLE:
+            continue
         whole = path.read_bytes()
         for place in sorted(source.sample(range(len(whole)), min(60, len(whole)))):
             flipped = bytearray(whole)
@@ -88,6 +92,21 @@ def test_what_no_merge_has_written_is_said(name: str, merged: tuple[Path, Path, 
     (out / name).write_text("{}")
     (found,) = loratool.verify(out, base=base, adapters=[adapter])
     assert (found.code, found.severity, found.where) == ("LT111", "warning", name)
+
+
+@pytest.mark.parametrize("key", ["sha256", "headers_sha256", "command", None])
+def test_a_record_of_other_inputs_is_said(key: str | None, merged: tuple[Path, Path, Path]) -> None:
+    base, adapter, out = merged
+    record = out / "loratool.json"
+    text = record.read_text()
+    if key is None:
+        record.write_text(text[:-3])
+    else:
+        place = text.index(f'"{key}": "') + len(key) + 6
+        other = "f" if text[place] != "f" else "e"
+        record.write_text(text[:place] + other + text[place + 1 :])
+    (found,) = loratool.verify(out, base=base, adapters=[adapter])
+    assert (found.code, found.severity, found.where) == ("LT111", "warning", "loratool.json")
 
 
 def test_what_says_the_same_to_python_alone(merged: tuple[Path, Path, Path]) -> None:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,12 +87,23 @@ def patterns() -> Iterator[bytes]:
     yield rb"(?:x|y)*?(?=z)[a-f\d]{2,3}\b(?i:q)"
 
 
+def descriptions() -> Iterator[bytes]:
+    """What describes a distributed checkpoint, whose shards are not there."""
+    import torch.distributed.checkpoint as dcp
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"a": torch.ones(2, 3), "b": {"c": [1]}}, checkpoint_id=folder, no_dist=True)
+        yield (Path(folder) / ".metadata").read_bytes()
+
+
 SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "safetensors": safetensors,
     "pt": pickles,
     "gguf": gguf,
     "npy": arrays,
     "npz": archives,
+    "metadata": descriptions,
     "json": texts,
     "yaml": texts,
     "pattern": patterns,

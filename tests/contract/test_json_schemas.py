@@ -76,6 +76,24 @@ def test_every_command_publishes_a_sound_schema(
     assert not re.search(r'"additionalProperties": ?false', json.dumps(schema))
 
 
+def untold(schema: dict[str, Any], before: str = "") -> Iterator[str]:
+    """Yield the keys of a schema that nothing is said about."""
+    for key, value in schema.get("properties", {}).items():
+        if not value.get("description", "").endswith("."):
+            yield before + key
+        yield from untold(value, f"{before}{key}.")
+    for inside in ("items", "additionalProperties"):
+        if isinstance(value := schema.get(inside), dict):
+            yield from untold(value, before)
+    for each in schema.get("anyOf", ()):
+        yield from untold(each, before)
+
+
+@pytest.mark.parametrize("command", list(with_json()))
+def test_every_key_is_explained(command: str) -> None:
+    assert not list(untold(json_schema(command)))
+
+
 @pytest.mark.parametrize(("name", "command", "document"), list(golden_documents()))
 def test_goldens_are_what_the_schemas_say(
     name: str, command: str, document: dict[str, Any]

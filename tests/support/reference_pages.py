@@ -147,7 +147,8 @@ def _yes(value: bool) -> str:
 def documents() -> str:
     """Return what is in the JSON documents of each command, as Markdown."""
     parts = []
-    for file in sorted((Path(loratool.__file__).parent / "cli" / "schemas").glob("*.json")):
+    files = (Path(loratool.__file__).parent / "cli" / "schemas").glob("*.json")
+    for file in sorted(files, key=lambda file: (file.stem == "error", file.stem)):
         schema = json.loads(file.read_text("utf-8"))
         title = "A failure" if file.stem == "error" else file.stem
         parts.append(f"## {title}\n")
@@ -155,7 +156,7 @@ def documents() -> str:
         for alternative in alternatives:
             if len(alternatives) > 1:
                 parts.append(f"**{_told(alternative)}**\n")
-            parts += ["| key | type | |", "|---|---|---|"]
+            parts += ["| key | type | what it is |", "|---|---|---|"]
             parts += [
                 f"| {_code(path)}{' (may be missing)' if optional else ''} | {kind} | {words} |"
                 for path, kind, words, optional in _keys(alternative, "")
@@ -187,9 +188,11 @@ def _told(schema: dict[str, Any]) -> str:
     kind = schema.get("properties", {}).get("kind", {}).get("const")
     if kind is not None:
         return f"of {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    if "description" in schema:
+        return str(schema["description"])
     if "items" in schema.get("properties", {}):
         return "of several paths"
-    return schema.get("description", "of one path, or one pair")
+    return "of one path"
 
 
 def _keys(schema: dict[str, Any], before: str) -> Iterator[tuple[str, str, str, bool]]:
@@ -199,7 +202,9 @@ def _keys(schema: dict[str, Any], before: str) -> Iterator[tuple[str, str, str, 
         words = value.get("description", "").replace("|", "&#124;")
         yield path, _kind(value), words, key not in required
         yield from _keys(value, f"{path}.")
-        yield from _keys(value.get("items", {}), f"{path}[].")
+        inside = value.get("items", {})
+        for each in inside.get("anyOf", [inside]):
+            yield from _keys(each, f"{path}[].")
 
 
 def _kind(schema: dict[str, Any]) -> str:
@@ -208,4 +213,8 @@ def _kind(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(_code(json.dumps(value)) for value in schema["enum"])
     kinds = schema.get("type", "any")
-    return kinds if isinstance(kinds, str) else " or ".join(kinds)
+    words = kinds if isinstance(kinds, str) else " or ".join(kinds)
+    if words == "array" and "items" in schema:
+        inside = schema["items"]
+        words += " of " + " or ".join(_kind(each) for each in inside.get("anyOf", [inside]))
+    return words

@@ -22,7 +22,7 @@ from samples import FIXTURES
 import loratool
 from loratool.cli.main import cli
 from loratool.errors import FileFormatError, LoratoolError, OptionError, OutputExistsError
-from loratool.jobs.batch import RETRIES
+from loratool.jobs.batch import RETRIES, _failed
 from loratool.jobs.step import Asked, Done, Places, Step
 
 INPUTS: Final = {
@@ -129,6 +129,70 @@ def test_nothing_that_can_be_done_is_a_failure(here: Path) -> None:
     report = loratool.batch([{"verb": "inspect", "path": "nothing"}])
     assert report.status == 2 and report.results[0].done.status == 2
     assert loratool.batch([]).status == 0
+
+
+def test_what_was_found_wrong_is_looked_at_again(here: Path) -> None:
+    jobs = [{"verb": "inspect", "path": "one"}, {"verb": "validate", "adapter": "wrong"}]
+    (here / "wrong").mkdir()
+    (here / "wrong" / "adapter_model.safetensors").write_bytes(b"no header")
+    first = loratool.batch(jobs, "records.jsonl")
+    assert (first.status, first.done, first.found) == (1, 1, 1)
+    again = loratool.batch(jobs, "records.jsonl", resume=True)
+    assert (again.status, again.skipped, again.found) == (1, 1, 1)
+    shutil.rmtree("wrong")
+    shutil.copytree("one", "wrong")
+    mended = loratool.batch(jobs, "records.jsonl", resume=True)
+    assert (mended.status, mended.skipped, mended.done) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "match"),
+    [
+        (
+            [
+                {"command": ["truncate", "one", "--rank", "1", "-o", "out"]},
+                {"command": ["truncate", "two", "--rank", "1", "-o", "./there/../out"]},
+            ],
+            "both write",
+        ),
+        (
+            [
+                {"command": ["truncate", "one", "--rank", "1", "-o", "out"]},
+                {"command": ["truncate", "two", "--rank", "1", "-o", "out/in"]},
+            ],
+            "inside of what job 1 writes",
+        ),
+        ([{"command": ["inspect", "one", "--plot", "p.svg"]}] * 2, "both write"),
+        (
+            [
+                {"command": ["metadata", "one", "--set", "a=b", "--in-place"]},
+                {"command": ["inspect", "one/adapter_model.safetensors"]},
+            ],
+            "which job 1 writes",
+        ),
+    ],
+)
+def test_jobs_that_touch_the_same_are_refused(
+    jobs: list[dict[str, Any]], match: str, here: Path
+) -> None:
+    with pytest.raises(OptionError, match=match):
+        loratool.batch(jobs)
+    assert not Path("out").exists() and not Path("p.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "where", "message"),
+    [
+        (MemoryError(), "loratool", "MemoryError"),
+        (OSError(28, "No space left", "/x"), "/x", "No space left"),
+        (RuntimeError("why"), "loratool", "RuntimeError: why"),
+    ],
+)
+def test_a_failure_of_no_reason_says_each_thing_once(
+    error: Exception, where: str, message: str
+) -> None:
+    told = _failed(error).error
+    assert told is not None and (told["where"], told["message"]) == (where, message)
 
 
 class Commands:

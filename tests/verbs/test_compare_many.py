@@ -131,6 +131,31 @@ def test_adapters_of_different_models_have_no_cosine(five: list[Path], make_adap
         loratool.compare([five[0], larger])
 
 
+def test_one_that_goes_with_all_does_not_join_what_does_not(
+    five: list[Path], make_adapter: Make
+) -> None:
+    goes = make_adapter(lora("layers.7.q_proj", 14, 9), "goes", target_modules=["q_proj"])
+    larger = make_adapter(lora(Q, 28, 18), "larger", target_modules=[Q])
+    found = loratool.compare([goes, larger, five[0], five[1]])
+    assert found.cosines[1][2] is None
+    assert found.cosines[2][3] == pytest.approx(loratool.compare(five[:2]).cosine)
+
+
+def test_one_whose_names_are_not_known_does_not_stop_the_rest(
+    five: list[Path], tmp_path: Path
+) -> None:
+    flat = tmp_path / "positional.safetensors"
+    factors = {"unet:0:down": torch.ones(2, 9), "unet:0:up": torch.ones(14, 2)}
+    save_file(factors, flat, {"unet": '["Attention"]', "unet:0:rank": "2"})
+    found = loratool.compare([flat, *five[:2]])
+    assert found.adapters == (str(five[0]), str(five[1]))
+    ((path, why),) = found.unread
+    assert path == str(flat) and "numbers 1 modules" in why
+    assert f"{flat}: {flat}" not in " ".join(found.document().notes)
+    with pytest.raises(AdapterError):
+        loratool.compare([flat, five[0]])
+
+
 def test_every_factor_is_read_once(five: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[tuple[Path, str]] = []
     original = host.read_view

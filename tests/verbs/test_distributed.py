@@ -114,6 +114,25 @@ def rewrite(folder: Path, metadata: Any) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def test_descriptions_of_older_releases(tmp_path: Path) -> None:
+    """As PyTorch 2.1 to 2.6 had them: classes elsewhere, and fewer fields."""
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as Older
+
+    folder = save({"model": state(), "step": 5}, tmp_path / "x")
+    metadata = described(folder)
+    for name in ("storage_meta", "version"):
+        vars(metadata).pop(name, None)
+    for record in metadata.state_dict_metadata.values():
+        if isinstance(record, TensorStorageMetadata):
+            record.properties = Older(dtype=record.properties.dtype)
+    for info in metadata.storage_data.values():
+        vars(info).pop("transform_descriptors", None)
+    for protocol in (2, 3, 4, 5):
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
+        check(folder, tmp_path)
+        (tmp_path / "out.safetensors").unlink()
+
+
 def test_blocks_have_to_make_up_the_tensor(tmp_path: Path) -> None:
     folder = save(state(), tmp_path / "x")
     key = NAME.format(0, "q_proj", "A")

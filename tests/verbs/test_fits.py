@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.display.terminal import plain_text
@@ -93,3 +93,24 @@ def test_every_module_has_a_row_when_asked(sdxl: Path) -> None:
     assert isinstance(info, loratool.AdapterInfo)
     text = plain_text(info.document(unfolded=True))
     assert text.count("text_encoder_2.text_model.encoder.layers.") == 192
+
+
+def test_spectra_fit(sdxl: Path, tmp_path: Path) -> None:
+    tensors = {
+        key: torch.randn(value.shape) if value.ndim else value
+        for key, value in load_file(sdxl).items()
+    }
+    path = tmp_path / "trained.safetensors"
+    save_file(tensors, path, metadata=METADATA)
+    info = loratool.inspect(path, spectrum=True)
+    assert isinstance(info, loratool.AdapterInfo)
+    lines = plain_text(info.document(), 80).split("\n")
+    assert len(lines) < 90
+    assert max(map(len, lines)) <= 80
+    told = " ".join(lines)
+    assert "attn1.to_{k,q,v,out.0}" in told and "unet attn1.to_out.0" in told
+    assert "down_blocks" in told and "{1,2}.attentions" not in told
+    assert "{1,2}.attentions" in plain_text(info.document(names_all=True))
+    rows = plain_text(info.document(unfolded=True)).split("\n")
+    assert sum("text_encoder_2.text_model" in line for line in rows) == 2 * 192
+    assert any(re.search("σ₁.*99.9 %", line) for line in rows)

@@ -38,10 +38,25 @@ FOLDERS: Final = {
         ],
         "zero_to_fp32.py",
     ),
+    "DeepSpeed's step": (
+        ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"],
+        "zero_to_fp32.py",
+    ),
     "DeepSpeed's run": (["global_step100/x.pt", "latest"], "zero_to_fp32.py"),
     "Orbax": (["_CHECKPOINT_METADATA", "d/x", "manifest.ocdbt"], "Orbax"),
     "Keras": (["gemma.lora.h5"], "Keras"),
 }
+
+
+def test_one_step_of_deepspeed_is_joined_from_above(tmp_path: Path) -> None:
+    step = tmp_path / "a run" / "global_step100"
+    step.mkdir(parents=True)
+    (step / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(LoratoolError) as caught:
+        loratool.open_adapter(step)
+    run = f"'{step.parent}'"
+    command = f"python {run}/zero_to_fp32.py {run} OUT --tag global_step100 "
+    assert command in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -125,3 +140,34 @@ def test_containers_inside_a_pickle(wrapper: str, tmp_path: Path) -> None:
     made = load_file(tmp_path / "a.safetensors")
     assert made.keys() == tensors.keys()
     assert all(torch.equal(made[key], tensors[key]) for key in made)
+
+
+OWN = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "hint"),
+    [
+        (
+            "UNILORA",
+            {"base_model.model.unilora_theta_d": torch.ones(16)},
+            "if its own tool can merge it, do that there",
+        ),
+        ("SUPERTUNING", {f"{OWN}supertuning_values": torch.ones(5)}, "merge_and_unload"),
+    ],
+)
+def test_what_peft_can_make_again_is_left_to_it(
+    kind: str, tensors: dict[str, torch.Tensor], hint: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    said = f'{{"peft_type": "{kind}", "target_modules": ["q_proj"]}}'
+    (folder / "adapter_config.json").write_text(said)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({f"{OWN[17:]}weight": torch.ones(8, 8)}, base / "model.safetensors")
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(LoratoolError) as caught:
+        loratool.merge(base, [folder], tmp_path / "out")
+    assert hint in str(caught.value.hint)

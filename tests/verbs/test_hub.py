@@ -532,3 +532,83 @@ def test_a_recipe_finds_the_commit_again(hub: MockHub, tmp_path: Path) -> None:
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "base_model: org/base" in card and "# org/base + org/lora" in card
     assert located(record["inputs"][0]["name"]).is_dir()
+
+
+class _Sibling:
+    def __init__(self, name: str, size: object) -> None:
+        self.rfilename, self.size = name, size
+
+
+@pytest.mark.parametrize(
+    ("listed", "there"),
+    [
+        ([("a.safetensors", 10), ("a.safetensors/x", 3)], ["a.safetensors/x"]),
+        ([("a.safetensors/x", 3), ("a.safetensors", 10)], ["a.safetensors/x"]),
+        ([("x" * 300, 10), ("a", 1)], ["a"]),
+        ([("a", -5), ("b", "12"), ("c", 10**19)], ["c"]),
+        ([("../../x", 3), ("/etc/passwd", 3), ("a\x1b[31m", 3), ("b", 3)], ["b"]),
+    ],
+)
+def test_lists_that_no_disk_can_hold(
+    hub: MockHub,
+    monkeypatch: pytest.MonkeyPatch,
+    listed: list[tuple[str, object]],
+    there: list[str],
+) -> None:
+    class Said:
+        sha = "b" * 40
+        siblings = [_Sibling(*each) for each in listed]  # noqa: RUF012
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_args, **_more: Said)
+    root = located("evil/listed")
+    assert [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()] == there
+
+
+def test_who_answers_otherwise_than_a_hub(
+    hub: MockHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mock_hub.json.dumps", lambda _said: "<html>log in first</html>")
+    hub.add("org/page", tmp_path)
+    with pytest.raises(HubError, match="answers otherwise than a hub does") as told:
+        located("org/page")
+    assert "HF_ENDPOINT" in (told.value.hint or "")
+
+
+def test_what_a_model_lacks_is_told_with_what_it_has(hub: MockHub) -> None:
+    hub.add("org/held", ADAPTER)
+    with pytest.raises(HubError) as near:
+        located("org/held/adapter_modl.safetensors")
+    assert near.value.hint == "did you mean 'adapter_model.safetensors'?"
+    with pytest.raises(HubError) as far:
+        located("org/held/zzz")
+    assert "'adapter_config.json'" in (far.value.hint or "")
+
+
+def test_no_more_is_read_than_was_asked_for() -> None:
+    def endless() -> Iterator[bytes]:
+        yield from (b"12345", b"67890")
+        raise AssertionError
+
+    assert remote._beginning(endless(), 7) == b"1234567"
+
+
+def test_what_is_in_the_cache_is_called_as_on_the_hub(hub: MockHub) -> None:
+    hub.add("org/called", ADAPTER)
+    said = [str(loratool.inspect("org/called")).splitlines()[0]]
+    place = in_cache(Path(os.environ["HF_HUB_CACHE"]), "org/called", ADAPTER, commit="a" * 40)
+    said.append(str(loratool.inspect("org/called")).splitlines()[0])
+    assert said == ["adapter     org/called@aaaaaaaa"] * 2
+    many = loratool.inspect_many(["org/called", ADAPTER])
+    assert "org/called@aaaaaaaa" in str(many)
+    assert "snapshots" not in str(many)
+    assert loratool.inspect("org/called").as_json()["path"] == str(place)
+
+
+def test_a_mistaken_path_is_none_of_the_hubs(hub: MockHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(remote, "WAIT", 0.0)
+    monkeypatch.setattr(remote, "TRIES", 1)
+    for name, is_told in (("some/path", False), ("hf://some/path", True)):
+        with pytest.raises(HubError, match="cannot be reached") as told:
+            located(name)
+        assert ("no such file or folder, and" in str(told.value)) is not is_told

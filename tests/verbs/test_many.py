@@ -246,3 +246,15 @@ def test_spectra_of_many(folder: Path) -> None:
     (found,) = loratool.inspect_many(folder / "small.safetensors", spectrum=True)
     assert not isinstance(found, LoratoolError)
     assert torch.tensor(found.spectra[0].singular_values).numel() == 2
+
+
+def test_progress_counts_what_is_read(folder: Path) -> None:
+    shutil.copy(folder / "big.safetensors", folder / "copy.safetensors")
+    found = loratool.inspect_many(folder, duplicates=True)
+    told: list[tuple[int, int]] = []
+    rows = [dict(found.record(*pair)) for pair in found.pairs(lambda *args: told.append(args))]
+    assert told == [(number, 5) for number in range(1, 6)]
+    told.clear()
+    rows = found.compared(rows, lambda *args: told.append(args))
+    assert told == [(1, 2), (2, 2)]
+    assert sum(row["duplicate_of"] is not None for row in rows) == 1

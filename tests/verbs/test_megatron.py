@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Final
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from deltas import dense_deltas, relative_error
 from safetensors.torch import load_file, save_file
 
@@ -264,3 +266,90 @@ def test_other_schemes_in_folders_of_ranks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LoratoolError, match="sharded over 2 tensor-parallel ranks") as caught:
         loratool.open_adapter(tmp_path / "run")
     assert "join it" in str(caught.value.hint)
+
+
+SPELLED: Final = {
+    "Qwen3MoeForCausalLM": ("mlp.experts.{}", "gate_proj", "up_proj", "down_proj"),
+    "OlmoeForCausalLM": ("mlp.experts.{}", "gate_proj", "up_proj", "down_proj"),
+    "MixtralForCausalLM": ("block_sparse_moe.experts.{}", "w1", "w3", "w2"),
+}
+
+
+@pytest.mark.parametrize("kind", SPELLED)
+@pytest.mark.parametrize("form", ["one each", "one for all", "stacked"])
+def test_experts(kind: str, form: str, tmp_path: Path) -> None:
+    """Each layer of an expert has an adapter, all share one, or a grouped layer stacks them."""
+    count, inner = 3, 5
+    block = "decoder.layers.0.mlp.experts"
+    place, gate, up, down = SPELLED[kind]
+    tensors, truth, stacks = {}, {}, {}
+    shared = [
+        torch.randn(s) for s in ((RANK, WIDTH), (2 * inner, RANK), (RANK, inner), (WIDTH, RANK))
+    ]
+    for expert in range(count):
+        own = [torch.randn(value.shape) for value in shared]
+        a1, b1, a2, b2 = shared if form == "one for all" else own
+        names = {"linear_fc1": (a1, b1), "linear_fc2": (a2, b2)}
+        for leaf, pair in names.items():
+            for side, value in zip(("linear_in", "linear_out"), pair, strict=True):
+                middle = f"local_experts.{expert}.{leaf}" if form == "one each" else leaf
+                stacks.setdefault(f"{block}.{middle}.adapter.{side}.weight", []).append(value)
+        hub = f"model.layers.0.{place.format(expert)}"
+        scale = ALPHA / RANK
+        truth[f"{hub}.{gate}"] = scale * b1[:inner].double() @ a1.double()
+        truth[f"{hub}.{up}"] = scale * b1[inner:].double() @ a1.double()
+        truth[f"{hub}.{down}"] = scale * b2.double() @ a2.double()
+    for key, values in stacks.items():
+        tensors[key] = torch.stack(values) if form == "stacked" else values[0]
+    save_file(tensors, tmp_path / "a.safetensors")
+    model = tmp_path / "base"
+    model.mkdir()
+    config = {"architectures": [kind], "num_attention_heads": HEADS, "hidden_size": WIDTH}
+    config |= {"num_local_experts" if kind.startswith("Mixtral") else "num_experts": count}
+    (model / "config.json").write_text(json.dumps(config))
+    save_file(
+        {f"{m}.weight": torch.zeros(d.shape) for m, d in truth.items()}, model / "m.safetensors"
+    )
+    (model / "m.safetensors").rename(model / "model.safetensors")
+    loratool.merge(model, [tmp_path / "a.safetensors"], tmp_path / "m", alpha=ALPHA)
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    for module, delta in truth.items():
+        found = merged[f"{module}.weight"].double()
+        torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-5)
+    with pytest.raises(LoratoolError, match="--base"):
+        loratool.convert(tmp_path / "a.safetensors", "peft", tmp_path / "p", alpha=ALPHA)
+
+
+def test_experts_on_several_ranks_are_refused(tmp_path: Path) -> None:
+    for rank in range(2):
+        folder = tmp_path / "x" / f"mp_rank_00_000_00{rank}"
+        folder.mkdir(parents=True)
+        key = "decoder.layers.0.mlp.experts.linear_fc2.adapter.linear_{}.weight"
+        factors = {key.format("in"): torch.randn(2, 4), key.format("out"): torch.randn(6, 2)}
+        save_file(factors, folder / "model.safetensors")
+    with pytest.raises(LoratoolError, match="expert-parallel"):
+        loratool.open_adapter(tmp_path / "x")
+
+
+def test_a_distributed_checkpoint_of_megatron_stacks_layers(tmp_path: Path) -> None:
+    """As ``torch_dist`` has layers that are alike: one tensor, a layer after the other."""
+    truth: dict[str, torch.Tensor] = {}
+    layers = []
+    for number in range(2):
+        deltas = write(tmp_path / f"{number}.safetensors", "Bridge")
+        layers.append(load_file(tmp_path / f"{number}.safetensors"))
+        truth |= {name.replace("layers.0", f"layers.{number}"): d for name, d in deltas.items()}
+    state = {
+        name.replace("layers.0.", "layers."): torch.stack([layer[name] for layer in layers])
+        for name in layers[0]
+    }
+    folder = tmp_path / "iter_0000100"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=str(folder), no_dist=True)
+    torch.save({"iteration": 100}, folder / "common.pt")
+    said = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(said))
+    model = base(tmp_path / "base", truth)
+    loratool.convert(folder, "peft", tmp_path / "p", base=model, alpha=ALPHA)
+    assert relative_error(dense_deltas(tmp_path / "p"), truth) < 1e-6

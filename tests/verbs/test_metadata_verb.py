@@ -307,6 +307,6 @@ def test_the_command_line_reads_values_and_hides_images(tmp_path: Path) -> None:
     document = json.loads(run(cli, ["metadata", str(path), "--json"]).output)
     assert document["schema"] == 1 and document["metadata"] == said(path)
     for words in (["--set", "a"], ["--set", "a=1", "--set", "a=2"]):
-        assert run(cli, ["metadata", str(path), "--in-place", *words]).exit_code == 2
+        assert run(cli, ["metadata", str(path), "--in-place", *words]).exit_code != 0
     with pytest.raises(FileFormatError, match="cannot be read"):
         cli.main(["metadata", str(path), "--set", "a=@nothing"], standalone_mode=False)

@@ -51,6 +51,7 @@ WRITES: Final = {
     "truncate": "truncate adapter --rank 1 -o {}",
     "merge": "merge base adapter -o {}",
     "extract": "extract base tuned --rank 1 -o {}",
+    "metadata": "metadata adapter --set a=b -o {}",
 }
 
 
@@ -155,8 +156,8 @@ def test_an_adapter_where_a_model_is_meant(command: str, adapter: str, folder: F
 def test_an_adapter_in_a_parent_folder(command: str, folder: Folder) -> None:
     shutil.copytree("adapter", "parent/one")
     line = READS_ADAPTERS[command]
-    if command == "validate":  # which looks at every adapter of a folder
-        assert folder.run(line.format("parent")).status == 0
+    if command in ("validate", "compare"):  # which look at every adapter of a folder
+        assert folder.run(line.format("parent", "adapter")).status == 0
         return
     said = folder.refused(line.format("parent", "adapter"))
     assert said.error == "parent: holds no adapter itself, and one in the folder 'one' in it"
@@ -173,6 +174,32 @@ def test_an_adapter_in_a_parent_folder(command: str, folder: Folder) -> None:
     assert said.hint == "name one, such as parent/three"
     followed = folder.run(line.format("parent/three", "adapter"))
     assert followed.status in (0, 1) and "error:" not in followed.err
+
+
+@pytest.mark.parametrize("command", ["inspect", *READS_ADAPTERS])
+def test_a_name_where_an_adapter_has_none(command: str, folder: Folder) -> None:
+    """``--adapter-name`` chooses among several, and says where there is nothing to choose."""
+    line = READS_ADAPTERS.get(command, "inspect {}") + " --adapter-name {}"
+    count = line.count("{}") - 1
+    said = folder.run(line.format(*["adapter"] * count, "mine"))
+    assert said.status in (0, 1), said
+    is_told = "--adapter-name 'mine' chose nothing" in said.out + said.err
+    assert is_told or command == "verify"  # which says what is wrong, and nothing else
+    for name in ("default", "adapter"):
+        said = folder.run(line.format(*["adapter"] * count, name).replace("OUT", f"to-{name}"))
+        assert "chose nothing" not in said.out + said.err
+    shutil.copytree("adapter", "adapter/style")
+    said = folder.run(line.format(*["adapter"] * count, "stlye").replace("OUT", "no"))
+    assert said.status != 0 and not Path("no").exists() and not Path("no.safetensors").exists()
+    assert "no adapter 'stlye': it holds default, style" in said.out + said.err
+    assert "did you mean --adapter-name style?" in said.out + said.err
+    assert "chose" not in folder.run("inspect adapter --adapter-name style").err
+
+
+def test_a_name_of_the_output_chooses_nothing_and_is_no_mistake(folder: Folder) -> None:
+    said = folder.run("convert adapter --to prefixed --adapter-name mine -o OUT.pt")
+    assert said.status == 0 and "chose nothing" not in said.out + said.err
+    assert loratool.open_adapter("out.pt", adapter_name="mine").name == "mine"
 
 
 @pytest.mark.parametrize("command", ["merge base adapter", "compose adapter", "rescale adapter"])

@@ -362,3 +362,96 @@ def test_inputs_from_the_hub_are_found_again_by_their_commit(
     (here / "deep" / "r.toml").write_text(found.toml.replace('"two"', '"../two"'))
     loratool.run("deep/r.toml")
     assert contents(here / "deep" / "out") == contents(here / "out")
+
+
+OUTSIDE: Final = {
+    "above": 'verb = "rescale"\nadapter = "one"\nscale = 2\noutput = "../out"',
+    "through": 'verb = "rescale"\nadapter = "one"\nscale = 2\noutput = "x/../../out"',
+    "absolute": 'verb = "rescale"\nadapter = "one"\nscale = 2\noutput = "ELSEWHERE/out"',
+    "link": 'verb = "rescale"\nadapter = "one"\nscale = 2\noutput = "link/out"',
+    "parent": 'verb = "rescale"\nadapter = "one"\nscale = 2\noutput = ".."\nforce = true',
+    "picture": 'command = ["inspect", "one", "--plot", "../out.svg"]',
+    "page": 'verb = "inspect"\npaths = ["one"]\nreport = "ELSEWHERE/out.html"',
+    "in place": 'verb = "metadata"\npath = "../other"\nset = ["a=b"]\nin_place = true',
+    "into": 'verb = "run"\nrecipe = "inner.toml"\ninto = "ELSEWHERE"',
+    "jobs": 'verb = "batch"\njobs = "jobs.jsonl"',
+    "flag": 'verb = "run"\nrecipe = "inner.toml"\noutside = true',
+    "word": 'command = ["run", "inner.toml", "--outsi"]',
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_a_recipe_writes_in_its_own_folder(case: str, here: Path) -> None:
+    recipes = here / "recipes"
+    recipes.mkdir()
+    shutil.copytree("one", recipes / "one")
+    shutil.copytree("one", "other")
+    (recipes / "link").symlink_to(here)
+    (recipes / "inner.toml").write_text('verb = "inspect"\npaths = ["one"]\n')
+    (recipes / "jobs.jsonl").write_text('{"command": ["inspect", "one"]}\n')
+    safe = '[[step]]\nverb = "rescale"\nadapter = "one"\nscale = 2\noutput = "fine"\n'
+    step = OUTSIDE[case].replace("ELSEWHERE", str(here))
+    (recipes / "it.toml").write_text(f"{safe}[[step]]\n{step}\n")
+    before = sorted(map(str, here.rglob("*")))
+    for words in ([], ["--dry-run"]):
+        done = run("run", str(recipes / "it.toml"), *words)
+        assert isinstance(done.exception, LoratoolError), done.output
+        assert "step 2" in str(done.exception)
+    assert sorted(map(str, here.rglob("*"))) == before
+    if case not in ("parent", "through", "flag", "word"):
+        assert run("run", str(recipes / "it.toml"), "--outside").exit_code == 0
+
+
+def test_outputs_below_the_folder_or_into_are_written(here: Path) -> None:
+    (here / "recipes").mkdir()
+    step = '[[step]]\nverb = "rescale"\nadapter = "../one"\nscale = 2\noutput = '
+    Path("recipes/it.toml").write_text(f'{step}"out"\n{step}"{here}/recipes/absolute"\n')
+    assert run("run", "recipes/it.toml").exit_code == 0
+    assert Path("recipes/out").is_dir() and Path("recipes/absolute").is_dir()
+    Path("recipes/it.toml").write_text(f'{step}"deep/er/out"\n')
+    done = run("run", "recipes/it.toml", "--into", "new/folder", "--dry-run")
+    assert done.exit_code == 0 and "is to be made first" in done.output, done.output
+    assert not Path("new").exists()
+    assert run("run", "recipes/it.toml", "--into", "new/folder").exit_code == 0
+    assert Path("new/folder/deep/er/out").is_dir()
+
+
+def test_values_of_metadata_are_read_once_and_from_beside_the_recipe(here: Path) -> None:
+    (here / "recipes").mkdir()
+    Path("recipes/note").write_text("beside")
+    Path("note").write_text("elsewhere")
+    Path("recipes/it.toml").write_text(
+        'verb = "metadata"\npath = "../one"\nset = ["a=@note", "b=-", "c=@@x"]\noutput = "out"\n'
+    )
+    done = run("run", "recipes/it.toml", text="piped")
+    assert done.exit_code == 0, done.output
+    (file,) = loratool.metadata("recipes/out").files
+    assert {key: file.metadata[key] for key in "abc"} == {"a": "beside", "b": "piped", "c": "@x"}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "match"),
+    [
+        ("on", FileNotFoundError, "no such file or folder"),
+        ("nothing/at/all", FileNotFoundError, "no such file or folder"),
+        ("parent", AdapterError, "one in the folder 'one'"),
+        ("one", UnsupportedError, "does not say how it was made"),
+        ("base", UnsupportedError, "does not say how it was made"),
+    ],
+)
+def test_a_recipe_of_what_is_none(path: str, kind: type[Exception], match: str, here: Path) -> None:
+    Path("parent").mkdir()
+    shutil.copytree("one", "parent/one")
+    with pytest.raises(kind, match=match):
+        loratool.recipe(path)
+    if kind is FileNotFoundError:
+        for call in (loratool.run, loratool.verify, loratool.batch):
+            with pytest.raises(FileNotFoundError):
+                call(path)
+
+
+def test_formats_without_metadata_say_where_a_recipe_would_be(here: Path) -> None:
+    loratool.convert("one", "loralib", "out.pt", to_lora=True)
+    with pytest.raises(UnsupportedError) as caught:
+        loratool.recipe("out.pt")
+    assert caught.value.hint is not None and ".safetensors" in caught.value.hint

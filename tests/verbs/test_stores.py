@@ -188,3 +188,41 @@ def test_the_command_line(bucket: str, tmp_path: Path) -> None:
 def test_datasets_and_other_things_are_no_addresses() -> None:
     with pytest.raises(OptionError):
         loratool.inspect("hf://datasets/org/name")
+
+
+def test_a_server_that_refuses_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As public buckets do for those who may not list them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    class Handler(SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            if self.path.endswith("/config.json"):
+                self.send_error(403)
+            elif self.path.endswith("busy.safetensors"):
+                self.send_error(501)
+            else:
+                super().do_HEAD()
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(FIXTURES)))
+    http.daemon_threads = True
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{http.server_port}"
+    try:
+        found = loratool.inspect(f"{address}/adapters/lora-linear/adapter_model.safetensors")
+        assert found.as_json()["modules"] == loratool.inspect(ADAPTER).as_json()["modules"]
+        with pytest.raises(StoreError, match=r"the server answers with an error \(501\)"):
+            located(f"{address}/busy.safetensors")
+    finally:
+        http.shutdown()
+        http.server_close()
+        forget_stand_ins()
+    with pytest.raises(StoreError, match="cannot be reached"):
+        located(f"{address}/adapters/lora-linear/adapter_model.safetensors")

@@ -195,3 +195,20 @@ def test_checksums_of_archives(suffix: str, tmp_path: Path) -> None:
     path.write_bytes(data)
     assert "LT036" not in codes(path)
     assert "LT036" in codes(path, deep=True)
+
+
+def test_many_findings_of_one_code_are_folded_for_people(tmp_path: Path) -> None:
+    path = tmp_path / "many.safetensors"
+    factors = {"down": torch.ones(1, 2), "up": torch.ones(2, 1), "alpha": torch.tensor(1.0)}
+    names = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
+    save_file(
+        {f"lora_odd_{n}_x.{names[k]}": v.clone() for n in range(1200) for k, v in factors.items()},
+        path,
+    )
+    found = loratool.validate(path)
+    assert len(found.as_json()["findings"]) == 1200
+    lines = str(found).splitlines()
+    assert len(lines) == 12
+    assert lines[-2].startswith("warning LT033  and 1,190 more")
+    assert lines[-1] == "1,200 warnings: 1,200 of LT033"
+    assert str(loratool.validate(path)).count("--json lists all") == 1

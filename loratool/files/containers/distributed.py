@@ -73,7 +73,8 @@ class _Files:
             ):
                 raise FileFormatError(shard, f"is {STRAY_LINK}, which is not followed")
             try:
-                self.stamps[name] = stamp_of(shard)
+                with opened(shard) as file:
+                    self.stamps[name] = stamp_of(file)
             except OSError:
                 raise FileFormatError(
                     shard,
@@ -140,7 +141,8 @@ def _file(path: Path, fields: Mapping[str, Any], stamp: Stamp) -> WeightsFile:
     notes: tuple[str, ...] = ()
     if left:
         notes = (f"the checkpoint holds {len(left)} more entries, not used: {', '.join(left[:4])}",)
-    return WeightsFile(path, tensors, {}, size, stamp, notes=notes)
+    others = {path.with_name(name): each for name, each in files.stamps.items()}
+    return WeightsFile(path, tensors, {}, size, stamp, notes=notes, others=others)
 
 
 def _pairs(value: Any) -> list[tuple[Any, Any]]:

@@ -34,7 +34,9 @@ WEIGHTS: Final = "lora_weights"
 CONFIG: Final = "lora_config"
 MOST_ROWS: Final = 1 << 17
 DORA: Final = ".dora"
-HALF: Final = re.compile(r"layer\.(?P<layer>\d+)\.module\.(?P<module>\d+)\.(?P<side>in|out)")
+HALF: Final = re.compile(
+    r"layer\.(?P<layer>[0-9]{1,9})\.module\.(?P<module>[0-9]{1,9})\.(?P<side>in|out)"
+)
 WRITTEN: Final = ("F32", "F16", "BF16")
 """What TensorRT-LLM takes."""
 

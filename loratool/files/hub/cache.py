@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.errors import FileFormatError
-from loratool.files.checkpoint import SHARD, is_index
+from loratool.files.checkpoint import ADAPTER_CONFIG, MODEL_CONFIG, PIPELINE_INDEX, SHARD, is_index
 from loratool.files.containers import is_weights
 from loratool.files.hub.names import HubName
 from loratool.files.json import read_json_object
@@ -37,7 +37,6 @@ TRUE: Final = ("1", "ON", "YES", "TRUE")
 SNAPSHOT: Final = re.compile(
     r".*/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.*))?", re.DOTALL
 )
-PIPELINE: Final = "model_index.json"
 OF_LIBRARIES: Final = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)[-.].*")
 """Weights that have a ``config.json`` beside them."""
 OF_ADAPTERS: Final = "adapter_model."
@@ -187,11 +186,11 @@ def _lost(folder: Path) -> Iterator[str]:
             others = (f"{start}-{n:05}-of-{end}" for n in range(1, int(match[3]) + 1))
             yield from (other for other in others if other not in names)
     yield from _lost_beside(names, folder)
-    if PIPELINE in names:
-        for part in _components(folder / PIPELINE):
+    if PIPELINE_INDEX in names:
+        for part in _components(folder / PIPELINE_INDEX):
             if part not in names:
                 yield f"{part}/"
-            elif (folder / part / "config.json").exists():
+            elif (folder / part / MODEL_CONFIG).exists():
                 if not any(_weights_below(folder / part)):
                     yield f"the weights of {part}/"
                 yield from (f"{part}/{each}" for each in _lost(folder / part))
@@ -201,9 +200,9 @@ def _lost_beside(names: Collection[str], folder: Path) -> Iterator[str]:
     """Yield the configurations that are missing beside weights."""
     needed = set()
     if any(OF_LIBRARIES.fullmatch(name) and is_weights(Path(name)) for name in names):
-        needed.add("config.json")
+        needed.add(MODEL_CONFIG)
     if any(name.startswith(OF_ADAPTERS) for name in names):
-        needed.add("adapter_config.json")
+        needed.add(ADAPTER_CONFIG)
     yield from (name for name in sorted(needed) if not (folder / name).exists())
 
 

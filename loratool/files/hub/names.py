@@ -137,9 +137,9 @@ def _is_revision(text: str) -> bool:
 
 
 def is_safe(path: str) -> bool:
-    """Whether a path inside of a model stays there, and is plain text."""
+    """Whether a path inside of a model stays there, is plain text and no longer than disks take."""
     return (
-        all(part not in ("", ".", "..") for part in path.split("/"))
+        all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in path.split("/"))
         and "\\" not in path
         and path.isprintable()
         and len(path) < 1024

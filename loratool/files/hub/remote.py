@@ -50,7 +50,7 @@ def list_files(name: HubName) -> HubFiles:
             )
         )
         sizes = {each.rfilename: each.size for each in found.siblings or ()}
-        if None in sizes.values():  # of a mirror that tells less
+        if None in sizes.values():  # a mirror that tells less
             tree = _again(
                 lambda: list(api.list_repo_tree(name.repo, revision=found.sha, recursive=True))
             )
@@ -59,7 +59,7 @@ def list_files(name: HubName) -> HubFiles:
         raise HubError(name, "the hub does not say which commit it is")
     store = HubFiles(name.repo, found.sha, name.revision)
     for path, size in sizes.items():
-        if is_safe(path) and size is not None:
+        if is_safe(path) and isinstance(size, int) and size >= 0:
             store.files[path] = HubFile(store, path, size)
     return store
 
@@ -99,7 +99,7 @@ class HubFiles:
         if lacking:
             size = sum(each.size for each in lacking)
             tell(Fetching(f"{self.repo}@{self.commit[:8]}", len(lacking), size, cache_folder()))
-            with explained(HubName(self.repo, self.revision)):
+            with explained(HubName(self.repo, self.revision, is_told=True)):
                 download(self.repo, self.commit, [each.path for each in lacking])
             self._remember(snapshot)
         for path, each in wanted.items():
@@ -153,7 +153,7 @@ class HubFile(Ranged):
         self._requests += is_elsewhere
         data: bytes | None = None
         if not (is_elsewhere and self._is_better_fetched):
-            with explained(HubName(self.store.repo, self.store.revision)):
+            with explained(HubName(self.store.repo, self.store.revision, is_told=True)):
                 data = _again(lambda: self._get(start, stop))
         if data is None:  # or the server knows no ranges
             self.store.fetch([self])
@@ -184,23 +184,23 @@ class HubFile(Ranged):
         ) as response:
             hf_raise_for_status(response)
             if response.status_code != PARTIAL:
-                return self._beginning(response.iter_raw(), stop) if start == 0 else None
+                return _beginning(response.iter_raw(), stop) if start == 0 else None
             said = RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if said is None or tuple(map(int, said.groups())) != (start, stop - 1, self.size):
                 raise FileFormatError(
                     self.name, f"the server sent {said and said[0]} of {self.size} bytes"
                 )
-            return b"".join(response.iter_raw())
+            return _beginning(response.iter_raw(), stop - start)
 
-    @staticmethod
-    def _beginning(blocks: Iterator[bytes], stop: int) -> bytes:
-        """Return the beginning of a file that a server sends whole, and read no further."""
-        data = bytearray()
-        for block in blocks:
-            data += block
-            if len(data) >= stop:
-                break
-        return bytes(data[:stop])
+
+def _beginning(blocks: Iterator[bytes], count: int) -> bytes:
+    """Return the first bytes of what a server sends, and read no further, however much it is."""
+    data = bytearray()
+    for block in blocks:
+        data += block
+        if len(data) >= count:
+            break
+    return bytes(data[:count])
 
 
 def _again(ask: Callable[[], Any]) -> Any:

@@ -41,8 +41,9 @@ def _of(error: Exception, name: HubName) -> HubError:
     if isinstance(error, errors.GatedRepoError):
         page = f"{endpoint()}/{name.repo}"
         return HubError(name, "is gated", hint=f"accept its terms at {page}, then {LOGIN}")
+    here = "" if name.is_told else "no such file or folder, and "
     if isinstance(error, errors.RepositoryNotFoundError):
-        what = "no such file or folder, and the hub has no such model, or it is private"
+        what = f"{here}the hub has no such model, or it is private"
         return MissingModelError(name, what, hint=f"where it is private, {LOGIN}")
     if isinstance(error, errors.RevisionNotFoundError):
         what = f"the hub has no revision {name.revision or 'main'!r} of {name.repo}"
@@ -57,8 +58,14 @@ def _of(error: Exception, name: HubName) -> HubError:
     if isinstance(error, errors.HfHubHTTPError.__mro__[1]):  # of the library that it asks with
         return HubError(
             name,
-            f"the hub at {endpoint()} cannot be reached: {_line(error)}",
+            f"{here}the hub at {endpoint()} cannot be reached: {_line(error)}",
             hint="check the network and HF_ENDPOINT; what is in the cache needs neither",
+        )
+    if isinstance(error, ValueError | TypeError | LookupError | AttributeError):  # of its parsing
+        return HubError(
+            name,
+            f"{endpoint()} answers otherwise than a hub does",
+            hint="check HF_ENDPOINT, and whether the network wants to be logged in to first",
         )
     return HubError(name, f"cannot be fetched: {_line(error)}")
 

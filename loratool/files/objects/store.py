@@ -19,7 +19,7 @@ from threading import Event
 from typing import Any, Final
 
 from loratool.errors import FileFormatError, LoratoolError, StoreError
-from loratool.files.checkpoint import is_index
+from loratool.files.checkpoint import ADAPTER_CONFIG, MODEL_CONFIG, is_index
 from loratool.files.hub.names import is_safe
 from loratool.files.json import parse_json
 from loratool.files.objects.addresses import Address
@@ -28,8 +28,9 @@ from loratool.files.sources import Fetching, Source, tell
 
 __all__ = ["ObjectFile", "Objects", "list_objects"]
 
-BESIDE: Final = ("config.json", "adapter_config.json")
+BESIDE: Final = (MODEL_CONFIG, ADAPTER_CONFIG)
 """What is asked for beside a file of a server that lists nothing."""
+MOST_INDEX: Final = 64 << 20
 PLAIN_HTTP: Final = re.compile(r"http://(localhost|127\.|\[::1\]).*", re.DOTALL)
 """Endpoints on this machine, which need no encryption."""
 
@@ -90,18 +91,29 @@ def _head(store: Any, key: str) -> list[Any]:
 
 def _told(store: Any, address: Address) -> list[Any]:
     """Return the files of a server that lists nothing: the one named, and what belongs to it."""
+    from obstore import exceptions
+
     folder, slash, name = address.key.rpartition("/")
     metas = _head(store, address.key)
     names = list(BESIDE)
+
+    def beside(key: str) -> list[Any]:
+        try:
+            return _head(store, key)
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
+            return []  # what servers answer that do not tell what they lack
+
     if metas and is_index(name):
         import obstore
 
+        if metas[0]["size"] > MOST_INDEX:
+            raise FileFormatError(address, f"is an index of {metas[0]['size']} bytes, too long")
         data = bytes(obstore.get(store, address.key).bytes())
         said = parse_json(data, where=address).get("weight_map")
         names += sorted(set(said.values())) if isinstance(said, dict) else []
     with ThreadPoolExecutor(AT_ONCE) as pool:
         others = [f"{folder}{slash}{each}" for each in map(str, names)]
-        found = pool.map(lambda key: _head(store, key), (each for each in others if is_safe(each)))
+        found = pool.map(beside, (each for each in others if is_safe(each)))
         return [*metas, *(meta for each in found for meta in each)] if metas else []
 
 
@@ -128,10 +140,19 @@ def explained(address: object) -> Iterator[None]:
         for kind, (what, hint) in kinds.items():
             if isinstance(error, kind):
                 raise StoreError(address, what, hint=hint) from error
-        words = f"cannot be read: {type(error).__name__}"
         raise StoreError(
-            address, words, hint="check the address, the network and the endpoint"
+            address, _words(str(error)), hint="check the address, the network and the endpoint"
         ) from error
+
+
+def _words(said: str) -> str:
+    """Return what the library means by an error, without the address, which may have secrets."""
+    status = re.search(r"status(?: code)?:? (\d{3})\b", said)
+    if status is not None:
+        return f"the server answers with an error ({status[1]})"
+    if "error sending request" in said or "Connect" in said:
+        return "cannot be reached"
+    return "cannot be read: the server answers otherwise than such a store does"
 
 
 @dataclass

@@ -28,6 +28,7 @@ from loratool.names.gguf.tables import (
 )
 
 __all__ = [
+    "EXPERT_COUNTS",
     "Architecture",
     "Attention",
     "Heads",
@@ -55,7 +56,7 @@ BARE: Final = re.compile(
 SHARED: Final = "_shexp"
 """How tensors of experts that are always used end."""
 EXPERT_COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-LAYER: Final = re.compile(r"(?:^blk|\.(?:layers|h|blocks))\.(\d+)\.")
+LAYER: Final = re.compile(r"(?:^blk|\.(?:layers|h|blocks))\.([0-9]{1,9})\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +246,7 @@ def _templated(path: str) -> tuple[str, str, str | None]:
     if layer is None:
         return path, "", None
     before, after = path[: layer.start(1)], path[layer.end(1) :]
-    expert = re.search(r"\.experts\.(\d+)\.", after)
+    expert = re.search(r"\.experts\.([0-9]{1,9})\.", after)
     if expert is None:
         return f"{before}*{after}", layer[1], None
     after = f"{after[: expert.start(1)]}#{after[expert.end(1) :]}"

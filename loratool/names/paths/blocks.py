@@ -15,7 +15,9 @@ from loratool.names.paths.component import EachAlone
 
 __all__ = ["BlockPaths"]
 
-FUSED: Final = re.compile(r"(?P<before>.*\.)?(?P<number>\d+)\.(attn|attention)\.(qkv|Wqkv|c_attn)")
+FUSED: Final = re.compile(
+    r"(?P<before>.*\.)?(?P<number>[0-9]{1,9})\.(attn|attention)\.(qkv|Wqkv|c_attn)"
+)
 
 
 @dataclass(frozen=True)

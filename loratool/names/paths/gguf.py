@@ -18,7 +18,7 @@ __all__ = ["BASE_HINT", "STACKED", "GgufPaths", "is_tensor", "tensor_of"]
 
 TENSOR: Final = re.compile(r"blk\.\d+\.\w+|token_embd|output|output_norm|position_embd")
 STACKED: Final = re.compile(
-    r"(?P<tensor>blk\.\d+\.ffn_(?P<leaf>gate|up|down)_exps)\.(?P<expert>\d+)"
+    r"(?P<tensor>blk\.\d+\.ffn_(?P<leaf>gate|up|down)_exps)\.(?P<expert>[0-9]{1,9})"
 )
 """One expert of a stack, as it is called before its path is known."""
 PARAMETER: Final = re.compile(r"(?P<stack>.+\.experts)\.(gate_up|down)_proj")

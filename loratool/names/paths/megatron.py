@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from loratool.adapter.leaving import option, pattern_for
@@ -27,10 +27,11 @@ LEAVES: Final = {
 }
 FUSED: Final = {"linear_qkv": ("q", "k", "v"), "linear_fc1": ("gate", "up")}
 """Layers that are several projections of transformers, in the order of their rows."""
-HUB_LAYER: Final = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<leaf>.+)", re.DOTALL)
+HUB_LAYER: Final = re.compile(r"model\.layers\.(?P<layer>[0-9]{1,9})\.(?P<leaf>.+)", re.DOTALL)
 LAYER: Final = re.compile(
-    r"(?:.+\.)?(?:decoder|encoder)\.layers\.(?P<layer>\d+)\.(?P<leaf>.+)", re.DOTALL
+    r"(?:.+\.)?(?:decoder|encoder)\.layers\.(?P<layer>[0-9]{1,9})\.(?P<leaf>.+)", re.DOTALL
 )
+EXPERT: Final = re.compile(r"mlp\.experts\.(?P<number>[0-9]{1,9})\.(?P<leaf>linear_.+)", re.DOTALL)
 WHOLE: Final = {"output_layer": "lm_head"}
 
 
@@ -40,11 +41,13 @@ class MegatronPaths(EachAlone):
 
     Attributes:
         kind: What the model is, where its modules are not those of Llama's kind.
+        experts: What transformers calls the layers of an expert, if it is known.
     """
 
     is_dotted: bool = True
     keeps_unknown: bool = True
     kind: str = ""
+    experts: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, module: str, component: str | None, local: str, context: Context) -> str:
         """Return what Megatron calls a module.
@@ -88,7 +91,10 @@ class MegatronPaths(EachAlone):
         match = LAYER.fullmatch(module)
         if match is None:
             return WHOLE.get(module.rpartition(".")[2], "")
+        expert = EXPERT.fullmatch(match["leaf"])
         leaf = LEAVES.get(match["leaf"])
+        if expert is not None and expert["leaf"] in self.experts:
+            leaf = self.experts[expert["leaf"]].format(expert["number"])
         return f"model.layers.{match['layer']}.{leaf}" if leaf else ""
 
     def refusal(self, count: int) -> str | None:
@@ -98,8 +104,8 @@ class MegatronPaths(EachAlone):
         return (
             f"{count} modules are not known: Megatron fuses queries, keys and values, and gate and "
             "up, and how many rows each has the attention heads and the activation of the base "
-            "decide (give --base BASE: the model, or the folder with its config.json); experts are "
-            "not read"
+            "decide, and so they do how experts are called (give --base BASE: the model, or the "
+            "folder with its config.json); experts on several ranks are not read"
         )
 
 

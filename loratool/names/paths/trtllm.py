@@ -18,10 +18,12 @@ from loratool.names.paths.component import EachAlone
 __all__ = ["LONGEST", "MODULE", "NUMBERS", "TrtllmPaths"]
 
 MODULE: Final = re.compile(
-    r"layer\.(?P<layer>\d+)\.module\.(?P<module>\d+)\.rank\.(?P<rank>\d+)(?P<dora>\.dora)?"
+    r"layer\.(?P<layer>[0-9]{1,9})\.module\.(?P<module>[0-9]{1,9})\.rank\.(?P<rank>[0-9]{1,9})(?P<dora>\.dora)?"
     r"(\.(?P<part>.+))?"
 )
-NUMBERS: Final = re.compile(r"layer\.(?P<layer>\d+)\.module\.(?P<module>\d+)", re.ASCII)
+NUMBERS: Final = re.compile(
+    r"layer\.(?P<layer>[0-9]{1,9})\.module\.(?P<module>[0-9]{1,9})", re.ASCII
+)
 """A row whose halves are known."""
 LEAVES: Final = {
     "0.q": "self_attn.q_proj",

@@ -22,7 +22,7 @@ TABLE: Final = "table.json"
 DEPTH: Final = 6
 """How many models may be inside of each other."""
 BACKREFERENCE: Final = re.compile(r"\\(\d)")
-EXPERT: Final = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+EXPERT: Final = re.compile(r"(?<=\.experts\.)[0-9]{1,9}(?=\.)")
 LISTED: Final = ("list", "share")
 """Operations that make one tensor of a list of experts."""
 

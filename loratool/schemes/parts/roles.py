@@ -154,6 +154,10 @@ class Roles:
             return _lycoris_magnitude(value)
         return value.reshaped((max(value.shape, default=1),))
 
+    def cut(self, parts: Sequence[Part]) -> list[Part]:
+        """Return ``parts``: every module is one."""
+        return list(parts)
+
     def together(self, parts: Sequence[Part]) -> list[Part]:
         """Return ``parts``: every module is stored by itself."""
         return list(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,10 @@ class Settings:
 
     def notes(self, written: Written) -> Iterator[str]:
         """Yield nothing."""
+        yield from ()
+
+    def remarks(self, sites: Sequence[Site], sidecar: Mapping[str, Any] | None) -> Iterator[str]:
+        """Yield nothing: what is recorded has one meaning."""
         yield from ()
 
     def findings(self, adapter: Adapter) -> Iterator[Finding]:

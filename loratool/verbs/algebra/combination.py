@@ -183,7 +183,7 @@ class Combination:
             ),
             sidecars=tuple(sidecars),
             measured=tuple(Spectrum(joint) for joint in self.joints if joint.rank_group in kept),
-            stamps={adapter.weights: adapter.stamp for adapter in self.adapters},
+            stamps={path: stamp for each in self.adapters for path, stamp in each.stamps.items()},
             notes=(*self.notes, *file_notes, *input_notes(self.adapters)),
             dropped=(
                 *((name, "the budget leaves no rank for it") for name in gone),

@@ -176,22 +176,24 @@ def plan_in_place(
         left += without_room(sidecars)
         sidecars = []
     config = _config(adapter, changes, asked)
+    history = History("rescale", (Source.of_adapter(adapter),), asked)
     card, kept = adapter_card(
         sidecars,
         scheme_named(adapter.scheme),
         base=adapter.base_model,
         family=adapter.family,
+        is_wanted=history.is_carded,
     )
     return AdapterPlan(
         parts=(),
         carried=tuple(carried),
         metadata=without_hashes(adapter.metadata),
-        history=History("rescale", (Source.of_adapter(adapter),), asked),
+        history=history,
         card=card,
         config=config,
         sidecars=kept,
         weights_name=WEIGHTS_NAME if is_folder else "",
-        stamps={adapter.weights: adapter.stamp},
+        stamps=adapter.stamps,
         scheme=adapter.scheme,
         notes=(*notes, *input_notes([adapter])),
         dropped=tuple((key, "skipped as asked") for key in adapter.skipped),

@@ -202,7 +202,7 @@ def compare_layers(
         check_sound(site, opened)
         if not site.is_plain:
             check_plain(site, opened, is_named=False)
-    fetch([opened.weights])
+    fetch(opened.stamps)
     joints, notes = join([opened], to_write=False)
     mover = mover_to(device)
     groups = _groups(joints, opened)

@@ -28,7 +28,10 @@ def comparison_document(found: Comparison, *, unfolded: bool = False) -> Documen
         unfolded: Whether every module has a row of its own.
     """
     blocks = _pair(found, unfolded) if found.is_pair else _many(found)
-    unread = (f"not compared: {path}: {why}" for path, why in found.unread)
+    unread = (
+        f"not compared: {why if why.startswith(path) else f'{path}: {why}'}"
+        for path, why in found.unread
+    )
     return Document.of(blocks, (*found.notes, *_alone(found), *unread))
 
 

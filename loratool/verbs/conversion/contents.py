@@ -160,8 +160,7 @@ def _config(adapter: Adapter) -> dict[str, Any] | None:
 
 def _stamps(adapter: Adapter, conversion: Conversion) -> dict[Path, Any]:
     initial = conversion.initial
-    more = {initial.weights: initial.stamp} if initial is not None else {}
-    return {adapter.weights: adapter.stamp, **more}
+    return adapter.stamps | (initial.stamps if initial is not None else {})
 
 
 def _alpha_notes(adapter: Adapter) -> Iterator[str]:

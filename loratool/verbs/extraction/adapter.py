@@ -16,6 +16,7 @@ from loratool.codecs.weights import Weight
 from loratool.errors import UnsupportedError
 from loratool.names.paths.dotted import from_paths
 from loratool.plan.adapter import AdapterPlan
+from loratool.plan.card import licence_of
 from loratool.plan.history import History, Source
 from loratool.values.expr import Stored
 from loratool.verbs.algebra.combination import twin_part
@@ -114,10 +115,15 @@ class Difference:
             UnsupportedError: The scheme cannot express it.
         """
         try:
-            return write(self._adapter(ranks), self.scheme, self.options)
+            plan = write(self._adapter(ranks), self.scheme, self.options)
         except UnsupportedError as error:
             hint = "leave it out with --exclude, or write another scheme, such as --to peft"
             raise UnsupportedError(error.where, error.what, hint=hint) from None
+        if plan.card is None:
+            return plan
+        found = (licence_of(m.path) for m in (self.tuned, self.base) if m.path.is_dir())
+        licence = next(filter(None, found), {})
+        return replace(plan, card=replace(plan.card, licence=licence))
 
     def _adapter(self, ranks: Mapping[str, int]) -> NewAdapter:
         tie = self.tie

@@ -25,7 +25,9 @@ def content_key(adapter: Adapter) -> str:
 
 
 def copies(
-    keys: Iterable[tuple[Path, str]], open_at: Callable[[Path], Adapter]
+    keys: Iterable[tuple[Path, str]],
+    open_at: Callable[[Path], Adapter],
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[Path, ...]]:
     """Return the paths of each content that several adapters have, in the order of ``keys``.
 
@@ -34,14 +36,17 @@ def copies(
     Args:
         keys: Paths of adapters, with their keys.
         open_at: Opens the adapter at a path.
+        progress: Called with how many of those that are read are, and how many these are.
     """
     alike: dict[str, list[Path]] = defaultdict(list)
     for path, key in keys:
         alike[key].append(path)
+    to_read = [path for paths in alike.values() if len(paths) > 1 for path in paths]
     found: dict[str, list[Path]] = defaultdict(list)
-    for paths in alike.values():
-        for path in paths if len(paths) > 1 else ():
-            found[_joined(open_at(path), _digest)].append(path)
+    for number, path in enumerate(to_read, 1):
+        found[_joined(open_at(path), _digest)].append(path)
+        if progress is not None:
+            progress(number, len(to_read))
     return [tuple(paths) for paths in found.values() if len(paths) > 1]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from loratool.display.document import Block, Column, Document, Lines, Table
@@ -13,7 +15,7 @@ from loratool.schemes.folders import Place
 from loratool.schemes.opening import open_adapter
 from loratool.verbs.inspect import AdapterInfo, ModelInfo, inspect
 from loratool.verbs.inspection.content import content_key, copies
-from loratool.verbs.many import Many, Record, Unread, not_read
+from loratool.verbs.many import Many, Progress, Record, Unread, not_read
 
 __all__ = ["Inspections"]
 
@@ -41,6 +43,14 @@ COLUMNS: Final = (
 
 HASHES: Final = {"AutoV2": "autov2", "AutoV3": "autov3", "sha256": "sha256"}
 """Columns for hashes, where those are asked for."""
+SPECTRA: Final = {
+    "frobenius_norm": "‖delta‖",
+    "effective_rank": "effective",
+    "rank_90": "90 %",
+    "rank_99": "99 %",
+    "rank_99_9": "99.9 %",
+}
+"""Columns for spectra, where those are asked for, and what is above them in a table."""
 
 
 class Inspections(Many[AdapterInfo | ModelInfo]):
@@ -65,7 +75,9 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
         self.compares = duplicates
         self.settings = settings
         self.hashed = tuple(HASHES.items()) if settings.get("hashes") else ()
-        self.columns = (*COLUMNS[:-1], *(column for _, column in self.hashed), COLUMNS[-1])
+        self.measured = tuple(SPECTRA) if settings.get("spectrum") else ()
+        more = (*self.measured, *(column for _, column in self.hashed))
+        self.columns = (*COLUMNS[:-1], *more, COLUMNS[-1])
 
     def one(self, place: Place) -> AdapterInfo | ModelInfo:
         """See :class:`Many`."""
@@ -104,16 +116,19 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
             "parameters": adapter.parameters,
             "bytes": adapter.nbytes,
             "triggers": list(about.triggers),
+            **_measured(found),
         }
 
-    def compared(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def compared(
+        self, rows: list[dict[str, Any]], progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
         """Return rows that say in ``duplicate_of`` which earlier one has the same content."""
         if not self.compares:
             return rows
         keys = [(Path(row["path"]), row.pop("content")) for row in rows if "content" in row]
         first = {
             str(path): str(paths[0])
-            for paths in copies(keys, self._adapter_at)
+            for paths in copies(keys, self._adapter_at, progress)
             for path in paths[1:]
         }
         return [row | {"duplicate_of": first.get(row["path"])} for row in rows]
@@ -132,7 +147,8 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
     def _blocks(self, records: Sequence[Record]) -> list[Block]:
         known = [row for row in records if not row["error"]]
         shown = ("AutoV2",) if self.hashed else ()
-        titles = ("scheme", "family", "base", "rank", "alpha", "size", *shown, "triggers")
+        spectra = tuple(SPECTRA[column] for column in self.measured)
+        titles = ("scheme", "family", "base", "rank", "alpha", "size", *spectra, *shown, "triggers")
         folding = ("base", "triggers")
         columns = (
             Column("name", folds=True, is_kept=True),
@@ -150,6 +166,7 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
                     _span(row["smallest_rank"], row["rank"]),
                     _span(row["smallest_alpha"], row["alpha"]),
                     human_bytes(row["bytes"]),
+                    *(_figure(row[column]) for column in self.measured),
                     *(row[HASHES[name]] or "" for name in shown),
                     ", ".join(row["triggers"]),
                 )
@@ -157,6 +174,22 @@ class Inspections(Many[AdapterInfo | ModelInfo]):
             ],
         )
         return [table, _same(known), not_read(records), Lines((_summary(records),))]
+
+
+def _measured(found: AdapterInfo) -> dict[str, Any]:
+    """Return what the spectra of an adapter say of all of it."""
+    if not found.spectra:
+        return {}
+    norms = [spectrum.frobenius_norm for spectrum in found.spectra]
+    ranks = found.advice.whole.ranks if found.advice is not None else {}
+    effective = fmean(spectrum.effective_rank for spectrum in found.spectra)
+    return {"frobenius_norm": math.hypot(*norms), "effective_rank": effective, **ranks}
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _span(low: float | None, high: float | None) -> str:

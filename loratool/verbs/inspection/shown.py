@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
 from loratool.display.document import Block, Column, Document, Facts, Group, Row, Table
 from loratool.display.figures import counted, human_bytes, human_count, span, sparkline
 from loratool.display.folding import fold_names
+from loratool.display.grouping import kind_of
+from loratool.files.places import origin_of
+from loratool.names.kinds import Position, positions_of
 from loratool.names.sections import module_groups, section_of, shared_path
 from loratool.verbs.inspection.advised import advice_blocks
 
@@ -30,20 +34,29 @@ SHORTEST: Final = 12
 """How many digits of a hash tell files apart."""
 
 
-def adapter_document(info: AdapterInfo, *, unfolded: bool = False) -> Document:
+def adapter_document(
+    info: AdapterInfo, *, unfolded: bool = False, names_all: bool = False
+) -> Document:
     """Return what an adapter is, its modules, spectra and other tensors.
 
     Args:
         info: What was found.
         unfolded: Whether every module has a row of its own.
+        names_all: Whether modules are named also where their spectra are told by parts.
     """
-    return Document.of(_adapter_blocks(info, unfolded), info.notes)
+    return Document.of(_adapter_blocks(info, unfolded, names_all), info.notes)
 
 
-def _adapter_blocks(info: AdapterInfo, unfolded: bool) -> Iterator[Block]:
+def _named(path: Path) -> str:
+    """Return a path, or what the hub calls it, be it in the cache or not yet."""
+    origin = origin_of(path)
+    return str(origin if origin is not None else path)
+
+
+def _adapter_blocks(info: AdapterInfo, unfolded: bool, names_all: bool) -> Iterator[Block]:
     adapter = info.adapter
     facts: list[tuple[str, str]] = [
-        ("adapter", str(adapter.path)),
+        ("adapter", _named(adapter.path)),
         ("scheme", adapter.scheme),
         ("base model", info.about.base or "not said"),
         *_said_of(info),
@@ -58,7 +71,7 @@ def _adapter_blocks(info: AdapterInfo, unfolded: bool) -> Iterator[Block]:
         words = f"{base['tensors']} tensors, {human_count(base['parameters'])} parameters"
         facts.append(("and a base", f"{words}, {human_bytes(base['bytes'])}"))
     yield Facts(tuple(facts))
-    yield _modules(info, unfolded)
+    yield _modules(info, unfolded, is_named=names_all or not info.spectra)
     if info.spectra:
         yield _spectra(info, unfolded)
     yield Table.of(
@@ -121,19 +134,22 @@ def _short(name: str, text: str) -> str:
     )
 
 
-def _modules(info: AdapterInfo, unfolded: bool) -> Table:
+def _modules(info: AdapterInfo, unfolded: bool, *, is_named: bool) -> Table:
     adapter = info.adapter
     sections: dict[str, list[ModuleInfo]] = defaultdict(list)
     for module in info.modules:
         sections[section_of(module.module, adapter.components, adapter.family)].append(module)
+    by_parts = not (unfolded or is_named) and len(sections) > 1
     groups = []
     for name, modules in sections.items():
         shared = "" if unfolded or not name else shared_path([module.module for module in modules])
-        rows = tuple(_row(*alike, shared, unfolded) for alike in _alike(modules, unfolded))
         words = f"{name} ({shared})" if shared else name
-        groups.append(Group(words, rows))
+        rows = tuple(_row(*alike, shared, unfolded) for alike in _alike(modules, unfolded))
+        if by_parts:
+            rows = tuple((words, *row[1:]) for row in rows)
+        groups.append(Group("" if by_parts else words, rows))
     columns = (
-        Column("modules", folds=True, is_kept=True),
+        Column("part" if by_parts else "modules", folds=True, is_kept=True),
         *(() if unfolded else (Column("count", is_kept=True),)),
         *map(Column, ("kind", "rank", "alpha", "scale", "in", "out", "dtype")),
     )
@@ -141,27 +157,62 @@ def _modules(info: AdapterInfo, unfolded: bool) -> Table:
 
 
 def _spectra(info: AdapterInfo, unfolded: bool) -> Table:
-    titles = ("‖delta‖", "σ₁", "stable", "effective", "90 %", "99 %", "99.9 %", "σ (log)")
+    titles: tuple[str, ...] = ("‖delta‖", "stable", "effective", "σ (log)")
+    row = _spectra_row
+    if unfolded:
+        titles = ("‖delta‖", "σ₁", "stable", "effective", "90 %", "99 %", "99.9 %", "σ (log)")
+        row = _whole_spectra_row
     columns = (
         Column("modules", folds=True, is_kept=True),
         *(Column(title, is_kept=True) for title in titles),
     )
     names = [spectrum.module for spectrum in info.spectra]
-    family = info.adapter.family
-    groups = module_groups(info.spectra, names, _spectra_row, family=family, unfolded=unfolded)
+    adapter = info.adapter
+    positions = positions_of(names, adapter.components, adapter.family)
+    if unfolded or not all(position.section for position in positions):
+        groups = module_groups(info.spectra, names, row, family=adapter.family, unfolded=unfolded)
+    else:
+        groups = _parts(info.spectra, positions)
     return Table.grouped("spectra of the deltas", columns, groups)
+
+
+def _parts(spectra: Sequence[Spectrum], positions: Sequence[Position]) -> list[Group]:
+    """Return rows for what is alike in the layers of each part, whichever layer it is in."""
+    parts: dict[str, dict[str, list[tuple[Spectrum, str]]]] = {}
+    for spectrum, position in zip(spectra, positions, strict=True):
+        parent = kind_of(position.kind) if "." in position.kind else ""
+        members = parts.setdefault(position.section, {}).setdefault(parent, [])
+        members.append((spectrum, position.kind))
+    return [
+        Group(
+            section,
+            tuple(
+                _spectra_row(
+                    tuple(fold_names(list(dict.fromkeys(kind for _, kind in members)))),
+                    [spectrum for spectrum, _ in members],
+                )
+                for members in parents.values()
+            ),
+        )
+        for section, parents in parts.items()
+    ]
 
 
 def _spectra_row(folded: tuple[str, ...], members: Sequence[Spectrum]) -> Row:
     return (
         folded,
         span(s.frobenius_norm for s in members),
-        span(s.spectral_norm for s in members),
         span((s.stable_rank for s in members), ".1f"),
         span((s.effective_rank for s in members), ".1f"),
-        *(span((s.energy_ranks[name] for s in members), "d") for name in members[0].energy_ranks),
         sparkline(_mean([s.singular_values for s in members])),
     )
+
+
+def _whole_spectra_row(folded: tuple[str, ...], members: Sequence[Spectrum]) -> Row:
+    name, norm, stable, effective, bars = _spectra_row(folded, members)
+    largest = span(s.spectral_norm for s in members)
+    ranks = (span((s.energy_ranks[each] for s in members), "d") for each in members[0].energy_ranks)
+    return (name, norm, largest, stable, effective, *ranks, bars)
 
 
 def _mean(spectra: Sequence[tuple[float, ...]]) -> list[float]:
@@ -229,7 +280,7 @@ def model_document(info: ModelInfo) -> Document:
     if parts:
         what = [("family", model.family or "not known"), ("components", ", ".join(parts))]
     facts = [
-        ("model", str(model.path)),
+        ("model", _named(model.path)),
         *what,
         ("parameters", human_count(info.parameters)),
         ("size", human_bytes(model.bytes)),

@@ -16,6 +16,8 @@ def merged_card(
     model: Model,
     sidecars: Sequence[Sidecar],
     bases: Collection[str | None],
+    *,
+    is_wanted: bool = True,
 ) -> tuple[Card | None, list[Sidecar]]:
     """Return the card, and the other files of the output.
 
@@ -25,7 +27,10 @@ def merged_card(
         model: The base.
         sidecars: The files beside the weights, its card among them.
         bases: What the adapters say that they are for.
+        is_wanted: Whether there is to be one; else that of the base travels as it is.
     """
+    if not is_wanted:
+        return None, list(sidecars)
     given = next((each for each in sidecars if each.name == CARD_NAME), None)
     existing = read_card(given.source) if given is not None and given.source is not None else None
     if given is not None and existing is None:

@@ -12,15 +12,18 @@ from loratool.adapter.findings import Finding, finding
 from loratool.adapter.model import HISTORY_KEY
 from loratool.base.config import CONFIG_NAME, QUANTIZATION
 from loratool.base.model import Model
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, LoratoolError
 from loratool.files.checkpoint import is_index
 from loratool.files.gguf import COUNT, HEAD, GgufFile
 from loratool.files.json import parse_json
 from loratool.files.sources import size_of, whole
+from loratool.plan.history import RECORD_NAME
 from loratool.plan.model import ModelPlan, OutputFile
+from loratool.plan.outcome import Outcome
+from loratool.plan.record import read_record
 from loratool.plan.sidecar import Sidecar
 
-__all__ = ["check_files"]
+__all__ = ["check_files", "check_record"]
 
 BLOCK: Final = 1 << 20
 LARGEST_SHOWN: Final = 60
@@ -43,6 +46,24 @@ def check_files(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
             yield from _check_sidecar(sidecar, merged.path / sidecar.name, len(merged.shards))
         yield from _surplus(plan, merged)
     yield from _check_metadata(plan, merged)
+
+
+def check_record(plan: ModelPlan, merged: Model, outcome: Outcome) -> Iterator[Finding]:
+    """Yield that the record is of other inputs; names, options and the card are for people."""
+    path = merged.path / RECORD_NAME
+    if plan.history is None or not plan.is_folder or not path.is_file():
+        return
+    try:
+        record = read_record(merged.path)
+    except LoratoolError as error:
+        yield finding("LT111", RECORD_NAME, f"cannot be read: {error.what}")
+        return
+    wanted = plan.history.document(outcome.digests)
+    told = [(each.sha256, each.headers_sha256) for each in record.inputs]
+    if record.command != wanted["command"] or told != [
+        (each.get("sha256"), each.get("headers_sha256")) for each in wanted["inputs"]
+    ]:
+        yield finding("LT111", RECORD_NAME, "tells of a merge of other inputs")
 
 
 def _surplus(plan: ModelPlan, merged: Model) -> Iterator[Finding]:

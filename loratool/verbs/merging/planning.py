@@ -86,6 +86,7 @@ def plan_merge(
     enable_lora: Sequence[bool] = (),
     quantized: str = "dequantize",
     allow_nonfinite: bool = False,
+    no_card: bool = False,
     output: AnyPath | None = None,
 ) -> ModelPlan:
     """Decide what a merge writes, from headers alone; the arguments are those of :func:`merge`.
@@ -179,6 +180,7 @@ def plan_merge(
         "enable_lora": as_recorded(enable_lora),
         "quantized": quantized if quantized != QUANTIZED[0] else None,
         "allow_nonfinite": allow_nonfinite or None,
+        "no_card": no_card or None,
     }
     history = History(
         "merge",
@@ -199,7 +201,7 @@ def plan_merge(
     if is_folder:
         sidecars += indices(model, files)
         bases = {adapter.base_model for adapter in opened}
-        card, sidecars = merged_card(model, sidecars, bases)
+        card, sidecars = merged_card(model, sidecars, bases, is_wanted=history.is_carded)
     return ModelPlan(
         files=tuple(files),
         sidecars=tuple(sidecars),
@@ -211,7 +213,7 @@ def plan_merge(
         left_behind=tuple(left),
         stamps={
             **model.stamps,
-            **{adapter.weights: adapter.stamp for adapter in opened},
+            **{path: stamp for each in opened for path, stamp in each.stamps.items()},
             **{path: stamp for each in complete for path, stamp in each.stamps.items()},
         },
         history=history,

@@ -95,4 +95,5 @@ def _on_the_hub(adapter: Adapter, said: str) -> Path:
         return on_the_hub(replace(name, is_told=True))
     except HubError as error:
         what = f"records {str(name)!r} as its base: {error.what}"
-        raise HubError(adapter.path, what, hint=error.hint or HINT) from None
+        hint = f"{error.hint}; or {HINT}" if error.hint else HINT
+        raise HubError(adapter.path, what, hint=hint) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from loratool.base.config_edits import ConfigChanges, edit_config
 PACKAGE = Path(loratool.__file__).parent
 ROOMS = {path: path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")}
 BASE_ONLY = {"config.json", "tie_word_embeddings", "text_config"}
+ASKING = {"files/hub/cache.py", "files/objects/store.py", "schemes/folders.py"}
+"""Who asks whether there is a configuration, and does not open it."""
 
 
 def constants(path: Path) -> Iterator[str]:
@@ -43,7 +46,19 @@ def test_only_the_base_reads_a_models_configuration() -> None:
         for text in constants(path)
         if text in BASE_ONLY
     }
-    assert not found
+    assert found == {("files/checkpoint.py", "config.json")}
+
+
+def test_who_knows_the_name_of_the_configuration_does_not_open_it() -> None:
+    knowing = {
+        path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8")
+        for path, room in ROOMS.items()
+        if room not in ("base", "codecs") and "MODEL_CONFIG" in path.read_text("utf-8")
+    }
+    others = {"files/checkpoint.py", "verbs/merging/sidecars.py"}  # its home; who edits by `base`
+    assert knowing.keys() == ASKING | others
+    reading = re.compile(r"(read_|parse_)\w+\([^()]*MODEL_CONFIG|MODEL_CONFIG\)?\.(open|read_)")
+    assert not [name for name, text in knowing.items() if reading.search(text)]
 
 
 def test_conv1d_is_decided_in_one_place() -> None:

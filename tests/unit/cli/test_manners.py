@@ -168,3 +168,12 @@ def test_errors_of_click_name_the_command() -> None:
     assert caught.value.ctx.command_path == "loratool merge"
     with pytest.raises((LoratoolError, click.UsageError)):
         cli.main(["merge", "a", "b", "-o", ""], prog_name="loratool", standalone_mode=False)
+
+
+def test_extras_are_named_without_their_versions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ["click<9,>=8", "a-b<2,>=1.6; extra == 'x'", "c.d[e]>=2 ; extra == 'x'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: wanted)
+    assert _run(["--version", "--verbose"], debug=False) == 0
+    assert "a-b not installed, c.d not installed\n" in capsys.readouterr().out

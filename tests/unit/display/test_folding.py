@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.display.folding import fold_names, fold_numbers, shortened
+from loratool.display.grouping import layer_of, pattern_of
 
 
 def expand(pattern: str) -> list[str]:
@@ -70,3 +72,15 @@ def test_folded_names_stand_for_exactly_the_names(names: set[str]) -> None:
 
 def test_a_phrase_of_many_names_says_how_many_more() -> None:
     assert shortened([f"name{i}" for i in range(10)])[-2:] == ("name7", "and 2 more")
+
+
+def test_numbers_inside_words_fold() -> None:
+    assert fold_names([f"lora_odd_{number}_x" for number in range(30)]) == ["lora_odd_{0..29}_x"]
+
+
+@pytest.mark.parametrize("word", ["²", "٣", "9" * 5000, "00", "01"])
+def test_what_only_looks_like_a_number_is_a_word(word: str) -> None:
+    for names in ([f"a.{word}.b", "a.0.b", "a.1.b"], [f"a_{word}_x", "a_0_x", "a_1_x"]):
+        assert sorted(name for p in fold_names(names) for name in expand(p)) == sorted(names)
+    assert pattern_of(f"a.{word}.b") == f"a.{word}.b"
+    assert layer_of(f"a.{word}.b") is None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from samples import lora
 
 import loratool
@@ -81,3 +82,10 @@ def test_zero_has_pictures(make_adapter: Make, tmp_path: Path) -> None:
     same = loratool.compare([tmp_path / "zero", tmp_path / "zero"])
     for chart in charts_of(same):
         assert isinstance(chart, Heat)
+
+
+def test_values_of_rounding_are_not_drawn(make_adapter: Make) -> None:
+    tensors = {key: torch.ones_like(value) for key, value in lora("a.q", 6, 5, 4).items()}
+    info = loratool.inspect(make_adapter(tensors, target_modules=["q"]), spectrum=True)
+    (curve,) = charts_of(info)[0].curves
+    assert len(curve.mean) == 1

@@ -226,3 +226,20 @@ def test_a_page_of_a_large_adapter_is_small(tmp_path: Path) -> None:
     words = read(text).words
     for row in ("unet down attn1.to_q", "unet mid ff.net.2", "unet up attn2.to_v", "te1", "te2"):
         assert row in words
+
+
+def test_a_folder_has_spectra_where_they_are_asked_for(tmp_path: Path) -> None:
+    for name, rank in (("a", 2), ("b", 3)):
+        save_file(lora("model.layers.0.q_proj", 6, 5, rank), tmp_path / f"{name}.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"")
+    found = loratool.inspect_many(tmp_path, spectrum=True)
+    text = page(found)
+    assert "singular values of each adapter" in text
+    assert "Frobenius norm of each kind of module" in text
+    a, b, bad = found.records()
+    (spectrum,) = loratool.inspect(tmp_path / "b.safetensors", spectrum=True).spectra
+    assert a["rank_99_9"] <= 2 and b["frobenius_norm"] == pytest.approx(spectrum.frobenius_norm)
+    assert b["effective_rank"] == pytest.approx(spectrum.effective_rank)
+    assert bad["frobenius_norm"] is None
+    assert "effective" in str(found) and "effective" not in str(loratool.inspect_many(tmp_path))
+    assert "singular values" not in page(loratool.inspect_many(tmp_path))

@@ -75,3 +75,16 @@ def test_nothing_of_the_kind(tmp_path: Path) -> None:
     assert names(tmp_path, recursive=True) == ["deep/deeper/c", "deep/deeper/d"]
     (missing,) = places([tmp_path / "nothing"])
     assert missing.error is None  # whoever opens it says so
+
+
+def test_weights_and_their_settings_are_one_adapter(tmp_path: Path) -> None:
+    """As a hook names both that a commit changes."""
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / name / file).touch()
+            paths.append(tmp_path / name / file)
+    settings, weights, alone, _ = paths
+    found = [place.path for place in places([settings, weights, alone])]
+    assert found == [weights, alone]
