@@ -215,7 +215,7 @@ def site_problems(site: Site, adapter: Adapter) -> Iterator[tuple[str, str]]:
             "LT008",
             f"has {spec.name!r}, of shape {list(spec.shape)}, beside its factors: it may change "
             "the delta, and nothing says how; fold it into them, or leave it out if it does not "
-            f"({without})",
+            f"({without} of merge or convert)",
         )
     if not site.is_plain and Slot.MID not in site.slots:
         misshapen = list(shape_problems(site))

@@ -40,6 +40,10 @@ FORMS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (r"\.adapters?\.|adapter_down|adapter_up", "bottleneck adapters: layers, not deltas"),
     (r"^w_[ab]_\d+$", "numbered factors, but not two pairs for each block"),
+    (
+        r"\.([qp]_layer\.weight|lambda_layer)$",
+        "T-LoRA's, of which each timestep uses other ranks; no fixed weights equal it",
+    ),
     (r"\.lora_[ab]\.weight$", "factors of a torchtune model that is not read"),
     (r"\.lora_(up|down)\.weight$", "factors under names of a scheme that is not known"),
     (

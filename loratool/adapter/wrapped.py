@@ -31,6 +31,8 @@ HELD: Final = re.compile(
     r"(\.lora(_layer|_adapter|_module)?|\.parametrizations\.weight\.\d+)\Z", re.ASCII
 )
 """What holds the factors inside the layer that they are of, in code of tutorials."""
+NAMED: Final = re.compile(r"\.(lora_)?adapters\.[^.]+\Z")
+"""What holds those of one of several adapters."""
 PARAMETRISED: Final = ".parametrizations.weight.original"
 """What PyTorch calls a weight that is computed from others."""
 ALPHAS: Final = ("alpha", "lora_alpha")
@@ -71,7 +73,7 @@ def factor_names(names: Collection[str]) -> dict[str, str]:
     """Return the names that are an adapter's factors, each with the module that they are of."""
     likely = (name for name in names if any(part in name for part in LIKELY))
     found = ((name, FACTOR.fullmatch(name)) for name in likely)
-    return {name: HELD.sub("", match["module"]) for name, match in found if match}
+    return {name: NAMED.sub("", HELD.sub("", match["module"])) for name, match in found if match}
 
 
 def without_holder(module: str) -> str:

@@ -470,6 +470,11 @@ SEVERAL: Final = {
     | pairs("model.layers.{layer}.q_proj.lora_{side}.other"),
     "a dictionary for each": {"style": pairs(PLAIN), "other": pairs(PLAIN)},
     "dictionaries in one": {"epoch": 3, "adapters": {"style": pairs(PLAIN), "other": pairs(PLAIN)}},
+    "a dictionary in each layer": {
+        **pairs("model.layers.{layer}.q_proj.adapters.style.lora_{side}"),
+        **pairs("model.layers.{layer}.q_proj.adapters.other.lora_{side}"),
+        **{f"model.layers.{n}.q_proj.base.weight": torch.randn(6, 8) for n in range(2)},
+    },
     "flat names in dictionaries": {
         name: pairs("model_layers_{layer}_q_proj.lora_{side}") for name in ("style", "other")
     },
@@ -486,6 +491,29 @@ def test_one_of_several_adapters_is_chosen(kind: str, tmp_path: Path) -> None:
     assert adapter.name == "other" and len(adapter.sites) == 2
     assert all("layers" in site.module and "other" not in site.module for site in adapter.sites)
     assert any("4 tensors of other adapters" in note for note in adapter.notes)
+
+
+def test_a_model_whose_layers_hold_several_is_the_base_of_one(tmp_path: Path) -> None:
+    tensors = SEVERAL["a dictionary in each layer"]
+    save_file(tensors, tmp_path / "all.safetensors")
+    source = tmp_path / "all.safetensors"
+    loratool.merge(source, [source], tmp_path / "out.safetensors", adapter_name="style")
+    merged = load_file(tmp_path / "out.safetensors")
+    assert merged.keys() == {f"model.layers.{n}.q_proj.weight" for n in range(2)}
+    for n in range(2):
+        held = f"model.layers.{n}.q_proj"
+        factors = [tensors[f"{held}.adapters.style.lora_{side}"].double() for side in "BA"]
+        wanted = tensors[f"{held}.base.weight"].double() + factors[0] @ factors[1]
+        torch.testing.assert_close(merged[f"{held}.weight"].double(), wanted, rtol=1e-6, atol=1e-5)
+
+
+def test_a_block_of_layers_is_no_dictionary_of_adapters(tmp_path: Path) -> None:
+    form = "model.layers.{layer}.adapters."
+    save_file(
+        pairs(form + "q.lora_{side}") | pairs(form + "v.lora_{side}"), tmp_path / "a.safetensors"
+    )
+    modules = [module.module for module in loratool.inspect(tmp_path / "a.safetensors").modules]
+    assert modules == [f"model.layers.{n}.adapters.{leaf}" for n in range(2) for leaf in "qv"]
 
 
 def test_one_adapter_in_a_dictionary_of_its_name(tmp_path: Path) -> None:

@@ -174,7 +174,8 @@ def test_weights_under_another_name(make_adapter: Make) -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("layers.0.attn.q_proj.x.lora_a.weight", "none of its|torchtune|LT"),
+        ("layers.0.attn.q_proj.lora_q_a.weight", "under names of their own"),
+        ("lycoris_q.lambda_layer", "timestep"),
         ("x.adapter_down.weight", "bottleneck"),
         ("model.layers.0.q_proj.weight", "none of its"),
     ],
