@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,18 +152,23 @@ def test_limits_of_the_system(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-def test_no_more_processes_for_this_user(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_no_more_processes_for_this_user(
+    inputs: tuple[Path, Path, Path], request: pytest.FixtureRequest
+) -> None:
     """Threads count as such. The limit binds everybody but the superuser."""
     from loratool.cli.main import _run
 
-    base, _, adapter = inputs
-    outputs, said = tmp_path / "outputs", tmp_path / "said"
+    place = Path(tempfile.mkdtemp())  # not under a folder that only the superuser may enter
+    request.addfinalizer(lambda: shutil.rmtree(place))
+    base, adapter = place / "base", place / "adapter"
+    shutil.copytree(inputs[0], base)
+    shutil.copytree(inputs[2], adapter)
+    outputs, said = place / "outputs", place / "said"
     outputs.mkdir()
-    outputs.chmod(0o777)
+    for path in (place, *place.rglob("*")):
+        path.chmod(0o777)
     command = ["merge", str(base), str(adapter), "--threads", "4", "-q", "-o"]
     assert _run([*command, str(outputs / "first")], debug=False) == 0  # all is imported
-    for path in (tmp_path, *tmp_path.parents[:2], *base.rglob("*"), *adapter.rglob("*")):
-        path.chmod(0o755)
     child = os.fork()
     if not child:
         os.chdir(outputs)

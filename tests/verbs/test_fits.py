@@ -70,7 +70,7 @@ def test_inspect_fits(sdxl: Path, width: int, most: int) -> None:
         assert any(line.startswith(part) for line in lines)
     for line, following in pairwise(lines):
         if following.startswith("    "):  # the rest of a name
-            assert re.search(r"[._,]$", line), line
+            assert re.search(r"[._,/]$", line), line
     assert "in all: kind linear; rank 2; alpha 1; scale 0.5" in " ".join(lines)
 
 
