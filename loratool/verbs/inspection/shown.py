@@ -65,7 +65,7 @@ def _adapter_blocks(info: AdapterInfo, unfolded: bool, names_all: bool) -> Itera
         *_said_of(info),
         ("parameters", human_count(adapter.parameters)),
         ("size", human_bytes(adapter.nbytes)),
-        ("modules", str(len(info.modules))),
+        ("modules", str(len(info.adapter.sites))),
     ]
     if adapter.name:
         facts.append(("name in keys", adapter.name))
