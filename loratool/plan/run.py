@@ -115,47 +115,63 @@ def write_files(
         LoratoolError: An input changed or ended, or a result is not finite.
         OSError: Writing failed, such as for want of space.
     """
-    for path, work in zip(paths, works, strict=True):
-        _begin(path, work)
-    outputs = Descriptors(lambda path: os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    sink = _FileSink(tuple(paths), tuple(works))
     try:
         result = run_files(
             works,
-            _FileSink(tuple(paths), outputs),
+            sink,
             stamps,
             allow_nonfinite=allow_nonfinite,
             device=device,
             threads=threads,
             progress=progress,
         )
+        sink.begin_rest()
     finally:
-        outputs.close()
+        sink.close()
     for path, work in zip(paths, works, strict=True):
         if work.seal is not None:
             work.seal(path)
     return result
 
 
-def _begin(path: Path, work: FileWork) -> None:
-    """Create an output file as long as it will be, its header in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        os.ftruncate(descriptor, work.size)
-        write_all(descriptor, memoryview(work.header), 0)
-    finally:
-        os.close(descriptor)
-
-
 class _FileSink:
-    """Writes to files that are already as long as they will be."""
+    """Writes to files, each of which is made when something is first written to it."""
 
     joins = True
 
-    def __init__(self, paths: tuple[Path, ...], outputs: Descriptors) -> None:
+    def __init__(self, paths: tuple[Path, ...], works: tuple[FileWork, ...]) -> None:
         self.paths = paths
-        self.outputs = outputs
+        self.outputs = Descriptors(self._open)
+        self._lacking = dict(zip(paths, works, strict=True))
+        self._clones = True
         self._local = threading.local()
+
+    def _open(self, path: Path) -> int:
+        """Open an output file; make it first, as long as it will be, its header in it."""
+        work = self._lacking.get(path)
+        if work is None:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        del self._lacking[path]
+        try:
+            os.ftruncate(descriptor, work.size)
+            write_all(descriptor, memoryview(work.header), 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def begin_rest(self) -> None:
+        """Make the files that nothing was written to, for their tensors are empty."""
+        for path in tuple(self._lacking):
+            with self.outputs.using(path):
+                pass
+
+    def close(self) -> None:
+        """Close all files."""
+        self.outputs.close()
 
     def copy(self, piece: ByteRange, files: InputFiles) -> None:
         path = piece.source
@@ -182,12 +198,15 @@ class _FileSink:
             write_all(target, data, spot.offset + position)
 
     def clone(self, file: int, original: Path, files: InputFiles) -> bool:
-        """Share the extents of a whole file, where the file system can."""
+        """Share the extents of a whole file, where the file system can; one trial tells."""
+        if not self._clones:
+            return False
         with (
             files.using(original) as source,
             self.outputs.using(self.paths[file]) as target,
         ):
-            return clone_file(source, target)
+            self._clones = clone_file(source, target)
+        return self._clones
 
 
 class NullSink:
