@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -118,14 +119,17 @@ def verify(
     )
     found = [*_check_layout(plan, result), *check_files(plan, result)]
     sink = _CompareSink(result.raw, {step.spec.name: step for step in plan.steps()})
-    outcome = run(
-        plan,
-        sink,
-        allow_nonfinite=True,
-        device=device,
-        threads=threads,
-        progress=progress,
-    )
+    with closing(sink):
+        sink.expect(plan)
+        outcome = run(
+            plan,
+            sink,
+            allow_nonfinite=True,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+        sink.files.check_unchanged()
     found += [*sink.findings(), *check_record(plan, result, outcome)]
     found.sort(key=lambda item: (item.severity != "error", item.code, item.where))
     return Findings(found, "every tensor is what it should be")
@@ -228,6 +232,16 @@ class _CompareSink:
     differences: dict[str, _Difference] = field(default_factory=lambda: defaultdict(_Difference))
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def expect(self, plan: ModelPlan) -> None:
+        """Say what will be read of the merged model, in order: what is copied comes first."""
+        for step in sorted(plan.steps(), key=lambda step: not step.is_copy):
+            stored = self.merged.get(step.spec.name)
+            self.files.expect(*(stored.extents if stored is not None else ()))
+
+    def close(self) -> None:
+        """Close all files."""
+        self.files.close()
+
     def clone(self, file: int, original: Path, files: InputFiles) -> bool:
         return False
 
@@ -296,7 +310,6 @@ class _CompareSink:
 
     def findings(self) -> Iterator[Finding]:
         """Yield one finding for every tensor that differs."""
-        self.files.close()
         for name, found in sorted(self.differences.items()):
             total = self.merged[name].spec.elements
             share = f"{found.elements} of {total} elements"
