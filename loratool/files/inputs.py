@@ -87,7 +87,11 @@ class InputFiles:
         Args:
             extents: Each a file, where bytes begin in it, and how many.
         """
-        far = [(source, *rest) for path, *rest in extents if (source := ranged(path)) is not None]
+        far = [
+            (source, start, size)
+            for path, start, size in extents
+            if (source := ranged(path)) is not None
+        ]
         if far:
             self._of_sources().expect(*far)
 
