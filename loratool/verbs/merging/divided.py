@@ -1,0 +1,176 @@
+"""A merge whose parts are done by several workers, or one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+from loratool.adapter.model import HISTORY_KEY
+from loratool.errors import LoratoolError, OutputError
+from loratool.files.atomic import check_output
+from loratool.files.containers import open_weights
+from loratool.files.places import located
+from loratool.plan.history import RECORD_NAME, digest_of
+from loratool.plan.model import ModelPlan
+from loratool.shards.course import ShareReport, do_share
+from loratool.shards.division import Division
+from loratool.shards.folder import PartsFolder
+from loratool.shards.job import Job, Settings
+from loratool.shards.model import finish_model, model_job
+from loratool.shards.records import all_records, differing_workers, wait_for_parts
+from loratool.shards.roots import Roots
+from loratool.verbs.merging.result import MergeReport
+
+__all__ = ["DividedMerge"]
+
+AnyPath = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class DividedMerge:
+    """A merge in parts.
+
+    Attributes:
+        planned: Plans it; not called to put together what is there.
+        base: The base, as it was named.
+        adapters: The adapters, as they were named.
+        output: Where the model goes.
+        force: Replace an existing output.
+        allow_nonfinite: Write NaN and infinity.
+        quantized: What becomes of quantised weights.
+        settings: How parts are done.
+        progress: Called with bytes done and bytes in all.
+    """
+
+    planned: Callable[[], ModelPlan]
+    base: AnyPath | None
+    adapters: Sequence[AnyPath]
+    output: Path
+    force: bool
+    allow_nonfinite: bool
+    quantized: str
+    settings: Settings
+    progress: Callable[[int, int], None] | None
+
+    def carry_out(self, division: Division) -> MergeReport | ShareReport:
+        """Do what the options say.
+
+        Raises:
+            LoratoolError: It cannot be done; parts that are done stay.
+        """
+        folder = PartsFolder(self.output)
+        if division.share is None and division.executor is None:
+            if not folder.plan_path.exists():
+                return self._finished_before(folder)
+            return self._finish(folder, division)
+        plan = self.planned()
+        report = MergeReport.of(plan, self.output)
+        if not folder.plan_path.exists() and self._is_finished(plan):
+            return replace(report, is_written=True, notes=(*report.notes, self._told_finished))
+        roots = self._roots(plan)
+        told = {name: value for name, value in report.planned.items() if name != "steps"}
+        job = model_job(plan, self.output, roots, allow_nonfinite=self.allow_nonfinite, told=told)
+        self._check(plan, job, folder, division)
+        folder.begin(job.document)
+        if division.share is None:
+            from loratool.shards.engine import do_all
+
+            do_all(job, division.executor, self.settings, progress=self.progress)
+            return self._finish(folder, division)
+        share = do_share(
+            job, division.share, self.settings, waits=division.waits, progress=self.progress
+        )
+        if not division.finishes or (share.left and not division.waits):
+            return replace(share, notes=(*report.notes, *share.notes))
+        return self._finish(folder, division)
+
+    def _roots(self, plan: ModelPlan | None) -> Roots:
+        """Return where inputs lie; the base that an adapter records is known to the plan alone."""
+        base = self.base if self.base is not None or plan is None else plan.base
+        named = {} if base is None else {"base": base}
+        return Roots.of(named | {f"adapter {n}": path for n, path in enumerate(self.adapters)})
+
+    def _check(self, plan: ModelPlan, job: Job, folder: PartsFolder, division: Division) -> None:
+        """Make sure that the output may be written.
+
+        Raises:
+            OutputError: It may not.
+        """
+        done = sum(
+            part.size
+            for number, part in enumerate(job.parts, 1)
+            if folder.record(number, job.digest) is not None
+        )
+        share = division.share
+        count = share.count if share is not None and not share.is_auto else 1
+        check_output(
+            self.output,
+            force=self.force,
+            inputs=[plan.base, *map(located, self.adapters), *plan.inputs()],
+            needed=(plan.nbytes - done) // count,
+            names=[sidecar.name for sidecar in plan.others()],
+            folder=plan.is_folder,
+        )
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _finish(self, folder: PartsFolder, division: Division) -> MergeReport:
+        """Make the output of the parts.
+
+        Raises:
+            OutputError: Some are missing.
+        """
+        document = folder.plan()
+        if document.get("verb") != "merge":
+            raise OutputError(folder.path, f"holds parts of {document.get('verb')!r:.30}")
+        report = MergeReport.told(document.get("told") or {}, self.output)
+        if folder.made.is_dir() or not self.output.exists():  # else it lacks only the clearing up
+            if division.waits:
+                wait_for_parts(folder, document, self.progress)
+            if not folder.plan_path.exists():  # another was quicker
+                return self._finished_before(folder)
+            records = all_records(folder, document)
+            outcome, _ = finish_model(
+                folder, document, records, self._roots(None), force=self.force
+            )
+            notes = differing_workers(records)
+            report = report.written(outcome, quantized=self.quantized, notes=notes)
+        folder.remove()
+        return replace(report, is_written=True)
+
+    def _finished_before(self, folder: PartsFolder) -> MergeReport:
+        """Return the report of a merge that was finished before.
+
+        Raises:
+            OutputError: It was not.
+        """
+        plan = self.planned()
+        if not self._is_finished(plan):
+            raise OutputError(
+                folder.path,
+                "there are no parts to make the output of",
+                hint="the same command with --shards auto makes them",
+            )
+        report = MergeReport.of(plan, self.output)
+        return replace(report, is_written=True, notes=(*report.notes, self._told_finished))
+
+    @property
+    def _told_finished(self) -> str:
+        return f"{self.output} was finished before, of the same inputs and with the same options"
+
+    def _is_finished(self, plan: ModelPlan) -> bool:
+        """Whether the output is there, and says that it was made so."""
+        paths = [self.output / file.name if plan.is_folder else self.output for file in plan.files]
+        sizes = [file.size for file in plan.files]
+        history = plan.history
+        try:
+            if history is None or [path.stat().st_size for path in paths] != sizes:
+                return False
+            digests = {path: digest_of(path) for path in history.hashed}
+            if plan.is_folder:
+                return (self.output / RECORD_NAME).read_bytes() == history.beside(digests)
+            return open_weights(self.output).metadata.get(HISTORY_KEY) == history.text(digests)
+        except (OSError, LoratoolError):
+            return False
