@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -99,7 +99,6 @@ class ModelPart:
         hashed: Inputs that it hashes for the record.
         is_shared: Whether others write the same files.
         allow_nonfinite: Whether NaN and infinity are written where they come out.
-        beside: What else a sink needs, by name.
     """
 
     files: tuple[PartFile, ...]
@@ -109,7 +108,6 @@ class ModelPart:
     hashed: tuple[Path, ...] = ()
     is_shared: bool = False
     allow_nonfinite: bool = False
-    beside: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def works(self, outcome: Outcome) -> list[FileWork]:
         """Return what is to be done for each of its files."""
@@ -143,7 +141,7 @@ def model_parts(
     *,
     joins: bool,
     allow_nonfinite: bool = False,
-    beside: Mapping[str, StoredTensor] | None = None,
+    as_value: Callable[[ModelPart, Sequence[Step]], Any] = lambda part, steps: part,
 ) -> tuple[list[Part], list[str]]:
     """Return the parts of a plan, and the names of the files that several of them write.
 
@@ -152,7 +150,7 @@ def model_parts(
         roots: Where inputs lie.
         joins: Whether tensors that are copied and follow each other are one.
         allow_nonfinite: Whether NaN and infinity are written.
-        beside: Tensors that whoever takes the results needs, by the names of those.
+        as_value: Returns what whoever does a part is given, of the part and all of its steps.
     """
     parts: list[Part] = []
     shared: list[str] = []
@@ -163,23 +161,20 @@ def model_parts(
         is_shared = len(pieces) > 1
         shared += [file.name for file in files if is_shared]
         for number, steps in enumerate(pieces, 1):
-            is_last = files is groups[-1] and number == len(pieces)
-            part = _part(files, steps, joins=joins, is_shared=is_shared, is_last=is_last)
+            ends = number == len(pieces)
+            part = _part(files, steps, joins=joins, is_shared=is_shared, is_last=ends)
             part = replace(part, allow_nonfinite=allow_nonfinite)
-            if is_last and plan.history is not None:
+            if ends and files is groups[-1] and plan.history is not None:
                 part = replace(part, hashed=tuple(plan.history.hashed))
-            if beside is not None:
-                names = [spec.name for spec in _written(part)]
-                part = replace(part, beside={n: beside[n] for n in names if n in beside})
             called = ", ".join(file.name for file in files)
             if is_shared:
                 called += f" ({number} of {len(pieces)})"
             size = sum(step.spec.nbytes for step in steps)
-            parts.append(Part(called, size, _form(part, roots, marks)))
+            parts.append(Part(called, size, _form(as_value(part, steps), roots, marks)))
     return parts, shared
 
 
-def _form(part: ModelPart, roots: Roots, marks: dict[Path, Mark]) -> Any:
+def _form(part: Any, roots: Roots, marks: dict[Path, Mark]) -> Any:
     """Return a part as JSON, with what tells that the files that it reads are the same.
 
     Args:
@@ -240,7 +235,7 @@ def _pieces(files: Sequence[OutputFile]) -> Iterator[tuple[Step, ...]]:
         if size >= CUT_BYTES:
             yield tuple(some)
             some, size = [], 0
-    if some:
+    if some or not steps:
         yield tuple(some)
 
 
@@ -260,7 +255,7 @@ def _part(
     moves: list[Move] = []
     for number, file in enumerate(files):
         mine = [(spot, stored) for spot, stored in copied if spot.file == number]
-        if file.original is not None:  # its header, which is as long as that of the output
+        if file.original is not None and is_last:  # its header, which is that of the output
             size = len(file.layout.header)
             spec = TensorSpec("", BYTES, (size,))
             moves.append(Move(number, spec, file.original.path, 0, 0))
@@ -286,17 +281,19 @@ def _names(step: Step) -> Iterator[str]:
 
 
 def _file(file: OutputFile, *, is_shared: bool, is_last: bool) -> PartFile:
+    """Return a file of a part; of several parts that write it the last writes its header, once."""
     is_sealed = is_last and file.history is not None
+    is_copied = file.original is not None or file.history is not None or not is_last
     return PartFile(
         file.name,
         file.size,
-        b"" if file.original is not None else file.layout.header,
+        b"" if is_copied else file.layout.header,
         file.original.path if file.original is not None and not is_shared else None,
         replace(file, steps=(), original=None) if is_sealed else None,
     )
 
 
-def opened_part(task: Task) -> tuple[ModelPart, dict[Path, Stamp]]:
+def opened_part(task: Task) -> tuple[Any, dict[Path, Stamp]]:
     """Return the part that a task is about, and what the files are here that it reads.
 
     Raises:
@@ -305,7 +302,6 @@ def opened_part(task: Task) -> tuple[ModelPart, dict[Path, Stamp]]:
     roots = Roots(dict(task.roots))
     made = from_form(json.loads(task.text), roots.placed, f"part {task.number}")
     part, marks = made
-    assert isinstance(part, ModelPart)
     return part, check_marks(marks)
 
 
@@ -316,6 +312,7 @@ def write_part(task: Task) -> Mapping[str, Any]:
         LoratoolError: An input changed or ended, a result is not finite, or the disk is full.
     """
     part, stamps = opened_part(task)
+    assert isinstance(part, ModelPart)
     folder, outcome = task.folder, Outcome()
     mine = f"{worker_name()}.{os.urandom(3).hex()}.part"
     names = [shared_name(f.name) if part.is_shared else f"{f.name}.{mine}" for f in part.files]

@@ -1,4 +1,4 @@
-"""A merge whose parts are done by several workers, or one after the other."""
+"""A merge, or the comparison with one, whose parts are done by several workers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
+from loratool.adapter.findings import Finding, Findings
 from loratool.adapter.model import HISTORY_KEY
+from loratool.base.model import Model
 from loratool.errors import LoratoolError, OutputError
 from loratool.files.atomic import check_output
 from loratool.files.containers import open_weights
 from loratool.files.places import located
 from loratool.plan.history import RECORD_NAME, digest_of
 from loratool.plan.model import ModelPlan
-from loratool.shards.course import ShareReport, do_share
+from loratool.shards.course import ShareReport
 from loratool.shards.division import Division
+from loratool.shards.driver import NO_PARTS, do_parts, records_of
 from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
 from loratool.shards.model import finish_model, model_job
-from loratool.shards.records import all_records, differing_workers, wait_for_parts
+from loratool.shards.records import differing_workers
 from loratool.shards.roots import Roots
+from loratool.verbs.merging.compared import compare_job, compared, told
 from loratool.verbs.merging.result import MergeReport
 
-__all__ = ["DividedMerge"]
+__all__ = ["DividedMerge", "divided_comparison", "finished_comparison"]
 
 AnyPath = str | PathLike[str]
 
@@ -73,24 +77,21 @@ class DividedMerge:
         told = {name: value for name, value in report.planned.items() if name != "steps"}
         job = model_job(plan, self.output, roots, allow_nonfinite=self.allow_nonfinite, told=told)
         self._check(plan, job, folder, division)
-        folder.begin(job.document)
-        if division.share is None:
-            from loratool.shards.engine import do_all
-
-            do_all(job, division.executor, self.settings, progress=self.progress)
-            return self._finish(folder, division)
-        share = do_share(
-            job, division.share, self.settings, waits=division.waits, progress=self.progress
+        done = do_parts(
+            job,
+            division,
+            self.settings,
+            lambda: self._finish(folder, division),
+            self.progress,
         )
-        if not division.finishes or (share.left and not division.waits):
-            return replace(share, notes=(*report.notes, *share.notes))
-        return self._finish(folder, division)
+        if isinstance(done, ShareReport):
+            return replace(done, notes=(*report.notes, *done.notes))
+        return done
 
     def _roots(self, plan: ModelPlan | None) -> Roots:
         """Return where inputs lie; the base that an adapter records is known to the plan alone."""
         base = self.base if self.base is not None or plan is None else plan.base
-        named = {} if base is None else {"base": base}
-        return Roots.of(named | {f"adapter {n}": path for n, path in enumerate(self.adapters)})
+        return _roots(base, self.adapters)
 
     def _check(self, plan: ModelPlan, job: Job, folder: PartsFolder, division: Division) -> None:
         """Make sure that the output may be written.
@@ -122,21 +123,19 @@ class DividedMerge:
         Raises:
             OutputError: Some are missing.
         """
-        document = folder.plan()
-        if document.get("verb") != "merge":
-            raise OutputError(folder.path, f"holds parts of {document.get('verb')!r:.30}")
-        report = MergeReport.told(document.get("told") or {}, self.output)
-        if folder.made.is_dir() or not self.output.exists():  # else it lacks only the clearing up
-            if division.waits:
-                wait_for_parts(folder, document, self.progress)
-            if not folder.plan_path.exists():  # another was quicker
+        if not folder.made.is_dir() and self.output.exists():  # all but the clearing up is done
+            report = MergeReport.told(folder.plan().get("told") or {}, self.output)
+        else:
+            found = records_of(folder, "merge", waits=division.waits, progress=self.progress)
+            if found is None:
                 return self._finished_before(folder)
-            records = all_records(folder, document)
+            document, records = found
             outcome, _ = finish_model(
                 folder, document, records, self._roots(None), force=self.force
             )
-            notes = differing_workers(records)
-            report = report.written(outcome, quantized=self.quantized, notes=notes)
+            report = MergeReport.told(document.get("told") or {}, self.output).written(
+                outcome, quantized=self.quantized, notes=differing_workers(records)
+            )
         folder.remove()
         return replace(report, is_written=True)
 
@@ -150,7 +149,7 @@ class DividedMerge:
         if not self._is_finished(plan):
             raise OutputError(
                 folder.path,
-                "there are no parts to make the output of",
+                NO_PARTS,
                 hint="the same command with --shards auto makes them",
             )
         report = MergeReport.of(plan, self.output)
@@ -174,3 +173,58 @@ class DividedMerge:
             return open_weights(self.output).metadata.get(HISTORY_KEY) == history.text(digests)
         except (OSError, LoratoolError):
             return False
+
+
+def _roots(base: AnyPath | None, adapters: Sequence[AnyPath], **more: AnyPath) -> Roots:
+    named: dict[str, AnyPath] = {} if base is None else {"base": base}
+    named |= {f"adapter {number}": path for number, path in enumerate(adapters)}
+    return Roots.of(named | more)
+
+
+def divided_comparison(
+    plan: ModelPlan,
+    merged: Model,
+    found: Sequence[Finding],
+    base: AnyPath,
+    adapters: Sequence[AnyPath],
+    division: Division,
+    settings: Settings,
+    progress: Callable[[int, int], None] | None,
+) -> Findings | ShareReport:
+    """Compare a model with a plan in parts; see :func:`loratool.verbs.verify.verify`.
+
+    Raises:
+        LoratoolError: It cannot be done; parts that are done stay.
+    """
+    roots = _roots(base, adapters, merged=merged.path)
+    job = compare_job(plan, merged.path, merged.raw, found, roots)
+
+    def finish() -> Findings:
+        return finished_comparison(
+            merged.path, base, adapters, waits=division.waits, progress=progress
+        )
+
+    return do_parts(job, division, settings, finish, progress)
+
+
+def finished_comparison(
+    merged: Path,
+    base: AnyPath | None,
+    adapters: Sequence[AnyPath],
+    *,
+    waits: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Findings:
+    """Return what was found in all parts of a model.
+
+    Raises:
+        OutputError: Parts are missing.
+    """
+    folder = PartsFolder(merged)
+    found = records_of(folder, "verify", waits=waits, progress=progress)
+    if found is None:
+        raise OutputError(folder.path, "was finished by another process, which tells what it found")
+    document, records = found
+    findings = compared(document, records, _roots(base, adapters, merged=merged), folder.plan_path)
+    folder.remove()
+    return told(findings)
