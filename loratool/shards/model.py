@@ -185,7 +185,8 @@ def _form(part: Any, roots: Roots, marks: dict[Path, Mark]) -> Any:
     read: dict[Path, None] = {}
 
     def below(path: Path) -> tuple[str, str]:
-        read[path] = None
+        if not path.is_dir():
+            read[path] = None
         return roots.below(path)
 
     form = as_form(part, below)

@@ -112,10 +112,12 @@ def merge(
 
     if division is not None and not dry_run:
         from loratool.verbs.merging.divided import DividedMerge
+        from loratool.verbs.merging.recorded import recorded_base
 
+        root = base if base is not None else recorded_base(paths[0], adapter_name=adapter_name)[0]
         return DividedMerge(
             planned,
-            base,
+            root,
             adapters,
             output,
             force=force,

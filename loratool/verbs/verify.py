@@ -90,7 +90,7 @@ def verify(
     if division is not None and division.share is None and division.executor is None:
         from loratool.verbs.merging.divided import finished_comparison
 
-        return finished_comparison(merged, base, paths, waits=division.waits, progress=progress)
+        return finished_comparison(merged, waits=division.waits, progress=progress)
     asked: dict[str, Any] = {
         "weights": weights,
         "alpha": alpha,

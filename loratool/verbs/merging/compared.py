@@ -24,9 +24,8 @@ from loratool.plan.lanes import ByteRange, Spot
 from loratool.plan.model import ModelPlan, Step
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import run_files
-from loratool.shards.forms import as_form, from_form
 from loratool.shards.job import Job, Task
-from loratool.shards.model import ModelPart, model_parts, opened_part, outcome_of
+from loratool.shards.model import ModelPart, model_parts, opened_part
 from loratool.shards.roots import Roots
 from loratool.verbs.merging.comparison import check_record
 
@@ -184,26 +183,15 @@ class ComparedPart:
         part: The part.
         merged: The tensors of the model, by name.
         sources: What the computed ones are made of, by name.
+        history: How the model should have come to be, for the part that hashes the inputs.
+        folder: Where its record lies, where it has one.
     """
 
     part: ModelPart
     merged: Mapping[str, StoredTensor]
     sources: Mapping[str, Weight]
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """What is known before any tensor is compared, and needed afterwards.
-
-    Attributes:
-        findings: What was found by then.
-        history: How the model came to be.
-        folder: Where its record lies, where it has one.
-    """
-
-    findings: tuple[Finding, ...]
-    history: History | None
-    folder: Path | None
+    history: History | None = None
+    folder: Path | None = None
 
 
 def compare_job(
@@ -226,12 +214,13 @@ def compare_job(
     def with_merged(part: ModelPart, steps: Sequence[Step]) -> ComparedPart:
         names = [*(move.spec.name for move in part.moves), *part.spots]
         sources = {step.spec.name: step.source for step in steps if step.spec.name in part.spots}
-        return ComparedPart(part, {n: tensors[n] for n in names if n in tensors}, sources)
+        found = {name: tensors[name] for name in names if name in tensors}
+        told = (plan.history, merged if plan.is_folder else None) if part.hashed else (None, None)
+        return ComparedPart(part, found, sources, *told)
 
     parts, _ = model_parts(plan, roots, joins=False, allow_nonfinite=True, as_value=with_merged)
-    closing = Compared(tuple(findings), plan.history, merged if plan.is_folder else None)
-    form = as_form(closing, roots.below)
-    return Job("verify", merged, tuple(parts), form, roots.named, compare_part)
+    closing = [found.as_json() for found in findings]
+    return Job("verify", merged, tuple(parts), closing, roots.named, compare_part)
 
 
 def compare_part(task: Task) -> Mapping[str, Any]:
@@ -258,34 +247,21 @@ def compare_part(task: Task) -> Mapping[str, Any]:
         )
 
     compare(device=task.settings.device)
-    roots = Roots(dict(task.roots))
-    return {
-        "files": {},
-        "findings": [found.as_json() for found in sink.findings()],
-        "kept": [],
-        "total": [],
-        "is_empty": True,
-        "digests": [[*roots.below(path), sha] for path, sha in outcome.digests.items()],
-    }
+    found = [*sink.findings(), *check_record(made.history, made.folder, outcome)]
+    return {"files": {}, "findings": [each.as_json() for each in found]}
 
 
-def compared(
-    document: Mapping[str, Any], records: Sequence[Mapping[str, Any]], roots: Roots, where: Path
-) -> list[Finding]:
+def compared(document: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Findings:
     """Return what was found in all parts together.
 
     Raises:
         FileFormatError: The plan or a record is damaged, or of another command.
     """
-    closing = from_form(document["closing"], roots.placed, where)
-    if not isinstance(closing, Compared):
-        raise FileFormatError(where, "is not the plan of a comparison")
     try:
-        found = [Finding(**each) for record in records for each in record["findings"]]
+        lists = [document["closing"], *(record["findings"] for record in records)]
+        return told(Finding(**each) for found in lists for each in found)
     except (KeyError, TypeError):
-        raise FileFormatError(where.parent, "holds damaged records") from None
-    record = check_record(closing.history, closing.folder, outcome_of(records, roots))
-    return [*closing.findings, *found, *record]
+        raise FileFormatError("the records of verify", "are damaged") from None
 
 
 def told(found: Iterable[Finding]) -> Findings:

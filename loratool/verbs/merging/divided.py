@@ -24,7 +24,7 @@ from loratool.shards.job import Job, Settings
 from loratool.shards.model import finish_model, model_job
 from loratool.shards.records import differing_workers
 from loratool.shards.roots import Roots
-from loratool.verbs.merging.compared import compare_job, compared, told
+from loratool.verbs.merging.compared import compare_job, compared
 from loratool.verbs.merging.result import MergeReport
 
 __all__ = ["DividedMerge", "divided_comparison", "finished_comparison"]
@@ -49,7 +49,7 @@ class DividedMerge:
     """
 
     planned: Callable[[], ModelPlan]
-    base: AnyPath | None
+    base: AnyPath
     adapters: Sequence[AnyPath]
     output: Path
     force: bool
@@ -73,7 +73,7 @@ class DividedMerge:
         report = MergeReport.of(plan, self.output)
         if not folder.plan_path.exists() and self._is_finished(plan):
             return replace(report, is_written=True, notes=(*report.notes, self._told_finished))
-        roots = self._roots(plan)
+        roots = self._places
         told = {name: value for name, value in report.planned.items() if name != "steps"}
         job = model_job(plan, self.output, roots, allow_nonfinite=self.allow_nonfinite, told=told)
         self._check(plan, job, folder, division)
@@ -88,10 +88,10 @@ class DividedMerge:
             return replace(done, notes=(*report.notes, *done.notes))
         return done
 
-    def _roots(self, plan: ModelPlan | None) -> Roots:
-        """Return where inputs lie; the base that an adapter records is known to the plan alone."""
-        base = self.base if self.base is not None or plan is None else plan.base
-        return _roots(base, self.adapters)
+    @property
+    def _places(self) -> Roots:
+        """Return where inputs lie."""
+        return _roots(self.base, self.adapters)
 
     def _check(self, plan: ModelPlan, job: Job, folder: PartsFolder, division: Division) -> None:
         """Make sure that the output may be written.
@@ -130,9 +130,7 @@ class DividedMerge:
             if found is None:
                 return self._finished_before(folder)
             document, records = found
-            outcome, _ = finish_model(
-                folder, document, records, self._roots(None), force=self.force
-            )
+            outcome, _ = finish_model(folder, document, records, self._places, force=self.force)
             report = MergeReport.told(document.get("told") or {}, self.output).written(
                 outcome, quantized=self.quantized, notes=differing_workers(records)
             )
@@ -175,9 +173,8 @@ class DividedMerge:
             return False
 
 
-def _roots(base: AnyPath | None, adapters: Sequence[AnyPath], **more: AnyPath) -> Roots:
-    named: dict[str, AnyPath] = {} if base is None else {"base": base}
-    named |= {f"adapter {number}": path for number, path in enumerate(adapters)}
+def _roots(base: AnyPath, adapters: Sequence[AnyPath], **more: AnyPath) -> Roots:
+    named = {"base": base} | {f"adapter {number}": path for number, path in enumerate(adapters)}
     return Roots.of(named | more)
 
 
@@ -200,17 +197,13 @@ def divided_comparison(
     job = compare_job(plan, merged.path, merged.raw, found, roots)
 
     def finish() -> Findings:
-        return finished_comparison(
-            merged.path, base, adapters, waits=division.waits, progress=progress
-        )
+        return finished_comparison(merged.path, waits=division.waits, progress=progress)
 
     return do_parts(job, division, settings, finish, progress)
 
 
 def finished_comparison(
     merged: Path,
-    base: AnyPath | None,
-    adapters: Sequence[AnyPath],
     *,
     waits: bool,
     progress: Callable[[int, int], None] | None,
@@ -225,6 +218,6 @@ def finished_comparison(
     if found is None:
         raise OutputError(folder.path, "was finished by another process, which tells what it found")
     document, records = found
-    findings = compared(document, records, _roots(base, adapters, merged=merged), folder.plan_path)
+    findings = compared(document, records)
     folder.remove()
-    return told(findings)
+    return findings
