@@ -26,6 +26,7 @@ __all__ = [
     "dtype",
     "executor",
     "extraction",
+    "finish",
     "force",
     "no_card",
     "output",
@@ -33,12 +34,14 @@ __all__ = [
     "quiet",
     "recursive",
     "report",
+    "shards",
     "skip",
     "sort",
     "target",
     "threads",
     "to",
     "truncation",
+    "wait",
     "weights",
 ]
 
@@ -303,3 +306,14 @@ def are_many(
     from loratool.schemes.folders import is_collection
 
     return is_collection(path)
+
+
+shards = click.option(
+    "--shards",
+    metavar="I/N",
+    help="Do one of N shares, into OUT.loratool-parts; or 'auto': whatever nobody does yet.",
+)
+finish = click.option(
+    "--finish", is_flag=True, help="Check all parts, and make the output of them."
+)
+wait = click.option("--wait", is_flag=True, help="Wait until all parts are there.")
