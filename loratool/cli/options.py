@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loratool.cli.named import DEVICE, DTYPE, LOADER, SCHEME
+from loratool.cli.named import DEVICE, DTYPE, EXECUTOR, LOADER, SCHEME
 from loratool.files.places import located
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "device",
     "dry_run",
     "dtype",
+    "executor",
     "extraction",
     "finish",
     "force",
@@ -169,6 +170,14 @@ all_threads: Decorator = click.option(
     type=Whole(1, 1024),
     metavar="N",
     help="Worker threads; by default one for each processor, as memory allows.",
+)
+
+
+executor: Decorator = click.option(
+    "--executor",
+    type=EXECUTOR,
+    help="Who does it: processes here, a cluster of dask that is there, or the processes of an MPI "
+    "job. Elsewhere the same paths have to lead to the same files.",
 )
 
 
