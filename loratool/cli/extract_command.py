@@ -70,7 +70,7 @@ __all__ = ["command"]
 @options.shards
 @options.finish
 @options.wait
-@click.option("--executor", help="What does the parts.")
+@options.executor
 @options.gpu_device
 @options.all_threads
 @options.quiet

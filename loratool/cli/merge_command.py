@@ -40,7 +40,7 @@ __all__ = ["command"]
 @click.option(
     "--resume", is_flag=True, help="Keep what is done if it is interrupted; go on with it."
 )
-@click.option("--executor", help="What does the parts.")
+@options.executor
 @click.option("--sync", is_flag=True, help="Wait until everything is on the disk itself.")
 @options.device
 @options.threads

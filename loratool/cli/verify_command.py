@@ -35,7 +35,7 @@ __all__ = ["command"]
 @options.shards
 @options.finish
 @options.wait
-@click.option("--executor", help="What does the parts.")
+@options.executor
 @options.device
 @options.threads
 @options.quiet
