@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from loratool.engines.course import Call, Found, follow
 from loratool.engines.engine import opened
+from loratool.engines.names import PROCESSES, parse_name
 from loratool.errors import EngineError, LoratoolError
 from loratool.shards.dealing import longest_first
 from loratool.shards.division import Executors
@@ -39,6 +42,8 @@ def do_all(
         EngineError: Parts got lost again and again.
     """
     folder = PartsFolder(job.output)
+    if settings.threads is None:
+        settings = replace(settings, threads=_threads(executor))
     sizes = job.sizes
     running: dict[int, int] = {}
     done: set[int] = set()
@@ -78,3 +83,16 @@ def do_all(
     )
     with opened(executor) as engine:
         follow(engine, calls, take, look)
+
+
+def _threads(executor: Executors | None) -> int:
+    """Return how many threads a part takes: those of this machine divided among our processes.
+
+    Other engines have a worker for each processor, as a rule; where they have one for each machine,
+    ``--threads`` says so.
+    """
+    name = parse_name(executor) if isinstance(executor, str) else None
+    if name is None or name.kind != PROCESSES:
+        return 1
+    processors = len(os.sched_getaffinity(0))
+    return max(1, processors // (name.count or processors))
