@@ -98,7 +98,6 @@ def command(
         loratool extract base/ finetuned/ --rank auto --residual carry -o adapter/
         loratool extract base/ finetuned/ --rank 32 --variant dora -o adapter/
     """
-    from loratool.shards.course import ShareReport
     from loratool.verbs.extract import extract
     from loratool.verbs.extraction.result import ExtractReport
 
@@ -106,7 +105,7 @@ def command(
     check_drawings(plot, report, force=force, inputs=[base, finetuned, output])
     with render.progress_bar("extracting", quiet=quiet) as progress:
         found = extract(base, finetuned, output, progress=progress, **settings)
-    is_done = isinstance(found, ShareReport) or found.is_written
+    is_done = not isinstance(found, ExtractReport) or found.is_written
     if isinstance(found, ExtractReport) and is_done:
         write_drawings(found, plot, report, force=force)
     if as_json:

@@ -13,11 +13,11 @@ __all__ = ["command"]
 
 
 @click.command("status", cls=GroupedCommand)
-@click.argument("output", type=options.PATH, metavar="OUT")
+@click.argument("path", type=options.PATH, metavar="OUT")
 @options.quiet
 @options.as_json
 @options.debug
-def command(output: Path, quiet: bool, as_json: bool) -> None:
+def command(path: Path, quiet: bool, as_json: bool) -> None:
     """Say how far an output is that several workers make with --shards or --executor.
 
     It looks at the records in OUT.loratool-parts: what is done, what is at work and how far, what
@@ -31,7 +31,7 @@ def command(output: Path, quiet: bool, as_json: bool) -> None:
     """
     from loratool.shards.status import status
 
-    report = status(output)
+    report = status(path)
     if as_json:
         render.print_json(report.as_json())
     else:

@@ -152,7 +152,8 @@ class StatusReport(Shown):
         if self.rate and self.bytes_done < self.size:
             lines[1] += f", {human_bytes(round(self.rate))}/s, {_time(self.seconds_left or 0)} left"
         if self.count(DONE) == len(self.parts):
-            lines.append("all parts are there: the same command with --finish makes the output")
+            what = "tells what was found" if self.verb == "verify" else "makes the output"
+            lines.append(f"all parts are there: the same command with --finish {what}")
         elif self.count(STOPPED) or self.count(FAILED):
             lines.append("the same command with --shards auto does what is not done")
         return Document.of([Table.of("", columns, rows), Lines(tuple(lines))])
@@ -170,18 +171,18 @@ def _time(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def status(output: str | PathLike[str]) -> StatusReport:
+def status(path: str | PathLike[str]) -> StatusReport:
     """Say how far an output is that is made in parts.
 
     Args:
-        output: The output of ``merge`` or ``extract``, or the model that ``verify`` checks; what
+        path: The output of ``merge`` or ``extract``, or the model that ``verify`` checks; what
             is looked at is the folder ``OUT.loratool-parts``.
 
     Raises:
         MissingFileError: Neither is there.
         FileFormatError: The folder is damaged.
     """
-    folder = PartsFolder(Path(output))
+    folder = PartsFolder(Path(path))
     if not folder.plan_path.exists():
         if folder.output.exists():
             return StatusReport(folder.output, None)

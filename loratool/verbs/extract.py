@@ -17,6 +17,7 @@ from loratool.files.places import located
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division, Executors
 from loratool.shards.roots import Roots
+from loratool.shards.status import StatusReport
 from loratool.verbs.algebra.combination import ONE_RANK, output_scheme
 from loratool.verbs.algebra.ranks import Truncation, parse_size
 from loratool.verbs.arguments import dtype_name, one_or_more, output_path
@@ -72,7 +73,7 @@ def extract(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
-) -> ExtractReport | ShareReport:
+) -> ExtractReport | ShareReport | StatusReport:
     """Turn ``finetuned - base`` into an adapter, module by module.
 
     Differences are formed in float32 and decomposed by a randomised block Krylov method, or
@@ -152,7 +153,8 @@ def extract(
         check_base(model)
     inputs = [base, finetuned]
     if not dry_run:
-        check_output(place, force=force, inputs=inputs)
+        if division is None:
+            check_output(place, force=force, inputs=inputs)
         if save_spectrum is not None:
             check_output(
                 Path(save_spectrum), force=force, inputs=[*inputs, place], kinds=(".json",)

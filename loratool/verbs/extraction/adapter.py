@@ -138,7 +138,6 @@ class Difference:
         adapted = {part.module for part in parts}
         saved = self._saved(adapted, tie)
         names = from_paths([part.module for part in parts])
-        inputs = tuple(Source.of_model(m.path, m.raw.values()) for m in (self.base, self.tuned))
         return NewAdapter(
             parts=tuple(parts),
             extras=Extras(items=list(self._extras(saved, tie))),
@@ -147,7 +146,7 @@ class Difference:
             family=self.tuned.family or names.family,
             components=names.components | set(self.tuned.components),
             is_native=names.is_native,
-            history=History("extract", inputs, self.asked),
+            history=self.history,
             licence=licence_of(self.tuned.path) or licence_of(self.base.path),
             stamps={s.path: s.stamp for m in (self.base, self.tuned) for s in m.shards},
             dropped=tuple(
@@ -218,6 +217,12 @@ class Difference:
             "ensure_weight_tying": self._is_tied_whole(tie) or twin is not None,
             "target_modules": self._targets(parts, twin),
         }
+
+    @property
+    def history(self) -> History:
+        """How it comes to be."""
+        inputs = tuple(Source.of_model(m.path, m.raw.values()) for m in (self.base, self.tuned))
+        return History("extract", inputs, self.asked)
 
     @property
     def _called(self) -> str:

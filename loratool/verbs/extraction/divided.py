@@ -10,8 +10,9 @@ from typing import Any, Final
 
 from loratool.codecs.weights import path_of
 from loratool.errors import OutputExistsError
-from loratool.files.atomic import sync_file
+from loratool.files.atomic import check_output, sync_file
 from loratool.files.inputs import InputFiles
+from loratool.plan.record import is_recorded
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division
 from loratool.shards.driver import do_parts, records_of
@@ -21,6 +22,7 @@ from loratool.shards.job import Settings as Manner
 from loratool.shards.model import CUT_BYTES, marked_form, opened_part
 from loratool.shards.records import differing_workers
 from loratool.shards.roots import Mark, Roots
+from loratool.shards.status import StatusReport
 from loratool.verbs.extraction.adapter import Difference
 from loratool.verbs.extraction.decomposition import decompose_all, leftover_changes, spool_name
 from loratool.verbs.extraction.difference import Settings
@@ -141,7 +143,7 @@ def divided_extraction(
     how: Extraction,
     division: Division,
     roots: Roots,
-) -> ExtractReport | ShareReport:
+) -> ExtractReport | ShareReport | StatusReport:
     """Do what the options say of an extraction in parts.
 
     Raises:
@@ -150,10 +152,13 @@ def divided_extraction(
     job = extract_job(draft, pairing, how.settings, roots)
     folder = PartsFolder(job.output)
 
-    def finish() -> ExtractReport:
+    def finished() -> StatusReport:
+        return StatusReport(job.output, None, job.verb)
+
+    def finish() -> ExtractReport | StatusReport:
         found = records_of(folder, job.verb, waits=division.waits, progress=how.progress)
         if found is None:
-            raise OutputExistsError(job.output, "was finished by another process")
+            return finished()
         document, records = found
         if document["digest"] != job.digest:
             raise OutputExistsError(
@@ -165,6 +170,9 @@ def divided_extraction(
         folder.remove()
         return report
 
+    if not folder.plan_path.exists() and is_recorded(job.output, draft.history):
+        return finished()
+    check_output(job.output, force=how.force, inputs=[draft.base.path, draft.tuned.path])
     if division.share is None and division.executor is None:
         return finish()
     return do_parts(job, division, Manner(how.device, how.threads), finish, how.progress)

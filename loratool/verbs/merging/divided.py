@@ -8,14 +8,13 @@ from os import PathLike
 from pathlib import Path
 
 from loratool.adapter.findings import Finding, Findings
-from loratool.adapter.model import HISTORY_KEY
 from loratool.base.model import Model
-from loratool.errors import LoratoolError, OutputError
+from loratool.errors import OutputError
 from loratool.files.atomic import check_output
-from loratool.files.containers import open_weights
 from loratool.files.places import located
-from loratool.plan.history import RECORD_NAME, digest_of
+from loratool.files.sources import size_of
 from loratool.plan.model import ModelPlan
+from loratool.plan.record import is_recorded
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division
 from loratool.shards.driver import NO_PARTS, do_parts, records_of
@@ -160,17 +159,11 @@ class DividedMerge:
     def _is_finished(self, plan: ModelPlan) -> bool:
         """Whether the output is there, and says that it was made so."""
         paths = [self.output / file.name if plan.is_folder else self.output for file in plan.files]
-        sizes = [file.size for file in plan.files]
-        history = plan.history
-        try:
-            if history is None or [path.stat().st_size for path in paths] != sizes:
-                return False
-            digests = {path: digest_of(path) for path in history.hashed}
-            if plan.is_folder:
-                return (self.output / RECORD_NAME).read_bytes() == history.beside(digests)
-            return open_weights(self.output).metadata.get(HISTORY_KEY) == history.text(digests)
-        except (OSError, LoratoolError):
-            return False
+        is_whole = all(
+            path.is_file() and size_of(path) == file.size
+            for path, file in zip(paths, plan.files, strict=True)
+        )
+        return is_whole and plan.history is not None and is_recorded(self.output, plan.history)
 
 
 def _roots(base: AnyPath, adapters: Sequence[AnyPath], **more: AnyPath) -> Roots:
