@@ -42,6 +42,7 @@ COMMANDS: Final = (
     "recipe",
     "run",
     "batch",
+    "status",
     "schemes",
     "completion",
 )

@@ -40,7 +40,7 @@ __all__ = ["command"]
 @click.option(
     "--resume", is_flag=True, help="Keep what is done if it is interrupted; go on with it."
 )
-@click.option("--executor", help="What does the parts.")
+@options.executor
 @click.option("--sync", is_flag=True, help="Wait until everything is on the disk itself.")
 @options.device
 @options.threads
@@ -68,6 +68,7 @@ def command(
         loratool merge base/ my-adapter/ -o merged/ --shards 3/8   (one of eight workers)
         loratool merge base/ my-adapter/ -o merged/ --finish       (when all are done)
     """
+    from loratool.shards.course import ShareReport
     from loratool.verbs.merge import merge
 
     base, adapters = (paths[0], paths[1:]) if len(paths) > 1 else (None, paths)
@@ -76,4 +77,6 @@ def command(
     if as_json:
         render.print_json(report.as_json())
         return
-    render.show(report.document(), quiet=quiet and getattr(report, "is_written", True))
+    render.show(
+        report.document(), quiet=quiet and (isinstance(report, ShareReport) or report.is_written)
+    )

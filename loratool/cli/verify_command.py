@@ -35,7 +35,7 @@ __all__ = ["command"]
 @options.shards
 @options.finish
 @options.wait
-@click.option("--executor", help="What does the parts.")
+@options.executor
 @options.device
 @options.threads
 @options.quiet
@@ -66,6 +66,7 @@ def command(
         loratool verify merged/
         loratool verify merged/ --base TinyLlama-1.1B/ --adapter my-adapter/
     """
+    from loratool.shards.course import ShareReport
     from loratool.verbs.verify import verify
 
     with render.progress_bar("verifying", quiet=quiet) as progress:
@@ -81,7 +82,7 @@ def command(
             progress=progress,
             **settings,
         )
-    is_clean = getattr(findings, "ok", True)  # a share says nothing of that
+    is_clean = isinstance(findings, ShareReport) or findings.ok
     if as_json:
         render.print_json(findings.as_json())
     else:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from loratool.engines.engine import What as Executors
 from loratool.errors import OptionError
 from loratool.shards.dealing import Share, parse_share
 
 __all__ = ["Division", "Executors"]
-
-Executors = Executor | Callable[[], Executor] | str
-"""What does parts: an executor, what makes one, or its name."""
 
 
 @dataclass(frozen=True, slots=True)

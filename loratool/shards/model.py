@@ -31,10 +31,12 @@ from loratool.shards.job import Job, Part, Task
 from loratool.shards.roots import Mark, Roots, check_marks, mark_of
 
 __all__ = [
+    "CUT_BYTES",
     "Closing",
     "ModelPart",
     "PartFile",
     "finish_model",
+    "marked_form",
     "model_job",
     "model_parts",
     "opened_part",
@@ -170,11 +172,11 @@ def model_parts(
             if is_shared:
                 called += f" ({number} of {len(pieces)})"
             size = sum(step.spec.nbytes for step in steps)
-            parts.append(Part(called, size, _form(as_value(part, steps), roots, marks)))
+            parts.append(Part(called, size, marked_form(as_value(part, steps), roots, marks)))
     return parts, shared
 
 
-def _form(part: Any, roots: Roots, marks: dict[Path, Mark]) -> Any:
+def marked_form(part: Any, roots: Roots, marks: dict[Path, Mark]) -> Any:
     """Return a part as JSON, with what tells that the files that it reads are the same.
 
     Args:
