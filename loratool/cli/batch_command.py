@@ -35,7 +35,7 @@ STDIN = "-"
     "--workers",
     type=click.IntRange(1, 1024),
     metavar="N",
-    help="Processes; by default one for each processor.",
+    help="Processes here, as --executor processes:N; by default one for each processor.",
 )
 @options.executor
 @click.option(

@@ -67,9 +67,9 @@ def follow(
 
     An error of loratool is what came of a call. Any other (its worker died, the connection was
     lost, memory was short) is nothing that it did: it is tried again, three times at most. Where
-    executors break and take calls with them that had nothing to do with it, the last try of each
-    is by itself. However this ends, by an error of ``take`` or an interruption, calls that are out
-    are given up, and what has ended well is handed over first.
+    executors break and take calls with them that had nothing to do with it, the last two tries of
+    each are by themselves. However this ends, by an error of ``take`` or an interruption, calls
+    that are out are given up, and what has ended well is handed over first.
 
     Args:
         engine: What carries them out.
@@ -223,7 +223,7 @@ class _Course:
         else:
             each.attempt += 1
             del self.out[key]
-            (self.alone if is_broken and each.attempt > RETRIES else self.again).append(each)
+            (self.alone if is_broken and each.attempt >= RETRIES else self.again).append(each)
 
     def _settle(self, each: _Out, what: Any, *, is_lost: bool = False) -> None:
         """Hand over what came of a call."""

@@ -19,7 +19,7 @@ What: TypeAlias = str | Executor | Callable[[], Executor]
 MODULES: Final = {PROCESSES: "workers", DASK: "dask", MPI: "mpi"}
 """In which module of this room each kind is, imported when somebody asks for it."""
 AT_ONCE: Final = 64
-"""Calls that somebody else's executor is given at a time, where it has fewer workers."""
+"""Calls that an executor is given at a time that does not say how many workers it has."""
 MOST_BREAKS: Final = 20
 """Executors that may break one after the other before a call ends well."""
 BROKEN: Final = (BrokenExecutor, RuntimeError, OSError)
@@ -160,6 +160,9 @@ def _engine(what: What | None) -> Engine:
 
 
 def _most(executor: Executor) -> int:
-    """Return how many calls keep the workers of an executor busy, as far as it says."""
+    """Return how many calls keep the workers of an executor busy, as far as it says.
+
+    Where a pool breaks as a whole it takes all calls with it that it has, so it gets no more.
+    """
     count = getattr(executor, "_max_workers", None)  # which pools of others have, too
-    return max(AT_ONCE, 2 * count) if isinstance(count, int) else AT_ONCE
+    return count + 1 if isinstance(count, int) else AT_ONCE

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import IO, Any, Final
 from loratool.display.document import Column, Document, Lines, Table
 from loratool.display.shown import Shown
 from loratool.engines.course import Call, follow
-from loratool.engines.engine import What, opened
+from loratool.engines.engine import Engine, What, opened
 from loratool.engines.names import OPTION, PROCESSES, parse_name
 from loratool.engines.workers import WorkerDiedError
 from loratool.errors import (
@@ -219,7 +220,9 @@ def batch(
     before = _read_records(place) if resume and place is not None else {}
     left = [job for job in found if before.get(job.digest) != 0 or not job.is_there]
     report = _Tally(skipped=len(found) - len(left))
-    with _Records(place, resume=resume, force=force) as records:
+    into = _Records(place, resume=resume, force=force)
+    who = opened(executor or f"{PROCESSES}:{count}") if left else nullcontext()
+    with who as engine, into as records:
 
         def take(record: JobRecord) -> None:
             records.write(record)
@@ -227,8 +230,8 @@ def batch(
             if on_record is not None:
                 on_record(record, len(left))
 
-        if left:
-            _carry_out(left, commands, executor or f"{PROCESSES}:{count}", take)
+        if engine is not None:
+            _carry_out(left, commands, engine, take)
     return BatchReport(
         len(found),
         report.done,
@@ -347,7 +350,7 @@ def _writer_around(path: Path, writers: Mapping[str, Job]) -> Job | None:
 
 
 def _carry_out(
-    jobs: Sequence[Job], commands: Commands, what: What, take: Callable[[JobRecord], None]
+    jobs: Sequence[Job], commands: Commands, engine: Engine, take: Callable[[JobRecord], None]
 ) -> None:
     """Carry out jobs, and hand over what comes of them as they end."""
     by_number = {job.number: job for job in jobs}
@@ -357,8 +360,7 @@ def _carry_out(
         done = what if isinstance(what, Done) else _failed(what)
         take(JobRecord(number, job.asked.words, job.digest, done, attempt, seconds))
 
-    with opened(what) as engine:
-        follow(engine, (_call(job, commands) for job in jobs), record)
+    follow(engine, (_call(job, commands) for job in jobs), record)
 
 
 def _call(job: Job, commands: Commands) -> Call:
@@ -442,19 +444,12 @@ class _Records:
 
     def __init__(self, path: Path | None, *, resume: bool, force: bool) -> None:
         self.path = path
+        self._resume = resume
         self._file: IO[bytes] | None = None
-        if path is None:
-            return
-        if path.exists() and not resume and not force:
+        if path is not None and path.exists() and not resume and not force:
             raise OutputExistsError(
                 path, "exists already", hint="--resume goes on with it, --force begins it anew"
             )
-        try:
-            self._file = path.open("ab" if resume else "wb")
-            if resume and self._is_torn():
-                self._file.write(b"\n")
-        except OSError as error:
-            raise unreadable(path, error) from None
 
     def _is_torn(self) -> bool:
         """Whether the last line was not written to its end."""
@@ -473,6 +468,13 @@ class _Records:
             self._file.flush()
 
     def __enter__(self) -> _Records:
+        if self.path is not None:
+            try:
+                self._file = self.path.open("ab" if self._resume else "wb")
+                if self._resume and self._is_torn():
+                    self._file.write(b"\n")
+            except OSError as error:
+                raise unreadable(self.path, error) from None
         return self
 
     def __exit__(self, *_: object) -> None:
