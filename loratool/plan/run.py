@@ -322,25 +322,26 @@ def joined_ranges(
     moves: Iterable[tuple[Spot, StoredTensor]], *, joins: bool
 ) -> Iterator[ByteRange]:
     """Yield the bytes that are copied, tensor by tensor, or neighbours as one range."""
-    current: ByteRange | None = None
+    first: tuple[Path, int, Spot] | None = None  # where a range begins
+    size = 0
     for spot, source in moves:
-        size = spot.spec.nbytes
-        if not size:
+        more = spot.spec.nbytes
+        if not more:
             continue
-        if (
-            joins
-            and current is not None
-            and current.source == source.path
-            and current.source_offset + current.size == source.offset
-            and current.offset + current.size == spot.offset
-        ):
-            current = replace(current, size=current.size + size)
-            continue
-        if current is not None:
-            yield current
-        current = ByteRange(source.path, source.offset, spot, size)
-    if current is not None:
-        yield current
+        if first is not None:
+            path, begin, start = first
+            if (
+                joins
+                and path == source.path
+                and begin + size == source.offset
+                and start.offset + size == spot.offset
+            ):
+                size += more
+                continue
+            yield ByteRange(path, begin, start, size)
+        first, size = (source.path, source.offset, spot), more
+    if first is not None:
+        yield ByteRange(*first, size)
 
 
 class Run:

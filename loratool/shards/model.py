@@ -97,7 +97,8 @@ class ModelPart:
         files: The files that it writes.
         moves: What is copied.
         steps: What is computed.
-        spots: Where that goes, by the names of the tensors.
+        places: Where that goes: the number of the file, and the offset there, by name.
+        spots: The same of what several tensors are written of at once, with what these are.
         hashed: Inputs that it hashes for the record.
         is_shared: Whether others write the same files.
         allow_nonfinite: Whether NaN and infinity are written where they come out.
@@ -106,10 +107,18 @@ class ModelPart:
     files: tuple[PartFile, ...]
     moves: tuple[Move, ...]
     steps: tuple[Step, ...]
+    places: Mapping[str, tuple[int, int]]
     spots: Mapping[str, Spot]
     hashed: tuple[Path, ...] = ()
     is_shared: bool = False
     allow_nonfinite: bool = False
+
+    @property
+    def all_spots(self) -> dict[str, Spot]:
+        """Where everything goes that is computed, by name."""
+        specs = {step.spec.name: step.spec for step in self.steps}
+        plain = {name: Spot(specs[name], *place) for name, place in self.places.items()}
+        return {**plain, **self.spots}
 
     def works(self, outcome: Outcome) -> list[FileWork]:
         """Return what is to be done for each of its files."""
@@ -121,10 +130,11 @@ class ModelPart:
             FileWork(file.name, file.size, file.header, mine, [], file.original)
             for file, mine in zip(self.files, moves, strict=True)
         ]
+        spots = self.all_spots
         for step in self.steps:
-            task = task_of(step, self.spots)
+            task = task_of(step, spots)
             assert task is not None
-            number = self.spots[step.spec.name].file
+            number = spots[step.spec.name].file
             works[number] = replace(works[number], tasks=[*works[number].tasks, task])
         history = History("", (Source("", self.hashed),)) if self.hashed else None
         hashing = digest_tasks(history, outcome)
@@ -200,7 +210,7 @@ def marked_form(part: Any, roots: Roots, marks: dict[Path, Mark]) -> Any:
 
 def _written(part: ModelPart) -> Iterator[TensorSpec]:
     yield from (move.spec for move in part.moves)
-    yield from (spot.spec for spot in part.spots.values())
+    yield from (spot.spec for spot in part.all_spots.values())
 
 
 def _groups(files: Sequence[OutputFile]) -> Iterator[list[OutputFile]]:
@@ -254,7 +264,8 @@ def _part(
     spots = {s.spec.name: s for number, file in enumerate(files) for s in file.spots(number)}
     copied = [(spots[step.spec.name], step.copied) for step in steps if step.copied is not None]
     computed = [s for s in steps if s.copied is None and s.leads and s.spec.nbytes]
-    needed = {name for step in computed for name in _names(step)}
+    together = {n for step in computed if step.recoded is not None for n in _names(step)}
+    placed = {step.spec.name for step in computed} - together
     moves: list[Move] = []
     for number, file in enumerate(files):
         mine = [(spot, stored) for spot, stored in copied if spot.file == number]
@@ -272,7 +283,8 @@ def _part(
         files=tuple(_file(file, is_shared=is_shared, is_last=is_last) for file in files),
         moves=tuple(moves),
         steps=tuple(computed),
-        spots={name: spots[name] for name in spots if name in needed},
+        places={n: (spots[n].file, spots[n].offset) for n in spots if n in placed},
+        spots={name: spots[name] for name in spots if name in together},
         is_shared=is_shared,
     )
 

@@ -37,6 +37,7 @@ class Roots:
 
     named: dict[str, str] = field(default_factory=dict)
     _places: dict[str, Path] = field(default_factory=dict)
+    _known: dict[Path, tuple[str, str]] = field(default_factory=dict)
 
     @staticmethod
     def of(paths: Mapping[str, str | os.PathLike[str]]) -> Roots:
@@ -60,6 +61,11 @@ class Roots:
 
     def below(self, path: Path) -> tuple[str, str]:
         """Return the root that a path lies below, and where; a new one where there is none."""
+        if path not in self._known:
+            self._known[path] = self._found_below(path)
+        return self._known[path]
+
+    def _found_below(self, path: Path) -> tuple[str, str]:
         absolute = Path(os.path.abspath(path))  # noqa: PTH100
         for name in self.named:
             if absolute.is_relative_to(self._place(name)):

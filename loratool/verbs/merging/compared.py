@@ -212,8 +212,9 @@ def compare_job(
     """
 
     def with_merged(part: ModelPart, steps: Sequence[Step]) -> ComparedPart:
-        names = [*(move.spec.name for move in part.moves), *part.spots]
-        sources = {step.spec.name: step.source for step in steps if step.spec.name in part.spots}
+        computed = part.all_spots
+        names = [*(move.spec.name for move in part.moves), *computed]
+        sources = {step.spec.name: step.source for step in steps if step.spec.name in computed}
         found = {name: tensors[name] for name in names if name in tensors}
         told = (plan.history, merged if plan.is_folder else None) if part.hashed else (None, None)
         return ComparedPart(part, found, sources, *told)
