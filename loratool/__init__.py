@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from loratool.reports.page import write_page
     from loratool.reports.pictures import plot
     from loratool.schemes.opening import open_adapter
+    from loratool.shards.course import ShareReport
+    from loratool.shards.status import StatusReport, status
     from loratool.verbs.algebra.result import AdapterReport
     from loratool.verbs.compare import Comparison, compare
     from loratool.verbs.comparison.layers import LayerComparison, compare_layers
@@ -53,6 +55,8 @@ __all__ = [
     "RecordedRecipe",
     "RescaleReport",
     "RunReport",
+    "ShareReport",
+    "StatusReport",
     "batch",
     "compare",
     "compare_layers",
@@ -70,6 +74,7 @@ __all__ = [
     "rescale",
     "run",
     "schemes",
+    "status",
     "truncate",
     "validate",
     "validate_many",
@@ -96,6 +101,8 @@ _PLACES: Final = {
     "RecordedRecipe": "loratool.jobs.recorded",
     "RescaleReport": "loratool.verbs.rescale",
     "RunReport": "loratool.jobs.run",
+    "ShareReport": "loratool.shards.course",
+    "StatusReport": "loratool.shards.status",
     "batch": "loratool.jobs.batch",
     "compare": "loratool.verbs.compare",
     "compare_layers": "loratool.verbs.comparison.layers",
@@ -113,6 +120,7 @@ _PLACES: Final = {
     "rescale": "loratool.verbs.rescale",
     "run": "loratool.jobs.run",
     "schemes": "loratool.verbs.schemes",
+    "status": "loratool.shards.status",
     "truncate": "loratool.verbs.truncate",
     "validate": "loratool.verbs.validate",
     "validate_many": "loratool.verbs.validate",

@@ -17,6 +17,7 @@ __all__ = [
     "SPOKEN",
     "AdapterError",
     "BaseModelError",
+    "EngineError",
     "FileFormatError",
     "FullDiskError",
     "HubError",
@@ -58,6 +59,7 @@ CODES: Final = {
     "LT313": "a plug-in is wrong",
     "LT314": "the hub does not give it",
     "LT315": "the store does not give it",
+    "LT316": "the executor does not carry it out",
     "LT320": "out of memory",
     "LT321": "no more threads",
     "LT322": "interrupted",
@@ -169,6 +171,12 @@ class MissingModelError(HubError, MissingFileError):
     """A name of which there is nothing: on the disk, in the cache of the hub, or there."""
 
     code = "LT301"
+
+
+class EngineError(LoratoolError):
+    """What carries calls out cannot be reached, or takes none any more."""
+
+    code = "LT316"
 
 
 class AdapterError(LoratoolError):

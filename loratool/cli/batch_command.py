@@ -35,8 +35,9 @@ STDIN = "-"
     "--workers",
     type=click.IntRange(1, 1024),
     metavar="N",
-    help="Processes; by default one for each processor.",
+    help="Processes here, as --executor processes:N; by default one for each processor.",
 )
+@options.executor
 @click.option(
     "--resume", is_flag=True, help="Go on with RECORDS: what went well is not done again."
 )
@@ -48,6 +49,7 @@ def command(
     jobs: Path,
     output: Path | None,
     workers: int | None,
+    executor: str | None,
     resume: bool,
     force: bool,
     quiet: bool,
@@ -65,6 +67,8 @@ def command(
     Example:
         loratool batch jobs.jsonl --workers 8
         loratool batch jobs.jsonl --resume
+        loratool batch jobs.jsonl --executor dask://node1:8786
+        mpiexec -n 64 loratool batch jobs.jsonl --executor mpi
         jq -c 'select(.status > 1) | [.job, .error.message]' jobs.records.jsonl
     """
     from loratool.jobs.batch import batch
@@ -80,6 +84,7 @@ def command(
             jobs,
             output,
             workers=workers,
+            executor=executor,
             resume=resume,
             force=force,
             on_record=note,

@@ -34,6 +34,7 @@ OUTPUT: Final = "output"
 WRITTEN: Final = (OUTPUT, "plot", "report", "save_spectrum", "into")
 """Options whose paths are written to."""
 IN_PLACE: Final = "in_place"
+FORCE: Final = "force"
 HUB_NAME: Final = re.compile(r"hf:/.*|[\w.-]+/[\w.-]+(@[\w.-]+)?(/.*)?", re.ASCII)
 
 
@@ -98,6 +99,7 @@ class CommandLine:
             writes += inputs.get("path", ())
         for whole, part, span in parts:
             inputs[part] = inputs[whole][span]
+        can_replace = FORCE in known.by_name and not placed.get(FORCE)
         return Asked(
             words,
             inputs,
@@ -105,6 +107,7 @@ class CommandLine:
             Path(place) if place is not None else None,
             tuple(writes),
             "dry_run" in known.by_name,
+            (words[0], f"--{FORCE}", *words[1:]) if can_replace else (),
         )
 
     def _try(

@@ -67,6 +67,10 @@ __all__ = ["command"]
 @options.force
 @options.dry_run
 @click.option("--resume", is_flag=True, help="Keep finished modules; take up those of before.")
+@options.shards
+@options.finish
+@options.wait
+@options.executor
 @options.gpu_device
 @options.all_threads
 @options.quiet
@@ -95,14 +99,16 @@ def command(
         loratool extract base/ finetuned/ --rank 32 --variant dora -o adapter/
     """
     from loratool.verbs.extract import extract
+    from loratool.verbs.extraction.result import ExtractReport
 
     force = settings["force"]
     check_drawings(plot, report, force=force, inputs=[base, finetuned, output])
     with render.progress_bar("extracting", quiet=quiet) as progress:
         found = extract(base, finetuned, output, progress=progress, **settings)
-    if found.is_written:
+    is_done = not isinstance(found, ExtractReport) or found.is_written
+    if isinstance(found, ExtractReport) and is_done:
         write_drawings(found, plot, report, force=force)
     if as_json:
         render.print_json(found.as_json())
         return
-    render.show(found.document(), quiet=quiet and found.is_written)
+    render.show(found.document(), quiet=quiet and is_done)

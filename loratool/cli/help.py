@@ -43,8 +43,9 @@ GROUPS: Final = {
         *("output", "in_place", "force", "dry_run", "plot", "report", "as_json", "as_jsonl"),
         *("as_csv", "json_schema", "quiet", "into", "outside", "no_card"),
     ),
+    "Many machines": ("shards", "finish", "wait", "executor"),
     "Running": (
-        *("device", "threads", "workers", "executor", "shards", "finish", "resume", "offline"),
+        *("device", "threads", "workers", "resume", "offline"),
         *("debug", "version", "verbose"),
     ),
 }

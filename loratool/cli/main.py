@@ -42,6 +42,7 @@ COMMANDS: Final = (
     "recipe",
     "run",
     "batch",
+    "status",
     "schemes",
     "completion",
 )
@@ -168,6 +169,8 @@ def main(args: list[str] | None = None) -> NoReturn:
     status = _run([argument for argument in arguments if argument != "--debug"], debug=debug)
     if "loratool.files.places" in sys.modules:
         sys.modules["loratool.files.places"].forget_stand_ins()
+    if "loratool.engines.mpi" in sys.modules:
+        sys.modules["loratool.engines.mpi"].leave()
     if "torch" in sys.modules:
         # Taking torch down takes a while, and aborts now and then after an interruption. All
         # outputs are renamed and closed by now.

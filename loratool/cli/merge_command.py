@@ -34,6 +34,13 @@ __all__ = ["command"]
     help="What becomes of quantised weights: plain numbers, or codes again.",
 )
 @options.dry_run
+@options.shards
+@options.finish
+@options.wait
+@click.option(
+    "--resume", is_flag=True, help="Keep what is done if it is interrupted; go on with it."
+)
+@options.executor
 @click.option("--sync", is_flag=True, help="Wait until everything is on the disk itself.")
 @options.device
 @options.threads
@@ -58,7 +65,10 @@ def command(
         loratool merge TinyLlama-1.1B/ my-adapter/ -o merged/
         loratool merge base/ style/ tone/ -w 0.7 -w -0.2 -o merged/
         loratool merge sdxl/ style.safetensors -w te1=0.5 -w unet=1.1 -o merged/
+        loratool merge base/ my-adapter/ -o merged/ --shards 3/8   (one of eight workers)
+        loratool merge base/ my-adapter/ -o merged/ --finish       (when all are done)
     """
+    from loratool.shards.course import ShareReport
     from loratool.verbs.merge import merge
 
     base, adapters = (paths[0], paths[1:]) if len(paths) > 1 else (None, paths)
@@ -67,4 +77,6 @@ def command(
     if as_json:
         render.print_json(report.as_json())
         return
-    render.show(report.document(), quiet=quiet and report.is_written)
+    render.show(
+        report.document(), quiet=quiet and (isinstance(report, ShareReport) or report.is_written)
+    )

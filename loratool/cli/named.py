@@ -15,7 +15,17 @@ from loratool.errors import OptionError, printable
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-__all__ = ["COMPONENT", "DEVICE", "DTYPE", "FAMILY", "LOADER", "SCHEME", "Named", "choice"]
+__all__ = [
+    "COMPONENT",
+    "DEVICE",
+    "DTYPE",
+    "EXECUTOR",
+    "FAMILY",
+    "LOADER",
+    "SCHEME",
+    "Named",
+    "choice",
+]
 
 DEVICES: Final = re.compile(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*")
 
@@ -74,6 +84,29 @@ class Named(click.ParamType[str]):
         return [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
 
 
+class _Engine(Named):
+    """A name of an engine. The processes of an MPI job part here, before anything else is done."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from loratool.engines.names import MPI, parse_name
+
+        given = str(value)
+        if parse_name(given).kind == MPI and (ctx is None or not ctx.resilient_parsing):
+            from loratool.engines.mpi import join
+
+            join()
+        return given
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return how names begin, without what stands for a number or an address in them."""
+        found = super().shell_complete(ctx, param, "")
+        for item in found:
+            item.value = item.value.partition("HOST")[0].replace(":N", ":4")
+        return [item for item in found if item.value.startswith(incomplete)]
+
+
 def choice(name: str, place: str) -> Named:
     """Return what takes one of the names that a verb has.
 
@@ -121,6 +154,12 @@ def _dtypes() -> Sequence[str]:
     return (*OUTPUT_DTYPES, *SHORT_DTYPES)
 
 
+def _engines() -> Sequence[str]:
+    from loratool.engines.names import NAMES
+
+    return NAMES
+
+
 DTYPES: Final = {
     "bf": "bfloat16",
     "float": "float32",
@@ -130,6 +169,7 @@ DTYPES: Final = {
     "f32": "float32",
     "b16": "bfloat16",
 }
+EXECUTOR: Final = _Engine("engine", _engines)
 DTYPE: Final = Named("dtype", _dtypes, DTYPES)
 SCHEME: Final = Named("scheme", _schemes, SCHEME_SYNONYMS)
 LOADER: Final = Named("loader", _loaders)

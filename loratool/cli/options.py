@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loratool.cli.named import DEVICE, DTYPE, LOADER, SCHEME
+from loratool.cli.named import DEVICE, DTYPE, EXECUTOR, LOADER, SCHEME
 from loratool.files.places import located
 
 __all__ = [
@@ -24,7 +24,9 @@ __all__ = [
     "device",
     "dry_run",
     "dtype",
+    "executor",
     "extraction",
+    "finish",
     "force",
     "no_card",
     "output",
@@ -32,12 +34,14 @@ __all__ = [
     "quiet",
     "recursive",
     "report",
+    "shards",
     "skip",
     "sort",
     "target",
     "threads",
     "to",
     "truncation",
+    "wait",
     "weights",
 ]
 
@@ -169,6 +173,14 @@ all_threads: Decorator = click.option(
 )
 
 
+executor: Decorator = click.option(
+    "--executor",
+    type=EXECUTOR,
+    help="Who does it: processes here, a cluster of dask that is there, or the processes of an MPI "
+    "job. Elsewhere the same paths have to lead to the same files.",
+)
+
+
 class _RankOrAuto(click.ParamType[int | str]):
     """A rank, or the word ``auto``."""
 
@@ -294,3 +306,14 @@ def are_many(
     from loratool.schemes.folders import is_collection
 
     return is_collection(path)
+
+
+shards = click.option(
+    "--shards",
+    metavar="I/N",
+    help="Do one of N shares, into OUT.loratool-parts; or 'auto': whatever nobody does yet.",
+)
+finish = click.option(
+    "--finish", is_flag=True, help="Check all parts, and make the output of them."
+)
+wait = click.option("--wait", is_flag=True, help="Wait until all parts are there.")

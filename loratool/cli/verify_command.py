@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,6 +32,10 @@ __all__ = ["command"]
 @options.adapter_name
 @options.skip
 @options.enable_lora
+@options.shards
+@options.finish
+@options.wait
+@options.executor
 @options.device
 @options.threads
 @options.quiet
@@ -45,10 +50,9 @@ def command(
     adapter_name: str | None,
     skip: tuple[str, ...],
     enable_lora: tuple[bool, ...],
-    device: str,
-    threads: int | None,
     quiet: bool,
     as_json: bool,
+    **settings: Any,
 ) -> int:
     """Prove that a merged model is what 'merge' should have written.
 
@@ -62,6 +66,7 @@ def command(
         loratool verify merged/
         loratool verify merged/ --base TinyLlama-1.1B/ --adapter my-adapter/
     """
+    from loratool.shards.course import ShareReport
     from loratool.verbs.verify import verify
 
     with render.progress_bar("verifying", quiet=quiet) as progress:
@@ -74,12 +79,12 @@ def command(
             adapter_name=adapter_name,
             skip=skip,
             enable_lora=enable_lora,
-            device=device,
-            threads=threads,
             progress=progress,
+            **settings,
         )
+    is_clean = isinstance(findings, ShareReport) or findings.ok
     if as_json:
         render.print_json(findings.as_json())
     else:
-        render.show(findings.document(), quiet=quiet and not findings)
-    return 0 if findings.ok else 1
+        render.show(findings.document(), quiet=quiet and is_clean)
+    return 0 if is_clean else 1

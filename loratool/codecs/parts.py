@@ -39,17 +39,17 @@ class FileParts:
 
     def __init__(self, parts: Mapping[str, StoredTensor], files: InputFiles) -> None:
         self._files = files
-        self._rows = {id(part): RowBytes(part, _width(part), files) for part in parts.values()}
-        self._kept: dict[int, tuple[int, int, memoryview]] = {}
+        self._rows = {part: RowBytes(part, _width(part), files) for part in parts.values()}
+        self._kept: dict[StoredTensor, tuple[int, int, memoryview]] = {}
 
     def rows(self, part: StoredTensor, start: int, stop: int) -> memoryview:
         """Return the bytes of some rows; a scalar has one."""
-        kept = self._kept.get(id(part))
+        kept = self._kept.get(part)
         if kept is not None and kept[:2] == (start, stop):
             return kept[2]
-        data = self._rows[id(part)].read(start, stop - start)
+        data = self._rows[part].read(start, stop - start)
         if len(data) >= KEPT:
-            self._kept[id(part)] = (start, stop, data)
+            self._kept[part] = (start, stop, data)
         return data
 
     def columns(

@@ -32,7 +32,7 @@ from loratool.errors import (
 from loratool.files.containers import is_weights
 from loratool.files.transfer import describe_write_error
 
-__all__ = ["check_output", "kept", "scratch", "staged", "sync_file"]
+__all__ = ["check_output", "kept", "publish", "scratch", "staged", "sync_file"]
 
 MARK: Final = "loratool-partial"
 OLD_MARK: Final = "loratool-old"
@@ -184,9 +184,7 @@ def staged(path: Path, *, folder: bool, force: bool, sync: bool) -> Iterator[Pat
         try:
             place = stage if folder else stage / path.name
             yield place
-            if not force and (path.exists() or path.is_symlink()):
-                raise OutputExistsError(path, "has appeared meanwhile", hint="choose another name")
-            _replace(place, path)
+            publish(place, path, force=force)
             if sync:
                 sync_file(path.parent)
         except LoratoolError:  # of which some are OSErrors too, and say themselves what it is
@@ -265,6 +263,18 @@ def kept(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def publish(source: Path, path: Path, *, force: bool) -> None:
+    """Let what is whole be called ``path``.
+
+    Raises:
+        OutputExistsError: Something is there, and ``force`` does not say that it may be replaced.
+        OSError: It cannot be renamed.
+    """
+    if not force and (path.exists() or path.is_symlink()):
+        raise OutputExistsError(path, "has appeared meanwhile", hint="choose another name")
+    _replace(source, path)
 
 
 def _replace(source: Path, path: Path) -> None:

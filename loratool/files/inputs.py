@@ -44,7 +44,8 @@ class Stamp(NamedTuple):
     def fits(self, other: Stamp) -> bool:
         """Whether both may be of one file, which one of them may have found elsewhere."""
         if ELSEWHERE in (self.device, other.device):
-            is_one = self.device != other.device or self.inode == other.inode
+            marks = self.inode, other.inode
+            is_one = self.device != other.device or 0 in marks or self.inode == other.inode
             return is_one and self.size == other.size
         return self == other
 

@@ -33,6 +33,7 @@ __all__ = [
     "source_of",
     "source_of_opened",
     "stand_in",
+    "tag_of",
     "tell",
     "unfetched",
     "whole",
@@ -168,6 +169,12 @@ def source_of(path: Path) -> Source | None:
     """
     source = _sources.get(path) if _sources else None
     return source if source is not None and source.local is None else None
+
+
+def tag_of(path: Path) -> str | None:
+    """Return what names the content of a file that is elsewhere, where its store says so."""
+    source = _sources.get(path) if _sources else None
+    return getattr(source, "tag", None)
 
 
 def whole(path: Path) -> Path:

@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -16,6 +15,10 @@ from typing import IO, Any, Final
 
 from loratool.display.document import Column, Document, Lines, Table
 from loratool.display.shown import Shown
+from loratool.engines.course import Call, follow
+from loratool.engines.engine import Engine, What, opened
+from loratool.engines.names import OPTION, PROCESSES, parse_name
+from loratool.engines.workers import WorkerDiedError
 from loratool.errors import (
     FileFormatError,
     LoratoolError,
@@ -25,18 +28,11 @@ from loratool.errors import (
 )
 from loratool.files.json import parse_json
 from loratool.jobs.step import Asked, Commands, Done, Places, Step, command_line, step_from
-from loratool.jobs.workers import WorkerDiedError, Workers
 
 __all__ = ["BatchReport", "JobRecord", "batch"]
 
 AnyPath = str | PathLike[str]
 STDIN: Final = "-"
-RETRIES: Final = 3
-"""How often a job is tried again that failed for no reason of its own."""
-AHEAD: Final = 4
-"""Jobs that wait for each process."""
-AT_ONCE: Final = 64
-"""Jobs that somebody else's executor is given at a time."""
 FAILURE: Final = 2
 SHOWN: Final = 20
 
@@ -49,11 +45,13 @@ class Job:
         number: Which, from 1 on: its line.
         asked: The command.
         digest: What tells it from others, wherever it stands in the list.
+        abroad: The command where another folder is the working one; the same if none can be.
     """
 
     number: int
     asked: Asked
     digest: str
+    abroad: Asked
 
     @property
     def is_there(self) -> bool:
@@ -179,7 +177,7 @@ def batch(
     workers: int | None = None,
     resume: bool = False,
     force: bool = False,
-    executor: Executor | None = None,
+    executor: What | None = None,
     on_record: Callable[[JobRecord, int], None] | None = None,
     commands: Commands | None = None,
 ) -> BatchReport:
@@ -198,7 +196,9 @@ def batch(
         resume: Go on with the records that are in ``output``: what went well is not done again, as
             long as what it wrote is there.
         force: Begin ``output`` anew, where it exists.
-        executor: What carries the jobs out instead of processes of our own.
+        executor: What carries the jobs out instead of processes of our own: ``processes:N``,
+            ``dask://HOST:PORT`` or ``mpi``, any executor, or a function that makes one, which is
+            asked for another where it breaks. Elsewhere the same paths lead to the same files.
         on_record: Called with each record, and with how many there are to come in all.
         commands: What understands them; by default the command line.
 
@@ -206,16 +206,23 @@ def batch(
         LoratoolError: Nothing was done; the message says why.
     """
     commands = commands or command_line()
-    count = workers or len(os.sched_getaffinity(0))
+    if workers is not None and executor is not None:
+        hint = f"{OPTION} {PROCESSES}:{workers}" if executor == PROCESSES else None
+        raise OptionError("--workers", f"says the same as {OPTION}: one of the two", hint=hint)
+    name = parse_name(executor) if isinstance(executor, str) else None
+    is_elsewhere = executor is not None and (name is None or name.kind != PROCESSES)
+    count = workers or (name.count if name else None) or len(os.sched_getaffinity(0))
     place = Path(output) if output is not None else None
     if resume and place is None:
         raise OptionError("--resume", "needs the file with the records")
-    found = list(_understood(jobs, commands, count))
+    found = list(_understood(jobs, commands, count, is_elsewhere=is_elsewhere))
     _check_apart(found)
     before = _read_records(place) if resume and place is not None else {}
     left = [job for job in found if before.get(job.digest) != 0 or not job.is_there]
     report = _Tally(skipped=len(found) - len(left))
-    with _Records(place, resume=resume, force=force) as records:
+    into = _Records(place, resume=resume, force=force)
+    who = opened(executor or f"{PROCESSES}:{count}") if left else nullcontext()
+    with who as engine, into as records:
 
         def take(record: JobRecord) -> None:
             records.write(record)
@@ -223,7 +230,8 @@ def batch(
             if on_record is not None:
                 on_record(record, len(left))
 
-        _carry_out(left, commands, executor, count, take)
+        if engine is not None:
+            _carry_out(left, commands, engine, take)
     return BatchReport(
         len(found),
         report.done,
@@ -258,7 +266,11 @@ class _Tally:
 
 
 def _understood(
-    jobs: AnyPath | Iterable[Mapping[str, Any]], commands: Commands, count: int
+    jobs: AnyPath | Iterable[Mapping[str, Any]],
+    commands: Commands,
+    count: int,
+    *,
+    is_elsewhere: bool,
 ) -> Iterator[Job]:
     """Yield the jobs as commands.
 
@@ -276,12 +288,16 @@ def _understood(
         steps = ((n, step_from(table, f"job {n}")) for n, table in enumerate(jobs, 1))
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     defaults = {"as_json": True, "quiet": True, "threads": threads}
+    absolute = Places(places.folder.absolute())
     for number, step in steps:
         if step.digests or step.headers:
             raise OptionError(step.where, "digests are checked in recipes only")
         asked = commands.understand(step, places, defaults=defaults)
         text = json.dumps([step.verb, step.words, step.values], sort_keys=True, default=str)
-        yield Job(number, asked, hashlib.sha256(text.encode()).hexdigest())
+        abroad = asked
+        if is_elsewhere:
+            abroad = commands.understand(step, absolute, defaults=defaults)
+        yield Job(number, asked, hashlib.sha256(text.encode()).hexdigest(), abroad)
 
 
 def _read_jobs(path: Path) -> Iterator[tuple[int, Step]]:
@@ -334,76 +350,54 @@ def _writer_around(path: Path, writers: Mapping[str, Job]) -> Job | None:
 
 
 def _carry_out(
-    jobs: Sequence[Job],
-    commands: Commands,
-    executor: Executor | None,
-    count: int,
-    take: Callable[[JobRecord], None],
+    jobs: Sequence[Job], commands: Commands, engine: Engine, take: Callable[[JobRecord], None]
 ) -> None:
     """Carry out jobs, and hand over what comes of them as they end."""
-    if executor is not None:
-        _Course(executor, commands, take).follow(jobs, AT_ONCE)
-        return
-    workers = Workers(max(1, min(count, len(jobs))))
-    course = _Course(workers, commands, take)
-    try:
-        course.follow(jobs, AHEAD * count)
-        workers.shutdown()
-    except BaseException:  # an interruption, too
-        workers.terminate()
-        course.drain()
-        raise
+    by_number = {job.number: job for job in jobs}
+
+    def record(number: int, what: Any, attempt: int, seconds: float) -> None:
+        job = by_number[number]
+        done = what if isinstance(what, Done) else _failed(what)
+        take(JobRecord(number, job.asked.words, job.digest, done, attempt, seconds))
+
+    follow(engine, (_call(job, commands) for job in jobs), record)
 
 
-@dataclass
-class _Course:
-    """Jobs that an executor carries out.
+def _call(job: Job, commands: Commands) -> Call:
+    """Return what carries out a job; it is asked for just before it is handed out."""
+    place = job.asked.place
+    is_new = place is not None and not place.exists()
+    args = (commands, job.asked, job.abroad, Path.cwd(), is_new)
+    return Call(job.number, _attempt, args)
 
-    Attributes:
-        executor: Who does.
-        commands: What it is asked to do.
-        take: What takes the records.
-        running: The jobs that it has, which attempt each is, and when that began.
+
+def _attempt(commands: Commands, asked: Asked, abroad: Asked, home: Path, is_new: bool) -> Done:
+    """Carry out a job, though it may have been before and only the message of that was lost.
+
+    Args:
+        commands: What carries it out.
+        asked: The command.
+        abroad: The same for another working folder.
+        home: The folder that the first is for.
+        is_new: Whether what it writes was not there when the job was handed out.
     """
+    if asked is not abroad and Path.cwd() != home:
+        asked = abroad
+    done = commands.attempt(asked.words)
+    is_there = done.error is not None and done.error["code"] == OutputExistsError.code
+    if is_there and is_new and asked.again and _is_made_by(asked.words[0], asked.place):
+        return commands.attempt(asked.again)
+    return done
 
-    executor: Executor
-    commands: Commands
-    take: Callable[[JobRecord], None]
-    running: dict[Future[Done], tuple[Job, int, float]] = field(default_factory=dict)
 
-    def follow(self, jobs: Sequence[Job], most: int) -> None:
-        """Have all jobs carried out, ``most`` of them at a time."""
-        waiting = [(job, 1) for job in reversed(jobs)]
-        while waiting or self.running:
-            while waiting and len(self.running) < most:
-                job, attempt = waiting.pop()
-                future = self.executor.submit(self.commands.attempt, job.asked.words)
-                self.running[future] = (job, attempt, time.monotonic())
-            ended, _ = wait(self.running, return_when=FIRST_COMPLETED)
-            for future in ended:
-                again = self._settle(future)
-                if again is not None:
-                    waiting.append(again)
+def _is_made_by(verb: str, place: Path | None) -> bool:
+    """Whether a command of this name has written an output, from what that records of itself."""
+    from loratool.plan.record import read_record
 
-    def _settle(self, future: Future[Done]) -> tuple[Job, int] | None:
-        """Take what has come of a job, or return it where it is to be tried again."""
-        job, attempt, begun = self.running[future]
-        error = future.exception()
-        if error is not None and not isinstance(error, Exception):
-            raise error
-        is_own = error is None or isinstance(error, LoratoolError)
-        if is_own or attempt > RETRIES:
-            done = future.result() if error is None else _failed(error)
-            seconds = time.monotonic() - begun
-            self.take(JobRecord(job.number, job.asked.words, job.digest, done, attempt, seconds))
-        del self.running[future]
-        return None if is_own or attempt > RETRIES else (job, attempt + 1)
-
-    def drain(self) -> None:
-        """Take what has ended well by now, before the rest is given up."""
-        for future in list(self.running):
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self._settle(future)
+    try:
+        return place is not None and read_record(place).command == verb
+    except LoratoolError:
+        return False
 
 
 def _failed(error: BaseException) -> Done:
@@ -450,19 +444,12 @@ class _Records:
 
     def __init__(self, path: Path | None, *, resume: bool, force: bool) -> None:
         self.path = path
+        self._resume = resume
         self._file: IO[bytes] | None = None
-        if path is None:
-            return
-        if path.exists() and not resume and not force:
+        if path is not None and path.exists() and not resume and not force:
             raise OutputExistsError(
                 path, "exists already", hint="--resume goes on with it, --force begins it anew"
             )
-        try:
-            self._file = path.open("ab" if resume else "wb")
-            if resume and self._is_torn():
-                self._file.write(b"\n")
-        except OSError as error:
-            raise unreadable(path, error) from None
 
     def _is_torn(self) -> bool:
         """Whether the last line was not written to its end."""
@@ -481,6 +468,13 @@ class _Records:
             self._file.flush()
 
     def __enter__(self) -> _Records:
+        if self.path is not None:
+            try:
+                self._file = self.path.open("ab" if self._resume else "wb")
+                if self._resume and self._is_torn():
+                    self._file.write(b"\n")
+            except OSError as error:
+                raise unreadable(self.path, error) from None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -68,6 +68,8 @@ class Asked:
         place: Where that goes.
         writes: All places that it writes to, pictures and pages among them.
         can_rehearse: Whether there is ``--dry-run``.
+        again: The command line that replaces what the same one has written; none where it would
+            not say so of itself.
     """
 
     words: tuple[str, ...]
@@ -76,6 +78,7 @@ class Asked:
     place: Path | None = None
     writes: tuple[Path, ...] = ()
     can_rehearse: bool = False
+    again: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

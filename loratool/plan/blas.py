@@ -13,10 +13,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from threading import Event, Lock, Thread
 from typing import Final
 
-__all__ = ["single_threaded_blas"]
+__all__ = ["blas_in_use", "single_threaded_blas"]
 
 OPENMP_VARIABLE: Final = "KMP_DUPLICATE_LIB_OK"
 _lock = Lock()
@@ -67,15 +68,37 @@ def single_threaded_blas() -> Iterator[None]:
                 _keeper = None
 
 
+@cache
+def blas_in_use() -> dict[str, str]:
+    """Return which BLAS numpy calls (``blas``), and for which kind of processor (``core``).
+
+    Sums of others differ in the last bits.
+    """
+    import numpy as np  # noqa: F401 - so that its library is loaded
+
+    with _quiet_import():
+        from threadpoolctl import threadpool_info
+    found = [each for each in threadpool_info() if each.get("user_api") == "blas"]
+    names = sorted({f"{each.get('internal_api')} {each.get('version')}" for each in found})
+    cores = sorted({str(each.get("architecture")) for each in found})
+    return {"blas": ", ".join(names), "core": ", ".join(cores)}
+
+
 def _limit() -> AbstractContextManager[object]:
-    """Limit what this thread may limit, and leave the environment as it is.
+    """Limit what this thread may limit."""
+    with _quiet_import():
+        from threadpoolctl import threadpool_limits
+    limit: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
+    return limit
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Leave the environment as it is.
 
     threadpoolctl sets a variable on import, for a fault of Intel's OpenMP.
     """
     is_set = OPENMP_VARIABLE in os.environ
-    from threadpoolctl import threadpool_limits
-
+    yield
     if not is_set:
         os.environ.pop(OPENMP_VARIABLE, None)
-    limit: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
-    return limit

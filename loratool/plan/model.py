@@ -46,6 +46,8 @@ __all__ = [
     "Residual",
     "SetRows",
     "Step",
+    "refuse_empty",
+    "task_of",
 ]
 
 
@@ -313,24 +315,14 @@ class OutputFile:
             spots: Where the tensors of all files go, by name.
             outcome: What is found on the way, such as hashes for its history.
         """
-        from loratool.plan.patches import Patch
-
-        moves: list[tuple[Spot, StoredTensor]] = []
-        tasks: list[Task] = []
-        for step in self.steps:
-            spot = spots[step.spec.name]
-            if step.copied is not None:
-                moves.append((spot, step.copied))
-            elif step.recoded is not None:
-                if step.leads:
-                    tasks.append(_recode(step, step.recoded, spots))
-            elif step.spec.nbytes:
-                tasks.append(Patch(step, spot))
+        moves = [(spots[s.spec.name], s.copied) for s in self.steps if s.copied is not None]
+        found = (task_of(step, spots) for step in self.steps)
+        tasks = [task for task in found if task is not None]
         original = self.original.path if self.original is not None else None
-        seal = partial(self._seal, outcome) if self.history is not None else None
+        seal = partial(self.seal, outcome) if self.history is not None else None
         return FileWork(self.name, self.size, self.layout.header, moves, tasks, original, seal)
 
-    def _seal(self, outcome: Outcome, path: Path) -> None:
+    def seal(self, outcome: Outcome, path: Path) -> None:
         """Write the header again, now that the hashes in it are known."""
         assert self.history is not None
         metadata = {**self.metadata, HISTORY_KEY: self.history.text(outcome.digests)}
@@ -377,12 +369,27 @@ class OutputFile:
         return OutputFile(name, layout, tuple(ordered), metadata, kept, prefix, history)
 
 
-def _recode(step: Step, recoded: Recoded, spots: Mapping[str, Spot]) -> Task:
+def task_of(step: Step, spots: Mapping[str, Spot]) -> Task | None:
+    """Return what computes a tensor.
+
+    Args:
+        step: How it comes about.
+        spots: Where tensors go, by name: it, and what is written with it.
+
+    Returns:
+        ``None`` where bytes are copied, where there are none, or where another step writes them.
+    """
+    if step.copied is not None or not step.leads:
+        return None
+    if step.recoded is None:
+        from loratool.plan.patches import Patch
+
+        return Patch(step, spots[step.spec.name]) if step.spec.nbytes else None
     from loratool.plan.recoding import Recoding
 
-    weight = recoded.weight
+    weight, names = step.recoded.weight, step.recoded.names
     whole = replace(step, spec=replace(weight.spec, name=step.spec.name), recoded=None)
-    return Recoding(whole, weight, {role: spots[name] for role, name in recoded.names.items()})
+    return Recoding(whole, weight, {role: spots[name] for role, name in names.items()})
 
 
 def _working_bytes(step: Step) -> int:
@@ -404,6 +411,26 @@ def _working_bytes(step: Step) -> int:
             case AddTensor() | Blend():
                 pass
     return total
+
+
+def refuse_empty(adapters: Sequence[str], outcome: Outcome, *, is_changed: bool) -> None:
+    """Refuse a merge that has changed nothing.
+
+    Args:
+        adapters: What they are called.
+        outcome: What came out.
+        is_changed: Whether a tensor was added or replaced.
+
+    Raises:
+        MergeError: Every delta is exactly zero.
+    """
+    if outcome.weights.is_empty and not is_changed:
+        raise MergeError(
+            ", ".join(adapters),
+            "every delta is exactly zero (an untrained adapter, or alpha 0), so the merge "
+            "would change nothing",
+            code="LT018",
+        )
 
 
 @dataclass(frozen=True)
@@ -516,13 +543,8 @@ class ModelPlan(Shown):
             MergeError: Every delta is exactly zero.
         """
         is_changed = any(step.added or step.replaced for step in self.steps())
-        if outcome.weights.is_empty and not is_changed:
-            raise MergeError(
-                ", ".join(str(adapter.path) for adapter in self.adapters),
-                "every delta is exactly zero (an untrained adapter, or alpha 0), so the merge "
-                "would change nothing",
-                code="LT018",
-            )
+        paths = [str(adapter.path) for adapter in self.adapters]
+        refuse_empty(paths, outcome, is_changed=is_changed)
 
     def inputs(self) -> Iterator[Path]:
         """Yield every file that is read."""

@@ -175,14 +175,14 @@ class _Encoded:
     def __init__(
         self, weight: CodedTensor, made: Mapping[str, tuple[int, Codes]], others: FileParts
     ) -> None:
-        self._made = {id(weight.parts[role]): rows for role, rows in made.items()}
+        self._made = {weight.parts[role]: rows for role, rows in made.items()}
         self._others = others
 
     def rows(self, part: StoredTensor, start: int, stop: int) -> memoryview:
         """Return the bytes of some rows."""
-        if id(part) not in self._made:
+        if part not in self._made:
             return self._others.rows(part, start, stop)
-        first, codes = self._made[id(part)]
+        first, codes = self._made[part]
         cut = codes[start - first : stop - first] if codes.ndim else codes
         return np.ascontiguousarray(cut).reshape(-1).view(np.uint8).data
 
@@ -190,7 +190,7 @@ class _Encoded:
         self, part: StoredTensor, start: int, stop: int, rows: tuple[int, int] | None = None
     ) -> memoryview:
         """Return the bytes of some columns of some rows."""
-        if id(part) not in self._made:
+        if part not in self._made:
             return self._others.columns(part, start, stop, rows)
         first, last = rows or (0, part.spec.shape[0])
         kind = DTYPES[part.spec.dtype]

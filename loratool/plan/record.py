@@ -7,6 +7,7 @@ is the recorded one.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +29,17 @@ from loratool.files.hub.names import parse_hub_name
 from loratool.files.json import parse_json, read_json_object
 from loratool.files.missing import missing
 from loratool.files.places import located
-from loratool.plan.history import RECORD_NAME, described_digest, digest_of_all
+from loratool.plan.history import (
+    RECORD_NAME,
+    History,
+    described_digest,
+    digest_of,
+    digest_of_all,
+)
 from loratool.schemes.detection import find_weights
 from loratool.schemes.ranks import files_of
 
-__all__ = ["Input", "Record", "locate", "matches", "read_record"]
+__all__ = ["Input", "Record", "is_recorded", "locate", "matches", "read_record"]
 
 DEPTH: Final = 4
 MOST_ENTRIES: Final = 20_000
@@ -94,6 +101,23 @@ def read_record(path: Path) -> Record:
         raise UnsupportedError(path, "does not say how it was made", hint=_where_recorded(path))
     where = f"{path}: metadata {HISTORY_KEY!r}"
     return _parsed(parse_json(text.encode(), where=where), where)
+
+
+def is_recorded(path: Path, history: History) -> bool:
+    """Whether the output at ``path`` says that it was made so, of the same inputs.
+
+    Raises:
+        FileFormatError: An input cannot be hashed.
+    """
+    try:
+        found = read_record(path)
+    except LoratoolError:
+        return False
+    wanted = history.document({each: digest_of(each) for each in history.hashed})
+    told = [(each.name, each.sha256, each.headers_sha256) for each in found.inputs]
+    meant = [(e["name"], e.get("sha256"), e.get("headers_sha256")) for e in wanted["inputs"]]
+    options = [json.dumps(each, sort_keys=True) for each in (found.options, wanted["options"])]
+    return found.command == wanted["command"] and told == meant and options[0] == options[1]
 
 
 def _where_recorded(path: Path) -> str:

@@ -26,7 +26,17 @@ from loratool.plan.threads import Progress, usual_threads
 if TYPE_CHECKING:
     from loratool.plan.blocks import Bench
 
-__all__ = ["FileWork", "NullSink", "Run", "RunResult", "Sink", "run_files", "write_files"]
+__all__ = [
+    "FileWork",
+    "NullSink",
+    "Run",
+    "RunResult",
+    "Sink",
+    "exact_sum",
+    "joined_ranges",
+    "run_files",
+    "write_files",
+]
 
 COPY_BYTES: Final = 32 << 20
 SHORT: Final = 1 << 20
@@ -86,17 +96,40 @@ class RunResult:
         kept: ``Σ ⟨W' - W, Δ⟩`` over the measured elements.
         total: ``Σ ‖Δ‖²`` over the same.
         is_empty: Whether every delta turned out to be exactly zero.
+        parts: Both sums exactly; see :func:`exact_sum`.
     """
 
     kept: float = 0.0
     total: float = 0.0
     is_empty: bool = True
+    parts: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+
+    @staticmethod
+    def of(kept: Sequence[float], total: Sequence[float], *, is_empty: bool) -> RunResult:
+        """Return the sums of what blocks, or parts of a run, have measured; in any order."""
+        parts = exact_sum(kept), exact_sum(total)
+        first, second = (each[0] if each else 0.0 for each in parts)
+        return RunResult(first, second, is_empty, parts)
 
     @property
     def retention(self) -> float | None:
         """The share of the update that survived rounding; ``None`` where it has no meaning."""
         has_meaning = self.total > 0 and math.isfinite(self.kept) and math.isfinite(self.total)
         return self.kept / self.total if has_meaning else None
+
+
+def exact_sum(numbers: Sequence[float]) -> tuple[float, ...]:
+    """Return few numbers with exactly the sum of many, the largest first: what that rounds to.
+
+    So sums of sums are those of everything, however it was divided (Shewchuk 1997, expansions).
+    """
+    found: list[float] = []
+    try:
+        while rest := math.fsum([*numbers, *(-each for each in found)]):
+            found.append(rest)
+    except (OverflowError, ValueError):  # infinite numbers that were allowed
+        return (math.inf,)
+    return tuple(found) if all(map(math.isfinite, found)) else (math.inf,)
 
 
 def write_files(
@@ -108,14 +141,25 @@ def write_files(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    is_shared: bool = False,
 ) -> RunResult:
-    """Carry out ``works`` at ``paths``, where nothing is yet.
+    """Carry out ``works`` at ``paths``, where nothing is yet, or which others write to as well.
+
+    Args:
+        works: What to do.
+        paths: The file for each.
+        stamps: What the inputs were.
+        allow_nonfinite: Write NaN and infinity where they come out.
+        device: Where to compute.
+        threads: Number of worker threads.
+        progress: Called with bytes done and bytes in all.
+        is_shared: Whether others may be at the same files, with other bytes of them.
 
     Raises:
         LoratoolError: An input changed or ended, or a result is not finite.
         OSError: Writing failed, such as for want of space.
     """
-    sink = _FileSink(tuple(paths), tuple(works))
+    sink = _FileSink(tuple(paths), tuple(works), is_shared=is_shared)
     try:
         result = run_files(
             works,
@@ -140,8 +184,11 @@ class _FileSink:
 
     joins = True
 
-    def __init__(self, paths: tuple[Path, ...], works: tuple[FileWork, ...]) -> None:
+    def __init__(
+        self, paths: tuple[Path, ...], works: tuple[FileWork, ...], *, is_shared: bool
+    ) -> None:
         self.paths = paths
+        self._alone = 0 if is_shared else os.O_EXCL
         self.outputs = Descriptors(self._open)
         self._lacking = dict(zip(paths, works, strict=True))
         self._clones = True
@@ -153,7 +200,7 @@ class _FileSink:
         if work is None:
             return os.open(path, os.O_RDWR | os.O_CLOEXEC)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | self._alone, 0o666)
         del self._lacking[path]
         try:
             os.ftruncate(descriptor, work.size)
@@ -268,7 +315,7 @@ def _lane(work: FileWork, number: int, sink: Sink, files: InputFiles) -> Lane:
     """Return the work on one file: ranges to copy, long ones cut, and tasks."""
     lane = Lane()
     cloned = work.original is not None and sink.clone(number, work.original, files)
-    for piece in () if cloned else _ranges(work.moves, joins=sink.joins):
+    for piece in () if cloned else joined_ranges(work.moves, joins=sink.joins):
         for done in range(0, piece.size, COPY_BYTES):
             lane.pieces.append(
                 replace(
@@ -282,27 +329,30 @@ def _lane(work: FileWork, number: int, sink: Sink, files: InputFiles) -> Lane:
     return lane
 
 
-def _ranges(moves: Iterable[tuple[Spot, StoredTensor]], *, joins: bool) -> Iterator[ByteRange]:
+def joined_ranges(
+    moves: Iterable[tuple[Spot, StoredTensor]], *, joins: bool
+) -> Iterator[ByteRange]:
     """Yield the bytes that are copied, tensor by tensor, or neighbours as one range."""
-    current: ByteRange | None = None
+    first: tuple[Path, int, Spot] | None = None  # where a range begins
+    size = 0
     for spot, source in moves:
-        size = spot.spec.nbytes
-        if not size:
+        more = spot.spec.nbytes
+        if not more:
             continue
-        if (
-            joins
-            and current is not None
-            and current.source == source.path
-            and current.source_offset + current.size == source.offset
-            and current.offset + current.size == spot.offset
-        ):
-            current = replace(current, size=current.size + size)
-            continue
-        if current is not None:
-            yield current
-        current = ByteRange(source.path, source.offset, spot, size)
-    if current is not None:
-        yield current
+        if first is not None:
+            path, begin, start = first
+            if (
+                joins
+                and path == source.path
+                and begin + size == source.offset
+                and start.offset + size == spot.offset
+            ):
+                size += more
+                continue
+            yield ByteRange(path, begin, start, size)
+        first, size = (source.path, source.offset, spot), more
+    if first is not None:
+        yield ByteRange(*first, size)
 
 
 class Run:
@@ -404,8 +454,4 @@ class Run:
 
     def result(self) -> RunResult:
         """Return what was measured; the same, whichever thread came first."""
-        try:
-            kept, total = math.fsum(self._kept), math.fsum(self._total)
-        except (OverflowError, ValueError):  # infinite numbers that were allowed
-            kept = total = math.inf
-        return RunResult(kept, total, self.is_empty)
+        return RunResult.of(self._kept, self._total, is_empty=self.is_empty)

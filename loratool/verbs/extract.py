@@ -14,6 +14,10 @@ from loratool.errors import BaseModelError, OptionError, UnsupportedError
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.files.places import located
+from loratool.shards.course import ShareReport
+from loratool.shards.division import Division, Executors
+from loratool.shards.roots import Roots
+from loratool.shards.status import StatusReport
 from loratool.verbs.algebra.combination import ONE_RANK, output_scheme
 from loratool.verbs.algebra.ranks import Truncation, parse_size
 from loratool.verbs.arguments import dtype_name, one_or_more, output_path
@@ -62,10 +66,14 @@ def extract(
     no_card: bool = False,
     dry_run: bool = False,
     resume: bool = False,
+    shards: str | None = None,
+    finish: bool = False,
+    wait: bool = False,
+    executor: Executors | None = None,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
-) -> ExtractReport:
+) -> ExtractReport | ShareReport | StatusReport:
     """Turn ``finetuned - base`` into an adapter, module by module.
 
     Differences are formed in float32 and decomposed by a randomised block Krylov method, or
@@ -107,6 +115,12 @@ def extract(
         dry_run: Say what would be done, from headers alone.
         resume: Keep finished modules beside the output if the run is interrupted, and take
             up those of an interrupted run.
+        shards: Decompose a share of the modules, ``"3/8"`` or ``"auto"`` (what nobody does yet),
+            into the folder ``OUT.loratool-parts``.
+        finish: Make the adapter of what is in that folder; after ``shards`` only if all is there.
+        wait: Wait until all parts are there; with ``"auto"`` take over those of workers that died.
+        executor: What does the parts: an executor of :mod:`concurrent.futures`, a function that
+            makes one, or a name such as ``"processes:4"``.
         device: ``cpu``, ``cuda``, ``cuda:N``, several with commas between them, or ``auto``:
             a GPU where there is one and more than 2 GB are to be read, else the processor.
         threads: Number of modules in work at a time.
@@ -127,6 +141,9 @@ def extract(
         truncation, is_auto=is_auto, method=method, residual=residual, clamp=clamp_quantile
     )
     _check_variant(variant, truncation, is_auto=is_auto, clamp=clamp_quantile)
+    division = Division.of(shards, finish=finish, wait=wait, executor=executor)
+    if division is not None and resume:
+        raise OptionError("--resume", "parts are kept anyway: leave it out")
     place, dtype = output_path(output), dtype_name(dtype)
     include, exclude = one_or_more(include), one_or_more(exclude)
     save_module = one_or_more(save_module)
@@ -136,7 +153,8 @@ def extract(
         check_base(model)
     inputs = [base, finetuned]
     if not dry_run:
-        check_output(place, force=force, inputs=inputs)
+        if division is None:
+            check_output(place, force=force, inputs=inputs)
         if save_spectrum is not None:
             check_output(
                 Path(save_spectrum), force=force, inputs=[*inputs, place], kinds=(".json",)
@@ -182,27 +200,29 @@ def extract(
     )
     if dry_run:
         return dry_run_of(draft, pairing, truncation, device, threads)
-    return run(
-        draft,
-        pairing,
-        Extraction(
-            settings=Settings(
-                truncation,
-                is_auto,
-                method,
-                seed,
-                variant=variant,
-                dtype=written,
-            ),
-            carries=residual == "carry",
-            save_spectrum=Path(save_spectrum) if save_spectrum is not None else None,
-            force=force,
-            resume=resume,
-            device=device,
-            threads=threads,
-            progress=progress,
+    how = Extraction(
+        settings=Settings(
+            truncation,
+            is_auto,
+            method,
+            seed,
+            variant=variant,
+            dtype=written,
         ),
+        carries=residual == "carry",
+        save_spectrum=Path(save_spectrum) if save_spectrum is not None else None,
+        force=force,
+        resume=resume,
+        device=device,
+        threads=threads,
+        progress=progress,
     )
+    if division is not None:
+        from loratool.verbs.extraction.divided import divided_extraction
+
+        roots = Roots.of({"base": base, "finetuned": finetuned})
+        return divided_extraction(draft, pairing, how, division, roots)
+    return run(draft, pairing, how)
 
 
 def _check_options(

@@ -2,118 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from os import PathLike
-from pathlib import Path
-from typing import Any, Final
 
-from loratool.display.document import Document, Lines
-from loratool.display.figures import counted, human_bytes
-from loratool.display.shown import Shown
 from loratool.files.places import located
 from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
 from loratool.plan.model import ModelPlan
 from loratool.plan.plan import write
+from loratool.shards.course import ShareReport
+from loratool.shards.division import Division, Executors
+from loratool.shards.job import Settings
 from loratool.verbs.arguments import one_or_more, output_path
 from loratool.verbs.merging.planning import plan_merge
+from loratool.verbs.merging.result import MergeReport
 
 __all__ = ["MergeReport", "merge", "plan_merge"]
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[int, int], None]
-RETENTION_WARNING: Final = 0.9
-
-
-@dataclass(frozen=True)
-class MergeReport(Shown):
-    """What a merge did, or would do.
-
-    Attributes:
-        plan: What was decided.
-        tensors: Tensors in the output.
-        merged: Tensors of the base that changed.
-        copied: Tensors that did not.
-        added: Tensors that the base did not have.
-        unused: Adapter keys left out on request.
-        bytes_written: Bytes of the weights files, written or to be written.
-        retention: ``⟨W' - W, Δ⟩ / ‖Δ‖²``, the share of the update that survived rounding to
-            the output dtype; ``None`` where nothing was added to anything.
-        output: Where it is, or would be.
-        is_written: Whether it was written.
-        notes: What a user should know, one sentence each.
-    """
-
-    plan: ModelPlan
-    tensors: int
-    merged: int
-    copied: int
-    added: int
-    unused: tuple[str, ...]
-    bytes_written: int
-    retention: float | None
-    output: Path
-    is_written: bool = True
-    notes: tuple[str, ...] = field(default=())
-
-    @classmethod
-    def of(cls, plan: ModelPlan, output: Path) -> MergeReport:
-        """Return the report of a merge that is planned, and nothing more."""
-        return cls(
-            plan=plan,
-            tensors=sum(1 for _ in plan.steps()),
-            merged=plan.merged,
-            copied=plan.copied,
-            added=plan.added,
-            unused=plan.unused,
-            bytes_written=plan.nbytes,
-            retention=None,
-            output=output,
-            is_written=False,
-            notes=plan.notes,
-        )
-
-    @property
-    def hub(self) -> Mapping[str, Any] | None:
-        """Models and commits of what came from the hub; ``None`` where nothing did."""
-        return self.plan.hub
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the keys that the command line's JSON promises."""
-        if not self.is_written:
-            return self.plan.as_json() | {"output": str(self.output), "retention": None}
-        return {
-            "schema": 1,
-            "dry_run": False,
-            "output": str(self.output),
-            "tensors": self.tensors,
-            "merged": self.merged,
-            "copied": self.copied,
-            "added": self.added,
-            "unused": list(self.unused),
-            "bytes_written": self.bytes_written,
-            "retention": self.retention,
-            "files": [{"name": file.name, "bytes": file.size} for file in self.plan.files],
-            "sidecars": [{"name": item.name, "why": item.why} for item in self.plan.sidecars],
-            "left_behind": [{"name": name, "why": why} for name, why in self.plan.left_behind],
-            "peak_memory": self.plan.peak_memory,
-            "notes": list(self.notes),
-            **({"hub": self.hub} if self.hub else {}),
-        }
-
-    def document(self) -> Document:
-        """Return what people see of it: one sentence, or the plan."""
-        if not self.is_written:
-            return self.plan.document()
-        added = f", {self.added} added" if self.added else ""
-        words = (
-            f"{self.output}: {counted(self.merged, 'tensor')} merged, {self.copied} copied{added}, "
-            f"{human_bytes(self.bytes_written)}"
-        )
-        if self.retention is not None:
-            words += f"; {min(self.retention, 1):.2%} of the update survived rounding"
-        return Document((Lines((words,)),), self.notes)
 
 
 @exactly
@@ -136,8 +43,13 @@ def merge(
     sync: bool = False,
     no_card: bool = False,
     dry_run: bool = False,
+    shards: str | None = None,
+    finish: bool = False,
+    wait: bool = False,
+    resume: bool = False,
+    executor: Executors | None = None,
     progress: Progress | None = None,
-) -> MergeReport:
+) -> MergeReport | ShareReport:
     """Merge adapters into a base, file to file.
 
     The arithmetic is ``W' = round(W + Σ weight · scale · B @ A)`` with float32 sums (float64
@@ -166,29 +78,58 @@ def merge(
         sync: Wait until the weights are on the disk, not only in the system's cache.
         no_card: Write no card; that of the input travels as it is.
         dry_run: Say what would be written, and write nothing.
+        shards: Do a share of the output's files, ``"3/8"`` or ``"auto"`` (what nobody does yet),
+            into the folder ``OUT.loratool-parts``.
+        finish: Make the output of what is in that folder; after ``shards`` only if all is there.
+        wait: Wait until all parts are there; with ``"auto"`` take over those of workers that died.
+        resume: Keep what is done where the merge is interrupted, and go on with it.
+        executor: What does the parts: an executor of :mod:`concurrent.futures`, a function that
+            makes one, or a name such as ``"processes:4"``. See ``docs/machines.md``.
         progress: Called with bytes done and bytes in all.
 
     Raises:
         LoratoolError: Nothing was written; the message says why.
     """
     output, adapters = output_path(output), one_or_more(adapters)
+    division = Division.of(shards, finish=finish, wait=wait, resume=resume, executor=executor)
     paths = [located(path) for path in adapters]
-    plan = plan_merge(
-        base,
-        paths,
-        weights=weights,
-        dtype=dtype,
-        alpha=alpha,
-        adapter_name=adapter_name,
-        skip=skip,
-        enable_lora=enable_lora,
-        quantized=quantized,
-        allow_nonfinite=allow_nonfinite,
-        no_card=no_card,
-        output=output,
-    )
+
+    def planned() -> ModelPlan:
+        return plan_merge(
+            base,
+            paths,
+            weights=weights,
+            dtype=dtype,
+            alpha=alpha,
+            adapter_name=adapter_name,
+            skip=skip,
+            enable_lora=enable_lora,
+            quantized=quantized,
+            allow_nonfinite=allow_nonfinite,
+            no_card=no_card,
+            output=output,
+        )
+
+    if division is not None and not dry_run:
+        from loratool.verbs.merging.divided import DividedMerge
+        from loratool.verbs.merging.recorded import recorded_base
+
+        root = base if base is not None else recorded_base(paths[0], adapter_name=adapter_name)[0]
+        return DividedMerge(
+            planned,
+            root,
+            adapters,
+            output,
+            force=force,
+            allow_nonfinite=allow_nonfinite,
+            quantized=quantized,
+            settings=Settings(device, threads),
+            progress=progress,
+        ).carry_out(division)
+    plan = planned()
+    report = MergeReport.of(plan, output)
     if dry_run:
-        return MergeReport.of(plan, output)
+        return report
     outcome = write(
         plan,
         output,
@@ -200,15 +141,4 @@ def merge(
         sync=sync,
         progress=progress,
     )
-    retention = outcome.weights.retention
-    notes = list(plan.notes)
-    if retention is not None and retention < RETENTION_WARNING:
-        wider = "write a wider one with --dtype float32"
-        if quantized == "keep":
-            wider = "leave out --quantized keep to write plain numbers"
-        notes.append(
-            f"only {retention:.1%} of the update survived rounding to the output's dtype; {wider}"
-        )
-    return replace(
-        MergeReport.of(plan, output), is_written=True, retention=retention, notes=tuple(notes)
-    )
+    return report.written(outcome, quantized=quantized)

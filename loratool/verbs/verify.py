@@ -7,41 +7,35 @@ same values but for the last bit: other libraries add up in another order.
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from loratool.adapter.findings import Finding, Findings, finding
 from loratool.base.config import DTYPE_KEYS
 from loratool.base.model import Model, open_model
 from loratool.codecs.codec import CodedTensor
 from loratool.errors import LoratoolError
-from loratool.files.container import read_bytes
 from loratool.files.dtypes import DTYPES, OUTPUT_DTYPES
-from loratool.files.inputs import InputFiles
 from loratool.files.json import read_json_object
 from loratool.files.places import located
-from loratool.files.spec import StoredTensor, TensorSpec
-from loratool.files.transfer import read_into
+from loratool.files.spec import TensorSpec
 from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
-from loratool.plan.lanes import ByteRange, Spot
-from loratool.plan.model import ModelPlan, Step
+from loratool.plan.model import ModelPlan
 from loratool.plan.plan import run
+from loratool.shards.course import ShareReport
+from loratool.shards.division import Division, Executors
+from loratool.shards.job import Settings
 from loratool.verbs.arguments import one_or_more
+from loratool.verbs.merging.compared import CompareSink, told
 from loratool.verbs.merging.comparison import check_files, check_record
 from loratool.verbs.merging.planning import plan_merge
 
 __all__ = ["verify"]
 
 AnyPath = str | PathLike[str]
-COMPARED_BYTES: Final = 1 << 20
-"""What differs is looked at in parts of this size, which bounds the memory."""
 
 
 @exactly
@@ -57,8 +51,12 @@ def verify(
     enable_lora: Sequence[bool] = (),
     device: str = "auto",
     threads: int | None = None,
+    shards: str | None = None,
+    finish: bool = False,
+    wait: bool = False,
+    executor: Executors | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Findings:
+) -> Findings | ShareReport:
     """Compare a merged model with what base and adapters make.
 
     Args:
@@ -73,6 +71,11 @@ def verify(
         enable_lora: As in the merge.
         device: As in the merge.
         threads: Number of worker threads.
+        shards: Compare a share of the model's files, as in :func:`merge`; what was found comes
+            together in the folder ``MERGED.loratool-parts``.
+        finish: Return what was found in all shares.
+        wait: As in the merge.
+        executor: As in the merge.
         progress: Called with bytes done and bytes in all.
 
     Returns:
@@ -84,6 +87,11 @@ def verify(
     """
     paths: tuple[AnyPath, ...] = one_or_more(adapters)
     merged = located(merged)
+    division = Division.of(shards, finish=finish, wait=wait, executor=executor)
+    if division is not None and division.share is None and division.executor is None:
+        from loratool.verbs.merging.divided import finished_comparison
+
+        return finished_comparison(merged, waits=division.waits, progress=progress)
     asked: dict[str, Any] = {
         "weights": weights,
         "alpha": alpha,
@@ -118,9 +126,16 @@ def verify(
         quantized="keep" if _is_kept(original, result) else "dequantize",
     )
     found = [*_check_layout(plan, result), *check_files(plan, result)]
-    sink = _CompareSink(result.raw, {step.spec.name: step for step in plan.steps()})
+    if division is not None:
+        from loratool.verbs.merging.divided import divided_comparison
+
+        return divided_comparison(
+            plan, result, found, base, paths, division, Settings(device, threads), progress
+        )
+    sink = CompareSink(result.raw, {step.spec.name: step.source for step in plan.steps()})
     with closing(sink):
-        sink.expect(plan)
+        steps = sorted(plan.steps(), key=lambda step: not step.is_copy)  # copies come first
+        sink.expect(step.spec.name for step in steps)
         outcome = run(
             plan,
             sink,
@@ -130,9 +145,8 @@ def verify(
             progress=progress,
         )
         sink.files.check_unchanged()
-    found += [*sink.findings(), *check_record(plan, result, outcome)]
-    found.sort(key=lambda item: (item.severity != "error", item.code, item.where))
-    return Findings(found, "every tensor is what it should be")
+    folder = result.path if plan.is_folder else None
+    return told([*found, *sink.findings(), *check_record(plan.history, folder, outcome)])
 
 
 def _is_kept(base: Model, merged: Model) -> bool:
@@ -184,143 +198,3 @@ def _check_layout(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
 
 def _words(spec: TensorSpec) -> str:
     return f"{spec.dtype} {list(spec.shape)}"
-
-
-@dataclass
-class _Difference:
-    """How one tensor differs."""
-
-    elements: int = 0
-    far: int = 0
-    largest: float = 0.0
-    is_copy: bool = False
-
-
-def _differing(
-    dtype: str, expected: memoryview, actual: memoryview, before: memoryview | None
-) -> tuple[int, int, float]:
-    """Compare stored numbers: how many differ, how many by more than rounding, and how far."""
-    import numpy as np
-
-    from loratool.codecs import numbers
-    from loratool.math.closeness import differing
-    from loratool.math.precision import Precision
-
-    kind = DTYPES[dtype]
-    if not kind.is_float or kind.bits < 8:
-        words = np.dtype(f"V{kind.block[1] if kind.block else max(8, kind.bits) // 8}")
-        count = int(
-            np.count_nonzero(np.frombuffer(expected, words) != np.frombuffer(actual, words))
-        )
-        return count, count, float(count > 0)
-    shape = (kind.elements(len(expected)),)
-    wanted, found, old = (
-        None if data is None else numbers.decode(data, dtype, shape)
-        for data in (expected, actual, before)
-    )
-    return differing(wanted, found, old, precision=Precision(kind.eps, kind.smallest))
-
-
-@dataclass
-class _CompareSink:
-    """Compares instead of writing."""
-
-    merged: Mapping[str, StoredTensor]
-    steps: Mapping[str, Step]
-    joins: bool = False
-    files: InputFiles = field(default_factory=lambda: InputFiles({}))
-    differences: dict[str, _Difference] = field(default_factory=lambda: defaultdict(_Difference))
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def expect(self, plan: ModelPlan) -> None:
-        """Say what will be read of the merged model, in order: what is copied comes first."""
-        for step in sorted(plan.steps(), key=lambda step: not step.is_copy):
-            stored = self.merged.get(step.spec.name)
-            self.files.expect(*(stored.extents if stored is not None else ()))
-
-    def close(self) -> None:
-        """Close all files."""
-        self.files.close()
-
-    def clone(self, file: int, original: Path, files: InputFiles) -> bool:
-        return False
-
-    def copy(self, piece: ByteRange, files: InputFiles) -> None:
-        actual = self._read(piece.spot.spec, piece.position, piece.size)
-        if actual is None:
-            return
-        expected = memoryview(bytearray(piece.size))
-        with files.using(piece.source) as descriptor:
-            read_into(descriptor, expected, piece.source_offset, path=piece.source)
-        if expected != actual:
-            self._note(piece.spot.spec, expected, actual, None, is_copy=True)
-
-    def write(self, spot: Spot, position: int, data: memoryview) -> None:
-        actual = self._read(spot.spec, position, len(data))
-        if actual is not None and data != actual:
-            before = self._before(spot.spec, position, len(data))
-            self._note(spot.spec, data, actual, before, is_copy=False)
-
-    def _before(self, spec: TensorSpec, position: int, size: int) -> memoryview | None:
-        """Return the source's values, where they lie as the result does."""
-        source = self.steps[spec.name].source
-        if isinstance(source, CodedTensor):
-            return None
-        if (source.spec.dtype, source.spec.shape) != (spec.dtype, spec.shape):
-            return None
-        return self._bytes(source, position, size)
-
-    def _read(self, spec: TensorSpec, position: int, size: int) -> memoryview | None:
-        stored = self.merged.get(spec.name)
-        if stored is None or (stored.spec.dtype, stored.spec.shape) != (spec.dtype, spec.shape):
-            return None
-        return self._bytes(stored, position, size)
-
-    def _bytes(self, stored: StoredTensor, position: int, size: int) -> memoryview:
-        if not stored.is_run:
-            return memoryview(read_bytes(stored))[position : position + size]
-        view = memoryview(bytearray(size))
-        with self.files.using(stored.path) as descriptor:
-            read_into(descriptor, view, stored.offset + position, path=stored.path)
-        return view
-
-    def _note(
-        self,
-        spec: TensorSpec,
-        expected: memoryview,
-        actual: memoryview,
-        before: memoryview | None,
-        *,
-        is_copy: bool,
-    ) -> None:
-        for start in range(0, len(expected), COMPARED_BYTES):
-            part = slice(start, start + COMPARED_BYTES)
-            elements, far, largest = _differing(
-                spec.dtype,
-                expected[part],
-                actual[part],
-                None if before is None else before[part],
-            )
-            with self.lock:
-                difference = self.differences[spec.name]
-                difference.elements += elements
-                difference.far += far
-                difference.largest = max(difference.largest, largest)
-                difference.is_copy = is_copy
-
-    def findings(self) -> Iterator[Finding]:
-        """Yield one finding for every tensor that differs."""
-        for name, found in sorted(self.differences.items()):
-            total = self.merged[name].spec.elements
-            share = f"{found.elements} of {total} elements"
-            if found.is_copy:
-                yield finding("LT104", name, f"differs from the base in {share}")
-            elif found.far:
-                yield finding(
-                    "LT105",
-                    name,
-                    f"{share} differ, {found.far} by more than rounding; at most by "
-                    f"{found.largest:.3g}",
-                )
-            elif found.elements:
-                yield finding("LT106", name, f"{share} differ in the last bit")

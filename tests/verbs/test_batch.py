@@ -21,8 +21,9 @@ from samples import FIXTURES
 
 import loratool
 from loratool.cli.main import cli
+from loratool.engines.course import RETRIES
 from loratool.errors import FileFormatError, LoratoolError, OptionError, OutputExistsError
-from loratool.jobs.batch import RETRIES, _failed
+from loratool.jobs.batch import _failed
 from loratool.jobs.step import Asked, Done, Places, Step
 
 INPUTS: Final = {

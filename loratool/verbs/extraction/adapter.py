@@ -14,6 +14,7 @@ from loratool.base.ties import Tie
 from loratool.codecs.codec import CodedTensor
 from loratool.codecs.weights import Weight
 from loratool.errors import UnsupportedError
+from loratool.files.places import origin_of
 from loratool.names.paths.dotted import from_paths
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.card import licence_of
@@ -137,7 +138,6 @@ class Difference:
         adapted = {part.module for part in parts}
         saved = self._saved(adapted, tie)
         names = from_paths([part.module for part in parts])
-        inputs = tuple(Source.of_model(m.path, m.raw.values()) for m in (self.base, self.tuned))
         return NewAdapter(
             parts=tuple(parts),
             extras=Extras(items=list(self._extras(saved, tie))),
@@ -146,7 +146,7 @@ class Difference:
             family=self.tuned.family or names.family,
             components=names.components | set(self.tuned.components),
             is_native=names.is_native,
-            history=History("extract", inputs, self.asked),
+            history=self.history,
             licence=licence_of(self.tuned.path) or licence_of(self.base.path),
             stamps={s.path: s.stamp for m in (self.base, self.tuned) for s in m.shards},
             dropped=tuple(
@@ -204,7 +204,7 @@ class Difference:
         biases = {i.key.rpartition(".")[0] for i in self.carried if i.key.endswith(".bias")}
         alone = biases - adapted - set(saved)
         return {
-            "base_model_name_or_path": str(self.base.path),
+            "base_model_name_or_path": self._called,
             "task_type": task,
             "fan_in_fan_out": any(
                 target.is_transposed and target.kind is Kind.LINEAR and not target.is_parameter
@@ -217,6 +217,20 @@ class Difference:
             "ensure_weight_tying": self._is_tied_whole(tie) or twin is not None,
             "target_modules": self._targets(parts, twin),
         }
+
+    @property
+    def history(self) -> History:
+        """How it comes to be."""
+        inputs = tuple(Source.of_model(m.path, m.raw.values()) for m in (self.base, self.tuned))
+        return History("extract", inputs, self.asked)
+
+    @property
+    def _called(self) -> str:
+        """What is recorded as the base: its name on the hub, where it is from there."""
+        origin = origin_of(self.base.path)
+        if origin is None or origin.inside:
+            return str(self.base.path)
+        return origin.repo
 
     def _targets(self, parts: Sequence[Part], twin: str | None) -> list[str]:
         """Return the shortest endings of paths that mean exactly the modules of ``parts``.

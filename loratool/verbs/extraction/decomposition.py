@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,7 @@ from loratool.verbs.extraction.difference import (
 from loratool.verbs.extraction.pairs import Leftover, Target
 from loratool.verbs.extraction.reading import change_of
 
-__all__ = ["decompose_all", "leftover_changes", "open_spool"]
+__all__ = ["decompose_all", "leftover_changes", "open_spool", "spool_name"]
 
 Progress = Callable[[int, int], None]
 RUN_FILE: Final = "run.json"
@@ -62,6 +63,7 @@ def decompose_all(
     *,
     progress: Progress | None,
     budget_ranks: Mapping[str, int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Extracted]:
     """Decompose every target; those that ``spool`` has already are read from there.
 
@@ -73,6 +75,7 @@ def decompose_all(
         progress: Called with how much is done and how much there is.
         budget_ranks: How many ranks to compute, by name; other targets are left out. By default
             the first look at all that a budget takes.
+        numbers: Which of all modules each target is; by default they are all.
     """
 
     def one(item: tuple[int, Target]) -> Extracted:
@@ -80,7 +83,7 @@ def decompose_all(
         rank = (budget_ranks or {}).get(target.name, BUDGET_RANK)
         if spool is None:
             return decompose(target, settings, files, rank)
-        path = spool / f"{number}.safetensors"
+        path = spool / spool_name(number)
         if path.is_file():
             try:
                 known = _load(target.name, path, settings)
@@ -95,7 +98,7 @@ def decompose_all(
 
     numbered = [
         (number, target)
-        for number, target in enumerate(targets)
+        for number, target in zip(numbers or range(len(targets)), targets, strict=True)
         if budget_ranks is None or target.name in budget_ranks
     ]
     # The largest first, so that no thread is left alone with one at the end.
@@ -109,6 +112,11 @@ def decompose_all(
     found = in_parallel(one, items, threads=threads, progress=progress, sizes=sizes)
     by_place = dict(zip(order, found, strict=True))
     return [by_place[index] for index in range(len(numbered))]
+
+
+def spool_name(number: int) -> str:
+    """Return the name of the file that keeps a module."""
+    return f"{number}.safetensors"
 
 
 def _save(path: Path, module: Extracted) -> None:
@@ -126,8 +134,7 @@ def _save(path: Path, module: Extracted) -> None:
         tensors["lengths"] = np.array(
             [lengths.squared_norm, lengths.squared_error, lengths.squared_plain]
         )
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.{os.urandom(3).hex()}.partial")  # others may, too
     save_file(tensors, partial)
     partial.replace(path)
 

@@ -25,11 +25,11 @@ from loratool.verbs.algebra.ranks import Truncation, ruling_notes, within_budget
 from loratool.verbs.extraction.adapter import Difference
 from loratool.verbs.extraction.decomposition import decompose_all, leftover_changes, open_spool
 from loratool.verbs.extraction.difference import Extracted, ModuleResult, Settings
-from loratool.verbs.extraction.pairs import Leftover, Pairing
+from loratool.verbs.extraction.pairs import Leftover, Pairing, Target
 from loratool.verbs.extraction.reading import Differences, HostDifferences
 from loratool.verbs.extraction.result import ExtractReport, LeftoverChange
 
-__all__ = ["Extraction", "dry_run_of", "run"]
+__all__ = ["Done", "Extraction", "differences_for", "dry_run_of", "run"]
 
 Progress = Callable[[int, int], None]
 FLOPS: Final = 6e10
@@ -45,6 +45,21 @@ GPU_START: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
+class Done:
+    """What several workers have done of an extraction.
+
+    Attributes:
+        spool: Where the modules are.
+        changes: What the other tensors have changed by, by name.
+        notes: What a user should know of it.
+    """
+
+    spool: Path
+    changes: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Extraction:
     """How an extraction is carried out.
 
@@ -57,6 +72,7 @@ class Extraction:
         device: As on the command line.
         threads: Number of modules in work at a time.
         progress: Called with how much is done and how much there is.
+        done: What was done before, by whomever.
     """
 
     settings: Settings
@@ -67,6 +83,7 @@ class Extraction:
     device: str = "auto"
     threads: int | None = None
     progress: Progress | None = None
+    done: Done | None = None
 
 
 def dry_run_of(
@@ -78,7 +95,7 @@ def dry_run_of(
     sizes = [target.nbytes for target in pairing.targets]
     read = sum(sizes)
     gpus, told = _devices(device, read, is_dora=draft.is_dora)
-    at_a_time = _threads(pairing, threads)
+    at_a_time = _threads(pairing.targets, threads)
     bases = [
         basis_size(min(ranks[joint.rank_group], 128), (target.out, target.columns))
         for target, joint in zip(pairing.targets, draft.joints, strict=True)
@@ -142,14 +159,20 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
     with ExitStack() as stack:
         files = InputFiles(stamps)
         stack.callback(files.close)
-        differences, told = _differences(pairing, how, stack)
+        differences, told = differences_for(
+            pairing.targets, how.device, how.threads, how.settings.variant, stack
+        )
         settings = replace(how.settings, differences=differences)
-        spool = stack.enter_context(kept(output)) if how.resume else None
-        if spool is not None:
+        spool = how.done.spool if how.done is not None else None
+        if how.resume:
+            spool = stack.enter_context(kept(output))
             open_spool(spool, _run_key(draft, stamps, differences.device))
         found = decompose_all(pairing.targets, settings, files, spool, progress=how.progress)
         items = [*pairing.leftovers, *pairing.saved]
-        changes = leftover_changes(items, files, threads=how.threads)
+        if how.done is not None:
+            changes: Mapping[str, float] = how.done.changes
+        else:
+            changes = leftover_changes(items, files, threads=how.threads)
         leftovers, carried = _settle(pairing, changes, draft.tuned.tensors, carry=how.carries)
         modules |= {module.name: module for module in found if module.parts}
         if not modules and not carried:
@@ -206,6 +229,7 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
                     truncation, ((m.rank, m.squared_norm, m.squared_error) for m in results)
                 ),
                 *_notes(results, leftovers, how, draft.clamp),
+                *(how.done.notes if how.done is not None else ()),
             ),
         )
         if how.save_spectrum is not None:
@@ -213,16 +237,27 @@ def run(draft: Difference, pairing: Pairing, how: Extraction) -> ExtractReport:
     return report
 
 
-def _differences(
-    pairing: Pairing, how: Extraction, stack: ExitStack
+def differences_for(
+    targets: Sequence[Target],
+    device: str,
+    threads: int | None,
+    variant: str,
+    stack: ExitStack,
 ) -> tuple[Differences, tuple[str, ...]]:
-    """Return where differences are formed, and what to tell of the choice."""
-    sizes = [target.nbytes for target in pairing.targets]
-    is_dora = how.settings.variant == "dora"
-    gpus, told = _devices(how.device, sum(sizes), is_dora=is_dora)
+    """Return where differences are formed, and what to tell of the choice.
+
+    Args:
+        targets: What is to be decomposed.
+        device: As on the command line.
+        threads: Number of modules in work at a time.
+        variant: ``lora`` or ``dora``.
+        stack: What ends it.
+    """
+    sizes = [target.nbytes for target in targets]
+    gpus, told = _devices(device, sum(sizes), is_dora=variant == "dora")
     notes = (told,) if told else ()
     if not gpus:
-        return HostDifferences(_threads(pairing, how.threads)), notes
+        return HostDifferences(_threads(targets, threads)), notes
     from loratool.verbs.extraction.gpu import GpuDifferences
 
     return stack.enter_context(GpuDifferences(gpus)), notes
@@ -236,13 +271,13 @@ def _devices(name: str, nbytes: int, *, is_dora: bool) -> tuple[list[Any], str |
     return gpus, told
 
 
-def _threads(pairing: Pairing, wanted: int | None) -> int:
+def _threads(targets: Sequence[Target], wanted: int | None) -> int:
     """Return how many modules the processor has in work at a time."""
     if wanted is not None:
         return wanted
-    elements = [target.tuned.spec.elements // target.experts for target in pairing.targets]
+    elements = [target.tuned.spec.elements // target.experts for target in targets]
     most = max(2, MEMORY // (4 * max(elements, default=1)))
-    return min(most, usual_threads([target.nbytes for target in pairing.targets], None))
+    return min(most, usual_threads([target.nbytes for target in targets], None))
 
 
 def _left_out(module: Extracted) -> ModuleResult:

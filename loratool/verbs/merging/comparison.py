@@ -17,7 +17,7 @@ from loratool.files.checkpoint import is_index
 from loratool.files.gguf import COUNT, HEAD, GgufFile
 from loratool.files.json import parse_json
 from loratool.files.sources import size_of, whole
-from loratool.plan.history import RECORD_NAME
+from loratool.plan.history import RECORD_NAME, History
 from loratool.plan.model import ModelPlan, OutputFile
 from loratool.plan.outcome import Outcome
 from loratool.plan.record import read_record
@@ -48,17 +48,24 @@ def check_files(plan: ModelPlan, merged: Model) -> Iterator[Finding]:
     yield from _check_metadata(plan, merged)
 
 
-def check_record(plan: ModelPlan, merged: Model, outcome: Outcome) -> Iterator[Finding]:
-    """Yield that the record is of other inputs; names, options and the card are for people."""
-    path = merged.path / RECORD_NAME
-    if plan.history is None or not plan.is_folder or not path.is_file():
+def check_record(
+    history: History | None, folder: Path | None, outcome: Outcome
+) -> Iterator[Finding]:
+    """Yield that the record is of other inputs; names, options and the card are for people.
+
+    Args:
+        history: How the model should have come to be.
+        folder: Where it lies, if it is a folder.
+        outcome: The digests of the inputs.
+    """
+    if history is None or folder is None or not (folder / RECORD_NAME).is_file():
         return
     try:
-        record = read_record(merged.path)
+        record = read_record(folder)
     except LoratoolError as error:
         yield finding("LT111", RECORD_NAME, f"cannot be read: {error.what}")
         return
-    wanted = plan.history.document(outcome.digests)
+    wanted = history.document(outcome.digests)
     told = [(each.sha256, each.headers_sha256) for each in record.inputs]
     if record.command != wanted["command"] or told != [
         (each.get("sha256"), each.get("headers_sha256")) for each in wanted["inputs"]

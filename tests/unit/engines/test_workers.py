@@ -11,8 +11,8 @@ from concurrent.futures import CancelledError, wait
 
 import pytest
 
+from loratool.engines.workers import WorkerDiedError, Workers
 from loratool.errors import OptionError
-from loratool.jobs.workers import WorkerDiedError, Workers
 
 
 def test_calls_return_and_processes_are_used_again() -> None:

@@ -21,7 +21,10 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Final
 
-__all__ = ["WorkerDiedError", "Workers", "serve"]
+from loratool.engines.engine import Engine
+from loratool.engines.names import EngineName
+
+__all__ = ["WorkerDiedError", "Workers", "engine", "serve"]
 
 BLAS_THREADS: Final = (
     "OPENBLAS_NUM_THREADS",
@@ -34,9 +37,14 @@ GARBAGE: Final = 100_000
 """Objects between two searches for cycles; see the command line, which does the same."""
 PATIENCE: Final = 5.0
 """Seconds that a process has to clean up before it is killed."""
-START: Final = (
-    "import sys; sys.path[:] = {path!r}; from loratool.jobs.workers import serve; serve({number})"
-)
+AHEAD: Final = 4
+"""Calls that wait for each process."""
+START: Final = """\
+import sys
+sys.path[:] = {path!r}
+from loratool.engines.workers import serve
+serve({number})
+"""
 
 
 class WorkerDiedError(Exception):
@@ -199,6 +207,20 @@ class Workers(Executor):
         for process in processes:
             process.end(at_once=True)
         self.shutdown(cancel_futures=True)
+
+
+def engine(name: EngineName) -> Engine:
+    """Return processes of our own, as many as a name says; none of them is started yet."""
+    count = name.count or len(os.sched_getaffinity(0))
+    return Engine(name.kind, make=lambda: Workers(count), end=_end, most=AHEAD * count)
+
+
+def _end(executor: Executor, is_over: bool) -> None:
+    assert isinstance(executor, Workers)
+    if is_over:
+        executor.terminate()
+    else:
+        executor.shutdown()
 
 
 def serve(number: int) -> None:

@@ -1,0 +1,1 @@
+"""A job in parts that may be done in any order, anywhere, and more than once."""

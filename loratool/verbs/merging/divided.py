@@ -1,0 +1,216 @@
+"""A merge, or the comparison with one, whose parts are done by several workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+from loratool.adapter.findings import Finding, Findings
+from loratool.base.model import Model
+from loratool.errors import OutputError
+from loratool.files.atomic import check_output
+from loratool.files.places import located
+from loratool.files.sources import size_of
+from loratool.plan.model import ModelPlan
+from loratool.plan.record import is_recorded
+from loratool.shards.course import ShareReport
+from loratool.shards.division import Division
+from loratool.shards.driver import NO_PARTS, do_parts, records_of
+from loratool.shards.folder import PartsFolder
+from loratool.shards.job import Job, Settings
+from loratool.shards.model import finish_model, model_job
+from loratool.shards.records import differing_workers
+from loratool.shards.roots import Roots
+from loratool.verbs.merging.compared import compare_job, compared
+from loratool.verbs.merging.result import MergeReport
+
+__all__ = ["DividedMerge", "divided_comparison", "finished_comparison"]
+
+AnyPath = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class DividedMerge:
+    """A merge in parts.
+
+    Attributes:
+        planned: Plans it; not called to put together what is there.
+        base: The base, as it was named.
+        adapters: The adapters, as they were named.
+        output: Where the model goes.
+        force: Replace an existing output.
+        allow_nonfinite: Write NaN and infinity.
+        quantized: What becomes of quantised weights.
+        settings: How parts are done.
+        progress: Called with bytes done and bytes in all.
+    """
+
+    planned: Callable[[], ModelPlan]
+    base: AnyPath
+    adapters: Sequence[AnyPath]
+    output: Path
+    force: bool
+    allow_nonfinite: bool
+    quantized: str
+    settings: Settings
+    progress: Callable[[int, int], None] | None
+
+    def carry_out(self, division: Division) -> MergeReport | ShareReport:
+        """Do what the options say.
+
+        Raises:
+            LoratoolError: It cannot be done; parts that are done stay.
+        """
+        folder = PartsFolder(self.output)
+        if division.share is None and division.executor is None:
+            if not folder.plan_path.exists():
+                return self._finished_before(folder)
+            return self._finish(folder, division)
+        plan = self.planned()
+        report = MergeReport.of(plan, self.output)
+        if not folder.plan_path.exists() and self._is_finished(plan):
+            return replace(report, is_written=True, notes=(*report.notes, self._told_finished))
+        roots = self._places
+        told = {name: value for name, value in report.planned.items() if name != "steps"}
+        job = model_job(plan, self.output, roots, allow_nonfinite=self.allow_nonfinite, told=told)
+        self._check(plan, job, folder, division)
+        done = do_parts(
+            job,
+            division,
+            self.settings,
+            lambda: self._finish(folder, division),
+            self.progress,
+        )
+        if isinstance(done, ShareReport):
+            return replace(done, notes=(*report.notes, *done.notes))
+        return done
+
+    @property
+    def _places(self) -> Roots:
+        """Return where inputs lie."""
+        return _roots(self.base, self.adapters)
+
+    def _check(self, plan: ModelPlan, job: Job, folder: PartsFolder, division: Division) -> None:
+        """Make sure that the output may be written.
+
+        Raises:
+            OutputError: It may not.
+        """
+        done = sum(
+            part.size
+            for number, part in enumerate(job.parts, 1)
+            if folder.record(number, job.digest) is not None
+        )
+        share = division.share
+        count = share.count if share is not None and not share.is_auto else 1
+        check_output(
+            self.output,
+            force=self.force,
+            inputs=[plan.base, *map(located, self.adapters), *plan.inputs()],
+            needed=(plan.nbytes - done) // count,
+            names=[sidecar.name for sidecar in plan.others()],
+            folder=plan.is_folder,
+        )
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _finish(self, folder: PartsFolder, division: Division) -> MergeReport:
+        """Make the output of the parts.
+
+        Raises:
+            OutputError: Some are missing.
+        """
+        if not folder.made.is_dir() and self.output.exists():  # all but the clearing up is done
+            report = MergeReport.told(folder.plan().get("told") or {}, self.output)
+        else:
+            found = records_of(folder, "merge", waits=division.waits, progress=self.progress)
+            if found is None:
+                return self._finished_before(folder)
+            document, records = found
+            outcome, _ = finish_model(folder, document, records, self._places, force=self.force)
+            report = MergeReport.told(document.get("told") or {}, self.output).written(
+                outcome, quantized=self.quantized, notes=differing_workers(records)
+            )
+        folder.remove()
+        return replace(report, is_written=True)
+
+    def _finished_before(self, folder: PartsFolder) -> MergeReport:
+        """Return the report of a merge that was finished before.
+
+        Raises:
+            OutputError: It was not.
+        """
+        plan = self.planned()
+        if not self._is_finished(plan):
+            raise OutputError(
+                folder.path,
+                NO_PARTS,
+                hint="the same command with --shards auto makes them",
+            )
+        report = MergeReport.of(plan, self.output)
+        return replace(report, is_written=True, notes=(*report.notes, self._told_finished))
+
+    @property
+    def _told_finished(self) -> str:
+        return f"{self.output} was finished before, of the same inputs and with the same options"
+
+    def _is_finished(self, plan: ModelPlan) -> bool:
+        """Whether the output is there, and says that it was made so."""
+        paths = [self.output / file.name if plan.is_folder else self.output for file in plan.files]
+        is_whole = all(
+            path.is_file() and size_of(path) == file.size
+            for path, file in zip(paths, plan.files, strict=True)
+        )
+        return is_whole and plan.history is not None and is_recorded(self.output, plan.history)
+
+
+def _roots(base: AnyPath, adapters: Sequence[AnyPath], **more: AnyPath) -> Roots:
+    named = {"base": base} | {f"adapter {number}": path for number, path in enumerate(adapters)}
+    return Roots.of(named | more)
+
+
+def divided_comparison(
+    plan: ModelPlan,
+    merged: Model,
+    found: Sequence[Finding],
+    base: AnyPath,
+    adapters: Sequence[AnyPath],
+    division: Division,
+    settings: Settings,
+    progress: Callable[[int, int], None] | None,
+) -> Findings | ShareReport:
+    """Compare a model with a plan in parts; see :func:`loratool.verbs.verify.verify`.
+
+    Raises:
+        LoratoolError: It cannot be done; parts that are done stay.
+    """
+    roots = _roots(base, adapters, merged=merged.path)
+    job = compare_job(plan, merged.path, merged.raw, found, roots)
+
+    def finish() -> Findings:
+        return finished_comparison(merged.path, waits=division.waits, progress=progress)
+
+    return do_parts(job, division, settings, finish, progress)
+
+
+def finished_comparison(
+    merged: Path,
+    *,
+    waits: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Findings:
+    """Return what was found in all parts of a model.
+
+    Raises:
+        OutputError: Parts are missing.
+    """
+    folder = PartsFolder(merged)
+    found = records_of(folder, "verify", waits=waits, progress=progress)
+    if found is None:
+        raise OutputError(folder.path, "was finished by another process, which tells what it found")
+    document, records = found
+    findings = compared(document, records)
+    folder.remove()
+    return findings
