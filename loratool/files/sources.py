@@ -26,6 +26,7 @@ __all__ = [
     "fetch_unranged",
     "forget",
     "is_stand_in",
+    "is_stood_for",
     "listeners",
     "opened",
     "ranged",
@@ -154,6 +155,12 @@ def forget(paths: Iterable[Path]) -> None:
     """Let paths stand for nothing any more."""
     for path in paths:
         _sources.pop(path, None)
+
+
+def is_stood_for(path: Path, source: Source) -> bool:
+    """Whether a path stands for a file already that has the bytes of another one, or none tell."""
+    known = _sources.get(path)
+    return known is not None and (known.mark, known.size) == (source.mark, source.size)
 
 
 def is_stand_in(path: Path) -> bool:

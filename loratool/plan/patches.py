@@ -55,6 +55,11 @@ class Patch:
         """Return the weight as it is stored."""
         return stored_tensors(self.step.source)
 
+    @property
+    def written(self) -> Iterable[Spot]:
+        """What it writes."""
+        return (self.spot,)
+
     def prepare(self) -> None:
         """Load numpy, and the kernel."""
         import loratool.plan.block  # noqa: F401

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from loratool.files.atomic import check_output, staged, sync_file
 from loratool.files.inputs import Stamp
 from loratool.files.sources import fetch
+from loratool.files.targets import target_of
 from loratool.plan.digests import digest_tasks
 from loratool.plan.history import History
 from loratool.plan.outcome import Outcome
@@ -158,6 +159,23 @@ def write(
         names=[sidecar.name for sidecar in (*plan.beside(), *plan.telling(Outcome()))],
         folder=plan.is_folder,
     )
+    if target_of(output) is not None:
+        from loratool.plan.upload import is_streamed, upload
+
+        outcome = Outcome()
+        works = _works(plan, outcome)
+        if is_streamed(works):
+            return upload(
+                plan,
+                works,
+                outcome,
+                output,
+                force=force,
+                allow_nonfinite=allow_nonfinite,
+                device=device,
+                threads=threads,
+                progress=progress,
+            )
     sync = sync or plan.nbytes < SYNC_BELOW
     with staged(output, folder=plan.is_folder, force=force, sync=sync) as place:
         return write_at(

@@ -56,6 +56,8 @@ class Steps:
 
     nbytes = effort = 10
 
+    written = ()
+
     def reads(self) -> tuple[()]:
         return ()
 
