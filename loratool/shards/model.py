@@ -447,7 +447,7 @@ def finish_model(
     roots: Roots,
     *,
     force: bool,
-) -> tuple[Outcome, bool]:
+) -> Outcome:
     """Make the output of its parts, all of which are there.
 
     Args:
@@ -458,7 +458,7 @@ def finish_model(
         force: Replace an existing output.
 
     Returns:
-        What was found, and whether this process made the output, or another one.
+        What was found.
 
     Raises:
         LoratoolError: It is not to be kept, or cannot be written.
@@ -478,7 +478,8 @@ def finish_model(
         plan = closing.plan
         for sidecar in sorted((*plan.beside(), *plan.telling(outcome)), key=_is_late):
             folder.add(partial(write_sidecar, sidecar), sidecar.name)
-    return outcome, folder.publish(folder=plan.is_folder, force=force)
+    folder.publish(folder=plan.is_folder, force=force)
+    return outcome
 
 
 def _is_late(sidecar: Sidecar) -> bool:
