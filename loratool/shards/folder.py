@@ -311,6 +311,31 @@ class PartsFolder:
 
     # -- the end --------------------------------------------------------------------------------
 
+    @contextmanager
+    def bench(self) -> Iterator[Path]:
+        """Give a folder of this process's own to write in; there is none once somebody finished.
+
+        Raises:
+            FileNotFoundError: Somebody has.
+        """
+        place = self.work / f"{worker_name()}.{os.urandom(3).hex()}"
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def keep(self, path: Path, name: str) -> None:
+        """Let a file that is whole be one of what was made.
+
+        Args:
+            path: Where it was written.
+            name: Its name, with the folders that it lies in.
+        """
+        for parent in [*Path(name).parents][-2::-1]:
+            (self.made / parent).mkdir(exist_ok=True)  # not what they lie in, which may be gone
+        path.replace(self.made / name)
+
     def add(self, write: Callable[[Path], None], name: str) -> None:
         """Add a small file to what was made, whole or not at all.
 
@@ -318,16 +343,10 @@ class PartsFolder:
             write: Writes it into a folder, under its name.
             name: Its name.
         """
-        place = self.work / f"{worker_name()}.{os.urandom(3).hex()}"
-        place.mkdir()
-        try:
+        with self.bench() as place:
             write(place)
             sync_file(place / name)
-            target = self.made / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (place / name).replace(target)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+            self.keep(place / name, name)
 
     @contextmanager
     def finishing(self) -> Iterator[Claim | None]:

@@ -184,7 +184,7 @@ def carry_out(
         return known
     with folder.writing():
         claim = _claimed(folder, task.number)
-    if claim is None and alone:
+    if claim is None and (alone or not folder.plan_path.exists()):
         return None
 
     def tell(done: int, total: int) -> None:

@@ -184,7 +184,12 @@ def divided_extraction(
 
     if not folder.plan_path.exists() and is_recorded(job.output, draft.history):
         return finished()
-    check_output(job.output, force=how.force, inputs=[draft.base.path, draft.tuned.path])
+    try:
+        check_output(job.output, force=how.force, inputs=[draft.base.path, draft.tuned.path])
+    except OutputExistsError:
+        if not is_recorded(job.output, draft.history):
+            raise
+        return finished()  # a moment ago
     if division.share is None and division.executor is None:
         return finish()
     manner = Manner(how.device, how.threads)

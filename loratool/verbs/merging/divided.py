@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratool.adapter.findings import Finding, Findings
 from loratool.base.model import Model
-from loratool.errors import OutputError
+from loratool.errors import OutputError, OutputExistsError
 from loratool.files.atomic import check_output
 from loratool.files.places import located
 from loratool.files.sources import size_of
@@ -73,7 +73,12 @@ class DividedMerge:
         roots = self._places
         told = {name: value for name, value in report.planned.items() if name != "steps"}
         job = model_job(plan, self.output, roots, allow_nonfinite=self.allow_nonfinite, told=told)
-        self._check(plan, job, folder, division)
+        try:
+            self._check(plan, job, folder, division)
+        except OutputExistsError:
+            if not self._is_finished(plan):
+                raise
+            return self._finished_before(folder)  # a moment ago
         done = do_parts(
             job,
             division,
