@@ -25,6 +25,7 @@ __all__ = [
     "forget_stand_ins",
     "hub_as_json",
     "in_cache",
+    "is_elsewhere",
     "located",
     "on_the_hub",
     "origin_of",
@@ -304,6 +305,11 @@ def _root() -> Path:
         _roots.append(Path(tempfile.mkdtemp(prefix=PREFIX)))
         atexit.register(forget_stand_ins)
     return _roots[0]
+
+
+def is_elsewhere(path: Path) -> bool:
+    """Whether a path stands for something that is in a store or on the hub."""
+    return any(path.is_relative_to(root) for root in _roots)
 
 
 def forget_stand_ins() -> None:

@@ -54,9 +54,10 @@ class Sidecar:
 
 def files_read(weights: Iterable[Path], sidecars: Iterable[Sidecar]) -> Iterator[Path]:
     """Yield weights, what may have been read beside them (configurations, indices), sidecars."""
-    for file in weights:
-        yield file
-        for path in sorted(file.parent.iterdir()):
+    files = list(weights)
+    yield from files
+    for folder in dict.fromkeys(file.parent for file in files):
+        for path in sorted(folder.iterdir()):
             if path.suffix in (".json", ".npy", ".yaml", ".yml") and path.is_file():
                 yield path
     yield from (sidecar.source for sidecar in sidecars if sidecar.source is not None)

@@ -12,15 +12,13 @@ from loratool.display.document import Document, Lines
 from loratool.display.figures import human_bytes
 from loratool.display.shown import Shown
 from loratool.shards.dealing import Share, dealt, longest_first
-from loratool.shards.folder import PartsFolder
+from loratool.shards.folder import STALE, PartsFolder
 from loratool.shards.job import Job, Settings, carry_out
 from loratool.shards.records import missing_parts
 
 __all__ = ["ShareReport", "do_share"]
 
 Progress = Callable[[int, int], None]
-STALE: Final = 600.0
-"""Seconds without a sign of life after which a part is taken over."""
 POLL: Final = 1.0
 
 
@@ -122,6 +120,8 @@ def do_share(
         parts += 1
         done += sizes[index]
     left = missing_parts(folder, job.document)
+    if not folder.plan_path.exists():  # somebody has finished
+        left = []
     return ShareReport(
         job.verb,
         job.output,
@@ -142,7 +142,7 @@ def _free(job: Job, folder: PartsFolder, *, waits: bool) -> Iterator[int]:
     """
     order = longest_first(job.sizes)
     seen: dict[int, tuple[int, float]] = {}
-    while True:
+    while folder.plan_path.exists():  # else somebody has finished
         is_any = False
         open_parts = [n for n in order if folder.record(n + 1, job.digest) is None]
         for index in open_parts:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
-from loratool.errors import OutputError
+from loratool.errors import OptionError, OutputError
+from loratool.files.places import is_elsewhere
+from loratool.files.targets import target_of
 from loratool.shards.course import ShareReport, do_share
 from loratool.shards.division import Division
 from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
 from loratool.shards.records import all_records, wait_for_parts
 
-__all__ = ["NO_PARTS", "do_parts", "records_of"]
+__all__ = ["NO_PARTS", "check_on_disk", "do_parts", "records_of"]
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
 NO_PARTS = "there are no parts to finish"
+
+
+def check_on_disk(output: Path) -> None:
+    """Make sure that parts of an output have a folder to come together in.
+
+    Raises:
+        OptionError: It is in a store, or on the hub.
+    """
+    if target_of(output) is not None or is_elsewhere(output):
+        raise OptionError(
+            "--shards, --finish, --resume and --executor",
+            "parts come together beside the output, and that is on no disk",
+            hint="name a folder that all workers reach, and copy the result",
+        )
 
 
 def do_parts(
@@ -25,13 +42,26 @@ def do_parts(
     settings: Settings,
     finish: Callable[[], Result],
     progress: Progress | None,
+    *,
+    replaces: bool = True,
 ) -> Result | ShareReport:
     """Do what the options say of a job, and finish it where they say that.
+
+    Args:
+        job: The job.
+        division: What the options say.
+        settings: How parts are done.
+        finish: Puts the parts together, or finds out that somebody else has.
+        progress: Called with bytes done and bytes in all.
+        replaces: Whether there may be something in the place of the output.
 
     Raises:
         LoratoolError: A part cannot be done; what is done stays.
     """
-    PartsFolder(job.output).begin(job.document)
+    folder = PartsFolder(job.output)
+    if folder.begin(job.document) and not replaces and folder.output.exists():
+        folder.remove()  # somebody has finished a moment ago
+        return finish()
     if division.share is None:
         from loratool.shards.engine import do_all
 
@@ -44,18 +74,16 @@ def do_parts(
 
 
 def records_of(
-    folder: PartsFolder, verb: str, *, waits: bool, progress: Progress | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    folder: PartsFolder, verb: str, *, waits: bool = False, progress: Progress | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the plan in a folder, and the records of all parts.
 
     Args:
         folder: The folder.
         verb: The command that it is to be of.
-        waits: Whether to wait for parts that are missing.
+        waits: Whether to wait for parts that are missing, or until another process has finished;
+            then there may be no records.
         progress: Called with bytes done and bytes in all.
-
-    Returns:
-        ``None`` where another process has finished meanwhile.
 
     Raises:
         OutputError: There are none, parts are missing, or they are of another command.
@@ -69,6 +97,6 @@ def records_of(
         raise OutputError(folder.path, f"holds parts of {document.get('verb')!r:.30}")
     if waits:
         wait_for_parts(folder, document, progress)
-        if not folder.plan_path.exists():
-            return None
+    if not folder.plan_path.exists():
+        return document, []
     return document, all_records(folder, document)

@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.errors import FileFormatError, OutputError, OutputExistsError
+from loratool.errors import FileFormatError, LoratoolError, OutputExistsError
 from loratool.files.atomic import publish, sync_file
 from loratool.files.json import parse_json, read_json_object
 from loratool.files.transfer import describe_write_error
 
-__all__ = ["PLAN_VERSION", "SUFFIX", "Claim", "PartsFolder", "worker_name"]
+__all__ = ["PLAN_VERSION", "STALE", "SUFFIX", "Claim", "PartsFolder", "worker_name"]
 
 SUFFIX: Final = ".loratool-parts"
 PLAN_VERSION: Final = 1
@@ -39,9 +39,9 @@ PLAN_VERSION: Final = 1
 BEAT: Final = 2.0
 """Seconds between two signs of life."""
 FINISH: Final = 0
-"""In place of the number of a part, which begin at 1: of the renaming at the end."""
-PATIENCE: Final = 60.0
-"""Seconds that renaming takes at most."""
+"""In place of the number of a part, which begin at 1: of what is done at the end."""
+STALE: Final = 600.0
+"""Seconds without a sign of life after which what somebody does is taken over."""
 ATTEMPTS: Final = 50
 PAUSE: Final = 0.1
 
@@ -146,7 +146,7 @@ class PartsFolder:
         try:
             yield
         except OSError as error:
-            if isinstance(error, OutputError):
+            if isinstance(error, LoratoolError):
                 raise
             raise describe_write_error(self.path, error) from None
 
@@ -284,6 +284,10 @@ class PartsFolder:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
             except FileExistsError:
                 return None
+            except FileNotFoundError:
+                if self.plan_path.exists():
+                    raise
+                return None  # somebody has finished
             try:
                 os.write(descriptor, head)
             finally:
@@ -307,6 +311,31 @@ class PartsFolder:
 
     # -- the end --------------------------------------------------------------------------------
 
+    @contextmanager
+    def bench(self) -> Iterator[Path]:
+        """Give a folder of this process's own to write in; there is none once somebody finished.
+
+        Raises:
+            FileNotFoundError: Somebody has.
+        """
+        place = self.work / f"{worker_name()}.{os.urandom(3).hex()}"
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def keep(self, path: Path, name: str) -> None:
+        """Let a file that is whole be one of what was made.
+
+        Args:
+            path: Where it was written.
+            name: Its name, with the folders that it lies in.
+        """
+        for parent in [*Path(name).parents][-2::-1]:
+            (self.made / parent).mkdir(exist_ok=True)  # not what they lie in, which may be gone
+        path.replace(self.made / name)
+
     def add(self, write: Callable[[Path], None], name: str) -> None:
         """Add a small file to what was made, whole or not at all.
 
@@ -314,43 +343,54 @@ class PartsFolder:
             write: Writes it into a folder, under its name.
             name: Its name.
         """
-        place = self.work / f"{worker_name()}.{os.urandom(3).hex()}"
-        place.mkdir()
-        try:
+        with self.bench() as place:
             write(place)
             sync_file(place / name)
-            target = self.made / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (place / name).replace(target)
+            self.keep(place / name, name)
+
+    @contextmanager
+    def finishing(self) -> Iterator[Claim | None]:
+        """Let one process at a time make the output of the parts.
+
+        Yields:
+            ``None`` where another has finished, and there are no parts any more.
+        """
+        seen, since = -1, time.monotonic()
+        claim = None
+        while self.plan_path.exists() and (claim := self.claim(FINISH)) is None:
+            other = self.claimed(FINISH)
+            if other is not None and other.size != seen:
+                seen, since = other.size, time.monotonic()
+            if other is not None and (other.is_dead or time.monotonic() - since > STALE):
+                self.take_over(FINISH)
+            else:
+                time.sleep(PAUSE)
+        try:
+            yield claim
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            if claim is not None:
+                self.release(claim)
 
-    def publish(self, *, folder: bool, force: bool) -> bool:
-        """Let what was made be the output; of several who try one does.
-
-        Returns:
-            Whether it was this one.
+    def publish(self, *, folder: bool, force: bool) -> None:
+        """Let what was made be the output.
 
         Raises:
             OutputError: It cannot be renamed, or something is there.
         """
+        self._finishing.touch()
         source = self.made if folder else self.made / self.output.name
-        begun = time.monotonic()
-        while (claim := self.claim(FINISH)) is None:
-            other = self.claimed(FINISH)
-            if not source.exists():
-                return False
-            if (other is not None and other.is_dead) or time.monotonic() - begun > PATIENCE:
-                self.take_over(FINISH)
-            time.sleep(PAUSE)
-        try:
-            if not source.exists():
-                return False
-            with self.writing():
-                publish(source, self.output, force=force)
-        finally:
-            self.release(claim)
-        return True
+        with self.writing():
+            publish(source, self.output, force=force)
+
+    @property
+    def _finishing(self) -> Path:
+        """A file that says that all parts were there, and only the renaming is left."""
+        return self._records / "finishing"
+
+    def is_published(self, *, folder: bool) -> bool:
+        """Whether what was made is the output by now, and only this folder is left."""
+        source = self.made if folder else self.made / self.output.name
+        return self._finishing.exists() and not source.exists() and self.output.exists()
 
     def remove(self) -> None:
         """Remove the folder, at once for all who look."""

@@ -172,7 +172,8 @@ def carry_out(
         work: What does it.
         task: The part.
         beat: Called with how many bytes are done, and of how many.
-        alone: Whether to leave it to somebody else who is at it; then there is no record.
+        alone: Whether to leave it to somebody else who is at it; then there is no record, as
+            where somebody else has finished all of it meanwhile.
 
     Raises:
         LoratoolError: It cannot be done; the folder tells why.
@@ -183,7 +184,7 @@ def carry_out(
         return known
     with folder.writing():
         claim = _claimed(folder, task.number)
-    if claim is None and alone:
+    if claim is None and (alone or not folder.plan_path.exists()):
         return None
 
     def tell(done: int, total: int) -> None:
@@ -208,6 +209,8 @@ def carry_out(
             folder.write_record(task.number, record)
         return record
     except LoratoolError as error:
+        if not folder.plan_path.exists():
+            return None
         failure = {"error": error.as_json(), "part": task.number, "name": task.name}
         folder.write_failure(task.number, {**failure, "host": socket.gethostname()})
         raise

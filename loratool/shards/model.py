@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from loratool.plan.model import ModelPlan, OutputFile, Step, refuse_empty, task_
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork, RunResult, joined_ranges, write_files
 from loratool.plan.sidecar import Sidecar, write_sidecar
-from loratool.shards.folder import PartsFolder, worker_name
+from loratool.shards.folder import PartsFolder
 from loratool.shards.forms import as_form, from_form
 from loratool.shards.job import Job, Part, Task
 from loratool.shards.roots import Mark, Roots, check_marks, mark_of
@@ -329,23 +328,16 @@ def write_part(task: Task) -> Mapping[str, Any]:
     part, stamps = opened_part(task)
     assert isinstance(part, ModelPart)
     folder, outcome = task.folder, Outcome()
-    mine = f"{worker_name()}.{os.urandom(3).hex()}.part"
-    names = [shared_name(f.name) if part.is_shared else f"{f.name}.{mine}" for f in part.files]
-    paths = [folder.work / name for name in names]
-    try:
-        with folder.writing():
-            outcome.weights = _write(part, paths, stamps, outcome, task, task.settings.device)
-            for file, path in zip(part.files, paths, strict=True):
-                if file.sealed is not None:
-                    file.sealed.seal(outcome, path)
-                sync_file(path)
-                if not part.is_shared:
-                    target = folder.made / file.name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    path.replace(target)
-    finally:
-        for path in () if part.is_shared else paths:
-            path.unlink(missing_ok=True)
+    with folder.writing(), folder.bench() as place:
+        names = [shared_name(f.name) if part.is_shared else f.name for f in part.files]
+        paths = [(folder.work if part.is_shared else place) / name for name in names]
+        outcome.weights = _write(part, paths, stamps, outcome, task, task.settings.device)
+        for file, path in zip(part.files, paths, strict=True):
+            if file.sealed is not None:
+                file.sealed.seal(outcome, path)
+            sync_file(path)
+            if not part.is_shared:
+                folder.keep(path, file.name)
     sizes = {shared_name(f.name) if part.is_shared else f.name: f.size for f in part.files}
     roots = Roots(dict(task.roots))
     return {
@@ -447,7 +439,7 @@ def finish_model(
     roots: Roots,
     *,
     force: bool,
-) -> tuple[Outcome, bool]:
+) -> Outcome:
     """Make the output of its parts, all of which are there.
 
     Args:
@@ -458,7 +450,7 @@ def finish_model(
         force: Replace an existing output.
 
     Returns:
-        What was found, and whether this process made the output, or another one.
+        What was found.
 
     Raises:
         LoratoolError: It is not to be kept, or cannot be written.
@@ -471,14 +463,13 @@ def finish_model(
     refuse_empty(closing.adapters, outcome, is_changed=closing.is_changed)
     with folder.writing():
         for name in closing.shared:
-            target = folder.made / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # another has
-                (folder.work / shared_name(name)).rename(target)
+            with suppress(FileNotFoundError):  # it was done before
+                folder.keep(folder.work / shared_name(name), name)
         plan = closing.plan
         for sidecar in sorted((*plan.beside(), *plan.telling(outcome)), key=_is_late):
             folder.add(partial(write_sidecar, sidecar), sidecar.name)
-    return outcome, folder.publish(folder=plan.is_folder, force=force)
+    folder.publish(folder=plan.is_folder, force=force)
+    return outcome
 
 
 def _is_late(sidecar: Sidecar) -> bool:

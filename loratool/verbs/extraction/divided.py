@@ -15,8 +15,8 @@ from loratool.files.inputs import InputFiles
 from loratool.plan.record import is_recorded
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division
-from loratool.shards.driver import do_parts, records_of
-from loratool.shards.folder import PartsFolder
+from loratool.shards.driver import check_on_disk, do_parts, records_of
+from loratool.shards.folder import Claim, PartsFolder
 from loratool.shards.job import Job, Part, Task
 from loratool.shards.job import Settings as Manner
 from loratool.shards.model import CUT_BYTES, marked_form, opened_part
@@ -149,6 +149,7 @@ def divided_extraction(
     Raises:
         LoratoolError: It cannot be done; parts that are done stay.
     """
+    check_on_disk(draft.options.output)
     job = extract_job(draft, pairing, how.settings, roots)
     folder = PartsFolder(job.output)
 
@@ -156,23 +157,41 @@ def divided_extraction(
         return StatusReport(job.output, None, job.verb)
 
     def finish() -> ExtractReport | StatusReport:
-        found = records_of(folder, job.verb, waits=division.waits, progress=how.progress)
-        if found is None:
+        if not folder.plan_path.exists() and is_recorded(job.output, draft.history):
             return finished()
-        document, records = found
+        records_of(folder, job.verb, waits=division.waits, progress=how.progress)
+        with folder.finishing() as claim:
+            if claim is None:
+                return finished()
+            return made(claim)
+
+    def made(claim: Claim) -> ExtractReport:
+        document, records = records_of(folder, job.verb)
         if document["digest"] != job.digest:
             raise OutputExistsError(
                 folder.path, "holds parts of an output of other inputs or options", hint=HINT
             )
         changes = {name: value for each in records for name, value in each["changes"].items()}
         done = Done(folder.made, changes, tuple(differing_workers(records)))
-        report = run(draft, pairing, replace(how, done=done))
+
+        def tell(bytes_done: int, total: int) -> None:
+            claim.beat(bytes_done)
+            if how.progress is not None:
+                how.progress(bytes_done, total)
+
+        report = run(draft, pairing, replace(how, done=done, progress=tell))
         folder.remove()
         return report
 
     if not folder.plan_path.exists() and is_recorded(job.output, draft.history):
         return finished()
-    check_output(job.output, force=how.force, inputs=[draft.base.path, draft.tuned.path])
+    try:
+        check_output(job.output, force=how.force, inputs=[draft.base.path, draft.tuned.path])
+    except OutputExistsError:
+        if not is_recorded(job.output, draft.history):
+            raise
+        return finished()  # a moment ago
     if division.share is None and division.executor is None:
         return finish()
-    return do_parts(job, division, Manner(how.device, how.threads), finish, how.progress)
+    manner = Manner(how.device, how.threads)
+    return do_parts(job, division, manner, finish, how.progress, replaces=how.force)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratool.adapter.findings import Finding, Findings
 from loratool.base.model import Model
-from loratool.errors import OutputError
+from loratool.errors import OutputError, OutputExistsError
 from loratool.files.atomic import check_output
 from loratool.files.places import located
 from loratool.files.sources import size_of
@@ -17,7 +17,7 @@ from loratool.plan.model import ModelPlan
 from loratool.plan.record import is_recorded
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division
-from loratool.shards.driver import NO_PARTS, do_parts, records_of
+from loratool.shards.driver import NO_PARTS, check_on_disk, do_parts, records_of
 from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
 from loratool.shards.model import finish_model, model_job
@@ -63,10 +63,9 @@ class DividedMerge:
         Raises:
             LoratoolError: It cannot be done; parts that are done stay.
         """
+        check_on_disk(self.output)
         folder = PartsFolder(self.output)
-        if division.share is None and division.executor is None:
-            if not folder.plan_path.exists():
-                return self._finished_before(folder)
+        if self._is_published(folder) or (division.share is None and division.executor is None):
             return self._finish(folder, division)
         plan = self.planned()
         report = MergeReport.of(plan, self.output)
@@ -75,13 +74,19 @@ class DividedMerge:
         roots = self._places
         told = {name: value for name, value in report.planned.items() if name != "steps"}
         job = model_job(plan, self.output, roots, allow_nonfinite=self.allow_nonfinite, told=told)
-        self._check(plan, job, folder, division)
+        try:
+            self._check(plan, job, folder, division)
+        except OutputExistsError:
+            if not self._is_finished(plan):
+                raise
+            return self._finished_before(folder)  # a moment ago
         done = do_parts(
             job,
             division,
             self.settings,
             lambda: self._finish(folder, division),
             self.progress,
+            replaces=self.force,
         )
         if isinstance(done, ShareReport):
             return replace(done, notes=(*report.notes, *done.notes))
@@ -122,19 +127,32 @@ class DividedMerge:
         Raises:
             OutputError: Some are missing.
         """
-        if not folder.made.is_dir() and self.output.exists():  # all but the clearing up is done
-            report = MergeReport.told(folder.plan().get("told") or {}, self.output)
-        else:
-            found = records_of(folder, "merge", waits=division.waits, progress=self.progress)
-            if found is None:
+        if folder.plan_path.exists() and not self._is_published(folder):
+            records_of(folder, "merge", waits=division.waits, progress=self.progress)
+        with folder.finishing() as claim:
+            if claim is None:
                 return self._finished_before(folder)
-            document, records = found
-            outcome, _ = finish_model(folder, document, records, self._places, force=self.force)
-            report = MergeReport.told(document.get("told") or {}, self.output).written(
-                outcome, quantized=self.quantized, notes=differing_workers(records)
-            )
-        folder.remove()
-        return replace(report, is_written=True)
+            if self._is_published(folder):
+                report = MergeReport.told(folder.plan().get("told") or {}, self.output)
+                report = replace(report, is_written=True)
+            else:
+                report = self._made(folder)
+            folder.remove()
+        return report
+
+    def _made(self, folder: PartsFolder) -> MergeReport:
+        """Make the output of all parts."""
+        document, records = records_of(folder, "merge")
+        outcome = finish_model(folder, document, records, self._places, force=self.force)
+        report = MergeReport.told(document.get("told") or {}, self.output)
+        notes = differing_workers(records)
+        return report.written(outcome, quantized=self.quantized, notes=notes)
+
+    def _is_published(self, folder: PartsFolder) -> bool:
+        """Whether nothing is left to do but to clear up."""
+        return folder.plan_path.exists() and folder.is_published(
+            folder=bool(folder.plan().get("folder"))
+        )
 
     def _finished_before(self, folder: PartsFolder) -> MergeReport:
         """Return the report of a merge that was finished before.
@@ -186,6 +204,7 @@ def divided_comparison(
     Raises:
         LoratoolError: It cannot be done; parts that are done stay.
     """
+    check_on_disk(merged.path)
     roots = _roots(base, adapters, merged=merged.path)
     job = compare_job(plan, merged.path, merged.raw, found, roots)
 
@@ -206,11 +225,12 @@ def finished_comparison(
     Raises:
         OutputError: Parts are missing.
     """
+    check_on_disk(merged)
     folder = PartsFolder(merged)
-    found = records_of(folder, "verify", waits=waits, progress=progress)
-    if found is None:
-        raise OutputError(folder.path, "was finished by another process, which tells what it found")
-    document, records = found
-    findings = compared(document, records)
-    folder.remove()
+    records_of(folder, "verify", waits=waits, progress=progress)
+    with folder.finishing() as claim:
+        if claim is None:
+            raise OutputError(folder.path, "was finished by another process, which tells of it")
+        findings = compared(*records_of(folder, "verify"))
+        folder.remove()
     return findings
