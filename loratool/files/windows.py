@@ -38,6 +38,7 @@ class _Window:
         place: Which of all windows it is, in the order of reading.
         data: They, or what will bring them; ``None`` before, and once they are forgotten.
         left: How many of them nobody has read.
+        passes: How often all of them were read.
         used: When they were read last, in reads of any window.
     """
 
@@ -47,6 +48,7 @@ class _Window:
     place: int
     data: Future[bytes | memoryview] | None = None
     left: int = 0
+    passes: int = 0
     used: int = 0
 
     @property
@@ -137,6 +139,7 @@ class Windows:
             if window is not None:
                 with self._lock:
                     window.left -= stop - offset
+                    window.passes += window.left == 0
             view, offset = view[stop - offset :], stop
 
     def _at(self, source: Source, offset: int, stop: int) -> tuple[_Window | None, int]:
@@ -168,12 +171,15 @@ class Windows:
             raise
 
     def _ask_ahead(self, window: _Window) -> None:
-        """Ask for the windows after one, as many as may be on their way at a time."""
+        """Ask for the windows after one, as many as may be on their way at a time.
+
+        Those that have been read more often than it, by another thread, are behind and not ahead.
+        """
         on_way = sum(1 for each in self._held.values() if each.data and not each.data.done())
         for each in self._order[window.place + 1 : window.place + 1 + AT_ONCE]:
             if on_way >= AT_ONCE:
                 return
-            if each.data is None:
+            if each.data is None and each.passes <= window.passes:
                 if not self._make_room(each.size, AHEAD_BYTES, only_read=True):
                     return
                 self._ask(each)
