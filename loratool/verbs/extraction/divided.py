@@ -190,7 +190,8 @@ def divided_extraction(
     except OutputExistsError:
         if not is_recorded(job.output, draft.history):
             raise
-        return finished()  # a moment ago
+        folder.remove()  # which only whoever finished did not come to
+        return finished()
     if division.share is None and division.executor is None:
         return finish()
     manner = Manner(how.device, how.threads)
