@@ -17,7 +17,7 @@ from loratool.plan.model import ModelPlan
 from loratool.plan.record import is_recorded
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division
-from loratool.shards.driver import NO_PARTS, do_parts, records_of
+from loratool.shards.driver import NO_PARTS, check_on_disk, do_parts, records_of
 from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
 from loratool.shards.model import finish_model, model_job
@@ -63,6 +63,7 @@ class DividedMerge:
         Raises:
             LoratoolError: It cannot be done; parts that are done stay.
         """
+        check_on_disk(self.output)
         folder = PartsFolder(self.output)
         if self._is_published(folder) or (division.share is None and division.executor is None):
             return self._finish(folder, division)
@@ -203,6 +204,7 @@ def divided_comparison(
     Raises:
         LoratoolError: It cannot be done; parts that are done stay.
     """
+    check_on_disk(merged.path)
     roots = _roots(base, adapters, merged=merged.path)
     job = compare_job(plan, merged.path, merged.raw, found, roots)
 
@@ -223,6 +225,7 @@ def finished_comparison(
     Raises:
         OutputError: Parts are missing.
     """
+    check_on_disk(merged)
     folder = PartsFolder(merged)
     records_of(folder, "verify", waits=waits, progress=progress)
     with folder.finishing() as claim:
