@@ -265,15 +265,16 @@ class ObjectFile(Ranged):
         with explained(self.name):
             self._check(obstore.head(self.store.store, self.path))
 
-    def get(self, start: int, stop: int) -> bytes:
+    def get(self, start: int, stop: int) -> bytes | memoryview:
         """See :class:`Ranged`."""
         from obstore.exceptions import GenericError, NotSupportedError
 
         if self.local is not None:
             return self._kept_bytes(start, stop)
+        data: bytes | memoryview
         with explained(self.name):
             try:
-                data = bytes(self._asked(range=(start, stop)).bytes())
+                data = memoryview(self._asked(range=(start, stop)).bytes())
             except (GenericError, NotSupportedError):
                 if self.store.address.is_listed:
                     raise
