@@ -228,6 +228,10 @@ def kept(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: Another process uses it, or it cannot be written.
     """
+    if target_of(path) is not None:
+        raise OutputError(
+            path, "is in a store, where nothing half done is kept", hint="leave out --resume"
+        )
     path = path.absolute()
     folder = path.parent / _hidden(path, KEPT_MARK)
     try:

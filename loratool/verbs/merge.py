@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 
 from loratool.files.places import located
@@ -10,6 +11,7 @@ from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
 from loratool.plan.model import ModelPlan
 from loratool.plan.plan import write
+from loratool.plan.traffic import traffic_of
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division, Executors
 from loratool.shards.job import Settings
@@ -129,7 +131,7 @@ def merge(
     plan = planned()
     report = MergeReport.of(plan, output)
     if dry_run:
-        return report
+        return replace(report, traffic=traffic_of(plan, output))
     outcome = write(
         plan,
         output,

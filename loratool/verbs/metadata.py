@@ -15,7 +15,7 @@ from loratool.base.model import open_model
 from loratool.display.document import Block, Column, Document, Facts, Lines, Table
 from loratool.display.figures import human_bytes
 from loratool.display.shown import Shown
-from loratool.errors import AdapterError, OptionError, OutputError, UnsupportedError
+from loratool.errors import AdapterError, OptionError, OutputError, UnsupportedError, spoken
 from loratool.files.atomic import check_output, staged, sync_file
 from loratool.files.container import Telling, WeightsFile
 from loratool.files.containers import container_of, open_weights
@@ -112,7 +112,7 @@ class MetadataReport(Shown):
         if len(self.files) == 1:
             document["metadata"] = dict(self.files[0].metadata)
         if self.output is not None:
-            document |= {"output": str(self.output), "dry_run": not self.is_written}
+            document |= {"output": spoken(str(self.output)), "dry_run": not self.is_written}
         return document | {"notes": list(self.notes)}
 
     def document(self) -> Document:
