@@ -1,8 +1,8 @@
 """Kill a worker at each of its steps on the disk, and let another one go on.
 
-``python killed_worker.py VERB FOLDER KILLS`` expects inputs in FOLDER (``base``, and ``adapter`` or
-``tuned``) and prints a JSON object: how many steps there are, and what is wrong after each kill.
-Every worker is forked, so that nothing is imported twice.
+``python killed_worker.py VERB FOLDER KILLS [CUT_ABOVE CUT_BYTES]`` expects inputs in FOLDER
+(``base``, and ``adapter`` or ``tuned``) and prints a JSON object: how many steps there are, and
+what is wrong after each kill. Every worker is forked, so that nothing is imported twice.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import loratool
+from loratool.shards import model
 from loratool.shards.folder import SUFFIX
 
 STEPS = ("replace", "rename", "link", "mkdir", "unlink", "rmdir", "fsync", "pwrite", "ftruncate")
@@ -133,4 +134,6 @@ def main(verb, folder, kills):
 
 
 if __name__ == "__main__":
+    if sys.argv[4:]:
+        model.CUT_ABOVE, model.CUT_BYTES = map(int, sys.argv[4:])
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

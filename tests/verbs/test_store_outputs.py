@@ -225,9 +225,10 @@ def test_verbs_that_write_an_adapter(bucket: Bucket, tmp_path: Path) -> None:
     assert bucket.files("made/rescaled/").keys() == told.keys()
     wanted = told["adapter_config.json"]
     assert bucket.files("made/rescaled/")["adapter_config.json"] == wanted
-    assert bucket.files("made/said/")["adapter_config.json"] == (
-        ADAPTER / "adapter_config.json"
-    ).read_bytes()
+    assert (
+        bucket.files("made/said/")["adapter_config.json"]
+        == (ADAPTER / "adapter_config.json").read_bytes()
+    )
 
 
 def test_what_is_there_is_not_overwritten(bucket: Bucket) -> None:
