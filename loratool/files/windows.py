@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import Final
+from weakref import WeakSet
 
 from loratool.files.sources import AT_ONCE, Source
 
@@ -23,6 +24,8 @@ AHEAD_BYTES: Final = AT_ONCE * WINDOW_BYTES
 """What all windows take of memory, as long as nothing is asked for but ahead."""
 MOST_BYTES: Final = 2 * AHEAD_BYTES
 """What they take at most, with what several threads wait for."""
+_in_use: WeakSet[Windows] = WeakSet()
+"""All of them; where there are several, as for what is compared, each takes its share."""
 GAP_BYTES: Final = 4096
 """Bytes between two ranges that are read with them: what files are filled up with."""
 
@@ -60,6 +63,7 @@ class Windows:
     """What is read of all files in a run. Safe to use from several threads."""
 
     def __init__(self) -> None:
+        _in_use.add(self)
         self._order: list[_Window] = []
         self._files: dict[int, list[_Window]] = {}  # by the source, in the order of its bytes
         self._held: dict[int, _Window] = {}  # by place: those in memory, or on their way
@@ -200,7 +204,7 @@ class Windows:
             most: Of how many in all.
             only_read: Whether what nobody has read yet is kept.
         """
-        room = most - size - sum(each.size for each in self._held.values())
+        room = most // max(1, len(_in_use)) - size - sum(each.size for each in self._held.values())
         if room >= 0:
             return True
         there = (each for each in self._held.values() if each.data and each.data.done())
@@ -217,6 +221,7 @@ class Windows:
 
     def close(self) -> None:
         """Forget everything, and wait for what is on its way."""
+        _in_use.discard(self)
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None

@@ -202,6 +202,7 @@ def upload_files(
         )
         sink.seal()
         publication.sender.wait()
+        sink.files.check_unchanged()  # by now the store has copied all that it copies
     finally:
         sink.files.close()
     return result

@@ -24,7 +24,7 @@ from loratool.files.inputs import InputFiles
 from loratool.files.json import is_text
 from loratool.files.links import link_roots, stays_inside
 from loratool.files.places import located
-from loratool.files.sources import is_stand_in
+from loratool.files.sources import is_stand_in, size_of, whole
 from loratool.files.transfer import copy_range, read_into, write_all
 from loratool.schemes import builtin_schemes
 from loratool.schemes.detection import find_weights
@@ -389,7 +389,7 @@ def _write(
         output,
         force=force,
         inputs=[path, *(file.path for file in opened)],
-        needed=needed + sum(each.stat().st_size for each in beside),
+        needed=needed + sum(map(size_of, beside)),
         names=[str(each.relative_to(path)) for each in beside],
         folder=is_folder,
     )
@@ -398,7 +398,7 @@ def _write(
         for each in beside:
             target = stage / each.relative_to(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(each, target)
+            shutil.copyfile(whole(each), target)
         for file, new in zip(opened, edited, strict=True):
             target = stage / file.path.relative_to(path) if is_folder else stage
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -144,6 +144,7 @@ def explained(address: object) -> Iterator[None]:
         kinds: Mapping[type[Exception], tuple[str, str]] = {
             FileNotFoundError: ("there is nothing", "look at the address"),
             exceptions.PreconditionError: EXCHANGED,
+            exceptions.InvalidPathError: ("holds a name that is no path", "rename that object"),
             exceptions.UnauthenticatedError: ("needs credentials", "set those of the environment"),
             exceptions.PermissionDeniedError: ("refuses access", "look at the credentials"),
         }
