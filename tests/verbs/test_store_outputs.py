@@ -433,6 +433,28 @@ def test_no_credentials_anywhere(bucket: Bucket) -> None:
     assert not [text for text in texts if "very-secret" in text or "key-id" in text]
 
 
+def test_credentials_of_a_profile(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For reading and writing alike."""
+    base = bucket.send(BASE, "base")
+    for name in KEYS:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    lines = ["[mine]", "aws_access_key_id = of-profile", "aws_secret_access_key = very-secret"]
+    (tmp_path / "credentials").write_text("\n".join(lines))
+    seen: set[bool] = set()
+
+    def note(kind: str, path: str, environ: dict[str, Any]) -> None:
+        seen.add("Credential=of-profile/" in environ.get("HTTP_AUTHORIZATION", ""))
+
+    bucket.counted.failing = note
+    loratool.merge(base, [ADAPTER], bucket.address("out"))
+    assert seen == {True}
+
+
 def run(*argv: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "loratool", *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -65,7 +65,7 @@ class Bucket:
         config = Config(
             max_pool_connections=2 * AT_ONCE, request_checksum_calculation="when_required"
         )
-        return boto3.client("s3", region_name=region, config=config)
+        return boto3.Session().client("s3", region_name=region, config=config)
 
     def called(self, key: str) -> str:
         """Return the address of an object."""

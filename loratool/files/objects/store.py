@@ -78,8 +78,31 @@ def _opened(address: Address) -> Any:
     own = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     if address.kind == "http" or (address.kind == "s3" and PLAIN_HTTP.fullmatch(own)):
         options["client_options"] = {"allow_http": True}
+    if address.kind == "s3" and not os.environ.get("AWS_ACCESS_KEY_ID"):
+        options |= _profile()
     with explained(address):
         return from_url(address.root, **options)
+
+
+def _profile() -> dict[str, Any]:
+    """Return what a profile in ``~/.aws`` says, as far as there is one: ``obstore`` reads none."""
+    named = ("AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE")
+    if not any(map(os.environ.get, named)) and not Path("~/.aws").expanduser().is_dir():
+        return {}
+    try:
+        from boto3 import Session
+        from botocore.exceptions import BotoCoreError
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ModuleNotFoundError:
+        return {}
+    try:
+        session = Session()
+        if session.get_credentials() is None:
+            return {}
+        region = {"region": session.region_name} if session.region_name else {}
+        return {"credential_provider": Boto3CredentialProvider(session), **region}
+    except BotoCoreError:
+        return {}  # obstore then says what is lacking
 
 
 def _listed(store: Any, prefix: str) -> list[Any]:
