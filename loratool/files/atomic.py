@@ -32,7 +32,7 @@ from loratool.files.containers import is_weights
 from loratool.files.targets import target_of
 from loratool.files.transfer import describe_write_error
 
-__all__ = ["check_output", "kept", "publish", "scratch", "staged", "sync_file"]
+__all__ = ["check_output", "hidden_name", "kept", "publish", "scratch", "staged", "sync_file"]
 
 MARK: Final = "loratool-partial"
 OLD_MARK: Final = "loratool-old"
@@ -199,7 +199,7 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
     Until it is locked, a run that starts at the same time may take it for a killed one's.
     """
     for _ in range(ATTEMPTS):
-        folder = path.parent / f"{_hidden(path, MARK)}-{os.urandom(4).hex()}"
+        folder = path.parent / f"{hidden_name(path, MARK)}-{os.urandom(4).hex()}"
         folder.mkdir()
         try:
             lock = os.open(folder, FOLDER_ONLY)
@@ -228,8 +228,12 @@ def kept(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: Another process uses it, or it cannot be written.
     """
+    if target_of(path) is not None:
+        raise OutputError(
+            path, "is in a store, where nothing half done is kept", hint="leave out --resume"
+        )
     path = path.absolute()
-    folder = path.parent / _hidden(path, KEPT_MARK)
+    folder = path.parent / hidden_name(path, KEPT_MARK)
     try:
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, FOLDER_ONLY)
@@ -281,7 +285,7 @@ def _replace_once(source: Path, path: Path) -> None:
 
 def _exchange(source: Path, path: Path) -> None:
     """Rename ``source`` to ``path`` where no system call does both: what is there goes aside."""
-    aside = path.parent / f"{_hidden(path, OLD_MARK)}-{os.urandom(4).hex()}"
+    aside = path.parent / f"{hidden_name(path, OLD_MARK)}-{os.urandom(4).hex()}"
     try:
         path.rename(aside)
         source.rename(path)
@@ -305,7 +309,7 @@ def _discard(path: Path) -> None:
             path.unlink()
 
 
-def _hidden(path: Path, mark: str) -> str:
+def hidden_name(path: Path, mark: str) -> str:
     """Return what hidden names beside ``path`` begin with; shorter where its own is long."""
     name = path.name
     encoded = os.fsencode(name)
@@ -325,7 +329,7 @@ def sync_file(path: Path) -> None:
 
 def _recover(path: Path, *, force: bool) -> None:
     """Put back an output that a killed run has moved aside and not replaced."""
-    for aside in path.parent.glob(f"{_escape(_hidden(path, OLD_MARK))}-*"):
+    for aside in path.parent.glob(f"{_escape(hidden_name(path, OLD_MARK))}-*"):
         if not (aside.is_symlink() or aside.is_dir() or aside.is_file()):
             continue
         if os.path.lexists(path):
@@ -338,7 +342,7 @@ def _recover(path: Path, *, force: bool) -> None:
 
 def _remove_stale(path: Path) -> None:
     """Remove what killed runs for the same destination have left; no more than folders."""
-    for stage in path.parent.glob(f"{_escape(_hidden(path, MARK))}-*"):
+    for stage in path.parent.glob(f"{_escape(hidden_name(path, MARK))}-*"):
         try:
             lock = os.open(stage, FOLDER_ONLY)
         except OSError:

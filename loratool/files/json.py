@@ -46,13 +46,16 @@ def as_text(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
-def parse_json(data: bytes, *, where: object, allow_constants: bool = False) -> Any:
+def parse_json(
+    data: bytes, *, where: object, allow_constants: bool = False, allow_halves: bool = False
+) -> Any:
     """Parse ``data``, refusing duplicate keys.
 
     Args:
         data: UTF-8 text; a byte order mark is tolerated.
         where: What the text is, for the error message.
         allow_constants: Accept ``NaN`` and ``Infinity``, which Python writes into configs.
+        allow_halves: Accept halves of surrogate pairs, which stand for bytes of names of files.
 
     Raises:
         FileFormatError: The text is not JSON by these rules.
@@ -65,7 +68,8 @@ def parse_json(data: bytes, *, where: object, allow_constants: bool = False) -> 
             parse_constant=None if allow_constants else _no_constant,
         )
         if (
-            "\\u" in text
+            not allow_halves
+            and "\\u" in text
             and SURROGATE.search(text)
             and not is_text(json.dumps(value, ensure_ascii=False))
         ):
@@ -79,8 +83,12 @@ def parse_json(data: bytes, *, where: object, allow_constants: bool = False) -> 
         raise FileFormatError(where, f"not valid JSON: {error}") from None
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, *, allow_halves: bool = False) -> dict[str, Any]:
     """Read a sidecar such as ``config.json``.
+
+    Args:
+        path: Where it is.
+        allow_halves: As of :func:`parse_json`.
 
     Raises:
         FileFormatError: Unreadable, a git-LFS pointer, not JSON, or not an object.
@@ -96,7 +104,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise FileFormatError(
             path, "a git-LFS pointer, not the file itself", hint="fetch it with 'git lfs pull'"
         )
-    value = parse_json(data, where=path, allow_constants=True)
+    value = parse_json(data, where=path, allow_constants=True, allow_halves=allow_halves)
     if not isinstance(value, dict):
         raise FileFormatError(path, f"expected a JSON object, found {type(value).__name__}")
     return value

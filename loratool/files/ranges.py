@@ -48,10 +48,10 @@ class Ranged:
         self._is_begun = False
         self._first = SHARD_BYTES if SHARD.fullmatch(path) else FIRST_BYTES
         self._head = b""
-        self._last = (0, b"")
+        self._last: tuple[int, bytes | memoryview] = (0, b"")
         self._lock = Lock()
 
-    def get(self, start: int, stop: int) -> bytes:
+    def get(self, start: int, stop: int) -> bytes | memoryview:
         """Fetch the bytes from ``start`` to ``stop``, all of them.
 
         Raises:
@@ -104,7 +104,7 @@ class Ranged:
         with self._lock:
             self._read(0, min(1, self.size))
 
-    def _read(self, start: int, stop: int) -> bytes:
+    def _read(self, start: int, stop: int) -> bytes | memoryview:
         if stop <= len(self._head):
             return self._head[start:stop]
         if start <= len(self._head):

@@ -97,7 +97,7 @@ class Source(Protocol):
         """
         ...
 
-    def get(self, start: int, stop: int) -> bytes:
+    def get(self, start: int, stop: int) -> bytes | memoryview:
         """Return the bytes from ``start`` to ``stop``, in one request.
 
         Raises:

@@ -12,15 +12,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import Final
+from weakref import WeakSet
 
 from loratool.files.sources import AT_ONCE, Source
 
 __all__ = ["Far", "Windows"]
 
-WINDOW_BYTES: Final = 16 << 20
+WINDOW_BYTES: Final = 8 << 20
 """What one request asks for at most."""
-MOST_BYTES: Final = AT_ONCE * WINDOW_BYTES
-"""What all windows take of memory."""
+AHEAD_BYTES: Final = AT_ONCE * WINDOW_BYTES
+"""What all windows take of memory, as long as nothing is asked for but ahead."""
+MOST_BYTES: Final = 2 * AHEAD_BYTES
+"""What they take at most, with what several threads wait for."""
+_in_use: WeakSet[Windows] = WeakSet()
+"""All of them; where there are several, as for what is compared, each takes its share."""
 GAP_BYTES: Final = 4096
 """Bytes between two ranges that are read with them: what files are filled up with."""
 
@@ -36,6 +41,7 @@ class _Window:
         place: Which of all windows it is, in the order of reading.
         data: They, or what will bring them; ``None`` before, and once they are forgotten.
         left: How many of them nobody has read.
+        passes: How often all of them were read.
         used: When they were read last, in reads of any window.
     """
 
@@ -43,8 +49,9 @@ class _Window:
     start: int
     stop: int
     place: int
-    data: Future[bytes] | None = None
+    data: Future[bytes | memoryview] | None = None
     left: int = 0
+    passes: int = 0
     used: int = 0
 
     @property
@@ -56,6 +63,7 @@ class Windows:
     """What is read of all files in a run. Safe to use from several threads."""
 
     def __init__(self) -> None:
+        _in_use.add(self)
         self._order: list[_Window] = []
         self._files: dict[int, list[_Window]] = {}  # by the source, in the order of its bytes
         self._held: dict[int, _Window] = {}  # by place: those in memory, or on their way
@@ -135,6 +143,7 @@ class Windows:
             if window is not None:
                 with self._lock:
                     window.left -= stop - offset
+                    window.passes += window.left == 0
             view, offset = view[stop - offset :], stop
 
     def _at(self, source: Source, offset: int, stop: int) -> tuple[_Window | None, int]:
@@ -152,7 +161,8 @@ class Windows:
             self._clock += 1
             window.used = self._clock
             if window.data is None:
-                self._make_room(window.size, is_needed=True)
+                if not self._make_room(window.size, AHEAD_BYTES, only_read=True):
+                    self._make_room(window.size, MOST_BYTES, only_read=False)
                 self._ask(window)
             future = window.data
             self._ask_ahead(window)
@@ -165,13 +175,16 @@ class Windows:
             raise
 
     def _ask_ahead(self, window: _Window) -> None:
-        """Ask for the windows after one, as many as may be on their way at a time."""
+        """Ask for the windows after one, as many as may be on their way at a time.
+
+        Those that have been read more often than it, by another thread, are behind and not ahead.
+        """
         on_way = sum(1 for each in self._held.values() if each.data and not each.data.done())
         for each in self._order[window.place + 1 : window.place + 1 + AT_ONCE]:
             if on_way >= AT_ONCE:
                 return
-            if each.data is None:
-                if not self._make_room(each.size, is_needed=False):
+            if each.data is None and each.passes <= window.passes:
+                if not self._make_room(each.size, AHEAD_BYTES, only_read=True):
                     return
                 self._ask(each)
                 on_way += 1
@@ -183,17 +196,20 @@ class Windows:
         window.left = window.size
         self._held[window.place] = window
 
-    def _make_room(self, size: int, *, is_needed: bool) -> bool:
+    def _make_room(self, size: int, most: int, *, only_read: bool) -> bool:
         """Forget what was read longest ago, until there is room; return whether there is.
 
-        What nobody has read yet is only forgotten for what somebody waits for.
+        Args:
+            size: For how many bytes.
+            most: Of how many in all.
+            only_read: Whether what nobody has read yet is kept.
         """
-        room = MOST_BYTES - size - sum(each.size for each in self._held.values())
+        room = most // max(1, len(_in_use)) - size - sum(each.size for each in self._held.values())
         if room >= 0:
             return True
         there = (each for each in self._held.values() if each.data and each.data.done())
         for each in sorted(there, key=lambda each: (each.left > 0, each.used)):
-            if room >= 0 or (each.left > 0 and not is_needed):
+            if room >= 0 or (each.left > 0 and only_read):
                 break
             self._forget(each)
             room += each.size
@@ -205,6 +221,7 @@ class Windows:
 
     def close(self) -> None:
         """Forget everything, and wait for what is on its way."""
+        _in_use.discard(self)
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None

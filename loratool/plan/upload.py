@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from loratool.plan.plan import Plan
     from loratool.plan.run import Run
 
-__all__ = ["Object", "is_streamed", "objects_of", "upload", "upload_files"]
+__all__ = ["Object", "copyable", "is_streamed", "objects_of", "upload", "upload_files"]
 
 
 def is_streamed(works: Sequence[FileWork]) -> bool:
@@ -202,6 +202,7 @@ def upload_files(
         )
         sink.seal()
         publication.sender.wait()
+        sink.files.check_unchanged()  # by now the store has copied all that it copies
     finally:
         sink.files.close()
     return result

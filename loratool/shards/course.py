@@ -11,6 +11,7 @@ from typing import Any, Final
 from loratool.display.document import Document, Lines
 from loratool.display.figures import human_bytes
 from loratool.display.shown import Shown
+from loratool.errors import OutputError
 from loratool.shards.dealing import Share, dealt, longest_first
 from loratool.shards.folder import STALE, PartsFolder
 from loratool.shards.job import Job, Settings, carry_out
@@ -107,7 +108,7 @@ def do_share(
         mine = dealt(sizes, share)
         chosen = iter(mine)
         total = sum(sizes[index] for index in mine)
-    done = parts = 0
+    done, made = 0, set[int]()
     for index in chosen:
 
         def tell(part: int, whole: int, before: int = done, size: int = sizes[index]) -> None:
@@ -117,7 +118,13 @@ def do_share(
         record = carry_out(job.work, job.task(index, settings), tell, alone=share.is_auto)
         if record is None:
             continue  # somebody else was quicker
-        parts += 1
+        if index in made:
+            raise OutputError(
+                folder.path,
+                f"{job.parts[index].name} was done, and is not there any more",
+                hint="see what else is at work in that folder",
+            )
+        made.add(index)
         done += sizes[index]
     left = missing_parts(folder, job.document)
     if not folder.plan_path.exists():  # somebody has finished
@@ -127,7 +134,7 @@ def do_share(
         job.output,
         folder.path,
         share,
-        parts,
+        len(made),
         done,
         len(job.parts),
         len(left),

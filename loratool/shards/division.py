@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loratool.engines.engine import What as Executors
+from loratool.engines.names import parse_name
 from loratool.errors import OptionError
 from loratool.shards.dealing import Share, parse_share
 
@@ -45,6 +46,8 @@ class Division:
             if shards is not None or finish or wait:
                 what = "--shards" if shards is not None else "--finish" if finish else "--wait"
                 raise OptionError("--executor", f"does all parts, and {what} is for some of them")
+            if isinstance(executor, str):
+                parse_name(executor)  # before anything is done
             return Division(finishes=True, executor=executor)
         if wait and not finish and shards != "auto":
             raise OptionError("--wait", "is for --finish, or for --shards auto")

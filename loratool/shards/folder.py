@@ -15,8 +15,11 @@ machines may work in it, in any order, and be killed at any moment.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import time
@@ -26,16 +29,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import loratool
 from loratool.errors import FileFormatError, LoratoolError, OutputExistsError
-from loratool.files.atomic import publish, sync_file
+from loratool.files.atomic import hidden_name, publish, sync_file
 from loratool.files.json import parse_json, read_json_object
 from loratool.files.transfer import describe_write_error
 
-__all__ = ["PLAN_VERSION", "STALE", "SUFFIX", "Claim", "PartsFolder", "worker_name"]
+__all__ = ["PLAN_VERSION", "STALE", "SUFFIX", "Claim", "PartsFolder", "is_inside", "worker_name"]
 
 SUFFIX: Final = ".loratool-parts"
 PLAN_VERSION: Final = 1
 """Of the form of plans and records; another is refused."""
+GONE_MARK: Final = "loratool-gone"
 BEAT: Final = 2.0
 """Seconds between two signs of life."""
 FINISH: Final = 0
@@ -46,8 +51,23 @@ ATTEMPTS: Final = 50
 PAUSE: Final = 0.1
 
 
+TICK: Final = re.compile(rb"\d{1,18}")
+
 _held: set[Path] = set()
 """The claims of this process."""
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name, with ``/`` between folders, leads out of no folder that it lies in."""
+    return not {"", ".", ".."} & {*name.split("/")} and "\0" not in name
+
+
+def _are(parts: object) -> bool:
+    """Whether these are names and sizes of parts."""
+    return isinstance(parts, list) and all(
+        isinstance(each, list) and [type(one) for one in each] == [str, int] and each[1] >= 0
+        for each in parts
+    )
 
 
 def worker_name() -> str:
@@ -99,7 +119,7 @@ class Claim:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except OSError:
+        except (OSError, OverflowError):
             pass
         return False
 
@@ -111,7 +131,7 @@ class Claim:
         except OSError:
             return None
         head, _, rest = data.partition(b"\n")
-        ticks = [int(line) for line in rest.split(b"\n")[:-1] if line.isdigit()]
+        ticks = [int(line) for line in rest.split(b"\n")[:-1] if TICK.fullmatch(line)]
         try:
             said = parse_json(head, where=path)
             host, pid = str(said["host"]), int(said["pid"])
@@ -167,14 +187,20 @@ class PartsFolder:
             for folder in (self.path, self.made, self.work, self._records, self._claims):
                 folder.mkdir(exist_ok=True)
             is_new = self._create(self.plan_path, document)
+            self.clear()
         found = document if is_new else self.plan()
         if found["digest"] != document["digest"]:
-            raise OutputExistsError(
-                self.path,
-                "holds parts of an output of other inputs or options",
-                hint=f"give the same command, or delete that folder: rm -r {self.path}",
-            )
+            raise self.of_another(found)
         return is_new
+
+    def of_another(self, document: Mapping[str, Any]) -> OutputExistsError:
+        """Return the error that the folder is of another command."""
+        version = document.get("loratool")
+        what = "holds parts of an output of other inputs or options"
+        if version != loratool.__version__:
+            what = f"holds parts that version {version!r:.30} of loratool has made"
+        hint = f"give the same command, or delete that folder: rm -r {shlex.quote(str(self.path))}"
+        return OutputExistsError(self.path, what, hint=hint)
 
     def plan(self) -> dict[str, Any]:
         """Return what ``plan.json`` holds.
@@ -183,20 +209,24 @@ class PartsFolder:
             FileFormatError: It is damaged, or of another version.
             MissingFileError: There is none.
         """
-        found = read_json_object(self.plan_path)
-        if found.get("plan") != PLAN_VERSION or not isinstance(found.get("digest"), str):
+        found = read_json_object(self.plan_path, allow_halves=True)
+        if found.get("plan") != PLAN_VERSION:
             raise FileFormatError(
                 self.plan_path,
                 f"is a plan of version {found.get('plan')!r:.20}, expected {PLAN_VERSION}",
                 hint="finish with the version of loratool that began",
             )
+        if not all(isinstance(found.get(name), str) for name in ("digest", "verb")) or not _are(
+            found.get("parts")
+        ):
+            raise FileFormatError(self.plan_path, "is damaged", hint=f"delete {self.path}")
         return found
 
     def _create(self, path: Path, document: Mapping[str, Any]) -> bool:
         """Write a file where there is none; return whether it was written."""
         if path.exists():
             return False
-        partial = self.work / f"{path.name}.{worker_name()}"
+        partial = self._fresh(path.name)
         # A line for each key: json's own indentation takes seven times as long.
         lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in document.items())
         partial.write_text(f"{{\n{lines}\n}}\n")
@@ -226,26 +256,32 @@ class PartsFolder:
         return True
 
     def _replace(self, path: Path, document: Mapping[str, Any]) -> None:
-        partial = self.work / f"{path.name}.{worker_name()}"
+        partial = self._fresh(path.name)
         partial.write_text(json.dumps(document) + "\n")
         sync_file(partial)
         partial.replace(path)
+
+    def _fresh(self, name: str) -> Path:
+        """Return a path that nobody else writes to: no other thread, either."""
+        return self.work / f"{name}.{worker_name()}.{os.urandom(3).hex()}"
 
     # -- records --------------------------------------------------------------------------------
 
     def record(self, number: int, digest: str) -> dict[str, Any] | None:
         """Return the record of a part that is done, and whose files are there."""
         try:
-            found = read_json_object(self._records / f"{number:04}.json")
+            found = read_json_object(self._records / f"{number:04}.json", allow_halves=True)
             is_whole = found.get("plan") == digest and all(
                 self._sized(str(name), size) for name, size in found["files"].items()
             )
-        except (FileFormatError, AttributeError, KeyError):
+        except (FileFormatError, AttributeError, KeyError, ValueError):
             return None
         return found if is_whole else None
 
     def _sized(self, name: str, size: object) -> bool:
         """Whether a file of a record is there, as long as it says; one that is shared, too."""
+        if not is_inside(name):
+            return False
         for folder in (self.made, self.work):
             try:
                 if (folder / name).stat().st_size == size:
@@ -270,9 +306,10 @@ class PartsFolder:
     def failure(self, number: int) -> dict[str, Any] | None:
         """Return why a part failed when it was tried last."""
         try:
-            return read_json_object(self._failure(number))
+            found = read_json_object(self._failure(number), allow_halves=True)
         except FileFormatError:
             return None
+        return found if isinstance(found.get("error"), dict) else None
 
     # -- claims ---------------------------------------------------------------------------------
 
@@ -320,7 +357,7 @@ class PartsFolder:
         Raises:
             FileNotFoundError: Somebody has.
         """
-        place = self.work / f"{worker_name()}.{os.urandom(3).hex()}"
+        place = self._fresh("bench")
         place.mkdir()
         try:
             yield place
@@ -396,7 +433,13 @@ class PartsFolder:
 
     def remove(self) -> None:
         """Remove the folder, at once for all who look."""
-        aside = self.path.with_name(f".{self.path.name[-200:]}.{worker_name()}")
+        aside = f"{hidden_name(self.path, GONE_MARK)}-{os.urandom(4).hex()}"
         with suppress(OSError):
-            self.path.rename(aside)
+            self.path.rename(self.path.with_name(aside))
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what is left of it where somebody was killed who removed it."""
+        mark = glob.escape(hidden_name(self.path, GONE_MARK))
+        for aside in self.path.parent.glob(f"{mark}-*"):
             shutil.rmtree(aside, ignore_errors=True)

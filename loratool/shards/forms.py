@@ -34,10 +34,29 @@ from typing import Any, Final
 from loratool.errors import FileFormatError
 from loratool.files.inputs import ELSEWHERE, Stamp
 
-__all__ = ["as_form", "form_text", "from_form"]
+__all__ = ["DAMAGED", "as_form", "form_text", "from_form"]
 
 PACKAGE: Final = "loratool"
+ROOMS: Final = frozenset(
+    [
+        "adapter",
+        "base",
+        "codecs",
+        "files",
+        "names",
+        "plan",
+        "schemes",
+        "shards",
+        "values",
+        "variants",
+        "verbs",
+        "write",
+    ]
+)
+"""Where the classes of plans are; no other module is imported for a form."""
 NAME: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+DAMAGED: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What comes of a form that is no form, or of one that was made for other classes."""
 PLAIN: Final = (str, int, bool, type(None))
 
 Below = Callable[[Path], tuple[str, str]]
@@ -152,7 +171,7 @@ def from_form(form: Any, placed: Callable[[str, str], Path], where: object) -> A
         return _made(form, placed)
     except FileFormatError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, ImportError, RecursionError) as error:
+    except (*DAMAGED, ImportError, RecursionError) as error:
         raise FileFormatError(
             where, f"is damaged, or of another version of loratool ({type(error).__name__})"
         ) from error
@@ -167,7 +186,10 @@ def _made(form: Any, placed: Callable[[str, str], Path]) -> Any:
         case {"@": str() as name, "of": [*fields], "rows": [*rows]}:
             return tuple(_new(name, dict(zip(fields, row, strict=True)), placed) for row in rows)
         case {"@": str() as name, "+": dict() as attributes}:
-            made = object.__new__(_class(name))
+            kind = _class(name)
+            if _fields(kind) is not None or issubclass(kind, Enum | str):
+                raise ValueError(f"{name} is not made of attributes")
+            made = object.__new__(kind)
             for key, each in attributes.items():
                 made.__dict__[key] = _made(each, placed)
             return made
@@ -189,13 +211,16 @@ def _made(form: Any, placed: Callable[[str, str], Path]) -> Any:
             return float(text)
         case {"n": [str() as name, str() as text]}:
             kind = _class(name)
+            if not issubclass(kind, Enum | str):
+                raise ValueError(f"{name} is no text")
             return kind[text] if issubclass(kind, Enum) else kind(text)
     raise ValueError("no form")
 
 
 def _new(name: str, values: Mapping[str, Any], placed: Callable[[str, str], Path]) -> Any:
     kind = _class(name)
-    if values.keys() - (_fields(kind) or {}).keys():
+    fields = _fields(kind)
+    if fields is None or values.keys() - fields.keys():
         raise ValueError(f"{name} is not made of these fields")
     return kind(**{field: _made(each, placed) for field, each in values.items()})
 
@@ -210,6 +235,8 @@ def _class(name: str) -> Any:
     if NAME.fullmatch(name) is None:
         raise ValueError(f"{name!r} is no class")
     module, _, attribute = name.partition(":")
+    if module.partition(".")[0] not in ROOMS:
+        raise ValueError(f"{name!r} is no class of values")
     found = getattr(import_module(f"{PACKAGE}.{module}"), attribute)
     is_own = isinstance(found, type) and found.__module__ == f"{PACKAGE}.{module}"
     is_value = is_own and (

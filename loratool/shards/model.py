@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,8 @@ from loratool.plan.model import ModelPlan, OutputFile, Step, refuse_empty, task_
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork, RunResult, joined_ranges, write_files
 from loratool.plan.sidecar import Sidecar, write_sidecar
-from loratool.shards.folder import PartsFolder
-from loratool.shards.forms import as_form, from_form
+from loratool.shards.folder import PartsFolder, is_inside
+from loratool.shards.forms import DAMAGED, as_form, from_form
 from loratool.shards.job import Job, Part, Task
 from loratool.shards.roots import Mark, Roots, check_marks, mark_of
 
@@ -139,11 +138,6 @@ class ModelPart:
         hashing = digest_tasks(history, outcome)
         works[-1] = replace(works[-1], tasks=[*works[-1].tasks, *hashing])
         return works
-
-
-def shared_name(name: str) -> str:
-    """Return what a file is called while several write it."""
-    return f"{name}.part"
 
 
 def model_parts(
@@ -329,8 +323,7 @@ def write_part(task: Task) -> Mapping[str, Any]:
     assert isinstance(part, ModelPart)
     folder, outcome = task.folder, Outcome()
     with folder.writing(), folder.bench() as place:
-        names = [shared_name(f.name) if part.is_shared else f.name for f in part.files]
-        paths = [(folder.work if part.is_shared else place) / name for name in names]
+        paths = [(folder.work if part.is_shared else place) / file.name for file in part.files]
         outcome.weights = _write(part, paths, stamps, outcome, task, task.settings.device)
         for file, path in zip(part.files, paths, strict=True):
             if file.sealed is not None:
@@ -338,10 +331,9 @@ def write_part(task: Task) -> Mapping[str, Any]:
             sync_file(path)
             if not part.is_shared:
                 folder.keep(path, file.name)
-    sizes = {shared_name(f.name) if part.is_shared else f.name: f.size for f in part.files}
     roots = Roots(dict(task.roots))
     return {
-        "files": sizes,
+        "files": {file.name: file.size for file in part.files},
         "bytes": sum(spec.nbytes for spec in _written(part)),
         "kept": [as_form(each, roots.below) for each in outcome.weights.parts[0]],
         "total": [as_form(each, roots.below) for each in outcome.weights.parts[1]],
@@ -383,7 +375,7 @@ class Closing:
         is_changed: Whether a tensor is added or replaced, whatever the deltas are.
         adapters: What the adapters are called.
         shared: Files that several parts have written.
-        marks: What the other files are that travel along.
+        marks: What the files are that travel along, the adapters, and one of the base.
     """
 
     plan: ModelPlan
@@ -412,12 +404,14 @@ def model_job(
     """
     parts, shared = model_parts(plan, roots, joins=True, allow_nonfinite=allow_nonfinite)
     sources = [each.source for each in plan.beside() if each.source is not None]
+    hashed = plan.history.hashed if plan.history is not None else []
+    weights = [path for path in plan.stamps if path not in hashed]
     closing = Closing(
         plan=replace(plan, files=(), adapters=(), stamps={}, notes=(), unused=(), left_behind=()),
         is_changed=any(step.added or step.replaced for step in plan.steps()),
         adapters=tuple(called(adapter.path) for adapter in plan.adapters),
         shared=tuple(shared),
-        marks={path: mark_of(path) for path in sources},
+        marks={path: mark_of(path) for path in (*sources, *hashed, *weights[:1])},
     )
     form = as_form(closing, roots.below)
     return Job(
@@ -438,6 +432,8 @@ def finish_model(
     records: Sequence[Mapping[str, Any]],
     roots: Roots,
     *,
+    count: int,
+    asked: Mapping[str, Any],
     force: bool,
 ) -> Outcome:
     """Make the output of its parts, all of which are there.
@@ -447,6 +443,8 @@ def finish_model(
         document: What ``plan.json`` holds.
         records: The records of all parts.
         roots: Where inputs lie.
+        count: How many adapters are merged; of another merge parts are not finished.
+        asked: What is asked of it, as it is recorded.
         force: Replace an existing output.
 
     Returns:
@@ -456,17 +454,25 @@ def finish_model(
         LoratoolError: It is not to be kept, or cannot be written.
     """
     closing = from_form(document["closing"], roots.placed, folder.plan_path)
-    if not isinstance(closing, Closing):
-        raise FileFormatError(folder.plan_path, "is not the plan of a merge")
-    check_marks(closing.marks)
     outcome = outcome_of(records, roots)
-    refuse_empty(closing.adapters, outcome, is_changed=closing.is_changed)
+    try:
+        plan = closing.plan
+        is_same = plan.history is None or dict(plan.history.options) == dict(asked)
+        if not is_same or len(closing.adapters) != count:
+            raise folder.of_another(document)
+        check_marks(closing.marks)
+        refuse_empty(closing.adapters, outcome, is_changed=closing.is_changed)
+        beside = sorted((*plan.beside(), *plan.telling(outcome)), key=_is_late)
+        is_sound = all(map(is_inside, (*closing.shared, *(each.name for each in beside))))
+    except DAMAGED:
+        is_sound = False
+    if not is_sound:
+        raise FileFormatError(folder.plan_path, "is damaged, or not the plan of a merge")
     with folder.writing():
         for name in closing.shared:
-            with suppress(FileNotFoundError):  # it was done before
-                folder.keep(folder.work / shared_name(name), name)
-        plan = closing.plan
-        for sidecar in sorted((*plan.beside(), *plan.telling(outcome)), key=_is_late):
+            if not (folder.made / name).exists():  # else it was done before
+                folder.keep(folder.work / name, name)
+        for sidecar in beside:
             folder.add(partial(write_sidecar, sidecar), sidecar.name)
     folder.publish(folder=plan.is_folder, force=force)
     return outcome
@@ -493,6 +499,6 @@ def outcome_of(records: Sequence[Mapping[str, Any]], roots: Roots) -> Outcome:
         for each in records:
             for root, below, sha in each["digests"]:
                 outcome.digests[roots.placed(root, below)] = str(sha)
-    except (KeyError, TypeError, ValueError) as error:
+    except DAMAGED as error:
         raise FileFormatError("records", f"are damaged ({type(error).__name__})") from None
     return outcome

@@ -18,6 +18,7 @@ from loratool.errors import FileFormatError, unreadable
 from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.places import located, origin_of
 from loratool.files.sources import is_stand_in, opened, size_of, tag_of, whole
+from loratool.shards.folder import is_inside
 
 __all__ = ["Mark", "Roots", "check_marks", "mark_of"]
 
@@ -80,8 +81,7 @@ class Roots:
         Raises:
             FileFormatError: There is no such root, or the path leads out of it.
         """
-        is_inside = below == "." or not {"", ".", ".."} & {*below.split("/")}
-        if root not in self.named or not is_inside or "\0" in below:
+        if root not in self.named or not (below == "." or is_inside(below)):
             raise FileFormatError(f"{root}: {below}", "is no path of this plan")
         return self._place(root) / below
 
@@ -144,9 +144,10 @@ def check_marks(marks: Mapping[Path, Mark]) -> dict[Path, Stamp]:
     """
     stamps: dict[Path, Stamp] = {}
     for path, mark in marks.items():
+        is_same = mark_of(path).fits(mark)
         with opened(path) as file:
             stamps[path] = stamp_of(file)
-        if not mark_of(path).fits(mark):
+        if not is_same:
             raise FileFormatError(
                 path, "is not the file that the plan was made with, or has changed", hint=HINT
             )

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
+from typing import Any
 
 from loratool.files.places import located
 from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
 from loratool.plan.model import ModelPlan
 from loratool.plan.plan import write
+from loratool.plan.traffic import traffic_of
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division, Executors
 from loratool.shards.job import Settings
 from loratool.verbs.arguments import one_or_more, output_path
-from loratool.verbs.merging.planning import plan_merge
+from loratool.verbs.merging.planning import merge_options, plan_merge
 from loratool.verbs.merging.result import MergeReport
 
 __all__ = ["MergeReport", "merge", "plan_merge"]
@@ -94,21 +97,20 @@ def merge(
     division = Division.of(shards, finish=finish, wait=wait, resume=resume, executor=executor)
     paths = [located(path) for path in adapters]
 
+    asked: dict[str, Any] = {
+        "weights": weights,
+        "dtype": dtype,
+        "alpha": alpha,
+        "adapter_name": adapter_name,
+        "skip": skip,
+        "enable_lora": enable_lora,
+        "quantized": quantized,
+        "allow_nonfinite": allow_nonfinite,
+        "no_card": no_card,
+    }
+
     def planned() -> ModelPlan:
-        return plan_merge(
-            base,
-            paths,
-            weights=weights,
-            dtype=dtype,
-            alpha=alpha,
-            adapter_name=adapter_name,
-            skip=skip,
-            enable_lora=enable_lora,
-            quantized=quantized,
-            allow_nonfinite=allow_nonfinite,
-            no_card=no_card,
-            output=output,
-        )
+        return plan_merge(base, paths, output=output, **asked)
 
     if division is not None and not dry_run:
         from loratool.verbs.merging.divided import DividedMerge
@@ -121,15 +123,14 @@ def merge(
             adapters,
             output,
             force=force,
-            allow_nonfinite=allow_nonfinite,
-            quantized=quantized,
+            asked=merge_options(len(paths), **asked),
             settings=Settings(device, threads),
             progress=progress,
         ).carry_out(division)
     plan = planned()
     report = MergeReport.of(plan, output)
     if dry_run:
-        return report
+        return replace(report, traffic=traffic_of(plan, output))
     outcome = write(
         plan,
         output,

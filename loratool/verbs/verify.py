@@ -88,10 +88,6 @@ def verify(
     paths: tuple[AnyPath, ...] = one_or_more(adapters)
     merged = located(merged)
     division = Division.of(shards, finish=finish, wait=wait, executor=executor)
-    if division is not None and division.share is None and division.executor is None:
-        from loratool.verbs.merging.divided import finished_comparison
-
-        return finished_comparison(merged, waits=division.waits, progress=progress)
     asked: dict[str, Any] = {
         "weights": weights,
         "alpha": alpha,

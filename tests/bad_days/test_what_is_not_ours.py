@@ -15,7 +15,7 @@ from samples import lora
 
 import loratool
 from loratool.errors import LoratoolError, OutputError
-from loratool.files.atomic import _hidden, check_output, staged
+from loratool.files.atomic import check_output, hidden_name, staged
 
 Make = Callable[..., Path]
 
@@ -218,7 +218,7 @@ def test_a_name_as_long_as_names_may_be(
     length: int, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     output = tmp_path / ("é" * (length // 2) + "x" * (length % 2))
-    stale = tmp_path / f"{_hidden(output, 'loratool-partial')}-00000000"
+    stale = tmp_path / f"{hidden_name(output, 'loratool-partial')}-00000000"
     stale.mkdir()
     loratool.merge(pair[0], [pair[1]], output)
     loratool.merge(pair[0], [pair[1]], output, force=True)

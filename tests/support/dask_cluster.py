@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -38,8 +39,18 @@ class DaskCluster:
     def start(self, environment: Mapping[str, str] | None = None) -> None:
         address = ("--host", "127.0.0.1", "--port", str(self.port))
         self.scheduler = self._run("dask_scheduler", *address)
+        while not self._is_listening():
+            assert self.scheduler.poll() is None
+            time.sleep(0.02)
         for _ in range(self.count):
             self.add_worker(environment)
+
+    def _is_listening(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+        except OSError:
+            return False
+        return True
 
     def add_worker(self, environment: Mapping[str, str] | None = None) -> None:
         """Start a worker without a nanny: nobody starts another in its place."""

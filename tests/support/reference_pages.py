@@ -151,7 +151,9 @@ def documents() -> str:
     """Return what is in the JSON documents of each command, as Markdown."""
     parts = []
     files = (Path(loratool.__file__).parent / "cli" / "schemas").glob("*.json")
-    for file in sorted(files, key=lambda file: (file.stem == "error", file.stem in TITLES, file.stem)):
+    for file in sorted(
+        files, key=lambda file: (file.stem == "error", file.stem in TITLES, file.stem)
+    ):
         schema = json.loads(file.read_text("utf-8"))
         title = TITLES.get(file.stem, file.stem)
         parts.append(f"## {title}\n")

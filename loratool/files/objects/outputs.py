@@ -64,10 +64,6 @@ def check_object(
     if is_there and (folder or not is_ours):
         what = "is a file, and the output is a folder" if folder else "is another kind of file"
         raise OutputExistsError(path, f"{what}; it is not replaced", hint="choose another name")
-    if found and not folder:
-        raise OutputExistsError(
-            path, "is a folder, and the output is a file", hint="choose another name"
-        )
     check_contents(path, (name.removeprefix(inside) for name in found), frozenset(names))
 
 

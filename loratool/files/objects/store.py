@@ -144,6 +144,7 @@ def explained(address: object) -> Iterator[None]:
         kinds: Mapping[type[Exception], tuple[str, str]] = {
             FileNotFoundError: ("there is nothing", "look at the address"),
             exceptions.PreconditionError: EXCHANGED,
+            exceptions.InvalidPathError: ("holds a name that is no path", "rename that object"),
             exceptions.UnauthenticatedError: ("needs credentials", "set those of the environment"),
             exceptions.PermissionDeniedError: ("refuses access", "look at the credentials"),
         }
@@ -265,15 +266,16 @@ class ObjectFile(Ranged):
         with explained(self.name):
             self._check(obstore.head(self.store.store, self.path))
 
-    def get(self, start: int, stop: int) -> bytes:
+    def get(self, start: int, stop: int) -> bytes | memoryview:
         """See :class:`Ranged`."""
         from obstore.exceptions import GenericError, NotSupportedError
 
         if self.local is not None:
             return self._kept_bytes(start, stop)
+        data: bytes | memoryview
         with explained(self.name):
             try:
-                data = bytes(self._asked(range=(start, stop)).bytes())
+                data = memoryview(self._asked(range=(start, stop)).bytes())
             except (GenericError, NotSupportedError):
                 if self.store.address.is_listed:
                     raise

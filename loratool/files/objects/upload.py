@@ -15,7 +15,7 @@ from loratool.files.objects.parts import LONGEST, Part
 from loratool.files.objects.store import ObjectFile
 from loratool.files.sources import AT_ONCE
 
-__all__ = ["Sender", "Upload"]
+__all__ = ["Sender", "Upload", "whole_of"]
 
 
 class Sender:
@@ -82,7 +82,7 @@ class _Open:
     lock: Lock = field(default_factory=Lock)
 
 
-def _whole(parts: Sequence[Part]) -> ObjectFile | None:
+def whole_of(parts: Sequence[Part]) -> ObjectFile | None:
     """Return what an object equals, where that is another one which one request can copy."""
     kept = [part.kept for part in parts if part.kept is not None]
     source = kept[0].source if kept else None
@@ -120,7 +120,7 @@ class Upload:
         self.parts = parts
         self._bucket = bucket
         self._fill = fill
-        self.whole = _whole(parts)
+        self.whole = whole_of(parts)
         self._starts = [part.start for part in parts]
         self._left = self._awaited(written)
         self._open: dict[int, _Open] = {}

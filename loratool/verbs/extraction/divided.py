@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.codecs.weights import path_of
-from loratool.errors import OutputExistsError
+from loratool.errors import FileFormatError, OutputExistsError
 from loratool.files.atomic import check_output, sync_file
 from loratool.files.inputs import InputFiles
 from loratool.plan.record import is_recorded
@@ -33,7 +33,6 @@ from loratool.verbs.extraction.result import ExtractReport
 __all__ = ["divided_extraction", "extract_part"]
 
 NAMES: Final = tuple(each.name for each in fields(Settings) if each.name != "differences")
-HINT: Final = "give the command that the parts were made with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +153,7 @@ def divided_extraction(
     folder = PartsFolder(job.output)
 
     def finished() -> StatusReport:
+        folder.clear()
         return StatusReport(job.output, None, job.verb)
 
     def finish() -> ExtractReport | StatusReport:
@@ -168,10 +168,11 @@ def divided_extraction(
     def made(claim: Claim) -> ExtractReport:
         document, records = records_of(folder, job.verb)
         if document["digest"] != job.digest:
-            raise OutputExistsError(
-                folder.path, "holds parts of an output of other inputs or options", hint=HINT
-            )
-        changes = {name: value for each in records for name, value in each["changes"].items()}
+            raise folder.of_another(document)
+        try:
+            changes = {name: value for each in records for name, value in each["changes"].items()}
+        except (AttributeError, KeyError):
+            raise FileFormatError(folder.path, "has records that are damaged") from None
         done = Done(folder.made, changes, tuple(differing_workers(records)))
 
         def tell(bytes_done: int, total: int) -> None:
@@ -190,7 +191,9 @@ def divided_extraction(
     except OutputExistsError:
         if not is_recorded(job.output, draft.history):
             raise
-        return finished()  # a moment ago
+        if folder.plan_path.exists() and folder.plan()["digest"] == job.digest:
+            folder.remove()  # whoever has finished was killed before that
+        return finished()
     if division.share is None and division.executor is None:
         return finish()
     manner = Manner(how.device, how.threads)

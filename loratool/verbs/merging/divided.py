@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from loratool.adapter.findings import Finding, Findings
 from loratool.base.model import Model
@@ -26,7 +27,7 @@ from loratool.shards.roots import Roots
 from loratool.verbs.merging.compared import compare_job, compared
 from loratool.verbs.merging.result import MergeReport
 
-__all__ = ["DividedMerge", "divided_comparison", "finished_comparison"]
+__all__ = ["DividedMerge", "divided_comparison"]
 
 AnyPath = str | PathLike[str]
 
@@ -41,8 +42,7 @@ class DividedMerge:
         adapters: The adapters, as they were named.
         output: Where the model goes.
         force: Replace an existing output.
-        allow_nonfinite: Write NaN and infinity.
-        quantized: What becomes of quantised weights.
+        asked: What is asked of it, as it is recorded.
         settings: How parts are done.
         progress: Called with bytes done and bytes in all.
     """
@@ -52,8 +52,7 @@ class DividedMerge:
     adapters: Sequence[AnyPath]
     output: Path
     force: bool
-    allow_nonfinite: bool
-    quantized: str
+    asked: Mapping[str, Any]
     settings: Settings
     progress: Callable[[int, int], None] | None
 
@@ -70,10 +69,11 @@ class DividedMerge:
         plan = self.planned()
         report = MergeReport.of(plan, self.output)
         if not folder.plan_path.exists() and self._is_finished(plan):
-            return replace(report, is_written=True, notes=(*report.notes, self._told_finished))
+            return self._found(folder, report)
         roots = self._places
         told = {name: value for name, value in report.planned.items() if name != "steps"}
-        job = model_job(plan, self.output, roots, allow_nonfinite=self.allow_nonfinite, told=told)
+        allows = bool(self.asked["allow_nonfinite"])
+        job = model_job(plan, self.output, roots, allow_nonfinite=allows, told=told)
         try:
             self._check(plan, job, folder, division)
         except OutputExistsError:
@@ -143,10 +143,18 @@ class DividedMerge:
     def _made(self, folder: PartsFolder) -> MergeReport:
         """Make the output of all parts."""
         document, records = records_of(folder, "merge")
-        outcome = finish_model(folder, document, records, self._places, force=self.force)
+        outcome = finish_model(
+            folder,
+            document,
+            records,
+            self._places,
+            count=len(self.adapters),
+            asked=self.asked,
+            force=self.force,
+        )
         report = MergeReport.told(document.get("told") or {}, self.output)
         notes = differing_workers(records)
-        return report.written(outcome, quantized=self.quantized, notes=notes)
+        return report.written(outcome, quantized=self.asked["quantized"] or "", notes=notes)
 
     def _is_published(self, folder: PartsFolder) -> bool:
         """Whether nothing is left to do but to clear up."""
@@ -167,12 +175,13 @@ class DividedMerge:
                 NO_PARTS,
                 hint="the same command with --shards auto makes them",
             )
-        report = MergeReport.of(plan, self.output)
-        return replace(report, is_written=True, notes=(*report.notes, self._told_finished))
+        return self._found(folder, MergeReport.of(plan, self.output))
 
-    @property
-    def _told_finished(self) -> str:
-        return f"{self.output} was finished before, of the same inputs and with the same options"
+    def _found(self, folder: PartsFolder, report: MergeReport) -> MergeReport:
+        """Return the report of what was there before."""
+        folder.clear()
+        note = f"{self.output} was finished before, of the same inputs and with the same options"
+        return replace(report, is_written=True, notes=(*report.notes, note))
 
     def _is_finished(self, plan: ModelPlan) -> bool:
         """Whether the output is there, and says that it was made so."""
@@ -208,29 +217,19 @@ def divided_comparison(
     roots = _roots(base, adapters, merged=merged.path)
     job = compare_job(plan, merged.path, merged.raw, found, roots)
 
+    folder = PartsFolder(job.output)
+
     def finish() -> Findings:
-        return finished_comparison(merged.path, waits=division.waits, progress=progress)
+        document, _ = records_of(folder, job.verb, waits=division.waits, progress=progress)
+        if document["digest"] != job.digest:
+            raise folder.of_another(document)
+        with folder.finishing() as claim:
+            if claim is None:
+                raise OutputError(folder.path, "was finished by another process, which tells of it")
+            findings = compared(*records_of(folder, job.verb))
+            folder.remove()
+        return findings
 
+    if division.share is None and division.executor is None:
+        return finish()
     return do_parts(job, division, settings, finish, progress)
-
-
-def finished_comparison(
-    merged: Path,
-    *,
-    waits: bool,
-    progress: Callable[[int, int], None] | None,
-) -> Findings:
-    """Return what was found in all parts of a model.
-
-    Raises:
-        OutputError: Parts are missing.
-    """
-    check_on_disk(merged)
-    folder = PartsFolder(merged)
-    records_of(folder, "verify", waits=waits, progress=progress)
-    with folder.finishing() as claim:
-        if claim is None:
-            raise OutputError(folder.path, "was finished by another process, which tells of it")
-        findings = compared(*records_of(folder, "verify"))
-        folder.remove()
-    return findings

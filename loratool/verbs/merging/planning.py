@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from os import PathLike
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter.model import Adapter, unknown_scale
 from loratool.adapter.problems import check_adapter
@@ -72,6 +72,37 @@ VOCABULARY_BIASES: Final = (
     "predictions.decoder.bias",
 )
 """Tensors with one entry for each token, which have to be resized with the embedding."""
+
+
+def merge_options(
+    count: int,
+    *,
+    weights: Weights,
+    dtype: str | None,
+    alpha: float | None,
+    adapter_name: str | None,
+    skip: Sequence[str],
+    enable_lora: Sequence[bool],
+    quantized: str,
+    allow_nonfinite: bool,
+    no_card: bool,
+) -> dict[str, Any]:
+    """Return what is asked of a merge of ``count`` adapters as it is recorded.
+
+    Raises:
+        OptionError: Something is no weight, or no dtype.
+    """
+    return {
+        "weights": tuple(recorded_weights(weights, count)) if weights else (),
+        "dtype": dtype_name(dtype),
+        "alpha": alpha,
+        "adapter_name": adapter_name,
+        "skip": tuple(one_or_more(skip)),
+        "enable_lora": as_recorded(enable_lora),
+        "quantized": quantized if quantized != QUANTIZED[0] else None,
+        "allow_nonfinite": allow_nonfinite or None,
+        "no_card": no_card or None,
+    }
 
 
 def plan_merge(
@@ -171,17 +202,18 @@ def plan_merge(
             "the merge changes what config.json has to say (ties or vocabulary)",
             hint="name a folder as the output",
         )
-    asked = {
-        "weights": tuple(recorded_weights(weights, len(opened))) if weights else (),
-        "dtype": dtype,
-        "alpha": alpha,
-        "adapter_name": adapter_name,
-        "skip": tuple(skip),
-        "enable_lora": as_recorded(enable_lora),
-        "quantized": quantized if quantized != QUANTIZED[0] else None,
-        "allow_nonfinite": allow_nonfinite or None,
-        "no_card": no_card or None,
-    }
+    asked = merge_options(
+        len(opened),
+        weights=weights,
+        dtype=dtype,
+        alpha=alpha,
+        adapter_name=adapter_name,
+        skip=skip,
+        enable_lora=enable_lora,
+        quantized=quantized,
+        allow_nonfinite=allow_nonfinite,
+        no_card=no_card,
+    )
     history = History(
         "merge",
         (Source.of_model(model.path, model.raw.values()), *map(Source.of_adapter, opened)),

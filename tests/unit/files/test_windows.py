@@ -47,7 +47,8 @@ class Distant(Ranged):
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windows, "WINDOW_BYTES", 16)
-    monkeypatch.setattr(windows, "MOST_BYTES", 128)
+    monkeypatch.setattr(windows, "AHEAD_BYTES", 128)
+    monkeypatch.setattr(windows, "MOST_BYTES", 256)
     monkeypatch.setattr(windows, "GAP_BYTES", 2)
 
 
@@ -81,7 +82,7 @@ def test_every_read_gives_the_bytes(
     for start, size in (*expected, *read_later):
         size = min(size, 400 - start)
         assert read(far, start, size) == data[start : start + size]
-        assert sum(each.size for each in held._held.values()) <= 128 + 16
+        assert sum(each.size for each in held._held.values()) <= 256
     held.close()
     assert not held._held
 
@@ -123,6 +124,22 @@ def test_what_is_read_side_by_side_comes_side_by_side() -> None:
     held.close()
     assert len(one.asked) == len(set(one.asked)) == 100
     assert len(other.asked) == len(set(other.asked)) == 100
+
+
+def test_threads_at_several_places_do_not_take_from_each_other() -> None:
+    sources = [Distant(bytes(3200), delay=0.001) for _ in range(4)]
+    held = Windows()
+    for source in sources:
+        held.expect((source, 0, 3200))
+
+    def go_through(source: Distant) -> None:
+        for start in range(0, 3200, 8):
+            read(Far(held, source), start, 8)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(go_through, sources))
+    held.close()
+    assert all(len(source.asked) == len(set(source.asked)) == 200 for source in sources)
 
 
 def test_several_are_on_their_way_and_no_more_than_agreed() -> None:
