@@ -227,7 +227,7 @@ class PartsFolder:
         if path.exists():
             return False
         partial = self._fresh(path.name)
-        # A line for each key: json's own indentation takes seven times as long.
+        # A line for each key: where it indents, json leaves its fast encoder.
         lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in document.items())
         partial.write_text(f"{{\n{lines}\n}}\n")
         sync_file(partial)
