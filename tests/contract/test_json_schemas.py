@@ -239,8 +239,15 @@ def test_shares_and_how_far_they_are_are_what_the_schemas_say(
     merging = ["merge", str(BASE), str(ADAPTERS / "lora-linear"), "-o", "merged"]
     output, *words = {
         "merge": ["merged", *merging],
-        "verify": ["merged", "verify", "merged", "--base", str(BASE)]
-        + ["--adapter", str(ADAPTERS / "lora-linear")],
+        "verify": [
+            "merged",
+            "verify",
+            "merged",
+            "--base",
+            str(BASE),
+            "--adapter",
+            str(ADAPTERS / "lora-linear"),
+        ],
         "extract": ["out", "extract", str(BASE), "merged", "-o", "out", "--rank", "2"],
     }[verb]
     if verb != "merge":

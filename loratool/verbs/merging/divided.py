@@ -180,8 +180,7 @@ class DividedMerge:
     def _found(self, folder: PartsFolder, report: MergeReport) -> MergeReport:
         """Return the report of what was there before."""
         folder.clear()
-        note = f"{self.output} was finished before, of the same inputs and with the same options"
-        return replace(report, is_written=True, notes=(*report.notes, note))
+        return replace(report, is_written=True, was_there=True)
 
     def _is_finished(self, plan: ModelPlan) -> bool:
         """Whether the output is there, and says that it was made so."""

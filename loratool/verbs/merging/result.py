@@ -38,6 +38,7 @@ class MergeReport(Shown):
             the output dtype; ``None`` where nothing was added to anything.
         output: Where it is, or would be.
         is_written: Whether it was written.
+        was_there: Whether somebody had written it before.
         traffic: What stores would be asked for, where it is not and they would be.
         notes: What a user should know, one sentence each.
     """
@@ -53,6 +54,7 @@ class MergeReport(Shown):
     retention: float | None
     output: Path
     is_written: bool = True
+    was_there: bool = False
     traffic: Traffic | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -144,6 +146,9 @@ class MergeReport(Shown):
             if self.traffic is None:
                 return document
             return Document((*document.blocks, Lines((self.traffic.words,))), document.notes)
+        if self.was_there:
+            words = f"{self.output}: finished before, of the same inputs and with the same options"
+            return Document((Lines((words,)),))
         added = f", {self.added} added" if self.added else ""
         words = (
             f"{self.output}: {counted(self.merged, 'tensor')} merged, {self.copied} copied{added}, "
