@@ -1,4 +1,7 @@
-"""Workers that are killed in every phase: nothing is lost, and at most one part is done again."""
+"""Workers that are killed in every phase: nothing is lost, and at most one part is done again.
+
+``--kills N`` kills each verb three times as often.
+"""
 
 from __future__ import annotations
 
@@ -136,9 +139,8 @@ def test_a_kill_in_every_phase(
     assert start(0) == 0
     assert digests(output) == expected
     calls = int(log.read_text().split()[-1])
-    count = max(20, 8 * request.config.getoption("--kills"))
+    count = 3 * request.config.getoption("--kills")
     moments = sorted({round(1 + step * (calls - 1) / (count - 1)) for step in range(count)})
-    assert len(moments) >= 20
     for moment in moments:
         shutil.rmtree(output)
         assert start(moment) == -signal.SIGKILL

@@ -15,7 +15,7 @@ from samples import lora
 
 import loratool
 from loratool.errors import LoratoolError, OutputError
-from loratool.files.atomic import hidden_name, check_output, staged
+from loratool.files.atomic import check_output, hidden_name, staged
 
 Make = Callable[..., Path]
 
