@@ -96,8 +96,8 @@ class LoratoolError(Exception):
         number: int | None = None,
     ) -> None:
         Exception.__init__(self, where, what, hint)  # not OSError's, which gives these a meaning
-        self.where = str(where)
-        self.what = what
+        self.where = spoken(str(where))
+        self.what = spoken(what)
         self.hint = hint
         if code is not None:
             self.code = code

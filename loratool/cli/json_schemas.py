@@ -1,4 +1,7 @@
-"""The JSON Schema of what each command prints with ``--json``; ``schemas/`` holds one a file."""
+"""The JSON Schema of what each command prints with ``--json``; ``schemas/`` holds one a file.
+
+``"also"`` in one names others that the command prints too, with some of its options.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ def json_schema(command: str) -> dict[str, Any]:
     """
     own = _read(command)
     dialect, title = own.pop("$schema"), own.pop("title")
-    failure = _read("error")
-    del failure["$schema"]
-    return {"$schema": dialect, "title": title, "anyOf": [*own.pop("anyOf", [own]), failure]}
+    others = [_read(name) for name in (*own.pop("also", ()), "error")]
+    for other in others:
+        del other["$schema"]
+    return {"$schema": dialect, "title": title, "anyOf": [*own.pop("anyOf", [own]), *others]}
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     if "loratool.files.places" in sys.modules:
         sys.modules["loratool.files.places"].forget_stand_ins()
     if "loratool.engines.mpi" in sys.modules:
-        sys.modules["loratool.engines.mpi"].leave()
+        sys.modules["loratool.engines.mpi"].leave(status)
     if "torch" in sys.modules:
         # Taking torch down takes a while, and aborts now and then after an interruption. All
         # outputs are renamed and closed by now.

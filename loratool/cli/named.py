@@ -97,15 +97,6 @@ class _Engine(Named):
             join()
         return given
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Return how names begin, without what stands for a number or an address in them."""
-        found = super().shell_complete(ctx, param, "")
-        for item in found:
-            item.value = item.value.partition("HOST")[0].replace(":N", ":4")
-        return [item for item in found if item.value.startswith(incomplete)]
-
 
 def choice(name: str, place: str) -> Named:
     """Return what takes one of the names that a verb has.

@@ -63,7 +63,8 @@ def print_json(value: Any) -> None:
 def print_lines(items: Iterable[Any]) -> None:
     """Print JSON documents, one a line."""
     for item in items:
-        click.echo(json.dumps({"schema": 1, **item}, ensure_ascii=True, allow_nan=False))
+        text = json.dumps({"schema": 1, **item}, ensure_ascii=True, allow_nan=False)
+        click.echo(spoken(text))
 
 
 def print_csv(records: Iterable[Mapping[str, Any]]) -> None:

@@ -26,7 +26,6 @@ def command(path: Path, quiet: bool, as_json: bool) -> None:
     \b
     Example:
         loratool status merged/
-        watch loratool status merged/
         loratool status merged/ --json | jq .seconds_left
     """
     from loratool.shards.status import status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -22,6 +23,7 @@ __all__ = [
     "path_of",
     "read_matrix",
     "rows_of",
+    "stored_tensors",
 ]
 
 Weight: TypeAlias = StoredTensor | CodedTensor
@@ -159,6 +161,11 @@ def read_matrix(weight: Weight, files: InputFiles) -> NDArray[np.float64]:
         return reader.values(0, weight.rows).reshape(shape)
     data = RowBytes(weight, weight.spec.elements, files).read(0, 1)
     return numbers.decode(data, weight.spec.dtype, shape)
+
+
+def stored_tensors(weight: Weight) -> Collection[StoredTensor]:
+    """Return the tensors of files that a weight is made of."""
+    return weight.parts.values() if isinstance(weight, CodedTensor) else (weight,)
 
 
 def path_of(weight: Weight) -> Path:

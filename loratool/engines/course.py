@@ -21,6 +21,8 @@ PATIENCE: Final = 600.0
 """Seconds without a sign of life after which a call counts as lost."""
 PERIOD: Final = 1.0
 """Seconds between two looks at calls that are out."""
+CHECKING: Final = 10.0
+"""Seconds without any end after which an engine is asked whether there can be one."""
 SHARE: Final = 10
 """A look at all of them may take one part in so many of the time."""
 
@@ -132,6 +134,7 @@ class _Course:
     ended: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
     last_sign: float = 0.0
     next_look: float = 0.0
+    next_check: float = 0.0
     is_refused: bool = False
 
     def run(self, calls: Iterator[Call]) -> None:
@@ -140,14 +143,22 @@ class _Course:
             self._hand_out(calls)
             if not self.out:
                 return
-            timeout = None if self.look is None else max(0.0, self.next_look - monotonic())
             try:
-                self._note_end(self.ended.get(timeout=timeout))
+                self._note_end(self.ended.get(timeout=self._patience_now()))
+                self.next_check = monotonic() + CHECKING
             except Empty:
+                pass
+            if self.look is not None and monotonic() >= self.next_look:
                 self._look_around()
-            else:
-                if self.look is not None and monotonic() >= self.next_look:
-                    self._look_around()
+            if self.engine.has_lost is not None and monotonic() >= self.next_check:
+                self.engine.check()
+                self.next_check = monotonic() + CHECKING
+
+    def _patience_now(self) -> float | None:
+        """Return how many seconds there are until there is something to look at."""
+        times = [self.next_look] if self.look is not None else []
+        times += [self.next_check] if self.engine.has_lost is not None else []
+        return max(0.0, min(times) - monotonic()) if times else None
 
     def drain(self) -> None:
         """Hand over what has ended well by now, unless nobody takes it."""

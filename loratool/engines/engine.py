@@ -44,6 +44,8 @@ class Engine:
         make: Makes a new one; ``None`` where one was handed over, which nobody else closes.
         end: Ends one that was made, at once where the second argument says so.
         most: How many calls it is given at a time.
+        has_lost: Asked now and then while calls are out and none ends: whether it has forgotten all
+            of them. It raises where there is nobody to carry them out.
         broken: What is raised where it takes no calls any more.
         breaks: How many executors have broken since a call ended well.
     """
@@ -53,6 +55,7 @@ class Engine:
     make: Callable[[], Executor] | None = None
     end: Callable[[Executor, bool], None] = _shut_down
     most: int = AT_ONCE
+    has_lost: Callable[[], bool] | None = None
     broken: tuple[type[BaseException], ...] = BROKEN
     breaks: int = 0
     _out: set[Future[Any]] = field(default_factory=set)
@@ -80,6 +83,19 @@ class Engine:
         self._out.add(future)
         future.add_done_callback(self._out.discard)
         return future
+
+    def check(self) -> None:
+        """Give up calls that nobody will answer: their futures are cancelled.
+
+        Raises:
+            EngineError: There is nobody to carry them out.
+        """
+        if self.has_lost is not None and self.has_lost():
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for future in tuple(self._out):
+            future.cancel()
 
     def _ready(self) -> Executor:
         """Return the executor, or a new one."""
@@ -111,8 +127,7 @@ class Engine:
         self._finish(is_over=True)
 
     def _finish(self, *, is_over: bool) -> None:
-        for future in tuple(self._out):
-            future.cancel()
+        self._cancel()
         if self.make is not None and self.executor is not None:
             executor, self.executor = self.executor, None
             self.end(executor, is_over)

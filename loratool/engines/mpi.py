@@ -17,6 +17,8 @@ from loratool.errors import OptionError
 __all__ = ["engine", "join", "leave"]
 
 EXTRA: Final = "pip install 'loratool[mpi]'"
+SIGNALLED: Final = 128
+"""Exit statuses from here on tell of signals."""
 START: Final = "mpiexec -n 4 loratool … --executor mpi"
 
 _pools: list[Any] = []
@@ -73,11 +75,20 @@ def join() -> None:
     raise SystemExit(0)
 
 
-def leave() -> None:
-    """Let the other processes go, before this one ends."""
+def leave(status: int) -> None:
+    """Let the other processes go, before this one ends.
+
+    Args:
+        status: The exit status. Where a signal is behind it, what the others are at is not waited
+            for: the whole job ends.
+    """
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None:
         return
+    if _pools and status >= SIGNALLED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        mpi.COMM_WORLD.Abort(status)
     for executor in _pools:
         executor.shutdown(cancel_futures=True)
     _pools.clear()

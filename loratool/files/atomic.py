@@ -10,13 +10,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import shlex
 import shutil
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -29,7 +27,9 @@ from loratool.errors import (
     OutputError,
     OutputExistsError,
 )
+from loratool.files.belonging import check_contents
 from loratool.files.containers import is_weights
+from loratool.files.targets import target_of
 from loratool.files.transfer import describe_write_error
 
 __all__ = ["check_output", "hidden_name", "kept", "publish", "scratch", "staged", "sync_file"]
@@ -41,20 +41,6 @@ ATTEMPTS: Final = 100
 FOLDER_ONLY: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
 LONGEST_NAME: Final = 200
 """Bytes of a name that hidden ones beside it begin with whole; file systems allow 255."""
-SHOWN: Final = 3
-USUAL_NAMES: Final = re.compile(
-    r"""(?x)^(
-    ([a-z0-9_]+_)?config\.json | .*\.index\.json | (model_index|modules|params|loratool)\.json
-    | tokenizer(_\w+)?\.(json|model) | (vocab|added_tokens|special_tokens_map|chat_template)\.json
-    | .*\.(jinja|tiktoken|gguf) | (spiece|sentencepiece(\.bpe)?)\.model | .*\.safetensors\.\w+
-    | (modeling|configuration|tokenization|processing|image_processing|feature_extraction)_\w+\.py
-    | README(\.md)? | LICEN[SC]E(\.\w+)? | NOTICE(\.\w+)? | USE_POLICY\.md | \.gitattributes
-    | (vocab|merges|dict|special_tokens|requirements)\.txt
-    )$"""
-)
-"""What lies beside weights: configurations, tokenizers, cards, licences, code of the model."""
-CONFIGURATION: Final = re.compile(r"(adapter_)?config\.json")
-"""Without weights, too, a folder with one of these is of a model or an adapter."""
 OVERTAKEN: Final = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 """What renaming fails with where another process has replaced or removed the destination."""
 
@@ -82,7 +68,13 @@ def check_output(
 
     Raises:
         OutputError: It exists, its folder does not, it is an input, or the disk is full.
+        StoreError: It is in a store that does not tell.
     """
+    if target_of(path) is not None:
+        from loratool.files.objects.outputs import check_object
+
+        check_object(path, force=force, inputs=inputs, names=names, kinds=kinds, folder=folder)
+        return
     parent = path.absolute().parent
     if not parent.is_dir():
         raise MissingFolderError(
@@ -141,31 +133,14 @@ def _check_replaceable(
         raise OutputExistsError(path, "is a device or a pipe, and is not replaced")
     if path.is_symlink():
         return
-    inside = list(path.iterdir())
-    strange = list(islice(_strangers(path, names), SHOWN + 1))
-    if not strange and inside and not any(map(_is_model, path.rglob("*"))):
-        strange = [each.name for each in inside[: SHOWN + 1]]
-    if strange:
-        more = " and more" if len(strange) > SHOWN else ""
-        raise OutputExistsError(
-            path,
-            f"is not replaced: beside a model or an adapter it holds "
-            f"{', '.join(strange[:SHOWN])}{more}",
-            hint="choose another name, or move that away",
-        )
+    check_contents(path, _contents(path), names)
 
 
-def _is_model(path: Path) -> bool:
-    return is_weights(path) or bool(CONFIGURATION.fullmatch(path.name))
-
-
-def _strangers(folder: Path, names: frozenset[str]) -> Iterator[str]:
-    """Yield the files in ``folder`` that are no part of a model or an adapter."""
+def _contents(folder: Path) -> Iterator[str]:
+    """Yield the files in a folder and below by their paths in it."""
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        is_folder = path.is_dir() and not path.is_symlink()
-        if not (is_folder or name in names or is_weights(path) or USUAL_NAMES.search(path.name)):
-            yield name
+        if not path.is_dir() or path.is_symlink():
+            yield path.relative_to(folder).as_posix()
 
 
 @contextmanager
@@ -180,6 +155,12 @@ def staged(path: Path, *, folder: bool, force: bool, sync: bool) -> Iterator[Pat
             machine (not of the process) may still lose what the system had not written.
     """
     path = path.absolute()
+    if target_of(path) is not None:
+        from loratool.files.objects.outputs import stored
+
+        with stored(path, folder=folder, force=force) as place:
+            yield place
+        return
     with scratch(path) as stage:
         try:
             place = stage if folder else stage / path.name
@@ -247,6 +228,10 @@ def kept(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: Another process uses it, or it cannot be written.
     """
+    if target_of(path) is not None:
+        raise OutputError(
+            path, "is in a store, where nothing half done is kept", hint="leave out --resume"
+        )
     path = path.absolute()
     folder = path.parent / hidden_name(path, KEPT_MARK)
     try:

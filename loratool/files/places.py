@@ -10,8 +10,9 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
-from loratool.errors import SPOKEN, HubError, MissingModelError, StoreError
-from loratool.files.sources import Source, forget, stand_in
+from loratool.errors import SPOKEN, HubError, MissingModelError, OutputError, StoreError
+from loratool.files.sources import Source, forget, is_stood_for, stand_in
+from loratool.files.targets import forget_targets, let_stand_for
 
 if TYPE_CHECKING:
     from loratool.files.hub.names import HubName
@@ -24,13 +25,17 @@ __all__ = [
     "forget_stand_ins",
     "hub_as_json",
     "in_cache",
+    "is_elsewhere",
     "located",
     "on_the_hub",
     "origin_of",
+    "output_in_a_store",
 ]
 
 EXTRA: Final = "pip install 'loratool[hub]'"
 PREFIX: Final = "loratool-hub-"
+WRITTEN: Final = "s3"
+"""The kind of stores that outputs go to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +218,11 @@ def _stood(folder: str, shown: str, sources: Mapping[str, Source]) -> Path:
     folders = {str(parent) for path in sources for parent in PurePosixPath(path).parents}
     for path, source in sources.items():
         place = root / path
-        if place not in _made and path not in folders:  # which no disk holds under one name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            stand_in(place, source)
-            _made.add(place)
+        if path in folders or is_stood_for(place, source):  # no disk holds both under one name
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        stand_in(place, source)
+        _made.add(place)
     SPOKEN[str(root)] = shown
     return root
 
@@ -246,8 +252,45 @@ def in_a_store(address: Address) -> Path:
     if key in meant:  # what lies beside a file says what it is
         folder = key.rpartition("/")[0]
         meant = {p: f for p, f in found.files.items() if p.rpartition("/")[0] == folder}
-    root = _stood(f"{address.kind}-{address.host.replace(':', '-')}", address.root, meant)
+    root = _stood(_folder_of(address), address.root, meant)
+    _drop({each for each in _made if root / key in each.parents} - {root / each for each in meant})
     return root / key if key else root
+
+
+def _drop(gone: set[Path]) -> None:
+    """Remove what stands for files that are there no more."""
+    forget(gone)
+    _made.difference_update(gone)
+    for place in gone:
+        place.unlink(missing_ok=True)
+
+
+def output_in_a_store(text: str) -> Path:
+    """Return the path on the disk that stands for an address as an output.
+
+    Raises:
+        OutputError: Nothing is written to such addresses.
+    """
+    from loratool.files.hub.names import is_safe
+    from loratool.files.objects.addresses import parse_address
+
+    address = parse_address(text)
+    if address is None or address.kind != WRITTEN:
+        hint = "write to the disk, and upload that"
+        if text.startswith("hf:"):
+            hint = "write to the disk, and upload that: hf upload REPOSITORY FOLDER"
+        raise OutputError(text, "outputs go to the disk or to s3://", hint=hint)
+    if not is_safe(f"{address.host}/{address.key}".removesuffix("/")):
+        raise OutputError(text, "is no address of an output", hint="such as s3://bucket/merged")
+    root = _root() / _folder_of(address)
+    SPOKEN[str(root)] = address.root
+    place = root / address.key if address.key else root
+    let_stand_for(place, address)
+    return place
+
+
+def _folder_of(address: Address) -> str:
+    return f"{address.kind}-{address.host.replace(':', '-')}"
 
 
 _made: set[Path] = set()
@@ -264,6 +307,11 @@ def _root() -> Path:
     return _roots[0]
 
 
+def is_elsewhere(path: Path) -> bool:
+    """Whether a path stands for something that is in a store or on the hub."""
+    return any(path.is_relative_to(root) for root in _roots)
+
+
 def forget_stand_ins() -> None:
     """Remove what stands for files of the hub; they are asked for again where they are named."""
     for root in _roots:
@@ -271,6 +319,7 @@ def forget_stand_ins() -> None:
 
         shutil.rmtree(root, ignore_errors=True)
     forget(_made)
+    forget_targets()
     SPOKEN.clear()
     _roots.clear()
     _folders.clear()

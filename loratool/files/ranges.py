@@ -10,15 +10,14 @@ from typing import Final
 
 from loratool.errors import FileFormatError
 from loratool.files.checkpoint import SHARD
+from loratool.files.sources import AT_ONCE
 
-__all__ = ["AT_ONCE", "Ranged"]
+__all__ = ["Ranged"]
 
 FIRST_BYTES: Final = 256 << 10
 """What is read of a file first; few headers of adapters are longer."""
 SHARD_BYTES: Final = 32 << 10
 """The same for one of several files of a model, each of which describes few tensors."""
-AT_ONCE: Final = 8
-"""How many requests are made at a time."""
 MOST_BYTES: Final = 32 << 20
 """What one request asks for at most."""
 
@@ -26,12 +25,19 @@ MOST_BYTES: Final = 32 << 20
 class Ranged:
     """The bytes of one file, with its beginning and what was read last kept in memory.
 
+    Attributes:
+        is_ranged: Whether data are read in ranges too.
+        mark: See :class:`Source`.
+
     Args:
         name: What it is called in messages.
         path: What it is called among those that it lies with.
         size: Its size in bytes.
         others: Files that it lies with, itself among them, by their paths.
     """
+
+    is_ranged = False
+    mark = 0
 
     def __init__(self, name: str, path: str, size: int, others: Mapping[str, Ranged]) -> None:
         self.name = name
@@ -42,16 +48,19 @@ class Ranged:
         self._is_begun = False
         self._first = SHARD_BYTES if SHARD.fullmatch(path) else FIRST_BYTES
         self._head = b""
-        self._last = (0, b"")
+        self._last: tuple[int, bytes | memoryview] = (0, b"")
         self._lock = Lock()
 
-    def get(self, start: int, stop: int) -> bytes:
+    def get(self, start: int, stop: int) -> bytes | memoryview:
         """Fetch the bytes from ``start`` to ``stop``, all of them.
 
         Raises:
             LoratoolError: They cannot be fetched.
         """
         raise NotImplementedError
+
+    def check_unchanged(self) -> None:
+        """Do nothing: it cannot change."""
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` on; the beginnings of a model's files are read at once.
@@ -95,7 +104,7 @@ class Ranged:
         with self._lock:
             self._read(0, min(1, self.size))
 
-    def _read(self, start: int, stop: int) -> bytes:
+    def _read(self, start: int, stop: int) -> bytes | memoryview:
         if stop <= len(self._head):
             return self._head[start:stop]
         if start <= len(self._head):

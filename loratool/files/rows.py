@@ -5,7 +5,6 @@ from __future__ import annotations
 from loratool.files.container import read_view
 from loratool.files.dtypes import DTYPES
 from loratool.files.inputs import InputFiles
-from loratool.files.sources import source_of
 from loratool.files.spec import StoredTensor
 from loratool.files.transfer import read_into
 
@@ -27,6 +26,7 @@ class RowBytes:
         self.row_bytes = DTYPES[stored.spec.dtype].size(width)
         self._files = files
         self._whole = read_view(stored) if not stored.is_run else None
+        files.expect(*stored.extents)
 
     @property
     def dtype(self) -> str:
@@ -52,10 +52,6 @@ class RowBytes:
             return self._whole[offset : offset + size]
         view = memoryview(bytearray(size)) if buffer is None else buffer[:size]
         path, place = self.stored.path, self.stored.offset + offset
-        source = source_of(path)
-        if source is not None:
-            source.read_into(view, place)
-            return view
         with self._files.using(path) as descriptor:
             read_into(descriptor, view, place, path=path)
         return view

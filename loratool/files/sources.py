@@ -17,17 +17,22 @@ from typing import BinaryIO, Final, Protocol
 from loratool.errors import unreadable
 
 __all__ = [
+    "AT_ONCE",
     "Fetching",
     "Source",
     "Store",
+    "check_unchanged",
     "fetch",
+    "fetch_unranged",
     "forget",
     "is_stand_in",
+    "is_stood_for",
     "listeners",
     "opened",
+    "ranged",
     "size_of",
-    "size_of_opened",
     "source_of",
+    "source_of_opened",
     "stand_in",
     "tag_of",
     "tell",
@@ -35,6 +40,8 @@ __all__ = [
     "whole",
 ]
 
+AT_ONCE: Final = 8
+"""How many requests are made at a time."""
 MARK: Final = "a stand-in of loratool: the file itself is elsewhere, and was not read\n"
 
 
@@ -72,11 +79,37 @@ class Source(Protocol):
         """The whole file on the disk, once it is there."""
         ...
 
+    @property
+    def is_ranged(self) -> bool:
+        """Whether data are read in ranges; of others the whole file is fetched first."""
+        ...
+
+    @property
+    def mark(self) -> int:
+        """A number that is another for a file with other bytes; zero where nothing tells."""
+        ...
+
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from ``offset`` on.
+        """Fill ``view`` from ``offset`` on; what is near each other takes few requests.
 
         Raises:
             LoratoolError: It cannot be read, or has not as many bytes.
+        """
+        ...
+
+    def get(self, start: int, stop: int) -> bytes | memoryview:
+        """Return the bytes from ``start`` to ``stop``, in one request.
+
+        Raises:
+            LoratoolError: They cannot be read, or there are not as many.
+        """
+        ...
+
+    def check_unchanged(self) -> None:
+        """Make sure that it is still there as it was.
+
+        Raises:
+            LoratoolError: It is not.
         """
         ...
 
@@ -122,6 +155,12 @@ def forget(paths: Iterable[Path]) -> None:
     """Let paths stand for nothing any more."""
     for path in paths:
         _sources.pop(path, None)
+
+
+def is_stood_for(path: Path, source: Source) -> bool:
+    """Whether a path stands for a file already that has the bytes of another one, or none tell."""
+    known = _sources.get(path)
+    return known is not None and (known.mark, known.size) == (source.mark, source.size)
 
 
 def is_stand_in(path: Path) -> bool:
@@ -170,6 +209,35 @@ def fetch(paths: Iterable[Path]) -> None:
         store.fetch(sources)
 
 
+def ranged(path: Path) -> Source | None:
+    """Return where the data of a file are read in ranges; ``None`` where they are not."""
+    source = source_of(path)
+    return source if source is not None and source.is_ranged else None
+
+
+def fetch_unranged(paths: Iterable[Path]) -> None:
+    """Bring those of some files to the disk whose data are not read in ranges.
+
+    Raises:
+        LoratoolError: One cannot be fetched.
+    """
+    fetch(path for path in paths if ranged(path) is None)
+
+
+def check_unchanged(paths: Iterable[Path]) -> None:
+    """Make sure that files whose data are read in ranges are still what they were.
+
+    Raises:
+        LoratoolError: One is not.
+    """
+    sources = [each for each in map(ranged, paths) if each is not None]
+    if sources:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda each: each.check_unchanged(), sources))
+
+
 def unfetched(paths: Iterable[Path]) -> list[Source]:
     """Return the files that would be fetched, were these fetched."""
     return [each for store, sources in _by_store(paths) for each in store.lacking(sources)]
@@ -185,10 +253,10 @@ def _by_store(paths: Iterable[Path]) -> Collection[tuple[Store, list[Source]]]:
     return stores.values()
 
 
-def size_of_opened(file: BinaryIO) -> int | None:
-    """Return the size of a file that is open and elsewhere; ``None`` for one of the disk."""
+def source_of_opened(file: BinaryIO) -> Source | None:
+    """Return where a file is that is open and elsewhere; ``None`` for one of the disk."""
     raw = getattr(file, "raw", None)
-    return raw.source.size if isinstance(raw, _Reader) else None
+    return raw.source if isinstance(raw, _Reader) else None
 
 
 def size_of(path: Path) -> int:

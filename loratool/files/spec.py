@@ -71,6 +71,11 @@ class StoredTensor:
         return self.strides is None and self.whole is None
 
     @property
+    def extents(self) -> tuple[tuple[Path, int, int], ...]:
+        """File, offset and size of its data, where they are one run of bytes; else nothing."""
+        return ((self.path, self.offset, self.spec.nbytes),) if self.is_run else ()
+
+    @property
     def span(self) -> int:
         """Number of bytes from the first element to the last one, both included."""
         if self.strides is None:

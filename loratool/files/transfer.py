@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, TypeAlias
 
 from loratool.errors import (
     FileFormatError,
@@ -16,15 +16,40 @@ from loratool.errors import (
     unreadable,
 )
 
-__all__ = ["clone_file", "copy_range", "describe_write_error", "read_into", "write_all"]
+__all__ = [
+    "Readable",
+    "clone_file",
+    "copy_range",
+    "describe_write_error",
+    "read_into",
+    "write_all",
+]
 
 FICLONE: Final = 0x40049409
 CHUNK: Final = 8 << 20
 NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
-def clone_file(source: int, target: int) -> bool:
+class Elsewhere(Protocol):
+    """A file that is not on this disk."""
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset`` on.
+
+        Raises:
+            LoratoolError: It cannot be read.
+        """
+        ...
+
+
+Readable: TypeAlias = int | Elsewhere
+"""What bytes are read from: a descriptor, or a file that is elsewhere."""
+
+
+def clone_file(source: Readable, target: int) -> bool:
     """Make ``target`` share all extents of ``source``, where the file system can."""
+    if not isinstance(source, int):
+        return False
     try:
         fcntl.ioctl(target, FICLONE, source)
     except OSError:
@@ -33,7 +58,7 @@ def clone_file(source: int, target: int) -> bool:
 
 
 def copy_range(
-    source: int, target: int, source_offset: int, target_offset: int, size: int, *, path: Path
+    source: Readable, target: int, source_offset: int, target_offset: int, size: int, *, path: Path
 ) -> None:
     """Copy ``size`` bytes, inside the kernel where it can.
 
@@ -42,6 +67,9 @@ def copy_range(
         OSError: Reading or writing failed.
     """
     while size:
+        if not isinstance(source, int):
+            _copy_through_memory(source, target, source_offset, target_offset, size, path)
+            return
         try:
             moved = os.copy_file_range(
                 source, target, min(size, 1 << 30), source_offset, target_offset
@@ -60,7 +88,7 @@ def copy_range(
 
 
 def _copy_through_memory(
-    source: int, target: int, source_offset: int, target_offset: int, size: int, path: Path
+    source: Readable, target: int, source_offset: int, target_offset: int, size: int, path: Path
 ) -> None:
     buffer = memoryview(bytearray(min(size, CHUNK)))
     while size:
@@ -72,12 +100,16 @@ def _copy_through_memory(
         size -= len(view)
 
 
-def read_into(source: int, view: memoryview, offset: int, *, path: Path) -> None:
+def read_into(source: Readable, view: memoryview, offset: int, *, path: Path) -> None:
     """Fill ``view`` from ``offset`` on.
 
     Raises:
         FileFormatError: The file ended early, or could not be read.
+        LoratoolError: It is elsewhere, and cannot be had.
     """
+    if not isinstance(source, int):
+        source.read_into(view, offset)
+        return
     while len(view):
         try:
             count = os.preadv(source, [view], offset)

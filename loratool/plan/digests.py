@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.files.sources import size_of
+from loratool.files.spec import StoredTensor
 from loratool.plan.history import History, digest_of
-from loratool.plan.lanes import Task, Unit
+from loratool.plan.lanes import Spot, Task, Unit
 from loratool.plan.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -22,6 +24,15 @@ class WholeTask:
 
     def __init__(self) -> None:
         self._is_free = threading.Lock()
+
+    @property
+    def written(self) -> Iterable[Spot]:
+        """Nothing, but for the tasks of an adapter, which is written on the disk first."""
+        return ()
+
+    def reads(self) -> Iterable[StoredTensor]:
+        """Return nothing: what is small is read when it is needed."""
+        return ()
 
     def prepare(self) -> None:
         """Do nothing: what is needed is loaded by then."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from loratool.files.spec import TensorSpec
+from loratool.files.spec import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
     from loratool.plan.run import Run
@@ -76,6 +76,15 @@ class Task(Protocol):
     def nbytes(self) -> int: ...
     @property
     def effort(self) -> int: ...
+    @property
+    def written(self) -> Iterable[Spot]:
+        """What it hands over, where that is known beforehand to the byte."""
+        ...
+
+    def reads(self) -> Iterable[StoredTensor]:
+        """Return what of large inputs is read for it, in order."""
+        ...
+
     def prepare(self) -> None:
         """Load what its units are computed with."""
         ...

@@ -26,7 +26,7 @@ from loratool.plan.history import History
 from loratool.plan.lanes import Spot, Task
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork
-from loratool.plan.sidecar import Sidecar, files_read
+from loratool.plan.sidecar import Sidecar, files_read, read_whole
 from loratool.plan.telling import card_file, record_file
 
 if TYPE_CHECKING:
@@ -471,7 +471,8 @@ class ModelPlan(Shown):
     @property
     def unfetched(self) -> Sequence[Source]:
         """The files of the hub or of stores that would have to be fetched first."""
-        return unfetched((*self.stamps, *(s.source for s in self.sidecars if s.source is not None)))
+        hashed = self.history.hashed if self.history is not None else ()
+        return unfetched(read_whole(self.stamps, hashed, self.sidecars))
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""

@@ -6,10 +6,13 @@ What computes a block is loaded with the first of them, so that copying begins w
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from loratool.codecs.weights import stored_tensors
 from loratool.files.dtypes import DTYPES
+from loratool.files.spec import StoredTensor
 from loratool.plan.lanes import Spot, Unit
 from loratool.plan.model import Step
 
@@ -47,6 +50,15 @@ class Patch:
     def effort(self) -> int:
         """The same."""
         return self.nbytes
+
+    def reads(self) -> Iterable[StoredTensor]:
+        """Return the weight as it is stored."""
+        return stored_tensors(self.step.source)
+
+    @property
+    def written(self) -> Iterable[Spot]:
+        """What it writes."""
+        return (self.spot,)
 
     def prepare(self) -> None:
         """Load numpy, and the kernel."""

@@ -13,11 +13,12 @@ from typing import Final, Protocol
 from loratool.files.atomic import check_output, staged, sync_file
 from loratool.files.inputs import Stamp
 from loratool.files.sources import fetch
+from loratool.files.targets import target_of
 from loratool.plan.digests import digest_tasks
 from loratool.plan.history import History
 from loratool.plan.outcome import Outcome
 from loratool.plan.run import FileWork, NullSink, Sink, run_files, write_files
-from loratool.plan.sidecar import Sidecar, write_sidecar
+from loratool.plan.sidecar import Sidecar, read_whole, write_sidecar
 from loratool.plan.threads import Progress
 
 __all__ = ["Plan", "run", "write", "write_at"]
@@ -93,7 +94,7 @@ def run(
     Raises:
         LoratoolError: An input changed or ended, or a result is not finite.
     """
-    fetch((*plan.stamps, *_sidecar_sources(plan)))
+    _fetch(plan)
     outcome = Outcome()
     outcome.weights = run_files(
         _works(plan, outcome),
@@ -116,8 +117,10 @@ def _works(plan: Plan, outcome: Outcome) -> list[FileWork]:
     return works
 
 
-def _sidecar_sources(plan: Plan) -> Iterator[Path]:
-    yield from (sidecar.source for sidecar in plan.beside() if sidecar.source is not None)
+def _fetch(plan: Plan) -> None:
+    """Bring to the disk what is read whole."""
+    hashed = plan.history.hashed if plan.history is not None else ()
+    fetch(read_whole(plan.stamps, hashed, plan.beside()))
 
 
 def write(
@@ -156,6 +159,23 @@ def write(
         names=[sidecar.name for sidecar in (*plan.beside(), *plan.telling(Outcome()))],
         folder=plan.is_folder,
     )
+    if target_of(output) is not None:
+        from loratool.plan.upload import is_streamed, upload
+
+        outcome = Outcome()
+        works = _works(plan, outcome)
+        if is_streamed(works):
+            return upload(
+                plan,
+                works,
+                outcome,
+                output,
+                force=force,
+                allow_nonfinite=allow_nonfinite,
+                device=device,
+                threads=threads,
+                progress=progress,
+            )
     sync = sync or plan.nbytes < SYNC_BELOW
     with staged(output, folder=plan.is_folder, force=force, sync=sync) as place:
         return write_at(
@@ -185,7 +205,7 @@ def write_at(
         LoratoolError: An input changed or ended, or the result is not to be kept.
         OSError: Writing failed, such as for want of space.
     """
-    fetch((*plan.stamps, *_sidecar_sources(plan)))
+    _fetch(plan)
     for sidecar in plan.beside():
         write_sidecar(sidecar, place)
     outcome = Outcome()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,11 @@ class Recoding(Patch):
     def effort(self) -> int:
         """Bytes of the numbers that are gone through."""
         return 2 * self.weight.spec.elements
+
+    @property
+    def written(self) -> Iterable[Spot]:
+        """See :class:`Patch`."""
+        return self.spots.values()
 
     def compile(self, run: Run) -> Kernel:
         """See :class:`Patch`; blocks begin where scales do."""

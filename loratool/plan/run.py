@@ -294,12 +294,23 @@ def run_files(
             with files.using(path):
                 pass  # before any work is done: it is still what was planned with
         lanes = Lanes([_lane(work, number, sink, files) for number, work in enumerate(works)])
+        _expect(lanes, files)
         run = Run(lanes, sink, files, allow_nonfinite=allow_nonfinite, device=device)
         run.start(threads or usual_threads(lanes.efforts()), progress)
         files.check_unchanged()
     finally:
         files.close()
     return run.result()
+
+
+def _expect(lanes: Lanes, files: InputFiles) -> None:
+    """Say what will be read, in order: copies come first."""
+    for lane in lanes.lanes:
+        for piece in lane.pieces:
+            files.expect((piece.source, piece.source_offset, piece.size))
+    for lane in lanes.lanes:
+        for task in lane.tasks:
+            files.expect(*(extent for stored in task.reads() for extent in stored.extents))
 
 
 def _lane(work: FileWork, number: int, sink: Sink, files: InputFiles) -> Lane:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loratool.files.sources import size_of, whole
+from loratool.files.sources import ranged, size_of, whole
 
-__all__ = ["TOKENIZER_FILES", "Sidecar", "files_read", "write_sidecar"]
+__all__ = ["TOKENIZER_FILES", "Sidecar", "files_read", "read_whole", "write_sidecar"]
 
 TOKENIZER_FILES: Final = frozenset(
     (
@@ -54,11 +54,21 @@ class Sidecar:
 
 def files_read(weights: Iterable[Path], sidecars: Iterable[Sidecar]) -> Iterator[Path]:
     """Yield weights, what may have been read beside them (configurations, indices), sidecars."""
-    for file in weights:
-        yield file
-        for path in sorted(file.parent.iterdir()):
+    files = list(weights)
+    yield from files
+    for folder in dict.fromkeys(file.parent for file in files):
+        for path in sorted(folder.iterdir()):
             if path.suffix in (".json", ".npy", ".yaml", ".yml") and path.is_file():
                 yield path
+    yield from (sidecar.source for sidecar in sidecars if sidecar.source is not None)
+
+
+def read_whole(
+    weights: Iterable[Path], hashed: Iterable[Path], sidecars: Iterable[Sidecar]
+) -> Iterator[Path]:
+    """Yield what has to be on the disk: but for weights whose data are read in ranges, all."""
+    yield from (path for path in weights if ranged(path) is None)
+    yield from hashed
     yield from (sidecar.source for sidecar in sidecars if sidecar.source is not None)
 
 

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
-from loratool.errors import OutputError
+from loratool.errors import OptionError, OutputError
+from loratool.files.places import is_elsewhere
+from loratool.files.targets import target_of
 from loratool.shards.course import ShareReport, do_share
 from loratool.shards.division import Division
 from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
 from loratool.shards.records import all_records, wait_for_parts
 
-__all__ = ["NO_PARTS", "do_parts", "records_of"]
+__all__ = ["NO_PARTS", "check_on_disk", "do_parts", "records_of"]
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
 NO_PARTS = "there are no parts to finish"
+
+
+def check_on_disk(output: Path) -> None:
+    """Make sure that parts of an output have a folder to come together in.
+
+    Raises:
+        OptionError: It is in a store, or on the hub.
+    """
+    if target_of(output) is not None or is_elsewhere(output):
+        raise OptionError(
+            "--shards, --finish, --resume and --executor",
+            "parts come together beside the output, and that is on no disk",
+            hint="name a folder that all workers reach, and copy the result",
+        )
 
 
 def do_parts(

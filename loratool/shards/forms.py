@@ -89,8 +89,9 @@ def as_form(value: Any, below: Below) -> Any:
         return {"l": [as_form(each, below) for each in value]}
     if kind is bytes:
         return _bytes(value)
-    if kind is Stamp:  # of the device and file of one machine only the size is true elsewhere
-        value = Stamp(ELSEWHERE, 0, value.size, 0)
+    if kind is Stamp:  # of the files of one machine only the size is true elsewhere
+        mark = value.inode if value.device == ELSEWHERE else 0
+        value = Stamp(ELSEWHERE, mark, value.size, 0)
     if isinstance(value, Path):
         return {"p": list(below(value))}
     if isinstance(value, Enum):

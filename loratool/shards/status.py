@@ -168,7 +168,9 @@ def _told(part: PartStatus) -> str:
 def _time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{max(1, rest)} s"
 
 
 def status(path: str | PathLike[str]) -> StatusReport:
@@ -182,12 +184,13 @@ def status(path: str | PathLike[str]) -> StatusReport:
         MissingFileError: Neither is there.
         FileFormatError: The folder is damaged.
     """
-    folder = PartsFolder(Path(path))
+    output = Path(path)
+    folder = PartsFolder(output)
     if not folder.plan_path.exists():
-        if folder.output.exists():
-            return StatusReport(folder.output, None)
+        if output.exists():
+            return StatusReport(output, None)
         raise MissingFileError(
-            folder.output, "is not there, nor are parts of it", hint="name what -o named"
+            output, "is not there, nor are parts of it", hint="name what -o named"
         )
     document = folder.plan()
     try:
@@ -201,7 +204,7 @@ def status(path: str | PathLike[str]) -> StatusReport:
     done = sum(part.bytes_done for part in parts)
     elapsed = time.time() - begun
     rate = done / elapsed if done and elapsed > 0 else None
-    return StatusReport(folder.output, folder.path, str(verb), str(version), parts, rate)
+    return StatusReport(output, folder.path, str(verb), str(version), parts, rate)
 
 
 def _status(folder: PartsFolder, number: int, name: str, size: int, digest: str) -> PartStatus:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from loratool.errors import OptionError, OutputError
 from loratool.files.dtypes import OUTPUT_DTYPES, SHORT_DTYPES
@@ -13,6 +15,8 @@ from loratool.files.dtypes import OUTPUT_DTYPES, SHORT_DTYPES
 __all__ = ["dtype_name", "one_or_more", "output_path"]
 
 Item = TypeVar("Item")
+ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]+:/")
+"""How addresses begin; a path that was made of one has lost the second slash."""
 
 
 def one_or_more(given: Iterable[Item] | Item) -> tuple[Item, ...]:
@@ -44,12 +48,16 @@ def dtype_name(given: object) -> str | None:
 
 
 def output_path(given: str | PathLike[str]) -> Path:
-    """Return where an output goes.
+    """Return where an output goes; for an address of a store, the path that stands for it.
 
     Raises:
-        OutputError: That is standard output.
+        OutputError: That is standard output, or an address that nothing is written to.
     """
-    path = Path(given)
+    path, text = Path(given), os.fspath(given)
+    if ADDRESS.match(text) and not path.parent.is_dir():
+        from loratool.files.places import output_in_a_store
+
+        return output_in_a_store(text)
     if path == Path("-"):
         raise OutputError(
             "-o -",

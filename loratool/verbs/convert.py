@@ -13,7 +13,7 @@ from loratool.adapter.scheme import Scheme
 from loratool.base.model import Model
 from loratool.base.told import open_told
 from loratool.display.shown import Shown
-from loratool.errors import LoratoolError, OptionError
+from loratool.errors import LoratoolError, OptionError, spoken
 from loratool.files.atomic import check_output
 from loratool.files.dtypes import OUTPUT_DTYPES
 from loratool.files.places import called, located
@@ -79,7 +79,7 @@ class ConvertReport(Shown):
         return {
             "schema": 1,
             "dry_run": not self.is_written,
-            "output": str(self.output),
+            "output": spoken(str(self.output)),
             "from": self.source,
             "to": plan.scheme,
             "family": plan.family,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -11,6 +12,7 @@ from loratool.names.strengths import Weights
 from loratool.plan.devices import exactly
 from loratool.plan.model import ModelPlan
 from loratool.plan.plan import write
+from loratool.plan.traffic import traffic_of
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division, Executors
 from loratool.shards.job import Settings
@@ -128,7 +130,7 @@ def merge(
     plan = planned()
     report = MergeReport.of(plan, output)
     if dry_run:
-        return report
+        return replace(report, traffic=traffic_of(plan, output))
     outcome = write(
         plan,
         output,

@@ -15,7 +15,7 @@ from loratool.base.model import open_model
 from loratool.display.document import Block, Column, Document, Facts, Lines, Table
 from loratool.display.figures import human_bytes
 from loratool.display.shown import Shown
-from loratool.errors import AdapterError, OptionError, OutputError, UnsupportedError
+from loratool.errors import AdapterError, OptionError, OutputError, UnsupportedError, spoken
 from loratool.files.atomic import check_output, staged, sync_file
 from loratool.files.container import Telling, WeightsFile
 from loratool.files.containers import container_of, open_weights
@@ -24,7 +24,7 @@ from loratool.files.inputs import InputFiles
 from loratool.files.json import is_text
 from loratool.files.links import link_roots, stays_inside
 from loratool.files.places import located
-from loratool.files.sources import is_stand_in
+from loratool.files.sources import is_stand_in, size_of, whole
 from loratool.files.transfer import copy_range, read_into, write_all
 from loratool.schemes import builtin_schemes
 from loratool.schemes.detection import find_weights
@@ -112,7 +112,7 @@ class MetadataReport(Shown):
         if len(self.files) == 1:
             document["metadata"] = dict(self.files[0].metadata)
         if self.output is not None:
-            document |= {"output": str(self.output), "dry_run": not self.is_written}
+            document |= {"output": spoken(str(self.output)), "dry_run": not self.is_written}
         return document | {"notes": list(self.notes)}
 
     def document(self) -> Document:
@@ -389,7 +389,7 @@ def _write(
         output,
         force=force,
         inputs=[path, *(file.path for file in opened)],
-        needed=needed + sum(each.stat().st_size for each in beside),
+        needed=needed + sum(map(size_of, beside)),
         names=[str(each.relative_to(path)) for each in beside],
         folder=is_folder,
     )
@@ -398,7 +398,7 @@ def _write(
         for each in beside:
             target = stage / each.relative_to(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(each, target)
+            shutil.copyfile(whole(each), target)
         for file, new in zip(opened, edited, strict=True):
             target = stage / file.path.relative_to(path) if is_folder else stage
             target.parent.mkdir(parents=True, exist_ok=True)

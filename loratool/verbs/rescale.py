@@ -15,7 +15,7 @@ from loratool.adapter.problems import plain_hint
 from loratool.adapter.scheme import Scheme
 from loratool.adapter.slots import Slot
 from loratool.display.shown import Shown
-from loratool.errors import OptionError, UnsupportedError
+from loratool.errors import OptionError, UnsupportedError, spoken
 from loratool.files.atomic import check_output
 from loratool.files.containers import USUAL, is_weights
 from loratool.files.dtypes import OUTPUT_DTYPES
@@ -88,7 +88,7 @@ class RescaleReport(Shown):
         return {
             "schema": 1,
             "dry_run": not self.is_written,
-            "output": str(self.output),
+            "output": spoken(str(self.output)),
             "relative_error": self.relative_error,
             "modules": [
                 {"module": name, "scale": new, "old_scale": old, "ratio": self.ratios[name]}

@@ -8,6 +8,7 @@ same values but for the last bit: other libraries add up in another order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from os import PathLike
 from typing import Any
 
@@ -128,14 +129,18 @@ def verify(
             plan, result, found, base, paths, division, Settings(device, threads), progress
         )
     sink = CompareSink(result.raw, {step.spec.name: step.source for step in plan.steps()})
-    outcome = run(
-        plan,
-        sink,
-        allow_nonfinite=True,
-        device=device,
-        threads=threads,
-        progress=progress,
-    )
+    with closing(sink):
+        steps = sorted(plan.steps(), key=lambda step: not step.is_copy)  # copies come first
+        sink.expect(step.spec.name for step in steps)
+        outcome = run(
+            plan,
+            sink,
+            allow_nonfinite=True,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+        sink.files.check_unchanged()
     folder = result.path if plan.is_folder else None
     return told([*found, *sink.findings(), *check_record(plan.history, folder, outcome)])
 

@@ -18,6 +18,8 @@ from samples import FIXTURES
 
 from loratool.cli.json_schemas import json_schema
 from loratool.cli.main import COMMANDS, _run, cli
+from loratool.errors import FileFormatError
+from loratool.shards.folder import PartsFolder
 
 GOLDENS: Final = Path(__file__).parents[1] / "verbs" / "goldens"
 BASE: Final = FIXTURES / "bases" / "llama-untied"
@@ -224,3 +226,72 @@ def test_what_options_add_is_in_the_schemas(
     named = [schema for schema in json_schema(words[0])["anyOf"] if "properties" in schema]
     new = {"advice"} if words[0] == "inspect" else document.keys()
     assert any(new <= schema["properties"].keys() for schema in named)
+
+
+@pytest.mark.parametrize("verb", ["merge", "verify", "extract"])
+def test_shares_and_how_far_they_are_are_what_the_schemas_say(
+    verb: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    merging = ["merge", str(BASE), str(ADAPTERS / "lora-linear"), "-o", "merged"]
+    output, *words = {
+        "merge": ["merged", *merging],
+        "verify": [
+            "merged",
+            "verify",
+            "merged",
+            "--base",
+            str(BASE),
+            "--adapter",
+            str(ADAPTERS / "lora-linear"),
+        ],
+        "extract": ["out", "extract", str(BASE), "merged", "-o", "out", "--rank", "2"],
+    }[verb]
+    if verb != "merge":
+        assert _run([*merging, "--quiet"], debug=False) == 0
+        capsys.readouterr()
+
+    def said(*line: str, status: int = 0) -> dict[str, Any]:
+        assert _run([*line, "--json"], debug=False) == status
+        document: dict[str, Any] = json.loads(capsys.readouterr().out)
+        check(line[0], document)
+        return document
+
+    def only(name: str, document: dict[str, Any]) -> None:
+        named = next(s for s in json_schema(verb)["anyOf"] if name in s.get("properties", {}))
+        assert document.keys() <= named["properties"].keys()
+
+    share = said(*words, "--shards", "1/2")
+    assert (share["shards"], share["left"]) == ("1/2", 1)
+    only("shards", share)
+    assert said("status", output)["finished"] is False
+    assert "error" in said(*words, "--finish", status=2)
+    told = said("status", output)
+    assert (told["done"], told["waiting"]) == (1, 1)
+    assert said(*words, "--shards", "auto")["left"] == 0
+    assert said("status", output)["done"] == 2
+    assert "shards" not in said(*words, "--finish")
+    assert said("status", output)["finished"] is True
+    said(*words, "--finish", status=2 if verb == "verify" else 0)
+
+
+def test_a_part_that_failed_is_told_as_the_schema_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = PartsFolder(tmp_path / "out")
+    document = {"plan": 1, "digest": "d", "begun": 0.0, "verb": "merge", "loratool": "1"}
+    folder.begin({**document, "parts": [["a", 1], ["b", 2]]})
+    error = FileFormatError("base", "is not there", hint="look").as_json()
+    folder.write_failure(1, {"error": error, "part": 1, "name": "a", "host": "here"})
+    claim = folder.claim(2)
+    assert claim is not None
+    assert _run(["status", "out", "--json"], debug=False) == 0
+    told = json.loads(capsys.readouterr().out)
+    check("status", told)
+    assert (told["failed"], told["running"]) == (1, 1)
+    assert told["parts"][0]["error"] == error
+    folder.release(claim)

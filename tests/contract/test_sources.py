@@ -14,6 +14,7 @@ ALLOWED = {
     "files/ranges.py": "what was fetched",
     "files/hub/remote.py": "what was fetched",
     "files/objects/store.py": "what was fetched",
+    "files/objects/outputs.py": "what was staged on the disk",
     "files/hub/cache.py": "the cache's own records",
     "verbs/extraction/decomposition.py": "what an interrupted run has left",
 }

@@ -6,7 +6,7 @@ import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import loratool
 from loratool import variants
@@ -17,6 +17,9 @@ from loratool.discovery import Plugins
 from loratool.files import containers
 from loratool.loaders import loader_named, loader_names
 from loratool.names import families
+
+TITLES: Final = {"share": "A share", "error": "A failure"}
+"""Of documents that several commands print; they come last."""
 
 
 def formats() -> str:
@@ -148,9 +151,11 @@ def documents() -> str:
     """Return what is in the JSON documents of each command, as Markdown."""
     parts = []
     files = (Path(loratool.__file__).parent / "cli" / "schemas").glob("*.json")
-    for file in sorted(files, key=lambda file: (file.stem == "error", file.stem)):
+    for file in sorted(
+        files, key=lambda file: (file.stem == "error", file.stem in TITLES, file.stem)
+    ):
         schema = json.loads(file.read_text("utf-8"))
-        title = "A failure" if file.stem == "error" else file.stem
+        title = TITLES.get(file.stem, file.stem)
         parts.append(f"## {title}\n")
         alternatives = schema.get("anyOf", [schema])
         for alternative in alternatives:
@@ -162,6 +167,10 @@ def documents() -> str:
                 for path, kind, words, optional in _keys(alternative, "")
             ]
             parts.append("")
+        titles = [TITLES.get(other, other).lower() for other in schema.get("also", ())]
+        if titles:
+            links = " or ".join(f"[{title}](#{title.replace(' ', '-')})" for title in titles)
+            parts.append(f"With `--shards` or `--finish` it may be the document of {links}.\n")
     return "\n".join(parts)
 
 

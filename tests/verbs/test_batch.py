@@ -273,6 +273,45 @@ def test_any_executor_will_do(kind: type[Executor], here: Path) -> None:
             assert record.done.document == loratool.inspect(path).as_json()
 
 
+class Twice(Executor):
+    """Carries out every call twice, and tells what came of the second."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        fn(*args, **kwargs)
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_a_job_that_was_carried_out_twice_went_well(here: Path) -> None:
+    jobs = [
+        {"verb": "truncate", "adapter": "two", "rank": 1, "output": f"o{number}"}
+        for number in range(3)
+    ]
+    shutil.copytree("one", "o1")  # which is somebody else's, and stays
+    report = loratool.batch(jobs, executor=Twice())
+    assert [record.job for record in report.failures] == [2]
+    assert report.failures[0].done.error["code"] == "LT309"  # type: ignore[index]
+    loratool.truncate("two", "expected", rank=1)
+    file = "adapter_model.safetensors"
+    for name in ("o0", "o2"):
+        assert (here / name / file).read_bytes() == (here / "expected" / file).read_bytes()
+    assert (here / "o1" / file).read_bytes() == (here / "one" / file).read_bytes()
+
+
+def test_whoever_carries_jobs_out_is_said_once(here: Path) -> None:
+    jobs = [{"verb": "inspect", "path": "one"}]
+    with pytest.raises(OptionError, match="one of the two") as failure:
+        loratool.batch(jobs, workers=2, executor="processes")
+    assert failure.value.hint == "--executor processes:2"
+    Path("records.jsonl").write_text("kept\n")
+    with pytest.raises(OptionError, match="none of"):
+        loratool.batch(jobs, "records.jsonl", force=True, executor="proceses")
+    assert Path("records.jsonl").read_text() == "kept\n"
+    report = loratool.batch(jobs, executor="processes:1")
+    assert report.results[0].done.document == loratool.inspect("one").as_json()
+
+
 def test_the_command_line_tells_what_failed(here: Path) -> None:
     write_jobs(here / "jobs.jsonl", JOBS)
     done = CliRunner().invoke(cli, ["batch", "jobs.jsonl"], standalone_mode=False)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from loratool.files.hub.cache import cache_folder
 from loratool.files.hub.names import endpoint
-from loratool.files.ranges import AT_ONCE
+from loratool.files.sources import AT_ONCE
 
 __all__ = ["download"]
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any, Final
 
 from loratool.errors import FileFormatError, LoratoolError, StoreError
@@ -23,14 +24,17 @@ from loratool.files.checkpoint import ADAPTER_CONFIG, MODEL_CONFIG, is_index
 from loratool.files.hub.names import is_safe
 from loratool.files.json import parse_json
 from loratool.files.objects.addresses import Address
-from loratool.files.ranges import AT_ONCE, Ranged
-from loratool.files.sources import Fetching, Source, tell
+from loratool.files.ranges import Ranged
+from loratool.files.sources import AT_ONCE, Fetching, Source, tell
 
 __all__ = ["ObjectFile", "Objects", "list_objects"]
 
 BESIDE: Final = (MODEL_CONFIG, ADAPTER_CONFIG)
 """What is asked for beside a file of a server that lists nothing."""
 MOST_INDEX: Final = 64 << 20
+EXCHANGED: Final = ("was exchanged while it was read", "try again")
+RANGED: Final = (".safetensors", ".gguf")
+"""Files whose tensors lie in them as they are; archives and pickles are fetched whole."""
 PLAIN_HTTP: Final = re.compile(r"http://(localhost|127\.|\[::1\]).*", re.DOTALL)
 """Endpoints on this machine, which need no encryption."""
 
@@ -55,10 +59,16 @@ def list_objects(address: Address) -> Objects:
             metas = _told(store, address)
     for meta in metas:
         if is_safe(meta["path"]):
-            found.files[meta["path"]] = ObjectFile(
-                found, meta["path"], meta["size"], meta.get("e_tag")
-            )
+            found.files[meta["path"]] = ObjectFile(found, meta["path"], meta["size"], _tag(meta))
     return found
+
+
+def _tag(meta: Any) -> str | None:
+    """Return what tells a file from another that takes its place, where something does."""
+    tag: str | None = meta.get("e_tag")
+    if tag is None and meta.get("last_modified") is not None:
+        return f"{meta['last_modified'].isoformat()}"
+    return tag
 
 
 def _opened(address: Address) -> Any:
@@ -68,8 +78,31 @@ def _opened(address: Address) -> Any:
     own = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     if address.kind == "http" or (address.kind == "s3" and PLAIN_HTTP.fullmatch(own)):
         options["client_options"] = {"allow_http": True}
+    if address.kind == "s3" and not os.environ.get("AWS_ACCESS_KEY_ID"):
+        options |= _profile()
     with explained(address):
         return from_url(address.root, **options)
+
+
+def _profile() -> dict[str, Any]:
+    """Return what a profile in ``~/.aws`` says, as far as there is one: ``obstore`` reads none."""
+    named = ("AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE")
+    if not any(map(os.environ.get, named)) and not Path("~/.aws").expanduser().is_dir():
+        return {}
+    try:
+        from boto3 import Session
+        from botocore.exceptions import BotoCoreError
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ModuleNotFoundError:
+        return {}
+    try:
+        session = Session()
+        if session.get_credentials() is None:
+            return {}
+        region = {"region": session.region_name} if session.region_name else {}
+        return {"credential_provider": Boto3CredentialProvider(session), **region}
+    except BotoCoreError:
+        return {}  # obstore then says what is lacking
 
 
 def _listed(store: Any, prefix: str) -> list[Any]:
@@ -133,7 +166,8 @@ def explained(address: object) -> Iterator[None]:
 
         kinds: Mapping[type[Exception], tuple[str, str]] = {
             FileNotFoundError: ("there is nothing", "look at the address"),
-            exceptions.PreconditionError: ("was exchanged while it was read", "try again"),
+            exceptions.PreconditionError: EXCHANGED,
+            exceptions.InvalidPathError: ("holds a name that is no path", "rename that object"),
             exceptions.UnauthenticatedError: ("needs credentials", "set those of the environment"),
             exceptions.PermissionDeniedError: ("refuses access", "look at the credentials"),
         }
@@ -219,6 +253,9 @@ class ObjectFile(Ranged):
         super().__init__(f"{store.address.root}/{key}", key, size, store.files)
         self.store = store
         self.tag = tag
+        self.is_ranged = key.lower().endswith(RANGED)
+        self.mark = zlib.crc32((tag or "").encode())
+        self._fetching = Lock()
 
     @property
     def kept(self) -> Path:
@@ -228,22 +265,45 @@ class ObjectFile(Ranged):
         return objects_folder() / digest / self.path.rpartition("/")[2]
 
     def _asked(self, **more: Any) -> Any:
+        """Ask for the file, or some of it, if it is still what it was."""
         import obstore
 
-        options = {**more, **({"if_match": self.tag} if self.tag else {})}
-        return obstore.get(self.store.store, self.path, options=options)  # type: ignore[arg-type]
+        is_strong = self.tag is not None and self.tag.startswith('"')
+        options = {**more, **({"if_match": self.tag} if is_strong else {})}
+        answer = obstore.get(self.store.store, self.path, options=options)  # type: ignore[arg-type]
+        self._check(answer.meta)
+        return answer
 
-    def get(self, start: int, stop: int) -> bytes:
+    def _check(self, meta: Any) -> None:
+        if (_tag(meta), meta["size"]) != (self.tag, self.size):
+            raise StoreError(self.name, EXCHANGED[0], hint=EXCHANGED[1])
+
+    def check_unchanged(self) -> None:
+        """See :class:`Source`.
+
+        Raises:
+            StoreError: It was exchanged, or is gone.
+        """
+        import obstore
+
+        with explained(self.name):
+            self._check(obstore.head(self.store.store, self.path))
+
+    def get(self, start: int, stop: int) -> bytes | memoryview:
         """See :class:`Ranged`."""
         from obstore.exceptions import GenericError, NotSupportedError
 
+        if self.local is not None:
+            return self._kept_bytes(start, stop)
+        data: bytes | memoryview
         with explained(self.name):
             try:
-                data = bytes(self._asked(range=(start, stop)).bytes())
+                data = memoryview(self._asked(range=(start, stop)).bytes())
             except (GenericError, NotSupportedError):
                 if self.store.address.is_listed:
                     raise
-                self.store.fetch([self])  # the server knows no ranges
+                with self._fetching:  # the server knows no ranges
+                    self.store.fetch([self])
                 data = self._kept_bytes(start, stop)
         if len(data) != stop - start:
             raise FileFormatError(self.name, "ended early while it was read")

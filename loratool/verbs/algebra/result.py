@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.display.shown import Shown
+from loratool.errors import spoken
 from loratool.files.atomic import check_output
 from loratool.plan.adapter import AdapterPlan
 from loratool.plan.outcome import Outcome
@@ -83,7 +84,7 @@ class AdapterReport(Shown):
         document: dict[str, Any] = {
             "schema": 1,
             "dry_run": not self.is_written,
-            "output": str(self.output),
+            "output": spoken(str(self.output)),
             "relative_error": self.relative_error,
             "modules": [
                 {

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from loratool.base.ties import have_same_values
+from loratool.codecs.weights import stored_tensors
 from loratool.errors import OptionError
 from loratool.files.inputs import InputFiles
 from loratool.math.extraction import Leading
@@ -104,6 +105,9 @@ def decompose_all(
     order = sorted(range(len(numbered)), key=lambda index: -numbered[index][1].nbytes)
     items = [numbered[index] for index in order]
     sizes = [target.nbytes for _, target in items]
+    for _, target in items:
+        read = (*stored_tensors(target.base), *stored_tensors(target.tuned))
+        files.expect(*(extent for stored in read for extent in stored.extents))
     threads = settings.differences.threads
     found = in_parallel(one, items, threads=threads, progress=progress, sizes=sizes)
     by_place = dict(zip(order, found, strict=True))

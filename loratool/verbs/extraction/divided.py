@@ -15,7 +15,7 @@ from loratool.files.inputs import InputFiles
 from loratool.plan.record import is_recorded
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division
-from loratool.shards.driver import do_parts, records_of
+from loratool.shards.driver import check_on_disk, do_parts, records_of
 from loratool.shards.folder import Claim, PartsFolder
 from loratool.shards.job import Job, Part, Task
 from loratool.shards.job import Settings as Manner
@@ -148,6 +148,7 @@ def divided_extraction(
     Raises:
         LoratoolError: It cannot be done; parts that are done stay.
     """
+    check_on_disk(draft.options.output)
     job = extract_job(draft, pairing, how.settings, roots)
     folder = PartsFolder(job.output)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.display.shown import Shown
+from loratool.errors import spoken
 from loratool.plan.adapter import PYTHON_BYTES, AdapterPlan
 from loratool.verbs.extraction.difference import ModuleResult
 
@@ -126,7 +127,7 @@ class ExtractReport(Shown):
         return {
             "schema": 1,
             "dry_run": not self.is_written,
-            "output": str(self.output),
+            "output": spoken(str(self.output)),
             "device": self.device,
             "relative_error": self.relative_error,
             "captured": self.captured,

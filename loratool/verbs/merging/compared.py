@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -90,6 +91,15 @@ class CompareSink:
     differences: dict[str, _Difference] = field(default_factory=lambda: defaultdict(_Difference))
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Say which tensors will be looked at, in order."""
+        for name in names:
+            self.files.expect(*(self.merged[name].extents if name in self.merged else ()))
+
+    def close(self) -> None:
+        """Close all files."""
+        self.files.close()
+
     def clone(self, file: int, original: Path, files: InputFiles) -> bool:
         return False
 
@@ -158,7 +168,6 @@ class CompareSink:
 
     def findings(self) -> Iterator[Finding]:
         """Yield one finding for every tensor that differs."""
-        self.files.close()
         for name, found in sorted(self.differences.items()):
             total = self.merged[name].spec.elements
             share = f"{found.elements} of {total} elements"
@@ -247,7 +256,10 @@ def compare_part(task: Task) -> Mapping[str, Any]:
             progress=task.beat,
         )
 
-    compare(device=task.settings.device)
+    with closing(sink):
+        sink.expect(made.merged)
+        compare(device=task.settings.device)
+        sink.files.check_unchanged()
     found = [*sink.findings(), *check_record(made.history, made.folder, outcome)]
     return {"files": {}, "findings": [each.as_json() for each in found]}
 

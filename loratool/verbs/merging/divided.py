@@ -18,7 +18,7 @@ from loratool.plan.model import ModelPlan
 from loratool.plan.record import is_recorded
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division
-from loratool.shards.driver import NO_PARTS, do_parts, records_of
+from loratool.shards.driver import NO_PARTS, check_on_disk, do_parts, records_of
 from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
 from loratool.shards.model import finish_model, model_job
@@ -62,6 +62,7 @@ class DividedMerge:
         Raises:
             LoratoolError: It cannot be done; parts that are done stay.
         """
+        check_on_disk(self.output)
         folder = PartsFolder(self.output)
         if self._is_published(folder) or (division.share is None and division.executor is None):
             return self._finish(folder, division)
@@ -179,8 +180,7 @@ class DividedMerge:
     def _found(self, folder: PartsFolder, report: MergeReport) -> MergeReport:
         """Return the report of what was there before."""
         folder.clear()
-        note = f"{self.output} was finished before, of the same inputs and with the same options"
-        return replace(report, is_written=True, notes=(*report.notes, note))
+        return replace(report, is_written=True, was_there=True)
 
     def _is_finished(self, plan: ModelPlan) -> bool:
         """Whether the output is there, and says that it was made so."""
@@ -212,6 +212,7 @@ def divided_comparison(
     Raises:
         LoratoolError: It cannot be done; parts that are done stay.
     """
+    check_on_disk(merged.path)
     roots = _roots(base, adapters, merged=merged.path)
     job = compare_job(plan, merged.path, merged.raw, found, roots)
 

@@ -356,6 +356,9 @@ def _steps(
     for name in names:
         changes = [share.changes[name] for share in shares if share.changes.get(name)]
         stored = view.tensors.get(name)
+        if not changes and dtype is None and stored is not None and stored.spec.name == name:
+            steps[name] = Step(stored.spec, stored, base=stored)  # as most are
+            continue
         source = stored
         if stored is None and untied and name in untied.names:
             source = view.weight(name)

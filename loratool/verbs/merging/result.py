@@ -10,9 +10,10 @@ from typing import Any, Final
 from loratool.display.document import Document, Lines
 from loratool.display.figures import counted, human_bytes
 from loratool.display.shown import Shown
-from loratool.errors import FileFormatError
+from loratool.errors import FileFormatError, spoken
 from loratool.plan.model import ModelPlan
 from loratool.plan.outcome import Outcome
+from loratool.plan.traffic import Traffic
 
 __all__ = ["MergeReport"]
 
@@ -37,6 +38,8 @@ class MergeReport(Shown):
             the output dtype; ``None`` where nothing was added to anything.
         output: Where it is, or would be.
         is_written: Whether it was written.
+        was_there: Whether somebody had written it before.
+        traffic: What stores would be asked for, where it is not and they would be.
         notes: What a user should know, one sentence each.
     """
 
@@ -51,6 +54,8 @@ class MergeReport(Shown):
     retention: float | None
     output: Path
     is_written: bool = True
+    was_there: bool = False
+    traffic: Traffic | None = None
     notes: tuple[str, ...] = field(default=())
 
     @classmethod
@@ -115,11 +120,13 @@ class MergeReport(Shown):
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
         if not self.is_written:
-            return {**self.planned, "output": str(self.output), "retention": None}
+            told = {"transfer": self.traffic.as_json()} if self.traffic is not None else {}
+            output = spoken(str(self.output))
+            return {**self.planned, **told, "output": output, "retention": None}
         return {
             "schema": 1,
             "dry_run": False,
-            "output": str(self.output),
+            "output": spoken(str(self.output)),
             "tensors": self.tensors,
             "merged": self.merged,
             "copied": self.copied,
@@ -135,7 +142,13 @@ class MergeReport(Shown):
     def document(self) -> Document:
         """Return what people see of it: one sentence, or the plan."""
         if not self.is_written and self.plan is not None:
-            return self.plan.document()
+            document = self.plan.document()
+            if self.traffic is None:
+                return document
+            return Document((*document.blocks, Lines((self.traffic.words,))), document.notes)
+        if self.was_there:
+            words = f"{self.output}: finished before, of the same inputs and with the same options"
+            return Document((Lines((words,)),))
         added = f", {self.added} added" if self.added else ""
         words = (
             f"{self.output}: {counted(self.merged, 'tensor')} merged, {self.copied} copied{added}, "

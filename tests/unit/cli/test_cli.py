@@ -34,7 +34,7 @@ def test_help_has_an_example(command: str, flag: str) -> None:
     result = run(command, flag)
     assert result.returncode == 0
     example = result.stdout.split("Example:\n")[1].split("\n\n")[0]
-    starts = ("loratool ", "jq ")  # of what a pipeline goes on with
+    starts = ("loratool ", "jq ", "mpiexec ")  # what a pipeline goes on with, what starts many
     assert all(line.strip().startswith(starts) for line in example.splitlines())
     assert f"loratool {command}" in example
 

@@ -56,6 +56,11 @@ class Steps:
 
     nbytes = effort = 10
 
+    written = ()
+
+    def reads(self) -> tuple[()]:
+        return ()
+
     def prepare(self) -> None: ...
 
     def __init__(self, count: int, *, fails_at: int | None = None) -> None:

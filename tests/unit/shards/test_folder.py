@@ -198,8 +198,9 @@ def test_a_record_is_of_files_that_are_there(folder: PartsFolder) -> None:
         b'{"host": "h", "pid": 1}\n-3\nx\n5\n',
         json.dumps({"host": socket.gethostname(), "pid": 10**30}).encode() + b"\n",
         json.dumps({"host": socket.gethostname(), "pid": 1e300}).encode() + b"\n",
+        b'{"host": "h", "pid": 1e999}\n',
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_claims_that_are_damaged(text: bytes, folder: PartsFolder) -> None:
     path = folder.path / "claims" / "0001"
