@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -279,7 +280,8 @@ def output_in_a_store(text: str) -> Path:
         hint = "write to the disk, and upload that"
         if text.startswith("hf:"):
             hint = "write to the disk, and upload that: hf upload REPOSITORY FOLDER"
-        raise OutputError(text, "outputs go to the disk or to s3://", hint=hint)
+        where = re.sub(":/+", "://", text, count=1)  # as a path it has lost one of them
+        raise OutputError(where, "outputs go to the disk or to s3://", hint=hint)
     if not is_safe(f"{address.host}/{address.key}".removesuffix("/")):
         raise OutputError(text, "is no address of an output", hint="such as s3://bucket/merged")
     root = _root() / _folder_of(address)

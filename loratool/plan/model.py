@@ -19,7 +19,7 @@ from loratool.files.container import Layout, WeightsFile
 from loratool.files.containers import container_of
 from loratool.files.inputs import Stamp
 from loratool.files.places import hub_as_json
-from loratool.files.sources import Source, unfetched
+from loratool.files.sources import Source, ranged, unfetched
 from loratool.files.spec import StoredTensor, TensorSpec
 from loratool.plan.card import Card
 from loratool.plan.history import History
@@ -559,10 +559,16 @@ class ModelPlan(Shown):
     def peak_memory(self) -> int:
         """Bytes of memory that carrying it out takes at most, roughly.
 
-        The interpreter, the blocks in work, and the largest set of factors (or the whole weight,
-        where one is decomposed).
+        The interpreter, the blocks in work, what is read ahead from a store, and the largest set of
+        factors (or the whole weight, where one is decomposed).
         """
-        return PROCESS_BYTES + max((_working_bytes(step) for step in self.steps()), default=0)
+        windows = 0
+        if any(map(ranged, self.stamps)):
+            from loratool.files.windows import MOST_BYTES
+
+            windows = MOST_BYTES
+        largest = max((_working_bytes(step) for step in self.steps()), default=0)
+        return PROCESS_BYTES + windows + largest
 
     @property
     def merged(self) -> int:

@@ -127,6 +127,8 @@ def exact_sum(numbers: Sequence[float]) -> tuple[float, ...]:
     try:
         while rest := math.fsum([*numbers, *(-each for each in found)]):
             found.append(rest)
+            if not math.isfinite(rest):
+                break
     except (OverflowError, ValueError):  # infinite numbers that were allowed
         return (math.inf,)
     return tuple(found) if all(map(math.isfinite, found)) else (math.inf,)

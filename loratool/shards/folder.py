@@ -49,12 +49,9 @@ STALE: Final = 600.0
 """Seconds without a sign of life after which what somebody does is taken over."""
 ATTEMPTS: Final = 50
 PAUSE: Final = 0.1
-
-
 TICK: Final = re.compile(rb"\d{1,18}")
-
-_held: set[Path] = set()
-"""The claims of this process."""
+RUN: Final = os.urandom(8).hex()
+"""Of this process: in containers many have the same number, one after the other."""
 
 
 def is_inside(name: str) -> bool:
@@ -86,6 +83,7 @@ class Claim:
         pid: As which process.
         done: How many bytes are done.
         size: Of the file: it grows as long as somebody is at work.
+        run: What tells the process from an earlier one of the same number.
     """
 
     path: Path
@@ -93,6 +91,7 @@ class Claim:
     pid: int
     done: int = 0
     size: int = 0
+    run: str = ""
     _told: float = 0.0
 
     def beat(self, done: int, total: int = 0) -> None:
@@ -114,7 +113,7 @@ class Claim:
         if self.host != socket.gethostname():
             return False
         if self.pid == os.getpid():  # containers give all processes one number
-            return self.path not in _held
+            return self.run != RUN
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -134,10 +133,10 @@ class Claim:
         ticks = [int(line) for line in rest.split(b"\n")[:-1] if TICK.fullmatch(line)]
         try:
             said = parse_json(head, where=path)
-            host, pid = str(said["host"]), int(said["pid"])
-        except (FileFormatError, TypeError, KeyError, ValueError):
-            host, pid = "", 0
-        return Claim(path, host, pid, ticks[-1] if ticks else 0, len(data))
+            host, pid, run = str(said["host"]), int(said["pid"]), str(said.get("run"))
+        except (FileFormatError, TypeError, KeyError, ValueError, OverflowError):
+            host, pid, run = "", 0, ""
+        return Claim(path, host, pid, ticks[-1] if ticks else 0, len(data), run)
 
 
 class PartsFolder:
@@ -317,7 +316,7 @@ class PartsFolder:
         """Claim a part; ``None`` where somebody else has."""
         path = self._claims / f"{number:04}"
         host, pid = socket.gethostname(), os.getpid()
-        head = json.dumps({"host": host, "pid": pid}).encode() + b"\n"
+        head = json.dumps({"host": host, "pid": pid, "run": RUN}).encode() + b"\n"
         with self.writing():
             try:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
@@ -331,8 +330,7 @@ class PartsFolder:
                 os.write(descriptor, head)
             finally:
                 os.close(descriptor)
-        _held.add(path)
-        return Claim(path, host, pid)
+        return Claim(path, host, pid, run=RUN)
 
     def claimed(self, number: int) -> Claim | None:
         """Return who is at a part, as far as they say."""
@@ -345,7 +343,6 @@ class PartsFolder:
 
     def release(self, claim: Claim) -> None:
         """Give a claim back."""
-        _held.discard(claim.path)
         claim.path.unlink(missing_ok=True)
 
     # -- the end --------------------------------------------------------------------------------

@@ -166,11 +166,12 @@ def model_parts(
     groups = list(_groups(plan.files))
     for files in groups:
         pieces = list(_pieces(files))
+        spots = {s.spec.name: s for n, file in enumerate(files) for s in file.spots(n)}
         is_shared = len(pieces) > 1
         shared += [file.name for file in files if is_shared]
         for number, steps in enumerate(pieces, 1):
             ends = number == len(pieces)
-            part = _part(files, steps, joins=joins, is_shared=is_shared, is_last=ends)
+            part = _part(files, steps, spots, joins=joins, is_shared=is_shared, is_last=ends)
             part = replace(part, allow_nonfinite=allow_nonfinite)
             if ends and files is groups[-1] and plan.history is not None:
                 part = replace(part, hashed=tuple(plan.history.hashed))
@@ -225,9 +226,10 @@ def _groups(files: Sequence[OutputFile]) -> Iterator[list[OutputFile]]:
                 ends = {find(place[name]) for name in step.recoded.names.values()}
                 for each in ends:
                     leader[each] = min(ends)
-    for number in range(len(files)):
-        if find(number) == number:
-            yield [file for other, file in enumerate(files) if find(other) == number]
+    together: dict[int, list[OutputFile]] = {}
+    for number, file in enumerate(files):
+        together.setdefault(find(number), []).append(file)
+    yield from together.values()
 
 
 def _pieces(files: Sequence[OutputFile]) -> Iterator[tuple[Step, ...]]:
@@ -253,20 +255,26 @@ def _pieces(files: Sequence[OutputFile]) -> Iterator[tuple[Step, ...]]:
 def _part(
     files: Sequence[OutputFile],
     steps: Sequence[Step],
+    spots: Mapping[str, Spot],
     *,
     joins: bool,
     is_shared: bool,
     is_last: bool,
 ) -> ModelPart:
-    """Return some steps of some files as a part."""
-    spots = {s.spec.name: s for number, file in enumerate(files) for s in file.spots(number)}
-    copied = [(spots[step.spec.name], step.copied) for step in steps if step.copied is not None]
-    computed = [s for s in steps if s.copied is None and s.leads and s.spec.nbytes]
+    """Return some steps of some files as a part; ``spots`` says where their tensors go."""
+    copied: list[tuple[Spot, StoredTensor]] = []
+    computed: list[Step] = []
+    for step in steps:
+        stored = step.copied
+        if stored is not None:
+            copied.append((spots[step.spec.name], stored))
+        elif step.leads and step.spec.nbytes:
+            computed.append(step)
     together = {n for step in computed if step.recoded is not None for n in _names(step)}
-    placed = {step.spec.name for step in computed} - together
+    placed = [step.spec.name for step in computed if step.recoded is None]
     moves: list[Move] = []
     for number, file in enumerate(files):
-        mine = [(spot, stored) for spot, stored in copied if spot.file == number]
+        mine = [pair for pair in copied if pair[0].file == number]
         if file.original is not None and is_last:  # its header, which is that of the output
             size = len(file.layout.header)
             spec = TensorSpec("", BYTES, (size,))
@@ -281,8 +289,8 @@ def _part(
         files=tuple(_file(file, is_shared=is_shared, is_last=is_last) for file in files),
         moves=tuple(moves),
         steps=tuple(computed),
-        places={n: (spots[n].file, spots[n].offset) for n in spots if n in placed},
-        spots={name: spots[name] for name in spots if name in together},
+        places={name: (spots[name].file, spots[name].offset) for name in placed},
+        spots={name: spots[name] for name in sorted(together)},
         is_shared=is_shared,
     )
 

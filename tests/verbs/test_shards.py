@@ -784,3 +784,75 @@ def test_two_workers_at_the_same_part_at_once(command: Run, tmp_path: Path) -> N
         assert not (tmp_path / "out.loratool-parts").exists()
         shutil.rmtree(tmp_path / "out")
         shutil.rmtree(tmp_path / "one")
+
+
+# -- strangers ------------------------------------------------------------------------------------
+
+SIDECAR = "plan.sidecar:Sidecar"
+
+
+def _renamed(closing: dict[str, Any], name: str) -> None:
+    sidecar = {"@": SIDECAR, "name": name, "source": None, "content": {"t": "owned"}}
+    closing["plan"]["sidecars"] = [sidecar]
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "above": lambda closing: _renamed(closing, "../../owned.json"),
+    "absolute": lambda closing: _renamed(closing, "/tmp/owned.json"),
+    "inside": lambda closing: _renamed(closing, "a/../../owned.json"),
+    "number": lambda closing: closing["plan"].update(sidecars=3),
+    "text": lambda closing: closing.update(plan="x"),
+    "shared above": lambda closing: closing.update(shared=["../../adapter"]),
+    "shared number": lambda closing: closing.update(shared=7),
+    "source above": lambda closing: closing.update(marks={"m": [[{"p": ["base", "../x"]}, 1]]}),
+    "no root": lambda closing: closing.update(marks={"m": [[{"p": ["/etc", "passwd"]}, 1]]}),
+    "marks": lambda closing: closing.update(marks={"m": [[{"p": ["base", "config.json"]}, 1]]}),
+    "other class": lambda closing: closing.update({"@": "shards.roots:Roots"}),
+    "foreign class": lambda closing: closing.update({"@": "os:system"}),
+    "field": lambda closing: closing.update(more=1),
+    "history": lambda closing: closing["plan"].update(history=5),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_plan_that_a_stranger_has_edited(
+    edit: str, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = inputs
+    out = tmp_path / "out"
+    loratool.merge(base, [adapter], out, shards="auto")
+    path = PartsFolder(out).plan_path
+    said = json.loads(path.read_text())
+    EDITS[edit](said["closing"])
+    path.write_text(json.dumps(said))
+    before = {each: each.stat().st_mtime_ns for each in tmp_path.rglob("*") if each.is_file()}
+    with pytest.raises(FileFormatError) as caught:
+        loratool.merge(base, [adapter], out, finish=True)
+    assert "\n" not in str(caught.value)
+    after = {each: each.stat().st_mtime_ns for each in tmp_path.rglob("*") if each.is_file()}
+    assert before == after and not Path("/tmp/owned.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kept": ["x"]},
+        {"kept": [10**400]},
+        {"kept": 3},
+        {"total": None},
+        {"digests": [["base", "../x", "a"]]},
+        {"digests": [["base"]]},
+    ],
+    ids=str,
+)
+def test_a_record_that_a_stranger_has_edited(
+    change: dict[str, Any], inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = inputs
+    out = tmp_path / "out"
+    loratool.merge(base, [adapter], out, shards="auto")
+    path = PartsFolder(out).path / "records" / "0001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(FileFormatError):
+        loratool.merge(base, [adapter], out, finish=True)
+    assert not out.exists()
