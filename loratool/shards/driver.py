@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +16,12 @@ from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
 from loratool.shards.records import all_records, wait_for_parts
 
-__all__ = ["NO_PARTS", "check_on_disk", "do_parts", "records_of"]
+__all__ = ["NO_PARTS", "check_on_disk", "do_parts", "records_of", "told_by"]
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
 NO_PARTS = "there are no parts to finish"
+ELSEWHERE = "was finished by another process, which tells of it"
 
 
 def check_on_disk(output: Path) -> None:
@@ -40,7 +42,7 @@ def do_parts(
     job: Job,
     division: Division,
     settings: Settings,
-    finish: Callable[[], Result],
+    finish: Callable[[], Result | None],
     progress: Progress | None,
     *,
     replaces: bool = True,
@@ -51,7 +53,8 @@ def do_parts(
         job: The job.
         division: What the options say.
         settings: How parts are done.
-        finish: Puts the parts together, or finds out that somebody else has.
+        finish: Puts the parts together, or finds out that somebody else has; ``None`` where
+            only they know what came of it.
         progress: Called with bytes done and bytes in all.
         replaces: Whether there may be something in the place of the output.
 
@@ -61,16 +64,31 @@ def do_parts(
     folder = PartsFolder(job.output)
     if folder.begin(job.document) and not replaces and folder.output.exists():
         folder.remove()  # somebody has finished a moment ago
-        return finish()
+        return told_by(finish, folder)
     if division.share is None:
         from loratool.shards.engine import do_all
 
         do_all(job, division.executor, settings, progress=progress)
-        return finish()
+        return told_by(finish, folder)
     share = do_share(job, division.share, settings, waits=division.waits, progress=progress)
     if not division.finishes or (share.left and not division.waits):
         return share
-    return finish()
+    result = finish()
+    if result is None:
+        return replace(share, notes=(*share.notes, f"{folder.path} {ELSEWHERE}"))
+    return result
+
+
+def told_by(finish: Callable[[], Result | None], folder: PartsFolder) -> Result:
+    """Return what finishing returns.
+
+    Raises:
+        OutputError: Another process has finished, and only that one knows what came of it.
+    """
+    result = finish()
+    if result is None:
+        raise OutputError(folder.path, ELSEWHERE)
+    return result
 
 
 def records_of(

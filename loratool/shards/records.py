@@ -9,7 +9,13 @@ from typing import Any, Final
 from loratool.errors import LoratoolError, OutputError
 from loratool.shards.folder import PartsFolder
 
-__all__ = ["all_records", "differing_workers", "missing_parts", "wait_for_parts"]
+__all__ = [
+    "all_records",
+    "differing_workers",
+    "missing_parts",
+    "wait_for_begin",
+    "wait_for_parts",
+]
 
 Progress = Callable[[int, int], None]
 POLL: Final = 1.0
@@ -57,6 +63,17 @@ def _missing(
     return OutputError(
         folder.path, what, hint="the same command with --shards auto does what is missing"
     )
+
+
+def wait_for_begin(folder: PartsFolder, *, makes_output: bool = True) -> None:
+    """Wait until somebody has begun with the parts of an output, or has finished it.
+
+    Args:
+        folder: Where they come together.
+        makes_output: Whether that there is an output says that it is finished.
+    """
+    while not folder.plan_path.exists() and not (makes_output and folder.output.exists()):
+        time.sleep(POLL)
 
 
 def wait_for_parts(

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from loratool.errors import (
     OutputError,
     OutputExistsError,
 )
-from loratool.shards import course, folder, model, records
-from loratool.shards.course import ShareReport
+from loratool.shards import course, driver, folder, model, records
+from loratool.shards.course import ShareReport, do_share
 from loratool.shards.folder import PartsFolder
 
 Make = Callable[..., Path]
@@ -606,6 +607,54 @@ def test_a_finish_waits_for_workers_that_start_later(command: Run, tmp_path: Pat
     assert waiting.wait(30) == 0
     assert command(out="one").returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("verb", ["merge", "verify", "extract"])
+def test_a_finish_waits_for_workers_where_none_has_begun(
+    verb: str, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = inputs
+    merged, out = tmp_path / "merged", tmp_path / "out"
+    if verb != "merge":
+        loratool.merge(base, [adapter], merged)
+    calls: dict[str, Callable[..., Any]] = {
+        "merge": partial(loratool.merge, base, [adapter], out),
+        "verify": partial(loratool.verify, merged, base=base, adapters=[adapter]),
+        "extract": partial(loratool.extract, base, merged, out, rank=4),
+    }
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(calls[verb], finish=True, wait=True)
+        time.sleep(0.3)
+        assert not waiting.done()
+        share = calls[verb](shards="auto")
+        assert isinstance(share, ShareReport)
+        report = waiting.result(60)
+    assert not isinstance(report, ShareReport)
+    assert not [*tmp_path.glob("*.loratool-parts")]
+
+
+def test_of_workers_that_verify_one_tells_and_the_others_end_well(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = inputs
+    merged = tmp_path / "merged"
+    loratool.merge(base, [adapter], merged)
+    how: dict[str, Any] = {"base": base, "adapters": [adapter], "shards": "auto", "finish": True}
+    verify = partial(loratool.verify, merged, **how)
+    told: list[Any] = []
+
+    def others_are_quicker(*args: Any, **options: Any) -> ShareReport:
+        monkeypatch.undo()
+        share = do_share(*args, **options)
+        told.append(verify())
+        return share
+
+    monkeypatch.setattr(driver, "do_share", others_are_quicker)
+    share = verify()
+    assert told[0].ok
+    assert isinstance(share, ShareReport)
+    assert "was finished by another process" in share.notes[-1]
+    assert not [*tmp_path.glob("*.loratool-parts")]
 
 
 def test_claims_of_other_machines_are_taken_over_when_they_do_not_grow(

@@ -20,7 +20,7 @@ from loratool.shards.folder import Claim, PartsFolder
 from loratool.shards.job import Job, Part, Task
 from loratool.shards.job import Settings as Manner
 from loratool.shards.model import CUT_BYTES, marked_form, opened_part
-from loratool.shards.records import differing_workers
+from loratool.shards.records import differing_workers, wait_for_begin
 from loratool.shards.roots import Mark, Roots
 from loratool.shards.status import StatusReport
 from loratool.verbs.extraction.adapter import Difference
@@ -195,6 +195,8 @@ def divided_extraction(
             folder.remove()  # whoever has finished was killed before that
         return finished()
     if division.share is None and division.executor is None:
+        if division.waits:
+            wait_for_begin(folder)
         return finish()
     manner = Manner(how.device, how.threads)
     return do_parts(job, division, manner, finish, how.progress, replaces=how.force)

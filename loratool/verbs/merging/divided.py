@@ -18,11 +18,11 @@ from loratool.plan.model import ModelPlan
 from loratool.plan.record import is_recorded
 from loratool.shards.course import ShareReport
 from loratool.shards.division import Division
-from loratool.shards.driver import NO_PARTS, check_on_disk, do_parts, records_of
+from loratool.shards.driver import NO_PARTS, check_on_disk, do_parts, records_of, told_by
 from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
 from loratool.shards.model import finish_model, model_job
-from loratool.shards.records import differing_workers
+from loratool.shards.records import differing_workers, wait_for_begin
 from loratool.shards.roots import Roots
 from loratool.verbs.merging.compared import compare_job, compared
 from loratool.verbs.merging.result import MergeReport
@@ -64,7 +64,10 @@ class DividedMerge:
         """
         check_on_disk(self.output)
         folder = PartsFolder(self.output)
-        if self._is_published(folder) or (division.share is None and division.executor is None):
+        is_alone = division.share is None and division.executor is None
+        if is_alone and division.waits:
+            wait_for_begin(folder)
+        if is_alone or self._is_published(folder):
             return self._finish(folder, division)
         plan = self.planned()
         report = MergeReport.of(plan, self.output)
@@ -218,17 +221,21 @@ def divided_comparison(
 
     folder = PartsFolder(job.output)
 
-    def finish() -> Findings:
+    def finish() -> Findings | None:
+        if division.share is not None and not folder.plan_path.exists():
+            return None
         document, _ = records_of(folder, job.verb, waits=division.waits, progress=progress)
         if document["digest"] != job.digest:
             raise folder.of_another(document)
         with folder.finishing() as claim:
             if claim is None:
-                raise OutputError(folder.path, "was finished by another process, which tells of it")
+                return None
             findings = compared(*records_of(folder, job.verb))
             folder.remove()
         return findings
 
     if division.share is None and division.executor is None:
-        return finish()
+        if division.waits:
+            wait_for_begin(folder, makes_output=False)
+        return told_by(finish, folder)
     return do_parts(job, division, settings, finish, progress)
