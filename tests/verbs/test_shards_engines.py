@@ -193,3 +193,9 @@ def test_an_engine_that_is_not_there_leaves_no_folder(here: Path, verb: str, wha
     with pytest.raises(LoratoolError, match="--executor"):
         DIVIDED[verb](what)
     assert sorted(path.name for path in here.iterdir()) == ["base", "one", "single"]
+
+
+def test_status_takes_the_folder_of_parts_too(here: Path) -> None:
+    loratool.merge("base", ["one"], "merged", shards="1/2")
+    named = loratool.status("merged.loratool-parts")
+    assert (named.output, named.parts) == (Path("merged"), loratool.status("merged").parts)
