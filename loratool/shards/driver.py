@@ -62,13 +62,20 @@ def do_parts(
         LoratoolError: A part cannot be done; what is done stays.
     """
     folder = PartsFolder(job.output)
-    if folder.begin(job.document) and not replaces and folder.output.exists():
-        folder.remove()  # somebody has finished a moment ago
-        return told_by(finish, folder)
+
+    def begin() -> bool:
+        """Make or find the folder, unless somebody has finished a moment ago."""
+        if folder.begin(job.document) and not replaces and folder.output.exists():
+            folder.remove()
+            return False
+        return True
+
     if division.share is None:
         from loratool.shards.engine import do_all
 
-        do_all(job, division.executor, settings, progress=progress)
+        do_all(job, division.executor, settings, begin, progress=progress)
+        return told_by(finish, folder)
+    if not begin():
         return told_by(finish, folder)
     share = do_share(job, division.share, settings, waits=division.waits, progress=progress)
     if not division.finishes or (share.left and not division.waits):

@@ -23,6 +23,7 @@ def do_all(
     job: Job,
     executor: Executors | None,
     settings: Settings,
+    begin: Callable[[], bool],
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -32,9 +33,11 @@ def do_all(
     while calls are out.
 
     Args:
-        job: The job, whose folder is there.
+        job: The job.
         executor: What does them.
         settings: How.
+        begin: Makes its folder, and says whether there is anything to do. It is called once there
+            is an engine: one that cannot be reached leaves no folder behind.
         progress: Called with bytes done and bytes in all.
 
     Raises:
@@ -82,7 +85,8 @@ def do_all(
         for index in longest_first(sizes)
     )
     with opened(executor) as engine:
-        follow(engine, calls, take, look)
+        if begin():
+            follow(engine, calls, take, look)
 
 
 def _threads(executor: Executors | None) -> int:

@@ -13,7 +13,7 @@ from loratool.display.document import Column, Document, Lines, Table
 from loratool.display.figures import counted, human_bytes
 from loratool.display.shown import Shown
 from loratool.errors import FileFormatError, MissingFileError
-from loratool.shards.folder import PartsFolder
+from loratool.shards.folder import SUFFIX, PartsFolder
 
 __all__ = ["StatusReport", "status"]
 
@@ -178,13 +178,15 @@ def status(path: str | PathLike[str]) -> StatusReport:
 
     Args:
         path: The output of ``merge`` or ``extract``, or the model that ``verify`` checks; what
-            is looked at is the folder ``OUT.loratool-parts``.
+            is looked at is the folder ``OUT.loratool-parts``, which may be named itself, too.
 
     Raises:
         MissingFileError: Neither is there.
         FileFormatError: The folder is damaged.
     """
     output = Path(path)
+    if output.name.endswith(SUFFIX) and output.name != SUFFIX:
+        output = output.with_name(output.name.removesuffix(SUFFIX))
     folder = PartsFolder(output)
     if not folder.plan_path.exists():
         if output.exists():

@@ -21,7 +21,7 @@ from samples import FIXTURES
 
 import loratool
 from loratool.engines import course
-from loratool.errors import EngineError
+from loratool.errors import EngineError, LoratoolError
 
 torch_files = pytest.importorskip("safetensors.torch")
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
@@ -178,3 +178,24 @@ def test_an_mpi_job(here: Path) -> None:
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert json.loads(done.stdout)["merged"] > 0
     check(here)
+
+
+DIVIDED: dict[str, Callable[[Any], object]] = {
+    "merge": lambda what: loratool.merge("base", ["one"], "merged", executor=what),
+    "verify": lambda what: loratool.verify("single", base="base", adapters=["one"], executor=what),
+    "extract": lambda what: loratool.extract("base", "single", "drawn", rank=2, executor=what),
+}
+
+
+@pytest.mark.parametrize("what", [3, dict, "mpi"], ids=str)
+@pytest.mark.parametrize("verb", DIVIDED)
+def test_an_engine_that_is_not_there_leaves_no_folder(here: Path, verb: str, what: Any) -> None:
+    with pytest.raises(LoratoolError, match="--executor"):
+        DIVIDED[verb](what)
+    assert sorted(path.name for path in here.iterdir()) == ["base", "one", "single"]
+
+
+def test_status_takes_the_folder_of_parts_too(here: Path) -> None:
+    loratool.merge("base", ["one"], "merged", shards="1/2")
+    named = loratool.status("merged.loratool-parts")
+    assert (named.output, named.parts) == (Path("merged"), loratool.status("merged").parts)
