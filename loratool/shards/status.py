@@ -128,7 +128,7 @@ class StatusReport(Shown):
     def document(self) -> Document:
         """Return what people see of it: what is not simply done or waiting, and sums."""
         if self.is_finished:
-            return Document((Lines((f"{self.output}: finished",)),))
+            return Document((Lines((f"{self.output}: there, and no parts of it are left",)),))
         rows = [
             (part.name, _told(part), f"{part.bytes_done / (part.size or 1):.0%}", part.host or "")
             for part in self.parts

@@ -130,6 +130,10 @@ def merge(
     plan = planned()
     report = MergeReport.of(plan, output)
     if dry_run:
+        if division is not None and division.share is not None:
+            from loratool.verbs.merging.divided import share_note
+
+            report = replace(report, notes=(*report.notes, share_note(plan, division.share)))
         return replace(report, traffic=traffic_of(plan, output))
     outcome = write(
         plan,

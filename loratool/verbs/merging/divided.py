@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from loratool.adapter.findings import Finding, Findings
 from loratool.base.model import Model
+from loratool.display.figures import counted, human_bytes
 from loratool.errors import OutputError, OutputExistsError
 from loratool.files.atomic import check_output
 from loratool.files.places import located
@@ -17,19 +18,21 @@ from loratool.files.sources import size_of
 from loratool.plan.model import ModelPlan
 from loratool.plan.record import is_recorded
 from loratool.shards.course import ShareReport
+from loratool.shards.dealing import Share, dealt
 from loratool.shards.division import Division
 from loratool.shards.driver import NO_PARTS, check_on_disk, do_parts, records_of, told_by
 from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
-from loratool.shards.model import finish_model, model_job
+from loratool.shards.model import finish_model, model_job, model_parts
 from loratool.shards.records import differing_workers, wait_for_begin
 from loratool.shards.roots import Roots
 from loratool.verbs.merging.compared import compare_job, compared
 from loratool.verbs.merging.result import MergeReport
 
-__all__ = ["DividedMerge", "divided_comparison"]
+__all__ = ["DividedMerge", "divided_comparison", "share_note"]
 
 AnyPath = str | PathLike[str]
+SHOWN: Final = 4
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,17 @@ class DividedMerge:
             for path, file in zip(paths, plan.files, strict=True)
         )
         return is_whole and plan.history is not None and is_recorded(self.output, plan.history)
+
+
+def share_note(plan: ModelPlan, share: Share) -> str:
+    """Return what a share of a merge is, in words."""
+    parts, _ = model_parts(plan, Roots.of({"base": plan.base}), joins=True)
+    if share.is_auto:
+        return f"--shards auto does whatever nobody does yet of {counted(len(parts), 'part')}"
+    mine = [parts[index] for index in dealt([part.size for part in parts], share)]
+    size = human_bytes(sum(part.size for part in mine))
+    names = ", ".join(part.name for part in mine[:SHOWN]) + (", …" if len(mine) > SHOWN else "")
+    return f"--shards {share} is {len(mine)} of {counted(len(parts), 'part')}, {size}: {names}"
 
 
 def _roots(base: AnyPath, adapters: Sequence[AnyPath], **more: AnyPath) -> Roots:

@@ -120,8 +120,11 @@ class MergeReport(Shown):
     def as_json(self) -> dict[str, Any]:
         """Return the keys that the command line's JSON promises."""
         if not self.is_written:
-            told = {"transfer": self.traffic.as_json()} if self.traffic is not None else {}
+            told: dict[str, Any] = {}
+            if self.traffic is not None:
+                told["transfer"] = self.traffic.as_json()
             output = spoken(str(self.output))
+            told["notes"] = list(self.notes)
             return {**self.planned, **told, "output": output, "retention": None}
         return {
             "schema": 1,
@@ -142,10 +145,10 @@ class MergeReport(Shown):
     def document(self) -> Document:
         """Return what people see of it: one sentence, or the plan."""
         if not self.is_written and self.plan is not None:
-            document = self.plan.document()
-            if self.traffic is None:
-                return document
-            return Document((*document.blocks, Lines((self.traffic.words,))), document.notes)
+            blocks = self.plan.document().blocks
+            if self.traffic is not None:
+                blocks = (*blocks, Lines((self.traffic.words,)))
+            return Document(blocks, self.notes)
         if self.was_there:
             words = f"{self.output}: finished before, of the same inputs and with the same options"
             return Document((Lines((words,)),))
