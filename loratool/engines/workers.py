@@ -251,4 +251,5 @@ def serve(number: int) -> None:
 
 
 def _stop(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one would stop the cleaning up
     raise SystemExit(128 + number)

@@ -190,7 +190,11 @@ def scratch(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:  # a signal: it ends the run, and not the removing
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _locked_folder(path: Path) -> tuple[Path, int]:
@@ -212,7 +216,7 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
             os.close(lock)
         except BlockingIOError:
             os.close(lock)
-        except OSError:
+        except BaseException:  # a signal, too
             os.close(lock)
             shutil.rmtree(folder, ignore_errors=True)
             raise
