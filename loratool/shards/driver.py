@@ -16,11 +16,10 @@ from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
 from loratool.shards.records import all_records, wait_for_parts
 
-__all__ = ["NO_PARTS", "check_on_disk", "do_parts", "records_of", "told_by"]
+__all__ = ["check_on_disk", "do_parts", "no_parts", "records_of", "told_by"]
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
-NO_PARTS = "there are no parts to finish"
 ELSEWHERE = "was finished by another process, which tells of it"
 
 
@@ -98,6 +97,12 @@ def told_by(finish: Callable[[], Result | None], folder: PartsFolder) -> Result:
     return result
 
 
+def no_parts(folder: PartsFolder) -> OutputError:
+    """Return the error that there is nothing to finish."""
+    hint = "the same command with --shards auto makes them"
+    return OutputError(folder.path, "there are no parts to finish", hint=hint)
+
+
 def records_of(
     folder: PartsFolder, verb: str, *, waits: bool = False, progress: Progress | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -114,9 +119,7 @@ def records_of(
         OutputError: There are none, parts are missing, or they are of another command.
     """
     if not folder.plan_path.exists():
-        raise OutputError(
-            folder.path, NO_PARTS, hint="the same command with --shards auto makes them"
-        )
+        raise no_parts(folder)
     document = folder.plan()
     if document.get("verb") != verb:
         raise OutputError(folder.path, f"holds parts of {document.get('verb')!r:.30}")

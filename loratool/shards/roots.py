@@ -17,7 +17,7 @@ from typing import Final
 from loratool.errors import FileFormatError, unreadable
 from loratool.files.inputs import Stamp, stamp_of
 from loratool.files.places import located, origin_of
-from loratool.files.sources import is_stand_in, opened, size_of, tag_of, whole
+from loratool.files.sources import is_stand_in, opened, size_of, tag_of
 from loratool.shards.folder import is_inside
 
 __all__ = ["Mark", "Roots", "check_marks", "mark_of"]
@@ -124,9 +124,10 @@ def mark_of(path: Path) -> Mark:
         origin, tag = origin_of(path), tag_of(path)
         if origin is not None:
             tag = f"{origin.repo}@{origin.commit}/{origin.inside}"
-        modified = None if tag is not None else stamp_of(whole(path)).modified
+        is_far = is_stand_in(path)  # there the tag says all of it; nothing is fetched for a mark
+        modified = None if tag is not None or is_far else stamp_of(path).modified
         digest = hashlib.sha256()
-        if not is_stand_in(path):  # elsewhere the tag says all of it
+        if not is_far:
             with opened(path) as file:
                 digest.update(file.read(PROBED))
                 file.seek(max(0, size - PROBED))

@@ -11,7 +11,7 @@ from typing import Any, Final
 from loratool.adapter.findings import Finding, Findings
 from loratool.base.model import Model
 from loratool.display.figures import counted, human_bytes
-from loratool.errors import OutputError, OutputExistsError
+from loratool.errors import OutputExistsError
 from loratool.files.atomic import check_output
 from loratool.files.places import located
 from loratool.files.sources import size_of
@@ -20,7 +20,7 @@ from loratool.plan.record import is_recorded
 from loratool.shards.course import ShareReport
 from loratool.shards.dealing import Share, dealt
 from loratool.shards.division import Division
-from loratool.shards.driver import NO_PARTS, check_on_disk, do_parts, records_of, told_by
+from loratool.shards.driver import check_on_disk, do_parts, no_parts, records_of, told_by
 from loratool.shards.folder import PartsFolder
 from loratool.shards.job import Job, Settings
 from loratool.shards.model import finish_model, model_job, model_parts
@@ -176,11 +176,7 @@ class DividedMerge:
         """
         plan = self.planned()
         if not self._is_finished(plan):
-            raise OutputError(
-                folder.path,
-                NO_PARTS,
-                hint="the same command with --shards auto makes them",
-            )
+            raise no_parts(folder)
         return self._found(folder, MergeReport.of(plan, self.output))
 
     def _found(self, folder: PartsFolder, report: MergeReport) -> MergeReport:
